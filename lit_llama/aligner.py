@@ -1,0 +1,145 @@
+"""Aligner: one set of prefix tokens, shared by every layer (arXiv 2312.05503, section 3).
+
+                 frozen layer l ≥ start                                 learnable
+    x ──► norm ──► c_attn ──► q, k, v ──► rotary ──► Attn(q, k, v)      global_value_embedding (P, C)
+                     │          │                         │                │  one for all layers
+                     │          └──► softmax(q·K_pᵀ/√hs)·V_p ◄── K_p, V_p ◄┘  (this layer's c_attn, no rotary)
+                     │                       │
+                     │              × gating_factor (1, nh, 1, 1), zero at the start
+                     │                       │
+                     └──────────────► sum ◄──┘ ──► c_proj ──► + x
+
+For one token the softmax is 1 and the added term is a constant of the layer: gate × V_p.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import lit_llama.model as llama
+from lit_llama.utils import Fp32Parameters, UserError
+
+
+@dataclass
+class LLaMAConfig(llama.LLaMAConfig):
+    """The base's fields and the Aligner's two.
+
+    Args:
+        adapter_prompt_length: prefix tokens N, 1 or more.
+        adapter_start_layer: the first layer that attends to them, counted from 0.
+    """
+
+    adapter_prompt_length: int = 1
+    adapter_start_layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_prompt_length < 1:
+            raise UserError(f"adapter_prompt_length is {self.adapter_prompt_length}; it must be 1 or more.")
+        if not 0 <= self.adapter_start_layer < self.n_layer:
+            raise UserError(
+                f"adapter_start_layer is {self.adapter_start_layer}; it must be from 0 to {self.n_layer - 1}, "
+                f"the last of the model's {self.n_layer} layers."
+            )
+
+
+class Prefix(Fp32Parameters, nn.Embedding):
+    """The global prefix, (P, C), drawn from N(0, 1)."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__(length, width, dtype=torch.float32)
+
+
+class LLaMA(llama.LLaMA):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__(config)
+        self.global_value_embedding = Prefix(config.adapter_prompt_length, config.n_embd)
+        for attn in self.aligned_attention():
+            attn.prefix = [self.global_value_embedding]  # in a list: the model owns it, the layers only read it
+
+    @staticmethod
+    def make_attention(config: LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
+        aligned = layer >= config.adapter_start_layer
+        return CausalSelfAttention(config) if aligned else llama.CausalSelfAttention(config)
+
+    @staticmethod
+    def is_adapter_key(name: str) -> bool:
+        return name == "global_value_embedding.weight" or name.endswith((".gating_factor", ".adapter_wte.weight"))
+
+    def aligned_attention(self) -> "list[CausalSelfAttention]":
+        return [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
+
+    def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The authors' files hold the prefix once more under every layer's name (`attn.adapter_wte.weight`).
+
+        Raises:
+            UserError: such an alias differs from the prefix; that is a LLaMA-Adapter file.
+        """
+        state_dict = super().canonical_keys(state_dict)
+        aliases = [name for name in state_dict if name.endswith(".attn.adapter_wte.weight")]
+        prefix = state_dict.get("global_value_embedding.weight")
+        for name in aliases:
+            alias = state_dict.pop(name)
+            if prefix is None or not torch.equal(alias, prefix):
+                raise UserError(
+                    f"{name} is not the global prefix: these weights have a prefix per layer (LLaMA-Adapter) and "
+                    "are not an Aligner's."
+                )
+        return state_dict
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside, each layer's prefix keys and values are computed once. Never active in training."""
+        with torch.no_grad():
+            for attn in self.aligned_attention():
+                attn.constant_kv = attn.prefix_kv()
+        try:
+            yield
+        finally:
+            for attn in self.aligned_attention():
+                attn.constant_kv = None
+
+
+class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
+    """Attention that adds what its queries read from the global prefix."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__(config)
+        self.gating_factor = nn.Parameter(torch.zeros(1, config.n_head, 1, 1, dtype=torch.float32))
+        self.prefix: list[Prefix] = []
+        self.constant_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        y = super().attend(q, k, v, mask)
+        return y + self.adapter_term(q).to(y.dtype)
+
+    def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
+        """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""
+        keys, values = self.constant_kv or self.prefix_kv()  # (1, ng, P, hs)
+        groups = self.config.n_head // self.config.n_kv_head
+        if values.size(2) == 1:
+            return self.gating_factor * values.repeat_interleave(groups, dim=1)
+        keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values))
+        read = F.scaled_dot_product_attention(q, keys, values, enable_gqa=groups > 1)
+        return self.gating_factor.to(read.dtype) * read
+
+    def prefix_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's own k and v of the raw prefix, no norm and no rotary: (1, ng, P, hs) each."""
+        prefix = self.prefix[0].weight.to(self.c_proj.weight.dtype)
+        _, keys, values = self.qkv(prefix.unsqueeze(0))
+        return keys, values
+
+
+def mark_only_adapter_as_trainable(model: LLaMA) -> None:
+    """Freezes every parameter that is not the adapter's."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.is_adapter_key(name))
+
+
+def adapter_state_from_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's part of a full state dict."""
+    return {name: tensor for name, tensor in state_dict.items() if LLaMA.is_adapter_key(name)}

@@ -1,0 +1,476 @@
+"""A decoder-only LLaMA, in Lit-LLaMA's shape and with its parameter names.
+
+Shapes in the comments:
+    B  batch                 T  tokens of the input        S  tokens attended to
+    C  width (n_embd)        V  padded vocabulary          P  prefix tokens (adapters)
+    nh query heads           ng key/value heads            hs head size
+
+A variant (Aligner, LLaMA-Adapter, LoRA, ...) subclasses `LLaMA`, replaces the attention module of the layers
+it touches through `make_attention`, and overrides one step there: `CausalSelfAttention.attend`.
+"""
+
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lit_llama.utils import UserError, find_multiple
+
+LLAMA3_SCALING = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+LLAMA32_SCALING = {**LLAMA3_SCALING, "factor": 32.0}
+
+# fmt: off
+llama_configs: dict[str, dict[str, Any]] = {
+    "7B":  dict(n_layer=32, n_head=32, n_embd=4096, norm_eps=1e-6),
+    "13B": dict(n_layer=40, n_head=40, n_embd=5120, norm_eps=1e-6),
+    "30B": dict(n_layer=60, n_head=52, n_embd=6656, norm_eps=1e-6),
+    "65B": dict(n_layer=80, n_head=64, n_embd=8192),
+    "Llama-2-7B":  dict(block_size=4096, n_layer=32, n_head=32, n_embd=4096),
+    "Llama-2-13B": dict(block_size=4096, n_layer=40, n_head=40, n_embd=5120),
+    "Llama-2-70B": dict(block_size=4096, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, intermediate_size=28672),
+    "Llama-3-8B":   dict(block_size=8192, vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                         intermediate_size=14336, rope_base=500000),
+    "Llama-3.1-8B": dict(block_size=131072, vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                         intermediate_size=14336, rope_base=500000, rope_scaling=LLAMA3_SCALING),
+    "Llama-3.2-1B": dict(block_size=131072, vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048,
+                         intermediate_size=8192, rope_base=500000, rope_scaling=LLAMA32_SCALING, tie_embeddings=True),
+    "Llama-3.2-3B": dict(block_size=131072, vocab_size=128256, n_layer=28, n_head=24, n_kv_head=8, n_embd=3072,
+                         intermediate_size=8192, rope_base=500000, rope_scaling=LLAMA32_SCALING, tie_embeddings=True),
+    "TinyLlama-1.1B": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, intermediate_size=5632),
+    "SmolLM2-135M": dict(block_size=8192, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
+                         intermediate_size=1536, rope_base=100000, tie_embeddings=True),
+    "SmolLM2-360M": dict(block_size=8192, vocab_size=49152, n_layer=32, n_head=15, n_kv_head=5, n_embd=960,
+                         intermediate_size=2560, rope_base=100000, tie_embeddings=True),
+    "SmolLM2-1.7B": dict(block_size=8192, vocab_size=49152, n_layer=24, n_head=32, n_embd=2048,
+                         intermediate_size=8192, rope_base=130000, tie_embeddings=True),
+    "microworld": dict(block_size=256, vocab_size=2048, n_layer=8, n_head=8, n_embd=192, tie_embeddings=True),
+}
+# fmt: on
+
+
+@dataclass
+class LLaMAConfig:
+    """The architecture of a LLaMA-family checkpoint.
+
+    Args:
+        block_size: longest sequence, in tokens.
+        vocab_size: tokens the tokenizer knows.
+        padded_vocab_size: rows of the embedding and the output layer (default: `vocab_size` rounded up to a
+            multiple of 64).
+        n_layer, n_head, n_embd: layers, query heads, width.
+        n_kv_head: key/value heads; fewer than `n_head` is grouped-query attention (default: `n_head`).
+        head_size: width of one head (default: `n_embd / n_head`).
+        intermediate_size: width of the MLP (default: int(8·n_embd/3) rounded up to a multiple of 256).
+        norm_eps: added to the mean square in RMSNorm.
+        rope_base: base of the rotary frequencies.
+        rope_scaling: None, or Llama-3's ``{"rope_type": "llama3", "factor", "low_freq_factor",
+            "high_freq_factor", "original_max_position_embeddings"}``, or ``{"rope_type": "linear", "factor"}``.
+        tie_embeddings: the output layer is the embedding; there is no ``lm_head.weight``.
+        qkv_bias, proj_bias, mlp_bias: biases on the q/k/v, the attention output and the MLP projections.
+
+    Raises:
+        UserError: sizes that do not divide, or a rope scaling this code does not know.
+    """
+
+    block_size: int = 2048
+    vocab_size: int = 32000
+    padded_vocab_size: int | None = None
+    n_layer: int = 32
+    n_head: int = 32
+    n_embd: int = 4096
+    n_kv_head: int | None = None
+    head_size: int | None = None
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_size is None:
+            if self.n_embd % self.n_head:
+                raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
+            self.head_size = self.n_embd // self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head ({self.n_head}) is not a multiple of n_kv_head ({self.n_kv_head}).")
+        if self.padded_vocab_size is None:
+            self.padded_vocab_size = find_multiple(self.vocab_size, 64)
+        if self.padded_vocab_size < self.vocab_size:
+            raise UserError(f"padded_vocab_size ({self.padded_vocab_size}) is below vocab_size ({self.vocab_size}).")
+        if self.intermediate_size is None:
+            self.intermediate_size = find_multiple(int(8 * self.n_embd / 3), 256)
+        kind = (self.rope_scaling or {}).get("rope_type", "llama3")
+        if kind not in ("llama3", "linear"):
+            raise UserError(f"Rope scaling {kind!r} is not supported; known are 'llama3' and 'linear'.")
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "LLaMAConfig":
+        """The configuration of a known model; `overrides` replace single fields.
+
+        Raises:
+            UserError: the name is not known.
+        """
+        if name not in llama_configs:
+            raise UserError(f"There is no model named {name!r}; known are {', '.join(llama_configs)}.")
+        return cls(**{**llama_configs[name], **overrides})
+
+    @classmethod
+    def from_json(cls, path: Path, **overrides: Any) -> "LLaMAConfig":
+        """Reads what `to_json` wrote; `overrides` add or replace fields.
+
+        Raises:
+            UserError: the file is missing, is not JSON, or has fields this class does not know.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"There is no model configuration at {path}.") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is not JSON ({error}).") from None
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            left_over = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+            raise UserError(f"{path} is not a model configuration of this project: it has {left_over}.")
+        return cls(**{**values, **overrides})
+
+    def to_json(self) -> str:
+        """The base model's fields as JSON text (a variant's own fields belong to the adapter, not to the base)."""
+        base = {f.name for f in fields(LLaMAConfig)}
+        return json.dumps({k: v for k, v in asdict(self).items() if k in base}, indent=2) + "\n"
+
+
+class LLaMA(nn.Module):
+    """The language model: embedding, `n_layer` blocks, RMSNorm, output layer."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                h=nn.ModuleList(Block(config, self.make_attention(config, i)) for i in range(config.n_layer)),
+                ln_f=RMSNorm(config.n_embd, config.norm_eps),
+            )
+        )
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self._rope: RoPE | None = None
+
+    @staticmethod
+    def make_attention(config: LLaMAConfig, layer: int) -> "CausalSelfAttention":
+        """The attention module of one layer: what a variant overrides."""
+        return CausalSelfAttention(config)
+
+    @staticmethod
+    def is_adapter_key(name: str) -> bool:
+        """Whether a parameter is the adapter's: such are trained and saved, all others are the frozen base."""
+        return False
+
+    @classmethod
+    def from_name(cls, name: str) -> "LLaMA":
+        return cls(LLaMAConfig.from_name(name))
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        cache: "KVCache | None" = None,
+        positions: torch.Tensor | None = None,
+        last: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the model.
+
+        Args:
+            idx: (B, T) token ids. Pad on the right with any id: causal attention keeps padding out of the rest.
+            labels: (B, T) token ids, -1 where nothing is to be predicted, not yet shifted. The output layer is
+                applied to the positions that predict a label and to no other.
+            cache: keys and values of earlier tokens; this call adds its own. Without `positions` it is a prefill
+                of an empty cache.
+            positions: (B, T) place of each token in its own row; needs `cache`. Default: 0 … T-1 in every row.
+            last: (B,) return the logits of this one position per row.
+
+        Returns:
+            logits (B, T, V); with `last` (B, V); with `labels` the log-probabilities (n,) fp32 of the n labels,
+            in row-major order.
+
+        Raises:
+            UserError: T is above `block_size`.
+        """
+        x = self.hidden(idx, cache, positions)  # (B, T, C)
+        if labels is not None:
+            predicts = labels[:, 1:] != -1
+            return token_logps(x[:, :-1][predicts], self.output_weight, labels[:, 1:][predicts])
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]  # (B, C)
+        return F.linear(x, self.output_weight)
+
+    def hidden(
+        self, idx: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The normalised output of the last block, (B, T, C): what the output layer sees."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise UserError(f"A sequence of {T} tokens is longer than the model's {self.config.block_size}.")
+        if self._rope is None or self._rope.cos.device != idx.device:
+            self._rope = RoPE(self.config, idx.device)
+        rope, mask = self._rope[:T], None
+        if positions is not None:
+            rope = self._rope[positions]
+            mask = cache.mask(positions)  # (B, 1, T, S)
+
+        x = self.transformer.wte(idx)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            kv = None if cache is None else cache.layer(layer, positions)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, kv, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, kv)
+        return self.transformer.ln_f(x)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """(V, C), the embedding itself where they are tied."""
+        return self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """Loads the base, the adapter, or both; each part that is there must be whole.
+
+        Raises:
+            UserError: a tensor is left over, missing or mis-shaped; the sentence names it.
+        """
+        own = dict(self.named_parameters())
+        state_dict = self.canonical_keys(state_dict)
+        parts = {self.is_adapter_key(name) for name in state_dict}
+        wanted = [name for name in own if self.is_adapter_key(name) in parts]
+        problems = [f"{name} does not belong to this model" for name in state_dict if name not in own]
+        problems += [f"{name} is missing" for name in wanted if name not in state_dict]
+        problems += [
+            f"{name} is {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
+            for name in wanted
+            if name in state_dict and state_dict[name].shape != own[name].shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Drops what other programs write beside the parameters; a variant renames aliases here."""
+        redundant = {"lm_head.weight"} if self.config.tie_embeddings else set()
+        return {k: v for k, v in state_dict.items() if k not in redundant}
+
+    def inference(self) -> AbstractContextManager:
+        """What generation wraps itself in; a variant may keep constants of its adapter for that long."""
+        return nullcontext()
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaMAConfig, attn: "CausalSelfAttention") -> None:
+        super().__init__()
+        self.rms_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = attn
+        self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, rope: "RoPE", mask: torch.Tensor | None = None, kv: "LayerCache | None" = None
+    ) -> torch.Tensor:
+        x = x + self.attn(self.rms_1(x), rope, mask, kv)
+        return x + self.mlp(self.rms_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        # the rows of c_attn are all queries, then all keys, then all values
+        self.widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+
+    def forward(
+        self, x: torch.Tensor, rope: "RoPE", mask: torch.Tensor | None = None, kv: "LayerCache | None" = None
+    ) -> torch.Tensor:
+        q, k, v = self.qkv(x)
+        q, k = rope.apply(q), rope.apply(k)
+        if kv is not None:
+            k, v = kv.update(k, v)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, C) -> q (B, nh, T, hs), k and v (B, ng, T, hs), before any rotary."""
+        parts = self.c_attn(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The step a variant overrides.
+
+        Args:
+            q: (B, nh, T, hs), rotated.
+            k, v: (B, ng, S, hs), k rotated.
+            mask: (B, 1, T, S), True where a key may be seen; None is plain causal attention with S = T.
+
+        Returns:
+            (B, nh, T, hs), before the output projection.
+        """
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
+        )
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.c_fc1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.c_fc2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467), computed in fp32 whatever the dtype of `x` and `scale`."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), self.eps).to(x.dtype)
+
+
+class RoPE:
+    """Rotary position tables (arXiv 2104.09864) over interleaved pairs, fp32 on every device.
+
+    They are no buffers of the model, so no `.to(torch.bfloat16)` can round them: in bf16 the positions above 256
+    collide. Indexing with a slice or a (B, T) tensor selects positions.
+    """
+
+    def __init__(self, config: LLaMAConfig, device: torch.device | None = None) -> None:
+        positions = torch.arange(config.block_size, dtype=torch.float32)
+        angles = torch.outer(positions, rope_frequencies(config))  # (block_size, hs / 2)
+        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> "RoPE":
+        selected = object.__new__(RoPE)
+        # (T, hs / 2), or (B, 1, T, hs / 2) so that it broadcasts over heads
+        tables = self.cos[index], self.sin[index]
+        selected.cos, selected.sin = (t.unsqueeze(1) if t.dim() == 3 else t for t in tables)
+        return selected
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotates each pair (x[2i], x[2i+1]) of (B, nh, T, hs) by its position's angle."""
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, nh, T, hs / 2) each
+        rotated = torch.stack((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+
+
+def rope_frequencies(config: LLaMAConfig) -> torch.Tensor:
+    """(hs / 2,) radians per position, fp32; slowed down where the config scales them for a longer context."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    frequencies = 1.0 / config.rope_base**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling.get("rope_type") == "linear":
+        return slow
+    # Llama 3.1: wavelengths that turn often within the original context stay, rare ones are slowed, in between
+    # the two are blended.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * slow
+
+
+class KVCache:
+    """Keys and values of every layer in buffers allocated once; the caller makes it and lets it go.
+
+    Rows may hold different numbers of tokens: prompts are padded on the right, and each row's next token is
+    written at its own position, over the padding.
+
+    Args:
+        batch_size: rows.
+        max_length: tokens a row can hold.
+    """
+
+    def __init__(
+        self, config: LLaMAConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # slots in use in the fullest row: nothing beyond is read
+
+    def layer(self, layer: int, positions: torch.Tensor | None) -> "LayerCache":
+        return LayerCache(self, layer, positions)
+
+    def mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, 1, T, S): a token sees the slots up to its own position."""
+        slots = torch.arange(self.length, device=positions.device)
+        return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
+
+
+@dataclass
+class LayerCache:
+    """One layer's view of a `KVCache`; `positions` as in `LLaMA.forward`."""
+
+    cache: KVCache
+    index: int
+    positions: torch.Tensor | None
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores (B, ng, T, hs) and returns the keys and values to attend to."""
+        cache_k, cache_v = self.cache.k[self.index], self.cache.v[self.index]
+        if self.positions is None:
+            T = k.size(2)
+            cache_k[:, :, :T], cache_v[:, :, :T] = k, v
+            return k, v
+        rows = torch.arange(len(k), device=k.device).unsqueeze(1)  # (B, 1), against positions (B, T)
+        cache_k[rows, :, self.positions] = k.transpose(1, 2)
+        cache_v[rows, :, self.positions] = v.transpose(1, 2)
+        return cache_k[:, :, : self.cache.length], cache_v[:, :, : self.cache.length]
+
+
+LOGP_CHUNK = 1024  # tokens whose logits exist at once: 131 MB in fp32 for 32,000 pieces
+
+
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of `targets` in fp32, without ever holding all logits.
+
+    Args:
+        hidden: (n, C) outputs of the last norm at the positions that predict.
+        weight: (V, C) output layer.
+        targets: (n,) token ids.
+
+    Returns:
+        (n,) fp32.
+    """
+
+    def chunk_logps(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(F.linear(h, weight).float(), t, reduction="none")
+
+    if len(targets) <= LOGP_CHUNK:
+        return chunk_logps(hidden, targets)
+    chunks = zip(hidden.split(LOGP_CHUNK), targets.split(LOGP_CHUNK), strict=True)
+    return torch.cat([checkpoint(chunk_logps, h, t, use_reentrant=False) for h, t in chunks])

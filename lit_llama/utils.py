@@ -1,0 +1,73 @@
+"""Small things every part uses: errors for users, files that are whole or absent, parameters that stay fp32."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its text is one sentence or two: what is wrong, where, and what to do.
+
+    The command-line scripts print it without a traceback and exit with 1 (see `lit_llama.cli.run`).
+    """
+
+
+def find_multiple(n: int, k: int) -> int:
+    """The smallest multiple of k that is not below n."""
+    return -(-n // k) * k
+
+
+def log(text: str) -> None:
+    """To stderr: stdout carries only what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` to write a file or a folder to; renamed to `path` when all went well.
+
+    A file replaces what was there. On any error the temporary is removed and `path` is as it was.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None or Path(error.filename).name.startswith(temporary.name) or error.errno == 28:
+            raise UserError(f"Cannot write {path}: {error.strerror or error}. Nothing was changed.") from None
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+class Fp32Parameters:
+    """Mixin for a module whose own parameters stay fp32 when the model is cast.
+
+    bf16 has 8 bits of precision: an AdamW step of 1e-4 on a value of 1 is rounded away. `model.to(torch.bfloat16)`
+    and Fabric's `bf16-true` cast every parameter of a module; this puts the unrounded values back.
+    """
+
+    def _apply(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
+        masters = {name: p.data for name, p in self.named_parameters(recurse=False) if p.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, master in masters.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = master.to(parameter.device)
+        return self
