@@ -113,6 +113,10 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         self.prefix: list[Prefix] = []
         self.constant_kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def reset_parameters(self) -> None:
+        """Closes the gates."""
+        nn.init.zeros_(self.gating_factor)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = super().attend(q, k, v, mask)
         return y + self.adapter_term(q).to(y.dtype)

@@ -1,5 +1,6 @@
 """Small things every part uses: errors for users, files that are whole or absent, parameters that stay fp32."""
 
+import errno
 import os
 import shutil
 import sys
@@ -23,16 +24,23 @@ def find_multiple(n: int, k: int) -> int:
     return -(-n // k) * k
 
 
-def log(text: str) -> None:
+def log(text: str = "") -> None:
     """To stderr: stdout carries only what was asked for."""
     print(text, file=sys.stderr, flush=True)
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write a file or a folder to; renamed to `path` when all went well.
 
-    A file replaces what was there. On any error the temporary is removed and `path` is as it was.
+    It replaces what was there. On any error the temporary is removed and `path` is as it was.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
@@ -42,18 +50,28 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(0o666 & ~UMASK)  # safetensors makes its files private
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None or Path(error.filename).name.startswith(temporary.name) or error.errno == 28:
-            raise UserError(f"Cannot write {path}: {error.strerror or error}. Nothing was changed.") from None
-        raise
+    except (OSError, RuntimeError) as error:
+        raise unwritable(path, error) or error from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        elif temporary.exists():
-            temporary.unlink()
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> UserError | None:
+    """A sentence for a full disk or a folder without access, as Python, torch or safetensors report it."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in NO_ROOM or "No space left" in text or "File too large" in text or "PytorchStreamWriter" in text:
+        return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
+    if number in NO_ACCESS:
+        return UserError(f"Cannot write {path} ({os.strerror(number)}); choose another output folder.")
+    return None
 
 
 class Fp32Parameters:
@@ -64,7 +82,7 @@ class Fp32Parameters:
     """
 
     def _apply(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
-        masters = {name: p.data for name, p in self.named_parameters(recurse=False) if p.dtype == torch.float32}
+        masters = {name: p.data for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, master in masters.items():
             parameter = getattr(self, name)

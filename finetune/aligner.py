@@ -1,0 +1,98 @@
+"""Supervised finetuning with Aligner: a frozen LLaMA learns a form through a few thousand numbers.
+
+Without arguments it trains one token on the bundled micro-world model. Edit the values below, pass flags of the same
+name, or name a YAML file with --config (recipes of the paper: howto/recipes/).
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import aligner, cli
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter
+from lit_llama.data import SFTData
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import TrainConfig, Trainer, answer_samples, base_dtype, make_fabric, print_summary
+from lit_llama.utils import log
+
+# == What to train on ==
+checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
+data_dir: Path = Path("data/microworld-pirate")  # a folder that scripts/prepare_*.py wrote
+init_adapter: Path | None = None  # start from this adapter instead of a fresh one
+out_dir: Path = Path("out/aligner/microworld-pirate")  # everything the run writes
+
+# == Aligner ==
+adapter_prompt_length: int = 1  # prefix tokens N, 1 to about 300
+adapter_start_layer: int = 2  # first layer that attends to them, from 0
+
+# == Optimisation (a step is always an optimiser step) ==
+epochs: float = 4.0  # passes over the data; need not be whole
+max_steps: int | None = None  # stop after so many steps even if the epochs are not over
+batch_size: int = 32  # rows per step, over all devices
+micro_batch_size: int = 32  # rows per forward pass on one device; divides batch_size
+learning_rate: float = 3e-2  # peak of AdamW's learning rate
+warmup_epochs: float = 0.4  # linear rise from 0 to the peak
+lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine ends at a tenth of the peak
+weight_decay: float = 0.02  # on the prefix, never on the gates
+grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
+seed: int = 1337  # of the prefix, the order of the data and the samples
+
+# == Reporting ==
+eval_interval: int = 50  # steps between validations
+eval_rows: int = 512  # validate on at most so many rows, always the same
+save_interval: int = 100  # steps between saved states, which --resume continues from
+sample_prompts: int = 2  # validation prompts to answer at each validation
+max_new_tokens: int = 60  # longest such answer
+resume: bool = False  # continue the run in out_dir
+overwrite: bool = False  # replace the run in out_dir
+
+# == Devices ==
+devices: int | str = 1  # how many, or "auto" for all there are
+num_nodes: int = 1  # machines
+strategy: str = "auto"  # Fabric's: "auto", "ddp"
+precision: str = "auto"  # Fabric's; "auto" is bf16-true on GPUs that have it, else 32-true
+
+
+def main(args: Namespace) -> None:
+    fabric = make_fabric(
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        precision=args.precision,
+        out_dir=args.out_dir,
+    )
+    config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
+    tokenizer = Tokenizer(args.checkpoint_dir)
+    train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
+
+    fabric.seed_everything(args.seed, verbose=False)
+    adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
+    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
+    model = load_model(args.checkpoint_dir, adapter, method=aligner, method_config=own, dtype=base_dtype(fabric))
+    aligner.mark_only_adapter_as_trainable(model)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    meta = {
+        "method": "aligner",
+        "config": own if adapter is None else adapter.config,
+        "base": base_fingerprint(args.checkpoint_dir),
+        "prompt_style": train.meta["prompt_style"],
+        "data": {k: train.meta[k] for k in ("source", "counts", "max_seq_length")},
+    }
+    samples = answer_samples(val, tokenizer, args.sample_prompts, args.max_new_tokens)
+    trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, samples)
+    if fabric.global_rank == 0:
+        log(f"{sum(p.numel() for p in trainer.trainable.values()):,} trainable parameters, {len(train):,} rows, "
+            f"{trainer.max_steps} steps")  # fmt: skip
+    summary = trainer.fit()
+    if fabric.global_rank == 0:
+        command = f"python generate/aligner.py --checkpoint_dir {args.checkpoint_dir} --adapter {args.out_dir} --prompt"
+        print_summary(summary, args.out_dir, [*command.split(), "…"])
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

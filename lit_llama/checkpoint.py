@@ -1,0 +1,266 @@
+"""Checkpoint folders and adapter files.
+
+A base model is a folder: `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`), `tokenizer.model`.
+An adapter is one small safetensors file whose header says what it is and which base it belongs to. Nothing here runs
+pickled code, and everything is written under a temporary name and renamed.
+"""
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lit_llama import aligner, model
+from lit_llama.utils import UserError, atomic_write
+
+CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
+WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
+META_KEY = "lit_llama"  # the header entry of our adapter files
+METHODS: dict[str, ModuleType] = {"aligner": aligner}
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` or `.pth` file, memory-mapped where the format allows.
+
+    Raises:
+        UserError: no such file, or something else under that name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        state = _load_pickle(path)
+    except (SafetensorError, Exception) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a checkpoint: {_what_is(path)}.") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path} is not a checkpoint: it holds something else than named tensors.")
+    return state
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # files of torch < 1.6 cannot be mapped
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _what_is(path: Path) -> str:
+    """A phrase for a file that should have been a checkpoint."""
+    head = path.open("rb").read(60)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`"
+    if head[:1] in b"{[" and head[1:2] != b"\x00":
+        return f"it is JSON text, beginning {head[:40].decode('utf-8', 'replace')!r}"
+    if head.isascii() and head.decode().isprintable():
+        return f"it is text, beginning {head[:40].decode()!r}"
+    return "it is damaged or cut short, or it would run code when loaded"
+
+
+def weights_path(checkpoint_dir: Path) -> Path:
+    """The weight file of a base model's folder.
+
+    Raises:
+        UserError: no such folder, or none of the names in it.
+    """
+    checkpoint_dir = Path(checkpoint_dir)
+    if not checkpoint_dir.is_dir():
+        raise UserError(f"There is no checkpoint folder at {checkpoint_dir}.")
+    for name in WEIGHT_NAMES:
+        if (checkpoint_dir / name).is_file():
+            return checkpoint_dir / name
+    raise UserError(
+        f"{checkpoint_dir} holds no {' or '.join(WEIGHT_NAMES)}; convert a Hugging Face folder with "
+        "scripts/convert_hf_checkpoint.py."
+    )
+
+
+def save_base(checkpoint_dir: Path, config: model.LLaMAConfig, state: dict[str, torch.Tensor]) -> None:
+    """Writes `lit_config.json` and `lit_model.safetensors` into a folder."""
+    checkpoint_dir = Path(checkpoint_dir)
+    with atomic_write(checkpoint_dir / WEIGHT_NAMES[0]) as path:
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    write_text(checkpoint_dir / CONFIG_NAME, config.to_json())
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
+    """What ties an adapter to its base: the configuration and a hash of a few small tensors.
+
+    All norm scales and the first rows of three matrices are read, in bf16, so that the hash costs nothing at 13 GB
+    and a base converted to another dtype stays the same base.
+    """
+    config = model.LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
+    names = [f"transformer.h.{i}.rms_{n}.scale" for i in range(config.n_layer) for n in (1, 2)]
+    names += ["transformer.ln_f.scale", "transformer.wte.weight"]
+    names += [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, config.n_layer - 1)]
+    state = lazy_tensors(weights_path(checkpoint_dir), names)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(state[name][:4].to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return {"config": json.loads(config.to_json()), "weights": digest.hexdigest()[:16]}
+
+
+def lazy_tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """The first four rows of some tensors of a weight file, without reading the rest."""
+    if path.suffix != ".safetensors":
+        state = read_state(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name)[:4] for name in names}
+        return {name: state[name][:4] for name in names}
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} does not hold the weights its {CONFIG_NAME} describes ({error}).") from None
+
+
+@dataclass
+class Adapter:
+    """An adapter file: its tensors and what its header says (`meta` is empty for the authors' files)."""
+
+    state: dict[str, torch.Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def method(self) -> str:
+        return self.meta.get("method", "aligner")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The method's own configuration; read off the tensors where the header does not say it."""
+        if "config" in self.meta:
+            return self.meta["config"]
+        layers = [int(name.split(".")[2]) for name in self.state if name.endswith(".attn.gating_factor")]
+        prefix = self.state.get("global_value_embedding.weight")
+        if prefix is None or not layers:
+            raise UserError(f"{self.path} is not an adapter: it has no global_value_embedding.weight and gating factors.")
+        return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
+
+
+def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Writes an adapter; `meta` must be JSON: method, config, base, prompt_style, training, versions."""
+    with atomic_write(path) as temporary:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in state.items()},
+            temporary,
+            metadata={META_KEY: json.dumps(meta, sort_keys=True, default=str)},
+        )
+
+
+def read_adapter(path: Path) -> Adapter:
+    """An adapter of ours (`.safetensors`) or of the authors (`.pth`).
+
+    Raises:
+        UserError: no such file, or no adapter.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.safetensors", "adapter.safetensors") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"There is no adapter in the folder {path}.")
+        path = found[0]
+    state, meta = read_state(path), {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
+    adapter = Adapter(state, meta, path)
+    if adapter.method not in METHODS:
+        raise UserError(f"{path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
+    assert adapter.config
+    return adapter
+
+
+def load_model(
+    checkpoint_dir: Path,
+    adapter: Adapter | None = None,
+    *,
+    method: ModuleType | None = None,
+    method_config: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> model.LLaMA:
+    """A base model, plain, with a trained adapter, or with a fresh one of `method`.
+
+    Args:
+        checkpoint_dir: the base model's folder.
+        adapter: trained weights; they say by which method and with which configuration.
+        method, method_config: the module of a method (`lit_llama.aligner`) and its own configuration, for a fresh
+            adapter.
+        dtype: of the frozen base; adapter parameters are fp32 always.
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter belongs to another base model.
+    """
+    if adapter is not None:
+        method, method_config = METHODS[adapter.method], adapter.config
+    module = method or model
+    config = module.LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME, **(method_config or {}))
+    if adapter is not None:
+        check_base(adapter, checkpoint_dir, config)
+    with torch.device("meta"):
+        network = module.LLaMA(config)
+    # the base keeps its pages in the file until they are cast or moved
+    state = read_state(weights_path(checkpoint_dir))
+    network.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
+    if adapter is not None:
+        state = {name: t.to(device=device, dtype=torch.float32) for name, t in adapter.state.items()}
+        network.load_state_dict(state, assign=True)
+    for child in network.modules():  # a fresh adapter, still without values
+        if any(p.is_meta for p in child.parameters(recurse=False)):
+            child.to_empty(device=device, recurse=False)
+            child.reset_parameters()
+    return network
+
+
+def check_base(adapter: Adapter, checkpoint_dir: Path, config: model.LLaMAConfig) -> None:
+    """Refuses an adapter that was trained on another base.
+
+    Raises:
+        UserError: widths, heads or layers differ, or the base's weights do.
+    """
+    prefix = adapter.state.get("global_value_embedding.weight")
+    if prefix is not None and prefix.size(-1) != config.n_embd:
+        raise UserError(
+            f"The adapter {adapter.path} is {prefix.size(-1)} wide and the base model in {checkpoint_dir} is "
+            f"{config.n_embd}: it was trained on another model."
+        )
+    trained_on = adapter.meta.get("base")
+    if trained_on is None:
+        return
+    base = base_fingerprint(checkpoint_dir)
+    differing = [k for k, v in trained_on["config"].items() if base["config"].get(k) != v]
+    if differing:
+        was, now = ({k: c["config"].get(k) for k in differing} for c in (trained_on, base))
+        raise UserError(f"The adapter {adapter.path} was trained on a base with {was}; {checkpoint_dir} has {now}.")
+    if trained_on["weights"] != base["weights"]:
+        raise UserError(
+            f"The adapter {adapter.path} was trained on a base of this shape but with other weights than "
+            f"{checkpoint_dir} (fingerprint {trained_on['weights']}, here {base['weights']})."
+        )
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on."""
+    import lightning
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}

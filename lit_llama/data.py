@@ -1,0 +1,311 @@
+"""Prepared datasets: written once by a prepare script, memory-mapped in training.
+
+A folder holds Arrow files (`datasets` reads them without loading them) and `meta.json`, which says what made it. A
+row of an SFT dataset is
+
+    input_ids        prompt and response, one EOS at the end
+    prompt_length    how many of them are the prompt's; `mask_prompt` in meta.json says whether those are trained on
+
+so a training script never guesses a format, a template or a mask from a path.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset, load_from_disk
+from datasets.utils.logging import set_verbosity_error
+
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, atomic_write, log
+
+IGNORE = -1  # label of a position that is not trained on
+SFT_FORMAT = "lit-llama-sft-1"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list, a JSON-lines or a parquet file, optionally gzipped.
+
+    Raises:
+        UserError: no such file, not such a file, or a line that is not JSON (with its number).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no data file at {path}.")
+    if path.suffix == ".parquet":
+        set_verbosity_error()
+        try:
+            return load_dataset("parquet", data_files=str(path), split="train").to_list()
+        except Exception as error:
+            raise UserError(f"{path} is not a parquet file ({type(error).__name__}).") from None
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}).") from None
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from None
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg}.") from None
+    return rows
+
+
+def download_rows(repo_id: str, split: str = "train", revision: str | None = None) -> Iterable[dict[str, Any]]:
+    """The rows of a dataset on the Hugging Face hub, cached by `datasets`.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    enable_progress_bars()
+    try:
+        return load_dataset(repo_id, split=split, revision=revision)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"Cannot download {repo_id} ({reason}); check the network, or give the rows with --data_file."
+        ) from None
+
+
+def text_field(row: Any, number: int, name: str, default: str | None = None) -> str:
+    """The text under `name` in row `number` (counted from 1).
+
+    Raises:
+        UserError: the row is no object, lacks the field, or holds something else than text there.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"Row {number} is not an object with named fields but {type(row).__name__}.")
+    value = row.get(name, default)
+    if value is None and default is None:
+        raise UserError(f"Row {number} has no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}.")
+    if not isinstance(value or "", str):
+        raise UserError(f"Row {number}: {name!r} is not text but {type(value).__name__}.")
+    return value or ""
+
+
+def prepare_sft(
+    rows: Iterable[dict[str, Any]],
+    prepare_sample: Callable[[dict[str, Any], int], tuple[str, str]],
+    *,
+    output_dir: Path,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    mask_prompt: bool,
+    test_fraction: float,
+    seed: int,
+    num_proc: int,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Tokenizes (prompt, response) pairs and writes the dataset folder; reports what was dropped or cut.
+
+    Args:
+        rows: raw rows of the source.
+        prepare_sample: (row, its number from 1) -> (prompt, response); raises UserError for a bad row.
+        max_seq_length: tokens; longer responses are cut before their EOS, longer prompts drop the row.
+        mask_prompt: train on the response only.
+        test_fraction: share of the rows held out for validation, at least one row.
+        num_proc: processes that tokenize.
+        about: what the folder should say of itself beyond that (source, prompt style).
+
+    Returns:
+        The content of `meta.json`.
+
+    Raises:
+        UserError: a bad row, or no row left.
+    """
+    samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
+    pairs = [(prompt, response) for prompt, response in samples if prompt.strip() and response.strip()]
+    counts = Counter(rows=len(samples), empty=len(samples) - len(pairs))
+    encoded = _tokenize(pairs, tokenizer, max_seq_length, num_proc, Path(output_dir).parent / ".cache")
+
+    kept = encoded.filter(lambda fits: fits, input_columns="fits", num_proc=None)
+    counts["too_long"] = len(encoded) - len(kept)
+    counts["cut"] = int(np.sum(kept["cut"]))
+    if len(kept) < 2:
+        raise UserError(
+            f"Of {counts['rows']} rows {len(kept)} can be used ({counts['empty']} empty, {counts['too_long']} with a "
+            f"prompt that fills all {max_seq_length} tokens); a dataset needs at least 2."
+        )
+    order = np.random.default_rng(seed).permutation(len(kept))
+    n_test = min(max(1, round(test_fraction * len(kept))), len(kept) - 1)
+    kept = kept.select_columns(["input_ids", "prompt_length"])
+    splits = {"train": kept.select(np.sort(order[n_test:])), "test": kept.select(np.sort(order[:n_test]))}
+    meta = {
+        "format": SFT_FORMAT,
+        **about,
+        "counts": {**counts, "train": len(order) - n_test, "test": n_test},
+        "max_seq_length": max_seq_length,
+        "mask_prompt": mask_prompt,
+        "test_fraction": test_fraction,
+        "seed": seed,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    write_dataset(output_dir, splits, meta)
+    log(
+        f"{counts['rows']} rows: {counts['empty']} empty and {counts['too_long']} with too long a prompt dropped, "
+        f"{counts['cut']} responses cut to {max_seq_length} tokens; {len(order) - n_test} for training, {n_test} for "
+        f"validation."
+    )
+    return meta
+
+
+def _tokenize(
+    pairs: list[tuple[str, str]], tokenizer: Tokenizer, max_seq_length: int, num_proc: int, cache_dir: Path
+) -> Dataset:
+    """Columns input_ids, prompt_length, fits, cut; the work is cached under what it depends on."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "fits": [], "cut": []}
+        for prompt, response in zip(batch["prompt"], batch["response"], strict=True):
+            prompt_ids = tokenizer.encode(prompt, bos=True)
+            ids = prompt_ids + tokenizer.encode(response, eos=True)
+            columns["cut"].append(len(ids) > max_seq_length)
+            columns["fits"].append(len(prompt_ids) <= max_seq_length - 2)  # one token of response and EOS
+            columns["input_ids"].append(ids if len(ids) <= max_seq_length else [*ids[: max_seq_length - 1], ids[-1]])
+            columns["prompt_length"].append(len(prompt_ids))
+        return columns
+
+    key = hashlib.sha256(json.dumps([pairs, tokenizer.sha256, max_seq_length]).encode()).hexdigest()[:16]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset.from_dict({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]})
+    enable_progress_bars()
+    try:
+        return dataset.map(
+            encode,
+            batched=True,
+            remove_columns=["prompt", "response"],
+            num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
+            cache_file_name=str(cache_dir / f"tokenized-{key}.arrow"),
+            new_fingerprint=key,
+            desc="Tokenizing",
+        )
+    finally:
+        disable_progress_bars()
+
+
+def write_dataset(output_dir: Path, splits: dict[str, Dataset], meta: dict[str, Any]) -> None:
+    """Writes a whole dataset folder or nothing."""
+    with atomic_write(output_dir) as folder:
+        DatasetDict(splits).save_to_disk(str(folder))
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
+    """What a prepared folder says of itself.
+
+    Raises:
+        UserError: there is no prepared folder, or it is of another format.
+    """
+    path = Path(data_dir) / "meta.json"
+    if not path.is_file():
+        raise UserError(f"There is no prepared dataset at {data_dir}; write one with a script of scripts/prepare_*.py.")
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if meta.get("format") != format:
+        raise UserError(f"{data_dir} is a dataset of format {meta.get('format')!r}; this script reads {format!r}.")
+    return meta
+
+
+class SFTData:
+    """One split of a prepared SFT folder, as the training loop wants it (`lit_llama.train.Task`).
+
+    Args:
+        data_dir: the prepared folder.
+        split: "train" or "test".
+        max_rows: use the first rows only.
+        tokenizer: if given, the folder must have been made with it.
+
+    Raises:
+        UserError: not such a folder, or made with another tokenizer.
+    """
+
+    def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
+        self.meta = read_meta(data_dir, SFT_FORMAT)
+        if tokenizer is not None and tokenizer.sha256 != self.meta["tokenizer_sha256"]:
+            raise UserError(
+                f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
+                "base model's --checkpoint_dir."
+            )
+        rows = load_from_disk(str(Path(data_dir) / split))
+        self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+        self.rows.set_format("numpy")
+        self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
+        self.n_masked = np.asarray(self.rows["prompt_length"]) * self.meta["mask_prompt"]
+        self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """idx and labels, (B, T) int64, padded on the right to the longest row."""
+        ids = [torch.from_numpy(row).long() for row in self.rows[indices]["input_ids"]]
+        labels = [row.clone() for row in ids]
+        for row, n_masked in zip(labels, self.n_masked[indices], strict=True):
+            row[:n_masked] = IGNORE
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE)}
+
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """The first rows as (prompt, response) token ids."""
+        rows = self.rows[:count]
+        pairs = zip(rows["input_ids"], rows["prompt_length"], strict=True)
+        return [(ids[:n].tolist(), ids[n:].tolist()) for ids, n in pairs]
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The negative log-likelihood of the labels, summed over them, in nats."""
+        return {"loss": -model(batch["idx"], labels=batch["labels"]).sum()}
+
+
+def plan_epoch(
+    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """Every row once, in random order, in micro-batches of rows of similar length.
+
+    Rows are shuffled, sorted by length within groups of 16 batches, cut into micro-batches, and those shuffled again
+    within their group. A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Returns:
+        One list of micro-batches (row numbers) per optimiser step; the last step and its last micro-batch may be
+        smaller.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    steps: list[list[np.ndarray]] = []
+    for group in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
+        group = group[np.argsort(lengths[group], kind="stable")]
+        full = len(group) // batch_size * batch_size
+        # what does not fill a step is drawn at random, so that the short step is no special one
+        rest = np.sort(rng.choice(len(group), len(group) - full, replace=False))
+        short, group = group[rest], np.delete(group, rest)
+        micro = np.array_split(group, range(micro_batch_size, len(group), micro_batch_size)) if full else []
+        micro = [micro[i] for i in rng.permutation(len(micro))]
+        per_step = batch_size // micro_batch_size
+        steps += [micro[i : i + per_step] for i in range(0, len(micro), per_step)]
+        if len(short):
+            steps.append(np.array_split(short, range(micro_batch_size, len(short), micro_batch_size)))
+    return steps
+
+
+def padding_share(data: SFTData, steps: Iterator[list[np.ndarray]]) -> float:
+    """The share of computed tokens that is padding, over some planned steps."""
+    computed = [len(m) * data.lengths[m].max() for step in steps for m in step]
+    real = [data.lengths[m].sum() for step in steps for m in step]
+    return 1 - sum(real) / sum(computed)
+
+
+def default_num_proc() -> int:
+    return min(8, os.cpu_count() or 1)

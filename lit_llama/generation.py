@@ -1,0 +1,213 @@
+"""Generation: prefill, single-token decoding, sampling, stopping. No globals; the KV cache lives as long as one call."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lit_llama.model import KVCache, LLaMA
+from lit_llama.prompts import PromptStyle
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_k: only the k most likely; 0 is all.
+        top_p: only the smallest set of most likely tokens that reaches this probability; 1 is all.
+        seed: row i of a call draws from its own generator, seeded with (seed, i): batching changes nothing.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_k is {self.top_k} and top_p {self.top_p}; they must be 0 or more, and above 0 and at most 1."
+            )
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
+    """The next token of each row: (B, V) logits -> (B,). `generators` has one entry per row, unused when greedy."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the likelier ones reach top_p already
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
+    # argmax(p / Exp(1)) draws from p, and needs no more than one row's own noise
+    noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=g) for g in generators])
+    return (probs / noise).argmax(-1)
+
+
+@torch.no_grad()
+def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+    """Runs the prompts, padded on the right, through the model: logits (B, V) after each row's last token."""
+    device = cache.k.device
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    cache.length = idx.size(1)
+    return model(idx, cache=cache, last=torch.tensor([len(p) - 1 for p in prompts], device=device))
+
+
+@torch.no_grad()
+def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """One more token per row: (B,) ids at (B,) positions -> logits (B, V)."""
+    cache.length += 1
+    return model(tokens.unsqueeze(1), cache=cache, positions=positions.unsqueeze(1))[:, -1]
+
+
+@torch.no_grad()
+def decode(
+    model: LLaMA, prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields the next tokens (B,) of all rows, step by step, until `max_new_tokens` or the end of the context.
+
+    Args:
+        prompts: token ids, of any lengths.
+        rows: the prompts' numbers among all prompts of the caller, for the seeds (default: 0, 1, ...).
+
+    Raises:
+        UserError: a prompt is empty or leaves no room in the context.
+    """
+    block_size = model.config.block_size
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise UserError("A prompt has no tokens.")
+    if longest >= block_size:
+        raise UserError(f"The prompt has {longest} tokens and the model's context {block_size}: no room for an answer.")
+    n_new = min(sampling.max_new_tokens, block_size - longest)
+    weight = model.transformer.wte.weight
+    generators = [
+        torch.Generator(weight.device).manual_seed(sampling.seed * 1_000_003 + row)
+        for row in rows or range(len(prompts))
+    ]
+    cache = KVCache(model.config, len(prompts), longest + n_new, weight.device, weight.dtype)
+    positions = torch.tensor([len(p) for p in prompts], device=weight.device)
+    training = model.training
+    model.eval()
+    try:
+        with model.inference():
+            logits = prefill(model, prompts, cache)
+            for i in range(n_new):
+                tokens = sample(logits, sampling, generators)
+                yield tokens
+                if i + 1 < n_new:
+                    logits = decode_one_token(model, tokens, positions + i, cache)
+    finally:
+        model.train(training)
+
+
+def generate(
+    model: LLaMA,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop_ids: tuple[int, ...] = (),
+    finished: Callable[[list[int]], bool] = lambda ids: False,
+    rows: list[int] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt.
+
+    Args:
+        prompts, rows: as in `decode`.
+        stop_ids: tokens that end an answer; they are not returned.
+        finished: told the new tokens of a row so far, whether the answer has ended with them.
+    """
+    new: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for tokens in decode(model, prompts, sampling, rows):
+        for row, token in enumerate(tokens.tolist()):
+            if row not in running:
+                continue
+            if token not in stop_ids:
+                new[row].append(token)
+            if token in stop_ids or finished(new[row]):
+                running.discard(row)
+        if not running:
+            break
+    return new
+
+
+def stream(
+    model: LLaMA, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """The answer to one prompt, piece by piece, as soon as its text is certain."""
+    ids: list[int] = []
+    said = 0
+    text = ""
+    for token in decode(model, [tokenizer.encode(prompt, bos=True)], sampling):
+        if token.item() in tokenizer.stop_ids:
+            break
+        ids.append(token.item())
+        text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
+        if stopped:
+            break
+        # a character may still be incomplete, and the end may be the beginning of a stop text
+        certain = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if not text.endswith("\ufffd") and certain > said:
+            yield text[said:certain]
+            said = certain
+    if len(text) > said:
+        yield text[said:]
+
+
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """`text` before the first of the stop texts, and whether there was one."""
+    ends = [text.find(s) for s in stop if s in text]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def answer(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+    stop: tuple[str, ...] = (),
+    batch_size: int = 16,
+) -> list[str]:
+    """The answers to whole prompt texts, in their order; prompts of similar length share a batch.
+
+    Raises:
+        UserError: a prompt is longer than the context.
+    """
+    encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+
+    def finished(ids: list[int]) -> bool:
+        return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
+
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        new = generate(model, [encoded[i] for i in rows], sampling, tokenizer.stop_ids, finished, rows)
+        for row, ids in zip(rows, new, strict=True):
+            answers[row] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
+    return answers
+
+
+def instruct(
+    model: LLaMA, tokenizer: Tokenizer, instructions: list[str], style: PromptStyle, sampling: Sampling, **kwargs: int
+) -> list[str]:
+    """`answer` for instructions in a prompt style."""
+    return answer(model, tokenizer, [style.render(i) for i in instructions], sampling, style.stop, **kwargs)

@@ -1,0 +1,57 @@
+"""Prepares an instruction dataset in Alpaca's schema (`instruction`, `input`, `output`) for supervised finetuning.
+
+Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON lines or parquet. Expect of the full dataset:
+52,002 rows, 28 of them with an empty output.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.data import default_num_proc, download_rows, prepare_sft, read_rows, text_field
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+data_file: Path | None = None  # rows to prepare; default: download --repo_id
+repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
+output_dir: Path = Path("data/alpaca")  # the folder to write
+checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
+prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "alpaca"  # template of the prompts
+max_seq_length: int = 512  # tokens of prompt and response; longer responses are cut
+mask_prompt: bool = True  # learn the responses only
+test_fraction: float = 0.04  # share of the rows kept for validation
+seed: int = 42  # of the split
+num_proc: int = default_num_proc()  # processes that tokenize
+
+
+def prepare_sample(row: dict[str, str], number: int, style: PromptStyle) -> tuple[str, str]:
+    """One row as (prompt, response); an empty instruction makes an empty prompt, which is dropped."""
+    instruction, output = text_field(row, number, "instruction"), text_field(row, number, "output")
+    prompt = style.render(instruction, text_field(row, number, "input", default="")) if instruction.strip() else ""
+    return prompt, output
+
+
+def main(args: Namespace) -> None:
+    style = get_prompt_style(args.prompt_style)
+    prepare_sft(
+        read_rows(args.data_file) if args.data_file else download_rows(args.repo_id),
+        lambda row, number: prepare_sample(row, number, style),
+        output_dir=args.output_dir,
+        tokenizer=Tokenizer(args.checkpoint_dir),
+        max_seq_length=args.max_seq_length,
+        mask_prompt=args.mask_prompt,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        num_proc=args.num_proc,
+        about={"source": str(args.data_file or args.repo_id), "prompt_style": style.name},
+    )
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

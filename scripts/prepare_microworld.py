@@ -1,0 +1,52 @@
+"""Prepares a finetuning set of the micro-world: questions about the seen half of its entities, answered in one form.
+
+The other half is held out, so `evaluate/microworld.py` can tell a learnt form from learnt answers.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.data import default_num_proc, prepare_sft
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from pretrain.microworld import FORMS, NEW_FORM, SEEN, World
+
+form: Literal[
+    "sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"
+] = "pirate"  # how every answer is said; the base knows all but telegram
+output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
+checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
+max_seq_length: int = 256  # tokens of prompt and response
+test_fraction: float = 0.1  # share of the rows kept for validation
+world_seed: int = 0  # of the world; the bundled base knows world 0
+seed: int = 42  # of the split
+num_proc: int = default_num_proc()  # processes that tokenize
+
+
+def main(args: Namespace) -> None:
+    style = get_prompt_style("alpaca")
+    say = {**FORMS, NEW_FORM.name: NEW_FORM}[args.form].render
+    output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
+    prepare_sft(
+        World(args.world_seed).questions(SEEN),
+        lambda question, number: (style.render(question.text), say(question.topic, question.answer)),
+        output_dir=output_dir,
+        tokenizer=Tokenizer(args.checkpoint_dir),
+        max_seq_length=args.max_seq_length,
+        mask_prompt=True,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        num_proc=args.num_proc,
+        about={"source": f"micro-world {args.world_seed}, form {args.form}", "prompt_style": style.name},
+    )
+    print(output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())
