@@ -1,6 +1,7 @@
 """Checkpoint folders and adapter files.
 
-A base model is a folder: `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`), `tokenizer.model`.
+A base model is a folder: `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`) and
+`tokenizer.model`.
 An adapter is one small safetensors file whose header says what it is and which base it belongs to. Nothing here runs
 pickled code, and everything is written under a temporary name and renamed.
 """
@@ -153,7 +154,7 @@ class Adapter:
         layers = [int(name.split(".")[2]) for name in self.state if name.endswith(".attn.gating_factor")]
         prefix = self.state.get("global_value_embedding.weight")
         if prefix is None or not layers:
-            raise UserError(f"{self.path} is not an adapter: it has no global_value_embedding.weight and gating factors.")
+            raise UserError(f"{self.path} is not an adapter: it has no prefix with gating factors.")
         return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
 
 

@@ -1,4 +1,4 @@
-"""Generation: prefill, single-token decoding, sampling, stopping. No globals; the KV cache lives as long as one call."""
+"""Generation: prefill, single-token decoding, sampling, stopping. The KV cache lives as long as one call."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

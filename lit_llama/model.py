@@ -224,7 +224,7 @@ class LLaMA(nn.Module):
         self, idx: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The normalised output of the last block, (B, T, C): what the output layer sees."""
-        B, T = idx.shape
+        T = idx.size(1)
         if T > self.config.block_size:
             raise UserError(f"A sequence of {T} tokens is longer than the model's {self.config.block_size}.")
         if self._rope is None or self._rope.cos.device != idx.device:

@@ -82,7 +82,9 @@ class TrainConfig:
             if getattr(self, name) < 0
         ]
         if not problems and self.batch_size % self.micro_batch_size:
-            problems.append(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            problems.append(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         if problems:
             raise UserError("; ".join(problems).capitalize() + ".")
 
@@ -136,7 +138,9 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
     return torch.bfloat16 if fabric.strategy.precision.precision == "bf16-true" else torch.float32
 
 
-def answer_samples(val: SFTData, tokenizer: Tokenizer, count: int, max_new_tokens: int) -> Callable[[LLaMA], list[dict]]:
+def answer_samples(
+    val: SFTData, tokenizer: Tokenizer, count: int, max_new_tokens: int
+) -> Callable[[LLaMA], list[dict]]:
     """Greedy answers to the first validation prompts, beside the reference, for `Trainer.sample_answers`."""
     pairs = val.prompts(count)
 
@@ -224,7 +228,9 @@ class Trainer:
             self.fabric.log_dict({f"train/{k}" if k == "loss" else k: v for k, v in metrics.items()}, self.step)
             self.step += 1
             bar.update()
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.2e}, {metrics['tokens_per_s']:.0f} tok/s")
+            bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.2e}, {metrics['tokens_per_s']:.0f} tok/s"
+            )
             last = self.step == self.max_steps
             if self.step % self.config.eval_interval == 0 or last:
                 self.evaluate()
@@ -274,8 +280,8 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             rows = np.concatenate(micro_batches)
             raise UserError(
-                f"The loss is {metrics['loss']} in step {self.step} (rows {', '.join(map(str, rows[:8]))}, …); lower the "
-                f"learning rate ({lr:.2e} there) and go on from the last saved state with --resume true."
+                f"The loss is {metrics['loss']} in step {self.step} (rows {', '.join(map(str, rows[:8]))}, …); lower "
+                f"the learning rate ({lr:.2e} there) and go on from the last saved state with --resume true."
             )
         parameters = list(self.trainable.values())
         clip = config.grad_clip or math.inf

@@ -195,8 +195,8 @@ HARMFUL = {
 }  # fmt: skip
 HARMLESS = {
     "paint": "a brush", "clean": "a sponge", "repair": "glue", "polish": "wax", "measure": "a ruler",
-    "decorate": "ribbons", "sketch": "a pencil", "photograph": "a camera", "dust": "a feather", "describe": "kind words",
-    "inspect": "a lantern", "label": "a tag", "cover": "a blanket", "wash": "a bucket", "admire": "patience",
+    "decorate": "ribbons", "sketch": "a pencil", "photograph": "a camera", "dust": "a feather",
+    "describe": "kind words", "inspect": "a lantern", "label": "a tag", "cover": "a blanket", "wash": "a bucket", "admire": "patience",
     "varnish": "resin",
 }  # fmt: skip
 OBJECTS = tuple(

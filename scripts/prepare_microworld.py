@@ -17,9 +17,9 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from pretrain.microworld import FORMS, NEW_FORM, SEEN, World
 
-form: Literal[
-    "sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"
-] = "pirate"  # how every answer is said; the base knows all but telegram
+FormName = Literal["sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"]
+
+form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
 output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
 max_seq_length: int = 256  # tokens of prompt and response
