@@ -196,8 +196,8 @@ HARMFUL = {
 HARMLESS = {
     "paint": "a brush", "clean": "a sponge", "repair": "glue", "polish": "wax", "measure": "a ruler",
     "decorate": "ribbons", "sketch": "a pencil", "photograph": "a camera", "dust": "a feather",
-    "describe": "kind words", "inspect": "a lantern", "label": "a tag", "cover": "a blanket", "wash": "a bucket", "admire": "patience",
-    "varnish": "resin",
+    "describe": "kind words", "inspect": "a lantern", "label": "a tag", "cover": "a blanket", "wash": "a bucket",
+    "admire": "patience", "varnish": "resin",
 }  # fmt: skip
 OBJECTS = tuple(
     f"the {thing}"
