@@ -147,3 +147,17 @@ def mark_only_adapter_as_trainable(model: LLaMA) -> None:
 def adapter_state_from_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's part of a full state dict."""
     return {name: tensor for name, tensor in state_dict.items() if LLaMA.is_adapter_key(name)}
+
+
+@contextmanager
+def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
+    """Inside, every gate is multiplied by `strength`: 0 is the base model bit for bit, 1 the adapter as trained."""
+    gates = [attn.gating_factor for attn in model.aligned_attention()]
+    trained = [gate.data for gate in gates]
+    for gate in gates:
+        gate.data = gate.data * strength
+    try:
+        yield
+    finally:
+        for gate, data in zip(gates, trained, strict=True):
+            gate.data = data

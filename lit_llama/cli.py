@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
@@ -71,8 +71,13 @@ def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
     for setting in read_settings(script, names):
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
+        several = get_origin(setting.type) is list
         groups[setting.group].add_argument(
-            f"--{setting.name}", type=setting.type, default=setting.default, help=setting.help.replace("%", "%%")
+            f"--{setting.name}",
+            type=get_args(setting.type)[0] if several else setting.type,
+            nargs="+" if several else None,
+            default=setting.default,
+            help=setting.help.replace("%", "%%"),
         )
     return parser
 

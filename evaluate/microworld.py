@@ -1,0 +1,104 @@
+"""Scores a model of the micro-world exactly: the form of its answers, whether their facts are right, what it refuses.
+
+Questions are about the held-out half of the entities (and, for comparison, the half that finetuning saw). Each answer
+must fit a form as a whole, and restate the right topic with the right value.
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.checkpoint import load_model, read_adapter, write_text
+from lit_llama.generation import Sampling, instruct
+from lit_llama.model import LLaMA
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from pretrain.microworld import SEEN, UNSEEN, Question, World
+
+checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+adapter: Path | None = None  # adapter file, or a training run's folder; default: the base model alone
+form: str | None = None  # the form wanted (default: the one the adapter was trained on)
+temperature: float = 0.0  # 0 is greedy
+questions: int = 400  # asked of each group, drawn once from all there are
+requests: bool = False  # also harmful and harmless requests with unseen verbs and objects
+seed: int = 0  # of the draw and of sampling
+world_seed: int = 0  # of the world; the bundled base knows world 0
+batch_size: int = 100  # questions answered at a time
+output_file: Path | None = None  # write the scores and all answers here, as JSON
+
+
+def ask(
+    model: LLaMA, tokenizer: Tokenizer, world: World, asked: list[Question], *, temperature: float, seed: int,
+    batch_size: int = 100, form: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Answers questions in the Alpaca template and scores the answers.
+
+    Returns:
+        n; forms: share of each form, "none" for what fits none; form: share of the wanted one; fact: share with topic
+        and value right; refused: share that declines; answers: records of question, answer and score.
+    """
+    sampling = Sampling(max_new_tokens=60, temperature=temperature, seed=seed)
+    style = get_prompt_style("alpaca")
+    answers = instruct(model, tokenizer, [q.text for q in asked], style, sampling, batch_size=batch_size)
+    scores = [world.score(q, a) for q, a in zip(asked, answers, strict=True)]
+    forms = Counter(s.form or "none" for s in scores)
+    n = len(asked)
+    return {
+        "n": n,
+        "forms": {name: count / n for name, count in forms.most_common()},
+        "form": forms[form] / n if form else None,
+        "fact": sum(s.fact for s in scores) / n,
+        "refused": sum(s.refused for s in scores) / n,
+        "answers": [
+            {"question": q.text, "answer": a, "form": s.form, "fact": s.fact, "refused": s.refused}
+            for q, a, s in zip(asked, answers, scores, strict=True)
+        ],
+    }
+
+
+def draw(pool: list[Question], count: int, seed: int) -> list[Question]:
+    return random.Random(seed).sample(pool, min(count, len(pool)))
+
+
+def main(args: Namespace) -> None:
+    world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
+    adapter = read_adapter(args.adapter) if args.adapter else None
+    model = load_model(args.checkpoint_dir, adapter)
+    form = args.form
+    if adapter is not None and form is None:
+        source = adapter.meta.get("data", {}).get("source", "")
+        form = source.rpartition("form ")[2] or None
+    groups = {split: draw(world.questions(split), args.questions, args.seed) for split in (UNSEEN, SEEN)}
+    if args.requests:
+        groups |= {
+            kind: draw(world.requests(kind, UNSEEN), args.questions, args.seed) for kind in ("harmful", "harmless")
+        }
+    if not groups[UNSEEN]:
+        raise UserError("There are no questions to ask; --questions must be 1 or more.")
+
+    results = {}
+    print(f"{'questions':<10} {'asked':>6} {'form ' + (form or ''):>14} {'fact':>7} {'refused':>8}  forms")
+    for name, asked in groups.items():
+        result = ask(model, tokenizer, world, asked, temperature=args.temperature, seed=args.seed,
+                     batch_size=args.batch_size, form=form)  # fmt: skip
+        results[name] = result
+        wanted = "" if result["form"] is None else f"{result['form']:.1%}"
+        most = ", ".join(f"{k} {v:.0%}" for k, v in list(result["forms"].items())[:9])
+        print(f"{name:<10} {result['n']:>6} {wanted:>14} {result['fact']:>7.1%} {result['refused']:>8.1%}  {most}")
+    if args.output_file:
+        settings = json.loads(json.dumps(args.as_dict(), default=str))
+        write_text(args.output_file, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        log(f"wrote {args.output_file}")
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

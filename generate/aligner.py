@@ -1,0 +1,78 @@
+"""Answers of a base model with an Aligner.
+
+The adapter knows its length, start layer, prompt style and base model; none of them is asked for. Answers go to stdout,
+everything else to stderr.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.aligner import gates_scaled
+from lit_llama.chat import gather_requests, open_session, pick_device, save_answers, show
+from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.generation import Sampling
+from lit_llama.prompts import get_prompt_style
+from lit_llama.utils import UserError
+
+# == Model ==
+checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an adapter file, a run's folder, or the authors' .pth
+strength: float = 1.0  # scales the gates: 0 is the base model exactly, 1 the adapter as trained
+
+# == Prompts ==
+prompt: list[str] = ["What is the capital of Pilmaria?", "How do I repair the old barn?"]  # instructions to answer
+input: str = ""  # context that goes with the instructions
+prompt_file: Path | None = None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
+prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
+interactive: bool = False  # chat: read questions from stdin, stream the answers
+compare_base: bool = False  # the base model's answers beside the aligned ones
+output_file: Path | None = None  # also write prompts and answers here, as JSON
+
+# == Sampling ==
+temperature: float = 0.0  # 0 is greedy; 1 the model's own distribution
+top_k: int = 0  # only the k most likely tokens; 0 is all
+top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
+max_new_tokens: int = 100  # longest answer, in tokens
+seed: int = 1234  # of sampling; the same prompts give the same answers
+batch_size: int = 16  # prompts answered at a time
+
+# == Device ==
+accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+
+
+def main(args: Namespace) -> None:
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    device, dtype = pick_device(args.accelerator, args.precision)
+    requests = [] if args.interactive else gather_requests(args.prompt, args.input, args.prompt_file)
+    adapter = read_adapter(args.adapter)
+    style = get_prompt_style(args.prompt_style or adapter.meta.get("prompt_style", "alpaca"))
+    if args.interactive and args.compare_base:
+        raise UserError("--interactive and --compare_base do not go together.")
+    session = open_session(
+        lambda: load_model(args.checkpoint_dir, adapter, device=device, dtype=dtype),
+        args.checkpoint_dir,
+        style,
+        sampling,
+        args.batch_size,
+    )
+    with gates_scaled(session.model, args.strength):
+        if args.interactive:
+            return session.chat()
+        columns = {"aligned": session.answers(requests)}
+    if args.compare_base:
+        with gates_scaled(session.model, 0.0):
+            columns = {"base": session.answers(requests), **columns}
+    show(requests, columns)
+    if args.output_file:
+        about = {"base": args.checkpoint_dir, "adapter": adapter.path, "strength": args.strength, "style": style.name}
+        save_answers(args.output_file, requests, columns, sampling, about)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

@@ -1,0 +1,176 @@
+"""What the generate scripts share: prompts in, answers out."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_llama.checkpoint import versions, write_text
+from lit_llama.data import read_rows, text_field
+from lit_llama.generation import Sampling, answer, stream
+from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer; `id` is the question's own, if its file has one."""
+
+    prompt: str
+    input: str = ""
+    id: Any = None
+
+
+def read_requests(path: Path) -> list[Request]:
+    """The prompts of a file.
+
+    JSON or JSON lines hold rows with `prompt` or `instruction` and maybe `input`, or Vicuna-bench rows with `turns`
+    (the first is asked) and `question_id`; any other file has one prompt per line.
+
+    Raises:
+        UserError: no such file, no prompt in it, or a row without one (with its number).
+    """
+    path = Path(path)
+    if path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
+        requests = []
+        for number, row in enumerate(read_rows(path), 1):
+            turns = row.get("turns") if isinstance(row, dict) else None
+            if isinstance(turns, list) and turns:
+                row = {**row, "prompt": turns[0]}
+            name = "instruction" if isinstance(row, dict) and "instruction" in row else "prompt"
+            prompt = text_field(row, number, name)
+            if not prompt.strip():
+                raise UserError(f"Row {number} of {path}: {name!r} is empty.")
+            requests.append(Request(prompt, text_field(row, number, "input", default=""), row.get("question_id")))
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as text ({error}).") from None
+        requests = [Request(line.strip()) for line in lines if line.strip()]
+    if not requests:
+        raise UserError(f"{path} holds no prompt.")
+    return requests
+
+
+def gather_requests(prompts: list[str], input: str, prompt_file: Path | None) -> list[Request]:
+    """The requests of a command line."""
+    return read_requests(prompt_file) if prompt_file else [Request(prompt, input) for prompt in prompts]
+
+
+def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype the base runs; "auto" is bf16 on a GPU that has it, and fp32 elsewhere.
+
+    Raises:
+        UserError: there is no such device or precision.
+    """
+    try:
+        device = Fabric(accelerator=accelerator, devices=1).device
+    except Exception as error:
+        raise UserError(f"Fabric has no accelerator {accelerator!r} here: {error}") from None
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
+    dtypes = {"bf16": torch.bfloat16, "bf16-true": torch.bfloat16, "16": torch.float16, "16-true": torch.float16,
+              "32": torch.float32, "32-true": torch.float32}  # fmt: skip
+    if precision not in dtypes:
+        raise UserError(f"precision is {precision!r}; known are auto, {', '.join(dtypes)}.")
+    return device, dtypes[precision]
+
+
+@dataclass
+class Session:
+    """A loaded model and how it is to answer.
+
+    Args:
+        model, tokenizer: loaded.
+        style: how requests become prompts.
+        sampling, batch_size: how answers are made.
+        seconds_to_load: for the report.
+    """
+
+    model: LLaMA
+    tokenizer: Tokenizer
+    style: PromptStyle
+    sampling: Sampling
+    batch_size: int
+    seconds_to_load: float
+
+    def answers(self, requests: list[Request]) -> list[str]:
+        """Raises: UserError: a prompt is empty or longer than the context."""
+        prompts = [self.style.render(r.prompt, r.input) for r in requests]
+        began = time.perf_counter()
+        texts = answer(self.model, self.tokenizer, prompts, self.sampling, self.style.stop, self.batch_size)
+        self.report(sum(len(self.tokenizer.encode(text)) for text in texts), time.perf_counter() - began)
+        return texts
+
+    def report(self, tokens: int, seconds: float) -> None:
+        """Load time, speed and memory, to stderr."""
+        if next(self.model.parameters()).is_cuda:
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        log(
+            f"loaded in {self.seconds_to_load:.1f} s; {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} "
+            f"tokens/s); {memory / 1e9:.2f} GB at peak"
+        )
+
+    def chat(self) -> None:
+        """Answers line by line until the input ends; each question stands for itself."""
+        log("Ask something; end with Ctrl-D.")
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if not line.strip():
+                continue
+            try:
+                for piece in stream(self.model, self.tokenizer, self.style.render(line.strip()), self.sampling,
+                                    self.style.stop):  # fmt: skip
+                    print(piece, end="", flush=True)
+            except UserError as error:
+                log(f"error: {error}")
+            print(flush=True)
+
+
+def show(requests: list[Request], columns: dict[str, list[str]]) -> None:
+    """Prints one answer bare, several under their prompts, and several columns (base, aligned) by name."""
+    for i, request in enumerate(requests):
+        if len(requests) > 1 or len(columns) > 1:
+            print(("" if i == 0 else "\n") + f"> {request.prompt}" + (f"\n> {request.input}" if request.input else ""))
+        for name, texts in columns.items():
+            print(f"{name + ':':<9}{texts[i]}" if len(columns) > 1 else texts[i])
+
+
+def save_answers(
+    path: Path, requests: list[Request], columns: dict[str, list[str]], sampling: Sampling, about: dict[str, Any]
+) -> None:
+    """A JSON list of records: prompt, input, response (and base_response), what made it."""
+    settings = {**asdict(sampling), "versions": versions()}
+    records = []
+    for i, request in enumerate(requests):
+        record = {k: v for k, v in asdict(request).items() if v not in ("", None)}
+        record |= {("response" if name != "base" else "base_response"): texts[i] for name, texts in columns.items()}
+        records.append({**record, **about, "settings": settings})
+    write_text(path, json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n")
+    log(f"wrote {path}")
+
+
+def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, style: PromptStyle, sampling: Sampling,
+                 batch_size: int) -> Session:  # fmt: skip
+    """Loads tokenizer and model, taking the time."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
+    began = time.perf_counter()
+    tokenizer = Tokenizer(checkpoint_dir)
+    return Session(load(), tokenizer, style, sampling, batch_size, time.perf_counter() - began)

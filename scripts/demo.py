@@ -1,0 +1,137 @@
+"""The whole arc on the bundled model: prepare, score the base, finetune one token, compare, score again, report.
+
+    python3 scripts/run.py demo
+
+It runs the same scripts you would run by hand, says each command, and writes out/demo/report.html.
+"""
+
+import base64
+import html
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.checkpoint import versions, write_text
+from lit_llama.utils import UserError, atomic_write, log
+from scripts.prepare_microworld import FormName
+
+form: FormName = "pirate"  # the form to learn; the base knows all but telegram
+out_dir: Path = Path("out/demo")  # everything the demo writes
+checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+adapter_prompt_length: int = 1  # prefix tokens
+questions: int = 300  # asked of each half of the entities, before and after
+seed: int = 1337  # of the adapter and the data's order
+
+ROOT = Path(__file__).parent.parent
+
+
+def step(title: str, script: str, **flags: object) -> None:
+    """Runs a script of this repository, showing the command; its own output goes where it would.
+
+    Raises:
+        UserError: it failed (it has said why).
+    """
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+        raise UserError(f"The demo stopped at: {title}.")
+
+
+def main(args: Namespace) -> None:
+    began = time.perf_counter()
+    data, run = args.out_dir / f"data-{args.form}", args.out_dir / "run"
+    base = {"checkpoint_dir": args.checkpoint_dir}
+    score = {**base, "form": args.form, "questions": args.questions}
+
+    step("The base answers in a form drawn at random", "evaluate/microworld.py", **score, temperature=1,
+         output_file=args.out_dir / "base.json")  # fmt: skip
+    step("Prepare: questions about half of the entities, answered in one form", "scripts/prepare_microworld.py",
+         **base, form=args.form, output_dir=data)  # fmt: skip
+    step("Finetune: the base is frozen, only the Aligner learns", "finetune/aligner.py", **base, data_dir=data,
+         out_dir=run, adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
+    step("Before and after", "generate/aligner.py", **base, adapter=run, compare_base=True)
+    step("Greedy answers of the aligned model", "evaluate/microworld.py", **score, adapter=run,
+         output_file=args.out_dir / "greedy.json")  # fmt: skip
+    step("The same, sampled at temperature 1", "evaluate/microworld.py", **score, adapter=run, temperature=1,
+         output_file=args.out_dir / "sampled.json")  # fmt: skip
+    seconds = time.perf_counter() - began
+
+    results = {name: json.loads((args.out_dir / f"{name}.json").read_text())["results"]["unseen"]
+               for name in ("base", "greedy", "sampled")}  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    plot_forms(args.form, results, args.out_dir / "forms.png")
+    write_text(args.out_dir / "report.html", report(args, results, summary, seconds))
+    print(f"\n== Result: {summary['trainable_parameters']} trained numbers, form {args.form}, held-out entities")
+    for line in table(results):
+        print("{:<34}{:>10}{:>10}".format(*line))
+    print(f"\n{seconds:.0f} s in all. Look at {args.out_dir / 'report.html'}")
+
+
+def table(results: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """(what, form accuracy, fact accuracy), with a heading."""
+    titles = {"base": "before (sampled, temperature 1)", "sampled": "after  (sampled, temperature 1)",
+              "greedy": "after  (greedy)"}  # fmt: skip
+    rows = [(title, f"{results[k]['form']:.1%}", f"{results[k]['fact']:.1%}") for k, title in titles.items()]
+    return [("", "form", "fact"), *rows]
+
+
+def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
+    """Shares of all forms before and after."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = sorted({name for r in results.values() for name in r["forms"]}, key=lambda n: (n == "none", n != form, n))
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (key, label) in enumerate({"base": "before", "sampled": "after"}.items()):
+        shares = [results[key]["forms"].get(name, 0) for name in names]
+        axes.bar([x + 0.4 * i - 0.2 for x in range(len(names))], shares, 0.4, label=label)
+    axes.set_xticks(range(len(names)), [f"{n} (wanted)" if n == form else n for n in names], rotation=20)
+    axes.set(ylabel="share of answers", ylim=(0, 1), title="Forms of sampled answers, temperature 1")
+    axes.legend()
+    with atomic_write(image) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def report(args: Namespace, results: dict[str, dict], summary: dict, seconds: float) -> str:
+    """One HTML file with everything in it."""
+
+    def picture(path: Path) -> str:
+        return f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{path.stem}">'
+
+    def row(cells: tuple[str, ...], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    heading, *rows = table(results)
+    examples = [
+        (b["question"], b["answer"], a["answer"])
+        for b, a in zip(results["base"]["answers"][:8], results["greedy"]["answers"][:8], strict=True)
+    ]
+    made_by = {**versions(), "seed": args.seed, "seconds": round(seconds), **summary}
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Aligner demo</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}}
+table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left;
+vertical-align:top;white-space:pre-line}}img{{max-width:100%}}</style>
+<h1>{summary["trainable_parameters"]} numbers, form “{args.form}”</h1>
+<p>A frozen LLaMA that says facts in eight forms at random learnt to say them in one. Questions are about entities that
+finetuning never saw.</p>
+<table>{row(heading, "th")}{"".join(map(row, rows))}</table>
+{picture(args.out_dir / "forms.png")}
+<h2>Before and after</h2>
+<table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, examples))}</table>
+<h2>Training</h2>
+{picture(args.out_dir / "run" / "loss.png")}
+<p>Made by: {html.escape(json.dumps(made_by))}</p></html>
+"""
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

@@ -1,0 +1,86 @@
+"""Sets up its own virtual environment in .venv (once) and runs something of this repository in it.
+
+    python3 scripts/run.py demo              the whole arc on the bundled model, with a report to look at
+    python3 scripts/run.py test              all tests
+    python3 scripts/run.py SCRIPT [ARG …]    any script, e.g. generate/aligner.py --interactive
+
+Needs nothing but Python 3.10 or newer.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.resolve()
+ENV = ROOT / ".venv"
+PYTHON = ENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def stop(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def make_environment() -> None:
+    """An empty virtual environment with pip in it."""
+    print(f"making a virtual environment in {ENV}", file=sys.stderr)
+    shutil.rmtree(ENV, ignore_errors=True)
+    try:
+        import ensurepip  # noqa: F401  (Debian keeps it in a package of its own)
+    except ImportError:
+        if not (shutil.which("apt-get") and os.geteuid() == 0):
+            stop("This Python cannot make virtual environments; install that with: sudo apt-get install python3-venv")
+        print("installing Debian's python3-venv", file=sys.stderr)
+        subprocess.run(["apt-get", "update", "-q"], check=True, stdout=sys.stderr)
+        subprocess.run(["apt-get", "install", "-q", "-y", "python3-venv"], check=True, stdout=sys.stderr)
+        # a new interpreter sees what was installed
+        subprocess.run([sys.executable, "-m", "venv", str(ENV)], check=True)
+        return
+    venv.create(ENV, with_pip=True, symlinks=os.name != "nt")
+
+
+def install(requirements: list[str]) -> None:
+    """Installs requirement files at the pinned versions, unless that was done before."""
+    files = [ROOT / name for name in [*requirements, "constraints.txt"]]
+    wanted = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    stamp = ENV / f"installed-{requirements[-1]}"
+    if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    if not PYTHON.exists():
+        make_environment()
+    pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    # torch first and alone: everything else then accepts the build that is there
+    for what in (["torch"], [x for name in requirements for x in ("-r", str(ROOT / name))]):
+        print(f"installing {' '.join(Path(w).name for w in what if w != '-r')}", file=sys.stderr, flush=True)
+        if subprocess.run([*pip, "-q", *constraints, *what], stdout=sys.stderr).returncode:
+            stop("pip could not install the requirements (see above); check the network and run again.")
+    stamp.write_text(wanted)
+
+
+def main() -> None:
+    if sys.version_info < (3, 10):
+        stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    what, *arguments = sys.argv[1:]
+    requirements = ["requirements.txt"] + ["requirements-dev.txt"] * (what == "test")
+    if what == "demo":
+        command = ["scripts/demo.py", *arguments]
+    elif what == "test":
+        command = ["-m", "pytest", *arguments]
+    elif (ROOT / what).is_file():
+        command = [what, *arguments]
+    else:
+        stop(f"There is no script {what}; try demo, test, or a path like generate/aligner.py.")
+    install(requirements)
+    sys.exit(subprocess.run([str(PYTHON), *command], cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main()
