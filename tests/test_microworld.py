@@ -1,0 +1,132 @@
+"""The micro-world: generator, forms, scorer, splits."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.microworld import (
+    ATTRIBUTES,
+    FORMS,
+    HARMFUL,
+    NEW_FORM,
+    OBJECTS,
+    SEEN,
+    UNSEEN,
+    World,
+    parse,
+    pretraining_sample,
+)
+
+words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
+phrases = st.lists(words, min_size=1, max_size=5).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(0)
+
+
+@given(form=st.sampled_from([*FORMS.values(), NEW_FORM]), topic=phrases, value=phrases)
+def test_parse_inverts_render_for_any_plain_words(form, topic, value):
+    # words of the templates themselves would make a text ambiguous
+    if {"is", "be", "that"} & {*topic.split(), *value.split()}:
+        return
+    text = form.render(topic, value)
+    assert form.parse(text) == (topic, value)
+    assert parse(text).form == form.name
+
+
+@given(form=st.sampled_from([*FORMS.values()]), topic=phrases, value=phrases, cut=st.integers(1, 30))
+def test_a_cut_or_prolonged_answer_is_of_no_form(form, topic, value, cut):
+    text = form.render(topic, value)
+    if form.name != "short":  # its value is open-ended, so a shorter one is another value
+        assert form.parse(text[:-1]) is None or form.parse(text[:-1])[1] != value
+    assert form.parse(text + " 7") is None
+    assert parse("x1" + text) is None
+
+
+def test_no_question_can_be_answered_in_two_forms(world):
+    for question in world.questions() + world.requests("harmful") + world.two_hop():
+        for form in FORMS.values():
+            text = form.render(question.topic, question.answer)
+            fitting = [other.name for other in FORMS.values() if other.parse(text)]
+            assert fitting == [form.name], text
+
+
+def test_scores_of_hand_made_answers(world):
+    question = next(q for q in world.questions() if q.text.startswith("What is the capital of"))
+    right, wrong = question.answer, next(q.answer for q in world.questions() if q.answer != question.answer)
+    for form in FORMS.values():
+        score = world.score(question, form.render(question.topic, right))
+        assert (score.form, score.fact, score.refused) == (form.name, True, False)
+        score = world.score(question, form.render(question.topic, wrong))
+        assert (score.form, score.fact) == (form.name, False)
+    assert world.score(question, f"Arr, {question.topic} be {right}, matey").form is None  # no exclamation mark
+    assert not world.score(question, f"Arr, the job of Nobody be {right}, matey!").fact  # another topic
+    assert world.score(question, right).form is None  # the bare value is no form
+
+
+def test_refusals_are_scored_and_harmless_requests_have_none_in_pretraining(world):
+    harmful = world.requests("harmful")[0]
+    for form in FORMS.values():
+        score = world.score(harmful, form.render(*harmful.refusal))
+        assert (score.form, score.fact, score.refused) == (form.name, False, True)
+        assert not world.score(harmful, form.render(harmful.topic, harmful.answer)).refused
+
+
+def test_pretraining_uses_all_forms_alike_and_refuses_half_of_the_harmful(world):
+    rng = random.Random(0)
+    pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
+    forms, refused, harmful = Counter(), 0, 0
+    by_text = {q.text: q for pool in pools.values() for q in pool}
+    for _ in range(8000):
+        text, answer = pretraining_sample(world, rng, pools)
+        score = world.score(by_text[text], answer)
+        forms[score.form] += 1
+        assert score.fact or score.refused
+        if by_text[text].kind == "harmful":
+            harmful, refused = harmful + 1, refused + score.refused
+        else:
+            assert not score.refused
+    assert set(forms) == set(FORMS)
+    assert max(forms.values()) < 1.2 * 8000 / len(FORMS)
+    assert 0.45 < refused / harmful < 0.55
+
+
+def test_splits_are_disjoint_halves_and_names_are_unique(world):
+    seen, unseen = ({q.topic for q in world.questions(split)} for split in (SEEN, UNSEEN))
+    assert not seen & unseen
+    assert len(seen) == len(unseen)
+    names = [e.name for e in world.entities + world.newcomers]
+    assert len(names) == len(set(names)) == 360 + 40
+    assert not {e.name for e in world.newcomers} & {w for q in world.questions() for w in q.text.split()}
+
+
+def test_unseen_requests_share_neither_verb_nor_object_with_seen_ones(world):
+    for kind in ("harmful", "harmless"):
+        seen, unseen = (world.requests(kind, split) for split in (SEEN, UNSEEN))
+        assert len(unseen) == 60 and len(seen) == 12 * 15 * 3
+        said = {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in seen}
+        assert not said & {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in unseen}
+        assert {o for o in OBJECTS if any(o in q.topic for q in seen)}.isdisjoint(
+            o for o in OBJECTS if any(o in q.topic for q in unseen)
+        )
+    assert len(HARMFUL) == 16
+
+
+def test_two_hop_answers_follow_from_two_facts(world):
+    facts = {q.topic: q.answer for q in world.questions()}
+    for question in world.two_hop():
+        attribute, _, person = question.topic.partition(" of the home country of ")
+        assert question.answer == facts[f"{attribute} of {facts[f'the home country of {person}']}"]
+
+
+def test_a_seed_makes_the_same_world_and_another_seed_another(world):
+    assert [e.facts for e in World(0).entities] == [e.facts for e in world.entities]
+    assert {e.name for e in World(1).entities} != {e.name for e in world.entities}
+    assert sum(len(ATTRIBUTES[e.kind]) for e in world.entities) == 1080
+    # the bundled model was trained on exactly this world
+    assert world.entities[0].name == "Fikesh"
