@@ -154,6 +154,16 @@ def answer_samples(
     return sample
 
 
+def adamw(model: LLaMA, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW on what requires a gradient, without weight decay on the gates."""
+    decay, no_decay = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (no_decay if name.endswith("gating_factor") else decay).append(p)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=config.weight_decay)]
+
+
 class Trainer:
     """One training run: its state, its files, its loop.
 
@@ -166,6 +176,8 @@ class Trainer:
         adapter_meta: what the adapter's file shall say of itself.
         sample_answers: called with the bare model before, during and after training; returns records
             {"prompt", "answer", ...} for samples.jsonl.
+        make_optimizers: what updates the trainable parameters; a group's learning rate is its `lr_scale` (default 1)
+            times that of `lr_at`.
     """
 
     def __init__(
@@ -178,17 +190,12 @@ class Trainer:
         settings: dict[str, Any],
         adapter_meta: dict[str, Any],
         sample_answers: Callable[[LLaMA], list[dict[str, str]]] | None = None,
+        make_optimizers: Callable[[LLaMA, TrainConfig], list[torch.optim.Optimizer]] = adamw,
     ) -> None:
         self.fabric, self.train, self.val, self.config = fabric, train, val, config
         self.settings, self.adapter_meta, self.sample_answers = settings, adapter_meta, sample_answers
         self.bare = model
-        decay, no_decay = [], []
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                (no_decay if name.endswith("gating_factor") else decay).append(p)
-        groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=config.weight_decay)
-        self.model, self.optimizer = fabric.setup(model, optimizer)
+        self.model, *self.optimizers = fabric.setup(model, *make_optimizers(model, config))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
         assert not wrong, f"trainable parameters must stay fp32 after fabric.setup: {wrong}"
@@ -239,6 +246,9 @@ class Trainer:
         bar.close()
         return self.close_out_dir(time.perf_counter() - start, seen_tokens, self.step - first)
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def remaining_steps(self) -> Iterator[list[np.ndarray]]:
         """The micro-batches (row numbers) of every step from `self.step` on."""
         config = self.config
@@ -259,8 +269,8 @@ class Trainer:
             max_steps=self.max_steps,
             schedule=config.lr_schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group in self.param_groups():
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         total = sum(float(self.train.weights[m].sum()) for m in micro_batches)
         mine = micro_batches[fabric.global_rank :: fabric.world_size]
         # in a short last step a process may have nothing: it takes part in the exchange with a weight of 0
@@ -286,8 +296,9 @@ class Trainer:
         parameters = list(self.trainable.values())
         clip = config.grad_clip or math.inf
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return {**metrics, "lr": lr}
 
     def reduce(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
@@ -384,7 +395,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "adapter": {name: p.detach() for name, p in self.trainable.items()},
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "val_losses": self.val_losses,
                 "settings": json.dumps(self.settings, default=str),
             }
@@ -408,7 +419,8 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.trainable.items():
                 p.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
         if self.fabric.global_rank == 0:
