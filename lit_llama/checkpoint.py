@@ -41,9 +41,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         state = _load_pickle(path)
-    except (SafetensorError, Exception) as error:
-        if isinstance(error, UserError):
-            raise
+    except Exception:  # each format has its own
         raise UserError(f"{path} is not a checkpoint: {_what_is(path)}.") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path} is not a checkpoint: it holds something else than named tensors.")
@@ -61,15 +59,15 @@ def _load_pickle(path: Path) -> Any:
 
 def _what_is(path: Path) -> str:
     """A phrase for a file that should have been a checkpoint."""
-    head = path.open("rb").read(60)
+    with path.open("rb") as file:
+        head = file.read(40)
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`"
-    if head[:1] in b"{[" and head[1:2] != b"\x00":
-        return f"it is JSON text, beginning {head[:40].decode('utf-8', 'replace')!r}"
-    if head.isascii() and head.decode().isprintable():
-        return f"it is text, beginning {head[:40].decode()!r}"
+    text = head.decode("utf-8", "ignore")
+    if all(c.isprintable() or c.isspace() for c in text) and len(text.encode()) > len(head) - 4:
+        return f"it is {'JSON ' if text.lstrip()[:1] in ('{', '[') else ''}text, beginning {text!r}"
     return "it is damaged or cut short, or it would run code when loaded"
 
 
@@ -108,7 +106,10 @@ def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
     """What ties an adapter to its base: the configuration and a hash of a few small tensors.
 
     All norm scales and the first rows of three matrices are read, in bf16, so that the hash costs nothing at 13 GB
-    and a base converted to another dtype stays the same base.
+    and a base converted to fp32 or bf16 stays the same base. (An fp32 base cut to fp16 does not: it is rounded twice.)
+
+    Raises:
+        UserError: the folder is no checkpoint.
     """
     config = model.LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
     names = [f"transformer.h.{i}.rms_{n}.scale" for i in range(config.n_layer) for n in (1, 2)]
@@ -183,7 +184,11 @@ def read_adapter(path: Path) -> Adapter:
     state, meta = read_state(path), {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(META_KEY, "{}"))
+            header = (file.metadata() or {}).get(META_KEY, "{}")
+        try:
+            meta = json.loads(header)
+        except json.JSONDecodeError:
+            raise UserError(f"{path} has a damaged header: its entry {META_KEY!r} is not JSON.") from None
     adapter = Adapter(state, meta, path)
     if adapter.method not in METHODS:
         raise UserError(f"{path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")

@@ -13,18 +13,21 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset, load_from_disk
-from datasets.utils.logging import set_verbosity_error
 
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, atomic_write, log, unwritable
 
 IGNORE = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
@@ -40,16 +43,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"There is no data file at {path}.")
     if path.suffix == ".parquet":
-        set_verbosity_error()
         try:
-            return load_dataset("parquet", data_files=str(path), split="train").to_list()
-        except Exception as error:
-            raise UserError(f"{path} is not a parquet file ({type(error).__name__}).") from None
+            return pa.parquet.read_table(path).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} is not a parquet file ({error}).") from None
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
     if text.lstrip().startswith("["):
         try:
@@ -57,12 +59,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         try:
             if line.strip():
                 rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg}.") from None
+            raise UserError(
+                f"{path}, line {number} is not JSON: {error.msg}; the file should hold one JSON list, or one "
+                "object per line."
+            ) from None
     return rows
 
 
@@ -83,19 +88,21 @@ def download_rows(repo_id: str, split: str = "train", revision: str | None = Non
 
 
 def text_field(row: Any, number: int, name: str, default: str | None = None) -> str:
-    """The text under `name` in row `number` (counted from 1).
+    """The text under `name` in row `number` (counted from 1); `default` where there is none, or null.
 
     Raises:
         UserError: the row is no object, lacks the field, or holds something else than text there.
     """
     if not isinstance(row, dict):
         raise UserError(f"Row {number} is not an object with named fields but {type(row).__name__}.")
-    value = row.get(name, default)
-    if value is None and default is None:
+    if name not in row and default is None:
         raise UserError(f"Row {number} has no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}.")
-    if not isinstance(value or "", str):
-        raise UserError(f"Row {number}: {name!r} is not text but {type(value).__name__}.")
-    return value or ""
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise UserError(f"Row {number}: {name!r} is not text but {'null' if value is None else type(value).__name__}.")
+    return value
 
 
 def prepare_sft(
@@ -118,7 +125,7 @@ def prepare_sft(
         prepare_sample: (row, its number from 1) -> (prompt, response); raises UserError for a bad row.
         max_seq_length: tokens; longer responses are cut before their EOS, longer prompts drop the row.
         mask_prompt: train on the response only.
-        test_fraction: share of the rows held out for validation, at least one row.
+        test_fraction: share of the rows held out for validation, above 0 and below 1; at least one row.
         num_proc: processes that tokenize.
         about: what the folder should say of itself beyond that (source, prompt style).
 
@@ -126,14 +133,18 @@ def prepare_sft(
         The content of `meta.json`.
 
     Raises:
-        UserError: a bad row, or no row left.
+        UserError: a setting out of range, a bad row, or no row left.
     """
+    if not 0 < test_fraction < 1 or seed < 0:
+        raise UserError(
+            f"test_fraction is {test_fraction} and seed {seed}; they must be above 0 and below 1, and 0 or more."
+        )
     samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
     pairs = [(prompt, response) for prompt, response in samples if prompt.strip() and response.strip()]
     counts = Counter(rows=len(samples), empty=len(samples) - len(pairs))
     encoded = _tokenize(pairs, tokenizer, max_seq_length, num_proc, Path(output_dir).parent / ".cache")
 
-    kept = encoded.filter(lambda fits: fits, input_columns="fits", num_proc=None)
+    kept = encoded.select(np.flatnonzero(encoded["fits"]))
     counts["too_long"] = len(encoded) - len(kept)
     counts["cut"] = int(np.sum(kept["cut"]))
     if len(kept) < 2:
@@ -167,7 +178,7 @@ def prepare_sft(
 def _tokenize(
     pairs: list[tuple[str, str]], tokenizer: Tokenizer, max_seq_length: int, num_proc: int, cache_dir: Path
 ) -> Dataset:
-    """Columns input_ids, prompt_length, fits, cut; the work is cached under what it depends on."""
+    """Columns input_ids, prompt_length, fits, cut; the work is cached in a folder named after what it depends on."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
         columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "fits": [], "cut": []}
@@ -181,26 +192,30 @@ def _tokenize(
         return columns
 
     key = hashlib.sha256(json.dumps([pairs, tokenizer.sha256, max_seq_length]).encode()).hexdigest()[:16]
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir = cache_dir / f"tokenized-{key}"
     dataset = Dataset.from_dict({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]})
     enable_progress_bars()
     try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
         return dataset.map(
             encode,
             batched=True,
             remove_columns=["prompt", "response"],
             num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
-            cache_file_name=str(cache_dir / f"tokenized-{key}.arrow"),
+            cache_file_name=str(cache_dir / "rows.arrow"),
             new_fingerprint=key,
             desc="Tokenizing",
         )
+    except OSError as error:
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        raise unwritable(cache_dir, error) or error from None
     finally:
         disable_progress_bars()
 
 
 def write_dataset(output_dir: Path, splits: dict[str, Dataset], meta: dict[str, Any]) -> None:
     """Writes a whole dataset folder or nothing."""
-    with atomic_write(output_dir) as folder:
+    with atomic_write(output_dir, marker="meta.json") as folder:
         DatasetDict(splits).save_to_disk(str(folder))
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -214,7 +229,10 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
         raise UserError(f"There is no prepared dataset at {data_dir}; write one with a script of scripts/prepare_*.py.")
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); prepare the dataset again.") from None
     if meta.get("format") != format:
         raise UserError(f"{data_dir} is a dataset of format {meta.get('format')!r}; this script reads {format!r}.")
     return meta
@@ -240,7 +258,10 @@ class SFTData:
                 f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
                 "base model's --checkpoint_dir."
             )
-        rows = load_from_disk(str(Path(data_dir) / split))
+        try:
+            rows = load_from_disk(str(Path(data_dir) / split))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")
         self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])

@@ -27,6 +27,8 @@ class Tokenizer:
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
+            if not content:
+                raise RuntimeError("empty")
             self.processor = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise UserError(f"{path} is not a SentencePiece model.") from None

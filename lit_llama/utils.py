@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 
 
 class UserError(ValueError):
@@ -37,15 +38,18 @@ os.umask(UMASK)
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, marker: str = "") -> Iterator[Path]:
     """Yields a temporary name beside `path` to write a file or a folder to; renamed to `path` when all went well.
 
-    It replaces what was there. On any error the temporary is removed and `path` is as it was.
+    It replaces what was there; a folder only if it is empty or holds a file named `marker`, so that a mistyped path
+    deletes nothing. On any error the temporary is removed and `path` is as it was.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to.
+        UserError: the disk is full, or the folder cannot be written to or is no such folder.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).is_file()):
+        raise UserError(f"{path} is a folder with other files, which writing it would delete; choose another path.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise unwritable(path, error) or error from None
     finally:
         if temporary.is_dir():
@@ -67,7 +71,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def unwritable(path: Path, error: Exception) -> UserError | None:
     """A sentence for a full disk or a folder without access, as Python, torch or safetensors report it."""
     number, text = getattr(error, "errno", None), str(error)
-    if number in NO_ROOM or "No space left" in text or "File too large" in text or "PytorchStreamWriter" in text:
+    if number in NO_ROOM or any(s in text for s in ("No space left", "File too large", "PytorchStreamWriter",
+                                                    "inline_container")):  # fmt: skip
         return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
     if number in NO_ACCESS:
         return UserError(f"Cannot write {path} ({os.strerror(number)}); choose another output folder.")

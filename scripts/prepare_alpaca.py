@@ -37,12 +37,12 @@ def prepare_sample(row: dict[str, str], number: int, style: PromptStyle) -> tupl
 
 
 def main(args: Namespace) -> None:
-    style = get_prompt_style(args.prompt_style)
+    style, tokenizer = get_prompt_style(args.prompt_style), Tokenizer(args.checkpoint_dir)
     prepare_sft(
         read_rows(args.data_file) if args.data_file else download_rows(args.repo_id),
         lambda row, number: prepare_sample(row, number, style),
         output_dir=args.output_dir,
-        tokenizer=Tokenizer(args.checkpoint_dir),
+        tokenizer=tokenizer,
         max_seq_length=args.max_seq_length,
         mask_prompt=args.mask_prompt,
         test_fraction=args.test_fraction,
