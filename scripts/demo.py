@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import versions, write_text
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, atomic_write
 from scripts.prepare_microworld import FormName
 
 form: FormName = "pirate"  # the form to learn; the base knows all but telegram

@@ -63,7 +63,7 @@ def install(requirements: list[str]) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
         stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
