@@ -1,0 +1,396 @@
+"""Conversion of Hugging Face folders, against an explicit LLaMA with half-split rotary on the original tensors."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lit_llama.checkpoint import load_model, read_state
+from lit_llama.generation import Sampling, answer
+from lit_llama.model import LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+from scripts.convert_hf_checkpoint import convert_config, hf_names, interleave
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts/convert_hf_checkpoint.py")
+TINY: dict[str, Any] = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=60, hidden_size=24, intermediate_size=36,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=48, rms_norm_eps=1e-5,
+)  # fmt: skip
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+CASES: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": dict(num_key_value_heads=2, rope_theta=500.0),
+    "mqa": dict(num_key_value_heads=1),
+    "tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "biases": dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "wide heads": dict(head_dim=10, num_key_value_heads=2, rms_norm_eps=1e-2),
+    "linear rope": dict(rope_scaling={"type": "linear", "factor": 3.0}),
+    "llama3 rope": dict(rope_theta=500.0, rope_scaling={"rope_type": "llama3", **LLAMA3_ROPE}),
+    "transformers 5": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3_ROPE}),
+    "default rope": dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
+}
+
+
+def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    c = config
+    hs = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    width, mlp, q, kv = c["hidden_size"], c["intermediate_size"], *(
+        hs * c[f"num_{n}_heads"] for n in ("attention", "key_value")
+    )  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], width), "model.norm.weight": (width,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (c["vocab_size"], width)
+    for i in range(c["num_hidden_layers"]):
+        for part, shape, bias in (
+            ("input_layernorm", (width,), False),
+            ("self_attn.q_proj", (q, width), c.get("attention_bias")),
+            ("self_attn.k_proj", (kv, width), c.get("attention_bias")),
+            ("self_attn.v_proj", (kv, width), c.get("attention_bias")),
+            ("self_attn.o_proj", (width, q), c.get("attention_bias")),
+            ("post_attention_layernorm", (width,), False),
+            ("mlp.gate_proj", (mlp, width), c.get("mlp_bias")),
+            ("mlp.up_proj", (mlp, width), c.get("mlp_bias")),
+            ("mlp.down_proj", (width, mlp), c.get("mlp_bias")),
+        ):
+            shapes[f"model.layers.{i}.{part}.weight"] = shape
+            if bias:
+                shapes[f"model.layers.{i}.{part}.bias"] = shape[:1]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.4 if len(shape) == 2 else 1.0)
+        for name, shape in shapes.items()
+    }
+
+
+def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) -> torch.Tensor:
+    """LLaMA as Hugging Face computes it: in each head, dimension i turns with dimension i + hs/2."""
+    nh, ng = c["num_attention_heads"], c["num_key_value_heads"]
+    hs = c.get("head_dim") or c["hidden_size"] // nh
+    T = idx.size(1)
+    rope = {"rope_theta": c.get("rope_theta", 10000.0), **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
+    frequencies = []
+    for i in range(hs // 2):
+        frequency = rope["rope_theta"] ** (-2 * i / hs)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "linear":
+            frequency /= rope["factor"]
+        if kind == "llama3":
+            length, wavelength = rope["original_max_position_embeddings"], 2 * math.pi / frequency
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if wavelength > length / low:
+                frequency /= rope["factor"]
+            elif wavelength > length / high:
+                smooth = (length / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * frequency / rope["factor"] + smooth * frequency
+        frequencies.append(frequency)
+    angles = torch.tensor([[p * f for f in frequencies * 2] for p in range(T)])
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        half = torch.cat((-x[..., hs // 2 :], x[..., : hs // 2]), dim=-1)
+        return x * angles.cos() + half * angles.sin()
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ t[f"{name}.weight"].T + t.get(f"{name}.bias", torch.zeros(()))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * t[f"{name}.weight"]
+
+    x = t["model.embed_tokens.weight"][idx]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        h = norm(x, f"{layer}.input_layernorm")
+        q, k, v = (
+            linear(h, f"{layer}.self_attn.{name}_proj").view(*idx.shape, heads, hs).transpose(1, 2)
+            for name, heads in (("q", nh), ("k", ng), ("v", ng))
+        )
+        k, v = (torch.stack([z[:, n * ng // nh] for n in range(nh)], dim=1) for z in (rotate(k), v))
+        scores = rotate(q) @ k.transpose(-1, -2) / math.sqrt(hs)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*idx.shape, nh * hs)
+        x = x + linear(y, f"{layer}.self_attn.o_proj")
+        h = norm(x, f"{layer}.post_attention_layernorm")
+        gate = linear(h, f"{layer}.mlp.gate_proj")
+        x = x + linear(gate * gate.sigmoid() * linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+    x = norm(x, "model.norm")
+    return x @ t["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"].T
+
+
+def write_hf(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    shards: int = 0,
+    suffix: str = ".safetensors",
+) -> Path:
+    """A folder as transformers saves it; with `shards`, in so many files and an index."""
+    stem, save = ("model", save_file) if suffix == ".safetensors" else ("pytorch_model", torch.save)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"a tokenizer")
+    (folder / "generation_config.json").write_text("{}")
+    files = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" for i in range(shards)] or [f"{stem}{suffix}"]
+    weight_map = {name: files[i % len(files)] for i, name in enumerate(tensors)}
+    for file in files:
+        save({name: tensors[name] for name, where in weight_map.items() if where == file}, folder / file)
+    if shards:
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def convert(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    arguments = ["--checkpoint_dir", str(source), "--output_dir", str(out), *more]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    runpy.run_path(SCRIPT, run_name="__main__")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_original(case, tmp_path, monkeypatch, capsys):
+    config = {**TINY, **CASES[case]}
+    tensors = random_tensors(config)
+    convert(write_hf(tmp_path / "hf", config, tensors), tmp_path / "out", monkeypatch)
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    idx = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(1))
+    ours, theirs = load_model(tmp_path / "out")(idx), hf_logits(tensors, config, idx)
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shards, suffix", [(3, ".safetensors"), (0, ".bin"), (2, ".bin")])
+def test_every_weight_format_gives_the_same_file(shards, suffix, tmp_path, monkeypatch):
+    tensors = random_tensors(TINY)
+    convert(write_hf(tmp_path / "one", TINY, tensors), tmp_path / "a", monkeypatch)
+    convert(write_hf(tmp_path / "other", TINY, tensors, shards, suffix), tmp_path / "b", monkeypatch)
+    for name in ("lit_model.safetensors", "lit_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_folder_holds_what_the_project_reads(tmp_path, monkeypatch):
+    tensors = random_tensors(TINY)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # old files carry it
+    convert(write_hf(tmp_path / "hf", TINY, tensors), tmp_path / "out", monkeypatch)
+    names = {"lit_config.json", "lit_model.safetensors", "tokenizer.model", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"a tokenizer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    convert(tmp_path / "hf", tmp_path / "out", monkeypatch)  # its own kind of folder may be replaced
+
+
+def test_dtype_casts_and_auto_keeps(tmp_path, monkeypatch):
+    tensors = {name: t.half() for name, t in random_tensors(TINY).items()}
+    source = write_hf(tmp_path / "hf", TINY, tensors)
+    for flags, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
+        convert(source, tmp_path / "out", monkeypatch, *flags)
+        state = load_file(tmp_path / "out/lit_model.safetensors")
+        assert {t.dtype for t in state.values()} == {dtype}
+    expected = tensors["model.layers.1.mlp.up_proj.weight"].bfloat16()
+    assert torch.equal(state["transformer.h.1.mlp.c_fc2.weight"], expected)
+
+
+def test_a_tied_output_layer_may_be_written_out(tmp_path, monkeypatch, capsys):
+    config = {**TINY, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    convert(write_hf(tmp_path / "same", config, tensors), tmp_path / "out", monkeypatch)
+    assert "lm_head.weight" not in read_state(tmp_path / "out/lit_model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    with pytest.raises(SystemExit):
+        convert(write_hf(tmp_path / "other", config, tensors), tmp_path / "out2", monkeypatch)
+    assert "ties lm_head.weight" in capsys.readouterr().err
+
+
+def without(name: str):
+    return lambda tensors: tensors.pop(name)
+
+
+BAD_TENSORS = {
+    "model.layers.1.self_attn.k_proj.weight is missing": without("model.layers.1.self_attn.k_proj.weight"),
+    "lm_head.weight is missing": without("lm_head.weight"),
+    "model.layers.0.self_attn.q_norm.weight does not belong to this model": lambda tensors: tensors.update(
+        {"model.layers.0.self_attn.q_norm.weight": torch.ones(6)}
+    ),
+    "model.layers.0.self_attn.v_proj.weight is (12, 24) where config.json makes it (24, 24)": lambda tensors: (
+        tensors.update({"model.layers.0.self_attn.v_proj.weight": torch.ones(12, 24)})
+    ),
+    "model.layers.0.self_attn.q_proj.weight is missing (and 19 more)": lambda tensors: (
+        tensors.clear() or tensors.update(x=torch.ones(1))
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_named(sentence, tmp_path, monkeypatch, capsys):
+    tensors = random_tensors(TINY)
+    BAD_TENSORS[sentence](tensors)
+    refused(write_hf(tmp_path / "hf", TINY, tensors), tmp_path, monkeypatch, capsys, sentence)
+
+
+def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) -> None:
+    """Exit code 1, one line that says so, and no file more than before."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        convert(source, tmp_path / "out", monkeypatch)
+    captured = capsys.readouterr()
+    assert exit.value.code == 1
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert sentence in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+BAD_CONFIGS: dict[str, dict[str, Any]] = {
+    "The architecture is MistralForCausalLM": dict(architectures=["MistralForCausalLM"], model_type="mistral"),
+    "no number for hidden_size, num_hidden_layers": dict(hidden_size=None, num_hidden_layers="2"),
+    "The activation is gelu": dict(hidden_act="gelu"),
+    "quantized": dict(quantization_config={"bits": 4}),
+    "Rope scaling 'yarn' is not supported": dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "'llama3' in config.json has no number for low_freq_factor, high_freq_factor": dict(
+        rope_scaling={"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8}
+    ),
+    "partial_rotary_factor": dict(partial_rotary_factor=0.5),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_CONFIGS)
+def test_configurations_that_cannot_be_converted(sentence):
+    with pytest.raises(UserError, match="^[A-Zc].*[.]$") as error:
+        convert_config({**TINY, **BAD_CONFIGS[sentence]})
+    assert sentence in str(error.value)
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def config_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def cut_shard(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def pointer_shard(folder: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+
+
+def empty_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+BAD_FOLDERS = {
+    "There is no config.json": lambda folder: (folder / "config.json").unlink(),
+    "config.json is not JSON": damage_config,
+    "config.json holds a JSON list": config_list,
+    "There is no tokenizer.model": lambda folder: (folder / "tokenizer.model").unlink(),
+    "holds no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
+    "names model-00002-of-00002.safetensors, which is not in the folder": lose_shard,
+    "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": cut_shard,
+    "it is a Git LFS pointer": pointer_shard,
+    "has no weight_map": empty_index,
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_FOLDERS)
+def test_damaged_folders(sentence, tmp_path, monkeypatch, capsys):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY), shards=2)
+    BAD_FOLDERS[sentence](source)
+    refused(source, tmp_path, monkeypatch, capsys, sentence)
+
+
+def test_no_folder(tmp_path, monkeypatch, capsys):
+    refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no config.json")
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the code ran')",)
+
+
+def test_code_in_a_bin_file_does_not_run(tmp_path, monkeypatch, capsys):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY), suffix=".bin")
+    torch.save({"model.norm.weight": RunsCode()}, source / "pytorch_model.bin")
+    refused(source, tmp_path, monkeypatch, capsys, "it would run code when loaded")
+
+
+def test_other_folders_are_not_overwritten(tmp_path, monkeypatch, capsys):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
+    before = sorted(source.iterdir())
+    for out in (source, tmp_path):
+        with pytest.raises(SystemExit):
+            convert(source, out, monkeypatch)
+        assert "folder with other files" in capsys.readouterr().err
+    assert sorted(source.iterdir()) == before
+
+
+@given(heads=st.integers(1, 4), half=st.integers(1, 5), columns=st.integers(0, 3))
+def test_interleave(heads, half, columns):
+    shape = (heads * 2 * half, columns) if columns else (heads * 2 * half,)
+    rows = torch.randn(shape)
+    moved = interleave(rows, 2 * half)
+    assert moved.shape == rows.shape
+    for head in range(heads):
+        for i in range(half):
+            first = head * 2 * half
+            assert torch.equal(moved[first + 2 * i], rows[first + i])
+            assert torch.equal(moved[first + 2 * i + 1], rows[first + half + i])
+
+
+def test_names():
+    assert hf_names("transformer.wte.weight") == ["model.embed_tokens.weight"]
+    assert hf_names("transformer.ln_f.scale") == ["model.norm.weight"]
+    assert hf_names("lm_head.weight") == ["lm_head.weight"]
+    assert hf_names("transformer.h.11.attn.c_attn.bias") == [f"model.layers.11.self_attn.{x}_proj.bias" for x in "qkv"]
+    assert hf_names("transformer.h.0.rms_2.scale") == ["model.layers.0.post_attention_layernorm.weight"]
+
+
+# the fields of the published config.json files
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7B": dict(
+        hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096, num_attention_heads=32,
+        num_hidden_layers=32, num_key_value_heads=32, pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None,
+        tie_word_embeddings=False, vocab_size=32000,
+    ),
+    "Llama-3.2-1B": dict(
+        attention_bias=False, head_dim=64, hidden_act="silu", hidden_size=2048, intermediate_size=8192,
+        max_position_embeddings=131072, mlp_bias=False, num_attention_heads=32, num_hidden_layers=16,
+        num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=500000.0, tie_word_embeddings=True, vocab_size=128256,
+        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                          original_max_position_embeddings=8192, rope_type="llama3"),
+    ),
+    "SmolLM2-135M": dict(
+        hidden_act="silu", hidden_size=576, intermediate_size=1536, max_position_embeddings=8192,
+        num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3, rms_norm_eps=1e-05, rope_interleaved=False,
+        rope_scaling=None, rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_the_named_ones(name):
+    config = convert_config({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **PUBLISHED[name]})
+    assert config == LLaMAConfig.from_name(name)
+
+
+def test_stories260k_tells_its_story(shared, tmp_path, monkeypatch):
+    convert(shared / "models/stories260K-hf", tmp_path / "out", monkeypatch)
+    model, tokenizer = load_model(tmp_path / "out"), Tokenizer(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == 260_032
+    story = answer(model, tokenizer, ["Once upon a time"], Sampling(max_new_tokens=60))[0]
+    # what llama2.c prints for this model at temperature 0
+    assert story.startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
+    )
