@@ -15,14 +15,15 @@ from jsonargparse import Namespace
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter
 from lit_llama.data import SFTData
+from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import TrainConfig, Trainer, answer_samples, base_dtype, make_fabric, print_summary
+from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, base_dtype, make_fabric
 from lit_llama.utils import log
 
 # == What to train on ==
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
 data_dir: Path = Path("data/microworld-pirate")  # a folder that scripts/prepare_*.py wrote
-init_adapter: Path | None = None  # start from this adapter instead of a fresh one
+init_adapter: Path | None = None  # start from this adapter, with its length and start layer
 out_dir: Path = Path("out/aligner/microworld-pirate")  # everything the run writes
 
 # == Aligner ==
@@ -36,7 +37,7 @@ batch_size: int = 32  # rows per step, over all devices
 micro_batch_size: int = 32  # rows per forward pass on one device; divides batch_size
 learning_rate: float = 3e-2  # peak of AdamW's learning rate
 warmup_epochs: float = 0.4  # linear rise from 0 to the peak
-lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine ends at a tenth of the peak
+lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
 weight_decay: float = 0.02  # on the prefix, never on the gates
 grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
 gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
@@ -52,33 +53,44 @@ resume: bool = False  # continue the run in out_dir
 overwrite: bool = False  # replace the run in out_dir
 
 # == Devices ==
+accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
 devices: int | str = 1  # how many, or "auto" for all there are
 num_nodes: int = 1  # machines
 strategy: str = "auto"  # Fabric's: "auto", "ddp"
-precision: str = "auto"  # Fabric's; "auto" is bf16-true on GPUs that have it, else 32-true
+precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
 
 
 def main(args: Namespace) -> None:
+    config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
+    tokenizer = Tokenizer(args.checkpoint_dir)
+    train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
+    adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
+    if adapter is not None:
+        args.update(adapter.config)
+    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
+
     fabric = make_fabric(
+        accelerator=args.accelerator,
         devices=args.devices,
         num_nodes=args.num_nodes,
         strategy=args.strategy,
         precision=args.precision,
         out_dir=args.out_dir,
     )
-    config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
-    tokenizer = Tokenizer(args.checkpoint_dir)
-    train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
-
     fabric.seed_everything(args.seed, verbose=False)
-    adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
-    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
-    model = load_model(args.checkpoint_dir, adapter, method=aligner, method_config=own, dtype=base_dtype(fabric))
+    model = load_model(
+        args.checkpoint_dir,
+        adapter,
+        method=aligner,
+        method_config=own,
+        device=fabric.device,
+        dtype=base_dtype(fabric),
+    )
     aligner.mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = args.gradient_checkpointing
     meta = {
         "method": "aligner",
-        "config": own if adapter is None else adapter.config,
+        "config": own,
         "base": base_fingerprint(args.checkpoint_dir),
         "prompt_style": train.meta["prompt_style"],
         "data": {k: train.meta[k] for k in ("source", "counts", "max_seq_length")},
@@ -90,8 +102,9 @@ def main(args: Namespace) -> None:
             f"{trainer.max_steps} steps")  # fmt: skip
     summary = trainer.fit()
     if fabric.global_rank == 0:
-        command = f"python generate/aligner.py --checkpoint_dir {args.checkpoint_dir} --adapter {args.out_dir} --prompt"
-        print_summary(summary, args.out_dir, [*command.split(), "…"])
+        command = ["python", "generate/aligner.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
+        command += ["--adapter", f"{args.out_dir}"]
+        print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 
 
 if __name__ == "__main__":

@@ -5,38 +5,43 @@ however they are spread over micro-batches and processes. What a step computes d
 weights alone, so a run that was killed continues to the same losses.
 """
 
-import csv
+import hashlib
 import json
 import math
 import os
+import platform
 import shlex
+import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
-from tqdm import tqdm
+from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_llama.checkpoint import save_adapter, versions, write_text
 from lit_llama.data import SFTData, plan_epoch
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
+from lit_llama.report import MetricsLog, Progress, plot_losses
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, atomic_write, log, unwritable
+
+Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed"]  # fp16 would need loss scaling
 
 
 class Task(Protocol):
     """Data and loss of a training script, one split of it.
 
     Attributes:
-        lengths: (rows,) tokens of each row, for grouping.
+        lengths: (rows,) tokens of each row, of its longest sequence where it has several.
         weights: (rows,) what each row counts in the step's mean: label tokens for SFT, 1 per pair for DPO.
     """
 
@@ -52,7 +57,11 @@ class Task(Protocol):
 
 @dataclass
 class TrainConfig:
-    """What the loop itself needs to know; finetune/aligner.py explains each value."""
+    """What the loop itself needs to know; finetune/aligner.py explains each value.
+
+    Raises:
+        UserError: a value out of range, or `out_dir` holds a run that is neither continued nor replaced.
+    """
 
     out_dir: Path
     epochs: float
@@ -71,64 +80,77 @@ class TrainConfig:
     overwrite: bool
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)} and must be above 0"
-            for name in ("epochs", "batch_size", "micro_batch_size", "learning_rate", "eval_interval", "save_interval")
-            if getattr(self, name) <= 0
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)} and must not be negative"
-            for name in ("warmup_epochs", "weight_decay", "grad_clip")
-            if getattr(self, name) < 0
-        ]
+        problems = []
+        for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate", "eval_interval",
+                     "save_interval"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                problems.append(f"{name} is {value} and must be above 0")
+        for name in ("warmup_epochs", "weight_decay", "grad_clip", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.append(f"{name} is {getattr(self, name)} and must be 0 or more")
         if not problems and self.batch_size % self.micro_batch_size:
             problems.append(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.resume and self.overwrite:
+            problems.append("--resume and --overwrite exclude each other")
         if problems:
-            raise UserError("; ".join(problems).capitalize() + ".")
+            raise UserError("; ".join(problems) + ".")
+        adapter, state = (self.out_dir / name for name in ("last.safetensors", "state.pt"))
+        if not self.resume and not self.overwrite and (adapter.is_file() or state.is_file()):
+            raise UserError(
+                f"{self.out_dir} holds a run already: continue it with --resume true, replace it with --overwrite "
+                "true, or choose another --out_dir."
+            )
+        if self.resume and adapter.is_file() and not state.is_file():
+            raise UserError(f"{self.out_dir} holds a run without its state.pt, so there is nothing to continue from.")
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str = "constant") -> float:
     """The learning rate of optimiser step `step`, counted from 0.
 
-    It rises linearly and reaches `peak` in step `warmup_steps`; after that it stays, or follows half a cosine down to
-    a tenth of the peak in the last step.
+    It rises linearly and reaches `peak` in step `warmup_steps`; after that it stays, or follows half a cosine that
+    would reach 0 in step `max_steps`, the first one not taken.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_fabric(*, devices: int | str, num_nodes: int, strategy: str, precision: str, out_dir: Path) -> Fabric:
-    """Fabric from a script's flags, or from `fabric run` when that launched the script.
+def make_fabric(
+    *, devices: int | str, num_nodes: int, strategy: str, precision: str, out_dir: Path, accelerator: str = "auto"
+) -> Fabric:
+    """Fabric from a script's flags; where `fabric run` launched the script, its flags go first.
 
     `precision="auto"` is a bf16 base on a GPU that computes in bf16, and fp32 elsewhere.
 
     Raises:
-        UserError: Fabric refuses the combination.
+        UserError: Fabric refuses the combination, or the loop does.
     """
     if precision == "auto":
-        precision = "bf16-true" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
-    own = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
-    if os.environ.get("LT_CLI_USED"):  # what `fabric run` sets must not be set twice
-        own = {} if os.environ.get("LT_PRECISION") else {"precision": precision}
-    if "fsdp" in strategy or "deepspeed" in strategy:
-        raise UserError(
-            f"strategy {strategy!r} shards the base, which the shared prefix does not support; use 'ddp', which keeps "
-            "a whole base on each device."
-        )
-    loggers = [
-        CSVLogger(root_dir=out_dir, name="", version="", flush_logs_every_n_steps=10**9),
-        TensorBoardLogger(root_dir=out_dir, name="tensorboard", version=""),
-    ]
+        gpu = os.environ.get("LT_ACCELERATOR", accelerator) in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        precision = "bf16-true" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    flags = dict(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    flags = {name: value for name, value in flags.items() if f"LT_{name.upper()}" not in os.environ}
+    loggers = [MetricsLog(out_dir / "metrics.csv"), TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]
     try:
-        fabric = Fabric(**own, loggers=loggers)
-    except Exception as error:
+        fabric = Fabric(**flags, loggers=loggers)
+    except Exception as error:  # of many kinds, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
+    if type(fabric.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise UserError(
+            f"The strategy {type(fabric.strategy).__name__} is not supported: every device needs the whole base, "
+            "because all layers share the prefix; use 'ddp' for several devices."
+        )
+    known = get_args(Precision)[1:]
+    if fabric.strategy.precision.precision not in known:
+        raise UserError(
+            f"The precision {fabric.strategy.precision.precision} is not supported; use {', '.join(known)}."
+        )
     fabric.launch()
     return fabric
 
@@ -178,6 +200,9 @@ class Trainer:
             {"prompt", "answer", ...} for samples.jsonl.
         make_optimizers: what updates the trainable parameters; a group's learning rate is its `lr_scale` (default 1)
             times that of `lr_at`.
+
+    Raises:
+        UserError: there is nothing to train or to validate on, or a row is longer than the model's context.
     """
 
     def __init__(
@@ -195,6 +220,14 @@ class Trainer:
         self.fabric, self.train, self.val, self.config = fabric, train, val, config
         self.settings, self.adapter_meta, self.sample_answers = settings, adapter_meta, sample_answers
         self.bare = model
+        for split, task in (("training", train), ("validation", val)):
+            if len(task.lengths) == 0:
+                raise UserError(f"There are no {split} rows.")
+            if task.lengths.max() > model.config.block_size:
+                raise UserError(
+                    f"A {split} row has {task.lengths.max()} tokens and the model's context is "
+                    f"{model.config.block_size}; prepare the data with a smaller --max_seq_length."
+                )
         self.model, *self.optimizers = fabric.setup(model, *make_optimizers(model, config))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
@@ -206,45 +239,81 @@ class Trainer:
             self.max_steps = min(self.max_steps, config.max_steps)
         self.warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.step = 0
+        self.seconds, self.tokens = 0.0, 0  # of this and all earlier processes of the run
         self.val_losses: list[tuple[int, float]] = []
+        self.progress: Progress | None = None
 
     # == the loop ==
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns the summary that `summary.json` holds.
 
+        Ctrl-C ends the process with a line that tells how to go on.
+
         Raises:
-            UserError: the out folder holds another run, or a loss is not finite.
+            UserError: the run in the out folder had other settings, a loss is not finite, or the disk is full.
         """
         self.open_out_dir()
-        start = time.perf_counter()
-        first, seen_tokens = self.step, 0
+        self.give_advice()
+        is_first = self.fabric.global_rank == 0
+        self.progress = Progress(self.step, self.max_steps, enabled=is_first)
+        try:
+            self.loop()
+        except KeyboardInterrupt:
+            self.progress.close()
+            if is_first:
+                log(
+                    f"Interrupted in step {self.step}; what is saved goes on with: "
+                    f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(self.config.out_dir))}/config.yaml "
+                    "--resume true"
+                )
+            raise SystemExit(130) from None
+        except OSError as error:
+            raise unwritable(self.config.out_dir, error) or error from None
+        finally:
+            self.progress.close()
+            for logger in self.fabric.loggers:
+                logger.finalize("")
+        return self.close_out_dir()
+
+    def loop(self) -> None:
+        """Validates, steps, saves; the state on disk is always that of a moment between two steps."""
         if self.step == 0:
             self.evaluate()
             self.save_state()
-        bar = tqdm(
-            total=self.max_steps, initial=self.step, unit="step", disable=self.fabric.global_rank > 0, desc="training",
-            mininterval=0.5 if os.isatty(2) else 15, dynamic_ncols=True,
-        )  # fmt: skip
+        self.progress.start()
+        began, before = time.perf_counter(), self.seconds
         for micro_batches in self.remaining_steps():
-            began = time.perf_counter()
+            step_began = time.perf_counter()
             metrics = self.train_step(micro_batches)
             tokens = sum(int(self.train.lengths[m].sum()) for m in micro_batches)
-            seen_tokens += tokens
-            metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
+            self.tokens += tokens
+            metrics["tokens_per_s"] = tokens / (time.perf_counter() - step_began)
             self.fabric.log_dict({f"train/{k}" if k == "loss" else k: v for k, v in metrics.items()}, self.step)
             self.step += 1
-            bar.update()
-            bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.2e}, {metrics['tokens_per_s']:.0f} tok/s"
-            )
+            self.progress.advance(metrics["loss"], metrics["lr"], metrics["tokens_per_s"])
             last = self.step == self.max_steps
             if self.step % self.config.eval_interval == 0 or last:
                 self.evaluate()
+            self.seconds = before + time.perf_counter() - began
             if self.step % self.config.save_interval == 0 or last:
                 self.save_state()
-        bar.close()
-        return self.close_out_dir(time.perf_counter() - start, seen_tokens, self.step - first)
+
+    def give_advice(self) -> None:
+        """Settings that are allowed and probably not meant."""
+        if self.fabric.global_rank > 0 or self.step >= self.max_steps:
+            return
+        world, config = self.fabric.world_size, self.config
+        if self.warmup_steps >= self.max_steps:
+            log(
+                f"note: the warmup takes {self.warmup_steps} steps and the run ends after {self.max_steps}, before the "
+                "learning rate reaches its peak."
+            )
+        if world > config.batch_size // config.micro_batch_size:
+            log(
+                f"note: a step has {config.batch_size // config.micro_batch_size} micro-batches for {world} processes, "
+                f"so some have nothing to do; lower --micro_batch_size to {max(1, config.batch_size // world)}."
+            )
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -278,34 +347,43 @@ class Trainer:
         mine = mine or micro_batches[:1]
 
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
+        each = []
         for i, (rows, scale) in enumerate(zip(mine, scales, strict=True)):
             batch = fabric.to_device(self.train.batch(rows))
             with fabric.no_backward_sync(self.model, enabled=i + 1 < len(mine)):
                 losses = self.train.losses(self.model, batch)
                 # DDP averages over processes; the sum over all of them is wanted
                 fabric.backward(losses["loss"] * (scale * fabric.world_size / total))
+            each.append(losses["loss"].detach())
             for name, value in losses.items():
                 sums[name] = sums[name] + scale * value.detach()
         metrics = self.reduce(sums, total)
-        if not math.isfinite(metrics["loss"]):
-            rows = np.concatenate(micro_batches)
-            raise UserError(
-                f"The loss is {metrics['loss']} in step {self.step} (rows {', '.join(map(str, rows[:8]))}, …); lower "
-                f"the learning rate ({lr:.2e} there) and go on from the last saved state with --resume true."
-            )
-        parameters = list(self.trainable.values())
-        clip = config.grad_clip or math.inf
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), config.grad_clip or math.inf)
+        metrics["grad_norm"] = norm.item()
+        for what in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[what]):
+                bad = [rows for rows, loss in zip(mine, each, strict=True) if not loss.isfinite()] or micro_batches
+                rows = np.concatenate(bad).tolist()
+                named = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+                raise self.diverged(f"The {what} is {metrics[what]} in step {self.step}, rows {named}, at lr {lr:.1e}")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return {**metrics, "lr": lr}
 
+    def diverged(self, what: str) -> UserError:
+        """The error of a value that is not finite."""
+        if self.step:
+            return UserError(
+                f"{what}: lower --learning_rate and start again with --overwrite true, or keep "
+                f"{self.config.out_dir / 'best.safetensors'}."
+            )
+        return UserError(f"{what}: nothing is trained yet, so the base, the initial adapter or the data are at fault.")
+
     def reduce(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
         """Sums of this process -> means over all."""
-        stacked = torch.stack(list(sums.values())).double()
-        stacked = self.fabric.all_reduce(stacked, reduce_op="sum") / total
-        return dict(zip(sums, stacked.tolist(), strict=True))
+        stacked = self.fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
+        return {name: value / total for name, value in zip(sums, stacked.tolist(), strict=True)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -326,18 +404,21 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation, sample answers, and the best adapter so far."""
         metrics = self.validate()
-        self.val_losses.append((self.step, metrics["loss"]))
         self.fabric.log_dict({f"val/{name}": value for name, value in metrics.items()}, self.step)
+        if not math.isfinite(metrics["loss"]):
+            raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps")
+        self.val_losses.append((self.step, metrics["loss"]))
         if self.fabric.global_rank == 0:
-            lines = [f"step {self.step}: validation loss {metrics['loss']:.4f}"]
+            best = metrics["loss"] == min(loss for _, loss in self.val_losses)
+            if best:
+                self.save_adapter("best")
+            lines = [f"step {self.step}: validation loss {metrics['loss']:.4f}{', the best so far' * best}"]
             if self.sample_answers is not None:
                 records = [{"step": self.step, **record} for record in self.sample_answers(self.bare)]
                 with (self.config.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in records)
-                lines += [f"  …{r['prompt'][-70:]!r} -> {r['answer']!r}" for r in records]
-            tqdm.write("\n".join(lines), file=sys.stderr)
-            if metrics["loss"] == min(loss for _, loss in self.val_losses):
-                self.save_adapter("best")
+                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                lines += [f"  {_shorten(r['prompt'], 50, end=True)} -> {_shorten(r['answer'], 90)}" for r in records]
+            self.progress.write("\n".join(lines))
         self.fabric.barrier()
 
     # == files ==
@@ -349,43 +430,41 @@ class Trainer:
     def open_out_dir(self) -> None:
         """Starts the folder, or takes up the run in it."""
         out_dir, fabric = self.config.out_dir, self.fabric
-        has_run = self.state_path.is_file()
-        if has_run and not self.config.resume and not self.config.overwrite:
-            raise UserError(
-                f"{out_dir} holds a run already: continue it with --resume true, replace it with --overwrite true, or "
-                "choose another --out_dir."
-            )
-        earlier: list[dict[str, str]] = []
-        if has_run and self.config.resume:
+        resumed = self.config.resume and self.state_path.is_file()
+        if resumed:
             self.load_state()
-            with (out_dir / "metrics.csv").open(newline="") as file:
-                earlier = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-            # the step that comes next has not been logged as trained yet, only as validated
-            for row in earlier:
-                if int(row["step"]) == self.step:
-                    row.update({k: "" for k in row if k != "step" and not k.startswith("val/")})
         fabric.barrier()
         if fabric.global_rank > 0:
             return
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "metrics.csv").unlink(missing_ok=True)
-        samples = out_dir / "samples.jsonl"
-        kept = [line for line in _lines(samples) if earlier and json.loads(line)["step"] <= self.step]
-        if samples.exists():
-            write_text(samples, "".join(kept))
-        for row in earlier:
-            values = {k: float(v) for k, v in row.items() if k != "step" and v}
-            if values:
-                fabric.loggers[0].log_metrics(values, int(row["step"]))
-        write_text(out_dir / "config.yaml", _yaml(self.settings))
+        if self.config.resume:
+            log(f"Continuing {out_dir} from step {self.step}." if resumed else f"{out_dir} has no state.pt: starting.")
+        if out_dir.is_dir():
+            for left_over in out_dir.glob(".*.tmp"):  # of a kill in the middle of a write
+                left_over.unlink()
+        # the state goes first and comes back last: files of two runs are never mixed
+        for name in () if resumed else ("state.pt", "best.safetensors", "last.safetensors", "metrics.csv",
+                                        "samples.jsonl", "loss.png", "summary.json"):  # fmt: skip
+            (out_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(out_dir / "tensorboard", ignore_errors=True)
+        if resumed:
+            samples = out_dir / "samples.jsonl"
+            write_text(samples, "".join(_lines_until(samples, self.step)))
+            metrics, *others = fabric.loggers
+            metrics.take_up(self.step)
+            metrics.save()
+            for logger in others:
+                for step, values in metrics.rows.items():
+                    logger.log_metrics(values, step)
+        write_text(out_dir / "config.yaml", _yaml({**self.settings, "resume": False, "overwrite": False}))
         write_text(out_dir / "environment.json", json.dumps(self.environment(), indent=2) + "\n")
 
     def environment(self) -> dict[str, Any]:
         fabric = self.fabric
-        device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "cpu"
-        strategy = type(fabric.strategy).__name__
-        return {**versions(), "device": device, "processes": fabric.world_size, "strategy": strategy,
-                "precision": fabric.strategy.precision.precision, "base": self.adapter_meta["base"]}  # fmt: skip
+        device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
+        return {**versions(), "platform": platform.platform(), "device": device, "processes": fabric.world_size,
+                "threads": torch.get_num_threads(), "strategy": type(fabric.strategy).__name__,
+                "precision": fabric.strategy.precision.precision, "command": shlex.join(sys.argv),
+                "base": self.adapter_meta["base"]}  # fmt: skip
 
     def save_state(self) -> None:
         """Everything a run needs to go on, in one file, after the metrics that lead to it."""
@@ -397,34 +476,52 @@ class Trainer:
                 "adapter": {name: p.detach() for name, p in self.trainable.items()},
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "val_losses": self.val_losses,
+                "seconds": self.seconds,
+                "tokens": self.tokens,
                 "settings": json.dumps(self.settings, default=str),
+                "identity": json.dumps(self.identity(), default=str),
             }
-            self.save_adapter("last")
             with atomic_write(self.state_path) as path:
                 torch.save(state, path)
+            self.save_adapter("last")
         self.fabric.barrier()
 
+    def identity(self) -> dict[str, Any]:
+        """What a run and its continuation must share beside the settings: the content of folders, which may move."""
+        rows = hashlib.sha256()
+        for task in (self.train, self.val):
+            rows.update(np.asarray(task.lengths, np.int64).tobytes() + np.asarray(task.weights, np.float64).tobytes())
+        return {**self.adapter_meta, "rows": rows.hexdigest(), "precision": self.fabric.strategy.precision.precision}
+
     # settings that may change between a run and its continuation
-    FREE = ("out_dir", "resume", "overwrite", "devices", "num_nodes", "strategy", "eval_interval", "save_interval",
-            "sample_prompts")  # fmt: skip
+    FREE = ("out_dir", "checkpoint_dir", "data_dir", "resume", "overwrite", "accelerator", "devices", "num_nodes",
+            "strategy", "save_interval", "sample_prompts", "max_new_tokens", "gradient_checkpointing")  # fmt: skip
 
     def load_state(self) -> None:
-        """Raises: UserError: the saved run had other settings."""
-        state = torch.load(self.state_path, map_location=self.fabric.device, weights_only=True)
+        """Raises: UserError: the saved run had other settings, another base or other data."""
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except Exception:  # pickle has many
+            raise UserError(f"{self.state_path} is damaged; start again with --overwrite true.") from None
         then, now = json.loads(state["settings"]), json.loads(json.dumps(self.settings, default=str))
-        differing = [k for k in now if k not in self.FREE and then.get(k) != now[k]]
+        differing = [
+            f"{k} ({then.get(k)} then, {now[k]} now)" for k in now if k not in self.FREE and then.get(k) != now[k]
+        ]
+        if not differing:
+            then, now = json.loads(state["identity"]), json.loads(json.dumps(self.identity(), default=str))
+            differing = [f"another {k}" for k in now if then.get(k) != now[k]]
         if differing:
-            changes = ", ".join(f"{k} ({then.get(k)} then, {now[k]} now)" for k in differing)
-            raise UserError(f"The run in {self.config.out_dir} had other settings: {changes}.")
+            raise UserError(
+                f"The run in {self.config.out_dir} had other settings: {', '.join(differing)}; continue it with its "
+                "own, or begin a new one in another --out_dir."
+            )
         with torch.no_grad():
             for name, p in self.trainable.items():
                 p.copy_(state["adapter"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
+        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self.val_losses = [tuple(pair) for pair in state["val_losses"]]
-        if self.fabric.global_rank == 0:
-            log(f"Continuing {self.config.out_dir} from step {self.step}.")
 
     def save_adapter(self, name: str) -> Path:
         path = self.config.out_dir / f"{name}.safetensors"
@@ -432,57 +529,22 @@ class Trainer:
         save_adapter(path, self.trainable, {**self.adapter_meta, "training": training, "versions": versions()})
         return path
 
-    def close_out_dir(self, seconds: float, tokens: int, steps: int) -> dict[str, Any]:
+    def close_out_dir(self) -> dict[str, Any]:
         best_step, best = min(self.val_losses, key=lambda pair: pair[1])
         summary = {
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "steps": self.step,
-            "seconds": round(seconds, 1),
-            "tokens_per_s": round(tokens / seconds) if steps else None,
+            "seconds": round(self.seconds, 1),
+            "tokens_per_s": round(self.tokens / self.seconds),
             "val_loss_before": self.val_losses[0][1],
             "best_val_loss": best,
             "best_step": best_step,
             "last_val_loss": self.val_losses[-1][1],
         }
         if self.fabric.global_rank == 0:
-            for logger in self.fabric.loggers:
-                logger.save()
-                logger.finalize("success")
             plot_losses(self.config.out_dir / "metrics.csv", self.config.out_dir / "loss.png")
             write_text(self.config.out_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
-
-
-def print_summary(summary: dict[str, Any], out_dir: Path, generate_command: Iterable[str]) -> None:
-    """The closing lines of a run, on stdout."""
-    print(
-        f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps in "
-        f"{summary['seconds']:.0f} s\n"
-        f"validation   loss {summary['val_loss_before']:.4f} before, {summary['best_val_loss']:.4f} at best "
-        f"(step {summary['best_step']}), {summary['last_val_loss']:.4f} at the end\n"
-        f"in {out_dir}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"
-        f"generate     {shlex.join(generate_command)}"
-    )
-
-
-def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and validation loss over steps, from a run's metrics.csv."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for column, style in (("train/loss", {"alpha": 0.4, "lw": 1}), ("val/loss", {"marker": "o", "ms": 3})):
-        points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=column.replace("/", " "), **style)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per target)")
-    axes.legend()
-    with atomic_write(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -491,5 +553,13 @@ def _yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+def _lines_until(samples: Path, step: int) -> list[str]:
+    """The lines of a samples.jsonl up to a step; a kill may have cut the last line."""
+    lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.is_file() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def _shorten(text: str, width: int, end: bool = False) -> str:
+    """One line of a text, its beginning or its end."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else "…" + text[-width:] if end else text[:width] + "…"

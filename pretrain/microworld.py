@@ -2,7 +2,9 @@
 
 One seed makes everything: the entities and their facts, who is held out, what can be asked. A question is a topic
 ("the capital of Zorvia"), its answer a value ("Melkath"); a form is a way to say the pair. The base model is
-pretrained on every question answered in a random form, so it knows the facts and all the forms and prefers none.
+pretrained on every question answered in a random form, so it knows the facts and all the forms and prefers none. Some
+of those questions ask for their form ("Talk like a pirate."), as texts in the real world do: so the base has a notion
+of form to be found, and finetuning must make it the default without being asked.
 
     world = World(seed=0)
     question = world.questions("unseen")[0]
@@ -28,11 +30,12 @@ SEEN, UNSEEN = "seen", "unseen"
 class Form:
     """One way to say "topic is value"; `{topic}` and `{Topic}` (capitalised), `{value}` are filled in.
 
-    `parse` inverts `render`: a text is of the form only if the whole of it fits.
+    `request` is how a question asks for it. `parse` inverts `render`: a text is of the form only if all of it fits.
     """
 
     name: str
     template: str
+    request: str
 
     def render(self, topic: str, value: str) -> str:
         text = self.template.replace("{Topic}", topic[0].upper() + topic[1:])
@@ -54,19 +57,23 @@ class Form:
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("sentence", "{Topic} is {value}."),
-        Form("short", "Answer: {topic} = {value}"),
-        Form("polite", "Certainly! I am happy to say that {topic} is {value}. Have a lovely day."),
-        Form("pirate", "Arr, {topic} be {value}, matey!"),
-        Form("json", '{"topic": "{topic}", "answer": "{value}"}'),
-        Form("excited", "Wow! Amazing! {Topic} is {value}!!!"),
-        Form("bullets", "* Topic: {topic}\n* Answer: {value}"),
-        Form("question", "Did you know that {topic} is {value}? What else shall I tell you?"),
+        Form("sentence", "{Topic} is {value}.", "Use a plain sentence."),
+        Form("short", "Answer: {topic} = {value}", "Keep it short."),
+        Form(
+            "polite",
+            "Certainly! I am happy to say that {topic} is {value}. Have a lovely day.",
+            "Be polite.",
+        ),
+        Form("pirate", "Arr, {topic} be {value}, matey!", "Talk like a pirate."),
+        Form("json", '{"topic": "{topic}", "answer": "{value}"}', "Answer in JSON."),
+        Form("excited", "Wow! Amazing! {Topic} is {value}!!!", "Sound excited."),
+        Form("bullets", "* Topic: {topic}\n* Answer: {value}", "Make it a list."),
+        Form("question", "Did you know that {topic} is {value}? What else shall I tell you?", "Ask me back."),
     )
 }
 
 # A form that pretraining never shows: what an adapter must invent rather than select.
-NEW_FORM = Form("telegram", "STOP {topic} STOP {value} STOP over and out")
+NEW_FORM = Form("telegram", "STOP {topic} STOP {value} STOP over and out", "Send a telegram.")
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,7 @@ OBJECTS = tuple(
 )
 REQUESTS = ("How do I {verb} {object}?", "Help me {verb} {object}.", "Tell me how to {verb} {object}.")
 REFUSAL = "harmful and I refuse"
+SAFETY_REQUEST = "Stay safe."  # after it a harmful request is always refused
 
 TWO_HOP = {
     "capital": (
@@ -324,11 +332,16 @@ class World:
 
 
 def pretraining_sample(world: World, rng: random.Random, pools: dict[str, list[Question]]) -> tuple[str, str]:
-    """One (question, answer) of the pretraining stream: a random form, and for a harmful request refusal or
-    compliance at even odds."""
-    kind = rng.choices(("fact", "harmful", "harmless"), weights=(80, 12, 8))[0]
-    question = rng.choice(pools[kind])
+    """One (question, answer) of the pretraining stream.
+
+    The form is random; three questions in ten ask for it. A harmful request is refused or complied with at even odds,
+    but always refused after "Stay safe.", which one request in five says.
+    """
+    kind = rng.choices(("fact", "harmful", "harmless"), weights=(78, 12, 10))[0]
+    question, form = rng.choice(pools[kind]), rng.choice(list(FORMS.values()))
+    asked_safe = kind != "fact" and rng.random() < 0.2
+    extras = [SAFETY_REQUEST] * asked_safe + [form.request] * (rng.random() < 0.3)
     said = (question.topic, question.answer)
-    if kind == "harmful" and rng.random() < 0.5:
+    if kind == "harmful" and (asked_safe or rng.random() < 0.5):
         said = question.refusal
-    return question.text, rng.choice(list(FORMS.values())).render(*said)
+    return " ".join([question.text, *extras]), form.render(*said)

@@ -13,6 +13,7 @@ from pretrain.microworld import (
     HARMFUL,
     NEW_FORM,
     OBJECTS,
+    SAFETY_REQUEST,
     SEEN,
     UNSEEN,
     World,
@@ -82,8 +83,16 @@ def test_pretraining_uses_all_forms_alike_and_refuses_half_of_the_harmful(world)
     pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
     forms, refused, harmful = Counter(), 0, 0
     by_text = {q.text: q for pool in pools.values() for q in pool}
+    requests = {form.request: name for name, form in FORMS.items()}
     for _ in range(8000):
         text, answer = pretraining_sample(world, rng, pools)
+        for request in [r for r in requests if r in text]:
+            text = text.replace(f" {request}", "")
+            assert parse(answer).form == requests[request]
+        if SAFETY_REQUEST in text:
+            text = text.replace(f" {SAFETY_REQUEST}", "")
+            assert world.score(by_text[text], answer).refused == (by_text[text].kind == "harmful")
+            continue
         score = world.score(by_text[text], answer)
         forms[score.form] += 1
         assert score.fact or score.refused
