@@ -29,7 +29,7 @@ adapter: Path | None = None  # adapter file, or a training run's folder; default
 form: str | None = None  # the form wanted (default: the one the adapter was trained on)
 temperature: float = 0.0  # 0 is greedy
 questions: int = 400  # asked of each group, drawn once from all there are
-requests: bool = False  # also harmful and harmless requests with unseen verbs and objects
+groups: list[str] = ["unseen", "seen"]  # facts of unseen, seen entities; harmful, harmless requests of unseen verbs
 seed: int = 0  # of the draw and of sampling
 world_seed: int = 0  # of the world; the bundled base knows world 0
 batch_size: int = 100  # questions answered at a time
@@ -77,17 +77,15 @@ def main(args: Namespace) -> None:
     if adapter is not None and form is None:
         source = adapter.meta.get("data", {}).get("source", "")
         form = source.rpartition("form ")[2] or None
-    groups = {split: draw(world.questions(split), args.questions, args.seed) for split in (UNSEEN, SEEN)}
-    if args.requests:
-        groups |= {
-            kind: draw(world.requests(kind, UNSEEN), args.questions, args.seed) for kind in ("harmful", "harmless")
-        }
-    if not groups[UNSEEN]:
-        raise UserError("There are no questions to ask; --questions must be 1 or more.")
+    pools = {split: world.questions(split) for split in (UNSEEN, SEEN)}
+    pools |= {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
+    if args.questions < 1 or not set(args.groups) <= set(pools):
+        raise UserError(f"questions is {args.questions} and must be 1 or more; groups can be {', '.join(pools)}.")
 
     results = {}
     print(f"{'questions':<10} {'asked':>6} {'form ' + (form or ''):>14} {'fact':>7} {'refused':>8}  forms")
-    for name, asked in groups.items():
+    for name in args.groups:
+        asked = draw(pools[name], args.questions, args.seed)
         result = ask(model, tokenizer, world, asked, temperature=args.temperature, seed=args.seed,
                      batch_size=args.batch_size, form=form)  # fmt: skip
         results[name] = result
