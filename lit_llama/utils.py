@@ -64,8 +64,8 @@ def atomic_write(path: Path, marker: str = "") -> Iterator[Path]:
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
 
 
 def unwritable(path: Path, error: Exception) -> UserError | None:

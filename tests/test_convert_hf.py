@@ -261,7 +261,7 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("sentence", BAD_CONFIGS)
 def test_configurations_that_cannot_be_converted(sentence):
-    with pytest.raises(UserError, match="^[A-Zc].*[.]$") as error:
+    with pytest.raises(UserError, match=r"^[A-Zc].*[.]$") as error:
         convert_config({**TINY, **BAD_CONFIGS[sentence]})
     assert sentence in str(error.value)
 

@@ -1,0 +1,397 @@
+"""Checkpoint folders, adapter files, and files that are whole or absent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lit_llama import aligner, model
+from lit_llama.checkpoint import (
+    base_fingerprint,
+    load_model,
+    read_adapter,
+    read_state,
+    save_adapter,
+    save_base,
+)
+from lit_llama.utils import UserError, atomic_write
+
+ROOT = Path(__file__).parents[1]
+SIZES: dict[str, Any] = dict(block_size=32, vocab_size=40, n_layer=3, n_head=4, n_embd=16, intermediate_size=24)
+
+
+def random_state(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
+
+
+def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    config = model.LLaMAConfig(**{**SIZES, **changes})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_base(folder, config, random_state(model.LLaMA(config), seed))
+    return folder
+
+
+def make_adapter(path: Path, base: Path, length: int = 3, seed: int = 5) -> dict[str, Any]:
+    """Writes a trained adapter; returns its header."""
+    network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", adapter_prompt_length=length))
+    state = aligner.adapter_state_from_state_dict(random_state(network, seed))
+    meta = {
+        "method": "aligner",
+        "config": {"adapter_prompt_length": length, "adapter_start_layer": 2},
+        "base": base_fingerprint(base),
+        "prompt_style": "alpaca",
+        "training": {"settings": {"out_dir": path.parent}},
+    }
+    save_adapter(path, state, meta)
+    return json.loads(json.dumps(meta, default=str))
+
+
+# == adapters ==
+
+
+def test_an_adapter_comes_back_as_it_was(tmp_path):
+    base = make_base(tmp_path / "base")
+    meta = make_adapter(tmp_path / "out/best.safetensors", base)
+    for path in (tmp_path / "out/best.safetensors", tmp_path / "out"):  # a run's folder stands for its best
+        adapter = read_adapter(path)
+        assert adapter.meta == meta and adapter.method == "aligner"
+        assert adapter.config == {"adapter_prompt_length": 3, "adapter_start_layer": 2}
+    loaded = load_model(base, adapter, dtype=torch.bfloat16)
+    own = dict(loaded.named_parameters())
+    assert set(adapter.state) == {"global_value_embedding.weight", "transformer.h.2.attn.gating_factor"}
+    for name, tensor in load_file(tmp_path / "out/best.safetensors").items():
+        assert own[name].dtype == torch.float32 and torch.equal(own[name], tensor)
+    for name, tensor in load_file(base / "lit_model.safetensors").items():
+        assert torch.equal(own[name], tensor.bfloat16())
+
+
+def test_a_fresh_adapter_changes_nothing(tmp_path):
+    base = make_base(tmp_path / "base")
+    torch.manual_seed(0)
+    own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    fresh, plain = load_model(base, method=aligner, method_config=own), load_model(base)
+    assert fresh.global_value_embedding.weight.shape == (2, 16) and fresh.global_value_embedding.weight.std() > 0.5
+    idx = torch.arange(10).unsqueeze(0)
+    assert torch.equal(fresh(idx), plain(idx))
+
+
+def test_the_configuration_is_read_off_the_tensors_without_a_header(tmp_path):
+    gates = {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
+    torch.save({"global_value_embedding.weight": torch.randn(7, 16), **gates}, tmp_path / "old.pth")
+    adapter = read_adapter(tmp_path / "old.pth")
+    assert adapter.meta == {} and adapter.config == {"adapter_prompt_length": 7, "adapter_start_layer": 1}
+    assert load_model(make_base(tmp_path / "base"), adapter).global_value_embedding.weight.shape == (7, 16)
+
+
+names = st.text(min_size=1, max_size=8)
+
+
+@given(
+    meta=st.dictionaries(names, st.one_of(st.text(), st.integers(), st.lists(st.booleans()), st.none()), max_size=4),
+    values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=6),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_header_survives(tmp_path, meta, values):
+    state = {
+        "global_value_embedding.weight": torch.tensor([values]),
+        "transformer.h.4.attn.gating_factor": torch.ones(1),
+    }
+    save_adapter(tmp_path / "a.safetensors", state, {**meta, "method": "aligner"})
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    assert adapter.meta == {**meta, "method": "aligner"}
+    assert all(torch.equal(adapter.state[name], tensor) for name, tensor in state.items())
+
+
+def refusal(base: Path, adapter: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_model(base, read_adapter(adapter))
+    return str(error.value)
+
+
+def test_adapters_of_other_bases_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    make_adapter(path, make_base(tmp_path / "base"))
+    assert "is 16 wide and the base model in" in refusal(make_base(tmp_path / "wide", n_embd=32), path)
+    sentence = refusal(make_base(tmp_path / "deep", n_layer=4), path)
+    assert "was trained on a base with {'n_layer': 3}" in sentence and "has {'n_layer': 4}" in sentence
+    sentence = refusal(make_base(tmp_path / "twin", seed=1), path)
+    assert "of this shape but with other weights" in sentence and "fingerprint" in sentence
+    load_model(make_base(tmp_path / "same"), read_adapter(path))  # the same weights in another folder are the same base
+
+
+def test_tensors_that_contradict_the_header_are_refused(tmp_path):
+    base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
+    meta = make_adapter(path, base)
+    save_adapter(path, read_state(path), {**meta, "config": {"adapter_prompt_length": 4, "adapter_start_layer": 2}})
+    assert "global_value_embedding.weight is (3, 16) where the model has (4, 16)" in refusal(base, path)
+
+
+def test_no_adapters(tmp_path):
+    base = make_base(tmp_path / "base")
+    with pytest.raises(UserError, match="There is no adapter in the folder"):
+        read_adapter(base)
+    with pytest.raises(UserError, match="is not an adapter: it has no prefix with gating factors"):
+        read_adapter(base / "lit_model.safetensors")
+    save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {"method": "prompt tuning"})
+    with pytest.raises(UserError, match="made by the method 'prompt tuning'; known are aligner"):
+        read_adapter(tmp_path / "a.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "b.safetensors", metadata={"lit_llama": "{'method'"})
+    with pytest.raises(UserError, match="has a damaged header"):
+        read_adapter(tmp_path / "b.safetensors")
+
+
+# == the fingerprint ==
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fingerprint_survives_casts(dtype, tmp_path):
+    config = model.LLaMAConfig(**SIZES)
+    state = {name: t.to(dtype) for name, t in random_state(model.LLaMA(config), 0).items()}
+    fingerprints = []
+    for cast in (dtype, torch.float32, torch.bfloat16):
+        folder = tmp_path / str(cast)
+        folder.mkdir(exist_ok=True)
+        save_base(folder, config, {name: t.to(cast) for name, t in state.items()})
+        fingerprints.append(base_fingerprint(folder))
+    (tmp_path / "pth").mkdir()
+    torch.save(state, tmp_path / "pth/lit-llama.pth")
+    (tmp_path / "pth/lit_config.json").write_text(config.to_json())
+    assert fingerprints.count(base_fingerprint(tmp_path / "pth")) == 3
+
+
+def test_the_fingerprint_tells_weights_apart(tmp_path):
+    config = model.LLaMAConfig(**SIZES)
+    state = random_state(model.LLaMA(config), 0)
+    seen = {base_fingerprint(make_base(tmp_path, seed))["weights"] for seed in (0, 1)}
+    places = {"ln_f.scale": 3, "wte.weight": (0, 0), "h.1.rms_2.scale": 0, "h.2.attn.c_attn.weight": (1, 1)}
+    for name, index in places.items():
+        changed = {k: v.clone() for k, v in state.items()}
+        changed[f"transformer.{name}"][index] *= 1.02
+        save_base(tmp_path, config, changed)
+        seen.add(base_fingerprint(tmp_path)["weights"])
+    assert len(seen) == 6
+    assert base_fingerprint(make_base(tmp_path))["config"] == json.loads(config.to_json())
+
+
+# == files that are no checkpoints ==
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the code ran')",)
+
+
+def write_pickle(path: Path) -> None:
+    torch.save({"x": RunsCode()}, path)
+
+
+def write_list(path: Path) -> None:
+    torch.save([1, 2], path)
+
+
+def write_cut_pth(path: Path) -> None:
+    torch.save({"x": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def write_cut_safetensors(path: Path) -> None:
+    # a header of 123 bytes, whose length begins with the byte of "{"
+    save_file({"x" * 71: torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+NO_CHECKPOINTS = {
+    "it is empty": ("a.pth", b""),
+    "it is JSON text, beginning": ("a.pth", b'{"question": "What is two plus two?", "answer": "4"}\n{}'),
+    "it is text, beginning '<!DOCTYPE": ("a.safetensors", b"<!DOCTYPE html>\n<html><body>Not found</body>"),
+    "it is text, beginning 'éé": ("b.safetensors", "é".encode() * 60),
+    "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`": (
+        "c.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"),
+    "it is damaged or cut short": ("d.safetensors", write_cut_safetensors),
+    "it is damaged or cut short, or it would run code": ("b.pth", write_cut_pth),
+    "or it would run code when loaded": ("c.pth", write_pickle),
+    "it holds something else than named tensors": ("d.pth", write_list),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", NO_CHECKPOINTS)
+def test_no_checkpoints(sentence, tmp_path):
+    name, content = NO_CHECKPOINTS[sentence]
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    with pytest.raises(UserError) as error:
+        read_adapter(path)
+    assert str(error.value).startswith(f"{path} is not a checkpoint: ")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@given(content=st.binary(max_size=80) | st.text(max_size=40).map(str.encode))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_are_refused_in_one_sentence(tmp_path, content):
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            read_state(tmp_path / name)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UserError, match=r"There is no checkpoint at .*a\.pth"):
+        read_adapter(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"There is no model configuration at .*lit_config\.json"):
+        load_model(tmp_path)
+    base = make_base(tmp_path / "base")
+    (base / "lit_model.safetensors").unlink()
+    for call in (load_model, base_fingerprint):
+        with pytest.raises(UserError, match=r"holds no lit_model\.safetensors or .*scripts/convert_hf_checkpoint\.py"):
+            call(base)
+
+
+def test_weights_that_are_not_the_configuration_s(tmp_path):
+    base = make_base(tmp_path / "base")
+    state = load_file(base / "lit_model.safetensors")
+    del state["transformer.ln_f.scale"]
+    save_file(state, base / "lit_model.safetensors")
+    with pytest.raises(UserError, match=r"transformer\.ln_f\.scale is missing"):
+        load_model(base)
+    with pytest.raises(UserError, match=r"does not hold the weights its lit_config\.json describes"):
+        base_fingerprint(base)
+
+
+def test_the_published_broken_file(shared):
+    folder = shared / "aligner_weights_published/Alpaca_Instruction_Following_Supervised_Finetuning"
+    (path,) = folder.glob("aligner10Tokens-llama2-7B*")
+    with pytest.raises(UserError, match="is not a checkpoint: it is JSON text, beginning"):
+        read_adapter(path)
+
+
+# == atomic_write ==
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/folder/file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists() and temporary.parent == path.parent
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out"
+
+    def write(*names: str, fail: bool = False) -> None:
+        with atomic_write(path, marker="meta.json") as temporary:
+            temporary.mkdir()
+            for name in names:
+                (temporary / name).write_text("x")
+            if fail:
+                raise ValueError("half way")
+
+    write("meta.json", "old")
+    with pytest.raises(ValueError, match="half way"):
+        write("meta.json", "new", fail=True)
+    assert {p.name for p in path.iterdir()} == {"meta.json", "old"}
+    write("new")
+    assert {p.name for p in path.iterdir()} == {"new"}
+    with pytest.raises(UserError, match="folder with other files"):  # it has no meta.json: not one of ours
+        write("meta.json")
+    assert {p.name for p in path.iterdir()} == {"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_write(tmp_path / "link", marker="meta.json") as temporary:
+        temporary.mkdir()
+        (temporary / "meta.json").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/meta.json").is_file()
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(UserError, match=r"Cannot write .*/file/x .*choose another output folder"):
+        save_adapter(tmp_path / "file/x", {"x": torch.ones(1)}, {})
+
+
+def test_files_are_readable_for_others(tmp_path):
+    """safetensors itself makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from lit_llama.checkpoint import save_adapter, save_base, write_text
+from lit_llama.data import prepare_sft
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, atomic_write
+
+out, tokenizer = Path(sys.argv[1]), Tokenizer(sys.argv[2])
+config = LLaMAConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=64)
+state = LLaMA(config).state_dict()
+
+def prepare(name):
+    rows = [{"p": f"the cat {i}", "r": "sat on the mat " * 20} for i in range(400)]
+    prepare_sft(rows, lambda row, n: (row["p"], row["r"]), output_dir=out / name / "set", tokenizer=tokenizer,
+                max_seq_length=200, mask_prompt=True, test_fraction=0.1, seed=0, num_proc=1, about={})
+
+def pickle(path):
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+prepare("cached")
+before = sorted(out.rglob("*"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for write in (lambda: save_base(out, config, state),
+              lambda: save_adapter(out / "adapter.safetensors", state, {}),
+              lambda: pickle(out / "state.pt"),
+              lambda: write_text(out / "text", "x" * 30_000),
+              lambda: prepare("fresh"),
+              lambda: prepare("cached")):
+    try:
+        write()
+        print("written")
+    except UserError as error:
+        print(error)
+left = [path for path in out.rglob("*") if path not in before and path.is_file()]
+print("left:", *left)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *sentences, left = done.stdout.splitlines()
+    assert left == "left:"
+    assert len(sentences) == 6
+    for sentence in sentences:
+        assert sentence.startswith("There is no room left to write ")
+
+
+def test_headers_are_read_without_the_tensors(tmp_path):
+    """An adapter's header is plain safetensors metadata, for any other program."""
+    base = make_base(tmp_path / "base")
+    meta = make_adapter(tmp_path / "a.safetensors", base)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["lit_llama"]) == meta

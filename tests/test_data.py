@@ -1,0 +1,412 @@
+"""Reading rows, preparing folders, batches and epochs."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import load_from_disk
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from lit_llama.data import IGNORE, SFTData, padding_share, plan_epoch, prepare_sft, read_rows, text_field
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+ROOT = Path(__file__).parents[1]
+ROWS = [{"instruction": "Say é", "output": "line one\nline two\u2028\x85"}, {"instruction": "", "output": "{braces}"}]
+
+
+# == read_rows ==
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    (tmp_path / "marked.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    (tmp_path / "lines.jsonl").write_text(f"\n{lines}\n\n", encoding="utf-8")
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table.parquet")
+    for path in tmp_path.iterdir():
+        assert read_rows(path) == ROWS, path
+
+
+json_values = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(), max_size=2)
+
+
+json_rows = st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=4)
+
+
+@given(rows=json_rows, ascii=st.booleans(), lines=st.booleans())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@example(rows=[{"\u2028": "\u2029\x0b\x0c\x1c\x85"}], ascii=False, lines=True)
+def test_json_survives(tmp_path, rows, ascii, lines):
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=ascii)
+
+    path = tmp_path / "rows"
+    path.write_text("\n".join(map(dump, rows)) if lines else dump(rows), encoding="utf-8")
+    assert read_rows(path) == rows
+
+
+MALFORMED: dict[str, tuple[str, bytes]] = {
+    "line 2 is not JSON": ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}\n'),
+    "in line 3": ("a.json", b'[{"a": 1},\n{"a": 2},\n{"a" 3}]'),
+    "one JSON list, or one object per line": ("a.json", b'{\n"data": []\n}'),
+    "cannot be read as text": ("a.json", b'[{"a": "\xff\xfe"}]'),
+    "cannot be read as text (Not a gzipped file": ("a.jsonl.gz", b'{"a": 1}'),
+    "cannot be read as text (Compressed file ended": ("b.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-12]),
+    "cannot be read as text (Error -3": ("c.jsonl.gz", gzip.compress(b'{"a": 1}')[:10] + b"\xff" * 30),
+    "is not a parquet file": ("a.parquet", b"PAR1 or not"),
+}
+
+
+@pytest.mark.parametrize("sentence", MALFORMED)
+def test_malformed_files(sentence, tmp_path):
+    name, content = MALFORMED[sentence]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_rows(tmp_path / name)
+    assert sentence in str(error.value) and name in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"There is no data file at .*rows\.json"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_text_field():
+    row = {"a": "text", "empty": "", "null": None, "zero": 0, "list": []}
+    assert [text_field(row, 1, name) for name in ("a", "empty")] == ["text", ""]
+    assert [text_field(row, 1, name, default="-") for name in ("a", "empty", "null", "absent")] == [
+        "text",
+        "",
+        "-",
+        "-",
+    ]
+    for bad, name, default, sentence in (
+        (row, "absent", None, "Row 7 has no field 'absent'; it has 'a', 'empty', 'null', 'zero', 'list'."),
+        ({}, "a", None, "Row 7 has no field 'a'; it has none."),
+        (row, "null", None, "Row 7: 'null' is not text but null."),
+        (row, "zero", "", "Row 7: 'zero' is not text but int."),
+        (row, "list", "", "Row 7: 'list' is not text but list."),
+        ([1], "a", None, "Row 7 is not an object with named fields but list."),
+    ):
+        with pytest.raises(UserError) as error:
+            text_field(bad, 7, name, default)
+        assert str(error.value) == sentence
+
+
+# == prepare_sft ==
+
+
+def pair(row: dict[str, str], number: int) -> tuple[str, str]:
+    return text_field(row, number, "p"), text_field(row, number, "r")
+
+
+def prepare(output_dir: Path, tokenizer: Tokenizer, rows: list[Any], **changes: Any) -> dict[str, Any]:
+    own = dict(max_seq_length=40, mask_prompt=True, test_fraction=0.25, seed=1, num_proc=1, about={"source": "a test"})
+    return prepare_sft(rows, pair, output_dir=output_dir, tokenizer=tokenizer, **{**own, **changes})
+
+
+def all_rows(folder: Path) -> list[tuple[list[int], int]]:
+    rows = [row for split in ("train", "test") for row in load_from_disk(str(folder / split))]
+    return sorted((row["input_ids"], row["prompt_length"]) for row in rows)
+
+
+def test_a_prepared_row_is_prompt_response_and_one_eos(tmp_path, tokenizer):
+    meta = prepare(tmp_path / "out", tokenizer, [{"p": "the cat", "r": "sat </s>"}, {"p": "the dog", "r": "ate"}])
+    rows = [
+        (tokenizer.encode(p, bos=True), tokenizer.encode(r)) for p, r in (("the cat", "sat </s>"), ("the dog", "ate"))
+    ]
+    assert all_rows(tmp_path / "out") == sorted((p + r + [tokenizer.eos_id], len(p)) for p, r in rows)
+    assert meta == json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta == {
+        "format": "lit-llama-sft-1", "source": "a test", "max_seq_length": 40, "mask_prompt": True, "seed": 1,
+        "test_fraction": 0.25, "tokenizer_sha256": tokenizer.sha256,
+        "counts": {"rows": 2, "empty": 0, "too_long": 0, "cut": 0, "train": 1, "test": 1},
+    }  # fmt: skip
+
+
+texts = st.text(st.sampled_from("the cat é\n"), max_size=60)
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"p": texts, "r": texts}), max_size=12), length=st.integers(3, 50))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_rows_are_kept_cut_or_counted(tmp_path_factory, tokenizer, rows, length):
+    rows = [*rows, {"p": "a", "r": "the cat" * 20}, {"p": "b", "r": "t"}]
+    out = tmp_path_factory.mktemp("sft") / "out"
+    expected, empty, too_long, cut = [], 0, 0, 0
+    for row in rows:
+        prompt, response = tokenizer.encode(row["p"], bos=True), tokenizer.encode(row["r"])
+        if not row["p"].strip() or not row["r"].strip():
+            empty += 1
+        elif len(prompt) + 2 > length:
+            too_long += 1
+        else:
+            cut += len(prompt) + len(response) + 1 > length
+            expected.append(((prompt + response)[: length - 1] + [tokenizer.eos_id], len(prompt)))
+    if len(expected) < 2:  # "b" itself may be too long
+        with pytest.raises(UserError, match="a dataset needs at least 2"):
+            prepare(out, tokenizer, rows, max_seq_length=length)
+        return
+    counts = prepare(out, tokenizer, rows, max_seq_length=length)["counts"]
+    assert all_rows(out) == sorted(expected)
+    assert (counts["rows"], counts["empty"], counts["too_long"], counts["cut"]) == (len(rows), empty, too_long, cut)
+    assert counts["train"] + counts["test"] == len(expected)
+    for ids, prompt_length in all_rows(out):
+        assert ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
+        assert prompt_length < len(ids) - 1 <= length
+
+
+def many(count: int) -> list[dict[str, str]]:
+    return [{"p": f"the cat {i}", "r": "sat " * (i % 7 + 1)} for i in range(count)]
+
+
+def test_the_split_is_seeded_and_whole(tmp_path, tokenizer):
+    splits = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        counts = prepare(tmp_path / name, tokenizer, many(40), seed=seed)["counts"]
+        assert (counts["train"], counts["test"]) == (30, 10)
+        assert len(set(map(str, all_rows(tmp_path / name)))) == 40
+        splits[name] = load_from_disk(str(tmp_path / name / "test"))["input_ids"][:]
+    assert splits["a"] == splits["b"] != splits["c"]
+
+
+def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
+    out = tmp_path / "data/out"
+    prepare(out, tokenizer, many(4))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"Row 3: 'r' is not text but int\."):
+        prepare(out, tokenizer, [*many(2), {"p": "x", "r": 3}])
+    with pytest.raises(UserError, match=r"test_fraction is 1\.0"):
+        prepare(out, tokenizer, many(5), test_fraction=1.0)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    prepare(out, tokenizer, many(5))  # a good one replaces it
+    assert len(all_rows(out)) == 5
+    assert sorted(path.name for path in out.parent.iterdir()) == [".cache", "out"]
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path, tokenizer):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="folder with other files"):
+        prepare(tmp_path, tokenizer, many(4))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_tokenizing_is_cached(tmp_path, tokenizer_path, monkeypatch):
+    tokenizer = Tokenizer(tokenizer_path)
+    prepare(tmp_path / "a", tokenizer, many(8))
+    monkeypatch.setattr(tokenizer, "encode", lambda *args, **kwargs: pytest.fail("tokenized again"))
+    prepare(tmp_path / "b", tokenizer, many(8), seed=9, test_fraction=0.5)
+    assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
+    with pytest.raises(BaseException, match="tokenized again"):  # other lengths are other work
+        prepare(tmp_path / "c", tokenizer, many(8), max_seq_length=30)
+
+
+def test_processes_change_nothing(tmp_path, tokenizer):
+    for name, num_proc in (("one", 1), ("two", 2)):
+        prepare(tmp_path / name / "out", tokenizer, many(2000), num_proc=num_proc)
+    assert (tmp_path / "two/.cache").exists() and len(list((tmp_path / "two/.cache").rglob("*.arrow"))) == 2
+    for split in ("train", "test"):
+        one, two = (load_from_disk(str(tmp_path / name / "out" / split)) for name in ("one", "two"))
+        assert one.to_dict() == two.to_dict()
+
+
+# == SFTData ==
+
+
+def test_batches_are_padded_and_masked(tmp_path, tokenizer):
+    for mask_prompt in (True, False):
+        prepare(tmp_path / "out", tokenizer, many(12), mask_prompt=mask_prompt)
+        data = SFTData(tmp_path / "out", "train", tokenizer)
+        rows = load_from_disk(str(tmp_path / "out/train"))
+        assert len(data) == len(rows) == 9
+        picked = np.array([5, 0, 7])
+        batch = data.batch(picked)
+        longest = max(len(rows[int(i)]["input_ids"]) for i in picked)
+        assert batch["idx"].shape == batch["labels"].shape == (3, longest)
+        for i, idx, labels in zip(picked, batch["idx"], batch["labels"], strict=True):
+            ids, n = rows[int(i)]["input_ids"], rows[int(i)]["prompt_length"]
+            assert idx[: len(ids)].tolist() == ids
+            masked = [IGNORE] * n + ids[n:] if mask_prompt else ids
+            assert labels.tolist() == masked + [IGNORE] * (longest - len(ids))
+            assert data.lengths[i] == len(ids)
+            assert data.weights[i] == (labels[1:] != IGNORE).sum()  # the targets of the loss
+
+
+def test_rows_of_one_length_make_a_batch(tmp_path, tokenizer):
+    prepare(tmp_path / "out", tokenizer, [{"p": f"cat {i}", "r": "sat"} for i in range(8)])
+    data = SFTData(tmp_path / "out", "train")
+    assert data.batch(np.arange(6))["idx"].dtype == torch.int64
+    assert len(data.prompts(2)) == 2
+
+
+def test_max_rows_and_prompts(tmp_path, tokenizer):
+    prepare(tmp_path / "out", tokenizer, many(12))
+    data = SFTData(tmp_path / "out", "train", max_rows=4)
+    assert len(data) == len(data.weights) == 4
+    (prompt, response), *_ = data.prompts(1)
+    ids = load_from_disk(str(tmp_path / "out/train"))[0]["input_ids"]
+    assert prompt + response == ids and tokenizer.decode(prompt).startswith("the cat") and response[-1] == 2
+
+
+def test_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
+    prepare(tmp_path / "out", tokenizer, many(4))
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(tokenizer_path.read_bytes() + b"\x22\x00")  # an empty field more: another file
+    with pytest.raises(UserError, match="was tokenized with another tokenizer than"):
+        SFTData(tmp_path / "out", "train", Tokenizer(other))
+
+
+def test_damaged_folders(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="There is no prepared dataset at"):
+        SFTData(tmp_path, "train")
+    prepare(tmp_path / "out", tokenizer, many(4))
+    meta = tmp_path / "out/meta.json"
+    text = meta.read_text()
+    for damaged, sentence in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "is a dataset of format")):
+        meta.write_text(damaged)
+        with pytest.raises(UserError, match=sentence):
+            SFTData(tmp_path / "out", "train")
+    meta.write_text(text)
+    with pytest.raises(UserError, match=r"The dev rows of .* are missing or damaged"):
+        SFTData(tmp_path / "out", "dev")
+
+
+# == plan_epoch ==
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
+    micro=st.integers(1, 5),
+    accumulate=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_is_every_row_once(lengths, micro, accumulate, seed, epoch):
+    lengths, batch = np.array(lengths), micro * accumulate
+    before, state = lengths.copy(), np.random.get_state()[1].copy()
+    steps = plan_epoch(lengths, batch, micro, seed, epoch)
+    assert sorted(int(row) for step in steps for m in step for row in m) == list(range(len(lengths)))
+    assert len(steps) == -(-len(lengths) // batch)
+    for step in steps[:-1]:
+        assert [len(m) for m in step] == [micro] * accumulate
+    assert all(1 <= len(m) <= micro for m in steps[-1]) and len(steps[-1]) <= accumulate
+    again = plan_epoch(lengths, batch, micro, seed, epoch)
+    assert [[m.tolist() for m in step] for step in steps] == [[m.tolist() for m in step] for step in again]
+    assert np.array_equal(lengths, before) and np.array_equal(state, np.random.get_state()[1])
+
+
+def test_epochs_and_seeds_differ():
+    lengths = np.arange(200) % 37 + 1
+    orders = {
+        str([m.tolist() for step in plan_epoch(lengths, 16, 4, seed, epoch) for m in step])
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+class Lengths:
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+
+def test_padding_is_little():
+    """Lengths as Alpaca has them: a median near 100 tokens, a long tail, an end at 512."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.7, 0.5, 20_000), 40, 512).astype(int)
+    for micro in (4, 8, 16):
+        steps = plan_epoch(lengths, 64, micro, seed=0, epoch=0)
+        assert padding_share(Lengths(lengths), steps) <= 0.05
+    unsorted = [np.split(np.arange(64 * i, 64 * i + 64), 16) for i in range(300)]
+    assert padding_share(Lengths(lengths), unsorted) > 0.25  # what grouping saves
+
+
+# == scripts/prepare_alpaca.py ==
+
+
+def run_prepare(tmp_path: Path, tokenizer_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/prepare_alpaca.py"), "--checkpoint_dir", str(tokenizer_path.parent)]
+    command += ["--output_dir", "data/out", "--num_proc", "1", *arguments]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+
+ALPACA = [
+    {"instruction": "Give three {tips}.", "input": "", "output": "Eat, sleep, run."},
+    {"instruction": "Translate.", "input": "le chat", "output": "the cat"},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+    {"instruction": "Count.", "input": None, "output": "1 2 3"},
+]
+
+
+def expected_alpaca(tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    style = get_prompt_style("alpaca")
+    rows = []
+    for row in ALPACA:
+        prompt = tokenizer.encode(style.render(row["instruction"], row["input"] or ""), bos=True)
+        if row["output"]:
+            rows.append((prompt + tokenizer.encode(row["output"], eos=True), len(prompt)))
+    return sorted(rows)
+
+
+def test_prepare_alpaca_from_a_file(tmp_path, tokenizer, tokenizer_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ALPACA))
+    done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.json")
+    assert (done.returncode, done.stdout) == (0, "data/out\n"), done.stderr
+    assert "4 rows: 1 empty and 0 with too long a prompt dropped" in done.stderr
+    assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
+    meta = json.loads((tmp_path / "data/out/meta.json").read_text())
+    assert (meta["source"], meta["prompt_style"]) == ("rows.json", "alpaca")
+
+
+def test_prepare_alpaca_from_a_repository(tmp_path, tokenizer, tokenizer_path):
+    """The path of the download, with a local folder of tatsu-lab/alpaca's schema in the hub's place."""
+    folder = tmp_path / "alpaca/data"
+    folder.mkdir(parents=True)
+    rows = [{**row, "input": row["input"] or "", "text": "rendered"} for row in ALPACA]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
+    done = run_prepare(tmp_path, tokenizer_path, "--repo_id", "./alpaca")
+    assert (done.returncode, done.stdout) == (0, "data/out\n"), done.stderr
+    assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
+
+
+def test_prepare_alpaca_names_the_bad_row(tmp_path, tokenizer_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ALPACA, {"instruction": "x", "response": "y"}])))
+    done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
+    assert not (tmp_path / "data").exists()
+
+
+def test_prepare_alpaca_without_a_network(tmp_path, tokenizer_path):
+    done = run_prepare(tmp_path, tokenizer_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: Cannot download tatsu-lab/alpaca" in done.stderr and "--data_file" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+
+
+def test_real_alpaca_rows(shared, tmp_path):
+    """999 real rows with the real tokenizer: nothing is lost, and an epoch has little padding."""
+    tokenizer = Tokenizer(shared / "models/llama2-tokenizer")
+    style = get_prompt_style("alpaca")
+    rows = [
+        {"p": style.render(row["instruction"], row["input"]), "r": row["output"]}
+        for row in read_rows(shared / "data/alpaca_en_demo.json")
+    ]
+    meta = prepare(tmp_path / "out", tokenizer, rows, max_seq_length=512, test_fraction=0.04)
+    counts = meta["counts"]
+    assert counts["rows"] == 999 == counts["empty"] + counts["too_long"] + counts["train"] + counts["test"]
+    data = SFTData(tmp_path / "out", "train", tokenizer)
+    assert padding_share(data, plan_epoch(data.lengths, 64, 4, seed=0, epoch=0)) <= 0.05
