@@ -55,6 +55,8 @@ class Prefix(Fp32Parameters, nn.Embedding):
 
 
 class LLaMA(llama.LLaMA):
+    config_class = LLaMAConfig
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
         self.global_value_embedding = Prefix(config.adapter_prompt_length, config.n_embd)

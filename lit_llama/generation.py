@@ -74,7 +74,7 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
 @torch.no_grad()
 def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """One more token per row: (B,) ids at (B,) positions -> logits (B, V)."""
-    cache.length += 1
+    cache.length = min(cache.length + 1, cache.k.size(3))
     return model(tokens.unsqueeze(1), cache=cache, positions=positions.unsqueeze(1))[:, -1]
 
 
@@ -82,7 +82,9 @@ def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor
 def decode(
     model: LLaMA, prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yields the next tokens (B,) of all rows, step by step, until `max_new_tokens` or the end of the context.
+    """Yields the next tokens (B,) of all rows, step by step, until `max_new_tokens` or every context is full.
+
+    What a row yields after `room(model, prompt)` tokens, while shorter prompts still have room, means nothing.
 
     Args:
         prompts: token ids, of any lengths.
@@ -91,19 +93,16 @@ def decode(
     Raises:
         UserError: a prompt is empty or leaves no room in the context.
     """
-    block_size = model.config.block_size
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise UserError("A prompt has no tokens.")
-    if longest >= block_size:
-        raise UserError(f"The prompt has {longest} tokens and the model's context {block_size}: no room for an answer.")
-    n_new = min(sampling.max_new_tokens, block_size - longest)
+    check_prompts(model, prompts)
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    n_new = min(sampling.max_new_tokens, max(room(model, prompt) for prompt in prompts))
     weight = model.transformer.wte.weight
     generators = [
         torch.Generator(weight.device).manual_seed(sampling.seed * 1_000_003 + row)
         for row in rows or range(len(prompts))
     ]
-    cache = KVCache(model.config, len(prompts), longest + n_new, weight.device, weight.dtype)
+    max_length = min(max(map(len, prompts)) + n_new, block_size)
+    cache = KVCache(model.config, len(prompts), max_length, weight.device, weight.dtype)
     positions = torch.tensor([len(p) for p in prompts], device=weight.device)
     training = model.training
     model.eval()
@@ -111,12 +110,31 @@ def decode(
         with model.inference():
             logits = prefill(model, prompts, cache)
             for i in range(n_new):
-                tokens = sample(logits, sampling, generators)
+                tokens = sample(logits[:, :vocab_size], sampling, generators)  # never a row of the padding
                 yield tokens
                 if i + 1 < n_new:
-                    logits = decode_one_token(model, tokens, positions + i, cache)
+                    # a row that is full writes its last slot again
+                    logits = decode_one_token(model, tokens, (positions + i).clamp(max=block_size - 1), cache)
     finally:
         model.train(training)
+
+
+def room(model: LLaMA, prompt: list[int]) -> int:
+    """New tokens that fit into the context behind a prompt."""
+    return model.config.block_size - len(prompt)
+
+
+def check_prompts(model: LLaMA, prompts: list[list[int]]) -> None:
+    """Raises: UserError: a prompt is empty or leaves no room in the context; it is named by its number."""
+    for number, prompt in enumerate(prompts, 1):
+        name = "The prompt" if len(prompts) == 1 else f"Prompt {number} of {len(prompts)}"
+        if not prompt:
+            raise UserError(f"{name} has no tokens.")
+        if room(model, prompt) < 1:
+            raise UserError(
+                f"{name} has {len(prompt)} tokens and the model's context {model.config.block_size}: no room for an "
+                "answer."
+            )
 
 
 def generate(
@@ -142,7 +160,7 @@ def generate(
                 continue
             if token not in stop_ids:
                 new[row].append(token)
-            if token in stop_ids or finished(new[row]):
+            if token in stop_ids or finished(new[row]) or len(new[row]) == room(model, prompts[row]):
                 running.discard(row)
         if not running:
             break
@@ -192,6 +210,7 @@ def answer(
         UserError: a prompt is longer than the context.
     """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    check_prompts(model, encoded)  # before the first answer, not in the middle
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
 

@@ -27,6 +27,7 @@ LLAMA3_SCALING = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 LLAMA32_SCALING = {**LLAMA3_SCALING, "factor": 32.0}
+ROPE_SCALINGS = {"llama3": set(LLAMA3_SCALING), "linear": {"rope_type", "factor"}}  # the fields of each kind
 
 # fmt: off
 llama_configs: dict[str, dict[str, Any]] = {
@@ -99,10 +100,16 @@ class LLaMAConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in fields(LLaMAConfig) if f.type in (int, int | None)}
+        for name, size in sizes.items():
+            if size is not None and (type(size) is not int or size < 1):
+                raise UserError(f"{name} is {size!r}; it must be a whole number, 1 or more.")
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
             self.head_size = self.n_embd // self.n_head
+        if self.head_size % 2:
+            raise UserError(f"head_size ({self.head_size}) is odd; rotary positions turn pairs.")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_head % self.n_kv_head:
@@ -113,9 +120,13 @@ class LLaMAConfig:
             raise UserError(f"padded_vocab_size ({self.padded_vocab_size}) is below vocab_size ({self.vocab_size}).")
         if self.intermediate_size is None:
             self.intermediate_size = find_multiple(int(8 * self.n_embd / 3), 256)
-        kind = (self.rope_scaling or {}).get("rope_type", "llama3")
-        if kind not in ("llama3", "linear"):
-            raise UserError(f"Rope scaling {kind!r} is not supported; known are 'llama3' and 'linear'.")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            if kind not in ROPE_SCALINGS:
+                raise UserError(f"Rope scaling {kind!r} is not supported; known are {' and '.join(ROPE_SCALINGS)}.")
+            missing = sorted(ROPE_SCALINGS[kind] - self.rope_scaling.keys())
+            if missing:
+                raise UserError(f"Rope scaling {kind!r} lacks {', '.join(missing)}.")
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "LLaMAConfig":
@@ -156,6 +167,8 @@ class LLaMAConfig:
 class LLaMA(nn.Module):
     """The language model: embedding, `n_layer` blocks, RMSNorm, output layer."""
 
+    config_class = LLaMAConfig  # a variant names its own
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
@@ -182,8 +195,8 @@ class LLaMA(nn.Module):
         return False
 
     @classmethod
-    def from_name(cls, name: str) -> "LLaMA":
-        return cls(LLaMAConfig.from_name(name))
+    def from_name(cls, name: str, **overrides: Any) -> "LLaMA":
+        return cls(cls.config_class.from_name(name, **overrides))
 
     def forward(
         self,
@@ -251,6 +264,8 @@ class LLaMA(nn.Module):
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """Loads the base, the adapter, or both; each part that is there must be whole.
 
+        An adapter's parameters stay fp32 whatever the dtype of the file, with `assign` too.
+
         Raises:
             UserError: a tensor is left over, missing or mis-shaped; the sentence names it.
         """
@@ -268,12 +283,21 @@ class LLaMA(nn.Module):
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        masters = {name: t.float() for name, t in state_dict.items() if self.is_adapter_key(name)}
+        return super().load_state_dict({**state_dict, **masters}, strict=False, assign=assign)
 
     def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Drops what other programs write beside the parameters; a variant renames aliases here."""
-        redundant = {"lm_head.weight"} if self.config.tie_embeddings else set()
-        return {k: v for k, v in state_dict.items() if k not in redundant}
+        """Drops what other programs write beside the parameters; a variant renames aliases here.
+
+        Raises:
+            UserError: the embeddings are tied, and the output layer is another than the embedding.
+        """
+        state_dict = dict(state_dict)
+        if self.config.tie_embeddings and "lm_head.weight" in state_dict:
+            head, embedding = state_dict.pop("lm_head.weight"), state_dict.get("transformer.wte.weight")
+            if embedding is None or not torch.equal(head, embedding):
+                raise UserError("lm_head.weight differs from the embedding, but this model's config ties the two.")
+        return state_dict
 
     def inference(self) -> AbstractContextManager:
         """What generation wraps itself in; a variant may keep constants of its adapter for that long."""
@@ -393,7 +417,7 @@ def rope_frequencies(config: LLaMAConfig) -> torch.Tensor:
     if scaling is None:
         return frequencies
     slow = frequencies / scaling["factor"]
-    if scaling.get("rope_type") == "linear":
+    if scaling["rope_type"] == "linear":
         return slow
     # Llama 3.1: wavelengths that turn often within the original context stay, rare ones are slowed, in between
     # the two are blended.

@@ -1,0 +1,353 @@
+"""Decoding: the cache, batches, sampling, stopping, streaming."""
+
+import io
+import itertools
+import math
+
+import pytest
+import torch
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
+
+from lit_llama.generation import (
+    Sampling,
+    answer,
+    cut_at_stop,
+    decode,
+    decode_one_token,
+    generate,
+    instruct,
+    prefill,
+    sample,
+    stream,
+)
+from lit_llama.model import KVCache
+from lit_llama.prompts import PromptStyle
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+GREEDY = Sampling(max_new_tokens=10)
+WARM = Sampling(max_new_tokens=10, temperature=1.0, seed=3)
+MODELS = {
+    "base": lambda: toys.base(),
+    "base, gqa": lambda: toys.base(n_kv_head=2),
+    "one token": lambda: toys.aligned(1, n_kv_head=2),
+    "ten tokens": lambda: toys.aligned(10, n_kv_head=2),
+}
+each_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def uncached(network, prompt: list[int], n_new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    for _ in range(n_new):
+        ids = torch.cat([ids, network(ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+# == Cache and batches ==
+
+
+@each_model
+def test_cached_logits_equal_uncached_ones_at_every_step(kind):
+    network, prompts = MODELS[kind](), toys.prompts(2, 7, 5)
+    fed = toys.token_ids(3, 6, seed=5)
+    cache = KVCache(network.config, 3, 13, torch.device("cpu"), torch.float32)
+    with network.inference():
+        logits = prefill(network, prompts, cache)
+        for step in range(7):
+            for row, prompt in enumerate(prompts):
+                whole = torch.tensor([prompt + fed[row, :step].tolist()])
+                torch.testing.assert_close(logits[row], network(whole)[0, -1], atol=2e-5, rtol=2e-5)
+            if step < 6:
+                positions = torch.tensor([len(p) + step for p in prompts])
+                logits = decode_one_token(network, fed[:, step], positions, cache)
+
+
+@each_model
+def test_cached_greedy_decoding_equals_uncached(kind):
+    network, prompts = MODELS[kind](), toys.prompts(1, 20, 6)
+    assert generate(network, prompts, GREEDY) == [uncached(network, p, 10) for p in prompts]
+
+
+@each_model
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(10, 0.8, top_k=5), Sampling(10, 1.3, top_p=0.7, seed=8)])
+def test_a_batch_equals_one_by_one(kind, sampling):
+    network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7)
+    together = generate(network, prompts, sampling)
+    alone = [generate(network, [prompt], sampling, rows=[row])[0] for row, prompt in enumerate(prompts)]
+    assert together == alone
+    assert [len(ids) for ids in together] == [10] * 5
+
+
+def test_the_context_of_one_row_does_not_cut_the_others():
+    network, prompts = toys.base(), toys.prompts(60, 5, 63, 50)
+    sampling = Sampling(max_new_tokens=20, temperature=1.0)
+    together = generate(network, prompts, sampling)
+    assert [len(ids) for ids in together] == [4, 20, 1, 14]
+    assert together == [generate(network, [p], sampling, rows=[row])[0] for row, p in enumerate(prompts)]
+
+
+def test_seeds_reproduce_and_differ():
+    network, prompts = toys.base(), toys.prompts(5, 5)
+    first = generate(network, prompts, WARM)
+    torch.manual_seed(123)
+    torch.rand(7)  # the global generator plays no part, and is not touched
+    state = torch.get_rng_state()
+    assert generate(network, prompts, WARM) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert generate(network, prompts, Sampling(10, 1.0, seed=4)) != first
+    same_prompt_twice = generate(network, [prompts[0]] * 2, WARM)
+    assert same_prompt_twice[0] == first[0] != same_prompt_twice[1]
+
+
+def test_decoding_restores_the_models_mode_even_if_it_is_left_early():
+    network = toys.aligned()
+    network.train()
+    steps = decode(network, toys.prompts(4), GREEDY)
+    next(steps)
+    assert not network.training and torch.is_grad_enabled()
+    steps.close()
+    assert network.training
+    assert all(attn.constant_kv is None for attn in network.aligned_attention())
+    network.eval()
+    generate(network, toys.prompts(4), GREEDY)
+    assert not network.training
+
+
+def test_padding_rows_of_the_vocabulary_are_never_drawn():
+    network = toys.base(vocab_size=40, padded_vocab_size=64)
+    network.lm_head.weight.data[40:] = 10 * network.lm_head.weight.data[:24]
+    prompts = toys.prompts(*[4] * 20, vocab_size=40)
+    for sampling in (GREEDY, WARM):
+        assert max(itertools.chain(*generate(network, prompts, sampling))) < 40
+
+
+# == Sampling ==
+
+PROBS = torch.tensor([0.15, 0.5, 0.05, 0.3])  # hand-made, unordered
+
+
+def drawn_shares(sampling: Sampling, draws: int = 20_000) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(PROBS.log().expand(draws, -1), sampling, [generator] * draws)
+    return (tokens.bincount(minlength=4) / draws).tolist()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(temperature=1.0), [0.15, 0.5, 0.05, 0.3]),
+        # temperature 0.5 squares the odds: 225 : 2500 : 25 : 900
+        (dict(temperature=0.5), [225 / 3650, 2500 / 3650, 25 / 3650, 900 / 3650]),
+        (dict(temperature=1.0, top_k=1), [0, 1, 0, 0]),
+        (dict(temperature=1.0, top_k=3), [15 / 95, 50 / 95, 0, 30 / 95]),
+        (dict(temperature=1.0, top_k=9), [0.15, 0.5, 0.05, 0.3]),
+        (dict(temperature=1.0, top_p=0.3), [0, 1, 0, 0]),
+        (dict(temperature=1.0, top_p=0.6), [0, 5 / 8, 0, 3 / 8]),
+        (dict(temperature=1.0, top_p=0.9), [15 / 95, 50 / 95, 0, 30 / 95]),
+        # top_p acts on what top_k leaves: 5/8 and 3/8
+        (dict(temperature=1.0, top_k=2, top_p=0.6), [0, 1, 0, 0]),
+        (dict(temperature=0.0), [0, 1, 0, 0]),
+        (dict(temperature=0.0, top_k=2, top_p=0.1), [0, 1, 0, 0]),
+    ],
+)
+def test_samples_follow_the_distribution(options, expected):
+    for share, probability in zip(drawn_shares(Sampling(**options)), expected, strict=True):
+        margin = 4.5 * math.sqrt(probability * (1 - probability) / 20_000)
+        assert abs(share - probability) <= margin
+        assert (share == 0) == (probability == 0)
+
+
+def test_rows_are_cut_each_by_its_own_probabilities():
+    logits = torch.stack([PROBS.log(), PROBS.flip(0).log()]).repeat(500, 1)
+    generators = [torch.Generator().manual_seed(i) for i in range(1000)]
+    tokens = sample(logits, Sampling(temperature=1.0, top_p=0.6), generators)
+    assert set(tokens[0::2].tolist()) == {1, 3} and set(tokens[1::2].tolist()) == {2, 0}
+
+
+@given(
+    st.lists(st.floats(-30, 30), min_size=2, max_size=12),
+    st.floats(0.05, 5),
+    st.integers(0, 14),
+    st.floats(0.01, 1),
+    st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_draw_is_always_among_the_likeliest(logits, temperature, top_k, top_p, seed):
+    scores = torch.tensor([logits])
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    token = int(sample(scores, sampling, [torch.Generator().manual_seed(seed)]))
+    probs = (scores[0] / temperature).softmax(-1)
+    likelier = probs > probs[token]
+    assert likelier.sum() < (top_k or len(logits))
+    assert probs[likelier].sum() <= top_p + 1e-5
+    assert probs[token] > 0
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens is 0; it must be 1 or more"),
+        (dict(temperature=-0.1), "temperature is -0.1"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(top_p=0.0), "top_p 0.0"),
+        (dict(top_p=1.1), "top_p 1.1"),
+    ],
+)
+def test_impossible_settings_are_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Sampling(**options)
+
+
+# == Stopping ==
+
+
+def test_stop_ids_end_their_own_row_and_are_not_returned():
+    network, prompts = toys.base(), toys.prompts(3, 8, 5)
+    free = generate(network, prompts, WARM)
+    stop = free[0][4]
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert len(expected[0]) <= 4 and any(len(ids) == 10 for ids in expected)
+    assert generate(network, prompts, WARM, stop_ids=(stop,)) == expected
+
+
+def test_a_stop_id_at_once_gives_an_empty_answer():
+    network, prompts = toys.base(), toys.prompts(6)
+    first = generate(network, prompts, GREEDY)[0][0]
+    assert generate(network, prompts, GREEDY, stop_ids=(first,)) == [[]]
+
+
+def test_finished_is_told_the_tokens_so_far():
+    network, prompts = toys.base(), toys.prompts(4, 7)
+    free = generate(network, prompts, GREEDY)
+    assert generate(network, prompts, GREEDY, finished=lambda ids: len(ids) == 3) == [ids[:3] for ids in free]
+
+
+def test_decoding_ends_with_the_last_running_row():
+    network, calls = toys.base(), []
+    forward = network.forward
+    network.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    generate(network, toys.prompts(4, 7), GREEDY, finished=lambda ids: len(ids) == 3)
+    assert len(calls) == 3  # a prefill and two single tokens: the third token ends it
+
+
+@pytest.mark.parametrize(
+    "lengths, sentence",
+    [
+        ((64,), "The prompt has 64 tokens and the model's context 64: no room for an answer"),
+        ((5, 80, 3), "Prompt 2 of 3 has 80 tokens"),
+        ((0,), "The prompt has no tokens"),
+        ((3, 0), "Prompt 2 of 2 has no tokens"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(lengths, sentence):
+    with pytest.raises(UserError, match=sentence):
+        generate(toys.base(), toys.prompts(*lengths), GREEDY)
+
+
+# == Text ==
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A real SentencePiece model with byte fallback: 3 control pieces, 256 bytes and a few words."""
+    model = io.BytesIO()
+    words = ["the cat sat on the mat", "a dog ran to the hat", "### Instruction: say it", "one\ntwo"] * 20
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer):
+    """A model that says pieces and bytes at random, many of them halves of characters."""
+    return toys.aligned(3, vocab_size=tokenizer.vocab_size, padded_vocab_size=320)
+
+
+PROMPTS = ["the cat", "a dog ran to the hat on the mat", "say", "it sat"]
+
+
+def test_answers_are_in_the_order_of_the_prompts_whatever_the_batch_size(speaker, tokenizer):
+    sampling = Sampling(max_new_tokens=15, temperature=1.0)
+    answers = answer(speaker, tokenizer, PROMPTS, sampling)
+    assert len(set(answers)) == 4
+    for batch_size in (1, 2, 3):
+        assert answer(speaker, tokenizer, PROMPTS, sampling, batch_size=batch_size) == answers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_stream_adds_up_to_the_answer(speaker, tokenizer, seed):
+    sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=seed)
+    pieces = list(stream(speaker, tokenizer, PROMPTS[0], sampling))
+    assert "".join(pieces).strip() == answer(speaker, tokenizer, PROMPTS[:1], sampling)[0]
+    assert len(pieces) > 1 and all(pieces)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_stop_texts_cut_stream_and_answer_alike(speaker, tokenizer, seed):
+    sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=seed)
+    free = "".join(stream(speaker, tokenizer, PROMPTS[0], sampling))
+    middle = len(free) // 2
+    for stop in ((free[middle : middle + 3],), (free[-2:], free[middle : middle + 4]), ("never said",)):
+        expected = cut_at_stop(free, stop)[0]
+        assert "".join(stream(speaker, tokenizer, PROMPTS[0], sampling, stop)) == expected
+        assert answer(speaker, tokenizer, PROMPTS[:1], sampling, stop) == [expected.strip()]
+
+
+def test_a_stream_says_no_half_of_a_stop_text_or_of_a_character():
+    class Scripted:
+        """Says what it is told, one byte per token."""
+
+        stop_ids = ()
+
+        def encode(self, text, bos=False):
+            return [1]
+
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", "replace")
+
+    text = "né## ok ### Inst".encode()
+    network = toys.base(vocab_size=256, padded_vocab_size=256)
+    network.forward = lambda idx, **kwargs: scripted_logits(text, kwargs)
+    pieces = list(stream(network, Scripted(), "", Sampling(max_new_tokens=len(text)), stop=("### Inst",)))
+    assert pieces == ["n", "é", "## ", "o", "k", " "]
+
+
+def scripted_logits(text, kwargs):
+    """Logits of the byte that follows the (one-token) prompt and what has been said."""
+    positions = kwargs.get("positions")
+    said = 0 if positions is None else int(positions)
+    logits = torch.zeros(1, 256)
+    logits[0, text[said]] = 1
+    return logits if positions is None else logits.unsqueeze(1)
+
+
+def test_cut_at_stop_cuts_before_the_first():
+    assert cut_at_stop("abc def ghi", ("ghi", "def")) == ("abc ", True)
+    assert cut_at_stop("abc", ("x",)) == ("abc", False)
+    assert cut_at_stop("abc", ()) == ("abc", False)
+
+
+def test_too_long_a_prompt_is_refused_before_anything_is_answered(speaker, tokenizer):
+    speaker_calls = []
+    handle = speaker.transformer.wte.register_forward_hook(lambda *_: speaker_calls.append(1))
+    with pytest.raises(UserError, match=r"Prompt 2 of 3 has \d+ tokens and the model's context 64"):
+        answer(speaker, tokenizer, ["the cat", "sat " * 80, "on"], GREEDY, batch_size=1)
+    with pytest.raises(UserError, match="The prompt has"):
+        list(stream(speaker, tokenizer, "sat " * 80, GREEDY))
+    handle.remove()
+    assert not speaker_calls
+
+
+def test_instruct_renders_and_stops_by_the_style(speaker, tokenizer):
+    style = PromptStyle("toy", "the {instruction} sat")
+    free = answer(speaker, tokenizer, ["the cat sat"], WARM)[0]
+    assert instruct(speaker, tokenizer, ["cat"], style, WARM) == [free]
+    stopping = PromptStyle("toy", "the {instruction} sat", stop=(free[3:5],))
+    assert instruct(speaker, tokenizer, ["cat"], stopping, WARM) == [cut_at_stop(free, (free[3:5],))[0].strip()]

@@ -1,0 +1,291 @@
+"""The base model: architecture, precision, configuration, loading."""
+
+import json
+
+import pytest
+import reference
+import torch
+import toys
+from torch.nn import functional as F
+
+from lit_llama import model as llama
+from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, RoPE, llama_configs, rope_frequencies, token_logps
+from lit_llama.utils import UserError
+
+
+@pytest.mark.parametrize("architecture", toys.ARCHITECTURES)
+def test_logits_equal_the_reference(architecture):
+    network = toys.base(**toys.ARCHITECTURES[architecture])
+    idx = toys.token_ids(2, 40)
+    expected = [reference.logits(reference.double(network.state_dict()), network.config, row) for row in idx.tolist()]
+    torch.testing.assert_close(network(idx).double(), torch.stack(expected), atol=2e-5, rtol=2e-5)
+
+
+def test_output_layer_sees_only_the_positions_asked_for():
+    network, idx = toys.base(), toys.token_ids(3, 12)
+    whole = network(idx)
+    last = torch.tensor([11, 0, 5])
+    torch.testing.assert_close(network(idx, last=last), whole[torch.arange(3), last])
+    labels = idx.clone()
+    labels[0, :4] = labels[1, 2:] = labels[2, 7] = -1
+    expected = [whole[b, t - 1].log_softmax(-1)[idx[b, t]] for b in range(3) for t in range(1, 12) if labels[b, t] >= 0]
+    logps = network(idx, labels)
+    assert logps.dtype == torch.float32 and len(logps) == (12 - 4) + 1 + (11 - 1)
+    torch.testing.assert_close(logps, torch.stack(expected))
+
+
+def test_no_label_gives_an_empty_result_that_can_be_summed():
+    network, idx = toys.base(), toys.token_ids(2, 5)
+    logps = network(idx, torch.full_like(idx, -1))
+    assert logps.shape == (0,)
+    logps.sum().backward()
+
+
+def test_padding_on_the_right_changes_nothing():
+    network, idx = toys.base(n_kv_head=2), toys.token_ids(1, 10)
+    padded = torch.cat([idx, toys.token_ids(1, 6, seed=9)], dim=1)
+    torch.testing.assert_close(network(padded)[:, :10], network(idx))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
+def test_token_logps_in_chunks_equal_direct_ones(count, monkeypatch):
+    monkeypatch.setattr(llama, "LOGP_CHUNK", 8)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(count, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    targets = torch.randint(11, (count,), generator=generator)
+    factors = torch.randn(count, generator=generator)
+    results = []
+    for function in (token_logps, lambda h, w, t: F.linear(h, w).log_softmax(-1).gather(1, t.unsqueeze(1))[:, 0]):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = function(h, w, targets)
+        (logps * factors).sum().backward()
+        results.append((logps, h.grad, w.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_token_logps_are_fp32_under_bf16():
+    hidden, weight = torch.randn(4, 16).bfloat16(), torch.randn(30, 16).bfloat16()
+    logps = token_logps(hidden, weight, torch.tensor([1, 2, 3, 4]))
+    expected = F.linear(hidden, weight).double().log_softmax(-1)[range(4), [1, 2, 3, 4]]
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=0)
+
+
+# == Precision ==
+
+
+def test_rope_angles_are_those_of_the_formula_up_to_the_end_of_the_context():
+    config = LLaMAConfig(**{**toys.SIZES, "block_size": 4096})
+    rope = RoPE(config)
+    x = torch.zeros(1, 1, 4096, 8)
+    x[..., 0::2] = 1
+    turned = rope.apply(x)[0, 0].double()
+    expected = reference.rotate(x[0, 0].double(), config)
+    torch.testing.assert_close(turned, expected, atol=5e-4, rtol=0)
+
+
+def test_positions_above_256_stay_distinct_in_a_bf16_model():
+    network = toys.base(block_size=1024).to(torch.bfloat16)
+    idx = toys.token_ids(1, 1024)
+    network(idx)
+    x = torch.zeros(1, 1, 1024, 8, dtype=torch.bfloat16)
+    x[..., 0::2] = 1
+    turned = network._rope.apply(x)[0, 0]
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, RoPE(network.config).apply(x.float())[0, 0].bfloat16())  # tables never rounded
+    assert len(turned[256:].unique(dim=0)) == 1024 - 256
+    # the tables of the authors' fork: above 256 a bf16 position is even, above 512 a multiple of 4
+    assert len(torch.arange(256, 1024).bfloat16().unique()) < 260
+
+
+def test_rms_norm_is_fp32_under_bf16():
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(512, eps=1e-5).to(torch.bfloat16)
+    norm.scale.data.copy_(1 + 0.3 * torch.randn(512, generator=generator))
+    x = (3 * torch.randn(64, 512, generator=generator)).bfloat16()
+    y = norm(x)
+    expected = reference.norm(x.double(), norm.scale.double(), 1e-5).bfloat16()
+    assert y.dtype == torch.bfloat16
+    assert (y != expected).float().mean() < 1e-3  # a norm in bf16 misses a third of them
+    in_bf16 = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.scale
+    assert (in_bf16 != expected).float().mean() > 0.1
+
+
+def test_bf16_model_is_near_the_fp32_one():
+    network = toys.base(n_kv_head=2)
+    idx = toys.token_ids(2, 40)
+    exact, rounded = network(idx), network.to(torch.bfloat16)(idx)
+    assert rounded.dtype == torch.bfloat16
+    assert (exact - rounded.float()).abs().mean() < 0.05 * exact.std()
+
+
+def test_llama3_scaling_keeps_blends_and_slows():
+    config = LLaMAConfig.from_name("Llama-3.1-8B")
+    scaled = rope_frequencies(config).double()
+    plain = rope_frequencies(LLaMAConfig.from_name("Llama-3-8B")).double()
+    torch.testing.assert_close(scaled, torch.tensor(reference.frequencies(config)).double(), rtol=1e-5, atol=0)
+    ratio = plain / scaled
+    assert ratio[0] == 1 and ratio[-1] == pytest.approx(8)
+    assert ((ratio > 1.01) & (ratio < 7.9)).sum() == 6  # pairs with a wavelength between 8192/4 and 8192 tokens
+
+
+# == Memory ==
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    network, idx = toys.base(n_kv_head=2), toys.token_ids(2, 12)
+    gradients = []
+    for network.gradient_checkpointing in (False, True):
+        network.zero_grad()
+        network(idx, idx).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+# == Configuration ==
+
+# published totals: the models' cards and the sum of the shapes in their checkpoints
+PARAMETERS = {
+    "7B": 6_738_415_616,
+    "13B": 13_015_864_320,
+    "30B": 32_528_943_616,
+    "65B": 65_285_660_672,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize("name", llama_configs)
+def test_named_models_have_their_published_size(name):
+    with torch.device("meta"):
+        network = LLaMA.from_name(name)
+    count = sum(p.numel() for p in network.parameters())
+    assert name == "microworld" or count == PARAMETERS[name]
+    assert count < 7_000_000 or name != "microworld"
+
+
+def test_mlp_width_and_padding_follow_from_the_other_sizes():
+    config = LLaMAConfig(n_embd=4096, n_head=32, vocab_size=32001)
+    assert (config.intermediate_size, config.padded_vocab_size, config.head_size) == (11008, 32064, 128)
+    assert (config.n_kv_head, config.norm_eps) == (32, 1e-5)
+
+
+def test_config_survives_its_file(tmp_path):
+    config = LLaMAConfig.from_name("Llama-3.2-1B")
+    (tmp_path / "lit_config.json").write_text(config.to_json())
+    assert LLaMAConfig.from_json(tmp_path / "lit_config.json") == config
+    assert LLaMAConfig.from_json(tmp_path / "lit_config.json", n_layer=2).n_layer == 2
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (dict(n_embd=30), r"n_embd \(30\) is not a multiple of n_head \(4\)"),
+        (dict(n_kv_head=3), r"n_head \(4\) is not a multiple of n_kv_head \(3\)"),
+        (dict(padded_vocab_size=49), r"padded_vocab_size \(49\) is below vocab_size \(50\)"),
+        (dict(head_size=7), r"head_size \(7\) is odd"),
+        (dict(n_layer=0), "n_layer is 0; it must be a whole number, 1 or more"),
+        (dict(n_kv_head=0), "n_kv_head is 0"),
+        (dict(n_layer="3"), "n_layer is '3'"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported; known are llama3 and linear"),
+        (dict(rope_scaling=dict(type="linear", factor=4.0)), "None is not supported"),
+        (dict(rope_scaling=dict(rope_type="linear")), "'linear' lacks factor"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "lacks high_freq_factor, low_freq_factor, original"),
+    ],
+)
+def test_impossible_configs_are_refused(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        LLaMAConfig(**{**toys.SIZES, **overrides})
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (None, "There is no model configuration at"),
+        ("{", "is not JSON"),
+        (json.dumps({"n_layer": 2, "hidden_size": 64}), r"it has \['hidden_size'\]"),
+        ("[1]", "is not a model configuration of this project: it has list"),
+    ],
+)
+def test_bad_config_files_are_refused(tmp_path, text, sentence):
+    path = tmp_path / "lit_config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        LLaMAConfig.from_json(path)
+
+
+def test_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match=r"no model named '8B'; known are 7B, 13B, .*SmolLM2-135M"):
+        LLaMA.from_name("8B")
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(UserError, match="65 tokens is longer than the model's 64"):
+        toys.base()(toys.token_ids(1, 65))
+
+
+# == Loading ==
+
+
+def test_state_dict_has_lit_llamas_names_and_nothing_else():
+    names = {"transformer.wte.weight", "transformer.ln_f.scale", "lm_head.weight"}
+    for layer in range(3):
+        parts = ("rms_1.scale", "rms_2.scale", "attn.c_attn.weight", "attn.c_proj.weight",
+                 "mlp.c_fc1.weight", "mlp.c_fc2.weight", "mlp.c_proj.weight")  # fmt: skip
+        names |= {f"transformer.h.{layer}.{part}" for part in parts}
+    network = toys.base()
+    network(toys.token_ids(1, 4))  # no cache or table of a forward pass gets into it
+    assert set(network.state_dict()) == names
+
+
+def left_over(state):
+    state["transformer.h.0.attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+
+def missing(state):
+    del state["transformer.h.1.mlp.c_fc2.weight"]
+
+
+def mis_shaped(state):
+    state["transformer.ln_f.scale"] = torch.ones(31)
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (left_over, "transformer.h.0.attn.rotary_emb.inv_freq does not belong to this model"),
+        (missing, "transformer.h.1.mlp.c_fc2.weight is missing"),
+        (mis_shaped, r"transformer.ln_f.scale is \(31,\) where the model has \(32,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(spoil, sentence):
+    network, state = toys.base(seed=1), toys.base(seed=2).state_dict()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    spoil(state)
+    with pytest.raises(UserError, match=sentence):
+        network.load_state_dict(state)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_long_lists_of_problems_are_cut():
+    with pytest.raises(UserError, match=r"\(and 20 more\)\.$"):
+        toys.base().load_state_dict({"transformer.wte.weight": torch.ones(50, 32)})
+
+
+def test_tied_model_takes_a_written_out_output_layer_only_if_it_is_the_embedding():
+    network = toys.base(tie_embeddings=True)
+    state = toys.base(seed=1, tie_embeddings=True).state_dict()
+    network.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"].clone()})
+    assert torch.equal(network.output_weight, state["transformer.wte.weight"])
+    with pytest.raises(UserError, match=r"lm_head.weight differs from the embedding"):
+        network.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"] + 1})
