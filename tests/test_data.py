@@ -168,6 +168,15 @@ def test_rows_are_kept_cut_or_counted(tmp_path_factory, tokenizer, rows, length)
         assert prompt_length < len(ids) - 1 <= length
 
 
+def test_a_prompt_needs_room_for_one_token_and_eos(tmp_path, tokenizer):
+    n = len(tokenizer.encode("the cat", bos=True))
+    rows = [{"p": "the cat", "r": "sat on"}, {"p": "the cat", "r": "ate it"}]
+    prepare(tmp_path / "fits", tokenizer, rows, max_seq_length=n + 2)
+    assert [(len(ids), ids[-1], length) for ids, length in all_rows(tmp_path / "fits")] == [(n + 2, 2, n)] * 2
+    with pytest.raises(UserError, match=rf"Of 2 rows 0 can be used \(0 empty, 2 with a prompt that fills all {n + 1}"):
+        prepare(tmp_path / "full", tokenizer, rows, max_seq_length=n + 1)
+
+
 def many(count: int) -> list[dict[str, str]]:
     return [{"p": f"the cat {i}", "r": "sat " * (i % 7 + 1)} for i in range(count)]
 
