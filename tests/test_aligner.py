@@ -220,6 +220,24 @@ def test_a_copied_model_reads_its_own_prefix():
     assert torch.equal(network(idx), before) and not torch.equal(twin(idx), before)
 
 
+@each_length
+def test_strength_scales_the_gates_and_gives_them_back(length):
+    network, idx = toys.aligned(length, n_kv_head=2), toys.token_ids(2, 9)
+    base = toys.base(n_kv_head=2)
+    base.load_state_dict({n: t for n, t in network.state_dict().items() if not network.is_adapter_key(n)})
+    trained = network(idx)
+    with aligner.gates_scaled(network, 0.0):
+        assert torch.equal(network(idx), base(idx))
+    with aligner.gates_scaled(network, 1.0):
+        assert torch.equal(network(idx), trained)
+    with pytest.raises(ZeroDivisionError), aligner.gates_scaled(network, 0.5):
+        half = reference.logits(reference.double(network.state_dict()), network.config, idx[0].tolist())
+        torch.testing.assert_close(network(idx)[0].double(), half, atol=5e-5, rtol=5e-5)
+        assert not torch.allclose(network(idx), trained, atol=1e-2)
+        1 / 0  # noqa: B018
+    assert torch.equal(network(idx), trained)
+
+
 # == Sizes, names, loading ==
 
 
