@@ -1,36 +1,101 @@
-"""Fixtures shared by the tests. Real material comes from the folder `shared` beside the project, where there is one."""
+"""A tiny base model and a tiny dataset, made once, as real files; and the folder of real material, where there is one."""
 
-import io
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; also for the processes that tests start
+
+import random
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceTrainer
+import sentencepiece
+import torch
 
+from lit_llama.checkpoint import TOKENIZER_NAME, save_base
+from lit_llama.data import prepare_sft
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
+
+ANIMALS = ("cat", "dog", "bird", "fish", "horse", "goat", "crab")
+PLACES = ("in the house", "on the hill", "by the sea", "in the old green garden", "far away", "here")
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    folder = Path(__file__).parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip("the folder of real models and data is absent")
+def base_dir(tmp_path_factory) -> Path:
+    """A checkpoint folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights, 320 pieces."""
+    folder = tmp_path_factory.mktemp("base")
+    sentences = [f"The {animal} lives {place}. Where is the {animal}?" for animal in ANIMALS for place in PLACES]
+    with (folder / TOKENIZER_NAME).open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*sentences, get_prompt_style("alpaca").template] * 3),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=320,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    config = LLaMAConfig(
+        block_size=160, vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
+    )
+    network, generator = LLaMA(config), torch.Generator().manual_seed(0)
+    for name, p in network.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = 1 + 0.2 * noise if name.endswith("scale") else 0.2 * noise
+    save_base(folder, config, network.state_dict())
     return folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA-like tokenizer: 300 pieces, BPE, bytes for unknown characters, unk 0, bos 1, eos 2."""
+def data_dir(tmp_path_factory, base_dir) -> Path:
+    """A prepared SFT folder: 41 rows for training, of many lengths, and 5 for validation."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "animals"
+    questions = [(rng.choice(ANIMALS), rng.choice(PLACES)) for _ in range(46)]
+    style = get_prompt_style("plain")
+    prepare_sft(
+        questions,
+        lambda row, number: (style.render(f"Where is the {row[0]}?"), f" The {row[0]} lives {row[1]}." * (number % 3)),
+        output_dir=folder,
+        tokenizer=Tokenizer(base_dir),
+        max_seq_length=64,
+        mask_prompt=True,
+        test_fraction=0.11,
+        seed=0,
+        num_proc=1,
+        about={"source": "animals", "prompt_style": style.name},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    """A LLaMA-like tokenizer: texts come back as they were, bytes stand for unknown characters."""
     text = ["the cat sat on the mat and the dog ate the hat", "Below is an instruction. Write a response."]
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 20), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_NAME
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text * 20),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
     return path
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
+def tokenizer(tokenizer_path) -> Tokenizer:
     return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real models and data, beside the project."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("the folder of real models and data is absent")
+    return folder
