@@ -9,15 +9,18 @@ YAML file given with `--config`. A comment line `# == Optimiser ==` starts a gro
 """
 
 import ast
+import json
+import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from lit_llama.utils import UserError, log
 
@@ -53,33 +56,71 @@ def read_settings(script: Path, names: dict[str, Any]) -> list[Setting]:
         if isinstance(node, ast.AnnAssign):
             name = node.target.id
             comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# ")
-            for line in lines[node.end_lineno :]:
-                if not line.startswith("    #"):
-                    break
-                comment += " " + line.strip().lstrip("# ")
             settings.append(Setting(name, eval(ast.unparse(node.annotation), names), names[name], comment, group))
     return settings
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Defaults as they would be written in a YAML file; what a value looks like stands beside the flag."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, max_help_position=34, **kwargs)
+
+    def _get_help_string(self, action: Any) -> str:
+        if action.dest == "print_config":
+            return "print all settings as YAML and exit"
+        if action.dest in ("help", "config") or action.default in (None, ""):
+            return action.help
+        return f"{action.help} (default: {json.dumps(action.default, default=str)})".replace('"', "")
+
+
+class Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line without the usage, and exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        message = re.sub(r'^Parser key "([^"]*)":\s*', r"--\1: ", message)
+        message = re.sub(r"<class '([\w.]+\.)?(\w+)'>", r"\2", message)
+        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+        log(f"error: {' '.join(message.split())} (see {self.prog} --help)")
+        sys.exit(2)
+
+
 def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
     """A parser of the script's settings; its description is the script's docstring."""
-    parser = ArgumentParser(
-        prog=f"python {Path(script).parent.name}/{Path(script).name}", description=names.get("__doc__")
+    prog = f"python {Path(script).parent.name}/{Path(script).name}"
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--NAME VALUE ...]",
+        description=names.get("__doc__"),
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below")
+    parser.add_argument("--config", metavar="FILE", action=ActionConfigFile, help="YAML file with any settings below")
     groups = {}
     for setting in read_settings(script, names):
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         several = get_origin(setting.type) is list
+        type_ = get_args(setting.type)[0] if several else setting.type
         groups[setting.group].add_argument(
             f"--{setting.name}",
-            type=get_args(setting.type)[0] if several else setting.type,
+            type=type_,
             nargs="+" if several else None,
             default=setting.default,
+            metavar=metavar(type_),
             help=setting.help.replace("%", "%%"),
         )
     return parser
+
+
+def metavar(type_: Any) -> str:
+    """What a value of the type looks like: "INT", "{true,false}", "PATH"."""
+    words = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "{true,false}"}
+    if type_ in words:
+        return words[type_]
+    if get_origin(type_) is Literal:
+        return "{" + ",".join(get_args(type_)) + "}"
+    return "|".join(metavar(part) for part in get_args(type_) if part is not type(None))
 
 
 def run(main: Callable[[Namespace], None], script: str, names: dict[str, Any]) -> None:
@@ -89,10 +130,13 @@ def run(main: Callable[[Namespace], None], script: str, names: dict[str, Any]) -
     settings.pop("config", None)
     # Fabric's advice is for people who write training loops, not for those who run one
     warnings.filterwarnings("ignore", module="lightning")
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main(settings)
     except UserError as error:
-        log(f"error: {error}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake
+            log(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         log("interrupted")

@@ -141,17 +141,18 @@ def make_fabric(
         fabric = Fabric(**flags, loggers=loggers)
     except Exception as error:  # of many kinds, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
-    if type(fabric.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    if type(fabric.strategy) not in (SingleDeviceStrategy, DDPStrategy) or "spawn" in strategy or "fork" in strategy:
         raise UserError(
-            f"The strategy {type(fabric.strategy).__name__} is not supported: every device needs the whole base, "
-            "because all layers share the prefix; use 'ddp' for several devices."
+            f"The strategy {strategy!r} ({type(fabric.strategy).__name__}) is not supported: every device needs a "
+            "process of its own with the whole base; use 'ddp' for several devices."
         )
     known = get_args(Precision)[1:]
     if fabric.strategy.precision.precision not in known:
         raise UserError(
             f"The precision {fabric.strategy.precision.precision} is not supported; use {', '.join(known)}."
         )
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # else the processes are there already
+        fabric.launch()
     return fabric
 
 
@@ -412,7 +413,9 @@ class Trainer:
             best = metrics["loss"] == min(loss for _, loss in self.val_losses)
             if best:
                 self.save_adapter("best")
-            lines = [f"step {self.step}: validation loss {metrics['loss']:.4f}{', the best so far' * best}"]
+            lines = [f"step {self.step}: validation loss {metrics['loss']:.4f}"]
+            if best and self.step:
+                lines[0] += ", the best so far"
             if self.sample_answers is not None:
                 records = [{"step": self.step, **record} for record in self.sample_answers(self.bare)]
                 with (self.config.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:

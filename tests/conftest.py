@@ -99,3 +99,40 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    """A base model's folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    config = LLaMAConfig(
+        block_size=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
+    )
+    network, generator = LLaMA(config), torch.Generator().manual_seed(0)
+    for name, p in network.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = 1 + 0.2 * noise if name.endswith("scale") else 0.2 * noise
+    save_base(folder, config, network.state_dict())
+    shutil.copy(tokenizer_path, folder / TOKENIZER_NAME)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A prepared SFT folder: 41 rows of many lengths for training and 5 for validation."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "animals"
+    things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
+    pairs = [(rng.choice(things), " and ".join(rng.sample(things, rng.randint(1, 4)))) for _ in range(46)]
+    prepare_sft(
+        pairs,
+        lambda pair, number: (f"what did {pair[0]} eat?", f" {pair[0]} ate {pair[1]}"),
+        output_dir=folder,
+        tokenizer=tokenizer,
+        max_seq_length=60,
+        mask_prompt=True,
+        test_fraction=0.11,
+        seed=0,
+        num_proc=1,
+        about={"source": "animals", "prompt_style": "plain"},
+    )
+    return folder
