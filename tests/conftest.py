@@ -1,10 +1,11 @@
-"""A tiny base model and a tiny dataset, made once, as real files; and the folder of real material, where there is one."""
+"""Made once, as real files: a tiny tokenizer, base model and dataset. And the real ones beside the project, if any."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; also for the processes that tests start
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,56 +15,42 @@ import torch
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.data import prepare_sft
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-
-ANIMALS = ("cat", "dog", "bird", "fish", "horse", "goat", "crab")
-PLACES = ("in the house", "on the hill", "by the sea", "in the old green garden", "far away", "here")
 
 
 @pytest.fixture(scope="session")
-def base_dir(tmp_path_factory) -> Path:
-    """A checkpoint folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights, 320 pieces."""
+def base_dir(tmp_path_factory, tokenizer_path) -> Path:
+    """A base model's folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights."""
     folder = tmp_path_factory.mktemp("base")
-    sentences = [f"The {animal} lives {place}. Where is the {animal}?" for animal in ANIMALS for place in PLACES]
-    with (folder / TOKENIZER_NAME).open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([*sentences, get_prompt_style("alpaca").template] * 3),
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=320,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
     config = LLaMAConfig(
-        block_size=160, vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
+        block_size=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
     )
     network, generator = LLaMA(config), torch.Generator().manual_seed(0)
     for name, p in network.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data = 1 + 0.2 * noise if name.endswith("scale") else 0.2 * noise
     save_base(folder, config, network.state_dict())
+    shutil.copy(tokenizer_path, folder / TOKENIZER_NAME)
     return folder
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, base_dir) -> Path:
-    """A prepared SFT folder: 41 rows for training, of many lengths, and 5 for validation."""
+def data_dir(tmp_path_factory, tokenizer) -> Path:
+    """A prepared SFT folder: 41 rows of many lengths for training and 5 for validation."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "animals"
-    questions = [(rng.choice(ANIMALS), rng.choice(PLACES)) for _ in range(46)]
-    style = get_prompt_style("plain")
+    things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
+    pairs = [(rng.choice(things), " and ".join(rng.sample(things, rng.randint(1, 4)))) for _ in range(46)]
     prepare_sft(
-        questions,
-        lambda row, number: (style.render(f"Where is the {row[0]}?"), f" The {row[0]} lives {row[1]}." * (number % 3)),
+        pairs,
+        lambda pair, number: (f"what did {pair[0]} eat?", f" {pair[0]} ate {pair[1]}"),
         output_dir=folder,
-        tokenizer=Tokenizer(base_dir),
-        max_seq_length=64,
+        tokenizer=tokenizer,
+        max_seq_length=60,
         mask_prompt=True,
         test_fraction=0.11,
         seed=0,
         num_proc=1,
-        about={"source": "animals", "prompt_style": style.name},
+        about={"source": "animals", "prompt_style": "plain"},
     )
     return folder
 
@@ -98,41 +85,4 @@ def shared() -> Path:
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
-    """A base model's folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    config = LLaMAConfig(
-        block_size=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
-    )
-    network, generator = LLaMA(config), torch.Generator().manual_seed(0)
-    for name, p in network.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        p.data = 1 + 0.2 * noise if name.endswith("scale") else 0.2 * noise
-    save_base(folder, config, network.state_dict())
-    shutil.copy(tokenizer_path, folder / TOKENIZER_NAME)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A prepared SFT folder: 41 rows of many lengths for training and 5 for validation."""
-    rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "animals"
-    things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
-    pairs = [(rng.choice(things), " and ".join(rng.sample(things, rng.randint(1, 4)))) for _ in range(46)]
-    prepare_sft(
-        pairs,
-        lambda pair, number: (f"what did {pair[0]} eat?", f" {pair[0]} ate {pair[1]}"),
-        output_dir=folder,
-        tokenizer=tokenizer,
-        max_seq_length=60,
-        mask_prompt=True,
-        test_fraction=0.11,
-        seed=0,
-        num_proc=1,
-        about={"source": "animals", "prompt_style": "plain"},
-    )
     return folder
