@@ -55,9 +55,8 @@ def main(args: Namespace) -> None:
     if args.interactive:
         return session.chat()
     responses = session.answers(requests)
-    if style.name == "plain":
-        for request, response in zip(requests, responses, strict=True):
-            print(f"{request.prompt} {response}")
+    if style.continues:
+        print("\n\n".join(responses))
     else:
         show(requests, {"base": responses})
     if args.output_file:

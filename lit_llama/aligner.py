@@ -42,8 +42,7 @@ class LLaMAConfig(llama.LLaMAConfig):
             raise UserError(f"adapter_prompt_length is {self.adapter_prompt_length}; it must be 1 or more.")
         if not 0 <= self.adapter_start_layer < self.n_layer:
             raise UserError(
-                f"adapter_start_layer is {self.adapter_start_layer}; it must be from 0 to {self.n_layer - 1}, "
-                f"the last of the model's {self.n_layer} layers."
+                f"adapter_start_layer is {self.adapter_start_layer}; it must be from 0 to {self.n_layer - 1} here."
             )
 
 
@@ -87,10 +86,7 @@ class LLaMA(llama.LLaMA):
         for name in aliases:
             alias = state_dict.pop(name)
             if prefix is None or not torch.equal(alias, prefix):
-                raise UserError(
-                    f"{name} is not the global prefix: these weights have a prefix per layer (LLaMA-Adapter) and "
-                    "are not an Aligner's."
-                )
+                raise UserError(f"{name} is not the global prefix: these are a LLaMA-Adapter's weights, no Aligner's.")
         return state_dict
 
     @contextmanager
@@ -149,17 +145,3 @@ def mark_only_adapter_as_trainable(model: LLaMA) -> None:
 def adapter_state_from_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's part of a full state dict."""
     return {name: tensor for name, tensor in state_dict.items() if LLaMA.is_adapter_key(name)}
-
-
-@contextmanager
-def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
-    """Inside, every gate is multiplied by `strength`: 0 is the base model bit for bit, 1 the adapter as trained."""
-    gates = [attn.gating_factor for attn in model.aligned_attention()]
-    trained = [gate.data for gate in gates]
-    for gate in gates:
-        gate.data = gate.data * strength
-    try:
-        yield
-    finally:
-        for gate, data in zip(gates, trained, strict=True):
-            gate.data = data

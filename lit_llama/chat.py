@@ -105,11 +105,19 @@ class Session:
     seconds_to_load: float
 
     def answers(self, requests: list[Request]) -> list[str]:
-        """Raises: UserError: a prompt is empty or longer than the context."""
+        """The answers, in a style that continues the prompt with the prompt before them.
+
+        Raises:
+            UserError: a prompt is empty or longer than the context.
+        """
         prompts = [self.style.render(r.prompt, r.input) for r in requests]
         began = time.perf_counter()
-        texts = answer(self.model, self.tokenizer, prompts, self.sampling, self.style.stop, self.batch_size)
-        self.report(sum(len(self.tokenizer.encode(text)) for text in texts), time.perf_counter() - began)
+        whole = self.style.continues
+        texts = answer(self.model, self.tokenizer, prompts, self.sampling, self.style.stop, self.batch_size, whole)
+        tokens = sum(len(self.tokenizer.encode(text)) for text in texts)
+        if whole:
+            tokens -= sum(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+        self.report(tokens, time.perf_counter() - began)
         return texts
 
     def report(self, tokens: int, seconds: float) -> None:
@@ -136,7 +144,7 @@ class Session:
                 continue
             try:
                 for piece in stream(self.model, self.tokenizer, self.style.render(line.strip()), self.sampling,
-                                    self.style.stop):  # fmt: skip
+                                    self.style.stop, self.style.continues):  # fmt: skip
                     print(piece, end="", flush=True)
             except UserError as error:
                 log(f"error: {error}")

@@ -231,6 +231,9 @@ def load_model(
     if adapter is not None:
         state = {name: t.to(device=device, dtype=torch.float32) for name, t in adapter.state.items()}
         network.load_state_dict(state, assign=True)
+    missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_key(n)]
+    if missing:
+        raise UserError(f"{weights_path(checkpoint_dir)} holds no base model: {missing[0]} is missing.")
     for child in network.modules():  # a fresh adapter, still without values
         if any(p.is_meta for p in child.parameters(recurse=False)):
             child.to_empty(device=device, recurse=False)

@@ -1,6 +1,7 @@
 """Generation: prefill, single-token decoding, sampling, stopping. The KV cache lives as long as one call."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -168,13 +169,19 @@ def generate(
 
 
 def stream(
-    model: LLaMA, tokenizer: Tokenizer, prompt: str, sampling: Sampling, stop: tuple[str, ...] = ()
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    stop: tuple[str, ...] = (),
+    whole: bool = False,
 ) -> Iterator[str]:
-    """The answer to one prompt, piece by piece, as soon as its text is certain."""
-    ids: list[int] = []
+    """The answer to one prompt, piece by piece, as soon as its text is certain; with `whole`, after the prompt."""
+    encoded = tokenizer.encode(prompt, bos=True)
+    ids: list[int] = encoded[:] if whole else []
     said = 0
     text = ""
-    for token in decode(model, [tokenizer.encode(prompt, bos=True)], sampling):
+    for token in decode(model, [encoded], sampling):
         if token.item() in tokenizer.stop_ids:
             break
         ids.append(token.item())
@@ -203,8 +210,11 @@ def answer(
     sampling: Sampling,
     stop: tuple[str, ...] = (),
     batch_size: int = 16,
+    whole: bool = False,
 ) -> list[str]:
     """The answers to whole prompt texts, in their order; prompts of similar length share a batch.
+
+    With `whole`, each text with its continuation, unstripped, instead of the answer alone.
 
     Raises:
         UserError: a prompt is longer than the context.
@@ -221,8 +231,25 @@ def answer(
         rows = order[start : start + batch_size]
         new = generate(model, [encoded[i] for i in rows], sampling, tokenizer.stop_ids, finished, rows)
         for row, ids in zip(rows, new, strict=True):
-            answers[row] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
+            if whole:
+                answers[row] = tokenizer.decode(encoded[row] + ids)
+            else:
+                answers[row] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
     return answers
+
+
+@contextmanager
+def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
+    """Inside, every gate is multiplied by `strength`: 0 is the base model bit for bit, 1 the adapter as trained."""
+    gates = [p for name, p in model.named_parameters() if name.endswith(".gating_factor")]
+    trained = [gate.data for gate in gates]
+    for gate in gates:
+        gate.data = gate.data * strength
+    try:
+        yield
+    finally:
+        for gate, data in zip(gates, trained, strict=True):
+            gate.data = data
 
 
 def instruct(

@@ -14,12 +14,14 @@ class PromptStyle:
         template: without an input.
         template_with_input: with one; None joins instruction and input with a newline.
         stop: texts that end an answer: the model has begun the next turn by itself.
+        continues: the prompt is a text to be continued, and belongs to the answer.
     """
 
     name: str
     template: str
     template_with_input: str | None = None
     stop: tuple[str, ...] = ()
+    continues: bool = False
 
     def render(self, instruction: str, input: str = "") -> str:
         """The prompt's text.
@@ -54,7 +56,7 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
         PromptStyle("orca", "[|User|] {instruction} [|AI Assistant|] ", stop=("[|User|]",)),
         PromptStyle("beaver", "[User] {instruction} [Assistant] ", stop=("[User]",)),
         PromptStyle("hh", "Human: {instruction} Assistant: ", stop=("Human:",)),
-        PromptStyle("plain", "{instruction}"),
+        PromptStyle("plain", "{instruction}", continues=True),
     )
 }
 
