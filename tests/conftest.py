@@ -1,4 +1,4 @@
-"""Made once, as real files: a tiny tokenizer, base model and dataset. And the real ones beside the project, if any."""
+"""A tiny base model and dataset, made once, as real files; and the real material, where there is some."""
 
 import os
 
