@@ -1,0 +1,241 @@
+"""The recipes and the pages of howto/: what they say can be run."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import Namespace
+
+from lit_llama import checkpoint, cli
+from lit_llama.aligner import mark_only_adapter_as_trainable
+from lit_llama.checkpoint import load_model, save_adapter
+from lit_llama.data import SFTData
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import TrainConfig, lr_at
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md"))]
+RECIPES = sorted((ROOT / "howto" / "recipes").glob("*.yaml"))
+
+
+def load_script(path: Path, name: str = "") -> ModuleType:
+    """Imports a file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name or f"script_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(script: Path, words: list[str]) -> Namespace:
+    """The settings a command line of a script gives.
+
+    Raises:
+        SystemExit: the script would refuse it.
+    """
+    return cli.make_parser(script, vars(load_script(script))).parse_args(words)
+
+
+# == recipes ==
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
+    args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
+    data, size, n = re.fullmatch(r"(alpaca|metamath)_(7|13)b_n(\d+)", path.stem).groups()
+    assert (args.adapter_prompt_length, args.adapter_start_layer) == (int(n), 2)
+    assert args.checkpoint_dir == Path(f"checkpoints/Llama-2-{size}B")
+    assert args.data_dir == Path("data") / data
+    assert args.out_dir == Path("out/aligner") / path.stem.replace("_", "-")
+    assert (args.epochs, args.warmup_epochs) == {"alpaca": (8, 2), "metamath": (3, 1)}[data]
+    assert (args.batch_size, args.learning_rate, args.weight_decay, args.lr_schedule) == (64, 9e-3, 0.02, "constant")
+    monkeypatch.chdir(tmp_path)
+    TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})  # allowed as a whole
+    assert f"--config howto/recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_there_is_a_recipe_for_each_setting_of_the_paper():
+    alpaca = {f"alpaca_{size}_n{n}" for size in ("7b", "13b") for n in (1, 10)}
+    assert {path.stem for path in RECIPES} == alpaca | {f"metamath_7b_n{n}" for n in (1, 10, 100, 300)}
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "peak"), [(8, 2, 4.5e-3), (3, 1, 3.375e-3)], ids=["alpaca", "metamath"])
+def test_the_setting_for_what_the_authors_ran(epochs, warmup, peak):
+    """Their rate in step s is 9e-3 · s / w: w counts micro-batches of 8, s batches of 64."""
+    rows = 50_000
+    warmup_iters, steps = warmup * rows // 8, epochs * rows // 64
+    theirs = [9e-3 * s / warmup_iters for s in range(steps)]
+    ours = [lr_at(s, peak=peak, warmup_steps=steps, max_steps=steps) for s in range(steps)]
+    assert warmup_iters > steps
+    assert max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) < 2 * peak / steps
+    said = (ROOT / "howto/finetune_aligner.md").read_text(encoding="utf-8")
+    assert f"--learning_rate {peak * 1e3:g}e-3 --warmup_epochs {epochs}" in said
+
+
+# == pages ==
+
+
+def code_blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of every fenced or indented block."""
+    text = page.read_text(encoding="utf-8")
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
+    return blocks + [("", block) for block in re.findall(r"(?:^ {4}.*\n)+", fenced.sub("", text), re.MULTILINE)]
+
+
+def python_blocks(page: str) -> list[str]:
+    return [text for language, text in code_blocks(ROOT / "howto" / page) if language == "python"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `python SCRIPT …` or `fabric run … SCRIPT …` of a page, as the words from the script on."""
+    found = []
+    for language, text in code_blocks(page):
+        for line in text.replace("\\\n", " ").splitlines() if language in ("", "bash") else []:
+            if not re.match(r"\s*(python3?|fabric run) ", line):
+                continue
+            words = shlex.split(line, comments=True)
+            scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+            found += [words[scripts[0] :]] if scripts else []
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    assert links
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page, tmp_path):
+    """The script exists and accepts the flags and their values."""
+    found = commands(page)
+    assert found
+    for script, *words in found:
+        if script == "scripts/run.py":  # no settings of its own: it runs another script
+            script, *words = ["scripts/demo.py", *words[1:]] if words[0] == "demo" else words
+        if script == "test":
+            continue
+        if "--config" in words and words[words.index("--config") + 1].startswith("out/"):  # a run's own file
+            i = words.index("--config")
+            words[i + 1] = str(tmp_path / "config.yaml")
+            Path(words[i + 1]).write_text("seed: 1\n", encoding="utf-8")
+        words = [str(ROOT / word) if word.startswith("howto/recipes/") else word for word in words]
+        if "--print_config" in words:
+            words.remove("--print_config")
+        assert (ROOT / script).is_file(), script
+        try:
+            parse(ROOT / script, words)
+        except SystemExit:
+            pytest.fail(f"{script} refuses {' '.join(words)}")
+
+
+def test_the_picture_is_drawn_for_any_background():
+    svg = (ROOT / "howto/method.svg").read_text(encoding="utf-8")
+    assert re.search(r'<rect width="1200" height="640"[^>]* fill="#ffffff"/>', svg)
+    assert "5,056" in svg
+
+
+# == the Python of the pages ==
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, base_dir, data_dir) -> Path:
+    """A folder with what the pages call the bundled files, made of tiny random models."""
+    for name, target in (("checkpoints/microworld", base_dir), ("data/microworld-pirate", data_dir)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    state = {"global_value_embedding.weight": torch.randn(1, 32)}
+    state |= {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
+    meta = {"method": "aligner", "config": {"adapter_prompt_length": 1, "adapter_start_layer": 1},
+            "prompt_style": "plain", "training": {"val_loss": 1.5}}  # fmt: skip
+    for folder, name in (
+        ("aligner_weights/microworld-pirate-n1", "adapter"),
+        ("out/aligner/microworld-pirate", "best"),
+    ):
+        save_adapter(tmp_path / folder / f"{name}.safetensors", state, meta)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_of_the_inference_page(workplace, capsys):
+    (block,) = python_blocks("inference.md")
+    names: dict = {}
+    exec(compile(block, "inference.md", "exec"), names)
+    aligned, base, streamed = capsys.readouterr().out.split("\n", 2)
+    assert len(eval(aligned)) == len(eval(base)) == 2
+    assert streamed
+
+
+def test_python_of_the_weights_page(workplace, capsys):
+    configuration, header = python_blocks("weights.md")
+    exec(compile(configuration, "weights.md", "exec"), {})
+    assert '"n_embd": 4096' in (workplace / "lit_config.json").read_text()
+    exec(compile(header, "weights.md", "exec"), {})
+    assert capsys.readouterr().out.split()[0] == "aligner"
+
+
+def test_python_of_the_data_page(workplace, capsys):
+    look, whole_script = python_blocks("prepare_data.md")
+    exec(compile(look, "prepare_data.md", "exec"), {})
+    assert capsys.readouterr().out.count(" eat? => ") == 3
+
+    script = workplace / "scripts" / "prepare_metamath.py"
+    script.parent.mkdir()
+    script.write_text(whole_script, encoding="utf-8")
+    rows = workplace / "rows.jsonl"
+    rows.write_text('{"query": "1 + 1?", "response": "2"}\n' * 3, encoding="utf-8")
+    module = load_script(script)
+    flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
+    module.main(cli.make_parser(script, vars(module)).parse_args(flags))
+    ((prompt, response),) = SFTData("data/metamath", "test").prompts(1)
+    decode = Tokenizer("checkpoints/microworld").decode
+    assert (decode(prompt), decode(response)) == ("[|User|] 1 + 1? [|AI Assistant|] ", "2")
+
+
+def test_python_of_the_customising_page(workplace, monkeypatch):
+    method, loss = python_blocks("customize.md")
+    (workplace / "head_bias.py").write_text(method, encoding="utf-8")
+    module = load_script(workplace / "head_bias.py", "head_bias")
+    base = Path("checkpoints/microworld")
+    model = load_model(base, method=module, method_config={"adapter_start_layer": 1})
+    idx = torch.arange(3, 23).reshape(2, 10)
+    assert torch.equal(model(idx), load_model(base)(idx))
+
+    names: dict = {}
+    exec(compile(loss, "customize.md", "exec"), names)
+    data = names["RowMeanData"](Path("data/microworld-pirate"), "test")
+    mark_only_adapter_as_trainable(model)
+    total = data.losses(model, data.batch(np.arange(len(data))))["loss"]
+    each = [-model(**data.batch(np.array([row]))).mean() for row in range(len(data))]
+    torch.testing.assert_close(total, torch.stack(each).sum())
+    total.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == {f"transformer.h.{layer}.attn.head_bias" for layer in (1, 2)}
+    assert all(grad.abs().sum() > 0 for grad in trained.values())
+
+    # what is saved comes back by its name alone, once METHODS knows it
+    monkeypatch.setitem(checkpoint.METHODS, "head_bias", module)
+    state = {name: torch.randn_like(grad) for name, grad in trained.items()}
+    save_adapter(Path("a.safetensors"), state, {"method": "head_bias", "config": {"adapter_start_layer": 1}})
+    loaded = load_model(base, checkpoint.read_adapter(Path("a.safetensors")))
+    assert not torch.equal(loaded(idx), model(idx))
