@@ -66,7 +66,7 @@ def main(args: Namespace) -> None:
     train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
     adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
     if adapter is not None:
-        args.update(adapter.config)
+        args.update(Namespace(adapter.config))
     own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
 
     fabric = make_fabric(

@@ -94,6 +94,7 @@ def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
         usage=f"{prog} [--config FILE] [--NAME VALUE ...]",
         description=names.get("__doc__"),
         formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", action=ActionConfigFile, help="YAML file with any settings below")
     groups = {}
@@ -102,20 +103,22 @@ def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
             groups[setting.group] = parser.add_argument_group(setting.group)
         several = get_origin(setting.type) is list
         type_ = get_args(setting.type)[0] if several else setting.type
+        # `--resume` alone is `--resume true`
+        values = {"nargs": "+"} if several else {"nargs": "?", "const": True} if type_ is bool else {}
         groups[setting.group].add_argument(
             f"--{setting.name}",
             type=type_,
-            nargs="+" if several else None,
             default=setting.default,
             metavar=metavar(type_),
-            help=setting.help.replace("%", "%%"),
+            help=setting.help,
+            **values,
         )
     return parser
 
 
 def metavar(type_: Any) -> str:
-    """What a value of the type looks like: "INT", "{true,false}", "PATH"."""
-    words = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "{true,false}"}
+    """What a value of the type looks like: "INT", "true|false", "PATH"."""
+    words = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
     if type_ in words:
         return words[type_]
     if get_origin(type_) is Literal:

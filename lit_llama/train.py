@@ -564,5 +564,5 @@ def _lines_until(samples: Path, step: int) -> list[str]:
 
 def _shorten(text: str, width: int, end: bool = False) -> str:
     """One line of a text, its beginning or its end."""
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return text if len(text) <= width else "…" + text[-width:] if end else text[:width] + "…"

@@ -1,0 +1,427 @@
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import finetune.aligner as script
+from lit_llama import cli
+from lit_llama.checkpoint import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHT_NAMES,
+    base_fingerprint,
+    load_model,
+    read_adapter,
+    read_state,
+    save_adapter,
+    save_base,
+)
+from lit_llama.model import LLaMAConfig
+from lit_llama.report import read_metrics
+from lit_llama.utils import UserError
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "best.safetensors",
+    "config.yaml",
+    "environment.json",
+    "last.safetensors",
+    "loss.png",
+    "metrics.csv",
+    "samples.jsonl",
+    "state.pt",
+    "summary.json",
+    "tensorboard",
+}
+# 41 rows in steps of 8 are 6 steps an epoch, the last one a single row
+SHORT = dict(max_steps=14, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.05, warmup_epochs=1,
+             adapter_start_layer=1, eval_interval=5, save_interval=4, sample_prompts=1, max_new_tokens=4,
+             accelerator="cpu")  # fmt: skip
+
+
+@pytest.fixture
+def flags(base_dir, data_dir):
+    """The command line of a short run on the tiny model."""
+
+    def make(out_dir: Path, **changes) -> list[str]:
+        settings = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, **SHORT, **changes}
+        return [
+            f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()
+        ]
+
+    return make
+
+
+def train(arguments: list[str]) -> None:
+    """Runs the script in this process."""
+    settings = cli.make_parser(Path(script.__file__), vars(script)).parse_args(arguments)
+    settings.pop("config")
+    script.main(settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, base_dir, data_dir) -> Path:
+    """The folder of a short run, to look at and to compare with."""
+    out_dir = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [f"--{name}={value}" for name, value in SHORT.items()]
+    train([f"--checkpoint_dir={base_dir}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *arguments])
+    return out_dir
+
+
+def losses(out_dir: Path) -> dict[str, dict[int, float]]:
+    metrics = read_metrics(out_dir / "metrics.csv")
+    return {
+        name: {step: row[name] for step, row in metrics.items() if name in row} for name in ("train/loss", "val/loss")
+    }
+
+
+def assert_same_losses(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    for name, expected in losses(b).items():
+        found = losses(a)[name]
+        assert found.keys() == expected.keys()
+        assert max(abs(found[step] - expected[step]) for step in expected) <= tolerance, name
+
+
+# == what a run leaves ==
+
+
+def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
+    out_dir = tmp_path / "run"
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "finetune/aligner.py"), *flags(out_dir)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in out_dir.iterdir()} == FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+    said = result.stdout.splitlines()
+    assert re.fullmatch(r"trained      40 parameters, 14 steps in 0:00:\d\d", said[1])  # 32 wide, 2 layers of 4 heads
+    assert re.fullmatch(r"validation   loss \d\.\d{4} before, .* at the end", said[2])
+    assert said[4].startswith(f"generate     python generate/aligner.py --checkpoint_dir {flags(out_dir)[0][17:]} ")
+    # nothing but our own lines reaches the terminal
+    validated = r"step \d+: validation loss \d+\.\d{4}(, the best so far)?"
+    own = rf"40 trainable parameters, 41 rows, 14 steps|{validated}|  .* -> .*"
+    assert all(re.fullmatch(own, line) for line in result.stderr.splitlines()), result.stderr
+
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert summary["trainable_parameters"] == 40
+    assert summary["last_val_loss"] < summary["val_loss_before"] - 0.2
+    assert summary["best_val_loss"] == min(losses(out_dir)["val/loss"].values())
+
+
+def test_metrics_have_their_columns_and_every_step(finished):
+    header = (finished / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,grad_norm,lr,tokens_per_s,train/loss,val/loss"
+    assert list(losses(finished)["train/loss"]) == list(range(14))
+    assert list(losses(finished)["val/loss"]) == [0, 5, 10, 14]
+
+
+def test_samples_are_taken_before_during_and_after(finished):
+    records = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 5, 10, 14]
+    assert all(record.keys() == {"step", "prompt", "answer", "reference"} for record in records)
+    assert re.fullmatch(r"what did \w+ \w+ eat\?", records[0]["prompt"])
+
+
+def test_an_adapter_knows_itself(finished, base_dir):
+    adapter = read_adapter(finished)
+    assert adapter.path.name == "best.safetensors"
+    assert {name: tuple(t.shape) for name, t in adapter.state.items()} == {
+        "global_value_embedding.weight": (1, 32),
+        "transformer.h.1.attn.gating_factor": (1, 4, 1, 1),
+        "transformer.h.2.attn.gating_factor": (1, 4, 1, 1),
+    }
+    meta = adapter.meta
+    assert meta.keys() == {"method", "config", "base", "prompt_style", "data", "training", "versions"}
+    assert meta["config"] == {"adapter_prompt_length": 1, "adapter_start_layer": 1}
+    assert meta["base"] == base_fingerprint(base_dir)
+    assert (meta["prompt_style"], meta["data"]["source"]) == ("plain", "animals")
+    assert meta["training"]["settings"]["learning_rate"] == 0.05
+    assert meta["training"]["val_loss"] == losses(finished)["val/loss"][meta["training"]["step"]]
+    assert meta["versions"]["torch"] == torch.__version__
+
+
+def test_the_saved_adapter_gives_the_validation_loss_it_names(finished, base_dir, data_dir):
+    adapter = read_adapter(finished / "last.safetensors")
+    model, val = load_model(base_dir, adapter), script.SFTData(data_dir, "test")
+    with torch.no_grad():
+        total = val.losses(model, val.batch(range(len(val))))["loss"] / val.weights.sum()
+    assert total.item() == pytest.approx(adapter.meta["training"]["val_loss"], abs=1e-6)
+
+
+def test_the_saved_config_reproduces_the_run(finished, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert (config["learning_rate"], config["resume"], config["overwrite"]) == (0.05, False, False)
+    train(["--config", str(finished / "config.yaml"), "--out_dir", str(tmp_path / "again")])
+    assert_same_losses(tmp_path / "again", finished)
+
+
+def test_gradient_checkpointing_changes_no_loss(flags, finished, tmp_path):
+    train(flags(tmp_path, gradient_checkpointing=True))
+    assert_same_losses(tmp_path, finished)
+
+
+def test_micro_batches_of_one_row_shape_do_not_change_the_length_of_a_run(flags, tmp_path):
+    train(flags(tmp_path, micro_batch_size=1, max_steps="null", epochs=0.5))
+    assert list(losses(tmp_path)["train/loss"]) == [0, 1, 2]
+
+
+# == continuing ==
+
+
+def test_a_killed_run_resumes_to_the_same_losses(flags, tmp_path, capsys):
+    long = dict(max_steps=400, epochs=100, eval_interval=50, save_interval=7, learning_rate=0.01)
+    train(flags(tmp_path / "whole", **long))
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune/aligner.py"), *flags(killed, **long)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    state = killed / "state.pt"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if state.is_file() and (killed / "last.safetensors").is_file() and saved_step(state) >= 50:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert not (killed / "summary.json").exists()
+    assert 50 <= saved_step(state) < 400
+
+    # what a kill between the logs and the state leaves, and one in the middle of a write
+    with (killed / "samples.jsonl").open("a") as file:
+        file.write('{"step": 399, "prompt": "from a lost future"}\n{"step": 39')
+    (killed / ".state.pt.1.tmp").write_bytes(b"half")
+
+    train(flags(killed, **long, resume=True))
+    assert_same_losses(killed, tmp_path / "whole")
+    assert {path.name for path in killed.iterdir()} == FILES
+    for name in ("last", "best"):
+        a, b = (read_adapter(tmp_path / run / f"{name}.safetensors") for run in ("whole", "killed"))
+        assert all(torch.equal(a.state[key], b.state[key]) for key in a.state)
+        assert a.meta["training"]["step"] == b.meta["training"]["step"]
+    records = [json.loads(line) for line in (killed / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(0, 401, 50))
+    assert tensorboard_steps(killed, "train/loss") == list(range(400))
+    assert tensorboard_steps(killed, "val/loss") == list(range(0, 401, 50))
+
+
+def saved_step(state: Path) -> int:
+    return torch.load(state, weights_only=True)["step"]
+
+
+def tensorboard_steps(out_dir: Path, tag: str) -> list[int]:
+    """The steps under a tag in all event files, as written."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = sorted((out_dir / "tensorboard").iterdir())
+    return [
+        event.step
+        for file in files
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.tag == tag
+    ]
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, monkeypatch):
+    out_dir = tmp_path / "my run"
+    monkeypatch.setattr(
+        sys, "argv", ["finetune/aligner.py", *flags(out_dir, max_steps=300, epochs=100, max_new_tokens=1)]
+    )
+
+    def interrupt() -> None:
+        while not (out_dir / "last.safetensors").exists():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(script.main, script.__file__, vars(script))
+    assert stopped.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"Interrupted in step \d+; what is saved goes on with: python finetune/aligner\.py --config ", last)
+
+    arguments = shlex.split(last.partition("python finetune/aligner.py ")[2])
+    train(arguments)
+    assert len(losses(out_dir)["train/loss"]) == 300
+
+
+def test_resuming_a_finished_run_only_closes_it(finished, flags, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    train(flags(tmp_path / "run", resume=True))
+    assert "from step 14" in capsys.readouterr().err
+    assert_same_losses(tmp_path / "run", finished)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == json.loads(
+        (finished / "summary.json").read_text()
+    )
+
+
+def test_resuming_nothing_starts_from_the_beginning(flags, finished, tmp_path, capsys):
+    train(flags(tmp_path, resume=True))
+    assert "has no state.pt: starting" in capsys.readouterr().err
+    assert_same_losses(tmp_path, finished)
+
+
+def test_resuming_with_other_settings_names_them(finished, flags):
+    with pytest.raises(UserError) as error:
+        train(flags(finished, resume=True, learning_rate=0.1, seed=3))
+    assert "had other settings: learning_rate (0.05 then, 0.1 now), seed (1337 then, 3 now);" in str(error.value)
+
+
+def test_resuming_with_settings_that_change_no_result_is_allowed(finished, flags, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train(flags(tmp_path / "run", resume=True, save_interval=3, sample_prompts=2, gradient_checkpointing=True))
+
+
+def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base_dir, data_dir, tmp_path):
+    other = {name: t * 1.5 for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
+    save_base(tmp_path / "base", LLaMAConfig.from_json(base_dir / CONFIG_NAME), other)
+    shutil.copy(base_dir / TOKENIZER_NAME, tmp_path / "base")
+    with pytest.raises(UserError, match="another base;"):
+        train(flags(finished, resume=True, checkpoint_dir=tmp_path / "base"))
+    shutil.copytree(data_dir, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/train")
+    shutil.copytree(data_dir / "test", tmp_path / "data/train")
+    with pytest.raises(UserError, match="another rows;"):
+        train(flags(finished, resume=True, data_dir=tmp_path / "data"))
+
+
+def test_overwrite_starts_afresh_and_touches_no_other_file(flags, finished, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    train(flags(tmp_path, learning_rate=0.5, max_steps=16))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(flags(tmp_path))
+    train(flags(tmp_path, overwrite=True))
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+    assert_same_losses(tmp_path, finished)
+    assert tensorboard_steps(tmp_path, "train/loss") == list(range(14))
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
+    train(flags(tmp_path, init_adapter=finished / "last.safetensors", adapter_start_layer=2))
+    assert losses(tmp_path)["val/loss"][0] == pytest.approx(losses(finished)["val/loss"][14], abs=1e-6)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["adapter_start_layer"] == 1  # the adapter's own
+
+
+# == several processes ==
+
+
+@pytest.mark.parametrize("launcher", ["--devices", "fabric run"])
+def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher):
+    # the sixth step is one row and the validation one batch: the second process has nothing there
+    changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
+    train(flags(tmp_path / "one", **changes))
+    arguments = flags(tmp_path / "two", **changes)
+    script_path = str(ROOT / "finetune/aligner.py")
+    if launcher == "fabric run":
+        arguments.remove("--accelerator=cpu")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        fabric_run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}"]
+        run = [*fabric_run, "--devices=2", "--strategy=ddp", "--accelerator=cpu", script_path]
+    else:
+        run = [sys.executable, script_path, "--devices=2", "--strategy=ddp"]
+    result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.count("trained      40 parameters") == 1
+    assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
+
+
+# == mistakes ==
+
+
+def run_script(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and stderr of the command line."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(script.main, script.__file__, vars(script))
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_an_absurd_learning_rate_stops_with_step_and_rows_named(flags, tmp_path, monkeypatch, capsys):
+    code, said = run_script(flags(tmp_path, learning_rate=1e38, grad_clip=0), monkeypatch, capsys)
+    assert code == 1
+    assert re.search(
+        r"\nerror: The loss is nan in step 1, rows \d+(, \d+)+, at lr 2\.9e\+37: lower --learning_rate", said
+    )
+    assert "Traceback" not in said
+    assert (tmp_path / "best.safetensors").is_file()
+    assert 0 in read_metrics(tmp_path / "metrics.csv")  # what led there can be looked at
+
+
+def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tmp_path, monkeypatch, capsys):
+    adapter = read_adapter(finished)
+    broken = {name: t.clone() for name, t in adapter.state.items()}
+    broken["transformer.h.2.attn.gating_factor"][0, 0] = torch.inf
+    save_adapter(tmp_path / "broken.safetensors", broken, adapter.meta)
+    arguments = flags(tmp_path / "run", init_adapter=tmp_path / "broken.safetensors")
+    code, said = run_script(arguments, monkeypatch, capsys)
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        "error: The validation loss is nan after 0 steps: nothing is trained yet, so the base, the initial adapter or "
+        "the data are at fault."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"learning_rate": -1}, "error: learning_rate is -1.0 and must be above 0."),
+        ({"micro_batch_size": 3}, "error: batch_size 8 is not a multiple of micro_batch_size 3."),
+        ({"eval_rows": 0}, "error: There are no validation rows."),
+        (
+            {"adapter_start_layer": 9},
+            "error: adapter_start_layer is 9; it must be from 0 to 2 here.",
+        ),
+        ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
+        ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; write one with"),
+        ({"init_adapter": "/nowhere.pth"}, "error: There is no checkpoint at /nowhere.pth."),
+        ({"devices": 0}, "error: Fabric refuses these settings: "),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys, changes, sentence):
+    code, said = run_script(flags(tmp_path / "run", **changes), monkeypatch, capsys)
+    assert code == 1
+    assert said.splitlines()[-1].startswith(sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_exits_with_2(flags, tmp_path, monkeypatch, capsys):
+    code, said = run_script([*flags(tmp_path), "--learnin_rate=1"], monkeypatch, capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("error: unrecognized arguments: --learnin_rate=1 (see python finetune/aligner.py --help)")
+
+
+def test_importing_the_script_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    environment, random_state = dict(os.environ), torch.get_rng_state()
+    spec = importlib.util.spec_from_file_location("imported", ROOT / "finetune/aligner.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert dict(os.environ) == environment
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,335 @@
+import csv
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_llama import aligner
+from lit_llama.checkpoint import load_model
+from lit_llama.data import SFTData
+from lit_llama.report import MetricsLog, Progress, read_metrics
+from lit_llama.train import TrainConfig, Trainer, lr_at, make_fabric
+from lit_llama.utils import UserError
+
+CONFIG = dict(
+    epochs=1.0,
+    max_steps=None,
+    batch_size=8,
+    micro_batch_size=4,
+    learning_rate=1.0,
+    warmup_epochs=0.0,
+    lr_schedule="constant",
+    weight_decay=0.0,
+    grad_clip=0.0,
+    eval_interval=100,
+    save_interval=100,
+    seed=0,
+    resume=False,
+    overwrite=False,
+)
+
+
+def fabric_for(out_dir: Path, **flags):
+    defaults = dict(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+    return make_fabric(out_dir=out_dir, **{**defaults, **flags})
+
+
+def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizers=None, length=2, **settings):
+    """A trainer of an Aligner with open gates."""
+    fabric = fabric_for(out_dir, precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    own = {"adapter_prompt_length": length, "adapter_start_layer": 1}
+    torch.manual_seed(0)
+    model = load_model(base_dir, method=aligner, method_config=own, dtype=dtype)
+    for attn in model.aligned_attention():
+        torch.nn.init.normal_(attn.gating_factor)
+    aligner.mark_only_adapter_as_trainable(model)
+    train, val = SFTData(data_dir, "train"), SFTData(data_dir, "test")
+    config = TrainConfig(out_dir=out_dir, **{**CONFIG, **settings})
+    more = {} if make_optimizers is None else {"make_optimizers": make_optimizers}
+    return Trainer(fabric, model, train, val, config, {}, {"method": "aligner", "base": {}}, **more)
+
+
+def plain_sgd(model, config):
+    """Steps of the learning rate times the gradient, so that a step shows its gradient."""
+    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)]
+
+
+# == the learning rate ==
+
+
+def test_warmup_rises_by_equal_parts_and_reaches_the_peak_after_it():
+    rates = [lr_at(step, peak=10.0, warmup_steps=4, max_steps=100) for step in range(6)]
+    assert rates == pytest.approx([2.0, 4.0, 6.0, 8.0, 10.0, 10.0])
+
+
+def test_constant_schedule_stays_to_the_last_step():
+    assert lr_at(99, peak=9e-3, warmup_steps=4, max_steps=100, schedule="constant") == 9e-3
+
+
+def test_cosine_schedule_halves_in_the_middle_and_ends_near_zero():
+    def rate(step):
+        return lr_at(step, peak=2.0, warmup_steps=4, max_steps=14, schedule="cosine")
+
+    assert rate(4) == pytest.approx(2.0)
+    assert rate(9) == pytest.approx(1.0)
+    assert rate(13) == pytest.approx(1 + math.cos(0.9 * math.pi))  # nine tenths of the way down
+    assert all(rate(step) > rate(step + 1) for step in range(4, 13))
+
+
+def test_no_warmup_begins_at_the_peak():
+    assert lr_at(0, peak=3.0, warmup_steps=0, max_steps=1, schedule="cosine") == 3.0
+
+
+def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
+    assert lr_at(9, peak=1.0, warmup_steps=19, max_steps=10, schedule="cosine") == pytest.approx(0.5)
+
+
+# == settings ==
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate is -1.0 and must be above 0."),
+        ({"learning_rate": math.nan}, "learning_rate is nan and must be above 0."),
+        ({"epochs": math.inf}, "epochs is inf and must be above 0."),
+        ({"max_steps": 0}, "max_steps is 0 and must be above 0."),
+        ({"eval_interval": 0}, "eval_interval is 0 and must be above 0."),
+        ({"grad_clip": -2.0}, "grad_clip is -2.0 and must be 0 or more."),
+        ({"seed": -1}, "seed is -1 and must be 0 or more."),
+        ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other."),
+        (
+            {"batch_size": 0, "warmup_epochs": -1.0},
+            "batch_size is 0 and must be above 0; warmup_epochs is -1.0 and must be 0 or more.",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
+    with pytest.raises(UserError) as error:
+        TrainConfig(out_dir=tmp_path, **{**CONFIG, **changes})
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "state.pt"])
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="holds a run already: continue it with --resume true, replace it with"):
+        TrainConfig(out_dir=tmp_path, **CONFIG)
+
+
+def test_resuming_a_run_whose_state_was_deleted_is_refused(tmp_path):
+    (tmp_path / "last.safetensors").touch()
+    with pytest.raises(UserError, match=r"without its state\.pt"):
+        TrainConfig(out_dir=tmp_path, **{**CONFIG, "resume": True})
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "nonsense"])
+def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy):
+    with pytest.raises(UserError, match=r"Fabric refuses these settings|is not supported"):
+        fabric_for(tmp_path, strategy=strategy, devices=2)
+
+
+def test_half_precision_without_loss_scaling_is_refused(tmp_path):
+    with pytest.raises(UserError, match="precision 16-true is not supported; use 32-true, bf16-true, bf16-mixed"):
+        fabric_for(tmp_path, precision="16-true")
+
+
+def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_DEVICES", "1")
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
+    fabric = fabric_for(tmp_path, devices=4, precision="32-true")
+    assert (fabric.world_size, fabric.strategy.precision.precision) == (1, "bf16-mixed")
+
+
+def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path)
+    trainer.bare.config = replace(trainer.bare.config, block_size=40)
+    with pytest.raises(UserError, match="A training row has 47 tokens and the model's context is 40"):
+        Trainer(trainer.fabric, trainer.bare, trainer.train, trainer.val, trainer.config, {}, {})
+
+
+# == one step ==
+
+
+def hand_computed_gradients(model, data: SFTData, rows: list[int]) -> dict[str, torch.Tensor]:
+    """The gradient of the mean over all label tokens of the rows, from full logits, row by row."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.from_numpy(data.rows[row]["input_ids"]).long()
+        first = int(data.rows[row]["prompt_length"])
+        logps = F.log_softmax(model(ids[None])[0].double(), dim=-1)
+        for position in range(first, len(ids)):
+            total, count = total - logps[position - 1, ids[position]], count + 1
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trainable, torch.autograd.grad(total / count, list(trainable.values())), strict=True))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+def test_a_steps_gradient_is_the_mean_over_its_tokens_however_it_is_split(
+    base_dir, data_dir, tmp_path, micro_batch_size
+):
+    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizers=plain_sgd, micro_batch_size=micro_batch_size)
+    rows = [3, 9, 18, 0, 32, 40, 23, 1]  # 11 to 30 labels each
+    assert len({trainer.train.weights[row] for row in rows}) > 4
+    expected = hand_computed_gradients(trainer.bare, trainer.train, rows)
+    before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
+    trainer.train_step(np.split(np.array(rows), len(rows) // micro_batch_size))
+    assert max(g.abs().max() for g in expected.values()) > 1e-2
+    for name, p in trainer.trainable.items():
+        torch.testing.assert_close(before[name] - p.detach(), expected[name], atol=1e-6, rtol=0)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path)
+    micro_batches = [np.array([3, 9]), np.array([18])]
+    sums, counts = 0.0, 0
+    for rows in micro_batches:
+        batch = trainer.train.batch(rows)
+        logits = trainer.bare(batch["idx"])[:, :-1].double()
+        sums += F.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-1, reduction="sum"
+        )
+        counts += int((batch["labels"] != -1).sum())
+    assert trainer.train_step(micro_batches)["loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
+
+
+def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizers=plain_sgd, grad_clip=0.01)
+    before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
+    metrics = trainer.train_step([np.arange(8)])
+    moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in trainer.trainable.items()])
+    assert metrics["grad_norm"] > 0.02
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gates_do_not_decay_and_the_prefix_does(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path, weight_decay=0.02)
+    decay = {id(p): group["weight_decay"] for group in trainer.param_groups() for p in group["params"]}
+    names = {name: decay[id(p)] for name, p in trainer.trainable.items()}
+    assert names == {
+        "global_value_embedding.weight": 0.02,
+        "transformer.h.1.attn.gating_factor": 0.0,
+        "transformer.h.2.attn.gating_factor": 0.0,
+    }
+
+
+def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path, precision="bf16-true", learning_rate=1e-4)
+    frozen = [p for p in trainer.bare.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    updated = [p for group in trainer.param_groups() for p in group["params"]]
+    assert {id(p) for p in updated} == {id(p) for p in trainer.trainable.values()}
+    assert {p.dtype for p in updated} == {torch.float32}
+    prefix = trainer.trainable["global_value_embedding.weight"]
+    before = prefix.detach().clone()
+    trainer.train_step([np.arange(8)])
+    moved = (prefix.detach() - before).abs()
+    # AdamW's first step is the learning rate itself, wherever there is a gradient
+    assert ((moved > 0.9e-4) & (moved < 1.1e-4)).float().mean() > 0.95
+    large = before.abs() > 0.1
+    assert (before[large].bfloat16() + (prefix.detach() - before)[large].bfloat16() == before[large].bfloat16()).all()
+    assert {state["exp_avg"].dtype for o in trainer.optimizers for state in o.state.values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path)
+    trainer.step = 7
+    healthy = {name: p.detach().clone() for name, p in trainer.trainable.items()}
+    losses = trainer.train.losses
+
+    def broken(model, batch):
+        return {"loss": losses(model, batch)["loss"] * (math.inf if batch["idx"].size(0) == 3 else 1.0)}
+
+    trainer.train.losses = broken
+    with pytest.raises(UserError, match=r"^The loss is inf in step 7, rows 20, 21, 22, at lr 1\.0e\+00: lower"):
+        trainer.train_step([np.array([1, 2]), np.array([20, 21, 22])])
+    assert all(torch.equal(p.detach(), healthy[name]) for name, p in trainer.trainable.items())
+
+
+def test_every_row_is_seen_once_per_epoch_and_resuming_skips_what_was_done(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path, epochs=2.5)
+    assert trainer.steps_per_epoch == 6  # 41 rows in steps of 8
+    plan = []
+    for micro_batches in trainer.remaining_steps():
+        plan.append([m.tolist() for m in micro_batches])
+        trainer.step += 1
+    assert len(plan) == 15
+    for epoch in (plan[:6], plan[6:12]):
+        assert sorted(row for step in epoch for m in step for row in m) == list(range(41))
+    assert plan[:6] != plan[6:12]
+    trainer.step = 8
+    rest = []
+    for micro_batches in trainer.remaining_steps():
+        rest.append([m.tolist() for m in micro_batches])
+        trainer.step += 1
+    assert rest == plan[8:]
+
+
+def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, data_dir, tmp_path):
+    trainer = trainer_for(base_dir, data_dir, tmp_path)
+    val = trainer.val
+    with torch.no_grad():
+        total = sum(val.losses(trainer.bare, val.batch(np.array([row])))["loss"].double() for row in range(len(val)))
+    first = trainer.validate()["loss"]
+    assert first == pytest.approx((total / val.weights.sum()).item(), rel=1e-6)
+    assert trainer.validate()["loss"] == first
+    assert trainer.bare.training
+
+
+# == metrics and progress ==
+
+
+def test_metrics_are_one_row_per_step_and_unrounded(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.csv")
+    log.log_metrics({"val/loss": 1 / 3}, 0)
+    log.log_metrics({"train/loss": 0.1 + 0.2, "lr": 1e-30}, 0)
+    log.log_metrics({"train/loss": 2.0, "lr": 3.0}, 1)
+    assert not log.path.exists()  # nothing is written for every step
+    log.save()
+    with log.path.open(newline="") as file:
+        assert next(csv.reader(file)) == ["step", "lr", "train/loss", "val/loss"]
+    assert read_metrics(log.path) == {
+        0: {"val/loss": 1 / 3, "train/loss": 0.1 + 0.2, "lr": 1e-30},
+        1: {"train/loss": 2.0, "lr": 3.0},
+    }
+
+
+def test_metrics_are_written_by_themselves_after_a_while(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.csv")
+    log.written -= log.interval + 1
+    log.log_metrics({"lr": 1.0}, 0)
+    assert read_metrics(log.path) == {0: {"lr": 1.0}}
+
+
+def test_taking_up_metrics_drops_what_came_after_the_state(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.csv")
+    for step in range(6):
+        log.log_metrics({"train/loss": float(step)}, step)
+    log.log_metrics({"val/loss": 9.0}, 3)  # validated, then saved, then trained on
+    log.save()
+    later = MetricsLog(log.path)
+    later.take_up(3)
+    assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}, 2: {"train/loss": 2.0}, 3: {"val/loss": 9.0}}
+    later.take_up(2)
+    assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}}
+
+
+def test_a_log_file_gets_plain_lines_now_and_then(capsys):
+    assert not sys.stderr.isatty()
+    progress = Progress(2, 12, enabled=True)
+    progress.start()
+    progress.advance(0.5, 1e-2, 1000.0)
+    assert capsys.readouterr().err == ""  # too soon
+    progress.began -= 20.0
+    progress.shown -= 20.0
+    progress.advance(0.25, 1e-2, 1234.0)
+    progress.close()
+    assert capsys.readouterr().err == "step 4 of 12: loss 0.250, lr 1.00e-02, 1,234 tokens/s, 0:01:20 left\n"
