@@ -234,11 +234,12 @@ def load_model(
     missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_key(n)]
     if missing:
         raise UserError(f"{weights_path(checkpoint_dir)} holds no base model: {missing[0]} is missing.")
-    for child in network.modules():  # a fresh adapter, still without values
+    # a fresh adapter, still without values; they are drawn on the CPU, so that a seed means the same on every device
+    for child in network.modules():
         if any(p.is_meta for p in child.parameters(recurse=False)):
-            child.to_empty(device=device, recurse=False)
+            child.to_empty(device="cpu", recurse=False)
             child.reset_parameters()
-    return network
+    return network.to(device)
 
 
 def check_base(adapter: Adapter, checkpoint_dir: Path, config: model.LLaMAConfig) -> None:

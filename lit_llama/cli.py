@@ -145,6 +145,9 @@ def run(main: Callable[[Namespace], None], script: str, names: dict[str, Any]) -
         log("interrupted")
         sys.exit(130)
     except Exception as error:
+        if "Connection closed by peer" in str(error):  # gloo; that process has said why, or was killed
+            log("error: Another process of this run ended.")
+            sys.exit(1)
         if type(error).__name__ != "OutOfMemoryError":
             raise
         log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")

@@ -1,6 +1,12 @@
 import csv
+import fcntl
 import math
+import os
+import re
+import struct
 import sys
+import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +326,23 @@ def test_taking_up_metrics_drops_what_came_after_the_state(tmp_path):
     assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}, 2: {"train/loss": 2.0}, 3: {"val/loss": 9.0}}
     later.take_up(2)
     assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}}
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress(2, 4, enabled=True)
+        progress.start()
+        time.sleep(0.11)  # a bar is drawn ten times a second at most
+        progress.advance(0.5, 1e-2, 1000.0)
+        progress.write("step 3: something")
+        progress.close()
+        shown = os.read(master, 10_000).decode()
+    os.close(master)
+    assert re.search(r"75%\|.*\| 3/4 \[00:00<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", shown)
+    assert "\rstep 3: something\r\n" in shown
 
 
 def test_a_log_file_gets_plain_lines_now_and_then(capsys):
