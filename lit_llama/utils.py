@@ -72,7 +72,7 @@ def unwritable(path: Path, error: Exception) -> UserError | None:
     """A sentence for a full disk or a folder without access, as Python, torch or safetensors report it."""
     number, text = getattr(error, "errno", None), str(error)
     if number in NO_ROOM or any(s in text for s in ("No space left", "File too large", "PytorchStreamWriter",
-                                                    "inline_container")):  # fmt: skip
+                                                    "inline_container", "iostream error")):  # fmt: skip
         return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
     if number in NO_ACCESS:
         return UserError(f"Cannot write {path} ({os.strerror(number)}); choose another output folder.")
