@@ -19,6 +19,7 @@ from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, base_dtype, make_fabric
 from lit_llama.utils import log
+from scripts import prepare_microworld
 
 # == What to train on ==
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
@@ -62,6 +63,10 @@ precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that h
 
 def main(args: Namespace) -> None:
     config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
+    if args.data_dir == data_dir and not data_dir.exists():
+        log(f"Writing the default dataset, {data_dir}, with scripts/prepare_microworld.py.")
+        defaults = cli.make_parser(prepare_microworld.__file__, vars(prepare_microworld)).get_defaults()
+        prepare_microworld.main(Namespace(**{**defaults.as_dict(), "checkpoint_dir": args.checkpoint_dir}))
     tokenizer = Tokenizer(args.checkpoint_dir)
     train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
     adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)

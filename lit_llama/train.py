@@ -100,8 +100,8 @@ class TrainConfig:
         adapter, state = (self.out_dir / name for name in ("last.safetensors", "state.pt"))
         if not self.resume and not self.overwrite and (adapter.is_file() or state.is_file()):
             raise UserError(
-                f"{self.out_dir} holds a run already: continue it with --resume true, replace it with --overwrite "
-                "true, or choose another --out_dir."
+                f"{self.out_dir} holds a run already: continue it with --resume, replace it with --overwrite, or "
+                "choose another --out_dir."
             )
         if self.resume and adapter.is_file() and not state.is_file():
             raise UserError(f"{self.out_dir} holds a run without its state.pt, so there is nothing to continue from.")
@@ -266,7 +266,7 @@ class Trainer:
                 log(
                     f"Interrupted in step {self.step}; what is saved goes on with: "
                     f"python {shlex.quote(sys.argv[0])} --config {shlex.quote(str(self.config.out_dir))}/config.yaml "
-                    "--resume true"
+                    "--resume"
                 )
             raise SystemExit(130) from None
         except OSError as error:
@@ -376,7 +376,7 @@ class Trainer:
         """The error of a value that is not finite."""
         if self.step:
             return UserError(
-                f"{what}: lower --learning_rate and start again with --overwrite true, or keep "
+                f"{what}: lower --learning_rate and start again with --overwrite, or keep "
                 f"{self.config.out_dir / 'best.safetensors'}."
             )
         return UserError(f"{what}: nothing is trained yet, so the base, the initial adapter or the data are at fault.")
@@ -505,7 +505,7 @@ class Trainer:
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception:  # pickle has many
-            raise UserError(f"{self.state_path} is damaged; start again with --overwrite true.") from None
+            raise UserError(f"{self.state_path} is damaged; start again with --overwrite.") from None
         then, now = json.loads(state["settings"]), json.loads(json.dumps(self.settings, default=str))
         differing = [
             f"{k} ({then.get(k)} then, {now[k]} now)" for k in now if k not in self.FREE and then.get(k) != now[k]

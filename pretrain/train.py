@@ -168,7 +168,7 @@ def main(args: Namespace) -> None:
         save_base(args.output_dir, model.config, state)
         shutil.copy(tokenizer_path, args.output_dir / TOKENIZER_NAME)
         print(f"{args.output_dir}: validation loss {summary['last_val_loss']:.4f} after {summary['seconds']:.0f} s; "
-              f"score it with: python evaluate/microworld.py --temperature 1 --requests true")  # fmt: skip
+              f"score it with: python evaluate/microworld.py --temperature 1")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -108,6 +108,23 @@ Made with:
 """
 
 
+def overview(args: Namespace, rows: list[dict[str, Any]]) -> str:
+    """The README of the folder of shipped adapters."""
+    flags = f"--seeds {' '.join(map(str, args.seeds))} --questions {args.questions}"
+    return f"""# Adapters for the bundled base model
+
+One folder each, with a card. An adapter is one safetensors file of about 3 KB, whose header says what it is, what it
+was trained on and by what. `python generate/aligner.py --adapter FOLDER` uses it.
+
+Mean over seeds {", ".join(map(str, args.seeds))} (lowest in brackets); {args.questions} questions each about entities
+that finetuning never saw; a form counts only if the whole answer fits it, a fact only if topic and value are both
+right; seconds of training on one CPU core, {args.jobs} runs side by side. The files are those of seed {args.seeds[0]}.
+
+{markdown(rows)}
+Made by `python scripts/train_microworld_adapters.py {flags}`.
+"""
+
+
 def weights_name(form: str, n: int) -> str:
     return f"microworld-{form}-n{n}"
 
@@ -130,6 +147,8 @@ def main(args: Namespace) -> None:
     write_text(args.out_dir / "scores.md", markdown(rows))
     write_text(args.out_dir / "environment.json", json.dumps(versions(), indent=2) + "\n")
     print(markdown(rows))
+    if args.weights_dir:
+        write_text(args.weights_dir / "README.md", overview(args, rows))
     for row in rows if args.weights_dir else []:
         if row["seed"] == args.seeds[0]:
             n = args.adapter_prompt_length

@@ -126,7 +126,7 @@ def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize("name", ["last.safetensors", "state.pt"])
 def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match="holds a run already: continue it with --resume true, replace it with"):
+    with pytest.raises(UserError, match="holds a run already: continue it with --resume, replace it with"):
         TrainConfig(out_dir=tmp_path, **CONFIG)
 
 
