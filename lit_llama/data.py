@@ -6,6 +6,10 @@ row of an SFT dataset is
     input_ids        prompt and response, one EOS at the end
     prompt_length    how many of them are the prompt's; `mask_prompt` in meta.json says whether those are trained on
 
+and a row of a preference dataset has
+
+    prompt, chosen, rejected        both responses follow the same prompt; EOS at the end of each that was not cut
+
 so a training script never guesses a format, a template or a mask from a path.
 """
 
@@ -31,6 +35,7 @@ from lit_llama.utils import UserError, atomic_write, log, unwritable
 
 IGNORE = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
+PREFERENCE_FORMAT = "lit-llama-preference-1"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -135,72 +140,170 @@ def prepare_sft(
     Raises:
         UserError: a setting out of range, a bad row, or no row left.
     """
-    if not 0 < test_fraction < 1 or seed < 0:
-        raise UserError(
-            f"test_fraction is {test_fraction} and seed {seed}; they must be above 0 and below 1, and 0 or more."
-        )
+    _check_split(test_fraction, seed)
     samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
     pairs = [(prompt, response) for prompt, response in samples if prompt.strip() and response.strip()]
     counts = Counter(rows=len(samples), empty=len(samples) - len(pairs))
-    encoded = _tokenize(pairs, tokenizer, max_seq_length, num_proc, Path(output_dir).parent / ".cache")
+    _check_count(len(pairs), counts, max_seq_length)
+
+    def encode(prompt: str, response: str) -> dict[str, Any]:
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        ids = prompt_ids + tokenizer.encode(response, eos=True)
+        return {
+            "input_ids": ids if len(ids) <= max_seq_length else [*ids[: max_seq_length - 1], ids[-1]],
+            "prompt_length": len(prompt_ids),
+            "fits": len(prompt_ids) <= max_seq_length - 2,  # one token of response and EOS
+            "cut": len(ids) > max_seq_length,
+        }
+
+    key = [pairs, tokenizer.sha256, max_seq_length]
+    encoded = _tokenize(pairs, encode, key, num_proc, Path(output_dir).parent / ".cache")
 
     kept = encoded.select(np.flatnonzero(encoded["fits"]))
     counts["too_long"] = len(encoded) - len(kept)
     counts["cut"] = int(np.sum(kept["cut"]))
-    if len(kept) < 2:
-        raise UserError(
-            f"Of {counts['rows']} rows {len(kept)} can be used ({counts['empty']} empty, {counts['too_long']} with a "
-            f"prompt that fills all {max_seq_length} tokens); a dataset needs at least 2."
-        )
-    order = np.random.default_rng(seed).permutation(len(kept))
-    n_test = min(max(1, round(test_fraction * len(kept))), len(kept) - 1)
-    kept = kept.select_columns(["input_ids", "prompt_length"])
-    splits = {"train": kept.select(np.sort(order[n_test:])), "test": kept.select(np.sort(order[:n_test]))}
-    meta = {
-        "format": SFT_FORMAT,
-        **about,
-        "counts": {**counts, "train": len(order) - n_test, "test": n_test},
-        "max_seq_length": max_seq_length,
-        "mask_prompt": mask_prompt,
-        "test_fraction": test_fraction,
-        "seed": seed,
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    write_dataset(output_dir, splits, meta)
+    settings = {"max_seq_length": max_seq_length, "mask_prompt": mask_prompt, "tokenizer_sha256": tokenizer.sha256}
+    meta = _write_splits(
+        kept.select_columns(["input_ids", "prompt_length"]),
+        counts,
+        output_dir=output_dir,
+        test_fraction=test_fraction,
+        seed=seed,
+        about={"format": SFT_FORMAT, **about, **settings},
+    )
+    counts = meta["counts"]
     log(
         f"{counts['rows']} rows: {counts['empty']} empty and {counts['too_long']} with too long a prompt dropped, "
-        f"{counts['cut']} responses cut to {max_seq_length} tokens; {len(order) - n_test} for training, {n_test} for "
-        f"validation."
+        f"{counts['cut']} responses cut to {max_seq_length} tokens; {counts['train']} for training, {counts['test']} "
+        "for validation."
     )
     return meta
 
 
+def prepare_preferences(
+    rows: Iterable[Any],
+    prepare_sample: Callable[[Any, int], tuple[str, str, str]],
+    *,
+    output_dir: Path,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    test_fraction: float,
+    seed: int,
+    num_proc: int,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Tokenizes (prompt, chosen, rejected) and writes the dataset folder; reports what was dropped or cut.
+
+    Args:
+        rows: raw rows of the source.
+        prepare_sample: (row, its number from 1) -> (prompt, chosen, rejected); raises UserError for a bad row.
+        max_seq_length: tokens of the prompt and one response; longer responses are cut and lose their EOS, longer
+            prompts drop the pair.
+        test_fraction, num_proc, seed, about: as in `prepare_sft`.
+
+    Returns:
+        The content of `meta.json`.
+
+    Raises:
+        UserError: a setting out of range, a bad row, or fewer than two pairs left.
+    """
+    _check_split(test_fraction, seed)
+    samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
+    pairs = [texts for texts in samples if all(text.strip() for text in texts)]
+    counts = Counter(rows=len(samples), empty=len(samples) - len(pairs))
+    _check_count(len(pairs), counts, max_seq_length)
+
+    def encode(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        room = max(0, max_seq_length - len(prompt_ids))
+        whole = [tokenizer.encode(text, eos=True) for text in (chosen, rejected)]
+        cut = [ids[:room] for ids in whole]
+        return {
+            "prompt": prompt_ids,
+            "chosen": cut[0],
+            "rejected": cut[1],
+            "fits": room > 0,
+            "same": cut[0] == cut[1],
+            "cut": sum(len(ids) > room for ids in whole),
+        }
+
+    key = [pairs, tokenizer.sha256, max_seq_length]
+    encoded = _tokenize(pairs, encode, key, num_proc, Path(output_dir).parent / ".cache")
+
+    fits, same = np.array(encoded["fits"], bool), np.array(encoded["same"], bool)
+    kept = encoded.select(np.flatnonzero(fits & ~same))
+    counts["too_long"] = int(np.sum(~fits))
+    counts["identical"] = int(np.sum(fits & same))
+    counts["cut"] = int(np.sum(kept["cut"]))
+    settings = {"max_seq_length": max_seq_length, "tokenizer_sha256": tokenizer.sha256}
+    meta = _write_splits(
+        kept.select_columns(["prompt", "chosen", "rejected"]),
+        counts,
+        output_dir=output_dir,
+        test_fraction=test_fraction,
+        seed=seed,
+        about={"format": PREFERENCE_FORMAT, **about, **settings},
+    )
+    counts = meta["counts"]
+    log(
+        f"{counts['rows']} pairs: {counts['empty']} with an empty side, {counts['too_long']} with too long a prompt "
+        f"and {counts['identical']} with two equal responses dropped, {counts['cut']} responses cut to "
+        f"{max_seq_length} tokens; {counts['train']} for training, {counts['test']} for validation."
+    )
+    return meta
+
+
+def _check_count(n: int, counts: Counter, max_seq_length: int) -> None:
+    """Raises: UserError: n rows are too few for two splits; the counts say what became of the others."""
+    if n < 2:
+        equal = f", {counts['identical']} with equal responses" if counts["identical"] else ""
+        raise UserError(
+            f"Of {counts['rows']} rows {n} can be used ({counts['empty']} empty, {counts['too_long']} with a "
+            f"prompt that fills all {max_seq_length} tokens{equal}); a dataset needs at least 2."
+        )
+
+
+def _check_split(test_fraction: float, seed: int) -> None:
+    if not 0 < test_fraction < 1 or seed < 0:
+        raise UserError(
+            f"test_fraction is {test_fraction} and seed {seed}; they must be above 0 and below 1, and 0 or more."
+        )
+
+
+def _write_splits(
+    kept: Dataset, counts: Counter, *, output_dir: Path, test_fraction: float, seed: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Splits the rows at random, writes the folder and returns its `meta.json`."""
+    _check_count(len(kept), counts, about["max_seq_length"])
+    order = np.random.default_rng(seed).permutation(len(kept))
+    n_test = min(max(1, round(test_fraction * len(kept))), len(kept) - 1)
+    splits = {"train": kept.select(np.sort(order[n_test:])), "test": kept.select(np.sort(order[:n_test]))}
+    counts = {**counts, "train": len(order) - n_test, "test": n_test}
+    meta = {**about, "counts": counts, "test_fraction": test_fraction, "seed": seed}
+    write_dataset(output_dir, splits, meta)
+    return meta
+
+
 def _tokenize(
-    pairs: list[tuple[str, str]], tokenizer: Tokenizer, max_seq_length: int, num_proc: int, cache_dir: Path
+    texts: list[tuple[str, ...]], encode: Callable[..., dict[str, Any]], key: list, num_proc: int, cache_dir: Path
 ) -> Dataset:
-    """Columns input_ids, prompt_length, fits, cut; the work is cached in a folder named after what it depends on."""
+    """`encode(*texts)` of every row as a dataset; cached under the hash of `key`, which is all the work depends on."""
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "fits": [], "cut": []}
-        for prompt, response in zip(batch["prompt"], batch["response"], strict=True):
-            prompt_ids = tokenizer.encode(prompt, bos=True)
-            ids = prompt_ids + tokenizer.encode(response, eos=True)
-            columns["cut"].append(len(ids) > max_seq_length)
-            columns["fits"].append(len(prompt_ids) <= max_seq_length - 2)  # one token of response and EOS
-            columns["input_ids"].append(ids if len(ids) <= max_seq_length else [*ids[: max_seq_length - 1], ids[-1]])
-            columns["prompt_length"].append(len(prompt_ids))
-        return columns
+    def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
+        rows = [encode(*row) for row in zip(*(batch[name] for name in names), strict=True)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-    key = hashlib.sha256(json.dumps([pairs, tokenizer.sha256, max_seq_length]).encode()).hexdigest()[:16]
+    names = [f"text {i}" for i in range(len(texts[0]))]
+    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache_dir = cache_dir / f"tokenized-{key}"
-    dataset = Dataset.from_dict({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]})
+    dataset = Dataset.from_dict({name: [row[i] for row in texts] for i, name in enumerate(names)})
     enable_progress_bars()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         return dataset.map(
-            encode,
+            encode_batch,
             batched=True,
-            remove_columns=["prompt", "response"],
+            remove_columns=names,
             num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
             cache_file_name=str(cache_dir / "rows.arrow"),
             new_fingerprint=key,
@@ -238,21 +341,23 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
     return meta
 
 
-class SFTData:
-    """One split of a prepared SFT folder, as the training loop wants it (`lit_llama.train.Task`).
+class Split:
+    """One split of a prepared folder: its rows as numpy arrays, and its `meta`.
 
     Args:
         data_dir: the prepared folder.
         split: "train" or "test".
-        max_rows: use the first rows only.
         tokenizer: if given, the folder must have been made with it.
+        max_rows: use the first rows only.
 
     Raises:
         UserError: not such a folder, or made with another tokenizer.
     """
 
+    format: str  # what meta.json must say
+
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
-        self.meta = read_meta(data_dir, SFT_FORMAT)
+        self.meta = read_meta(data_dir, self.format)
         if tokenizer is not None and tokenizer.sha256 != self.meta["tokenizer_sha256"]:
             raise UserError(
                 f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
@@ -264,12 +369,21 @@ class SFTData:
             raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class SFTData(Split):
+    """One split of a prepared SFT folder, as the training loop wants it (`lit_llama.train.Task`)."""
+
+    format = SFT_FORMAT
+
+    def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
+        super().__init__(data_dir, split, tokenizer, max_rows)
         self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
         self.n_masked = np.asarray(self.rows["prompt_length"]) * self.meta["mask_prompt"]
         self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """idx and labels, (B, T) int64, padded on the right to the longest row."""
@@ -319,6 +433,20 @@ def plan_epoch(
         if len(short):
             steps.append(np.array_split(short, range(micro_batch_size, len(short), micro_batch_size)))
     return steps
+
+
+def plan_fixed_epoch(
+    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """As `plan_epoch`, but the micro-batches are the same in every epoch and for every seed; their order is random.
+
+    What is computed once per row in such a micro-batch (a reference's log-probabilities) is then rounded exactly as
+    it will be in training.
+    """
+    fixed = [micro for step in plan_epoch(lengths, batch_size, micro_batch_size, 0, 0) for micro in step]
+    order = np.random.default_rng((seed, epoch)).permutation(len(fixed))
+    per_step = batch_size // micro_batch_size
+    return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
 
 
 def padding_share(data: SFTData, steps: Iterator[list[np.ndarray]]) -> float:

@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
-from lit_llama.data import prepare_sft
+from lit_llama.data import prepare_preferences, prepare_sft
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
 
@@ -51,6 +51,26 @@ def data_dir(tmp_path_factory, tokenizer) -> Path:
         seed=0,
         num_proc=1,
         about={"source": "animals", "prompt_style": "plain"},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def preference_dir(tmp_path_factory, tokenizer) -> Path:
+    """A prepared preference folder: 21 pairs of many lengths for training and 5 for validation."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "preferences"
+    things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
+    texts = [(t, " and ".join(rng.sample(things, rng.randint(1, 4)))) for t in things for _ in range(6)][:26]
+    prepare_preferences(
+        texts,
+        lambda row, number: (f"what did {row[0]} eat?", f" {row[0]} ate {row[1]}", f" {row[1]}, said {row[0]}"),
+        output_dir=folder,
+        tokenizer=tokenizer,
+        max_seq_length=62,
+        test_fraction=0.2,
+        seed=0,
+        num_proc=1,
+        about={"source": "preferences", "prompt_style": "plain"},
     )
     return folder
 

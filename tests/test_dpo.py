@@ -1,0 +1,283 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lit_llama import aligner
+from lit_llama.checkpoint import load_model
+from lit_llama.data import prepare_preferences
+from lit_llama.dpo import DPOData, dpo_loss, row_sums, sequence_logps, weights_of
+from lit_llama.utils import UserError
+
+# h = (-1 + 3) - (-2 + 2.5) = 1.5
+LOGPS = tuple(torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5))
+
+
+@pytest.fixture
+def policy(base_dir):
+    """An Aligner with open gates on the tiny base, its base frozen."""
+    torch.manual_seed(0)
+    own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    model = load_model(base_dir, method=aligner, method_config=own)
+    for attn in model.aligned_attention():
+        torch.nn.init.normal_(attn.gating_factor)
+    aligner.mark_only_adapter_as_trainable(model)
+    return model
+
+
+def adapter_state(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_pairs(folder, tokenizer, pairs, **changes):
+    settings = dict(max_seq_length=60, test_fraction=0.3, seed=0, num_proc=1, about={"prompt_style": "plain"})
+    return prepare_preferences(
+        pairs, lambda row, number: row, output_dir=folder, tokenizer=tokenizer, **{**settings, **changes}
+    )
+
+
+# == the loss, worked by hand ==
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        (dict(beta=2.0), 0.0485873516),  # log(1 + e^-3)
+        (dict(beta=2.0, label_smoothing=0.25), 0.7985873516),  # 0.75 · 0.04858735 + 0.25 · 3.04858735
+        (dict(beta=0.5, loss_type="ipo"), 0.25),  # (1.5 - 1)²
+        (dict(beta=0.25, loss_type="ipo"), 0.25),  # (1.5 - 2)²
+        (dict(beta=0.5, loss_type="hinge"), 0.25),  # 1 - 0.75
+        (dict(beta=1.0, loss_type="hinge"), 0.0),
+        (dict(beta=0.5, reference_free=True), 0.3132616875),  # h = 2: log(1 + e^-1)
+    ],
+)
+def test_each_loss_is_what_a_hand_computes(settings, loss):
+    losses, _, _ = dpo_loss(*LOGPS, **settings)
+    assert losses.shape == (1,)
+    assert losses.item() == pytest.approx(loss, abs=1e-7)
+
+
+def test_rewards_are_beta_times_policy_minus_reference_without_gradient():
+    policy = torch.tensor([-1.0], requires_grad=True)
+    _, chosen, rejected = dpo_loss(policy, *LOGPS[1:], beta=0.5)
+    assert (chosen.item(), rejected.item()) == (0.5, -0.25)
+    assert not chosen.requires_grad
+    _, chosen, rejected = dpo_loss(*LOGPS, beta=0.5, reference_free=True)
+    assert (chosen.item(), rejected.item()) == (-0.5, -1.5)
+
+
+def test_the_gradient_of_the_sigmoid_loss():
+    """d/dx of -log σ(βh) is -β·σ(-βh) for the chosen and its opposite for the rejected response."""
+    chosen, rejected = (x.clone().requires_grad_() for x in LOGPS[:2])
+    dpo_loss(chosen, rejected, *LOGPS[2:], beta=2.0)[0].sum().backward()
+    expected = 2 / (1 + math.exp(3))
+    assert chosen.grad.item() == pytest.approx(-expected, rel=1e-5)
+    assert rejected.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_confident_wrong_policy_has_a_finite_loss():
+    losses, _, _ = dpo_loss(torch.tensor([-900.0]), *LOGPS[1:], beta=5.0)
+    assert losses.item() == pytest.approx(5 * 897.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(beta=0.0), "beta is 0.0"),
+        (dict(label_smoothing=0.5), "label_smoothing 0.5; they must"),
+        (dict(label_smoothing=0.1, loss_type="ipo"), "only the sigmoid loss"),
+        (dict(loss_type="kto"), "no loss type 'kto'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        dpo_loss(*LOGPS, **settings)
+
+
+# == log-probabilities of responses ==
+
+
+def test_sequence_logps_by_hand():
+    """Token 0 has probability 1/4 (logit 0 against log 3), token 1 has 3/4."""
+    logits = torch.tensor([0.0, math.log(3)]).expand(2, 4, 2).clone()
+    labels = torch.tensor([[-1, 0, 1, 1], [0, -1, -1, 1]])
+    before = labels.clone()
+    expected = [math.log(1 / 4 * 3 / 4 * 3 / 4), math.log(3 / 4)]  # nothing predicts the first token
+    assert sequence_logps(logits, labels).tolist() == pytest.approx(expected)
+    assert torch.equal(labels, before)
+    # what the model says of positions that predict no label is never looked at
+    logits[0, 3], logits[1, :2] = torch.tensor([5.0, -5.0]), torch.inf
+    assert sequence_logps(logits, labels).tolist() == pytest.approx(expected)
+
+
+def test_sequence_logps_sums_in_fp32():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 301, 50).bfloat16(), torch.randint(50, (1, 301))
+    exact = logits.double().log_softmax(-1)[0, :-1].gather(1, labels[0, 1:, None]).sum()
+    result = sequence_logps(logits, labels)
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(exact.item(), abs=2e-3)  # bf16 near -1300 has steps of 8
+
+
+def test_the_models_label_logps_summed_by_row_are_the_sequence_logps(policy, preference_dir):
+    data = DPOData(preference_dir, "train")
+    batch = data.batch(np.arange(len(data)))
+    logps = row_sums(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    torch.testing.assert_close(logps, sequence_logps(policy(batch["idx"]), batch["labels"]), atol=1e-4, rtol=0)
+
+
+def test_padding_and_neighbours_add_nothing(policy, preference_dir):
+    data = DPOData(preference_dir, "train", reference_free=True)
+    together = data.losses(policy, data.batch(np.arange(len(data))))
+    each = [data.losses(policy, data.batch(np.array([row]))) for row in range(len(data))]
+    assert len(set(data.lengths)) > 5
+    for name, value in together.items():
+        assert value.item() == pytest.approx(sum(one[name].item() for one in each), abs=2e-3, rel=1e-5), name
+
+
+def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
+    data = DPOData(preference_dir, "train")
+    batch = data.batch(np.arange(3))
+    rows = data.rows[:3]
+    for i, side in ((0, "chosen"), (3, "rejected")):
+        for j in range(3):
+            n, response = len(rows["prompt"][j]), rows[side][j].tolist()
+            labels = batch["labels"][i + j].tolist()
+            assert labels[:n] == [-1] * n
+            assert labels[n : n + len(response)] == response
+            assert set(labels[n + len(response) :]) <= {-1}
+            assert batch["idx"][i + j][: n + len(response)].tolist() == rows["prompt"][j].tolist() + response
+    # log-probability of a response by a loop over its tokens, each from the text before it
+    prompt, response = (rows[name][0].tolist() for name in ("prompt", "chosen"))
+    by_hand = 0.0
+    for i, token in enumerate(response):
+        by_hand += policy(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token].item()
+    policy_logps = row_sums(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    assert policy_logps[0].item() == pytest.approx(by_hand, abs=1e-4)
+
+
+# == the task ==
+
+
+def test_losses_against_a_reference_that_is_another_model(policy, base_dir, preference_dir):
+    """The sums, and the gradients, are those of two whole models run apart."""
+    data = DPOData(preference_dir, "train", beta=0.3, sft_weight=0.7)
+    reference = load_model(
+        base_dir, method=aligner, method_config={"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    )
+    state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
+    reference.load_state_dict(state)
+    data.reference_state = state
+    batch = data.batch(np.arange(len(data)))
+    sums = data.losses(policy, batch)
+    sums["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+    policy.zero_grad()
+
+    n = len(data)
+    with torch.no_grad():
+        reference_chosen = sequence_logps(reference(batch["idx"][:n]), batch["labels"][:n])
+        reference_rejected = sequence_logps(reference(batch["idx"][n:]), batch["labels"][n:])
+    chosen = sequence_logps(policy(batch["idx"][:n]), batch["labels"][:n])
+    rejected = sequence_logps(policy(batch["idx"][n:]), batch["labels"][n:])
+    h = (chosen - rejected) - (reference_chosen - reference_rejected)
+    dpo = torch.log1p(torch.exp(-0.3 * h)).sum()
+    sft = -sum(logp / len(row["chosen"]) for logp, row in zip(chosen, data.rows, strict=True))
+    (dpo + 0.7 * sft).backward()
+    expected = {
+        "loss": dpo + 0.7 * sft,
+        "dpo_loss": dpo,
+        "sft_loss": sft,
+        "reward_accuracy": (h > 0).sum(),
+        "chosen_reward": 0.3 * (chosen - reference_chosen).sum(),
+        "rejected_reward": 0.3 * (rejected - reference_rejected).sum(),
+        "margin": 0.3 * h.sum(),
+        "chosen_logp": chosen.sum(),
+        "rejected_logp": rejected.sum(),
+    }
+    assert sums.keys() == expected.keys()
+    assert 0 < expected["reward_accuracy"] < n
+    for name, value in expected.items():
+        assert sums[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-2), name
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_the_policy_comes_back_from_the_references_weights(policy):
+    before = adapter_state(policy)
+    zeros = {name: torch.zeros_like(value) for name, value in before.items()}
+    with pytest.raises(KeyError), weights_of(policy, zeros):
+        assert all(p.abs().sum() == 0 for p in policy.parameters() if p.requires_grad)
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in adapter_state(policy).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (dict(), math.log(2)),
+        (dict(label_smoothing=0.2), math.log(2)),
+        (dict(loss_type="ipo", beta=0.25), 4.0),
+        (dict(loss_type="hinge"), 1.0),
+    ],
+)
+def test_the_loss_before_the_first_step(preference_dir, settings, start):
+    assert DPOData(preference_dir, "test", **settings).loss_at_start == pytest.approx(start)
+
+
+def test_sizes_of_the_rows(preference_dir):
+    data = DPOData(preference_dir, "train")
+    batch = data.batch(np.array([3]))
+    assert batch["idx"].shape == (2, data.lengths[3])
+    row = data.rows[3]
+    assert data.tokens[3] == 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
+    assert data.weights.tolist() == [1.0] * 21
+
+
+# == preparing pairs ==
+
+
+def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, tokenizer, capsys):
+    long = "the cat sat on the mat and the dog ate the hat " * 12
+    pairs = [
+        ("the cat", " sat", " ate"),
+        ("the dog", " sat", " ate"),
+        ("the rat", long, " ate"),  # one response is cut
+        ("the hat", " sat", " sat"),  # identical
+        ("the mat", long, long + "x"),  # identical when cut
+        ("the dog", " ", " ate"),  # one-sided
+        ("", " sat", " ate"),
+        (long, " sat", " ate"),  # the prompt fills it all
+    ]
+    meta = write_pairs(tmp_path / "out", tokenizer, pairs)
+    assert meta["counts"] == {"rows": 8, "empty": 2, "too_long": 1, "identical": 2, "cut": 1, "train": 2, "test": 1}
+    assert (
+        "8 pairs: 2 with an empty side, 1 with too long a prompt and 2 with two equal responses dropped, 1 responses "
+        "cut to 60 tokens; 2 for training, 1 for validation."
+    ) in capsys.readouterr().err
+    rows = {}
+    for split in ("train", "test"):
+        for row in DPOData(tmp_path / "out", split, tokenizer).rows:
+            rows[tokenizer.decode(row["prompt"].tolist())] = row
+    assert rows.keys() == {"the cat", "the dog", "the rat"}
+    eos = tokenizer.eos_id
+    for prompt, row in rows.items():
+        assert row["prompt"].tolist() == tokenizer.encode(prompt, bos=True)
+        assert row["rejected"].tolist() == tokenizer.encode(" ate", eos=True)
+    assert rows["the cat"]["chosen"].tolist() == tokenizer.encode(" sat", eos=True)
+    cut = rows["the rat"]["chosen"].tolist()
+    assert len(rows["the rat"]["prompt"]) + len(cut) == 60
+    assert eos not in cut
+    assert cut == tokenizer.encode(long)[: len(cut)]
+
+
+def test_too_few_pairs_and_other_folders_are_refused(tmp_path, tokenizer, data_dir):
+    with pytest.raises(UserError, match=r"Of 2 rows 0 can be used \(0 empty, 0 with .* 2 with equal responses\)"):
+        write_pairs(tmp_path / "out", tokenizer, [("a", " b", " b")] * 2)
+    with pytest.raises(UserError, match=r"Of 2 rows 0 can be used \(2 empty"):
+        write_pairs(tmp_path / "out", tokenizer, [("a", " b", "")] * 2)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-preference-1'"):
+        DPOData(data_dir, "train")
