@@ -75,19 +75,8 @@ class LLaMA(llama.LLaMA):
         return [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
 
     def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The authors' files hold the prefix once more under every layer's name (`attn.adapter_wte.weight`).
-
-        Raises:
-            UserError: such an alias differs from the prefix; that is a LLaMA-Adapter file.
-        """
-        state_dict = super().canonical_keys(state_dict)
-        aliases = [name for name in state_dict if name.endswith(".attn.adapter_wte.weight")]
-        prefix = state_dict.get("global_value_embedding.weight")
-        for name in aliases:
-            alias = state_dict.pop(name)
-            if prefix is None or not torch.equal(alias, prefix):
-                raise UserError(f"{name} is not the global prefix: these are a LLaMA-Adapter's weights, no Aligner's.")
-        return state_dict
+        """See `without_aliases`."""
+        return without_aliases(super().canonical_keys(state_dict))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -134,6 +123,20 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         prefix = self.prefix[0].weight.to(self.c_proj.weight.dtype)
         _, keys, values = self.qkv(prefix.unsqueeze(0))
         return keys, values
+
+
+def without_aliases(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The authors' files hold the prefix once more under every layer's name (`attn.adapter_wte.weight`).
+
+    Raises:
+        UserError: such an alias differs from the prefix; that is a LLaMA-Adapter file.
+    """
+    prefix = state_dict.get("global_value_embedding.weight")
+    aliases = {name for name in state_dict if name.endswith(".attn.adapter_wte.weight")}
+    for name in sorted(aliases):
+        if prefix is None or not torch.equal(state_dict[name], prefix):
+            raise UserError(f"{name} is not the global prefix: these are a LLaMA-Adapter's weights, no Aligner's.")
+    return {name: tensor for name, tensor in state_dict.items() if name not in aliases}
 
 
 def mark_only_adapter_as_trainable(model: LLaMA) -> None:

@@ -5,7 +5,8 @@ A script says each setting once:
     learning_rate: float = 9e-3  # peak learning rate, above 0
 
 and gets `--learning_rate`, its type check, its default and its line in `--help` from that, and the same key in a
-YAML file given with `--config`. A comment line `# == Optimiser ==` starts a group.
+YAML file given with `--config`. A comment line `# == Optimiser ==` starts a group. A constant named `files` is what
+stands on the command line without a flag, one or more.
 """
 
 import ast
@@ -89,30 +90,29 @@ class Parser(ArgumentParser):
 def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
     """A parser of the script's settings; its description is the script's docstring."""
     prog = f"python {Path(script).parent.name}/{Path(script).name}"
+    settings = read_settings(script, names)
+    bare = any(setting.name == "files" for setting in settings)
     parser = Parser(
         prog=prog,
-        usage=f"{prog} [--config FILE] [--NAME VALUE ...]",
+        usage=f"{prog} {'FILE ... ' if bare else ''}[--config FILE] [--NAME VALUE ...]",
         description=names.get("__doc__"),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", action=ActionConfigFile, help="YAML file with any settings below")
     groups = {}
-    for setting in read_settings(script, names):
+    for setting in settings:
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         several = get_origin(setting.type) is list
         type_ = get_args(setting.type)[0] if several else setting.type
         # `--resume` alone is `--resume true`
         values = {"nargs": "+"} if several else {"nargs": "?", "const": True} if type_ is bool else {}
-        groups[setting.group].add_argument(
-            f"--{setting.name}",
-            type=type_,
-            default=setting.default,
-            metavar=metavar(type_),
-            help=setting.help,
-            **values,
-        )
+        if setting.name == "files":
+            name, values = "files", {**values, "metavar": "FILE"}
+        else:
+            name, values = f"--{setting.name}", {**values, "metavar": metavar(type_), "default": setting.default}
+        groups[setting.group].add_argument(name, type=type_, help=setting.help, **values)
     return parser
 
 

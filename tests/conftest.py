@@ -5,7 +5,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; also for the processes that tests start
 
 import random
+import runpy
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,33 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
     return folder
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """run_script("scripts/x.py", *arguments) -> (exit code, stdout, stderr), as if called from the command line."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(run_script) -> Callable[..., str]:
+    """As `run_script`, for a call that must end with exit code 1 and one sentence, which it returns."""
+
+    def run(script: str, *arguments: object) -> str:
+        code, out, err = run_script(script, *arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ") and err.endswith(".\n") and err.count("\n") == 1, err
+        return err.removeprefix("error: ").strip()
+
+    return run

@@ -1,0 +1,158 @@
+"""Says what an adapter file is and shows its gates by layer; with several files, how they differ.
+
+It reads our .safetensors, a run's folder, and the authors' .pth files. A gate is one number per layer and head that
+multiplies what the layer reads from the prefix: a layer whose gates are near zero does not use the Aligner.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import torch
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.aligner import without_aliases
+from lit_llama.checkpoint import Adapter, read_adapter, save_adapter
+from lit_llama.prompts import get_prompt_style
+from lit_llama.utils import UserError, atomic_write, log
+
+files: list[Path] = []  # adapters: .safetensors, .pth, or a run's folder
+plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
+to_safetensors: Path | None = None  # also write the one adapter here, in fp32 and in this project's format
+prompt_style: str | None = None  # what --to_safetensors shall say its prompts are like (default: as the file says)
+
+PREFIX = "global_value_embedding.weight"
+BAR = 30  # characters of the longest bar
+
+
+def open_adapter(path: Path) -> Adapter:
+    """An Aligner's file, its prefix under one name.
+
+    Raises:
+        UserError: it is none.
+    """
+    adapter = read_adapter(path)
+    adapter.state = without_aliases(adapter.state)
+    if PREFIX not in adapter.state or not gates(adapter):
+        raise UserError(f"{adapter.path} holds no prefix with gates; its method is {adapter.method}.")
+    return adapter
+
+
+def gates(adapter: Adapter) -> dict[int, torch.Tensor]:
+    """Each layer's gates, (nh,) in fp32, by its number."""
+    named = {name: t for name, t in adapter.state.items() if name.endswith(".gating_factor")}
+    return dict(sorted((int(name.split(".")[2]), t.float().flatten()) for name, t in named.items()))
+
+
+def describe(adapter: Adapter, largest: float) -> str:
+    """What an adapter is, and a line per layer; a bar of full length is a mean |gate| of `largest`."""
+    prefix, by_layer = adapter.state[PREFIX].float(), gates(adapter)
+    count = sum(t.numel() for t in adapter.state.values())
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.state.values()})
+    heads = len(next(iter(by_layer.values())))
+    lines = [
+        f"{adapter.path}",
+        f"  N = {len(prefix)}, layers {min(by_layer)} to {max(by_layer)}, {prefix.size(1)} wide, {heads} heads: "
+        f"{count:,} parameters, {' and '.join(dtypes)}",
+        *(f"  {name}: {value}" for name, value in about(adapter.meta).items()),
+        f"  prefix: mean {prefix.mean():+.4f}, std {prefix.std():.4f}",
+        f"  layer  mean gate       std  mean |gate|, a full bar is {largest:.4f}",
+    ]
+    for layer, gate in by_layer.items():
+        bar = "█" * round(BAR * gate.abs().mean().item() / largest) if largest else ""
+        lines.append(f"  {layer:5}  {gate.mean():+.6f}  {gate.std(correction=0):.6f}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def about(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a header says, in a few words each; the authors' files have none."""
+    training, data, base = (meta.get(name) or {} for name in ("training", "data", "base"))
+    said = {
+        "prompt style": meta.get("prompt_style"),
+        "data": data.get("source"),
+        "base": base.get("weights"),
+        "step": training.get("step"),
+        "validation loss": training.get("val_loss"),
+        "converted from": meta.get("converted_from"),
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def difference(one: Adapter, other: Adapter) -> str:
+    """How two adapters differ, the layers that both have compared."""
+    ours, theirs = gates(one), gates(other)
+    layers = [layer for layer in ours if layer in theirs]
+    pairs = {
+        "prefix": (one.state[PREFIX].float().flatten(), other.state[PREFIX].float().flatten()),
+        "gates": tuple(torch.cat([by_layer[i] for i in layers] or [torch.empty(0)]) for by_layer in (ours, theirs)),
+    }
+    lines = [f"{one.path}", f"{other.path}"]
+    if one.state[PREFIX].shape != other.state[PREFIX].shape:
+        shapes = (" × ".join(map(str, adapter.state[PREFIX].shape)) for adapter in (one, other))
+        lines.append("  prefix: {} and {}, not comparable".format(*shapes))
+        del pairs["prefix"]
+    for name, (a, b) in pairs.items():
+        if a.shape != b.shape or not len(a):
+            lines.append(f"  {name}: {len(a)} and {len(b)} in {len(layers)} common layers, not comparable")
+            continue
+        equal, cosine = int((a == b).sum()), torch.cosine_similarity(a.double(), b.double(), dim=0)
+        lines.append(f"  {name}: {equal:,} of {len(a):,} values equal ({equal / len(a):.1%}), cosine {cosine:.6f}")
+    return "\n".join(lines)
+
+
+def draw(adapters: list[Adapter], path: Path) -> None:
+    """Gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path} is not a .png, .svg or .pdf.")
+    figure = Figure(figsize=(7, 3 * len(adapters)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, adapter in zip(figure.subplots(len(adapters), sharex=True, squeeze=False)[:, 0], adapters, strict=True):
+        by_layer = gates(adapter)
+        layers, values = list(by_layer), torch.stack(list(by_layer.values()))  # (layers, nh)
+        mean, std = values.mean(1), values.std(1, correction=0)
+        axes.plot(layers, values.numpy(), ".", color="0.7", markersize=3)
+        axes.fill_between(layers, (mean - std).numpy(), (mean + std).numpy(), alpha=0.25)
+        axes.plot(layers, mean.numpy())
+        axes.axhline(0, color="0.3", linewidth=0.6)
+        axes.set(ylabel="gate")
+        axes.set_title(f"{adapter.path.parent.name}/{adapter.path.name}", fontsize=8)
+    axes.set(xlabel="layer")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=130)
+    log(f"wrote {path}")
+
+
+def convert(adapter: Adapter, path: Path, style: str | None) -> None:
+    """Writes an adapter in this project's format, in fp32."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} must end in .safetensors.")
+    meta = {"method": adapter.method, "config": adapter.config, **adapter.meta, "converted_from": adapter.path.name}
+    if style is not None:
+        meta["prompt_style"] = get_prompt_style(style).name
+    save_adapter(path, {name: t.float() for name, t in adapter.state.items()}, meta)
+    log(f"wrote {path}")
+
+
+def main(args: Namespace) -> None:
+    if args.to_safetensors and len(args.files) > 1:
+        raise UserError(f"--to_safetensors writes one adapter, and {len(args.files)} are named.")
+    adapters = [open_adapter(path) for path in args.files]
+    largest = max(gate.abs().mean().item() for adapter in adapters for gate in gates(adapter).values())
+    parts = [describe(adapter, largest) for adapter in adapters]
+    parts += [difference(one, other) for one, other in itertools.combinations(adapters, 2)]
+    print("\n\n".join(parts))
+    if args.plot:
+        draw(adapters, args.plot)
+    if args.to_safetensors:
+        convert(adapters[0], args.to_safetensors, args.prompt_style)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())
