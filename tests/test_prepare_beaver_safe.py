@@ -1,0 +1,154 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import scripts.prepare_beaver_safe as script
+from lit_llama import cli
+from lit_llama.data import SFTData, read_meta
+from lit_llama.dpo import DPOData
+from lit_llama.utils import UserError
+
+
+def pku(prompt: str, first: str, second: str, safe: tuple[bool, bool], better: int, safer: int) -> dict:
+    """A row as PKU-SafeRLHF has it, with one of its newer columns."""
+    return {"prompt": prompt, "response_0": first, "response_1": second, "is_response_0_safe": safe[0],
+            "is_response_1_safe": safe[1], "better_response_id": better, "safer_response_id": safer,
+            "prompt_source": "Alpaca3-70B"}  # fmt: skip
+
+
+ROWS = [
+    pku("the cat", "no", "yes", (True, False), 1, 0),
+    pku("the dog", "go", "stay", (True, True), 0, 1),
+    pku("the rat", "bad", "worse", (False, False), 0, 0),
+    pku("the hat", "hot", "cold", (False, True), 1, 1),
+]
+
+
+@pytest.fixture
+def prepare(tmp_path, base_dir):
+    """Runs the script on rows, in a file, with flags; returns the folder it wrote."""
+
+    def run(rows: list, **flags) -> Path:
+        file, folder = tmp_path / "rows.jsonl", tmp_path / "out"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        flags = {"data_file": file, "output_dir": folder, "checkpoint_dir": base_dir, "num_proc": 1, **flags}
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        script.main(cli.make_parser(Path(script.__file__), vars(script)).parse_args(words))
+        return folder
+
+    return run
+
+
+def pairs_in(folder: Path, tokenizer) -> set[tuple[str, ...]]:
+    rows = [row for split in ("train", "test") for row in DPOData(folder, split, tokenizer).rows]
+    return {tuple(tokenizer.decode(row[k].tolist()) for k in ("prompt", "chosen", "rejected")) for row in rows}
+
+
+CAT, DOG, RAT, HAT = (f"[User] the {thing} [Assistant] " for thing in ("cat", "dog", "rat", "hat"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, {(CAT, "no", "yes"), (DOG, "stay", "go"), (HAT, "cold", "hot")}),
+        ({"prefer": "better"}, {(CAT, "yes", "no"), (DOG, "go", "stay"), (HAT, "cold", "hot")}),
+        ({"keep": "one_safe"}, {(CAT, "no", "yes"), (HAT, "cold", "hot")}),
+        ({"keep": "all"}, {(CAT, "no", "yes"), (DOG, "stay", "go"), (RAT, "bad", "worse"), (HAT, "cold", "hot")}),
+    ],
+)
+def test_pku_rows_are_chosen_by_keep_and_prefer(prepare, tokenizer, flags, expected):
+    assert pairs_in(prepare(ROWS, **flags), tokenizer) == expected
+
+
+def test_what_was_left_out_is_said_and_recorded(prepare, capsys):
+    undecided = pku("a", "b", "c", (True, True), 0, -1)
+    folder = prepare([*ROWS, undecided])
+    said = capsys.readouterr()
+    assert "1 rows not wanted by --keep any_safe left out. 1 rows with no safer response left out. 3 rows kept." in (
+        said.err
+    )
+    assert said.out == f"{folder}\n"
+    meta = read_meta(folder, DPOData.format)
+    assert meta["left_out"] == {"not wanted by --keep any_safe": 1, "with no safer response": 1}
+    assert (meta["prompt_style"], meta["keep"], meta["prefer"]) == ("beaver", "any_safe", "safer")
+
+
+def test_the_sft_stage_writes_the_preferred_responses(prepare, tokenizer):
+    folder = prepare(ROWS, stage="sft")
+    samples = [pair for split in ("train", "test") for pair in SFTData(folder, split, tokenizer).prompts(9)]
+    texts = {tuple(map(tokenizer.decode, pair)) for pair in samples}
+    assert texts == {(CAT, "no"), (DOG, "stay"), (HAT, "cold")}
+    assert all(response[-1] == tokenizer.eos_id for _, response in samples)
+
+
+def test_plain_preference_files(prepare, tokenizer):
+    rows = [
+        {"prompt": "the cat", "chosen": "a", "rejected": "b"},
+        {"instruction": "the dog", "input": "ate", "chosen": "c", "rejected": "d"},
+    ]
+    found = pairs_in(prepare(rows, data_format="preference", prompt_style="orca"), tokenizer)
+    assert found == {
+        ("[|User|] the cat [|AI Assistant|] ", "a", "b"),
+        ("[|User|] the dog\nate [|AI Assistant|] ", "c", "d"),
+    }
+
+
+def hh(chosen: str, rejected: str) -> dict[str, str]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+TALK = "\n\nHuman: the cat\n\nAssistant: sat"
+
+
+def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, tokenizer, capsys):
+    rows = [
+        hh(TALK, "\n\nHuman: the cat\n\nAssistant: ate"),
+        hh(f"{TALK}\n\nHuman: and the dog\n\nAssistant: a", f"{TALK}\n\nHuman: and the dog\n\nAssistant: b"),
+        hh(TALK, "\n\nHuman: the dog\n\nAssistant: sat"),
+        hh(TALK, "\n\nHuman: the cat"),
+        hh(TALK, "\n\nHuman: the cat\n\nAssistant: "),
+    ]
+    found = pairs_in(prepare(rows, data_format="hh"), tokenizer)
+    two_turns = "[User] the cat [Assistant] sat [User] and the dog [Assistant] "
+    assert found == {(CAT, "sat", "ate"), (two_turns, "a", "b")}
+    said = capsys.readouterr().err
+    assert "1 rows whose dialogues part before the last answer left out." in said
+    assert "1 rows that do not end with an answer left out. 3 rows kept." in said
+    assert "3 pairs: 1 with an empty side" in said
+
+
+@pytest.mark.parametrize(
+    ("data_format", "row", "sentence"),
+    [
+        ("pku", {"prompt": "a"}, "Row 3 has no field 'response_0'; it has 'prompt'."),
+        ("pku", ROWS[0] | {"prompt": None}, "Row 3: 'prompt' is not text but null."),
+        ("pku", ROWS[0] | {"is_response_1_safe": "no"}, "Row 3: 'is_response_1_safe' is 'no'; it must be true or"),
+        ("pku", ROWS[0] | {"safer_response_id": 2}, "Row 3: 'safer_response_id' is 2; it must be 0 or 1"),
+        ("pku", {k: v for k, v in ROWS[0].items() if k != "safer_response_id"}, "Row 3 has no field 'safer_res"),
+        ("hh", hh("hello", "there"), "Row 3: 'chosen' is no dialogue of blank lines, 'Human:' and 'Assistant:'."),
+        ("hh", {"chosen": TALK}, "Row 3 has no field 'rejected'; it has 'chosen'."),
+        ("preference", ["a"], "Row 3 is not an object with named fields but list."),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_written(prepare, tmp_path, data_format, row, sentence):
+    good = {"pku": ROWS[0], "hh": hh(TALK, TALK + "!"), "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}
+    with pytest.raises(UserError) as error:
+        prepare([good[data_format]] * 2 + [row], data_format=data_format)
+    assert str(error.value).startswith(sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_dialogues(shared, prepare, tokenizer, capsys):
+    file = shared / "data/hh_rlhf_harmless_base_test.jsonl.gz"
+    folder = prepare([], data_format="hh", data_file=file, checkpoint_dir=shared / "models/llama2-tokenizer",
+                     prompt_style="hh")  # fmt: skip
+    meta = read_meta(folder, DPOData.format)
+    # counted with str.rsplit at the last "Assistant:": five pairs differ before it, four answers are empty
+    assert meta["left_out"] == {"whose dialogues part before the last answer": 5}
+    rows = [row for split in ("train", "test") for row in DPOData(folder, split).rows]
+    cut = [row for row in rows for side in ("chosen", "rejected") if row[side][-1] != 2]
+    assert all(1024 in (len(r["prompt"]) + len(r["chosen"]), len(r["prompt"]) + len(r["rejected"])) for r in cut)
+    counts = {k: meta["counts"][k] for k in ("rows", "empty", "too_long", "identical", "cut")}
+    assert counts == {"rows": 2307, "empty": 4, "too_long": 0, "identical": 0, "cut": len(cut)}
+    assert len(rows) == 2303
