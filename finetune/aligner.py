@@ -12,12 +12,11 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from jsonargparse import Namespace
 
-from lit_llama import aligner, cli
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter
+from lit_llama import cli
 from lit_llama.data import SFTData
 from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, base_dtype, make_fabric
+from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, load_aligner
 from lit_llama.utils import log
 from scripts import prepare_microworld
 
@@ -65,41 +64,10 @@ def main(args: Namespace) -> None:
     config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
     if args.data_dir == data_dir and not data_dir.exists():
         log(f"Writing the default dataset, {data_dir}, with scripts/prepare_microworld.py.")
-        defaults = cli.make_parser(prepare_microworld.__file__, vars(prepare_microworld)).get_defaults()
-        prepare_microworld.main(Namespace(**{**defaults.as_dict(), "checkpoint_dir": args.checkpoint_dir}))
+        prepare_microworld.main(cli.defaults(prepare_microworld, checkpoint_dir=args.checkpoint_dir))
     tokenizer = Tokenizer(args.checkpoint_dir)
     train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
-    adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
-    if adapter is not None:
-        args.update(Namespace(adapter.config))
-    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
-
-    fabric = make_fabric(
-        accelerator=args.accelerator,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        strategy=args.strategy,
-        precision=args.precision,
-        out_dir=args.out_dir,
-    )
-    fabric.seed_everything(args.seed, verbose=False)
-    model = load_model(
-        args.checkpoint_dir,
-        adapter,
-        method=aligner,
-        method_config=own,
-        device=fabric.device,
-        dtype=base_dtype(fabric),
-    )
-    aligner.mark_only_adapter_as_trainable(model)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    meta = {
-        "method": "aligner",
-        "config": own,
-        "base": base_fingerprint(args.checkpoint_dir),
-        "prompt_style": train.meta["prompt_style"],
-        "data": {k: train.meta[k] for k in ("source", "counts", "max_seq_length")},
-    }
+    fabric, model, meta = load_aligner(args, train.meta)
     samples = answer_samples(val, tokenizer, args.sample_prompts, args.max_new_tokens)
     trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, samples)
     if fabric.global_rank == 0:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -114,6 +115,11 @@ def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
             name, values = f"--{setting.name}", {**values, "metavar": metavar(type_), "default": setting.default}
         groups[setting.group].add_argument(name, type=type_, help=setting.help, **values)
     return parser
+
+
+def defaults(script: ModuleType, **changes: Any) -> Namespace:
+    """The settings of a script that is called from another one."""
+    return Namespace(**{**make_parser(Path(script.__file__), vars(script)).get_defaults().as_dict(), **changes})
 
 
 def metavar(type_: Any) -> str:

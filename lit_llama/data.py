@@ -384,6 +384,7 @@ class SFTData(Split):
         self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
         self.n_masked = np.asarray(self.rows["prompt_length"]) * self.meta["mask_prompt"]
         self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
+        self.tokens = self.lengths
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """idx and labels, (B, T) int64, padded on the right to the longest row."""

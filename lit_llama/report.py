@@ -130,25 +130,40 @@ def print_summary(summary: dict[str, Any], out_dir: Path, generate_command: Iter
 
 def plot_losses(metrics: Path, image: Path) -> None:
     """Training and validation loss over steps, from a run's metrics.csv."""
+    plot_metrics(metrics, image, {"loss (nats per target)": ["loss"]})
+
+
+def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> None:
+    """Curves over steps, from a run's metrics.csv.
+
+    Args:
+        panels: what the axis of each panel says -> the metrics in it, drawn where they are in training and validation.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    curves = {
-        "train/loss": ("training, each step", {"lw": 1, "alpha": 0.5}),
-        "val/loss": ("validation", {"marker": "o", "ms": 4}),
-    }
-    for column, (label, style) in curves.items():
-        points = [(step, row[column]) for step, row in rows.items() if column in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per target)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for axes, (label, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
+        for i, name in enumerate(names):
+            which = f"{name}, ".replace("_", " ") if len(names) > 1 else ""
+            curves = {
+                f"train/{name}": ("training, each step", {"lw": 1, "alpha": 0.5}),
+                f"val/{name}": ("validation", {"marker": "o", "ms": 4}),
+                name: ("each step", {"lw": 1}),
+            }
+            for column, (what, style) in curves.items():
+                points = [(step, row[column]) for step, row in rows.items() if column in row]
+                if points:
+                    color = f"C{2 * i + column.startswith('val/')}"
+                    axes.plot(*zip(*points, strict=True), label=which + what, color=color, **style)
+        axes.set(xlabel="optimiser step", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
     with atomic_write(image) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

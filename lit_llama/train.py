@@ -22,12 +22,15 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lit_llama.checkpoint import save_adapter, versions, write_text
+from lit_llama import aligner
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
 from lit_llama.data import SFTData, plan_epoch
+from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
 from lit_llama.report import MetricsLog, Progress, plot_losses
@@ -42,10 +45,12 @@ class Task(Protocol):
 
     Attributes:
         lengths: (rows,) tokens of each row, of its longest sequence where it has several.
+        tokens: (rows,) tokens of each row, of all its sequences.
         weights: (rows,) what each row counts in the step's mean: label tokens for SFT, 1 per pair for DPO.
     """
 
     lengths: np.ndarray
+    tokens: np.ndarray
     weights: np.ndarray
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -161,8 +166,47 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
     return torch.bfloat16 if fabric.strategy.precision.precision == "bf16-true" else torch.float32
 
 
+def load_aligner(args: Namespace, prepared: dict[str, Any]) -> tuple[Fabric, LLaMA, dict[str, Any]]:
+    """What the finetuning scripts begin with: Fabric, the model with a fresh or the initial adapter, and what the
+    trained adapter's file shall say of itself.
+
+    Args:
+        args: a script's settings; the initial adapter's length and start layer replace those in it.
+        prepared: `meta.json` of the data.
+
+    Raises:
+        UserError: a file is missing or does not fit, or Fabric refuses a setting.
+    """
+    adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
+    if adapter is not None:
+        args.update(Namespace(adapter.config))
+    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
+    fabric = make_fabric(
+        **{k: args[k] for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "out_dir")}
+    )
+    fabric.seed_everything(args.seed, verbose=False)
+    model = load_model(
+        args.checkpoint_dir,
+        adapter,
+        method=aligner,
+        method_config=own,
+        device=fabric.device,
+        dtype=base_dtype(fabric),
+    )
+    aligner.mark_only_adapter_as_trainable(model)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    meta = {
+        "method": "aligner",
+        "config": own,
+        "base": base_fingerprint(args.checkpoint_dir),
+        "prompt_style": prepared["prompt_style"],
+        "data": {k: prepared[k] for k in ("source", "counts", "max_seq_length")},
+    }
+    return fabric, model, meta
+
+
 def answer_samples(
-    val: SFTData, tokenizer: Tokenizer, count: int, max_new_tokens: int
+    val: SFTData | DPOData, tokenizer: Tokenizer, count: int, max_new_tokens: int
 ) -> Callable[[LLaMA], list[dict]]:
     """Greedy answers to the first validation prompts, beside the reference, for `Trainer.sample_answers`."""
     pairs = val.prompts(count)
@@ -199,6 +243,7 @@ class Trainer:
         adapter_meta: what the adapter's file shall say of itself.
         sample_answers: called with the bare model before, during and after training; returns records
             {"prompt", "answer", ...} for samples.jsonl.
+        plan: the micro-batches of an epoch, with the arguments of `plan_epoch`.
         make_optimizers: what updates the trainable parameters; a group's learning rate is its `lr_scale` (default 1)
             times that of `lr_at`.
 
@@ -216,11 +261,12 @@ class Trainer:
         settings: dict[str, Any],
         adapter_meta: dict[str, Any],
         sample_answers: Callable[[LLaMA], list[dict[str, str]]] | None = None,
+        plan: Callable[[np.ndarray, int, int, int, int], list[list[np.ndarray]]] = plan_epoch,
         make_optimizers: Callable[[LLaMA, TrainConfig], list[torch.optim.Optimizer]] = adamw,
     ) -> None:
         self.fabric, self.train, self.val, self.config = fabric, train, val, config
         self.settings, self.adapter_meta, self.sample_answers = settings, adapter_meta, sample_answers
-        self.bare = model
+        self.bare, self.plan = model, plan
         for split, task in (("training", train), ("validation", val)):
             if len(task.lengths) == 0:
                 raise UserError(f"There are no {split} rows.")
@@ -287,10 +333,11 @@ class Trainer:
         for micro_batches in self.remaining_steps():
             step_began = time.perf_counter()
             metrics = self.train_step(micro_batches)
-            tokens = sum(int(self.train.lengths[m].sum()) for m in micro_batches)
+            tokens = sum(int(self.train.tokens[m].sum()) for m in micro_batches)
             self.tokens += tokens
             metrics["tokens_per_s"] = tokens / (time.perf_counter() - step_began)
-            self.fabric.log_dict({f"train/{k}" if k == "loss" else k: v for k, v in metrics.items()}, self.step)
+            of_loop = ("lr", "grad_norm", "tokens_per_s")
+            self.fabric.log_dict({k if k in of_loop else f"train/{k}": v for k, v in metrics.items()}, self.step)
             self.step += 1
             self.progress.advance(metrics["loss"], metrics["lr"], metrics["tokens_per_s"])
             last = self.step == self.max_steps
@@ -323,7 +370,7 @@ class Trainer:
         """The micro-batches (row numbers) of every step from `self.step` on."""
         config = self.config
         for epoch in range(self.step // self.steps_per_epoch, math.ceil(self.max_steps / self.steps_per_epoch)):
-            plan = plan_epoch(self.train.lengths, config.batch_size, config.micro_batch_size, config.seed, epoch)
+            plan = self.plan(self.train.lengths, config.batch_size, config.micro_batch_size, config.seed, epoch)
             for offset, micro_batches in enumerate(plan):
                 if self.step <= epoch * self.steps_per_epoch + offset < self.max_steps:
                     yield micro_batches
@@ -386,12 +433,16 @@ class Trainer:
         stacked = self.fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
         return {name: value / total for name, value in zip(sums, stacked.tolist(), strict=True)}
 
+    def val_batches(self) -> list[np.ndarray]:
+        """The validation rows in the batches of every validation."""
+        order = np.argsort(self.val.lengths, kind="stable")
+        size = self.config.micro_batch_size
+        return np.array_split(order, range(size, len(order), size))
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Means over the whole validation split, always in the same batches."""
-        order = np.argsort(self.val.lengths, kind="stable")
-        size = self.config.micro_batch_size
-        batches = np.array_split(order, range(size, len(order), size))
+        batches = self.val_batches()
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.model.eval()
         mine = batches[self.fabric.global_rank :: self.fabric.world_size]
@@ -498,7 +549,8 @@ class Trainer:
 
     # settings that may change between a run and its continuation
     FREE = ("out_dir", "checkpoint_dir", "data_dir", "resume", "overwrite", "accelerator", "devices", "num_nodes",
-            "strategy", "save_interval", "sample_prompts", "max_new_tokens", "gradient_checkpointing")  # fmt: skip
+            "strategy", "save_interval", "sample_prompts", "max_new_tokens", "gradient_checkpointing",
+            "precompute_reference", "drift_prompts")  # fmt: skip
 
     def load_state(self) -> None:
         """Raises: UserError: the saved run had other settings, another base or other data."""
