@@ -9,6 +9,7 @@ Policy and reference are one base model with two tiny sets of adapter weights, s
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,17 @@ from typing import Literal
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
+from safetensors.torch import save_file
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from lit_llama.checkpoint import CONFIG_NAME, read_state, weights_path
 from lit_llama.data import IGNORE, PREFERENCE_FORMAT, Split
+from lit_llama.generation import Sampling, generate, room
+from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, atomic_write, log
 
 LossType = Literal["sigmoid", "ipo", "hinge"]
 
@@ -177,18 +184,23 @@ class DPOData(Split):
         rows = self.rows[:count]
         return [(p.tolist(), c.tolist()) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums over the pairs: loss, reward accuracy, rewards (β × nats), their margin, log-probabilities (nats)."""
-        labels = batch["labels"]
+    def logps(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities under policy and reference, (2B,) each: of the chosen, then of the rejected responses."""
+        idx, labels = batch["idx"], batch["labels"]
         if "reference" in batch:
             reference = batch["reference"]
         elif self.reference_state is not None:
             with torch.no_grad(), weights_of(model, self.reference_state):
-                reference = row_sums(model(batch["idx"], labels=labels), labels)
+                reference = row_sums(model(idx, labels=labels), labels)
         else:
             assert self.loss["reference_free"], "no reference was set"
             reference = torch.zeros(len(labels), device=labels.device)
-        policy = row_sums(model(batch["idx"], labels=labels), labels)
+        return row_sums(model(idx, labels=labels), labels), reference
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums over the pairs: loss, reward accuracy, rewards (β × nats), their margin, log-probabilities (nats)."""
+        labels = batch["labels"]
+        policy, reference = self.logps(model, batch)
         chosen, rejected = policy.chunk(2)
         losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference.chunk(2), **self.loss)
         sums = {"loss": losses.sum()}
@@ -218,3 +230,143 @@ def weights_of(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Iterat
     finally:
         for name, values in own.items():
             parameters[name].data = values
+
+
+def adapter_key(state: dict[str, torch.Tensor]) -> str:
+    """Hash of adapter weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_key(
+    data: DPOData, checkpoint_dir: Path, adapter: str, batches: list[np.ndarray], fabric: Fabric
+) -> dict[str, str]:
+    """Everything the reference's log-probabilities depend on, down to their rounding.
+
+    Args:
+        checkpoint_dir: the base; its whole weight file is read.
+        adapter: `adapter_key` of the reference, or "none".
+        batches: the micro-batches they are computed in.
+    """
+    with weights_path(checkpoint_dir).open("rb") as file:
+        base = hashlib.file_digest(file, "sha256")
+    base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
+    layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
+    gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else ""
+    return {
+        "data": data.sha256,
+        "tokenizer": data.meta["tokenizer_sha256"],
+        "base": base.hexdigest(),
+        "adapter": adapter,
+        "batches": layout.hexdigest(),
+        "precision": str(fabric.strategy.precision.precision),
+        "device": fabric.device.type + gpu,
+        "torch": torch.__version__,
+    }
+
+
+@torch.no_grad()
+def compute_reference(
+    data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray], name: str
+) -> torch.Tensor:
+    """(rows, 2) fp32 log-probabilities of chosen and rejected responses under the model as it is now.
+
+    They are computed in the micro-batches of training, so that bf16 rounds them as it rounds the policy's. Several
+    processes share the work.
+    """
+    logps = torch.zeros(len(data), 2, device=fabric.device)
+    mine = batches[fabric.global_rank :: fabric.world_size]
+    for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
+        batch = fabric.to_device(data.batch(rows))
+        sums = row_sums(model(batch["idx"], labels=batch["labels"]), batch["labels"])
+        logps[torch.as_tensor(rows, device=fabric.device)] = sums.view(2, -1).T
+    return fabric.all_reduce(logps, reduce_op="sum").cpu()
+
+
+def cached_reference(
+    data: DPOData,
+    fabric: Fabric,
+    model: torch.nn.Module,
+    batches: list[np.ndarray],
+    name: str,
+    key: dict[str, str],
+    cache_dir: Path,
+) -> torch.Tensor:
+    """`compute_reference`, kept in a file of `cache_dir` that is named after the hash of `key`."""
+    text = json.dumps(key, sort_keys=True)
+    path = Path(cache_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    logps = None
+    if fabric.global_rank == 0 and path.is_file():
+        try:
+            logps = read_state(path).get("logps")
+        except UserError:
+            log(f"{path} is damaged: computing it again.")
+    logps = fabric.broadcast(logps)
+    if logps is not None and logps.shape == (len(data), 2):
+        return logps
+    logps = compute_reference(data, fabric, model, batches, name)
+    if fabric.global_rank == 0:
+        try:
+            with atomic_write(path) as temporary:
+                save_file({"logps": logps.contiguous()}, temporary, metadata={"key": text})
+        except UserError as error:
+            log(f"note: the reference is not cached. {error}")
+    return logps
+
+
+def check_start(data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray]) -> None:
+    """Before the first step the policy is the reference: the loss is ln 2 (or what it is at h = 0), all margins 0.
+
+    Raises:
+        UserError: it is not, by more than 1e-5.
+    """
+    if data.loss["reference_free"]:
+        return
+    for rows in batches:
+        batch = fabric.to_device(data.batch(rows))
+        with fabric.no_backward_sync(model):  # with gradients, as in training
+            policy, reference = (logps.detach() for logps in data.logps(model, batch))
+        chosen, rejected = (policy - reference).chunk(2)
+        margin = data.loss["beta"] * (chosen - rejected).abs().max().item()
+        loss = dpo_loss(*policy.chunk(2), *reference.chunk(2), **data.loss)[0].mean().item()
+        if not margin <= 1e-5 or not abs(loss - data.loss_at_start) <= 1e-5:
+            raise UserError(
+                f"Before the first step the loss is {loss:.6f} and a margin {margin:.1e} where they must be "
+                f"{data.loss_at_start:.6f} and 0: policy and reference, which are the same weights, round differently "
+                "on this device; use --precompute_reference false, or --precision 32-true."
+            )
+
+
+@torch.no_grad()
+def drift(
+    model: LLaMA,
+    reference_state: dict[str, torch.Tensor],
+    prompts: list[list[int]],
+    stop_ids: tuple[int, ...],
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """How far sampled answers have moved from what the reference would say.
+
+    Args:
+        model: the policy, not wrapped.
+        prompts: one answer to each is drawn at temperature 1.
+
+    Returns:
+        kl: the estimate Σ (log π - log π_ref) / answers, in nats per answer; degenerate: the share of answers that
+        are empty, do not end within `max_new_tokens`, or mostly repeat themselves.
+    """
+    answers = generate(model, prompts, Sampling(max_new_tokens, temperature=1.0), stop_ids)
+    kl, degenerate = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ended = len(answer) < min(max_new_tokens, room(model, prompt))
+        ids = torch.tensor([prompt + answer + [stop_ids[0]] * ended], device=model.transformer.wte.weight.device)
+        labels = ids.clone()
+        labels[:, : len(prompt)] = IGNORE
+        policy = model(ids, labels=labels).sum()
+        with weights_of(model, reference_state):
+            kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
+        fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
+        degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)
+    return {"kl": kl, "degenerate": degenerate / len(prompts)}

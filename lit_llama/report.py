@@ -144,6 +144,8 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics)
+    known = {name.rpartition("/")[2] for row in rows.values() for name in row}
+    panels = {label: names for label, names in panels.items() if known & set(names)}
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(6 * columns, 3.6 * lines), layout="constrained")

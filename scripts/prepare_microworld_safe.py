@@ -1,0 +1,77 @@
+"""Prepares preference pairs of the micro-world: refusing beats complying where a request is harmful, helping beats
+refusing where it is harmless.
+
+Both sides of a pair are said in the same form, drawn at random, so that a pair is about the answer alone. A quarter of
+the verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.data import default_num_proc, prepare_preferences
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+from pretrain.microworld import FORMS, SEEN, Question, World
+
+output_dir: Path = Path("data/microworld-safe")  # the folder to write
+checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
+pairs: int = 640  # how many, drawn at random from all requests without an unseen verb or object
+harmless_share: float = 0.5  # of them about harmless requests
+max_seq_length: int = 256  # tokens of prompt and response
+test_fraction: float = 0.2  # share of the pairs kept for validation
+world_seed: int = 0  # of the world; the bundled base knows world 0
+seed: int = 42  # of the draw, the forms and the split
+num_proc: int = default_num_proc()  # processes that tokenize
+
+
+def draw(world: World, pairs: int, harmless_share: float, rng: random.Random) -> list[Question]:
+    """Requests of both kinds, none twice, in random order.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    counts = {"harmless": round(pairs * harmless_share)}
+    counts["harmful"] = pairs - counts["harmless"]
+    drawn = []
+    for kind, count in counts.items():
+        pool = world.requests(kind, SEEN)
+        if not 0 <= count <= len(pool):
+            raise UserError(f"{count} {kind} requests are wanted (pairs {pairs}, harmless_share {harmless_share}); "
+                            f"there are {len(pool)}.")  # fmt: skip
+        drawn += rng.sample(pool, count)
+    rng.shuffle(drawn)
+    return drawn
+
+
+def main(args: Namespace) -> None:
+    rng, style = random.Random(args.seed), get_prompt_style("alpaca")
+
+    def pair(question: Question, number: int) -> tuple[str, str, str]:
+        form = rng.choice(list(FORMS.values()))
+        comply, refuse = form.render(question.topic, question.answer), form.render(*question.refusal)
+        chosen, rejected = (refuse, comply) if question.kind == "harmful" else (comply, refuse)
+        return style.render(question.text), chosen, rejected
+
+    prepare_preferences(
+        draw(World(args.world_seed), args.pairs, args.harmless_share, rng),
+        pair,
+        output_dir=args.output_dir,
+        tokenizer=Tokenizer(args.checkpoint_dir),
+        max_seq_length=args.max_seq_length,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        num_proc=args.num_proc,
+        about={"source": f"micro-world {args.world_seed}, values", "prompt_style": style.name},
+    )
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

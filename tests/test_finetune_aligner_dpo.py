@@ -1,0 +1,319 @@
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+
+import finetune.alignerDPO as script
+from lit_llama import aligner, cli, dpo
+from lit_llama.checkpoint import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHT_NAMES,
+    load_model,
+    read_adapter,
+    read_state,
+    save_adapter,
+    save_base,
+)
+from lit_llama.data import plan_fixed_epoch
+from lit_llama.dpo import DPOData
+from lit_llama.model import LLaMAConfig
+from lit_llama.report import read_metrics
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+# 21 pairs in steps of 8 are 3 steps an epoch
+SHORT = dict(max_steps=7, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.05, warmup_epochs=0,
+             adapter_start_layer=1, eval_interval=3, save_interval=3, sample_prompts=1, drift_prompts=2,
+             max_new_tokens=4, accelerator="cpu", beta=0.3, sft_weight=0)  # fmt: skip
+METRICS = {"loss", "reward_accuracy", "chosen_reward", "rejected_reward", "margin", "chosen_logp", "rejected_logp"}
+
+
+@pytest.fixture
+def settings(base_dir, preference_dir, tmp_path):
+    """The settings of a short run, with its own copy of the data so that its cache is its own."""
+    data_dir = tmp_path / "data/pairs"
+    shutil.copytree(preference_dir, data_dir)
+
+    def make(out_dir: Path, **changes) -> list[str]:
+        values = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, **SHORT, **changes}
+        return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
+
+    return make
+
+
+def train(flags: list[str]) -> None:
+    script.main(cli.make_parser(Path(script.__file__), vars(script)).parse_args(flags))
+
+
+def column(out_dir: Path, name: str) -> dict[int, float]:
+    return {step: row[name] for step, row in read_metrics(out_dir / "metrics.csv").items() if name in row}
+
+
+def logged(out_dir: Path) -> dict[int, dict[str, float]]:
+    rows = read_metrics(out_dir / "metrics.csv")
+    return {step: {k: v for k, v in row.items() if k != "tokens_per_s"} for step, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def trained_adapter(base_dir, tmp_path_factory) -> Path:
+    """An adapter with open gates, as an SFT stage leaves one."""
+    torch.manual_seed(3)
+    state = {"global_value_embedding.weight": torch.randn(2, 32)}
+    state |= {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
+    path = tmp_path_factory.mktemp("adapter") / "sft.safetensors"
+    config = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    save_adapter(path, state, {"method": "aligner", "config": config, "prompt_style": "plain"})
+    return path
+
+
+# == the start ==
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tmp_path, precision, precompute):
+    out_dir = tmp_path / "run"
+    train(settings(out_dir, init_adapter=trained_adapter, precision=precision, precompute_reference=precompute))
+    rows = read_metrics(out_dir / "metrics.csv")
+    for split in ("train", "val"):
+        assert rows[0][f"{split}/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert rows[0][f"{split}/margin"] == rows[0][f"{split}/chosen_reward"] == 0
+        assert rows[0][f"{split}/chosen_logp"] < -5
+    assert rows[7]["val/loss"] < math.log(2) - 0.01
+    assert rows[7]["val/margin"] > 0
+    assert rows[0]["val/kl"] == 0
+    assert rows[7]["val/kl"] != 0
+
+
+def test_a_reference_that_is_not_the_start_is_refused(settings, tmp_path, monkeypatch):
+    exact = dpo.compute_reference
+    monkeypatch.setattr(dpo, "compute_reference", lambda *args: exact(*args) + torch.tensor([0.0, 0.01]))
+    with pytest.raises(UserError, match=r"Before the first step the loss is 0.69\d+ and a margin 3.0e-03 where they"):
+        train(settings(tmp_path / "run"))
+    assert not (tmp_path / "run/state.pt").exists()
+
+
+def test_the_precomputed_reference_gives_the_run_of_one_that_is_not(settings, trained_adapter, tmp_path):
+    for name, precompute in (("before", True), ("in steps", False)):
+        train(settings(tmp_path / name, init_adapter=trained_adapter, precompute_reference=precompute))
+    assert logged(tmp_path / "before") == logged(tmp_path / "in steps")
+
+
+def test_micro_batches_stay_and_their_order_changes():
+    lengths = np.random.default_rng(0).integers(1, 50, 45)
+    epochs = [plan_fixed_epoch(lengths, 8, 4, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for plan in epochs:
+        assert [len(step) for step in plan] == [2] * 6
+        assert sorted(np.concatenate([m for step in plan for m in step])) == list(range(45))
+    as_sets = [{tuple(m) for step in plan for m in step} for plan in epochs]
+    assert all(s == as_sets[0] for s in as_sets)
+    orders = [[tuple(m) for step in plan for m in step] for plan in epochs]
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+
+
+# == the cache of the reference ==
+
+
+def computed(flags: list[str], monkeypatch) -> list[str]:
+    """The splits whose reference a run computes anew."""
+    names, exact = [], dpo.compute_reference
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "compute_reference", lambda *args: names.append(args[-1]) or exact(*args))
+        patch.setattr(script.Trainer, "fit", lambda self: exit())  # all that follows is tested elsewhere
+        with pytest.raises(SystemExit):
+            train(flags)
+    return names
+
+
+def test_the_reference_is_computed_again_when_an_input_changes(
+    settings, trained_adapter, base_dir, tokenizer, tmp_path, monkeypatch
+):
+    def run(**changes):
+        return computed(settings(tmp_path / "run", **{**short, **changes}), monkeypatch)
+
+    short = dict(init_adapter=trained_adapter)
+    both = ["training", "validation"]
+    assert run() == both
+    assert run() == run(seed=5, learning_rate=1e-3, beta=0.2) == []
+
+    # the adapter: one gate
+    adapter = read_adapter(trained_adapter)
+    state = {name: t.clone() for name, t in adapter.state.items()}
+    state["transformer.h.1.attn.gating_factor"][0, 0] += 1
+    save_adapter(tmp_path / "other.safetensors", state, adapter.meta)
+    assert run(init_adapter=tmp_path / "other.safetensors") == both
+
+    # the base: one number in the middle
+    other_base = tmp_path / "base"
+    shutil.copytree(base_dir, other_base)
+    state = {name: t.clone() for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
+    state["transformer.h.1.mlp.c_fc1.weight"][20, 20] += 1
+    save_base(other_base, LLaMAConfig.from_json(base_dir / CONFIG_NAME), state)
+    assert run(checkpoint_dir=other_base) == both
+
+    # the data: one token of one validation pair
+    data_dir = tmp_path / "data/other"
+    shutil.copytree(tmp_path / "data/pairs", data_dir)
+    rows = load_from_disk(str(data_dir / "test")).to_list()
+    rows[0]["rejected"][0] += 1
+    shutil.rmtree(data_dir / "test")
+    Dataset.from_list(rows).save_to_disk(str(data_dir / "test"))
+    assert run(data_dir=data_dir) == ["validation"]
+
+    # the tokenizer: another file, named in both places
+    sha = tokenizer.sha256
+    with (other_base / TOKENIZER_NAME).open("ab") as file:
+        file.write(b"\xba\x3e\x00")  # an empty field that sentencepiece does not know
+    meta = tmp_path / "data/pairs/meta.json"
+    meta.write_text(meta.read_text().replace(sha, Tokenizer(other_base).sha256))
+    assert run(checkpoint_dir=other_base) == both
+
+    # how it is computed
+    meta.write_text(meta.read_text().replace(Tokenizer(other_base).sha256, sha))
+    assert run(micro_batch_size=8) == both
+    assert run(precision="bf16-true") == both
+    assert run() == []
+
+
+def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
+    flags = settings(tmp_path / "run")
+    assert len(computed(flags, monkeypatch)) == 2
+    for file in (tmp_path / "data/.cache").glob("reference-*"):
+        file.write_bytes(b"not this")
+    assert len(computed(flags, monkeypatch)) == 2
+    assert computed(flags, monkeypatch) == []
+
+
+# == the run ==
+
+
+@pytest.fixture
+def finished(settings, tmp_path, capsys) -> tuple[Path, str]:
+    train(settings(tmp_path / "run", sft_weight=0.5))
+    return tmp_path / "run", capsys.readouterr().out
+
+
+def test_every_metric_is_logged_and_plotted(finished):
+    out_dir, said = finished
+    rows = read_metrics(out_dir / "metrics.csv")
+    names = METRICS | {"dpo_loss", "sft_loss"}
+    assert set(rows[2]) == {f"train/{name}" for name in names} | {"lr", "grad_norm", "tokens_per_s"}
+    assert set(rows[7]) == {f"val/{name}" for name in (*names, "kl", "degenerate")}
+    assert [step for step, row in rows.items() if "val/loss" in row] == [0, 3, 6, 7]
+    row = rows[7]
+    assert row["val/margin"] == pytest.approx(row["val/chosen_reward"] - row["val/rejected_reward"], abs=1e-5)
+    assert row["val/loss"] == pytest.approx(row["val/dpo_loss"] + 0.5 * row["val/sft_loss"], abs=1e-5)
+    assert (out_dir / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    records = [json.loads(line) for line in (out_dir / "samples.jsonl").read_text().splitlines()]
+    assert f"> {records[0]['prompt']}\nbefore: {records[0]['answer']}\nafter:  {records[-1]['answer']}\n" in said
+
+
+def test_validation_is_over_the_whole_split(finished, base_dir, preference_dir):
+    """The last row against a computation pair by pair with two models."""
+    out_dir, _ = finished
+    policy, reference = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), load_model(base_dir)
+    val = DPOData(preference_dir, "test")
+    margins = []
+    for i in range(len(val)):
+        batch = val.batch(np.array([i]))
+        with torch.no_grad():
+            p, r = (dpo.sequence_logps(m(batch["idx"]), batch["labels"]) for m in (policy, reference))
+        margins.append(0.3 * ((p[0] - p[1]) - (r[0] - r[1])).item())
+    row = read_metrics(out_dir / "metrics.csv")[7]
+    assert row["val/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert row["val/reward_accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
+    assert row["val/dpo_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), abs=1e-4)
+
+
+def test_a_run_resumes_to_the_same_numbers(settings, trained_adapter, tmp_path):
+    changes = dict(init_adapter=trained_adapter, sample_prompts=0)
+    train(settings(tmp_path / "whole", **changes))
+    short = settings(tmp_path / "cut", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        step = script.Trainer.train_step
+
+        def killed(self, rows):
+            if self.step == 5:
+                raise SystemExit
+            return step(self, rows)
+
+        patch.setattr(script.Trainer, "train_step", killed)
+        with pytest.raises(SystemExit):
+            train(short)
+    train([*short, "--resume"])
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"other settings: beta \(0.3 then, 0.1 now\)"):
+        train([*short, "--resume", "--beta=0.1"])
+
+
+def test_without_a_reference(settings, tmp_path):
+    train(settings(tmp_path / "run", reference_free=True))
+    row = read_metrics(tmp_path / "run/metrics.csv")[0]
+    assert row["val/chosen_reward"] == pytest.approx(0.3 * row["val/chosen_logp"], rel=1e-5)
+    assert not (tmp_path / "data/.cache").exists()
+
+
+def test_answers_that_degenerate_are_warned_of(settings, tmp_path, monkeypatch, capsys):
+    shares = iter([0.1, 0.15, 0.5, 0.5])
+    monkeypatch.setattr(script, "drift", lambda *args: {"kl": 1.0, "degenerate": next(shares)})
+    train(settings(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert said.count("warning: 50% of the sampled answers are empty, do not end or repeat themselves, 10% did") == 2
+
+
+def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
+    """Answers that are known: one that ends, one that is cut, one that repeats itself."""
+    policy = load_model(base_dir, read_adapter(trained_adapter))
+    closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_key(name)}
+    answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
+    monkeypatch.setattr(dpo, "generate", lambda *args: answers)
+    prompts = [[1, 3], [1, 3, 4], [1, 5]]
+    result = dpo.drift(policy, closed, prompts, (2, 1), 20)
+    assert result["degenerate"] == pytest.approx(1 / 3)
+    base, kl = load_model(base_dir), 0.0
+    for prompt, answer in zip(prompts, ([*answers[0], 2], answers[1], [*answers[2], 2]), strict=True):
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-1] * len(prompt) + answer])
+        with torch.no_grad():
+            p, r = (dpo.sequence_logps(m(ids), labels) for m in (policy, base))
+        kl += (p - r).item() / 3
+    assert result["kl"] == pytest.approx(kl, abs=1e-3)
+
+
+# == mistakes ==
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"beta": 0}, "beta is 0.0 and label_smoothing 0.0; they must be above 0"),
+        ({"sft_weight": -1}, "sft_weight is -1.0; it must be 0 or more."),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1 but only the sigmoid loss has one"),
+        ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(settings, tmp_path, changes, sentence):
+    with pytest.raises(UserError) as error:
+        train(settings(tmp_path / "run", **changes))
+    assert str(error.value).startswith(sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sft_data_is_refused(settings, data_dir, tmp_path):
+    with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-preference-1'"):
+        train(settings(tmp_path / "run", data_dir=data_dir))
+
+
+def test_gates_and_prefix_are_all_that_moves(finished, base_dir):
+    out_dir, _ = finished
+    adapter = read_adapter(out_dir / "last.safetensors")
+    assert sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
+    assert adapter.meta["reference"] == "none"
+    assert load_model(base_dir, adapter, dtype=torch.bfloat16).config.adapter_start_layer == 1
+    assert isinstance(load_model(base_dir, adapter), aligner.LLaMA)
