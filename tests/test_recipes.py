@@ -22,6 +22,7 @@ from lit_llama.train import TrainConfig, lr_at
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md"))]
 RECIPES = sorted((ROOT / "howto" / "recipes").glob("*.yaml"))
+SFT_RECIPES = [path for path in RECIPES if "_dpo_" not in path.stem]
 
 
 def load_script(path: Path, name: str = "") -> ModuleType:
@@ -45,7 +46,7 @@ def parse(script: Path, words: list[str]) -> Namespace:
 # == recipes ==
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SFT_RECIPES, ids=lambda path: path.stem)
 def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
     args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
     data, size, n = re.fullmatch(r"(alpaca|metamath)_(7|13)b_n(\d+)", path.stem).groups()
@@ -62,7 +63,25 @@ def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
 
 def test_there_is_a_recipe_for_each_setting_of_the_paper():
     alpaca = {f"alpaca_{size}_n{n}" for size in ("7b", "13b") for n in (1, 10)}
-    assert {path.stem for path in RECIPES} == alpaca | {f"metamath_7b_n{n}" for n in (1, 10, 100, 300)}
+    metamath = {f"metamath_7b_n{n}" for n in (1, 10, 100, 300)}
+    assert {path.stem for path in RECIPES} == alpaca | metamath | {"beaver_dpo_7b_n1"}
+
+
+def test_the_dpo_recipe_and_the_rate_that_the_authors_ran(tmp_path, monkeypatch):
+    path = ROOT / "howto/recipes/beaver_dpo_7b_n1.yaml"
+    args = parse(ROOT / "finetune/alignerDPO.py", ["--config", str(path)])
+    assert (args.adapter_prompt_length, args.beta, args.batch_size, args.epochs) == (1, 0.1, 64, 3)
+    assert (args.learning_rate, args.weight_decay, args.sft_weight) == (1e-4, 0.02, 0)
+    prepare = parse(ROOT / "scripts/prepare_beaver_safe.py", [])
+    assert (args.data_dir.name, prepare.max_seq_length) == (f"beaver-safe-{prepare.stage}", 1024)
+    assert prepare.checkpoint_dir == args.checkpoint_dir
+    monkeypatch.chdir(tmp_path)
+    TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
+    text = path.read_text(encoding="utf-8")
+    pairs = 160_000
+    peak = args.learning_rate * (args.epochs * pairs / 64) / (args.warmup_epochs * pairs / 8)
+    assert f"--learning_rate {peak * 1e5:g}e-5 --warmup_epochs {args.epochs:g}" in text
+    assert all(f"python {script}" in text for script in ("finetune/aligner.py", "finetune/alignerDPO.py"))
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "peak"), [(8, 2, 4.5e-3), (3, 1, 3.375e-3)], ids=["alpaca", "metamath"])
