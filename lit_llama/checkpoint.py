@@ -1,15 +1,19 @@
 """Checkpoint folders and adapter files.
 
 A base model is a folder: `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`) and
-`tokenizer.model`.
+`tokenizer.model` (or `tokenizer.json`).
 An adapter is one small safetensors file whose header says what it is and which base it belongs to. Nothing here runs
 pickled code, and everything is written under a temporary name and renamed.
 """
 
 import hashlib
 import json
+import math
 import platform
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from lit_llama import aligner, model
 from lit_llama.utils import UserError, atomic_write
@@ -46,6 +51,106 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path} is not a checkpoint: it holds something else than named tensors.")
     return state
+
+
+SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is read, or made, only when it is written: `read` gives it in that shape, in any dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
+    """The tensors of all files by name, none of them read yet; memory holds what is read and one `.bin` or `.pth`.
+
+    Raises:
+        UserError: a file is damaged, holds numbers of another kind, or repeats a tensor of another file.
+    """
+    tensors: dict[str, Lazy] = {}
+    opened: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def read(path: Path, name: str) -> torch.Tensor:
+        if path.suffix == ".safetensors":  # its pages are let go with the tensor
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        if path not in opened:
+            opened.clear()
+            opened[path] = read_state(path)
+        return opened[path][name]
+
+    for path in map(Path, paths):
+        if path.suffix == ".safetensors":
+            found = {name: Lazy(shape, dtype, partial(read, path, name)) for name, shape, dtype in _headers(path)}
+        else:
+            state = read_state(path).items()
+            found = {name: Lazy(tuple(t.shape), t.dtype, partial(read, path, name)) for name, t in state}
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path} holds {twice[0]}, which another file holds too.")
+        tensors |= found
+    return tensors
+
+
+def _headers(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of each tensor of a safetensors file."""
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except SafetensorError:
+        raise UserError(f"{path} is not a checkpoint: {_what_is(path)}.") from None
+    if other := [(name, dtype) for name, _, dtype in found if dtype not in SAFE_DTYPES]:
+        raise UserError("{}: {} holds {} numbers, which are not supported; are they quantized?".format(path, *other[0]))
+    return [(name, shape, SAFE_DTYPES[dtype]) for name, shape, dtype in found]
+
+
+def write_tensors(path: Path, tensors: dict[str, Lazy], wrote: Callable[[int], Any] = lambda nbytes: None) -> None:
+    """Writes a safetensors file one tensor at a time, so that memory never holds more than one.
+
+    Args:
+        wrote: told the bytes of each tensor once it is written.
+    """
+    names = {dtype: name for name, dtype in SAFE_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):  # so all are aligned
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            value = tensor.read()
+            assert value.shape == tensor.shape, name
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(value.to(tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            wrote(tensor.nbytes)
+
+
+def check_space(folder: Path, tensors: dict[str, Lazy]) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+        UserError: the disk of `folder`, which need not exist yet, has less room than the tensors take.
+    """
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"The weights take {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; choose "
+            "another --output_dir or free some space."
+        )
 
 
 def _load_pickle(path: Path) -> Any:
@@ -95,6 +200,14 @@ def save_base(checkpoint_dir: Path, config: model.LLaMAConfig, state: dict[str, 
     with atomic_write(checkpoint_dir / WEIGHT_NAMES[0]) as path:
         save_file({k: v.contiguous() for k, v in state.items()}, path)
     write_text(checkpoint_dir / CONFIG_NAME, config.to_json())
+
+
+def write_base(checkpoint_dir: Path, config: model.LLaMAConfig, tensors: dict[str, Lazy]) -> None:
+    """As `save_base`, one tensor at a time."""
+    Path(checkpoint_dir).mkdir(parents=True, exist_ok=True)
+    with tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Writing", unit="B", unit_scale=True) as bar:
+        write_tensors(Path(checkpoint_dir) / WEIGHT_NAMES[0], tensors, bar.update)
+    write_text(Path(checkpoint_dir) / CONFIG_NAME, config.to_json())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """Conversion of Hugging Face folders, against an explicit LLaMA with half-split rotary on the original tensors."""
 
+import functools
+import io
 import json
 import math
 import runpy
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model, read_state
 from lit_llama.generation import Sampling, answer
+from lit_llama.hf import convert_config, deinterleave, hf_names, interleave
 from lit_llama.model import LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
-from scripts.convert_hf_checkpoint import convert_config, hf_names, interleave
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts/convert_hf_checkpoint.py")
 TINY: dict[str, Any] = dict(
@@ -124,6 +127,18 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
     return x @ t["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"].T
 
 
+@functools.cache
+def small_tokenizer(vocab_size: int = 40) -> bytes:
+    """A SentencePiece model."""
+    content = io.BytesIO()
+    text = ["the cat sat on the mat and the dog ate the hat", "quick foxes jump over lazy wizards"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_writer=content, vocab_size=vocab_size, model_type="bpe", minloglevel=2,
+    )  # fmt: skip
+    return content.getvalue()
+
+
 def write_hf(
     folder: Path,
     config: dict[str, Any],
@@ -135,7 +150,7 @@ def write_hf(
     stem, save = ("model", save_file) if suffix == ".safetensors" else ("pytorch_model", torch.save)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(b"a tokenizer")
+    (folder / "tokenizer.model").write_bytes(small_tokenizer())
     (folder / "generation_config.json").write_text("{}")
     files = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" for i in range(shards)] or [f"{stem}{suffix}"]
     weight_map = {name: files[i % len(files)] for i, name in enumerate(tensors)}
@@ -179,7 +194,7 @@ def test_the_folder_holds_what_the_project_reads(tmp_path, monkeypatch):
     convert(write_hf(tmp_path / "hf", TINY, tensors), tmp_path / "out", monkeypatch)
     names = {"lit_config.json", "lit_model.safetensors", "tokenizer.model", "generation_config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"a tokenizer"
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == small_tokenizer()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
     convert(tmp_path / "hf", tmp_path / "out", monkeypatch)  # its own kind of folder may be replaced
 
@@ -204,7 +219,7 @@ def test_a_tied_output_layer_may_be_written_out(tmp_path, monkeypatch, capsys):
     tensors["lm_head.weight"][0, 0] += 1
     with pytest.raises(SystemExit):
         convert(write_hf(tmp_path / "other", config, tensors), tmp_path / "out2", monkeypatch)
-    assert "ties lm_head.weight" in capsys.readouterr().err
+    assert "ties lm_head.weight to the embedding" in capsys.readouterr().err
 
 
 def without(name: str):
@@ -247,7 +262,8 @@ def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) ->
 
 
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
-    "The architecture is MistralForCausalLM": dict(architectures=["MistralForCausalLM"], model_type="mistral"),
+    "The architecture is GemmaForCausalLM": dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
+    "no number for num_key_value_heads": dict(architectures=["MistralForCausalLM"], num_key_value_heads=None),
     "no number for hidden_size, num_hidden_layers": dict(hidden_size=None, num_hidden_layers="2"),
     "The activation is gelu": dict(hidden_act="gelu"),
     "quantized": dict(quantization_config={"bits": 4}),
@@ -295,7 +311,9 @@ BAD_FOLDERS = {
     "There is no config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": damage_config,
     "config.json holds a JSON list": config_list,
-    "There is no tokenizer.model": lambda folder: (folder / "tokenizer.model").unlink(),
+    "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
+    "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
+    "knows 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
     "holds no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
     "names model-00002-of-00002.safetensors, which is not in the folder": lose_shard,
     "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": cut_shard,
@@ -347,6 +365,7 @@ def test_interleave(heads, half, columns):
             first = head * 2 * half
             assert torch.equal(moved[first + 2 * i], rows[first + i])
             assert torch.equal(moved[first + 2 * i + 1], rows[first + half + i])
+    assert torch.equal(deinterleave(moved, 2 * half), rows)
 
 
 def test_names():

@@ -213,6 +213,15 @@ def test_python_of_the_weights_page(workplace, capsys):
     assert capsys.readouterr().out.split()[0] == "aligner"
 
 
+def test_commands_and_python_of_the_serving_page(workplace, capsys, run_script):
+    pytest.importorskip("transformers")
+    for command in commands(ROOT / "howto/serve.md"):
+        assert run_script(*command)[0] == 0
+    (block,) = python_blocks("serve.md")
+    exec(compile(block, "serve.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_python_of_the_data_page(workplace, capsys):
     look, whole_script = python_blocks("prepare_data.md")
     exec(compile(look, "prepare_data.md", "exec"), {})

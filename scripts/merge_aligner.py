@@ -1,0 +1,132 @@
+"""Merges an adapter of one prefix token into its base model, exactly.
+
+With N = 1 the softmax over the prefix is 1, so what a layer adds is a constant: its attention output gains the bias
+c_proj.weight @ concat_h(gate_h × v_h), where v is the layer's own value of the prefix. The result is a plain LLaMA with
+that bias (`attention_bias` in Hugging Face's config.json) and needs no Aligner code at all.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import torch
+from jsonargparse import Namespace
+
+from lit_llama import aligner, cli
+from lit_llama.checkpoint import (
+    CONFIG_NAME,
+    Adapter,
+    Lazy,
+    base_fingerprint,
+    check_base,
+    check_space,
+    open_tensors,
+    read_adapter,
+    weights_path,
+    write_base,
+    write_text,
+)
+from lit_llama.hf import check_fit, copy_tokenizer, fitting_tokenizer, parameters, to_hf, without_tied_head, write_hf
+from lit_llama.model import LLaMAConfig
+from lit_llama.utils import UserError, atomic_write, log
+
+checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an adapter with one prefix token
+output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
+format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
+dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
+max_shard_size: str = "5GB"  # hf: larger weights are split into several files
+
+CARD = "aligner.json"  # what was merged into what; a folder with it may be replaced
+
+
+def own_config(adapter: Adapter, checkpoint_dir: Path) -> LLaMAConfig:
+    """The base's configuration, after everything about the adapter was checked against it.
+
+    Raises:
+        UserError: the adapter cannot be merged, or belongs to another base.
+    """
+    if adapter.method != "aligner":
+        raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; only an Aligner can be merged.")
+    if (length := adapter.config["adapter_prompt_length"]) != 1:
+        raise UserError(
+            f"{adapter.path} has N = {length} prefix tokens: what they add depends on the query, so only N = 1 can be "
+            "merged; use this one with generate/aligner.py."
+        )
+    config = LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME)
+    check_base(adapter, checkpoint_dir, config)
+    with torch.device("meta"):
+        network = aligner.LLaMA(aligner.LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME, **adapter.config))
+    network.load_state_dict(adapter.state, assign=True)
+    return config
+
+
+def merge(tensors: dict[str, Lazy], config: LLaMAConfig, adapter: Adapter) -> tuple[dict[str, Lazy], LLaMAConfig]:
+    """The base's tensors with an output bias in every layer, zero below the start layer, and their configuration."""
+    tensors = without_tied_head(tensors, config, "transformer.wte.weight")
+    check_fit(tensors, parameters(config), CONFIG_NAME)
+    merged = {}
+    for name in parameters(replace(config, proj_bias=True)):
+        if name.endswith(".attn.c_proj.bias"):
+            attn = {kind: t for kind in KINDS if (t := tensors.get(name.replace("c_proj.bias", kind)))}
+            gate = adapter.state.get(name.replace("c_proj.bias", "gating_factor"))
+            bias = partial(output_bias, attn, gate, adapter.state["global_value_embedding.weight"], config)
+            merged[name] = Lazy((config.n_embd,), attn["c_proj.weight"].dtype, bias)
+        else:
+            merged[name] = tensors[name]
+    return merged, replace(config, proj_bias=True)
+
+
+KINDS = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
+
+
+def output_bias(
+    attn: dict[str, Lazy], gate: torch.Tensor | None, prefix: torch.Tensor, config: LLaMAConfig
+) -> torch.Tensor:
+    """The bias (C,) of one layer's attention output, in fp32.
+
+    Args:
+        attn: the layer's `KINDS`, biases only where the base has them.
+        gate: (1, nh, 1, 1); None below the start layer.
+        prefix: (1, C).
+    """
+    bias = attn["c_proj.bias"].read().float() if "c_proj.bias" in attn else torch.zeros(config.n_embd)
+    if gate is None:
+        return bias
+    first = (config.n_head + config.n_kv_head) * config.head_size  # the rows behind q and k
+    value = attn["c_attn.weight"].read()[first:].float() @ prefix[0].float()  # (ng · hs,)
+    if "c_attn.bias" in attn:
+        value = value + attn["c_attn.bias"].read()[first:].float()
+    heads = value.view(config.n_kv_head, -1).repeat_interleave(config.n_head // config.n_kv_head, dim=0)  # (nh, hs)
+    return bias + attn["c_proj.weight"].read().float() @ (gate.float().view(-1, 1) * heads).flatten()
+
+
+def main(args: Namespace) -> None:
+    adapter = read_adapter(args.adapter)
+    config = own_config(adapter, args.checkpoint_dir)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    base = open_tensors([weights_path(args.checkpoint_dir)])
+    fitting_tokenizer(args.checkpoint_dir, config)
+    tensors, config = merge(base, config, adapter)
+    card = {"adapter": f"{adapter.path}", "base": base_fingerprint(args.checkpoint_dir), **adapter.meta}
+    with atomic_write(args.output_dir, marker=CARD) as folder:
+        if args.format == "hf":
+            tensors = to_hf(tensors, config, dtype)
+            write_hf(folder, tensors, config, args.checkpoint_dir, args.max_shard_size)
+        else:
+            tensors = {name: replace(t, dtype=dtype or t.dtype) for name, t in tensors.items()}
+            check_space(args.output_dir, tensors)
+            write_base(folder, config, tensors)
+            copy_tokenizer(args.checkpoint_dir, folder)
+        write_text(folder / CARD, json.dumps(card, indent=2, default=str) + "\n")
+    log(f"prompts for it are written in the style: {adapter.meta.get('prompt_style', 'not in the file')}")
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

@@ -1,0 +1,196 @@
+"""Merging one prefix token into an output bias, and back to Hugging Face's layout; with transformers as the judge."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_llama import aligner
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
+from lit_llama.generation import Sampling, answer
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from tests import toys
+
+MERGE, CONVERT = "scripts/merge_aligner.py", "scripts/convert_hf_checkpoint.py"
+SIZES: dict[str, Any] = dict(
+    block_size=64, vocab_size=300, padded_vocab_size=300, n_layer=3, n_head=4, n_embd=32, intermediate_size=40
+)
+CASES = {
+    **toys.ARCHITECTURES,
+    "q, k, v biases": dict(n_kv_head=2, qkv_bias=True),
+    "padded": dict(padded_vocab_size=320),
+}
+IDS = toys.token_ids(2, 40, vocab_size=300)
+
+
+def make_base(folder: Path, tokenizer_path: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    network = LLaMA(LLaMAConfig(**{**SIZES, **changes}))
+    toys.randomize(network)
+    folder.mkdir()
+    save_base(folder, network.config, {name: t.to(dtype) for name, t in network.state_dict().items()})
+    (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    return folder
+
+
+def make_adapter(path: Path, base: Path, length: int = 1, start: int = 1) -> Path:
+    own = {"adapter_prompt_length": length, "adapter_start_layer": start}
+    network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", **own))
+    toys.randomize(network, seed=3)
+    meta = {"method": "aligner", "config": own, "base": base_fingerprint(base), "prompt_style": "plain"}
+    save_adapter(path, aligner.adapter_state_from_state_dict(network.state_dict()), meta)
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_is_the_aligned_one(case, tmp_path, tokenizer_path, run_script):
+    base = make_base(tmp_path / "base", tokenizer_path, **CASES[case])
+    path = make_adapter(tmp_path / "a.safetensors", base)
+    flags = ("--checkpoint_dir", base, "--adapter", path, "--output_dir")
+    assert run_script(MERGE, *flags, tmp_path / "lit", "--format", "lit")[:2] == (0, f"{tmp_path / 'lit'}\n")
+    expected = load_model(base, read_adapter(path))(IDS)
+    assert (expected - load_model(base)(IDS)).abs().max() > 0.5
+    merged = load_model(tmp_path / "lit")
+    torch.testing.assert_close(merged(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged.transformer.h[0].attn.c_proj.bias, torch.zeros(32)) != ("proj_bias" in CASES[case])
+
+    transformers = pytest.importorskip("transformers")
+    assert run_script(MERGE, *flags, tmp_path / "hf")[:2] == (0, f"{tmp_path / 'hf'}\n")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected[..., :300], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_base_to_hugging_face_and_back(case, tmp_path, tokenizer_path, run_script):
+    base = make_base(tmp_path / "base", tokenizer_path, **CASES[case])
+    assert run_script(CONVERT, "--reverse", "--checkpoint_dir", base, "--output_dir", tmp_path / "hf")[0] == 0
+    assert run_script(CONVERT, "--checkpoint_dir", tmp_path / "hf", "--output_dir", tmp_path / "back")[0] == 0
+    before, after = (load_file(folder / "lit_model.safetensors") for folder in (base, tmp_path / "back"))
+    for name, tensor in before.items():
+        rows = 300 if name in ("transformer.wte.weight", "lm_head.weight") else len(tensor)
+        assert torch.equal(after[name], tensor[:rows]), name
+    assert all(not after[name].any() for name in after.keys() - before.keys())
+    config = json.loads((tmp_path / "back/lit_config.json").read_text())
+    if case not in ("padded", "q, k, v biases"):
+        assert config == json.loads((base / "lit_config.json").read_text()) and before.keys() == after.keys()
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, load_model(base)(IDS)[..., :300], rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_goes_there_and_back_bit_by_bit(tmp_path, tokenizer_path, run_script):
+    base = make_base(tmp_path / "base", tokenizer_path, dtype=torch.bfloat16, n_kv_head=2)
+    run_script(CONVERT, "--reverse", "--checkpoint_dir", base, "--output_dir", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
+    run_script(CONVERT, "--checkpoint_dir", tmp_path / "hf", "--output_dir", tmp_path / "back")
+    before, after = (load_file(folder / "lit_model.safetensors") for folder in (base, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(t.dtype == torch.bfloat16 and torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_the_folder_that_serves(tmp_path, tokenizer_path, run_script):
+    """All biases written out, shards with an index, and what tells what it is."""
+    base = make_base(tmp_path / "base", tokenizer_path, n_kv_head=2)
+    path = make_adapter(tmp_path / "a.safetensors", base, start=2)
+    out = tmp_path / "out"
+    flags = ("--checkpoint_dir", base, "--adapter", path, "--output_dir", out, "--max_shard_size", "30KB")
+    for _ in range(2):  # a merged folder may be replaced
+        assert run_script(MERGE, *flags)[0] == 0
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    tensors = {shard.name: load_file(shard) for shard in shards}
+    for name, file in index["weight_map"].items():
+        assert name in tensors[file]
+    state = {name: t for shard in tensors.values() for name, t in shard.items()}
+    assert set(state) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+    for shard in tensors.values():
+        assert len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= 30_000
+    for layer in range(3):
+        attention = f"model.layers.{layer}.self_attn"
+        for x, width in (("q", 32), ("k", 16), ("v", 16)):
+            assert torch.equal(state[f"{attention}.{x}_proj.bias"], torch.zeros(width))
+        assert state[f"{attention}.o_proj.bias"].any() == (layer == 2)
+    config = json.loads((out / "config.json").read_text())
+    assert config["attention_bias"] is True and config["eos_token_id"] == 2
+    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    card = json.loads((out / "aligner.json").read_text())
+    assert card["adapter"] == str(path) and card["prompt_style"] == "plain"
+    assert (out / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+    about = json.loads((out / "tokenizer_config.json").read_text())
+    assert (about["bos_token"], about["eos_token"], about["unk_token"]) == ("<s>", "</s>", "<unk>")
+
+
+def test_the_bias_is_rounded_once(tmp_path, tokenizer_path, run_script):
+    """A bf16 base: the bias is what fp32 arithmetic on its weights gives, rounded at the end."""
+    base = make_base(tmp_path / "base", tokenizer_path, dtype=torch.bfloat16, n_kv_head=2)
+    path = make_adapter(tmp_path / "a.safetensors", base, start=0)
+    run_script(MERGE, "--checkpoint_dir", base, "--adapter", path, "--output_dir", tmp_path / "o", "--format", "lit")
+    state, adapter = load_file(base / "lit_model.safetensors"), read_adapter(path).state
+    merged = load_file(tmp_path / "o/lit_model.safetensors")
+    for layer in range(3):
+        name = f"transformer.h.{layer}.attn"
+        value = state[f"{name}.c_attn.weight"][48:].double() @ adapter["global_value_embedding.weight"][0].double()
+        gate = adapter[f"{name}.gating_factor"].flatten().double()
+        heads = torch.cat([gate[h] * value[8 * (h // 2) : 8 * (h // 2) + 8] for h in range(4)])
+        bias = merged[f"{name}.c_proj.bias"]
+        assert bias.dtype == torch.bfloat16
+        exact = state[f"{name}.c_proj.weight"].double() @ heads
+        assert (bias.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_served_by_transformers_alone(tmp_path, tokenizer_path, run_script):
+    """Tokens, greedy answers: what transformers says from the folder is what we say with the adapter."""
+    transformers = pytest.importorskip("transformers")
+    base = make_base(tmp_path / "base", tokenizer_path, n_kv_head=2, tie_embeddings=True)
+    path = make_adapter(tmp_path / "a.safetensors", base)
+    out = tmp_path / "out"
+    run_script(MERGE, "--checkpoint_dir", base, "--adapter", path, "--output_dir", out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    ours = Tokenizer(base)
+    for text in ("the cat", " the  cat ", "a\nb\n", "naïve 😀", "日本", ""):
+        assert theirs(text)["input_ids"] == ours.encode(text, bos=True), text
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    prompts = ["the cat", "what did the dog eat?"]
+    expected = answer(load_model(base, read_adapter(path)), ours, prompts, Sampling(max_new_tokens=20))
+    for prompt, text in zip(prompts, expected, strict=True):
+        ids = theirs(prompt, return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].size(1) :]
+        assert ours.decode(new.tolist()).strip() == text
+
+
+def test_refusals(tmp_path, tokenizer_path, base_dir, refused, run_script):
+    base = make_base(tmp_path / "base", tokenizer_path)
+    out = ("--output_dir", tmp_path / "out")
+
+    def sentence(adapter: Path, checkpoint_dir: Path = base, *more: object) -> str:
+        return refused(MERGE, "--checkpoint_dir", checkpoint_dir, "--adapter", adapter, *out, *more)
+
+    ten = make_adapter(tmp_path / "ten.safetensors", base, length=10)
+    assert "has N = 10 prefix tokens" in sentence(ten) and "use this one with generate/aligner.py" in sentence(ten)
+    one = make_adapter(tmp_path / "one.safetensors", base)
+    assert "was trained on a base" in sentence(one, base_dir)
+    wide = make_base(tmp_path / "wide", tokenizer_path, n_embd=64)
+    assert "is 32 wide and the base model in" in sentence(one, wide)
+    deep = {**read_adapter(one).state, "transformer.h.3.attn.gating_factor": torch.ones(1, 4, 1, 1)}
+    torch.save(deep, tmp_path / "deep.pth")
+    assert "transformer.h.3.attn.gating_factor does not belong to this model" in sentence(tmp_path / "deep.pth")
+    heads = {name: t[:, :2] if name.endswith("factor") else t for name, t in read_adapter(one).state.items()}
+    torch.save(heads, tmp_path / "heads.pth")
+    assert "is (1, 2, 1, 1) where the model has (1, 4, 1, 1)" in sentence(tmp_path / "heads.pth")
+    assert "'5 elephants' is not a size" in sentence(one, base, "--max_shard_size", "5 elephants")
+    reverse = (CONVERT, "--reverse", "--checkpoint_dir")
+    assert "There is no model configuration at" in refused(*reverse, tmp_path / "no", *out)
+    state = load_file(base / "lit_model.safetensors")
+    del state["transformer.h.1.mlp.c_fc2.weight"]
+    save_file(state, base / "lit_model.safetensors")
+    assert "lit_config.json: transformer.h.1.mlp.c_fc2.weight is missing" in refused(*reverse, base, *out)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
