@@ -32,7 +32,7 @@ from pretrain.microworld import World, pretraining_sample
 output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
 out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
 world_seed: int = 0  # of the world
-documents: int = 300_000  # questions with answers in the corpus, each drawn at random
+documents: int = 240_000  # questions with answers in the corpus, each drawn at random
 plain_share: float = 0.1  # share of documents that are the bare answer, without a question
 
 # == Model ==

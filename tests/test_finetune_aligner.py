@@ -125,6 +125,15 @@ def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
     assert summary["best_val_loss"] == min(losses(out_dir)["val/loss"].values())
 
 
+def test_without_data_the_default_dataset_is_written_first(tmp_path, monkeypatch, capsys):
+    base = Path(__file__).parent.parent / "checkpoints" / "microworld"
+    monkeypatch.chdir(tmp_path)
+    train([f"--checkpoint_dir={base}", "--max_steps=1", "--eval_rows=8", "--sample_prompts=0", "--accelerator=cpu"])
+    assert "Writing the default dataset" in capsys.readouterr().err
+    assert (tmp_path / script.data_dir / "meta.json").is_file()
+    assert (tmp_path / script.out_dir / "best.safetensors").is_file()
+
+
 def test_metrics_have_their_columns_and_every_step(finished):
     header = (finished / "metrics.csv").read_text().splitlines()[0]
     assert header == "step,grad_norm,lr,tokens_per_s,train/loss,val/loss"
