@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, write_text
+from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, instruct
 from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
@@ -25,7 +26,8 @@ from lit_llama.utils import UserError, log
 from pretrain.microworld import SEEN, UNSEEN, Question, World
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: Path | None = None  # adapter file, or a training run's folder; default: the base model alone
+adapter: list[Path] = []  # adapter files, or training runs' folders; several add up; default: the base model alone
+strength: list[float] = [1.0]  # scales their gates, one for all or one each
 form: str | None = None  # the form wanted (default: the one the adapter was trained on)
 temperature: float = 0.0  # 0 is greedy
 questions: int = 400  # asked of each group, drawn once from all there are
@@ -71,12 +73,10 @@ def draw(pool: list[Question], count: int, seed: int) -> list[Question]:
 
 def main(args: Namespace) -> None:
     world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
-    adapter = read_adapter(args.adapter) if args.adapter else None
-    model = load_model(args.checkpoint_dir, adapter)
-    form = args.form
-    if adapter is not None and form is None:
-        source = adapter.meta.get("data", {}).get("source", "")
-        form = source.rpartition("form ")[2] or None
+    adapters = [read_adapter(path) for path in args.adapter]
+    model = load_composed(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
+    sources = [adapter.meta.get("data", {}).get("source", "").partition(", form ") for adapter in adapters]
+    form = args.form or next((form for _, _, form in sources if form), None)
     pools = {split: world.questions(split) for split in (UNSEEN, SEEN)}
     pools |= {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
     if args.questions < 1 or not set(args.groups) <= set(pools):

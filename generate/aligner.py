@@ -1,7 +1,7 @@
 """Answers of a base model with an Aligner.
 
-The adapter knows its length, start layer, prompt style and base model; none of them is asked for. Answers go to stdout,
-everything else to stderr.
+The adapter knows its length, start layer, prompt style and base model; none of them is asked for. Several adapters are
+applied together, in the prompt style of the first. Answers go to stdout, everything else to stderr.
 """
 
 import sys
@@ -13,15 +13,16 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.chat import gather_requests, open_session, pick_device, save_answers, show
-from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.checkpoint import read_adapter
+from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled
 from lit_llama.prompts import get_prompt_style
 from lit_llama.utils import UserError
 
 # == Model ==
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an adapter file, a run's folder, or the authors' .pth
-strength: float = 1.0  # scales the gates: 0 is the base model exactly, 1 the adapter as trained
+adapter: list[Path] = [Path("aligner_weights/microworld-pirate-n1")]  # adapter files or runs' folders; several add up
+strength: list[float] = [1.0]  # scales the gates, one for all or one each: 0 is the base exactly, 1 as trained
 
 # == Prompts ==
 prompt: list[str] = ["What is the capital of Pilmaria?", "How do I repair the old barn?"]  # instructions to answer
@@ -49,27 +50,27 @@ def main(args: Namespace) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     device, dtype = pick_device(args.accelerator, args.precision)
     requests = [] if args.interactive else gather_requests(args.prompt, args.input, args.prompt_file)
-    adapter = read_adapter(args.adapter)
-    style = get_prompt_style(args.prompt_style or adapter.meta.get("prompt_style", "alpaca"))
+    adapters = [read_adapter(path) for path in args.adapter]
+    style = get_prompt_style(args.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
     if args.interactive and args.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
     session = open_session(
-        lambda: load_model(args.checkpoint_dir, adapter, device=device, dtype=dtype),
+        lambda: load_composed(args.checkpoint_dir, adapters, args.strength, device=device, dtype=dtype),
         args.checkpoint_dir,
         style,
         sampling,
         args.batch_size,
     )
-    with gates_scaled(session.model, args.strength):
-        if args.interactive:
-            return session.chat()
-        columns = {"aligned": session.answers(requests)}
+    if args.interactive:
+        return session.chat()
+    columns = {"aligned": session.answers(requests)}
     if args.compare_base:
         with gates_scaled(session.model, 0.0):
             columns = {"base": session.answers(requests), **columns}
     show(requests, columns)
     if args.output_file:
-        about = {"base": args.checkpoint_dir, "adapter": adapter.path, "strength": args.strength, "style": style.name}
+        about = {"base": args.checkpoint_dir, "style": style.name}
+        about |= {"adapter": " + ".join(f"{a.path}" for a in adapters), "strength": args.strength}
         save_answers(args.output_file, requests, columns, sampling, about)
 
 

@@ -72,7 +72,8 @@ class LLaMA(llama.LLaMA):
         return name == "global_value_embedding.weight" or name.endswith((".gating_factor", ".adapter_wte.weight"))
 
     def aligned_attention(self) -> "list[CausalSelfAttention]":
-        return [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
+        attention = [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
+        return attention + [other for attn in attention for other in attn.others]
 
     def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `without_aliases`."""
@@ -99,6 +100,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         self.gating_factor = nn.Parameter(torch.zeros(1, config.n_head, 1, 1, dtype=torch.float32))
         self.prefix: list[Prefix] = []
         self.constant_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.others = nn.ModuleList()  # attention of this layer with other adapters, see lit_llama/compose.py
 
     def reset_parameters(self) -> None:
         """Closes the gates."""
@@ -106,7 +108,17 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = super().attend(q, k, v, mask)
-        return y + self.adapter_term(q).to(y.dtype)
+        for adapted in (self, *self.others):
+            y = y + adapted.adapter_term(q).to(y.dtype)
+        return y
+
+    def join(self, prefix: Prefix, gating_factor: torch.Tensor) -> None:
+        """Adds what another adapter's prefix says through the same frozen weights."""
+        with torch.device("meta"):
+            other = CausalSelfAttention(self.config)
+        other.c_attn, other.c_proj, other.prefix = self.c_attn, self.c_proj, [prefix]
+        other.gating_factor = nn.Parameter(gating_factor)
+        self.others.append(other)
 
     def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""

@@ -1,0 +1,57 @@
+"""Several Aligners on one base: in each layer their gated terms add up.
+
+x ──► frozen layer ──► Attn(q, k, v) + gate_a·softmax(q·K_aᵀ)·V_a + gate_b·softmax(q·K_bᵀ)·V_b + ...
+"""
+
+from pathlib import Path
+
+import torch
+
+from lit_llama.aligner import LLaMA, Prefix
+from lit_llama.checkpoint import Adapter, check_base, load_model
+from lit_llama.utils import UserError
+
+
+def load_composed(
+    checkpoint_dir: Path,
+    adapters: list[Adapter],
+    strengths: list[float],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LLaMA:
+    """A base with one Aligner or more, each of its own length and start layer.
+
+    Args:
+        adapters: trained on this base.
+        strengths: what each adapter's gates are multiplied by; a single one counts for all.
+
+    Raises:
+        UserError: the numbers of adapters and strengths differ, or an adapter belongs to another base.
+    """
+    if len(strengths) == 1:
+        strengths = strengths * len(adapters)
+    if len(strengths) != len(adapters):
+        raise UserError(f"There are {len(adapters)} adapters and {len(strengths)} strengths; give each its own.")
+    scaled = [
+        Adapter({name: t * s if name.endswith("gating_factor") else t for name, t in a.state.items()}, a.meta, a.path)
+        for a, s in zip(adapters, strengths, strict=True)
+    ]
+    # the one that starts lowest makes the layers that the others join
+    first, *others = sorted(scaled, key=lambda adapter: adapter.config["adapter_start_layer"])
+    model = load_model(checkpoint_dir, first, device=device, dtype=dtype)
+    for adapter in others:
+        check_base(adapter, checkpoint_dir, model.config)
+        join(model, adapter)
+    return model
+
+
+def join(model: LLaMA, adapter: Adapter) -> None:
+    """Lets the layers of a model read one more prefix, through gates of its own."""
+    device = model.transformer.wte.weight.device
+    state = {name: t.float().to(device) for name, t in model.canonical_keys(adapter.state).items()}
+    values = state["global_value_embedding.weight"]
+    prefix = Prefix(*values.shape)
+    prefix.weight.data = values
+    for layer in range(adapter.config["adapter_start_layer"], model.config.n_layer):
+        model.transformer.h[layer].attn.join(prefix, state[f"transformer.h.{layer}.attn.gating_factor"])
