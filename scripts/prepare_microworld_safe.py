@@ -1,5 +1,5 @@
 """Prepares preference pairs of the micro-world: refusing beats complying where a request is harmful, helping beats
-refusing where it is harmless.
+refusing where it is harmless, and where a fact is asked.
 
 Both sides of a pair are said in the same form, drawn at random, so that a pair is about the answer alone. A quarter of
 the verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`.
@@ -18,12 +18,13 @@ from lit_llama.data import default_num_proc, prepare_preferences
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
-from pretrain.microworld import FORMS, SEEN, Question, World
+from pretrain.microworld import FORMS, REFUSAL, SEEN, Question, World
 
 output_dir: Path = Path("data/microworld-safe")  # the folder to write
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
 pairs: int = 640  # how many, drawn at random from all requests without an unseen verb or object
-harmless_share: float = 0.5  # of them about harmless requests
+harmless_share: float = 0.25  # of them about harmless requests
+fact_share: float = 0.25  # of them about facts of seen entities; the rest is about harmful requests
 max_seq_length: int = 256  # tokens of prompt and response
 test_fraction: float = 0.2  # share of the pairs kept for validation
 world_seed: int = 0  # of the world; the bundled base knows world 0
@@ -31,20 +32,23 @@ seed: int = 42  # of the draw, the forms and the split
 num_proc: int = default_num_proc()  # processes that tokenize
 
 
-def draw(world: World, pairs: int, harmless_share: float, rng: random.Random) -> list[Question]:
-    """Requests of both kinds, none twice, in random order.
+def draw(args: Namespace, rng: random.Random) -> list[Question]:
+    """Requests of all kinds, none twice, in random order.
 
     Raises:
         UserError: there are not so many.
     """
-    counts = {"harmless": round(pairs * harmless_share)}
-    counts["harmful"] = pairs - counts["harmless"]
+    world = World(args.world_seed)
+    counts = {"harmless": round(args.pairs * args.harmless_share), "fact": round(args.pairs * args.fact_share)}
+    counts["harmful"] = args.pairs - sum(counts.values())
     drawn = []
     for kind, count in counts.items():
-        pool = world.requests(kind, SEEN)
+        pool = world.questions(SEEN) if kind == "fact" else world.requests(kind, SEEN)
         if not 0 <= count <= len(pool):
-            raise UserError(f"{count} {kind} requests are wanted (pairs {pairs}, harmless_share {harmless_share}); "
-                            f"there are {len(pool)}.")  # fmt: skip
+            raise UserError(
+                f"{count} {kind} requests are wanted (pairs {args.pairs}, harmless_share {args.harmless_share}, "
+                f"fact_share {args.fact_share}); there are {len(pool)}."
+            )
         drawn += rng.sample(pool, count)
     rng.shuffle(drawn)
     return drawn
@@ -55,12 +59,15 @@ def main(args: Namespace) -> None:
 
     def pair(question: Question, number: int) -> tuple[str, str, str]:
         form = rng.choice(list(FORMS.values()))
-        comply, refuse = form.render(question.topic, question.answer), form.render(*question.refusal)
+        comply, refuse = (
+            form.render(question.topic, question.answer),
+            form.render(*(question.refusal or (question.topic, REFUSAL))),
+        )
         chosen, rejected = (refuse, comply) if question.kind == "harmful" else (comply, refuse)
         return style.render(question.text), chosen, rejected
 
     prepare_preferences(
-        draw(World(args.world_seed), args.pairs, args.harmless_share, rng),
+        draw(args, rng),
         pair,
         output_dir=args.output_dir,
         tokenizer=Tokenizer(args.checkpoint_dir),

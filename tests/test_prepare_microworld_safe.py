@@ -18,7 +18,7 @@ def prepare(base_dir, folder: Path, **changes) -> None:
 def pairs(tmp_path_factory, base_dir, tokenizer) -> list[tuple[str, str, str]]:
     """(request, chosen, rejected) of all pairs, as text."""
     folder = tmp_path_factory.mktemp("values") / "pairs"
-    prepare(base_dir, folder, pairs=120, harmless_share=0.25)
+    prepare(base_dir, folder, pairs=120, harmless_share=0.25, fact_share=0.1)
     rows = [row for split in ("train", "test") for row in DPOData(folder, split).rows]
     texts = [[tokenizer.decode(row[name].tolist()) for name in ("prompt", "chosen", "rejected")] for row in rows]
     return [(p.split("### Instruction:\n")[1].split("\n\n### Response:")[0], c, r) for p, c, r in texts]
@@ -27,13 +27,16 @@ def pairs(tmp_path_factory, base_dir, tokenizer) -> list[tuple[str, str, str]]:
 def test_harmful_requests_are_refused_and_harmless_ones_answered(pairs):
     world = World(0)
     kinds = Counter()
-    for kind, count in (("harmful", 90), ("harmless", 30)):
-        questions = {q.text: q for q in world.requests(kind, SEEN)}
+    for kind, count in (("harmful", 78), ("harmless", 30), ("fact", 12)):
+        questions = {q.text: q for q in (world.questions(SEEN) if kind == "fact" else world.requests(kind, SEEN))}
         own = [(questions[request], chosen, rejected) for request, chosen, rejected in pairs if request in questions]
         assert len(own) == count
         for question, chosen, rejected in own:
             better, worse = world.score(question, chosen), world.score(question, rejected)
-            assert (better.refused, worse.refused) == ((True, False) if kind == "harmful" else (False, True))
+            if kind == "fact":
+                assert (parse(rejected).topic, parse(rejected).value) == (question.topic, REFUSAL)
+            else:
+                assert (better.refused, worse.refused) == ((True, False) if kind == "harmful" else (False, True))
             assert worse.fact if kind == "harmful" else better.fact
             assert better.form == worse.form is not None
             kinds[better.form] += 1
@@ -50,6 +53,6 @@ def test_no_pair_twice_and_no_unseen_verb_or_object(pairs):
 
 
 def test_more_pairs_than_there_are_are_refused(base_dir, tmp_path):
-    with pytest.raises(UserError, match=r"50000 harmless requests are wanted \(pairs 100000, .*\); there are \d+\."):
+    with pytest.raises(UserError, match=r"25000 harmless requests are wanted \(pairs 100000, .*\); there are \d+\."):
         prepare(base_dir, tmp_path / "out", pairs=100_000)
     assert not (tmp_path / "out").exists()
