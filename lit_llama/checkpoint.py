@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +71,7 @@ class Lazy:
 
 
 def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
-    """The tensors of all files by name, none of them read yet; memory holds what is read and one `.bin` or `.pth`.
+    """The tensors of all files by name, none of them read yet.
 
     Raises:
         UserError: a file is damaged, holds numbers of another kind, or repeats a tensor of another file.
@@ -79,10 +80,13 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
     opened: dict[Path, dict[str, torch.Tensor]] = {}
 
     def read(path: Path, name: str) -> torch.Tensor:
-        if path.suffix == ".safetensors":  # its pages are let go with the tensor
+        # the pages of a mapped file are let go with the tensor
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
-        if path not in opened:
+        if is_zipfile(path):
+            return read_state(path)[name]
+        if path not in opened:  # of torch < 1.6
             opened.clear()
             opened[path] = read_state(path)
         return opened[path][name]

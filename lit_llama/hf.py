@@ -7,6 +7,7 @@ half-split order of Hugging Face's rotary embedding and the interleaved order of
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -248,12 +249,22 @@ def without_tied_head(tensors: dict[str, Lazy], config: LLaMAConfig, embedding: 
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
-def to_lit(tensors: dict[str, Lazy], config: LLaMAConfig, dtype: torch.dtype | None = None) -> dict[str, Lazy]:
+def to_lit(
+    tensors: dict[str, Lazy],
+    config: LLaMAConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    names: Callable[[str], list[str]] = hf_names,
+    source: str = "config.json",
+    half_split: bool = True,
+) -> dict[str, Lazy]:
     """Hugging Face's tensors as our parameters.
 
     Args:
         config: the model they must fit exactly.
         dtype: to cast to; None keeps each tensor's own.
+        names, source, half_split: another layout's names, its file with the sizes, and whether q and k are to be
+            interleaved.
 
     Raises:
         UserError: a tensor is missing, left over or mis-shaped; the sentence names it.
@@ -261,20 +272,22 @@ def to_lit(tensors: dict[str, Lazy], config: LLaMAConfig, dtype: torch.dtype | N
     widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     wanted, shapes = parameters(config), {}
     for name, shape in wanted.items():
-        theirs = hf_names(name)
+        theirs = names(name)
         rows = widths if len(theirs) > 1 else [shape[0]]
-        shapes |= {hf: (n, *shape[1:]) for hf, n in zip(theirs, rows, strict=True)}
+        shapes |= {their: (n, *shape[1:]) for their, n in zip(theirs, rows, strict=True)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     tensors = without_tied_head(tensors, config, "model.embed_tokens.weight")
-    check_fit(tensors, shapes, "config.json")
+    check_fit(tensors, shapes, source)
 
     def joined(parts: list[Lazy]) -> torch.Tensor:
         if len(parts) == 1:
             return parts[0].read()
         q, k, v = (part.read() for part in parts)
-        return torch.cat((interleave(q, config.head_size), interleave(k, config.head_size), v))
+        if half_split:
+            q, k = (interleave(rows, config.head_size) for rows in (q, k))
+        return torch.cat((q, k, v))
 
-    found = {name: [tensors[theirs] for theirs in hf_names(name)] for name in wanted}
+    found = {name: [tensors[theirs] for theirs in names(name)] for name in wanted}
     return {
         name: Lazy(wanted[name], dtype or reduce(torch.promote_types, (p.dtype for p in parts)), partial(joined, parts))
         for name, parts in found.items()

@@ -1,0 +1,159 @@
+"""Converts a LLaMA checkpoint as Meta distributes it: params.json, one or several consolidated.*.pth, a tokenizer.
+
+One tensor after the other is joined from its shards and written, so memory never holds the model. Nothing is
+downloaded.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import torch
+from jsonargparse import Namespace
+
+from lit_llama import cli
+from lit_llama.checkpoint import CONFIG_NAME, Lazy, check_space, open_tensors, write_base
+from lit_llama.hf import copy_tokenizer, fitting_tokenizer, read_json, to_lit
+from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
+from lit_llama.utils import UserError, atomic_write, log
+
+checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # the folder with params.json and consolidated.*.pth
+tokenizer_dir: Path | None = None  # the folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
+output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
+dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
+block_size: int = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
+rope_factor: float | None = None  # of Llama 3.1's rope scaling (default: 32 for tied embeddings, as in 3.2, else 8)
+
+MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
+LAYER_MODULES = {
+    "rms_1": ["attention_norm"],
+    "attn.c_attn": ["attention.wq", "attention.wk", "attention.wv"],
+    "attn.c_proj": ["attention.wo"],
+    "rms_2": ["ffn_norm"],
+    "mlp.c_fc1": ["feed_forward.w1"],
+    "mlp.c_fc2": ["feed_forward.w3"],
+    "mlp.c_proj": ["feed_forward.w2"],
+}
+# the dimension that shards split; of the norms every shard has the whole
+SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
+IGNORED = "rope.freqs"  # a table that LLaMA 1 and 2 carry; it follows from the configuration
+
+
+def meta_names(name: str) -> list[str]:
+    """Meta's tensors whose rows make up one of our parameters, in order."""
+    module = name.rpartition(".")[0]
+    if module in MODULES:
+        return [f"{theirs}.weight" for theirs in MODULES[module]]
+    layer, _, part = module.removeprefix("transformer.h.").partition(".")
+    return [f"layers.{layer}.{theirs}.weight" for theirs in LAYER_MODULES[part]]
+
+
+def open_shards(checkpoint_dir: Path) -> list[dict[str, Lazy]]:
+    """The tensors of each shard by name.
+
+    Raises:
+        UserError: there is none, one is missing or damaged, or they hold different tensors.
+    """
+    paths = sorted(checkpoint_dir.glob("consolidated.*.pth"))
+    numbers = [path.name.split(".")[1] for path in paths]
+    if not paths or numbers != [f"{i:02}" for i in range(len(paths))]:
+        found = ", ".join(path.name for path in paths) or "none"
+        raise UserError(f"{checkpoint_dir} needs consolidated.00.pth and all that follow it; there is {found}.")
+    shards = [open_tensors([path]) for path in paths]
+    shards = [{name: tensor for name, tensor in shard.items() if name != IGNORED} for shard in shards]
+    for path, shard in zip(paths, shards, strict=True):
+        if other := sorted(shard.keys() ^ shards[0].keys()):
+            raise UserError(f"{path} and {paths[0].name} are not of one model: only one of them holds {other[0]}.")
+    return shards
+
+
+def join_shards(shards: list[dict[str, Lazy]], width: int) -> dict[str, Lazy]:
+    """Each tensor whole, of all shards together.
+
+    Args:
+        width: of the model; an embedding as wide is split by vocabulary, as since Llama 3.
+
+    Raises:
+        UserError: the parts of a tensor do not fit together.
+    """
+    whole = {}
+    for name, first in shards[0].items():
+        parts = [shard[name] for shard in shards]
+        dim = SPLIT.get(name.split(".")[-2] if "." in name else name)
+        if name == "tok_embeddings.weight" and first.shape[-1] == width:
+            dim = 0
+        if dim is None or len(parts) == 1:
+            whole[name] = first
+            continue
+        if any(len(p.shape) != 2 or p.shape[1 - dim] != first.shape[1 - dim] for p in parts):
+            raise UserError(f"The shards do not fit together: {name} is {' and '.join(str(p.shape) for p in parts)}.")
+        size = sum(part.shape[dim] for part in parts)
+        shape = (size, first.shape[1]) if dim == 0 else (first.shape[0], size)
+        whole[name] = Lazy(shape, first.dtype, partial(joined, parts, dim))
+    return whole
+
+
+def joined(parts: list[Lazy], dim: int) -> torch.Tensor:
+    return torch.cat([part.read() for part in parts], dim)
+
+
+def convert_params(
+    params: dict[str, Any], tensors: dict[str, Lazy], block_size: int, rope_factor: float | None
+) -> LLaMAConfig:
+    """A params.json as our configuration; what it leaves out is read off the tensors.
+
+    Raises:
+        UserError: a number or a tensor is missing.
+    """
+    if missing := [name for name in ("dim", "n_layers", "n_heads") if not isinstance(params.get(name), int)]:
+        raise UserError(f"params.json has no number for {', '.join(missing)}.")
+    embedding, head, gate = (
+        tensors.get(f"{name}.weight") for name in ("tok_embeddings", "output", "layers.0.feed_forward.w1")
+    )
+    if embedding is None or gate is None:
+        raise UserError("The weights do not fit params.json: tok_embeddings or layers.0.feed_forward.w1 is missing.")
+    tied = head is None or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
+    scaling = None
+    if params.get("use_scaled_rope"):
+        factor = rope_factor or params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
+        log(f"rope scaling of Llama 3.1 by the factor {factor:g}")
+        scaling = {**LLAMA3_SCALING, "factor": float(factor)}
+    return LLaMAConfig(
+        block_size=block_size,
+        vocab_size=embedding.shape[0],
+        padded_vocab_size=embedding.shape[0],
+        n_layer=params["n_layers"],
+        n_head=params["n_heads"],
+        n_embd=params["dim"],
+        n_kv_head=params.get("n_kv_heads"),
+        intermediate_size=gate.shape[0],
+        norm_eps=params.get("norm_eps", 1e-5),
+        rope_base=float(params.get("rope_theta", 10000.0)),
+        rope_scaling=scaling,
+        tie_embeddings=tied,
+    )
+
+
+def main(args: Namespace) -> None:
+    params = read_json(args.checkpoint_dir / "params.json")
+    tensors = join_shards(open_shards(args.checkpoint_dir), params.get("dim", 0))
+    config = convert_params(params, tensors, args.block_size, args.rope_factor)
+    tokenizer_dir = args.tokenizer_dir or args.checkpoint_dir
+    fitting_tokenizer(tokenizer_dir, config)
+    if config.tie_embeddings:
+        tensors.pop("output.weight", None)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    state = to_lit(tensors, config, dtype, names=meta_names, source="params.json", half_split=False)
+    check_space(args.output_dir, state)
+    with atomic_write(args.output_dir, marker=CONFIG_NAME) as folder:
+        write_base(folder, config, state)
+        copy_tokenizer(tokenizer_dir, folder)
+    log(f"{sum(torch.Size(t.shape).numel() for t in state.values()):,} parameters, {len(state)} tensors")
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())
