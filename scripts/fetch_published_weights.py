@@ -1,0 +1,91 @@
+"""Downloads the authors' published adapters for Llama 2 and checks each file against its known sha256.
+
+Files that are there already are kept. One of the published files is not a checkpoint and is left out.
+"""
+
+import hashlib
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from jsonargparse import Namespace
+from tqdm import tqdm
+
+from lit_llama import cli
+from lit_llama.utils import UserError, atomic_write, log
+
+output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
+source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/4eb24b4/aligner_weights"  # their folder
+
+ALPACA = "Alpaca_Instruction_Following_Supervised_Finetuning"
+META_MATH = "MetaMath_Supervised_Finetuning"
+BEAVER = "PKU-Beaver-DPO-Value-Alignment"
+# path -> sha256
+# fmt: off
+FILES = {
+    f"{ALPACA}/aligner1Token-llama2-7B-lr0.009bs64weightDecay0.02wu2-epoch-8.0-valloss0.9565.pth":
+        "29cb4f63ed908658f42a501343055f311a87142df10b69d8bb1708a98f3bb472",
+    f"{ALPACA}/aligner1Token-llama2-13B-lr0.009bs64weightDecay0.02wu2-epoch-8.0-valloss0.8858.pth":
+        "0bb899ab340f66134dfc29301ec294a986177984bb075fe15e313d6e5681f19d",
+    f"{ALPACA}/aligner10Token-llama2-13B-lr0.009bs64weightDecay0.02wu2-epoch-8.00-valloss0.876914.pth":
+        "c7dba9d08c6c6d2eab08e6acde097bc4a89231415e3050e974c8e06456973b27",
+    f"{META_MATH}/aligner1token-llama2-7B-lr0.009bs64-wu1-epoch-3.0-valloss0.7474.pth":
+        "ac050dfefd2f32312f1559925bbc4cb728b0f3eb9b973980be0a860e31223267",
+    f"{META_MATH}/aligner10token-llama2-7B-lr0.009bs64-wu1-epoch-3.0-valloss0.7005.pth":
+        "f78c32da40b8b70ecb5846d03b9354d082dd7243e3e9f743d8872aa7d09cd181",
+    f"{META_MATH}/aligner100token-llama2-7B-lr0.009bs64-wu1-epoch-3.0-epoch-3.0-valloss0.6433.pth":
+        "c03706a2e0b760c008a2c4f1691e290a82760b3a701ff53733f6e453b13a7baa",
+    f"{META_MATH}/aligner300token-llama2-7B-lr0.009bs64-wu1-epoch-3.0-valloss0.6130.pth":
+        "69ca8ff43686efb5827ef3d8f106f1a250c079f99ce5147a27608da5b465bf19",
+    f"{BEAVER}/BeaverDatasetSafetyPartSFTOnly/aligner1token-llama2-7B-epoch-2.0.pth":
+        "a8783e0487f4c4ea0d39172a9b8d8c2d02c798c8652ff670961f550031a25877",
+    f"{BEAVER}/aligner1token-llama2-7B-DPO-epoch-3.0-iter-059999.pth":
+        "1dbb5c2f60b21de471e5eadfa6fa44e66522945d55719bc13ee834f1f30bb755",
+}
+# fmt: on
+BROKEN = f"{ALPACA}/aligner10Tokens-llama2-7B-lr0.009bs64weightDecay0.02wu2-epoch-8.0-valloss0.9489.pth"
+LARGEST = 10_000_000  # bytes; the files have up to 2.5 MB
+
+
+def fetch(url: str) -> bytes:
+    """The content behind a URL.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.read(LARGEST)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answers {error.code} ({error.reason}).") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"Cannot read {url} ({reason}); check the network and run again.") from None
+
+
+def is_there(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def main(args: Namespace) -> None:
+    log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
+    missing = {name: sha256 for name, sha256 in FILES.items() if not is_there(args.output_dir / name, sha256)}
+    for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
+        content = fetch(f"{args.source.rstrip('/')}/{urllib.parse.quote(name)}")
+        if (got := hashlib.sha256(content).hexdigest()) != sha256:
+            raise UserError(
+                f"{name} from {args.source} is not the file it should be: its sha256 begins with {got[:12]}, not with "
+                f"{sha256[:12]}."
+            )
+        with atomic_write(args.output_dir / name) as temporary:
+            temporary.write_bytes(content)
+    log(f"{len(missing)} fetched, {len(FILES) - len(missing)} were there")
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

@@ -1,0 +1,148 @@
+"""Downloads, from a server on this machine that answers like the real ones."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from scripts.download import wanted
+
+FETCH, DOWNLOAD = "scripts/fetch_published_weights.py", "scripts/download.py"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A model's files under /api/models/REPO/revision/REVISION and /REPO/resolve/COMMIT/NAME."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.asked.append(f"{self.command} {path}")
+        if path.startswith("/api/models/me/model/revision/"):
+            if path.rpartition("/")[2] not in ("main", COMMIT):
+                return self.answer(404, X_Error_Code="RevisionNotFound")
+            files = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+            body = {"id": "me/model", "sha": COMMIT, "siblings": files, "private": False, "tags": []}
+            return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
+        if path.startswith("/api/models/me/model/tree/"):
+            files = [{"type": "file", "path": n, "size": len(c), "oid": f"{i:040}"} for i, (n, c) in
+                     enumerate(self.files.items())]  # fmt: skip
+            return self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
+        name = path.removeprefix(f"/me/model/resolve/{COMMIT}/")
+        if name in self.files:
+            return self.answer(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+        if "/me/locked" in path:
+            return self.answer(403, X_Error_Code="GatedRepo")
+        if "/me/down" in path:
+            return self.answer(418)
+        return self.answer(401, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
+    class Server(Hub):
+        files, asked = {}, []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    yield Server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_only_what_the_conversion_needs(hub, run_script, tmp_path):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+    hub.files = {name: f"content of {name}".encode() for name in names}
+    hub.files |= {name: b"" for name in ("README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx")}
+    out = tmp_path / "out"
+    code, stdout, err = run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)
+    assert (code, stdout) == (0, f"{out}\n"), err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == {
+        name: hub.files[name] for name in names
+    }
+    hub.asked.clear()
+    assert run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)[0] == 0
+    assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # all is there
+
+
+def test_weights_are_taken_once():
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    other = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf"]
+    index = "model.safetensors.index.json"
+    assert wanted(["config.json", "tokenizer.model", *shards, index, *other], "x") == [
+        "config.json", "tokenizer.model", index, *shards,
+    ]  # fmt: skip
+    bins = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    assert wanted(["config.json", *bins], "x") == ["config.json", *reversed(bins)]
+
+
+def test_download_refusals(hub, refused, tmp_path, monkeypatch):
+    out = ("--output_dir", tmp_path / "out")
+
+    def sentence(repo: str, *more: object) -> str:
+        return refused(DOWNLOAD, "--repo_id", repo, *out, *more)
+
+    assert "accept it at https://huggingface.co/me/locked, then log in with `hf auth login`" in sentence("me/locked")
+    assert "There is no model me/nothing that you may see" in sentence("me/nothing")
+    assert "The download of me/down failed" in sentence("me/down")
+    assert "no name of a model" in sentence("a/b/c")
+    assert "has no branch, tag or commit 'v9'" in sentence("me/model", "--revision", "v9")
+    hub.files = {"README.md": b"words"}
+    assert "me/model holds no model to convert: it needs config.json and one of model.safetensors" in sentence(
+        "me/model"
+    )
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "The download of me/model failed" in sentence("me/model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_weights(shared, run_script, refused, tmp_path):
+    source = shared / "aligner_weights_published"
+    flags = ("--source", source.as_uri(), "--output_dir", tmp_path / "out")
+    code, stdout, err = run_script(FETCH, *flags)
+    assert (code, stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert "left out" in err and "aligner10Tokens-llama2-7B" in err and "9 fetched, 0 were there" in err
+    fetched = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    published = {path.relative_to(source) for path in source.rglob("*.pth")}
+    assert [path.name[:25] for path in published - fetched] == ["aligner10Tokens-llama2-7B"]
+    assert all((tmp_path / "out" / path).read_bytes() == (source / path).read_bytes() for path in fetched)
+
+    (tmp_path / "out" / min(fetched)).write_bytes(b"spoilt")
+    assert "1 fetched, 8 were there" in run_script(FETCH, *flags)[2]
+    assert (tmp_path / "out" / min(fetched)).read_bytes() == (source / min(fetched)).read_bytes()
+
+
+def test_published_weights_of_another_content(run_script, tmp_path):
+    folder = tmp_path / "source/Alpaca_Instruction_Following_Supervised_Finetuning"
+    folder.mkdir(parents=True)
+    name = "aligner1Token-llama2-7B-lr0.009bs64weightDecay0.02wu2-epoch-8.0-valloss0.9565.pth"
+    flags = ("--output_dir", tmp_path / "out", "--source")
+    code, _, err = run_script(FETCH, *flags, (tmp_path / "source").as_uri())
+    assert code == 1 and "error: Cannot read file:" in err
+    (folder / name).write_bytes(b"something else")
+    code, _, err = run_script(FETCH, *flags, (tmp_path / "source").as_uri())
+    assert code == 1 and f"{name} from file:" in err and "is not the file it should be: its sha256 begins with" in err
+    assert not (tmp_path / "out").exists()
