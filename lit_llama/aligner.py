@@ -40,17 +40,13 @@ class LLaMAConfig(llama.LLaMAConfig):
         super().__post_init__()
         if self.adapter_prompt_length < 1:
             raise UserError(f"adapter_prompt_length is {self.adapter_prompt_length}; it must be 1 or more.")
-        if not 0 <= self.adapter_start_layer < self.n_layer:
-            raise UserError(
-                f"adapter_start_layer is {self.adapter_start_layer}; it must be from 0 to {self.n_layer - 1} here."
-            )
+        start, last = self.adapter_start_layer, self.n_layer - 1
+        if not 0 <= start <= last:
+            raise UserError(f"adapter_start_layer is {start}; it must be from 0 to {last}.")
 
 
 class Prefix(Fp32Parameters, nn.Embedding):
     """The global prefix, (P, C), drawn from N(0, 1)."""
-
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__(length, width, dtype=torch.float32)
 
 
 class LLaMA(llama.LLaMA):
@@ -58,7 +54,7 @@ class LLaMA(llama.LLaMA):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
-        self.global_value_embedding = Prefix(config.adapter_prompt_length, config.n_embd)
+        self.global_value_embedding = Prefix(config.adapter_prompt_length, config.n_embd, dtype=torch.float32)
         for attn in self.aligned_attention():
             attn.prefix = [self.global_value_embedding]  # in a list: the model owns it, the layers only read it
 
@@ -111,14 +107,6 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         for adapted in (self, *self.others):
             y = y + adapted.adapter_term(q).to(y.dtype)
         return y
-
-    def join(self, prefix: Prefix, gating_factor: torch.Tensor) -> None:
-        """Adds what another adapter's prefix says through the same frozen weights."""
-        with torch.device("meta"):
-            other = CausalSelfAttention(self.config)
-        other.c_attn, other.c_proj, other.prefix = self.c_attn, self.c_proj, [prefix]
-        other.gating_factor = nn.Parameter(gating_factor)
-        self.others.append(other)
 
     def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from lit_llama.checkpoint import versions, write_text
+from lit_llama.checkpoint import versions, weights_path, write_text
 from lit_llama.data import read_rows, text_field
 from lit_llama.generation import Sampling, answer, stream
 from lit_llama.model import LLaMA
@@ -179,6 +179,7 @@ def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, style: PromptS
     """Loads tokenizer and model, taking the time."""
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
+    weights_path(checkpoint_dir)  # a missing folder is said before a missing tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer(checkpoint_dir)
     return Session(load(), tokenizer, style, sampling, batch_size, time.perf_counter() - began)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.aligner import LLaMA, Prefix
+from lit_llama.aligner import CausalSelfAttention, LLaMA, Prefix
 from lit_llama.checkpoint import Adapter, check_base, load_model
 from lit_llama.utils import UserError
 
@@ -51,7 +51,11 @@ def join(model: LLaMA, adapter: Adapter) -> None:
     device = model.transformer.wte.weight.device
     state = {name: t.float().to(device) for name, t in model.canonical_keys(adapter.state).items()}
     values = state["global_value_embedding.weight"]
-    prefix = Prefix(*values.shape)
-    prefix.weight.data = values
+    prefix = Prefix(*values.shape, _weight=values)
     for layer in range(adapter.config["adapter_start_layer"], model.config.n_layer):
-        model.transformer.h[layer].attn.join(prefix, state[f"transformer.h.{layer}.attn.gating_factor"])
+        attn = model.transformer.h[layer].attn
+        with torch.device("meta"):
+            other = CausalSelfAttention(model.config)
+        other.c_attn, other.c_proj, other.prefix = attn.c_attn, attn.c_proj, [prefix]  # the same frozen weights
+        other.gating_factor = torch.nn.Parameter(state[f"transformer.h.{layer}.attn.gating_factor"])
+        attn.others.append(other)

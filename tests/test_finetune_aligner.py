@@ -407,7 +407,7 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
         ({"eval_rows": 0}, "error: There are no validation rows."),
         (
             {"adapter_start_layer": 9},
-            "error: adapter_start_layer is 9; it must be from 0 to 2 here.",
+            "error: adapter_start_layer is 9; it must be from 0 to 2.",
         ),
         ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
         ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; write one with"),
