@@ -5,12 +5,15 @@ import io
 import json
 import math
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -352,6 +355,74 @@ def test_other_folders_are_not_overwritten(tmp_path, monkeypatch, capsys):
             convert(source, out, monkeypatch)
         assert "folder with other files" in capsys.readouterr().err
     assert sorted(source.iterdir()) == before
+
+
+def test_a_folder_with_only_a_tokenizer_json(tmp_path, monkeypatch):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
+    (source / "tokenizer.model").unlink()
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "cat": 1}, unk_token="<eos>"))
+    engine.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    convert(source, tmp_path / "out", monkeypatch)
+    assert Tokenizer(tmp_path / "out").encode("cat", bos=True, eos=True) == [1, 0]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
+    before = sorted(tmp_path.rglob("*"))
+
+    def interrupt(rows: torch.Tensor, head_size: int) -> torch.Tensor:
+        assert list(tmp_path.glob(".out.*.tmp/lit_model.safetensors"))  # it had begun
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_llama.hf.interleave", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        convert(source, tmp_path / "out", monkeypatch)
+    assert exit.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, monkeypatch, capsys):
+    source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    refused(source, tmp_path, monkeypatch, capsys, "GB and the disk of")
+
+
+def test_the_same_tensor_twice_and_numbers_of_another_kind(tmp_path, monkeypatch, capsys):
+    tensors = random_tensors(TINY)
+    source = write_hf(tmp_path / "hf", TINY, tensors, shards=2)
+    shard = source / "model-00002-of-00002.safetensors"
+    content = load_file(shard)
+    save_file({**content, "model.embed_tokens.weight": torch.ones(1)}, shard)
+    refused(source, tmp_path, monkeypatch, capsys, "holds model.embed_tokens.weight, which another file holds too")
+    save_file({**content, "model.norm.weight": torch.ones(24, dtype=torch.int8)}, shard)
+    refused(source, tmp_path, monkeypatch, capsys, "model.norm.weight holds I8 numbers, which are not supported")
+
+
+MEASURED = """
+import resource, sys
+from lit_llama import cli
+from scripts import convert_hf_checkpoint as script
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+args = cli.make_parser(script.__file__, vars(script)).parse_args(sys.argv[1:])
+before = peak()
+script.main(args)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_memory_stays_below_a_shard(suffix, tmp_path):
+    config = {**TINY, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
+    tensors = {name: torch.zeros(t.shape) for name, t in random_tensors(config).items()}
+    source = write_hf(tmp_path / "hf", config, tensors, shards=3, suffix=suffix)
+    del tensors
+    shards = [path.stat().st_size for path in source.glob(f"*{suffix}")]
+    assert sum(shards) > 200e6
+    command = [sys.executable, "-c", MEASURED, "--checkpoint_dir", str(source), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(SCRIPT).parents[1], capture_output=True, text=True, check=True)
+    grown = int(done.stdout.split()[-1])
+    assert grown < 0.75 * max(shards), f"{grown / 1e6:.0f} MB"
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 5), columns=st.integers(0, 3))

@@ -12,7 +12,9 @@ from lit_llama import aligner
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
 from lit_llama.generation import Sampling, answer
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
+from pretrain.microworld import UNSEEN, World
 from tests import toys
 
 MERGE, CONVERT = "scripts/merge_aligner.py", "scripts/convert_hf_checkpoint.py"
@@ -194,3 +196,28 @@ def test_refusals(tmp_path, tokenizer_path, base_dir, refused, run_script):
     save_file(state, base / "lit_model.safetensors")
     assert "lit_config.json: transformer.h.1.mlp.c_fc2.weight is missing" in refused(*reverse, base, *out)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_bundled_model_merged(tmp_path, run_script):
+    """What plain transformers says of the merged micro-world model is what generate/aligner.py says."""
+    transformers = pytest.importorskip("transformers")
+    root = Path(__file__).parents[1]
+    base, path = root / "checkpoints/microworld", root / "aligner_weights/microworld-pirate-n1"
+    if not path.is_dir():
+        pytest.skip("the bundled adapter is absent")
+    out = tmp_path / "out"
+    flags = ("--checkpoint_dir", base, "--adapter", path, "--output_dir", out, "--dtype", "float32")
+    assert run_script(MERGE, *flags)[0] == 0
+    questions = [q.text for q in World(0).questions(UNSEEN)][:6]
+    flags = ("--checkpoint_dir", base, "--adapter", path, "--output_file", tmp_path / "said.json")
+    assert run_script("generate/aligner.py", *flags, "--prompt", *questions)[0] == 0
+    expected = [record["response"] for record in json.loads((tmp_path / "said.json").read_text())]
+    style = get_prompt_style(json.loads((out / "aligner.json").read_text())["prompt_style"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    said = []
+    for question in questions:
+        ids = tokenizer(style.render(question), return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].size(1) :]
+        said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert said == expected and all("Arr" in text or "matey" in text for text in said)
