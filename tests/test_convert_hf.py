@@ -251,6 +251,13 @@ def test_tensors_that_do_not_fit_are_named(sentence, tmp_path, monkeypatch, caps
     refused(write_hf(tmp_path / "hf", TINY, tensors), tmp_path, monkeypatch, capsys, sentence)
 
 
+def test_a_wrong_number_of_heads_is_noticed_by_the_key_heads(tmp_path, monkeypatch, capsys):
+    tensors = random_tensors({**TINY, "num_key_value_heads": 2})
+    source = write_hf(tmp_path / "hf", {**TINY, "num_attention_heads": 6, "num_key_value_heads": 2}, tensors)
+    sentence = "model.layers.0.self_attn.k_proj.weight is (12, 24) where config.json makes it (8, 24)"
+    refused(source, tmp_path, monkeypatch, capsys, sentence)
+
+
 def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) -> None:
     """Exit code 1, one line that says so, and no file more than before."""
     before = sorted(tmp_path.rglob("*"))
@@ -400,26 +407,30 @@ def test_the_same_tensor_twice_and_numbers_of_another_kind(tmp_path, monkeypatch
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 from lit_llama import cli
 from scripts import convert_hf_checkpoint as script
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-args = cli.make_parser(script.__file__, vars(script)).parse_args(sys.argv[1:])
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+parser = cli.make_parser(script.__file__, vars(script))
+small, large = (["--checkpoint_dir", source, "--output_dir", source + "-out"] for source in sys.argv[1:])
+script.main(parser.parse_args(small))  # what the libraries take once
 before = peak()
-script.main(args)
+script.main(parser.parse_args(large))
 print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process has used, at most")
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_memory_stays_below_a_shard(suffix, tmp_path):
     config = {**TINY, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
     tensors = {name: torch.zeros(t.shape) for name, t in random_tensors(config).items()}
-    source = write_hf(tmp_path / "hf", config, tensors, shards=3, suffix=suffix)
+    small = write_hf(tmp_path / "small", TINY, random_tensors(TINY), shards=3, suffix=suffix)
+    large = write_hf(tmp_path / "large", config, tensors, shards=3, suffix=suffix)
     del tensors
-    shards = [path.stat().st_size for path in source.glob(f"*{suffix}")]
+    shards = [path.stat().st_size for path in large.glob(f"*{suffix}")]
     assert sum(shards) > 200e6
-    command = [sys.executable, "-c", MEASURED, "--checkpoint_dir", str(source), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEASURED, str(small), str(large)]
     done = subprocess.run(command, cwd=Path(SCRIPT).parents[1], capture_output=True, text=True, check=True)
     grown = int(done.stdout.split()[-1])
     assert grown < 0.75 * max(shards), f"{grown / 1e6:.0f} MB"
