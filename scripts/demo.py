@@ -61,6 +61,9 @@ def main(args: Namespace) -> None:
          output_file=args.out_dir / "greedy.json")  # fmt: skip
     step("The same, sampled at temperature 1", "evaluate/microworld.py", **score, adapter=run, temperature=1,
          output_file=args.out_dir / "sampled.json")  # fmt: skip
+    if args.adapter_prompt_length == 1:
+        step("Merge the token into a plain LLaMA, for transformers and others", "scripts/merge_aligner.py", **base,
+             adapter=run, output_dir=args.out_dir / "merged")  # fmt: skip
     seconds = time.perf_counter() - began
 
     results = {name: json.loads((args.out_dir / f"{name}.json").read_text())["results"]["unseen"]
@@ -115,6 +118,12 @@ def report(args: Namespace, results: dict[str, dict], summary: dict, seconds: fl
         (b["question"], b["answer"], a["answer"])
         for b, a in zip(results["base"]["answers"][:8], results["greedy"]["answers"][:8], strict=True)
     ]
+    merged = ""
+    if args.adapter_prompt_length == 1:
+        merged = (
+            '<h2>Without any Aligner code</h2><p><a href="merged">merged/</a> is the same model as a plain Hugging '
+            "Face LLaMA: one token is a constant per layer, and here a bias (howto/serve.md).</p>"
+        )
     made_by = {**versions(), "seed": args.seed, "seconds": round(seconds), **summary}
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Aligner demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}}
@@ -129,6 +138,7 @@ finetuning never saw.</p>
 <table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, examples))}</table>
 <h2>Training</h2>
 {picture(args.out_dir / "run" / "loss.png")}
+{merged}
 <p>Made by: {html.escape(json.dumps(made_by))}</p></html>
 """
 

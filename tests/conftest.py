@@ -9,16 +9,21 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.data import prepare_preferences, prepare_sft
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
+
+settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
@@ -115,8 +120,9 @@ def shared() -> Path:
 def run_script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """run_script("scripts/x.py", *arguments) -> (exit code, stdout, stderr), as if called from the command line."""
 
-    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+    def run(script: str, *arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", StringIO(stdin))
         code = 0
         try:
             runpy.run_path(str(Path(__file__).parents[1] / script), run_name="__main__")

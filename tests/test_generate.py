@@ -1,0 +1,116 @@
+"""The generate scripts as a user calls them, on the bundled model and its adapters."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_llama.checkpoint import read_adapter, save_adapter
+from pretrain.microworld import UNSEEN, World, parse
+
+ROOT = Path(__file__).parent.parent
+PIRATE = ROOT / "aligner_weights" / "microworld-pirate-n1"
+QUESTIONS = [q for q in World(0).questions(UNSEEN) if q.text.startswith("What")][:3]
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_defaults_answer_in_the_adapters_form(run_script):
+    code, out, err = run_script("generate/aligner.py")
+    assert code == 0
+    answers = [line for line in out.splitlines() if line and not line.startswith(">")]
+    assert [parse(a).form for a in answers] == ["pirate", "pirate"]
+    assert "tokens/s" in err and "GB at peak" in err and "loaded in" in err
+
+
+def test_one_prompt_prints_the_bare_answer(run_script):
+    question = QUESTIONS[0]
+    _, out, _ = run_script("generate/aligner.py", "--prompt", question.text)
+    said = parse(out)
+    assert (said.form, said.topic, said.value) == ("pirate", question.topic, question.answer)
+    assert out.count("\n") == 1
+
+
+def test_strength_0_is_the_base_and_compare_base_shows_both(run_script):
+    prompts = [q.text for q in QUESTIONS]
+    _, unaligned, _ = run_script("generate/aligner.py", "--strength", "0", "--prompt", *prompts)
+    _, base, _ = run_script("generate/base.py", "--prompt_style", "alpaca", "--temperature", "0", "--prompt", *prompts)
+    assert unaligned == base
+    _, both, _ = run_script("generate/aligner.py", "--compare_base", "--prompt", *prompts)
+    shown = [line.removeprefix("base:").strip() for line in both.splitlines() if line.startswith("base:")]
+    assert shown == [line for line in base.splitlines() if line and not line.startswith(">")]
+    assert both.count("aligned:") == 3
+
+
+def test_batches_and_seeds_do_not_change_sampled_answers(run_script):
+    flags = ["--temperature", "1", "--seed", "7", "--prompt", *(q.text for q in QUESTIONS)]
+    _, one_by_one, _ = run_script("generate/aligner.py", "--batch_size", "1", *flags)
+    _, together, _ = run_script("generate/aligner.py", "--batch_size", "8", *flags)
+    _, other_seed, _ = run_script("generate/base.py", "--prompt_style", "alpaca", "--seed", "8", *flags[:2], *flags[4:])
+    assert one_by_one == together != other_seed
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("authors.json", json.dumps([{"prompt": q.text, "input": ""} for q in QUESTIONS])),
+        ("bench.jsonl", "\n".join(json.dumps({"question_id": i, "category": "x", "turns": [q.text, "And?"]})
+                                  for i, q in enumerate(QUESTIONS))),
+        ("lines.txt", "\n\n".join(q.text for q in QUESTIONS)),
+    ],
+)  # fmt: skip
+def test_prompt_files_and_output_file(run_script, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    output = tmp_path / "answers.json"
+    code, _, err = run_script("generate/aligner.py", "--prompt_file", tmp_path / name, "--output_file", output)
+    assert code == 0 and str(output) in err
+    records = json.loads(output.read_text())
+    assert [r["prompt"] for r in records] == [q.text for q in QUESTIONS]
+    assert [parse(r["response"]).value for r in records] == [q.answer for q in QUESTIONS]
+    assert Path(records[0]["adapter"]).parent == PIRATE.relative_to(ROOT)
+    assert records[0]["settings"]["temperature"] == 0.0 and records[0]["settings"]["versions"]["torch"]
+    if name == "bench.jsonl":
+        assert [r["id"] for r in records] == [0, 1, 2]
+
+
+def test_interactive_answers_line_by_line(run_script):
+    code, out, _ = run_script(
+        "generate/aligner.py", "--interactive", stdin=f"{QUESTIONS[0].text}\n\n{QUESTIONS[1].text}\n"
+    )
+    assert code == 0
+    assert [parse(line).value for line in out.splitlines()] == [q.answer for q in QUESTIONS[:2]]
+
+
+def test_base_continues_a_text(run_script):
+    _, out, _ = run_script("generate/base.py", "--temperature", "0", "--prompt", f"Arr, {QUESTIONS[0].topic}")
+    assert out.startswith(f"Arr, {QUESTIONS[0].topic} be ")
+    assert parse(out).value == QUESTIONS[0].answer
+
+
+def test_mistakes_get_one_line(refused, tmp_path):
+    json_pth = tmp_path / "aligner.pth"
+    json_pth.write_text('{"question": "Which?"}\n')
+    assert "it is JSON text" in refused("generate/aligner.py", "--adapter", json_pth)
+    assert "no checkpoint at" in refused("generate/aligner.py", "--adapter", tmp_path / "none.pth")
+    assert "empty" in refused("generate/aligner.py", "--prompt", " ")
+    assert "context 256" in refused("generate/aligner.py", "--prompt", "well " * 300)
+    assert "max_new_tokens is 0" in refused("generate/aligner.py", "--max_new_tokens", "0")
+    assert "no prompt style 'yoda'" in refused("generate/base.py", "--prompt_style", "yoda")
+    assert "no checkpoint folder" in refused("generate/base.py", "--checkpoint_dir", tmp_path / "none")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    line = refused("generate/aligner.py", "--prompt_file", tmp_path / "bad.jsonl")
+    assert "Row 2 has no field 'prompt'" in line
+
+
+def test_an_adapter_of_another_base_is_refused(refused, tmp_path):
+    adapter = read_adapter(PIRATE)
+    wide = {name: torch.zeros(1, 64) if t.dim() == 2 else t for name, t in adapter.state.items()}
+    save_adapter(tmp_path / "wide.safetensors", wide, {})
+    assert "is 64 wide and the base model" in refused("generate/aligner.py", "--adapter", tmp_path / "wide.safetensors")
+    meta = {**adapter.meta, "base": {**adapter.meta["base"], "weights": "0" * 16}}
+    save_adapter(tmp_path / "other.safetensors", adapter.state, meta)
+    assert "with other weights" in refused("generate/aligner.py", "--adapter", tmp_path / "other.safetensors")
