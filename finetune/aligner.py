@@ -16,7 +16,7 @@ from lit_llama import cli
 from lit_llama.data import SFTData
 from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, load_aligner
+from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, start_finetuning
 from lit_llama.utils import log
 from scripts import prepare_microworld
 
@@ -67,7 +67,7 @@ def main(args: Namespace) -> None:
         prepare_microworld.main(cli.defaults(prepare_microworld, checkpoint_dir=args.checkpoint_dir))
     tokenizer = Tokenizer(args.checkpoint_dir)
     train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
-    fabric, model, meta = load_aligner(args, train.meta)
+    fabric, model, meta = start_finetuning(args, train.meta)
     samples = answer_samples(val, tokenizer, args.sample_prompts, args.max_new_tokens)
     trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, samples)
     if fabric.global_rank == 0:

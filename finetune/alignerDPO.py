@@ -21,7 +21,7 @@ from lit_llama.dpo import DPOData, LossType, adapter_key, cached_reference, chec
 from lit_llama.model import LLaMA
 from lit_llama.report import plot_metrics, print_summary
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, load_aligner
+from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, start_finetuning
 from lit_llama.utils import log
 from scripts import prepare_microworld_safe
 
@@ -38,7 +38,7 @@ adapter_prompt_length: int = 1  # prefix tokens N, 1 to about 300
 adapter_start_layer: int = 2  # first layer that attends to them, from 0
 
 # == Preference ==
-beta: float = 0.1  # β: larger keeps the policy closer to the reference
+beta: float = 1.0  # β: larger keeps the policy closer to the reference
 loss_type: LossType = "sigmoid"  # sigmoid is DPO's own; ipo, hinge
 label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round (sigmoid)
 reference_free: bool = False  # compare with a uniform reference instead of the starting point
@@ -46,11 +46,11 @@ sft_weight: float = 1.0  # what the chosen response's negative log-likelihood pe
 precompute_reference: bool = True  # once, cached beside the data; false: in every step, one more forward pass
 
 # == Optimisation (a step is always an optimiser step) ==
-epochs: float = 8.0  # passes over the pairs; need not be whole
+epochs: float = 4.0  # passes over the pairs; need not be whole
 max_steps: int | None = None  # stop after so many steps even if the epochs are not over
-batch_size: int = 32  # pairs per step, over all devices
+batch_size: int = 16  # pairs per step, over all devices
 micro_batch_size: int = 16  # pairs per forward pass on one device; divides batch_size
-learning_rate: float = 1e-2  # peak of AdamW's learning rate
+learning_rate: float = 3e-2  # peak of AdamW's learning rate
 warmup_epochs: float = 0.5  # linear rise from 0 to the peak
 lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
 weight_decay: float = 0.02  # on the prefix, never on the gates
@@ -152,7 +152,7 @@ def main(args: Namespace) -> None:
     train = DPOData(args.data_dir, "train", tokenizer, **loss)
     val = DPOData(args.data_dir, "test", tokenizer, args.eval_rows, **loss)
 
-    fabric, model, meta = load_aligner(args, train.meta)
+    fabric, model, meta = start_finetuning(args, train.meta)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     meta["reference"] = "none" if args.init_adapter is None else adapter_key(start)
     meta["data"]["sha256"] = train.sha256

@@ -33,12 +33,15 @@ def load_composed(
         strengths = strengths * len(adapters)
     if len(strengths) != len(adapters):
         raise UserError(f"There are {len(adapters)} adapters and {len(strengths)} strengths; give each its own.")
+    foreign = [a for a in adapters if a.method != "aligner"]
+    if len(adapters) > 1 and foreign:
+        raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
     scaled = [
         Adapter({name: t * s if name.endswith("gating_factor") else t for name, t in a.state.items()}, a.meta, a.path)
         for a, s in zip(adapters, strengths, strict=True)
     ]
     # the one that starts lowest makes the layers that the others join
-    first, *others = sorted(scaled, key=lambda adapter: adapter.config["adapter_start_layer"])
+    first, *others = sorted(scaled, key=lambda adapter: adapter.config.get("adapter_start_layer", 0))
     model = load_model(checkpoint_dir, first, device=device, dtype=dtype)
     for adapter in others:
         check_base(adapter, checkpoint_dir, model.config)

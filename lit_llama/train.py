@@ -16,8 +16,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -28,11 +29,11 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_llama import aligner
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
+from lit_llama.checkpoint import METHODS, base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
 from lit_llama.data import SFTData, plan_epoch
 from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, generate
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import MetricsLog, Progress, plot_losses
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, log, unwritable
@@ -166,13 +167,16 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
     return torch.bfloat16 if fabric.strategy.precision.precision == "bf16-true" else torch.float32
 
 
-def load_aligner(args: Namespace, prepared: dict[str, Any]) -> tuple[Fabric, LLaMA, dict[str, Any]]:
+def start_finetuning(
+    args: Namespace, prepared: dict[str, Any], method: ModuleType = aligner
+) -> tuple[Fabric, LLaMA, dict[str, Any]]:
     """What the finetuning scripts begin with: Fabric, the model with a fresh or the initial adapter, and what the
     trained adapter's file shall say of itself.
 
     Args:
-        args: a script's settings; the initial adapter's length and start layer replace those in it.
+        args: a script's settings, the method's own among them; the initial adapter's replace these.
         prepared: `meta.json` of the data.
+        method: a module of `lit_llama.checkpoint.METHODS`.
 
     Raises:
         UserError: a file is missing or does not fit, or Fabric refuses a setting.
@@ -180,7 +184,8 @@ def load_aligner(args: Namespace, prepared: dict[str, Any]) -> tuple[Fabric, LLa
     adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
     if adapter is not None:
         args.update(Namespace(adapter.config))
-    own = {name: args[name] for name in ("adapter_prompt_length", "adapter_start_layer")}
+    of_base = {field.name for field in fields(LLaMAConfig)}
+    own = {f.name: args[f.name] for f in fields(method.LLaMAConfig) if f.name not in of_base}
     fabric = make_fabric(
         **{k: args[k] for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "out_dir")}
     )
@@ -188,7 +193,7 @@ def load_aligner(args: Namespace, prepared: dict[str, Any]) -> tuple[Fabric, LLa
     model = load_model(
         args.checkpoint_dir,
         adapter,
-        method=aligner,
+        method=method,
         method_config=own,
         device=fabric.device,
         dtype=base_dtype(fabric),
@@ -196,7 +201,7 @@ def load_aligner(args: Namespace, prepared: dict[str, Any]) -> tuple[Fabric, LLa
     aligner.mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = args.gradient_checkpointing
     meta = {
-        "method": "aligner",
+        "method": next(name for name, module in METHODS.items() if module is method),
         "config": own,
         "base": base_fingerprint(args.checkpoint_dir),
         "prompt_style": prepared["prompt_style"],

@@ -82,3 +82,9 @@ def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_
     save_adapter(wide.path, wide.state, wide.meta)
     with pytest.raises(UserError, match="is 64 wide"):
         load_composed(folder, [EARLY, wide], [1.0])
+
+
+def test_only_aligners_add_up(folder):
+    foreign = Adapter(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
+    with pytest.raises(UserError, match=r"lora\.safetensors was made by the method 'lora'; only Aligners add up"):
+        load_composed(folder, [LATE, foreign], [1.0])
