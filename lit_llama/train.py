@@ -502,7 +502,7 @@ class Trainer:
                 left_over.unlink()
         # the state goes first and comes back last: files of two runs are never mixed
         for name in () if resumed else ("state.pt", "best.safetensors", "last.safetensors", "metrics.csv",
-                                        "samples.jsonl", "loss.png", "summary.json"):  # fmt: skip
+                                        "samples.jsonl", "loss.png", "metrics.png", "summary.json"):  # fmt: skip
             (out_dir / name).unlink(missing_ok=True)
         shutil.rmtree(out_dir / "tensorboard", ignore_errors=True)
         if resumed:
