@@ -27,7 +27,7 @@ from scripts.prepare_microworld import FormName
 forms: list[str] = [f for f in get_args(FormName) if f != "telegram"]  # forms to train
 adapter_prompt_length: int = 1  # prefix tokens
 seeds: list[int] = [1, 2, 3]  # of the adapter and the data's order
-questions: int = 400  # asked of the held-out half, per temperature
+questions: int = 300  # asked of the held-out half, per temperature
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 out_dir: Path = Path("out/microworld-adapters")  # runs, answers and tables
 weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
@@ -64,7 +64,7 @@ def train_and_score(args: Namespace, form: str, seed: int) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Mean and lowest over seeds, per form."""
+    """Mean and lowest over seeds, per form; the median of the seconds."""
     heads = [f"{what}, {'greedy' if t == 0 else f'T = {t}'}" for t in TEMPERATURES for what in ("form", "facts")]
     lines = ["| form | parameters | seconds | " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) + 2)]
     for form in dict.fromkeys(r["form"] for r in rows):
@@ -74,7 +74,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             for what in ("form", "fact"):
                 values = [r[f"{what}@{t}"] for r in own]
                 cells.append(f"{statistics.mean(values):.1%} ({min(values):.1%})")
-        seconds = statistics.mean(r["seconds"] for r in own)
+        seconds = statistics.median(r["seconds"] for r in own)
         lines.append(f"| {form} | {own[0]['parameters']} | {seconds:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -95,8 +95,7 @@ An Aligner of {row["parameters"]} numbers for the bundled base model: it answers
 {scores}
 
 {args.questions} questions about entities that finetuning never saw; a form counts only if the whole answer fits it, a
-fact only if topic and value are both right. Seed {row["seed"]}, {row["seconds"]:.0f} s on one CPU core, torch
-{settings["torch"]}.
+fact only if topic and value are both right. Seed {row["seed"]}, torch {settings["torch"]}.
 
     python generate/aligner.py --adapter {args.weights_dir}/{weights_name(form, n)}
 
@@ -118,7 +117,8 @@ was trained on and by what. `python generate/aligner.py --adapter FOLDER` uses i
 
 Mean over seeds {", ".join(map(str, args.seeds))} (lowest in brackets); {args.questions} questions each about entities
 that finetuning never saw; a form counts only if the whole answer fits it, a fact only if topic and value are both
-right; seconds of training on one CPU core, {args.jobs} runs side by side. The files are those of seed {args.seeds[0]}.
+right; median seconds of training on one CPU core, {args.jobs} runs and other work side by side. The files are those of
+seed {args.seeds[0]}.
 
 {markdown(rows)}
 Made by `python scripts/train_microworld_adapters.py {flags}`.
@@ -149,6 +149,7 @@ def main(args: Namespace) -> None:
     print(markdown(rows))
     if args.weights_dir:
         write_text(args.weights_dir / "README.md", overview(args, rows))
+        shutil.copy(args.out_dir / "scores.csv", args.weights_dir / "scores.csv")
     for row in rows if args.weights_dir else []:
         if row["seed"] == args.seeds[0]:
             n = args.adapter_prompt_length
