@@ -42,7 +42,7 @@ beta: float = 1.0  # β: larger keeps the policy closer to the reference
 loss_type: LossType = "sigmoid"  # sigmoid is DPO's own; ipo, hinge
 label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round (sigmoid)
 reference_free: bool = False  # compare with a uniform reference instead of the starting point
-sft_weight: float = 1.0  # what the chosen response's negative log-likelihood per token adds to the loss; 0: plain DPO
+sft_weight: float = 3.0  # what the chosen response's negative log-likelihood per token adds to the loss; 0: plain DPO
 precompute_reference: bool = True  # once, cached beside the data; false: in every step, one more forward pass
 
 # == Optimisation (a step is always an optimiser step) ==
