@@ -8,6 +8,7 @@ It runs the same scripts you would run by hand, says each command, and writes ou
 import base64
 import html
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,7 +41,9 @@ def step(title: str, script: str, **flags: object) -> None:
     """
     arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
-    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+    # threads that wait without spinning: the demo stays quick beside other programs
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    if subprocess.run([sys.executable, str(ROOT / script), *arguments], env=environment).returncode:
         raise UserError(f"The demo stopped at: {title}.")
 
 
