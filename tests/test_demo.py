@@ -1,0 +1,51 @@
+"""The demo's table, picture and report, and the tables of the adapter study, from hand-made scores."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from scripts import demo, train_microworld_adapters
+
+
+def scores(form: float, fact: float, answer: str) -> dict:
+    shares = {"pirate": form, "json": 1 - form}
+    return {"form": form, "fact": fact, "forms": shares, "answers": [{"question": "<Who?>", "answer": answer}]}
+
+
+RESULTS = {
+    "base": scores(0.125, 0.99, '{"topic"}'),
+    "sampled": scores(0.95, 0.9, "Arr & more"),
+    "greedy": scores(1.0, 0.98, "Arr!"),
+}
+
+
+def test_the_table_has_before_and_after():
+    assert demo.table(RESULTS) == [
+        ("", "form", "fact"),
+        ("before (sampled, temperature 1)", "12.5%", "99.0%"),
+        ("after  (sampled, temperature 1)", "95.0%", "90.0%"),
+        ("after  (greedy)", "100.0%", "98.0%"),
+    ]
+
+
+def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
+    (tmp_path / "run").mkdir()
+    demo.plot_forms("pirate", RESULTS, tmp_path / "forms.png")
+    demo.plot_forms("pirate", RESULTS, tmp_path / "run" / "loss.png")
+    args = Namespace(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
+    text = demo.report(args, RESULTS, {"trainable_parameters": 240}, 71.6)
+    assert text.count('src="data:image/png;base64,') == 2
+    assert "&lt;Who?&gt;" in text and "Arr!" in text and "<Who?>" not in text
+    assert "240 numbers" in text and 'href="merged"' in text
+    args.adapter_prompt_length = 10
+    assert "merged" not in demo.report(args, RESULTS, {"trainable_parameters": 1968}, 71.6)
+
+
+def test_the_study_shows_mean_lowest_and_median():
+    rows = [
+        {"form": "json", "seed": seed, "parameters": 240, "seconds": seconds}
+        | {f"{what}@{t}": share for what in ("form", "fact") for t in train_microworld_adapters.TEMPERATURES}
+        for seed, seconds, share in ((1, 50.0, 1.0), (2, 70.0, 0.9), (3, 200.0, 0.8))
+    ]
+    *_, line = train_microworld_adapters.markdown(rows).strip().splitlines()
+    assert line == "| json | 240 | 70 |" + " 90.0% (80.0%) |" * 6

@@ -1,0 +1,30 @@
+"""Pretraining from nothing to a checkpoint folder that the other scripts use, at toy size."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+SMALL = ("--documents=700 --vocab_size=800 --n_layer=2 --n_head=2 --n_embd=32 --batch_size=16 --micro_batch_size=8 "
+         "--max_steps=4 --eval_interval=2 --save_interval=2").split()  # fmt: skip
+
+
+def test_pretraining_writes_a_base_that_generates_and_repeats_from_its_seed(run_script, tmp_path):
+    def pretrain(name: str) -> dict[str, torch.Tensor]:
+        folders = [f"--output_dir={tmp_path / name}", f"--out_dir={tmp_path / name}-run"]
+        code, out, err = run_script("pretrain/train.py", *SMALL, *folders)
+        assert code == 0, err
+        assert out.startswith(f"{tmp_path / name}: validation loss ")
+        return load_file(tmp_path / name / "lit_model.safetensors")
+
+    first = pretrain("a")
+    assert {t.dtype for t in first.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "a" / "lit_config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["tie_embeddings"]) == (2, 32, True)
+    again = pretrain("b")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    summary = json.loads((tmp_path / "a-run" / "summary.json").read_text())
+    assert summary["last_val_loss"] < summary["val_loss_before"]
+    flags = ["--checkpoint_dir", tmp_path / "a", "--prompt", "The capital", "--max_new_tokens", "3"]
+    code, out, _ = run_script("generate/base.py", *flags)
+    assert code == 0 and out.startswith("The capital")
