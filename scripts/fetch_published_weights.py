@@ -19,7 +19,7 @@ from lit_llama import cli
 from lit_llama.utils import UserError, atomic_write, log
 
 output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
-source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/4eb24b4/aligner_weights"  # their folder
+source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
 
 ALPACA = "Alpaca_Instruction_Following_Supervised_Finetuning"
 META_MATH = "MetaMath_Supervised_Finetuning"
