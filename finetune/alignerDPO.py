@@ -27,9 +27,7 @@ from scripts import prepare_microworld_safe
 
 # == What to train on ==
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
-data_dir: Path = Path(
-    "data/microworld-safe"
-)  # a folder of pairs, of scripts/prepare_beaver_safe.py or _microworld_safe
+data_dir: Path = Path("data/microworld-safe")  # pairs, written by scripts/prepare_beaver_safe.py or _microworld_safe
 init_adapter: Path | None = None  # start from this adapter, and keep close to it; default: from the bare base
 out_dir: Path = Path("out/dpo/microworld-safe")  # everything the run writes
 

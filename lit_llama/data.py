@@ -20,7 +20,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -448,13 +448,6 @@ def plan_fixed_epoch(
     order = np.random.default_rng((seed, epoch)).permutation(len(fixed))
     per_step = batch_size // micro_batch_size
     return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
-
-
-def padding_share(data: SFTData, steps: Iterator[list[np.ndarray]]) -> float:
-    """The share of computed tokens that is padding, over some planned steps."""
-    computed = [len(m) * data.lengths[m].max() for step in steps for m in step]
-    real = [data.lengths[m].sum() for step in steps for m in step]
-    return 1 - sum(real) / sum(computed)
 
 
 def default_num_proc() -> int:
