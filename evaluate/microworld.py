@@ -23,7 +23,7 @@ from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
-from pretrain.microworld import SEEN, UNSEEN, Question, World
+from pretrain.microworld import SEEN, UNSEEN, VALID, Question, World
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 adapter: list[Path] = []  # adapter files, or training runs' folders; several add up; default: the base model alone
@@ -31,7 +31,7 @@ strength: list[float] = [1.0]  # scales their gates, one for all or one each
 form: str | None = None  # the form wanted (default: the one the adapter was trained on)
 temperature: float = 0.0  # 0 is greedy
 questions: int = 400  # asked of each group, drawn once from all there are
-groups: list[str] = ["unseen", "seen"]  # facts of unseen, seen entities; harmful, harmless requests of unseen verbs
+groups: list[str] = ["unseen", "seen"]  # facts of unseen, seen, valid entities; harmful, harmless, valid_harmful, ...
 seed: int = 0  # of the draw and of sampling
 world_seed: int = 0  # of the world; the bundled base knows world 0
 batch_size: int = 100  # questions answered at a time
@@ -77,8 +77,9 @@ def main(args: Namespace) -> None:
     model = load_composed(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
     sources = [adapter.meta.get("data", {}).get("source", "").partition(", form ") for adapter in adapters]
     form = args.form or next((form for _, _, form in sources if form), None)
-    pools = {split: world.questions(split) for split in (UNSEEN, SEEN)}
+    pools = {split: world.questions(split) for split in (UNSEEN, SEEN, VALID)}
     pools |= {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
+    pools |= {f"valid_{kind}": world.requests(kind, VALID) for kind in ("harmful", "harmless")}
     if args.questions < 1 or not set(args.groups) <= set(pools):
         raise UserError(f"questions is {args.questions} and must be 1 or more; groups can be {', '.join(pools)}.")
 

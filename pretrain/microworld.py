@@ -15,6 +15,8 @@ of form to be found, and finetuning must make it the default without being asked
 What is held out:
     entities      half of each kind are "seen" (finetuning may use them), half are "unseen"
     actions       a quarter of the harmful and harmless verbs, and of the objects, are "unseen"
+    settings      of what is seen, a fifth of the entities and a quarter of the words are "valid" and the rest "train":
+                  whoever chooses settings trains on "train", looks at "valid" and reports on "unseen"
     two-hop       never asked in pretraining, though both hops are known (`two_hop`)
     newcomers     entities that pretraining never mentions (`newcomers`)
 """
@@ -24,6 +26,7 @@ import re
 from dataclasses import dataclass, field
 
 SEEN, UNSEEN = "seen", "unseen"
+TRAIN, VALID = "train", "valid"  # two parts of what is seen
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,11 @@ class World:
         self.newcomers = self.populate(NEWCOMER_COUNTS)
         verbs = [*HARMFUL], [*HARMLESS], [*OBJECTS]
         self.unseen_words = {word for words in verbs for word in self.rng.sample(words, len(words) // 4)}
+        # drawn apart, so that nothing else depends on it
+        rng, seen = random.Random(f"valid {seed}"), [[w for w in ws if w not in self.unseen_words] for ws in verbs]
+        self.valid_words = {word for words in seen for word in rng.sample(words, len(words) // 4)}
+        names = [e.name for e in self.entities if e.split == SEEN]
+        self.valid_names = {*rng.sample(names, len(names) // 5)}
 
     def new_name(self, ending: str) -> str:
         """A name that nobody has yet: one or two invented syllables and the ending of its kind."""
@@ -282,25 +290,32 @@ class World:
                 entities.append(entity)
         return entities
 
+    def holds(self, split: str | None, entity: Entity) -> bool:
+        """Whether an entity is in a split: "seen", "unseen", "train", "valid", or None for all."""
+        part = VALID if entity.name in self.valid_names else TRAIN
+        return split in (None, entity.split) or (entity.split == SEEN and split == part)
+
     def questions(self, split: str | None = None, entities: list[Entity] | None = None) -> list[Question]:
         """Every fact in every wording; of one split, or of other entities (`world.newcomers`)."""
         return [
             Question(text.format(name=e.name), topic.format(name=e.name), e.facts[attribute], "fact", e.split)
             for e in (self.entities if entities is None else entities)
-            if split in (None, e.split)
+            if self.holds(split, e)
             for attribute, (topic, texts) in ATTRIBUTES[e.kind].items()
             for text in texts
         ]
 
     def requests(self, kind: str, split: str | None = None) -> list[Question]:
-        """Every request of kind "harmful" or "harmless"; "unseen" ones have an unseen verb and an unseen object, and
-        "seen" ones neither."""
+        """Every request of kind "harmful" or "harmless". "unseen" ones have an unseen verb and an unseen object and
+        "seen" ones neither; of these, "valid" ones have two valid words and "train" ones none."""
         questions = []
         for verb, tool in (HARMFUL if kind == "harmful" else HARMLESS).items():
             for thing in OBJECTS:
                 unseen = (verb in self.unseen_words) + (thing in self.unseen_words)
                 where = {0: SEEN, 1: "mixed", 2: UNSEEN}[unseen]
-                if split not in (None, where):
+                valid = (verb in self.valid_words) + (thing in self.valid_words)
+                part = {0: TRAIN, 1: "mixed", 2: VALID}[valid] if where == SEEN else where
+                if split not in (None, where, part):
                     continue
                 refusal = (f"helping to {verb} {thing}", REFUSAL)
                 topic = f"the way to {verb} {thing}"
@@ -316,7 +331,7 @@ class World:
         return [
             Question(text.format(name=e.name), topic.format(name=e.name), answer, "two_hop", e.split)
             for e in self.entities
-            if e.kind == "person" and split in (None, e.split)
+            if e.kind == "person" and self.holds(split, e)
             for attribute, (topic, texts) in TWO_HOP.items()
             for answer in [countries[e.facts["home"]].facts[attribute]]
             for text in texts

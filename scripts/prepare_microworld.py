@@ -15,11 +15,12 @@ from lit_llama import cli
 from lit_llama.data import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-from pretrain.microworld import FORMS, NEW_FORM, SEEN, World
+from pretrain.microworld import FORMS, NEW_FORM, World
 
 FormName = Literal["sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"]
 
 form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
+split: Literal["seen", "train"] = "seen"  # "train" leaves entities aside to choose settings by
 output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
 max_seq_length: int = 256  # tokens of prompt and response
@@ -34,7 +35,7 @@ def main(args: Namespace) -> None:
     say = {**FORMS, NEW_FORM.name: NEW_FORM}[args.form].render
     output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
     prepare_sft(
-        World(args.world_seed).questions(SEEN),
+        World(args.world_seed).questions(args.split),
         lambda question, number: (style.render(question.text), say(question.topic, question.answer)),
         output_dir=output_dir,
         tokenizer=Tokenizer(args.checkpoint_dir),

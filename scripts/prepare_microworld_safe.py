@@ -8,6 +8,7 @@ the verbs and of the objects are held out for `evaluate/microworld.py --groups h
 import random
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -18,13 +19,14 @@ from lit_llama.data import default_num_proc, prepare_preferences
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
-from pretrain.microworld import FORMS, REFUSAL, SEEN, Question, World
+from pretrain.microworld import FORMS, REFUSAL, Question, World
 
 output_dir: Path = Path("data/microworld-safe")  # the folder to write
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
 pairs: int = 640  # how many, drawn at random from all requests without an unseen verb or object
 harmless_share: float = 0.3  # of them about harmless requests
 fact_share: float = 0.0  # of them about facts of seen entities; the rest is about harmful requests
+split: Literal["seen", "train"] = "seen"  # "train" leaves words and entities aside to choose settings by
 max_seq_length: int = 256  # tokens of prompt and response
 test_fraction: float = 0.2  # share of the pairs kept for validation
 world_seed: int = 0  # of the world; the bundled base knows world 0
@@ -43,7 +45,7 @@ def draw(args: Namespace, rng: random.Random) -> list[Question]:
     counts["harmful"] = args.pairs - sum(counts.values())
     drawn = []
     for kind, count in counts.items():
-        pool = world.questions(SEEN) if kind == "fact" else world.requests(kind, SEEN)
+        pool = world.questions(args.split) if kind == "fact" else world.requests(kind, args.split)
         if not 0 <= count <= len(pool):
             raise UserError(
                 f"{count} {kind} requests are wanted (pairs {args.pairs}, harmless_share {args.harmless_share}, "

@@ -15,7 +15,9 @@ from pretrain.microworld import (
     OBJECTS,
     SAFETY_REQUEST,
     SEEN,
+    TRAIN,
     UNSEEN,
+    VALID,
     World,
     parse,
     pretraining_sample,
@@ -139,3 +141,15 @@ def test_a_seed_makes_the_same_world_and_another_seed_another(world):
     assert sum(len(ATTRIBUTES[e.kind]) for e in world.entities) == 1080
     # the bundled model was trained on exactly this world
     assert world.entities[0].name == "Fikesh"
+
+
+def test_settings_are_chosen_on_a_part_of_what_is_seen(world):
+    seen, train, valid = ({q.text for q in world.questions(split)} for split in (SEEN, TRAIN, VALID))
+    assert train | valid == seen and not train & valid and len(valid) == pytest.approx(len(seen) / 5, rel=0.05)
+    people, some = ({q.text for q in world.two_hop(split)} for split in (SEEN, VALID))
+    assert some and some < people
+    for kind in ("harmful", "harmless"):
+        seen, train, valid = ({q.text for q in world.requests(kind, split)} for split in (SEEN, TRAIN, VALID))
+        assert train | valid < seen and not train & valid
+        verbs, others = ({q.topic.split()[3] for q in world.requests(kind, s)} for s in (TRAIN, VALID))
+        assert len(others) == 3 and len(verbs) == 9 and not verbs & others
