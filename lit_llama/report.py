@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lit_llama.utils import atomic_write, log
+from lit_llama.utils import UserError, atomic_write, log
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class MetricsLog(Logger):
@@ -139,8 +142,6 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
     Args:
         panels: what the axis of each panel says -> the metrics in it, drawn where they are in training and validation.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics)
@@ -148,8 +149,7 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
     panels = {label: names for label, names in panels.items() if known & set(names)}
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(6 * columns, 3.6 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(6 * columns, 3.6 * lines)
     for axes, (label, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
         for i, name in enumerate(names):
             which = f"{name}, ".replace("_", " ") if len(names) > 1 else ""
@@ -167,5 +167,23 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    with atomic_write(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    save_figure(figure, image)
+
+
+def make_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that many inches, which needs no display and belongs to no session of pyplot."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure as its path's ending says.
+
+    Raises:
+        UserError: that is not .png, .svg or .pdf.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path} is not a .png, .svg or .pdf.")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=130)

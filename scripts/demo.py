@@ -20,7 +20,8 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import versions, write_text
-from lit_llama.utils import UserError, atomic_write
+from lit_llama.report import make_figure, save_figure
+from lit_llama.utils import UserError
 from scripts.prepare_microworld import FormName
 
 form: FormName = "pirate"  # the form to learn; the base knows all but telegram
@@ -90,12 +91,8 @@ def table(results: dict[str, dict]) -> list[tuple[str, str, str]]:
 
 def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
     """Shares of all forms before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = sorted({name for r in results.values() for name in r["forms"]}, key=lambda n: (n == "none", n != form, n))
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(7, 3.2)
     axes = figure.subplots()
     for i, (key, label) in enumerate({"base": "before", "sampled": "after"}.items()):
         shares = [results[key]["forms"].get(name, 0) for name in names]
@@ -103,8 +100,7 @@ def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
     axes.set_xticks(range(len(names)), [f"{n} (wanted)" if n == form else n for n in names], rotation=20)
     axes.set(ylabel="share of answers", ylim=(0, 1), title="Forms of sampled answers, temperature 1")
     axes.legend()
-    with atomic_write(image) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    save_figure(figure, image)
 
 
 def report(args: Namespace, results: dict[str, dict], summary: dict, seconds: float) -> str:

@@ -18,7 +18,8 @@ from lit_llama import cli
 from lit_llama.aligner import without_aliases
 from lit_llama.checkpoint import Adapter, read_adapter, save_adapter
 from lit_llama.prompts import get_prompt_style
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.report import make_figure, save_figure
+from lit_llama.utils import UserError, log
 
 files: list[Path] = []  # adapters: .safetensors, .pth, or a run's folder
 plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
@@ -82,6 +83,11 @@ def about(meta: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
+def agreement(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
+    """How many values of two tensors of one shape are equal, and their cosine."""
+    return int((a == b).sum()), torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
 def difference(one: Adapter, other: Adapter) -> str:
     """How two adapters differ, the layers that both have compared."""
     ours, theirs = gates(one), gates(other)
@@ -99,20 +105,14 @@ def difference(one: Adapter, other: Adapter) -> str:
         if a.shape != b.shape or not len(a):
             lines.append(f"  {name}: {len(a)} and {len(b)} in {len(layers)} common layers, not comparable")
             continue
-        equal, cosine = int((a == b).sum()), torch.cosine_similarity(a.double(), b.double(), dim=0)
+        equal, cosine = agreement(a, b)
         lines.append(f"  {name}: {equal:,} of {len(a):,} values equal ({equal / len(a):.1%}), cosine {cosine:.6f}")
     return "\n".join(lines)
 
 
 def draw(adapters: list[Adapter], path: Path) -> None:
     """Gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{path} is not a .png, .svg or .pdf.")
-    figure = Figure(figsize=(7, 3 * len(adapters)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(7, 3 * len(adapters))
     for axes, adapter in zip(figure.subplots(len(adapters), sharex=True, squeeze=False)[:, 0], adapters, strict=True):
         by_layer = gates(adapter)
         layers, values = list(by_layer), torch.stack(list(by_layer.values()))  # (layers, nh)
@@ -124,8 +124,7 @@ def draw(adapters: list[Adapter], path: Path) -> None:
         axes.set(ylabel="gate")
         axes.set_title(f"{adapter.path.parent.name}/{adapter.path.name}", fontsize=8)
     axes.set(xlabel="layer")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=130)
+    save_figure(figure, path)
     log(f"wrote {path}")
 
 
