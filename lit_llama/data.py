@@ -118,6 +118,7 @@ def prepare_sft(
     tokenizer: Tokenizer,
     max_seq_length: int,
     mask_prompt: bool,
+    eos_when_cut: bool = True,
     test_fraction: float,
     seed: int,
     num_proc: int,
@@ -128,9 +129,11 @@ def prepare_sft(
     Args:
         rows: raw rows of the source.
         prepare_sample: (row, its number from 1) -> (prompt, response); raises UserError for a bad row.
-        max_seq_length: tokens; longer responses are cut before their EOS, longer prompts drop the row.
+        max_seq_length: tokens; longer responses are cut, longer prompts drop the row.
         mask_prompt: train on the response only.
-        test_fraction: share of the rows held out for validation, above 0 and below 1; at least one row.
+        eos_when_cut: a response that was cut ends with EOS all the same.
+        test_fraction: share of the rows held out for validation, above 0 and below 1; at least one row. Rows with the
+            same prompt stay together.
         num_proc: processes that tokenize.
         about: what the folder should say of itself beyond that (source, prompt style).
 
@@ -148,23 +151,28 @@ def prepare_sft(
 
     def encode(prompt: str, response: str) -> dict[str, Any]:
         prompt_ids = tokenizer.encode(prompt, bos=True)
-        ids = prompt_ids + tokenizer.encode(response, eos=True)
+        whole = prompt_ids + tokenizer.encode(response, eos=True)
+        ids = whole[:max_seq_length]
+        if len(whole) > max_seq_length and eos_when_cut:
+            ids[-1] = whole[-1]
         return {
-            "input_ids": ids if len(ids) <= max_seq_length else [*ids[: max_seq_length - 1], ids[-1]],
+            "input_ids": ids,
             "prompt_length": len(prompt_ids),
             "fits": len(prompt_ids) <= max_seq_length - 2,  # one token of response and EOS
-            "cut": len(ids) > max_seq_length,
+            "cut": len(whole) > max_seq_length,
         }
 
-    key = [pairs, tokenizer.sha256, max_seq_length]
+    key = [pairs, tokenizer.sha256, max_seq_length, eos_when_cut]
     encoded = _tokenize(pairs, encode, key, num_proc, Path(output_dir).parent / ".cache")
 
-    kept = encoded.select(np.flatnonzero(encoded["fits"]))
+    keep = np.flatnonzero(encoded["fits"])
+    kept = encoded.select(keep)
     counts["too_long"] = len(encoded) - len(kept)
     counts["cut"] = int(np.sum(kept["cut"]))
     settings = {"max_seq_length": max_seq_length, "mask_prompt": mask_prompt, "tokenizer_sha256": tokenizer.sha256}
     meta = _write_splits(
         kept.select_columns(["input_ids", "prompt_length"]),
+        [pairs[i][0] for i in keep],
         counts,
         output_dir=output_dir,
         test_fraction=test_fraction,
@@ -231,13 +239,15 @@ def prepare_preferences(
     encoded = _tokenize(pairs, encode, key, num_proc, Path(output_dir).parent / ".cache")
 
     fits, same = np.array(encoded["fits"], bool), np.array(encoded["same"], bool)
-    kept = encoded.select(np.flatnonzero(fits & ~same))
+    keep = np.flatnonzero(fits & ~same)
+    kept = encoded.select(keep)
     counts["too_long"] = int(np.sum(~fits))
     counts["identical"] = int(np.sum(fits & same))
     counts["cut"] = int(np.sum(kept["cut"]))
     settings = {"max_seq_length": max_seq_length, "tokenizer_sha256": tokenizer.sha256}
     meta = _write_splits(
         kept.select_columns(["prompt", "chosen", "rejected"]),
+        [pairs[i][0] for i in keep],
         counts,
         output_dir=output_dir,
         test_fraction=test_fraction,
@@ -271,17 +281,40 @@ def _check_split(test_fraction: float, seed: int) -> None:
 
 
 def _write_splits(
-    kept: Dataset, counts: Counter, *, output_dir: Path, test_fraction: float, seed: int, about: dict[str, Any]
+    kept: Dataset,
+    prompts: list[str],
+    counts: Counter,
+    *,
+    output_dir: Path,
+    test_fraction: float,
+    seed: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
-    """Splits the rows at random, writes the folder and returns its `meta.json`."""
+    """Splits the rows at random, those of one prompt together, writes the folder and returns its `meta.json`.
+
+    Raises:
+        UserError: fewer than two rows or prompts.
+    """
     _check_count(len(kept), counts, about["max_seq_length"])
-    order = np.random.default_rng(seed).permutation(len(kept))
-    n_test = min(max(1, round(test_fraction * len(kept))), len(kept) - 1)
-    splits = {"train": kept.select(np.sort(order[n_test:])), "test": kept.select(np.sort(order[:n_test]))}
-    counts = {**counts, "train": len(order) - n_test, "test": n_test}
+    in_test = _held_out(prompts, test_fraction, seed)
+    splits = {"train": kept.select(np.flatnonzero(~in_test)), "test": kept.select(np.flatnonzero(in_test))}
+    counts = {**counts, "prompts": len(set(prompts)), **{name: len(rows) for name, rows in splits.items()}}
     meta = {**about, "counts": counts, "test_fraction": test_fraction, "seed": seed}
     write_dataset(output_dir, splits, meta)
     return meta
+
+
+def _held_out(prompts: list[str], test_fraction: float, seed: int) -> np.ndarray:
+    """Which rows are for validation, (rows,) bool: those of prompts drawn at random until the share is reached."""
+    numbers: dict[str, int] = {}
+    prompt = np.array([numbers.setdefault(text, len(numbers)) for text in prompts])
+    if len(numbers) < 2:
+        raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    drawn = np.array(list(dict.fromkeys(prompt[order])))  # the prompts in random order
+    rows = np.cumsum(np.bincount(prompt)[drawn])
+    count = 1 + np.searchsorted(rows, max(1, round(test_fraction * len(prompts))))
+    return np.isin(prompt, drawn[: min(count, len(numbers) - 1)])
 
 
 def _tokenize(

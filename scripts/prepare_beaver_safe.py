@@ -142,7 +142,7 @@ def main(args: Namespace) -> None:
     if args.stage == "dpo":
         prepare_preferences(pairs, lambda pair, number: pair, **common)
     else:
-        prepare_sft(pairs, lambda pair, number: pair[:2], mask_prompt=True, **common)
+        prepare_sft(pairs, lambda pair, number: pair[:2], mask_prompt=True, eos_when_cut=False, **common)
     print(output_dir)
 
 

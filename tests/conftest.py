@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory, tokenizer) -> Path:
     pairs = [(rng.choice(things), " and ".join(rng.sample(things, rng.randint(1, 4)))) for _ in range(46)]
     prepare_sft(
         pairs,
-        lambda pair, number: (f"what did {pair[0]} eat?", f" {pair[0]} ate {pair[1]}"),
+        lambda pair, number: (f"{number} what did {pair[0]} eat?", f" {pair[0]} ate {pair[1]}"),
         output_dir=folder,
         tokenizer=tokenizer,
         max_seq_length=60,
@@ -65,7 +65,7 @@ def data_dir(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def preference_dir(tmp_path_factory, tokenizer) -> Path:
-    """A prepared preference folder: 21 pairs of many lengths for training and 5 for validation."""
+    """A prepared preference folder: 20 pairs of many lengths for training and 6 for validation."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "preferences"
     things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
     texts = [(t, " and ".join(rng.sample(things, rng.randint(1, 4)))) for t in things for _ in range(6)][:26]

@@ -133,7 +133,7 @@ def test_a_prepared_row_is_prompt_response_and_one_eos(tmp_path, tokenizer):
     assert meta == {
         "format": "lit-llama-sft-1", "source": "a test", "max_seq_length": 40, "mask_prompt": True, "seed": 1,
         "test_fraction": 0.25, "tokenizer_sha256": tokenizer.sha256,
-        "counts": {"rows": 2, "empty": 0, "too_long": 0, "cut": 0, "train": 1, "test": 1},
+        "counts": {"rows": 2, "empty": 0, "too_long": 0, "cut": 0, "prompts": 2, "train": 1, "test": 1},
     }  # fmt: skip
 
 
@@ -170,7 +170,8 @@ def test_rows_are_kept_cut_or_counted(tmp_path_factory, tokenizer, rows, length)
 
 def test_a_prompt_needs_room_for_one_token_and_eos(tmp_path, tokenizer):
     n = len(tokenizer.encode("the cat", bos=True))
-    rows = [{"p": "the cat", "r": "sat on"}, {"p": "the cat", "r": "ate it"}]
+    rows = [{"p": "the cat", "r": "sat on"}, {"p": "the hat", "r": "ate it"}]
+    assert n == len(tokenizer.encode("the hat", bos=True))
     prepare(tmp_path / "fits", tokenizer, rows, max_seq_length=n + 2)
     assert [(len(ids), ids[-1], length) for ids, length in all_rows(tmp_path / "fits")] == [(n + 2, 2, n)] * 2
     with pytest.raises(UserError, match=rf"Of 2 rows 0 can be used \(0 empty, 2 with a prompt that fills all {n + 1}"):

@@ -233,7 +233,7 @@ def test_sizes_of_the_rows(preference_dir):
     assert batch["idx"].shape == (2, data.lengths[3])
     row = data.rows[3]
     assert data.tokens[3] == 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
-    assert data.weights.tolist() == [1.0] * 21
+    assert data.weights.tolist() == [1.0] * 20
 
 
 # == preparing pairs ==
@@ -252,7 +252,8 @@ def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, token
         (long, " sat", " ate"),  # the prompt fills it all
     ]
     meta = write_pairs(tmp_path / "out", tokenizer, pairs)
-    assert meta["counts"] == {"rows": 8, "empty": 2, "too_long": 1, "identical": 2, "cut": 1, "train": 2, "test": 1}
+    assert meta["counts"] == {"rows": 8, "empty": 2, "too_long": 1, "identical": 2, "cut": 1, "prompts": 3, "train": 2,
+                              "test": 1}  # fmt: skip
     assert (
         "8 pairs: 2 with an empty side, 1 with too long a prompt and 2 with two equal responses dropped, 1 responses "
         "cut to 60 tokens; 2 for training, 1 for validation."

@@ -145,7 +145,7 @@ def test_samples_are_taken_before_during_and_after(finished):
     records = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 5, 10, 14]
     assert all(record.keys() == {"step", "prompt", "answer", "reference"} for record in records)
-    assert re.fullmatch(r"what did \w+ \w+ eat\?", records[0]["prompt"])
+    assert re.fullmatch(r"\d+ what did \w+ \w+ eat\?", records[0]["prompt"])
 
 
 def test_an_adapter_knows_itself(finished, base_dir):

@@ -82,6 +82,32 @@ def test_the_sft_stage_writes_the_preferred_responses(prepare, tokenizer):
     assert all(response[-1] == tokenizer.eos_id for _, response in samples)
 
 
+def test_a_cut_response_has_no_eos_in_either_stage(prepare, tokenizer):
+    rows = [*ROWS, pku("the fat", "a b c d e f g h", "a b", (True, False), 0, 0)]
+    for stage, read in (("sft", SFTData), ("dpo", DPOData)):
+        folder = prepare(rows, stage=stage, max_seq_length=len(tokenizer.encode(CAT, bos=True)) + 3)
+        assert read_meta(folder, read.format)["counts"]["cut"] >= 1
+        responses = [response for split in ("train", "test") for _, response in read(folder, split, tokenizer).prompts(9)]
+        whole = {tuple(tokenizer.encode(text, eos=True)) for text in ("no", "stay", "cold", "a b c d e f g h")}
+        assert all((tokenizer.eos_id in ids) == (tuple(ids) in whole) for ids in responses)
+        assert any(tokenizer.eos_id not in ids for ids in responses)
+
+
+def test_pairs_of_one_prompt_stay_in_one_split(prepare, tokenizer):
+    rows = [pku(f"the {i % 10}", f"good {i}", f"bad {i}", (True, False), 0, 0) for i in range(40)]
+    for stage, read in (("sft", SFTData), ("dpo", DPOData)):
+        folder = prepare(rows, stage=stage, test_fraction=0.25)
+        train, test = ({tuple(p) for p, _ in read(folder, s, tokenizer).prompts(40)} for s in ("train", "test"))
+        assert len(train) + len(test) == 10 and not train & test
+        counts = read_meta(folder, read.format)["counts"]
+        assert (counts["prompts"], counts["train"], counts["test"]) == (10, 28, 12)
+
+
+def test_a_single_prompt_cannot_be_split(prepare):
+    with pytest.raises(UserError, match="All 4 rows have the same prompt"):
+        prepare([pku("the cat", "good", f"bad {i}", (True, False), 0, 0) for i in range(4)])
+
+
 def test_plain_preference_files(prepare, tokenizer):
     rows = [
         {"prompt": "the cat", "chosen": "a", "rejected": "b"},

@@ -158,7 +158,7 @@ def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
 def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.bare.config = replace(trainer.bare.config, block_size=40)
-    with pytest.raises(UserError, match="A training row has 47 tokens and the model's context is 40"):
+    with pytest.raises(UserError, match="A training row has 50 tokens and the model's context is 40"):
         Trainer(trainer.fabric, trainer.bare, trainer.train, trainer.val, trainer.config, {}, {})
 
 
