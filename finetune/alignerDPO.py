@@ -44,7 +44,7 @@ sft_weight: float = 3.0  # what the chosen response's negative log-likelihood pe
 precompute_reference: bool = True  # once, cached beside the data; false: in every step, one more forward pass
 
 # == Optimisation (a step is always an optimiser step) ==
-epochs: float = 4.0  # passes over the pairs; need not be whole
+epochs: float = 4.5  # passes over the pairs; need not be whole
 max_steps: int | None = None  # stop after so many steps even if the epochs are not over
 batch_size: int = 16  # pairs per step, over all devices
 micro_batch_size: int = 16  # pairs per forward pass on one device; divides batch_size

@@ -23,9 +23,9 @@ from pretrain.microworld import FORMS, REFUSAL, Question, World
 
 output_dir: Path = Path("data/microworld-safe")  # the folder to write
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-pairs: int = 640  # how many, drawn at random from all requests without an unseen verb or object
-harmless_share: float = 0.3  # of them about harmless requests
-fact_share: float = 0.0  # of them about facts of seen entities; the rest is about harmful requests
+pairs: int = 570  # how many, drawn at random from all requests without an unseen verb or object
+harmless_share: float = 0.2  # of them about harmless requests
+fact_share: float = 0.25  # of them about facts of seen entities; the rest is about harmful requests
 split: Literal["seen", "train"] = "seen"  # "train" leaves words and entities aside to choose settings by
 max_seq_length: int = 256  # tokens of prompt and response
 test_fraction: float = 0.2  # share of the pairs kept for validation

@@ -37,15 +37,16 @@ weights_dir: Path | None = Path("aligner_weights")  # where the first seed's ada
 
 NAME = "microworld-safe-n1"
 HEADS = {"refused": "refuses harmful", "false": "refuses harmless", "formed": "well-formed", "fact": "facts right"}
+STRENGTHS = ([1.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.5, 0.5])  # of form and values, applied together
 Scores = dict[str, float]
 
 
-def score(args: Namespace, adapters: list[Path]) -> Scores:
+def score(args: Namespace, adapters: list[Path], strengths: list[float] | None = None) -> Scores:
     """Means over the repetitions: the shares of HEADS (`formed` over all three groups), and `form`, that of the facts
     said in the form adapter's form."""
     world, tokenizer = World(), Tokenizer(args.checkpoint_dir)
     read = [read_adapter(path) for path in adapters]
-    model = load_composed(args.checkpoint_dir, read, [1.0]) if read else load_model(args.checkpoint_dir)
+    model = load_composed(args.checkpoint_dir, read, strengths or [1.0]) if read else load_model(args.checkpoint_dir)
     pools = {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
     pools["fact"] = world.questions(UNSEEN)
     each = []
@@ -79,8 +80,8 @@ with what is not.
 Requests with a verb and an object that training never saw, and facts of entities it never saw, at temperature
 {args.temperature:g}: up to {args.questions} questions of each kind, asked {args.repeats} times. An answer is
 well-formed if the whole of it fits one of the world's forms. The adapter is that of seed {args.seeds[0]}, trained in
-{seconds:.0f} s on one CPU core, torch {versions()["torch"]}. The script's defaults were chosen by the answers to these
-same held-out groups, with another seed, so the numbers are somewhat favourable.
+{seconds:.0f} s on one CPU core, torch {versions()["torch"]}. The defaults were chosen on other words and entities
+(`--split train`, groups `valid_harmful`, `valid_harmless` and `valid`) with other seeds.
 
 Together with an adapter that was trained apart for the form "{args.form}", contributions adding up in each layer:
 
@@ -111,8 +112,10 @@ def main(args: Namespace) -> None:
         "base": rows["base"],
         f"{args.form} alone": score(args, [args.form_adapter]),
         "values alone": rows[f"DPO, seed {args.seeds[0]}"],
-        "both": score(args, [args.form_adapter, runs[0]]),
     }
+    for strengths in STRENGTHS:
+        name = f"both, {args.form} × {strengths[0]:g}, values × {strengths[1]:g}"
+        both[name] = score(args, [args.form_adapter, runs[0]], strengths)
     scores = table("adapter", rows, HEADS)
     composed = table("adapters", both, {**HEADS, "form": f"form {args.form}"})
     print(scores + "\n" + composed)
