@@ -6,13 +6,14 @@ name, or name a YAML file with --config (recipes of the paper: howto/recipes/).
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from jsonargparse import Namespace
 
-from lit_llama import cli
+from lit_llama import aligner, cli
 from lit_llama.data import SFTData
 from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
@@ -38,10 +39,10 @@ micro_batch_size: int = 32  # rows per forward pass on one device; divides batch
 learning_rate: float = 3e-2  # peak of AdamW's learning rate
 warmup_epochs: float = 0.4  # linear rise from 0 to the peak
 lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
-weight_decay: float = 0.02  # on the prefix, never on the gates
+weight_decay: float = 0.02  # AdamW's, never on gates and biases
 grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
 gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
-seed: int = 1337  # of the prefix, the order of the data and the samples
+seed: int = 1337  # of the fresh adapter, the order of the data and the samples
 
 # == Reporting ==
 eval_interval: int = 50  # steps between validations
@@ -60,14 +61,15 @@ strategy: str = "auto"  # Fabric's: "auto", "ddp"
 precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
 
 
-def main(args: Namespace) -> None:
+def main(args: Namespace, method: ModuleType = aligner) -> None:
+    """Trains an adapter of a method, a module of `lit_llama.checkpoint.METHODS`."""
     config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
     if args.data_dir == data_dir and not data_dir.exists():
         log(f"Writing the default dataset, {data_dir}, with scripts/prepare_microworld.py.")
         prepare_microworld.main(cli.defaults(prepare_microworld, checkpoint_dir=args.checkpoint_dir))
     tokenizer = Tokenizer(args.checkpoint_dir)
     train, val = SFTData(args.data_dir, "train", tokenizer), SFTData(args.data_dir, "test", tokenizer, args.eval_rows)
-    fabric, model, meta = start_finetuning(args, train.meta)
+    fabric, model, meta = start_finetuning(args, train.meta, method)
     samples = answer_samples(val, tokenizer, args.sample_prompts, args.max_new_tokens)
     trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, samples)
     if fabric.global_rank == 0:
@@ -75,7 +77,7 @@ def main(args: Namespace) -> None:
             f"{trainer.max_steps} steps")  # fmt: skip
     summary = trainer.fit()
     if fabric.global_rank == 0:
-        command = ["python", "generate/aligner.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
+        command = ["python", f"generate/{meta['method']}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
         command += ["--adapter", f"{args.out_dir}"]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 

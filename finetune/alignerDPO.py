@@ -16,6 +16,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
+from lit_llama.checkpoint import METHODS
 from lit_llama.data import plan_fixed_epoch
 from lit_llama.dpo import DPOData, LossType, adapter_key, cached_reference, check_start, drift, reference_key
 from lit_llama.model import LLaMA
@@ -34,6 +35,8 @@ out_dir: Path = Path("out/dpo/microworld-safe")  # everything the run writes
 # == Aligner ==
 adapter_prompt_length: int = 1  # prefix tokens N, 1 to about 300
 adapter_start_layer: int = 2  # first layer that attends to them, from 0
+method: Literal["aligner", "adapter", "lora", "bitfit", "prompt_tuning"] = "aligner"  # or one to compare it with
+method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4} (default: its own)
 
 # == Preference ==
 beta: float = 1.0  # β: larger keeps the policy closer to the reference
@@ -51,10 +54,10 @@ micro_batch_size: int = 16  # pairs per forward pass on one device; divides batc
 learning_rate: float = 3e-2  # peak of AdamW's learning rate
 warmup_epochs: float = 0.5  # linear rise from 0 to the peak
 lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
-weight_decay: float = 0.02  # on the prefix, never on the gates
+weight_decay: float = 0.02  # AdamW's, never on gates and biases
 grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
 gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
-seed: int = 1337  # of the prefix, the order of the data and the samples
+seed: int = 1337  # of the fresh adapter, the order of the data and the samples
 
 # == Reporting ==
 eval_interval: int = 32  # steps between validations
@@ -150,7 +153,7 @@ def main(args: Namespace) -> None:
     train = DPOData(args.data_dir, "train", tokenizer, **loss)
     val = DPOData(args.data_dir, "test", tokenizer, args.eval_rows, **loss)
 
-    fabric, model, meta = start_finetuning(args, train.meta)
+    fabric, model, meta = start_finetuning(args, train.meta, METHODS[args.method])
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     meta["reference"] = "none" if args.init_adapter is None else adapter_key(start)
     meta["data"]["sha256"] = train.sha256
@@ -165,7 +168,7 @@ def main(args: Namespace) -> None:
         plot_metrics(args.out_dir / "metrics.csv", args.out_dir / "metrics.png", PANELS)
         if args.sample_prompts:
             print(compare(args.out_dir / "samples.jsonl"), end="")
-        command = ["python", "generate/aligner.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
+        command = ["python", f"generate/{args.method}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
         command += ["--adapter", f"{args.out_dir}"]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 

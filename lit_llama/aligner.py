@@ -15,6 +15,7 @@ For one token the softmax is 1 and the added term is a constant of the layer: ga
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -49,7 +50,32 @@ class Prefix(Fp32Parameters, nn.Embedding):
     """The global prefix, (P, C), drawn from N(0, 1)."""
 
 
-class LLaMA(llama.LLaMA):
+class GatedLLaMA(llama.LLaMA):
+    """What Aligner and LLaMA-Adapter (lit_llama/adapter.py) share: gated attention to prefixes, wherever they are."""
+
+    @staticmethod
+    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+        """Scales the gates."""
+        return value * strength if name.endswith(".gating_factor") else value
+
+    def aligned_attention(self) -> "list[CausalSelfAttention]":
+        attention = [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
+        return attention + [other for attn in attention for other in attn.others]
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside, each layer's prefix keys and values are computed once. Never active in training."""
+        with torch.no_grad():
+            for attn in self.aligned_attention():
+                attn.constant_kv = attn.prefix_kv()
+        try:
+            yield
+        finally:
+            for attn in self.aligned_attention():
+                attn.constant_kv = None
+
+
+class LLaMA(GatedLLaMA):
     config_class = LLaMAConfig
 
     def __init__(self, config: LLaMAConfig) -> None:
@@ -67,25 +93,17 @@ class LLaMA(llama.LLaMA):
     def is_adapter_key(name: str) -> bool:
         return name == "global_value_embedding.weight" or name.endswith((".gating_factor", ".adapter_wte.weight"))
 
-    def aligned_attention(self) -> "list[CausalSelfAttention]":
-        attention = [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
-        return attention + [other for attn in attention for other in attn.others]
+    @staticmethod
+    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+        """Length and start layer."""
+        prefix, layers = state_dict.get("global_value_embedding.weight"), layers_of(state_dict, ".gating_factor")
+        if prefix is None or not layers:
+            return None
+        return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
 
     def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `without_aliases`."""
         return without_aliases(super().canonical_keys(state_dict))
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Inside, each layer's prefix keys and values are computed once. Never active in training."""
-        with torch.no_grad():
-            for attn in self.aligned_attention():
-                attn.constant_kv = attn.prefix_kv()
-        try:
-            yield
-        finally:
-            for attn in self.aligned_attention():
-                attn.constant_kv = None
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
@@ -137,6 +155,11 @@ def without_aliases(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         if prefix is None or not torch.equal(state_dict[name], prefix):
             raise UserError(f"{name} is not the global prefix: these are a LLaMA-Adapter's weights, no Aligner's.")
     return {name: tensor for name, tensor in state_dict.items() if name not in aliases}
+
+
+def layers_of(state_dict: dict[str, torch.Tensor], ending: str) -> list[int]:
+    """The layers that have a tensor of a name with this ending."""
+    return [int(name.split(".")[2]) for name in state_dict if name.endswith(ending)]
 
 
 def mark_only_adapter_as_trainable(model: LLaMA) -> None:

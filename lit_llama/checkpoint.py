@@ -24,13 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lit_llama import aligner, model
+from lit_llama import adapter, aligner, bitfit, lora, model, prompt_tuning
 from lit_llama.utils import UserError, atomic_write
 
 CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
 WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
 META_KEY = "lit_llama"  # the header entry of our adapter files
-METHODS: dict[str, ModuleType] = {"aligner": aligner}
+METHODS: dict[str, ModuleType] = {
+    "aligner": aligner,
+    "adapter": adapter,
+    "lora": lora,
+    "bitfit": bitfit,
+    "prompt_tuning": prompt_tuning,
+}
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -262,18 +268,24 @@ class Adapter:
 
     @property
     def method(self) -> str:
-        return self.meta.get("method", "aligner")
+        """Its name in `METHODS`."""
+        return self.meta["method"] if "method" in self.meta else self._read_off()[0]
 
     @property
     def config(self) -> dict[str, Any]:
         """The method's own configuration; read off the tensors where the header does not say it."""
-        if "config" in self.meta:
-            return self.meta["config"]
-        layers = [int(name.split(".")[2]) for name in self.state if name.endswith(".attn.gating_factor")]
-        prefix = self.state.get("global_value_embedding.weight")
-        if prefix is None or not layers:
-            raise UserError(f"{self.path} is not an adapter: it has no prefix with gating factors.")
-        return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
+        return self.meta["config"] if "config" in self.meta else self._read_off()[1]
+
+    def _read_off(self) -> tuple[str, dict[str, Any]]:
+        """Method and configuration of a file without a header."""
+        for name, module in METHODS.items():
+            try:
+                config = module.LLaMA.config_from_state(self.state)
+            except UserError as error:
+                raise UserError(f"{self.path} cannot be used: {error}") from None
+            if config is not None:
+                return name, config
+        raise UserError(f"{self.path} is not an adapter: it has no prefix with gating factors.")
 
 
 def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
@@ -309,7 +321,7 @@ def read_adapter(path: Path) -> Adapter:
     adapter = Adapter(state, meta, path)
     if adapter.method not in METHODS:
         raise UserError(f"{path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
-    assert adapter.config
+    assert adapter.config is not None  # else it says why not
     return adapter
 
 
@@ -351,11 +363,13 @@ def load_model(
     missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_key(n)]
     if missing:
         raise UserError(f"{weights_path(checkpoint_dir)} holds no base model: {missing[0]} is missing.")
-    # a fresh adapter, still without values; they are drawn on the CPU, so that a seed means the same on every device
-    for child in network.modules():
-        if any(p.is_meta for p in child.parameters(recurse=False)):
-            child.to_empty(device="cpu", recurse=False)
-            child.reset_parameters()
+    if adapter is None:
+        # a fresh one is drawn on the CPU, so that a seed means the same on every device
+        for child in network.modules():
+            for name, p in child.named_parameters(recurse=False):
+                if p.is_meta:
+                    setattr(child, name, torch.nn.Parameter(torch.empty_like(p, device="cpu")))
+        network.reset_adapter()
     return network.to(device)
 
 

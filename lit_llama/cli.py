@@ -7,6 +7,12 @@ A script says each setting once:
 and gets `--learning_rate`, its type check, its default and its line in `--help` from that, and the same key in a
 YAML file given with `--config`. A comment line `# == Optimiser ==` starts a group. A constant named `files` is what
 stands on the command line without a flag, one or more.
+
+A script that does what another does with a few settings of its own names that script, and the group that is not for it:
+
+    INHERITS = (finetune.aligner, "Aligner")
+
+Its own constants replace those of the same name; new ones stand where the dropped group stood.
 """
 
 import ast
@@ -39,7 +45,7 @@ class Setting:
 
 
 def read_settings(script: Path, names: dict[str, Any]) -> list[Setting]:
-    """The annotated constants above the first function of a script.
+    """The annotated constants above the first function of a script, among those that it inherits.
 
     Args:
         script: the file.
@@ -59,7 +65,16 @@ def read_settings(script: Path, names: dict[str, Any]) -> list[Setting]:
             name = node.target.id
             comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# ")
             settings.append(Setting(name, eval(ast.unparse(node.annotation), names), names[name], comment, group))
-    return settings
+    if "INHERITS" not in names:
+        return settings
+    parent, dropped = names["INHERITS"]
+    inherited = read_settings(Path(parent.__file__), vars(parent))
+    place = next(i for i, setting in enumerate(inherited) if setting.group == dropped)
+    inherited = [setting for setting in inherited if setting.group != dropped]
+    own = {setting.name: setting for setting in settings}
+    new = [setting for setting in settings if setting.name not in {s.name for s in inherited}]
+    merged = [own.get(setting.name, setting) for setting in inherited]
+    return [*merged[:place], *new, *merged[place:]]
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -127,6 +142,8 @@ def metavar(type_: Any) -> str:
     words = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
     if type_ in words:
         return words[type_]
+    if get_origin(type_) is dict:
+        return "JSON"
     if get_origin(type_) is Literal:
         return "{" + ",".join(get_args(type_)) + "}"
     return "|".join(metavar(part) for part in get_args(type_) if part is not type(None))

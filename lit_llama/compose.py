@@ -20,14 +20,15 @@ def load_composed(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LLaMA:
-    """A base with one Aligner or more, each of its own length and start layer.
+    """A base with one adapter of any method, or with several Aligners, each of its own length and start layer.
 
     Args:
         adapters: trained on this base.
-        strengths: what each adapter's gates are multiplied by; a single one counts for all.
+        strengths: how much each adapter counts (`at_strength` of its method); a single one is for all.
 
     Raises:
-        UserError: the numbers of adapters and strengths differ, or an adapter belongs to another base.
+        UserError: the numbers of adapters and strengths differ, an adapter belongs to another base, or a method knows
+            no such strength.
     """
     if len(strengths) == 1:
         strengths = strengths * len(adapters)
@@ -36,20 +37,20 @@ def load_composed(
     foreign = [a for a in adapters if a.method != "aligner"]
     if len(adapters) > 1 and foreign:
         raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
-    scaled = [
-        Adapter({name: t * s if name.endswith("gating_factor") else t for name, t in a.state.items()}, a.meta, a.path)
-        for a, s in zip(adapters, strengths, strict=True)
-    ]
     # the one that starts lowest makes the layers that the others join
-    first, *others = sorted(scaled, key=lambda adapter: adapter.config.get("adapter_start_layer", 0))
+    pairs = zip(adapters, strengths, strict=True)
+    (first, strength), *others = sorted(pairs, key=lambda pair: pair[0].config.get("adapter_start_layer", 0))
     model = load_model(checkpoint_dir, first, device=device, dtype=dtype)
-    for adapter in others:
+    for name, p in model.named_parameters():
+        if model.is_adapter_key(name):
+            p.data = model.at_strength(name, p.data, strength)
+    for adapter, strength in others:
         check_base(adapter, checkpoint_dir, model.config)
-        join(model, adapter)
+        join(model, adapter, strength)
     return model
 
 
-def join(model: LLaMA, adapter: Adapter) -> None:
+def join(model: LLaMA, adapter: Adapter, strength: float) -> None:
     """Lets the layers of a model read one more prefix, through gates of its own."""
     device = model.transformer.wte.weight.device
     state = {name: t.float().to(device) for name, t in model.canonical_keys(adapter.state).items()}
@@ -60,5 +61,5 @@ def join(model: LLaMA, adapter: Adapter) -> None:
         with torch.device("meta"):
             other = CausalSelfAttention(model.config)
         other.c_attn, other.c_proj, other.prefix = attn.c_attn, attn.c_proj, [prefix]  # the same frozen weights
-        other.gating_factor = torch.nn.Parameter(state[f"transformer.h.{layer}.attn.gating_factor"])
+        other.gating_factor = torch.nn.Parameter(strength * state[f"transformer.h.{layer}.attn.gating_factor"])
         attn.others.append(other)

@@ -11,8 +11,6 @@ Policy and reference are one base model with two tiny sets of adapter weights, s
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +26,7 @@ from lit_llama.data import IGNORE, PREFERENCE_FORMAT, Split
 from lit_llama.generation import Sampling, generate, room
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, atomic_write, evaluating, log, weights_of
 
 LossType = Literal["sigmoid", "ipo", "hinge"]
 
@@ -190,7 +188,7 @@ class DPOData(Split):
         if "reference" in batch:
             reference = batch["reference"]
         elif self.reference_state is not None:
-            with torch.no_grad(), weights_of(model, self.reference_state):
+            with torch.no_grad(), evaluating(model), weights_of(model, self.reference_state):
                 reference = row_sums(model(idx, labels=labels), labels)
         else:
             assert self.loss["reference_free"], "no reference was set"
@@ -216,20 +214,6 @@ class DPOData(Split):
             "chosen_logp": chosen.sum(),
             "rejected_logp": rejected.sum(),
         }
-
-
-@contextmanager
-def weights_of(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, some parameters of a model, wrapped by Fabric or not, hold other values; not for use under autograd."""
-    parameters = dict(getattr(model, "module", model).named_parameters())
-    own = {name: parameters[name].data for name in state}
-    for name, values in state.items():
-        parameters[name].data = values
-    try:
-        yield
-    finally:
-        for name, values in own.items():
-            parameters[name].data = values
 
 
 def adapter_key(state: dict[str, torch.Tensor]) -> str:
@@ -280,7 +264,8 @@ def compute_reference(
     mine = batches[fabric.global_rank :: fabric.world_size]
     for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
         batch = fabric.to_device(data.batch(rows))
-        sums = row_sums(model(batch["idx"], labels=batch["labels"]), batch["labels"])
+        with evaluating(model):
+            sums = row_sums(model(batch["idx"], labels=batch["labels"]), batch["labels"])
         logps[torch.as_tensor(rows, device=fabric.device)] = sums.view(2, -1).T
     return fabric.all_reduce(logps, reduce_op="sum").cpu()
 
@@ -326,7 +311,7 @@ def check_start(data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: 
         return
     for rows in batches:
         batch = fabric.to_device(data.batch(rows))
-        with fabric.no_backward_sync(model):  # with gradients, as in training
+        with fabric.no_backward_sync(model), evaluating(model):  # with gradients, as in training
             policy, reference = (logps.detach() for logps in data.logps(model, batch))
         chosen, rejected = (policy - reference).chunk(2)
         margin = data.loss["beta"] * (chosen - rejected).abs().max().item()
@@ -364,9 +349,10 @@ def drift(
         ids = torch.tensor([prompt + answer + [stop_ids[0]] * ended], device=model.transformer.wte.weight.device)
         labels = ids.clone()
         labels[:, : len(prompt)] = IGNORE
-        policy = model(ids, labels=labels).sum()
-        with weights_of(model, reference_state):
-            kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
+        with evaluating(model):
+            policy = model(ids, labels=labels).sum()
+            with weights_of(model, reference_state):
+                kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
         fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
         degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)
     return {"kl": kl, "degenerate": degenerate / len(prompts)}

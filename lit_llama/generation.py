@@ -1,7 +1,7 @@
 """Generation: prefill, single-token decoding, sampling, stopping. The KV cache lives as long as one call."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, evaluating, weights_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     device = cache.k.device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    cache.length = idx.size(1)
+    cache.length = model.prepended + idx.size(1)
     return model(idx, cache=cache, last=torch.tensor([len(p) - 1 for p in prompts], device=device))
 
 
@@ -95,34 +95,29 @@ def decode(
         UserError: a prompt is empty or leaves no room in the context.
     """
     check_prompts(model, prompts)
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    vocab_size = model.config.vocab_size
     n_new = min(sampling.max_new_tokens, max(room(model, prompt) for prompt in prompts))
     weight = model.transformer.wte.weight
     generators = [
         torch.Generator(weight.device).manual_seed(sampling.seed * 1_000_003 + row)
         for row in rows or range(len(prompts))
     ]
-    max_length = min(max(map(len, prompts)) + n_new, block_size)
-    cache = KVCache(model.config, len(prompts), max_length, weight.device, weight.dtype)
+    max_length = min(max(map(len, prompts)) + n_new, model.max_tokens)
+    cache = KVCache(model.config, len(prompts), model.prepended + max_length, weight.device, weight.dtype)
     positions = torch.tensor([len(p) for p in prompts], device=weight.device)
-    training = model.training
-    model.eval()
-    try:
-        with model.inference():
-            logits = prefill(model, prompts, cache)
-            for i in range(n_new):
-                tokens = sample(logits[:, :vocab_size], sampling, generators)  # never a row of the padding
-                yield tokens
-                if i + 1 < n_new:
-                    # a row that is full writes its last slot again
-                    logits = decode_one_token(model, tokens, (positions + i).clamp(max=block_size - 1), cache)
-    finally:
-        model.train(training)
+    with evaluating(model), model.inference():
+        logits = prefill(model, prompts, cache)
+        for i in range(n_new):
+            tokens = sample(logits[:, :vocab_size], sampling, generators)  # never a row of the padding
+            yield tokens
+            if i + 1 < n_new:
+                # a row that is full writes its last slot again
+                logits = decode_one_token(model, tokens, (positions + i).clamp(max=model.max_tokens - 1), cache)
 
 
 def room(model: LLaMA, prompt: list[int]) -> int:
     """New tokens that fit into the context behind a prompt."""
-    return model.config.block_size - len(prompt)
+    return model.max_tokens - len(prompt)
 
 
 def check_prompts(model: LLaMA, prompts: list[list[int]]) -> None:
@@ -133,8 +128,7 @@ def check_prompts(model: LLaMA, prompts: list[list[int]]) -> None:
             raise UserError(f"{name} has no tokens.")
         if room(model, prompt) < 1:
             raise UserError(
-                f"{name} has {len(prompt)} tokens and the model's context {model.config.block_size}: no room for an "
-                "answer."
+                f"{name} has {len(prompt)} tokens and the model's context {model.max_tokens}: no room for an answer."
             )
 
 
@@ -211,13 +205,19 @@ def answer(
     stop: tuple[str, ...] = (),
     batch_size: int = 16,
     whole: bool = False,
+    rows: list[int] | None = None,
+    adapters: list[str | None] | None = None,
 ) -> list[str]:
     """The answers to whole prompt texts, in their order; prompts of similar length share a batch.
 
     With `whole`, each text with its continuation, unstripped, instead of the answer alone.
 
+    Args:
+        rows: as in `decode`.
+        adapters: for a model with a bank (lit_llama/bank.py), the name of each prompt's adapter; None is the base.
+
     Raises:
-        UserError: a prompt is longer than the context.
+        UserError: a prompt is longer than the context, or there is no such adapter.
     """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     check_prompts(model, encoded)  # before the first answer, not in the middle
@@ -228,28 +228,30 @@ def answer(
         return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
 
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        new = generate(model, [encoded[i] for i in rows], sampling, tokenizer.stop_ids, finished, rows)
-        for row, ids in zip(rows, new, strict=True):
+        batch = order[start : start + batch_size]
+        numbers = [rows[i] for i in batch] if rows else batch
+        with model.using([adapters[i] for i in batch]) if adapters else nullcontext():
+            new = generate(model, [encoded[i] for i in batch], sampling, tokenizer.stop_ids, finished, numbers)
+        for i, ids in zip(batch, new, strict=True):
             if whole:
-                answers[row] = tokenizer.decode(encoded[row] + ids)
+                answers[i] = tokenizer.decode(encoded[i] + ids)
             else:
-                answers[row] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
+                answers[i] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
     return answers
 
 
 @contextmanager
 def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
-    """Inside, every gate is multiplied by `strength`: 0 is the base model bit for bit, 1 the adapter as trained."""
-    gates = [p for name, p in model.named_parameters() if name.endswith(".gating_factor")]
-    trained = [gate.data for gate in gates]
-    for gate in gates:
-        gate.data = gate.data * strength
-    try:
+    """Inside, the adapter counts `strength` times: 0 is the base model bit for bit, 1 the adapter as trained.
+
+    What is multiplied are the gates, LoRA's B or BitFit's biases; see each method's `at_strength`.
+
+    Raises:
+        UserError: the method knows no such strength.
+    """
+    trained = {name: p.data for name, p in model.named_parameters() if model.is_adapter_key(name)}
+    with weights_of(model, {name: model.at_strength(name, value, strength) for name, value in trained.items()}):
         yield
-    finally:
-        for gate, data in zip(gates, trained, strict=True):
-            gate.data = data
 
 
 def instruct(

@@ -194,6 +194,20 @@ class LLaMA(nn.Module):
         """Whether a parameter is the adapter's: such are trained and saved, all others are the frozen base."""
         return False
 
+    @staticmethod
+    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+        """What an adapter's parameter is when the adapter counts `strength` times: 0 is the base exactly, 1 as trained.
+
+        Raises:
+            UserError: the variant knows no such strength.
+        """
+        return value
+
+    @staticmethod
+    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+        """A variant's own configuration, read off an adapter without a header; None if it is no such adapter."""
+        return None
+
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "LLaMA":
         return cls(cls.config_class.from_name(name, **overrides))
@@ -223,8 +237,10 @@ class LLaMA(nn.Module):
             in row-major order.
 
         Raises:
-            UserError: T is above `block_size`.
+            UserError: T is above `max_tokens`.
         """
+        if idx.size(1) > self.max_tokens:
+            raise UserError(f"A sequence of {idx.size(1)} tokens is longer than the model's {self.max_tokens}.")
         x = self.hidden(idx, cache, positions)  # (B, T, C)
         if labels is not None:
             predicts = labels[:, 1:] != -1
@@ -237,17 +253,19 @@ class LLaMA(nn.Module):
         self, idx: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The normalised output of the last block, (B, T, C): what the output layer sees."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise UserError(f"A sequence of {T} tokens is longer than the model's {self.config.block_size}.")
-        if self._rope is None or self._rope.cos.device != idx.device:
-            self._rope = RoPE(self.config, idx.device)
-        rope, mask = self._rope[:T], None
+        return self.run_blocks(self.transformer.wte(idx), cache, positions)
+
+    def run_blocks(
+        self, x: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `hidden`, for embedded tokens (B, T, C)."""
+        if self._rope is None or self._rope.cos.device != x.device:
+            self._rope = RoPE(self.config, x.device)
+        rope, mask = self._rope[: x.size(1)], None
         if positions is not None:
             rope = self._rope[positions]
             mask = cache.mask(positions)  # (B, 1, T, S)
 
-        x = self.transformer.wte(idx)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             kv = None if cache is None else cache.layer(layer, positions)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -255,6 +273,16 @@ class LLaMA(nn.Module):
             else:
                 x = block(x, rope, mask, kv)
         return self.transformer.ln_f(x)
+
+    @property
+    def prepended(self) -> int:
+        """Places before the first token that a variant fills with something else."""
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence of tokens."""
+        return self.config.block_size - self.prepended
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -298,6 +326,12 @@ class LLaMA(nn.Module):
             if embedding is None or not torch.equal(head, embedding):
                 raise UserError("lm_head.weight differs from the embedding, but this model's config ties the two.")
         return state_dict
+
+    def reset_adapter(self) -> None:
+        """Gives the adapter the values that training starts from: `reset_parameters` of the modules that hold it."""
+        for prefix, module in self.named_modules():
+            if any(self.is_adapter_key(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)):
+                module.reset_parameters()
 
     def inference(self) -> AbstractContextManager:
         """What generation wraps itself in; a variant may keep constants of its adapter for that long."""

@@ -179,13 +179,18 @@ def start_finetuning(
         method: a module of `lit_llama.checkpoint.METHODS`.
 
     Raises:
-        UserError: a file is missing or does not fit, or Fabric refuses a setting.
+        UserError: a file is missing or does not fit, is of another method, or Fabric refuses a setting.
     """
+    method_name = next(name for name, module in METHODS.items() if module is method)
     adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
+    if adapter is not None and adapter.method != method_name:
+        raise UserError(
+            f"{adapter.path} was made by the method {adapter.method!r} and cannot start a training of {method_name!r}."
+        )
+    own = method_config(method, args, method_name)
     if adapter is not None:
-        args.update(Namespace(adapter.config))
-    of_base = {field.name for field in fields(LLaMAConfig)}
-    own = {f.name: args[f.name] for f in fields(method.LLaMAConfig) if f.name not in of_base}
+        own = adapter.config
+        args.update(Namespace({name: value for name, value in own.items() if name in args}))
     fabric = make_fabric(
         **{k: args[k] for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "out_dir")}
     )
@@ -201,13 +206,28 @@ def start_finetuning(
     aligner.mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = args.gradient_checkpointing
     meta = {
-        "method": next(name for name, module in METHODS.items() if module is method),
+        "method": method_name,
         "config": own,
         "base": base_fingerprint(args.checkpoint_dir),
         "prompt_style": prepared["prompt_style"],
         "data": {k: prepared[k] for k in ("source", "counts", "max_seq_length")},
     }
     return fabric, model, meta
+
+
+def method_config(method: ModuleType, args: Namespace, name: str) -> dict[str, Any]:
+    """The method's own configuration: a script's settings of these names, what its `method_config` says, or defaults.
+
+    Raises:
+        UserError: `method_config` has a name that is none of the method's.
+    """
+    of_base = {field.name for field in fields(LLaMAConfig)}
+    own = {f.name: args.get(f.name, f.default) for f in fields(method.LLaMAConfig) if f.name not in of_base}
+    further = args.get("method_config") or {}
+    if unknown := sorted(further.keys() - own.keys()):
+        known = f"it has {', '.join(own)}" if own else "it has none"
+        raise UserError(f"method_config: {unknown[0]!r} is no setting of the method {name!r}; {known}.")
+    return {**own, **further}
 
 
 def answer_samples(
@@ -227,11 +247,11 @@ def answer_samples(
 
 
 def adamw(model: LLaMA, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW on what requires a gradient, without weight decay on the gates."""
+    """AdamW on what requires a gradient, without weight decay on gates and biases."""
     decay, no_decay = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (no_decay if name.endswith("gating_factor") else decay).append(p)
+            (no_decay if name.endswith(("gating_factor", "bias")) else decay).append(p)
     groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, weight_decay=config.weight_decay)]
 
@@ -275,10 +295,10 @@ class Trainer:
         for split, task in (("training", train), ("validation", val)):
             if len(task.lengths) == 0:
                 raise UserError(f"There are no {split} rows.")
-            if task.lengths.max() > model.config.block_size:
+            if task.lengths.max() > model.max_tokens:
                 raise UserError(
                     f"A {split} row has {task.lengths.max()} tokens and the model's context is "
-                    f"{model.config.block_size}; prepare the data with a smaller --max_seq_length."
+                    f"{model.max_tokens}; prepare the data with a smaller --max_seq_length."
                 )
         self.model, *self.optimizers = fabric.setup(model, *make_optimizers(model, config))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

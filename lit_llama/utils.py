@@ -79,6 +79,31 @@ def unwritable(path: Path, error: Exception) -> UserError | None:
     return None
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model has no dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def weights_of(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, some parameters of a model, wrapped by Fabric or not, hold other values; not for use under autograd."""
+    parameters = dict(getattr(model, "module", model).named_parameters())
+    own = {name: parameters[name].data for name in state}
+    for name, values in state.items():
+        parameters[name].data = values
+    try:
+        yield
+    finally:
+        for name, values in own.items():
+            parameters[name].data = values
+
+
 class Fp32Parameters:
     """Mixin for a module whose own parameters stay fp32 when the model is cast.
 
@@ -86,8 +111,10 @@ class Fp32Parameters:
     and Fabric's `bf16-true` cast every parameter of a module; this puts the unrounded values back.
     """
 
+    of_base: tuple[str, ...] = ()  # parameters of the module that belong to the base, and are cast
+
     def _apply(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
-        masters = {name: p.data for name, p in self.named_parameters(recurse=False)}
+        masters = {name: p.data for name, p in self.named_parameters(recurse=False) if name not in self.of_base}
         super()._apply(fn, recurse)
         for name, master in masters.items():
             parameter = getattr(self, name)

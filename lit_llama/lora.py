@@ -1,0 +1,140 @@
+"""LoRA (arXiv 2106.09685) on the query and the value projection, in every layer.
+
+x ──► c_attn ────────────────────────────────► q, k, v ──► + ──► attention
+  └─► dropout ─► lora_A (2r, C) ─► lora_B ─► × α / r ──────┘     nothing is added to k
+
+lora_A holds the r rows of the query above the r rows of the value; lora_B (nh·hs + ng·hs, r) likewise, and is zero at
+the start. Names and shapes are Lit-LLaMA's.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import lit_llama.model as llama
+from lit_llama.utils import Fp32Parameters, UserError
+
+
+@dataclass
+class LLaMAConfig(llama.LLaMAConfig):
+    """The base's fields and LoRA's three.
+
+    Args:
+        lora_r: rank r of each update, 1 or more.
+        lora_alpha: α; the update is multiplied by α / r.
+        lora_dropout: share of the update's inputs that training leaves out, 0 to below 1.
+    """
+
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"lora_r is {self.lora_r}, lora_alpha {self.lora_alpha} and lora_dropout {self.lora_dropout}; they "
+                "must be 1 or more, above 0, and 0 or more and below 1."
+            )
+
+
+class LLaMA(llama.LLaMA):
+    config_class = LLaMAConfig
+
+    @staticmethod
+    def make_attention(config: LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
+        return CausalSelfAttention(config)
+
+    @staticmethod
+    def is_adapter_key(name: str) -> bool:
+        return name.endswith((".lora_A", ".lora_B"))
+
+    @staticmethod
+    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+        """Scales B."""
+        return value * strength if name.endswith(".lora_B") else value
+
+    @staticmethod
+    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+        """Raises: UserError: these are LoRA's tensors, and they say the rank, but not α."""
+        if any(map(LLaMA.is_adapter_key, state_dict)):
+            raise UserError("These are LoRA's tensors without a header, and nothing says their alpha.")
+        return None
+
+    def reset_adapter(self) -> None:
+        for block in self.transformer.h:
+            block.attn.c_attn.reset_lora()
+
+    def merge(self) -> None:
+        """Adds the updates to the frozen weights, in the weights' dtype: the same function with less to compute."""
+        for block in self.transformer.h:
+            block.attn.c_attn.merge()
+
+    def unmerge(self) -> None:
+        """Puts the frozen weights back as they were, bit for bit."""
+        for block in self.transformer.h:
+            block.attn.c_attn.unmerge()
+
+
+class CausalSelfAttention(llama.CausalSelfAttention):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__(config)
+        self.c_attn = LoRALinear(config, self.widths)
+
+
+class LoRALinear(Fp32Parameters, nn.Linear):
+    """c_attn with an update of low rank on its query and value rows.
+
+    Args:
+        widths: rows of queries, keys and values.
+    """
+
+    of_base = ("weight", "bias")
+
+    def __init__(self, config: LLaMAConfig, widths: list[int]) -> None:
+        super().__init__(config.n_embd, sum(widths), bias=config.qkv_bias)
+        self.widths = widths
+        self.scaling, self.dropout = config.lora_alpha / config.lora_r, config.lora_dropout
+        self.lora_A = nn.Parameter(torch.empty(2 * config.lora_r, config.n_embd, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(widths[0] + widths[2], config.lora_r, dtype=torch.float32))
+        self.frozen_weight: torch.Tensor | None = None  # while merged: the weight without the update
+        self.reset_lora()
+
+    def reset_lora(self) -> None:
+        """Draws A as a linear layer's weight, and makes B zero: the update is zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, sum of widths)."""
+        y = super().forward(x)
+        if self.frozen_weight is not None:
+            return y
+        query, value = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)).chunk(2, dim=-1)
+        of_query, of_value = self.lora_B.to(x.dtype).split([self.widths[0], self.widths[2]])
+        query, value = F.linear(query, of_query), F.linear(value, of_value)
+        q, k, v = y.split(self.widths, dim=-1)
+        return torch.cat((q + self.scaling * query, k, v + self.scaling * value), dim=-1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.frozen_weight is None:
+            self.frozen_weight = self.weight.detach().clone()
+            self.weight += update(self.lora_A, self.lora_B, self.widths, self.scaling).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.frozen_weight is not None:
+            self.weight.copy_(self.frozen_weight)
+            self.frozen_weight = None
+
+
+def update(lora_A: torch.Tensor, lora_B: torch.Tensor, widths: list[int], scaling: float) -> torch.Tensor:
+    """α / r × B·A as rows of c_attn, (sum of widths, C) in fp32; those of the keys are zero."""
+    of_query, of_value = lora_B.float().split([widths[0], widths[2]])
+    query, value = lora_A.float().chunk(2)
+    return scaling * torch.cat((of_query @ query, lora_A.new_zeros(widths[1], lora_A.size(1)), of_value @ value))
