@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from lit_llama.report import read_metrics
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
-# 21 pairs in steps of 8 are 3 steps an epoch
+# 20 pairs in steps of 8 are 3 steps an epoch
 SHORT = dict(max_steps=7, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.05, warmup_epochs=0,
              adapter_start_layer=1, eval_interval=3, save_interval=3, sample_prompts=1, drift_prompts=2,
              max_new_tokens=4, accelerator="cpu", beta=0.3, sft_weight=0)  # fmt: skip
@@ -76,7 +78,7 @@ def trained_adapter(base_dir, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("precompute", [True, False])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tmp_path, precision, precompute):
     out_dir = tmp_path / "run"
     train(settings(out_dir, init_adapter=trained_adapter, precision=precision, precompute_reference=precompute))
@@ -250,6 +252,21 @@ def test_a_run_resumes_to_the_same_numbers(settings, trained_adapter, tmp_path):
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     with pytest.raises(UserError, match=r"other settings: beta \(0.3 then, 0.1 now\)"):
         train([*short, "--resume", "--beta=0.1"])
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_two_processes_give_the_numbers_of_one(settings, trained_adapter, tmp_path, precompute):
+    changes = dict(init_adapter=trained_adapter, precompute_reference=precompute, sample_prompts=0, drift_prompts=0)
+    train(settings(tmp_path / "one", **changes))
+    shutil.rmtree(tmp_path / "data/.cache", ignore_errors=True)  # two processes compute the reference themselves
+    command = [sys.executable, script.__file__, "--devices=2", "--strategy=ddp", *settings(tmp_path / "two", **changes)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    one, two = (logged(tmp_path / name) for name in ("one", "two"))
+    assert two.keys() == one.keys()
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-4)
 
 
 def test_without_a_reference(settings, tmp_path):
