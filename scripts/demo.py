@@ -1,4 +1,5 @@
-"""The whole arc on the bundled model: prepare, score the base, finetune one token, compare, score again, report.
+"""The whole arc on the bundled model, for a form by supervised finetuning and for values by DPO: prepare, score the
+base, train one token, compare, score again, report.
 
     python3 scripts/run.py demo
 
@@ -28,7 +29,7 @@ form: FormName = "pirate"  # the form to learn; the base knows all but telegram
 out_dir: Path = Path("out/demo")  # everything the demo writes
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 adapter_prompt_length: int = 1  # prefix tokens
-questions: int = 300  # asked of each half of the entities, before and after
+questions: int = 300  # asked at most of each group, before and after
 seed: int = 1337  # of the adapter and the data's order
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def step(title: str, script: str, **flags: object) -> None:
     Raises:
         UserError: it failed (it has said why).
     """
-    arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
     # threads that wait without spinning: the demo stays quick beside other programs
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
@@ -48,9 +49,14 @@ def step(title: str, script: str, **flags: object) -> None:
         raise UserError(f"The demo stopped at: {title}.")
 
 
+def _words(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
 def main(args: Namespace) -> None:
     began = time.perf_counter()
     data, run = args.out_dir / f"data-{args.form}", args.out_dir / "run"
+    pairs, values = args.out_dir / "data-values", args.out_dir / "values"
     base = {"checkpoint_dir": args.checkpoint_dir}
     score = {**base, "form": args.form, "questions": args.questions}
 
@@ -68,16 +74,34 @@ def main(args: Namespace) -> None:
     if args.adapter_prompt_length == 1:
         step("Merge the token into a plain LLaMA, for transformers and others", "scripts/merge_aligner.py", **base,
              adapter=run, output_dir=args.out_dir / "merged")  # fmt: skip
+
+    ask = {**base, "groups": ["harmful", "harmless", "unseen"], "questions": args.questions, "temperature": 0.7}
+    step("Values: the base refuses half of what is harmful", "evaluate/microworld.py", **ask,
+         output_file=args.out_dir / "values-base.json")  # fmt: skip
+    step("Prepare: pairs of a better and a worse answer", "scripts/prepare_microworld_safe.py", **base,
+         output_dir=pairs)  # fmt: skip
+    step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=values,
+         adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
+    step("Requests with verbs and objects that training never saw", "evaluate/microworld.py", **ask, adapter=values,
+         output_file=args.out_dir / "values-after.json")  # fmt: skip
     seconds = time.perf_counter() - began
 
-    results = {name: json.loads((args.out_dir / f"{name}.json").read_text())["results"]["unseen"]
-               for name in ("base", "greedy", "sampled")}  # fmt: skip
+    def read(name: str) -> dict[str, dict]:
+        return json.loads((args.out_dir / f"{name}.json").read_text())["results"]
+
+    results = {name: read(name)["unseen"] for name in ("base", "greedy", "sampled")}
+    refusals = {name: read(f"values-{name}") for name in ("base", "after")}
     summary = json.loads((run / "summary.json").read_text())
     plot_forms(args.form, results, args.out_dir / "forms.png")
-    write_text(args.out_dir / "report.html", report(args, results, summary, seconds))
+    write_text(args.out_dir / "report.html", report(args, results, refusals, summary, seconds))
     print(f"\n== Result: {summary['trainable_parameters']} trained numbers, form {args.form}, held-out entities")
     for line in table(results):
         print("{:<34}{:>10}{:>10}".format(*line))
+    print(
+        f"\n== Result: {summary['trainable_parameters']} trained numbers, values, held-out verbs, objects and entities"
+    )
+    for line in values_table(refusals):
+        print("{:<34}{:>17}{:>18}{:>10}".format(*line))
     print(f"\n{seconds:.0f} s in all. Look at {args.out_dir / 'report.html'}")
 
 
@@ -87,6 +111,17 @@ def table(results: dict[str, dict]) -> list[tuple[str, str, str]]:
               "greedy": "after  (greedy)"}  # fmt: skip
     rows = [(title, f"{results[k]['form']:.1%}", f"{results[k]['fact']:.1%}") for k, title in titles.items()]
     return [("", "form", "fact"), *rows]
+
+
+def values_table(refusals: dict[str, dict[str, dict]]) -> list[tuple[str, str, str, str]]:
+    """(what, refused of harmful, of harmless requests, fact accuracy), with a heading."""
+    titles = {"base": "before (sampled, temperature 0.7)", "after": "after  (sampled, temperature 0.7)"}
+    shares = {
+        name: (groups["harmful"]["refused"], groups["harmless"]["refused"], groups["unseen"]["fact"])
+        for name, groups in refusals.items()
+    }
+    rows = [(title, *(f"{share:.1%}" for share in shares[name])) for name, title in titles.items()]
+    return [("", "refuses harmful", "refuses harmless", "fact"), *rows]
 
 
 def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
@@ -103,7 +138,7 @@ def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
     save_figure(figure, image)
 
 
-def report(args: Namespace, results: dict[str, dict], summary: dict, seconds: float) -> str:
+def report(args: Namespace, results: dict[str, dict], refusals: dict[str, dict], summary: dict, seconds: float) -> str:
     """One HTML file with everything in it."""
 
     def picture(path: Path) -> str:
@@ -112,11 +147,15 @@ def report(args: Namespace, results: dict[str, dict], summary: dict, seconds: fl
     def row(cells: tuple[str, ...], tag: str = "td") -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
+    def examples(before: dict, after: dict, count: int) -> list[tuple[str, str, str]]:
+        pairs = zip(before["answers"][:count], after["answers"][:count], strict=True)
+        return [(b["question"], b["answer"], a["answer"]) for b, a in pairs]
+
     heading, *rows = table(results)
-    examples = [
-        (b["question"], b["answer"], a["answer"])
-        for b, a in zip(results["base"]["answers"][:8], results["greedy"]["answers"][:8], strict=True)
-    ]
+    values_heading, *values_rows = values_table(refusals)
+    forms = examples(results["base"], results["greedy"], 8)
+    requests = [e for kind in ("harmful", "harmless")
+                for e in examples(refusals["base"][kind], refusals["after"][kind], 4)]  # fmt: skip
     merged = ""
     if args.adapter_prompt_length == 1:
         merged = (
@@ -134,10 +173,16 @@ finetuning never saw.</p>
 <table>{row(heading, "th")}{"".join(map(row, rows))}</table>
 {picture(args.out_dir / "forms.png")}
 <h2>Before and after</h2>
-<table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, examples))}</table>
+<table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, forms))}</table>
 <h2>Training</h2>
 {picture(args.out_dir / "run" / "loss.png")}
 {merged}
+<h2>Values</h2>
+<p>The same base, and as many numbers trained by DPO on pairs of a better and a worse answer. Requests are about verbs
+and objects that training never saw.</p>
+<table>{row(values_heading, "th")}{"".join(map(row, values_rows))}</table>
+<table>{row(("request", "base, sampled", "after DPO, sampled"), "th")}{"".join(map(row, requests))}</table>
+{picture(args.out_dir / "values" / "metrics.png")}
 <p>Made by: {html.escape(json.dumps(made_by))}</p></html>
 """
 

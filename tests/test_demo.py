@@ -19,6 +19,16 @@ RESULTS = {
 }
 
 
+def asked(refused: float, fact: float, answer: str = "helping to <burn> is harmful") -> dict:
+    return {"refused": refused, "fact": fact, "answers": [{"question": "How?", "answer": answer}]}
+
+
+REFUSALS = {
+    "base": {"harmful": asked(0.5, 0.5), "harmless": asked(0.01, 0.98), "unseen": asked(0, 1.0)},
+    "after": {"harmful": asked(0.95, 0.04), "harmless": asked(0.02, 0.97), "unseen": asked(0, 0.975)},
+}
+
+
 def test_the_table_has_before_and_after():
     assert demo.table(RESULTS) == [
         ("", "form", "fact"),
@@ -28,17 +38,26 @@ def test_the_table_has_before_and_after():
     ]
 
 
+def test_the_table_of_values_has_before_and_after():
+    assert demo.values_table(REFUSALS) == [
+        ("", "refuses harmful", "refuses harmless", "fact"),
+        ("before (sampled, temperature 0.7)", "50.0%", "1.0%", "100.0%"),
+        ("after  (sampled, temperature 0.7)", "95.0%", "2.0%", "97.5%"),
+    ]
+
+
 def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
-    (tmp_path / "run").mkdir()
-    demo.plot_forms("pirate", RESULTS, tmp_path / "forms.png")
-    demo.plot_forms("pirate", RESULTS, tmp_path / "run" / "loss.png")
+    for name in ("forms.png", "run/loss.png", "values/metrics.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        demo.plot_forms("pirate", RESULTS, tmp_path / name)
     args = Namespace(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
-    text = demo.report(args, RESULTS, {"trainable_parameters": 240}, 71.6)
-    assert text.count('src="data:image/png;base64,') == 2
+    text = demo.report(args, RESULTS, REFUSALS, {"trainable_parameters": 240}, 71.6)
+    assert text.count('src="data:image/png;base64,') == 3
+    assert "helping to &lt;burn&gt;" in text and "<td>95.0%</td>" in text
     assert "&lt;Who?&gt;" in text and "Arr!" in text and "<Who?>" not in text
     assert "240 numbers" in text and 'href="merged"' in text
     args.adapter_prompt_length = 10
-    assert "merged" not in demo.report(args, RESULTS, {"trainable_parameters": 1968}, 71.6)
+    assert "merged" not in demo.report(args, RESULTS, REFUSALS, {"trainable_parameters": 1968}, 71.6)
 
 
 def test_the_study_shows_mean_lowest_and_median():
