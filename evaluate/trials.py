@@ -94,10 +94,12 @@ Score = Callable[[Trial, Path], dict[str, Any]]  # of the trained adapter's file
 def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Namespace], None], Namespace]:
     """`main` of the trial's script and all its settings."""
     script = importlib.import_module(f"finetune.{'alignerDPO' if trial.objective == 'dpo' else trial.variant.method}")
-    own: dict[str, Any] = {"out_dir": out_dir, "overwrite": True, "sample_prompts": 0}
+    own: dict[str, Any] = {"out_dir": out_dir, "overwrite": True, "sample_prompts": 0, **trial.settings}
     if trial.objective == "dpo":
-        own |= {"method": trial.variant.method, "drift_prompts": 0}
-    return script.main, cli.defaults(script, **{**own, **trial.variant.settings, **trial.settings})
+        own = {"drift_prompts": 0, **own, "method": trial.variant.method, "method_config": trial.variant.settings}
+    else:
+        own |= trial.variant.settings
+    return script.main, cli.defaults(script, **own)
 
 
 def identity(trial: Trial, settings: Namespace) -> dict[str, Any]:
@@ -227,20 +229,12 @@ def at_edge(chosen: Record, records: Iterable[Record]) -> bool:
     return chosen["trial"]["settings"]["learning_rate"] in (min(rates), max(rates))
 
 
-# 97.5 % points of Student's t distribution for 1, 2, ... degrees of freedom
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-             2.120, 2.110, 2.101, 2.093)  # fmt: skip
-
-
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval by Student's t; the half is nan for a single value.
+    """Mean and half the width of its 95 % interval by Student's t; the half is nan for a single value."""
+    from scipy.stats import t
 
-    Raises:
-        ValueError: no value, or more than 20.
-    """
     values = list(values)
-    if not 1 <= len(values) <= len(STUDENT_T) + 1:
-        raise ValueError(f"{len(values)} values; the table of t is for 1 to {len(STUDENT_T) + 1}")
     if len(values) == 1:
         return values[0], math.nan
-    return statistics.mean(values), STUDENT_T[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(half)
