@@ -87,7 +87,9 @@ def test_a_cut_response_has_no_eos_in_either_stage(prepare, tokenizer):
     for stage, read in (("sft", SFTData), ("dpo", DPOData)):
         folder = prepare(rows, stage=stage, max_seq_length=len(tokenizer.encode(CAT, bos=True)) + 3)
         assert read_meta(folder, read.format)["counts"]["cut"] >= 1
-        responses = [response for split in ("train", "test") for _, response in read(folder, split, tokenizer).prompts(9)]
+        responses = [
+            response for split in ("train", "test") for _, response in read(folder, split, tokenizer).prompts(9)
+        ]
         whole = {tuple(tokenizer.encode(text, eos=True)) for text in ("no", "stay", "cold", "a b c d e f g h")}
         assert all((tokenizer.eos_id in ids) == (tuple(ids) in whole) for ids in responses)
         assert any(tokenizer.eos_id not in ids for ids in responses)
