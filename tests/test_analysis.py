@@ -252,3 +252,39 @@ def test_mistakes(two, refused, tmp_path, data_dir):
     save_adapter(tmp_path / "c.safetensors", {"x": torch.ones(1)}, {"method": "aligner", "config": {}})
     assert "holds no prefix with gates" in refused(SCRIPT, tmp_path / "c.safetensors", "--out_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# == table 1 ==
+
+
+def test_parameters_of_every_method(run_script):
+    code, out, _ = run_script("scripts/count_parameters.py", "--models", "Llama-2-7B", "Llama-2-13B")
+    assert code == 0
+    rows = {
+        cells[0].strip(): [c.strip() for c in cells[1:4]] for line in out.splitlines() if (cells := line[1:].split("|"))
+    }
+    assert rows["the base itself"][:2] == ["6,738,415,616", "13,015,864,320"]
+    assert rows.pop("method")[2] == "in 24 GiB beside Llama-2-7B"
+    # N · C and a gate for each head of 30 (38) layers; 10 · C and gates likewise; 2 matrices of r · C and of C · r in
+    # each of 32 (40) layers; C in each; 10 · C
+    expected = {
+        **{f"Aligner, N = {n}": (n * 4096 + 30 * 32, n * 5120 + 38 * 40) for n in (1, 10, 100, 300)},
+        "LLaMA-Adapter, 10 tokens": (30 * (10 * 4096 + 32), 38 * (10 * 5120 + 40)),
+        "LoRA, r = 8": (32 * 4 * 8 * 4096, 40 * 4 * 8 * 5120),
+        "BitFit": (32 * 4096, 40 * 5120),
+        "prompt tuning, 10 tokens": (10 * 4096, 10 * 5120),
+    }
+    assert expected["Aligner, N = 1"][0] == 5056 and expected["Aligner, N = 10"][0] == 41_920
+    assert expected.keys() <= rows.keys()
+    for method, counts in expected.items():
+        # 24 GiB are 25,769,803,776 bytes, of which the base takes 13,476,831,232
+        fit = 12_292_972_544 // (2 * counts[0])
+        assert rows[method] == [*(f"{n:,}" for n in counts), f"{fit:,}"], method
+
+
+def test_no_room_and_no_such_model(run_script, refused):
+    flags = ("--models", "microworld", "--beside", "Llama-2-13B")
+    _, out, _ = run_script("scripts/count_parameters.py", *flags)
+    assert all(line.endswith("| 0 |") for line in out.splitlines()[3:])
+    assert "There is no model named 'Llama-9'" in refused("scripts/count_parameters.py", "--beside", "Llama-9")
+    assert "must be above 0" in refused("scripts/count_parameters.py", "--memory_gib", 0)

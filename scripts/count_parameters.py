@@ -1,0 +1,64 @@
+"""The paper's Table 1, computed: trainable parameters of every method, and how many adapters fit beside a base.
+
+Nothing is loaded: the models have shapes and no values. Base and adapters take 2 bytes per parameter (bf16); what the
+weights of one base leave free on a GPU is filled with adapters, and nothing is kept for activations. (The paper prints
+4.19 K parameters for 10 tokens at 7B; it is 41.92 K.)
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import torch
+from jsonargparse import Namespace
+
+from evaluate.trials import VARIANTS, Variant
+from lit_llama import cli
+from lit_llama.checkpoint import METHODS
+from lit_llama.model import LLaMA
+from lit_llama.utils import UserError
+
+models: list[str] = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld"]  # names of lit_llama/model.py
+beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
+memory_gib: float = 24.0  # of that GPU
+
+BYTES = 2  # of a number in bf16
+ALIGNER300 = Variant("Aligner, N = 300", "aligner", {"adapter_prompt_length": 300})
+ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.method != "aligner")  # Aligners first
+
+
+def count(name: str, variant: Variant) -> int:
+    """Trainable parameters of a method beside a base of that name."""
+    with torch.device("meta"):
+        network = METHODS[variant.method].LLaMA.from_name(name, **variant.settings)
+    return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_key(key))
+
+
+def base_size(name: str) -> int:
+    """Parameters of the base.
+
+    Raises:
+        UserError: the name is not known.
+    """
+    with torch.device("meta"):
+        network = LLaMA.from_name(name)
+    return sum(p.numel() for p in network.parameters())
+
+
+def main(args: Namespace) -> None:
+    if not args.memory_gib > 0:
+        raise UserError(f"memory_gib is {args.memory_gib} and must be above 0.")
+    free = args.memory_gib * 2**30 - BYTES * base_size(args.beside)
+    columns = [*args.models, f"in {args.memory_gib:g} GiB beside {args.beside}"]
+    print(f"| method | {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
+    print(f"| the base itself | {' | '.join(f'{base_size(name):,}' for name in args.models)} | |")
+    for variant in ROWS:
+        counts = [f"{count(name, variant):,}" for name in args.models]
+        fit = max(0, int(free // (BYTES * count(args.beside, variant))))
+        print(f"| {variant.label} | {' | '.join(counts)} | {fit:,} |")
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())
