@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 
 from lit_llama import aligner, cli
 from lit_llama.data import SFTData
+from lit_llama.quantize import Quantize
 from lit_llama.report import print_summary
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, start_finetuning
@@ -59,6 +60,7 @@ devices: int | str = 1  # how many, or "auto" for all there are
 num_nodes: int = 1  # machines
 strategy: str = "auto"  # Fabric's: "auto", "ddp"
 precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
+quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
 def main(args: Namespace, method: ModuleType = aligner) -> None:
@@ -78,7 +80,7 @@ def main(args: Namespace, method: ModuleType = aligner) -> None:
     summary = trainer.fit()
     if fabric.global_rank == 0:
         command = ["python", f"generate/{meta['method']}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
-        command += ["--adapter", f"{args.out_dir}"]
+        command += ["--adapter", f"{args.out_dir}", *(["--quantize", args.quantize] if args.quantize else [])]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 
 

@@ -20,6 +20,7 @@ from lit_llama.checkpoint import METHODS
 from lit_llama.data import plan_fixed_epoch
 from lit_llama.dpo import DPOData, LossType, adapter_key, cached_reference, check_start, drift, reference_key
 from lit_llama.model import LLaMA
+from lit_llama.quantize import Quantize
 from lit_llama.report import plot_metrics, print_summary
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, start_finetuning
@@ -75,6 +76,7 @@ devices: int | str = 1  # how many, or "auto" for all there are
 num_nodes: int = 1  # machines
 strategy: str = "auto"  # Fabric's: "auto", "ddp"
 precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
+quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 PANELS = {
     "loss (per pair)": ["loss"],
@@ -98,7 +100,7 @@ def set_reference(args: Namespace, trainer: Trainer, start: dict[str, torch.Tens
         if args.reference_free:
             continue
         if args.precompute_reference:
-            key = reference_key(data, args.checkpoint_dir, adapter, batches, fabric)
+            key = reference_key(data, args.checkpoint_dir, adapter, batches, fabric, args.quantize)
             cache_dir = args.data_dir.parent / ".cache"
             data.reference_logps = cached_reference(data, fabric, model, batches, name, key, cache_dir)
         else:
@@ -169,7 +171,7 @@ def main(args: Namespace) -> None:
         if args.sample_prompts:
             print(compare(args.out_dir / "samples.jsonl"), end="")
         command = ["python", f"generate/{args.method}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
-        command += ["--adapter", f"{args.out_dir}"]
+        command += ["--adapter", f"{args.out_dir}", *(["--quantize", args.quantize] if args.quantize else [])]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 
 

@@ -17,6 +17,7 @@ from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled
 from lit_llama.prompts import get_prompt_style
+from lit_llama.quantize import Quantize
 from lit_llama.utils import UserError
 
 # == Model ==
@@ -44,6 +45,7 @@ batch_size: int = 16  # prompts answered at a time
 # == Device ==
 accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
 precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
 def main(args: Namespace, method: str | None = None) -> None:
@@ -61,7 +63,9 @@ def main(args: Namespace, method: str | None = None) -> None:
     if args.interactive and args.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
     session = open_session(
-        lambda: load_composed(args.checkpoint_dir, adapters, args.strength, device=device, dtype=dtype),
+        lambda: load_composed(
+            args.checkpoint_dir, adapters, args.strength, device=device, dtype=dtype, quantize=args.quantize
+        ),
         args.checkpoint_dir,
         style,
         sampling,

@@ -15,6 +15,7 @@ from lit_llama.chat import gather_requests, open_session, pick_device, save_answ
 from lit_llama.checkpoint import load_model
 from lit_llama.generation import Sampling
 from lit_llama.prompts import get_prompt_style
+from lit_llama.quantize import Quantize
 
 # == Model ==
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
@@ -38,6 +39,7 @@ batch_size: int = 16  # prompts continued at a time
 # == Device ==
 accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
 precision: str = "auto"  # 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
 def main(args: Namespace) -> None:
@@ -46,7 +48,7 @@ def main(args: Namespace) -> None:
     requests = [] if args.interactive else gather_requests(args.prompt, args.input, args.prompt_file)
     style = get_prompt_style(args.prompt_style)
     session = open_session(
-        lambda: load_model(args.checkpoint_dir, device=device, dtype=dtype),
+        lambda: load_model(args.checkpoint_dir, device=device, dtype=dtype, quantize=args.quantize),
         args.checkpoint_dir,
         style,
         sampling,

@@ -67,7 +67,7 @@ class GatedLLaMA(llama.LLaMA):
         """Inside, each layer's prefix keys and values are computed once. Never active in training."""
         with torch.no_grad():
             for attn in self.aligned_attention():
-                attn.constant_kv = attn.prefix_kv()
+                attn.constant_kv = attn.prefix_kv(self.transformer.wte.weight.dtype)
         try:
             yield
         finally:
@@ -128,7 +128,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""
-        keys, values = self.constant_kv or self.prefix_kv()  # (1, ng, P, hs)
+        keys, values = self.constant_kv or self.prefix_kv(q.dtype)  # (1, ng, P, hs)
         groups = self.config.n_head // self.config.n_kv_head
         if values.size(2) == 1:
             return self.gating_factor * values.repeat_interleave(groups, dim=1)
@@ -136,10 +136,9 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         read = F.scaled_dot_product_attention(q, keys, values, enable_gqa=groups > 1)
         return self.gating_factor.to(read.dtype) * read
 
-    def prefix_kv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This layer's own k and v of the raw prefix, no norm and no rotary: (1, ng, P, hs) each."""
-        prefix = self.prefix[0].weight.to(self.c_proj.weight.dtype)
-        _, keys, values = self.qkv(prefix.unsqueeze(0))
+    def prefix_kv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's own k and v of the raw prefix, no norm and no rotary: (1, ng, P, hs) each, in `dtype`."""
+        _, keys, values = self.qkv(self.prefix[0].weight.to(dtype).unsqueeze(0))
         return keys, values
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lit_llama import adapter, aligner, bitfit, lora, model, prompt_tuning
+from lit_llama.quantize import check_quantize, projections, quantize_
 from lit_llama.utils import UserError, atomic_write
 
 CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
@@ -333,6 +334,7 @@ def load_model(
     method_config: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
 ) -> model.LLaMA:
     """A base model, plain, with a trained adapter, or with a fresh one of `method`.
 
@@ -342,9 +344,11 @@ def load_model(
         method, method_config: the module of a method (`lit_llama.aligner`) and its own configuration, for a fresh
             adapter.
         dtype: of the frozen base; adapter parameters are fp32 always.
+        quantize: how the base's projections are held, a `lit_llama.quantize.Quantize`; they compute in `dtype`.
 
     Raises:
-        UserError: a file is missing or damaged, or the adapter belongs to another base model.
+        UserError: a file is missing or damaged, the adapter belongs to another base model, or the base cannot be
+            quantised.
     """
     if adapter is not None:
         method, method_config = METHODS[adapter.method], adapter.config
@@ -354,15 +358,24 @@ def load_model(
         check_base(adapter, checkpoint_dir, config)
     with torch.device("meta"):
         network = module.LLaMA(config)
-    # the base keeps its pages in the file until they are cast or moved
+    device = torch.device(device)
+    waiting = set()
+    if quantize is not None:
+        check_quantize(quantize, network, device)
+        waiting = {f"{name}.weight" for name in projections(network)}
+    # the base keeps its pages in the file until they are cast, moved or quantised
     state = read_state(weights_path(checkpoint_dir))
-    network.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
+    network.load_state_dict(
+        {name: t if name in waiting else t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True
+    )
     if adapter is not None:
         state = {name: t.to(device=device, dtype=torch.float32) for name, t in adapter.state.items()}
         network.load_state_dict(state, assign=True)
     missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_key(n)]
     if missing:
         raise UserError(f"{weights_path(checkpoint_dir)} holds no base model: {missing[0]} is missing.")
+    if quantize is not None:
+        quantize_(network, quantize, device, dtype)
     if adapter is None:
         # a fresh one is drawn on the CPU, so that a seed means the same on every device
         for child in network.modules():

@@ -99,7 +99,9 @@ class Parser(ArgumentParser):
         message = re.sub(r'^Parser key "([^"]*)":\s*', r"--\1: ", message)
         message = re.sub(r"<class '([\w.]+\.)?(\w+)'>", r"\2", message)
         message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-        log(f"error: {' '.join(message.split())} (see {self.prog} --help)")
+        message = " ".join(message.split())
+        message = re.sub(r"Does not validate against any of .*? Errors: - (.*) - Expected a NoneType", r"\1.", message)
+        log(f"error: {message} (see {self.prog} --help)")
         sys.exit(2)
 
 
@@ -158,6 +160,7 @@ def run(main: Callable[[Namespace], None], script: str, names: dict[str, Any]) -
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of parts that are merely faster
     try:
         main(settings)
     except UserError as error:

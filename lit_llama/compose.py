@@ -19,12 +19,14 @@ def load_composed(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
 ) -> LLaMA:
     """A base with one adapter of any method, or with several Aligners, each of its own length and start layer.
 
     Args:
         adapters: trained on this base.
         strengths: how much each adapter counts (`at_strength` of its method); a single one is for all.
+        device, dtype, quantize: as in `load_model`.
 
     Raises:
         UserError: the numbers of adapters and strengths differ, an adapter belongs to another base, or a method knows
@@ -40,7 +42,7 @@ def load_composed(
     # the one that starts lowest makes the layers that the others join
     pairs = zip(adapters, strengths, strict=True)
     (first, strength), *others = sorted(pairs, key=lambda pair: pair[0].config.get("adapter_start_layer", 0))
-    model = load_model(checkpoint_dir, first, device=device, dtype=dtype)
+    model = load_model(checkpoint_dir, first, device=device, dtype=dtype, quantize=quantize)
     for name, p in model.named_parameters():
         if model.is_adapter_key(name):
             p.data = model.at_strength(name, p.data, strength)

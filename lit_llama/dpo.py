@@ -225,7 +225,12 @@ def adapter_key(state: dict[str, torch.Tensor]) -> str:
 
 
 def reference_key(
-    data: DPOData, checkpoint_dir: Path, adapter: str, batches: list[np.ndarray], fabric: Fabric
+    data: DPOData,
+    checkpoint_dir: Path,
+    adapter: str,
+    batches: list[np.ndarray],
+    fabric: Fabric,
+    quantize: str | None = None,
 ) -> dict[str, str]:
     """Everything the reference's log-probabilities depend on, down to their rounding.
 
@@ -233,6 +238,7 @@ def reference_key(
         checkpoint_dir: the base; its whole weight file is read.
         adapter: `adapter_key` of the reference, or "none".
         batches: the micro-batches they are computed in.
+        quantize: how the base is held.
     """
     with weights_path(checkpoint_dir).open("rb") as file:
         base = hashlib.file_digest(file, "sha256")
@@ -246,6 +252,7 @@ def reference_key(
         "adapter": adapter,
         "batches": layout.hexdigest(),
         "precision": str(fabric.strategy.precision.precision),
+        "quantize": str(quantize),
         "device": fabric.device.type + gpu,
         "torch": torch.__version__,
     }

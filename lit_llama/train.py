@@ -202,6 +202,7 @@ def start_finetuning(
         method_config=own,
         device=fabric.device,
         dtype=base_dtype(fabric),
+        quantize=args.quantize,
     )
     aligner.mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = args.gradient_checkpointing
