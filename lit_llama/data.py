@@ -20,7 +20,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,7 @@ def _write_splits(
         UserError: fewer than two rows or prompts.
     """
     _check_count(len(kept), counts, about["max_seq_length"])
-    in_test = _held_out(prompts, test_fraction, seed)
+    in_test = held_out(prompts, test_fraction, seed)
     splits = {"train": kept.select(np.flatnonzero(~in_test)), "test": kept.select(np.flatnonzero(in_test))}
     counts = {**counts, "prompts": len(set(prompts)), **{name: len(rows) for name, rows in splits.items()}}
     meta = {**about, "counts": counts, "test_fraction": test_fraction, "seed": seed}
@@ -304,9 +304,9 @@ def _write_splits(
     return meta
 
 
-def _held_out(prompts: list[str], test_fraction: float, seed: int) -> np.ndarray:
+def held_out(prompts: list[Hashable], test_fraction: float, seed: int) -> np.ndarray:
     """Which rows are for validation, (rows,) bool: those of prompts drawn at random until the share is reached."""
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     prompt = np.array([numbers.setdefault(text, len(numbers)) for text in prompts])
     if len(numbers) < 2:
         raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")

@@ -1,0 +1,156 @@
+"""The form-knowledge scale: its arithmetic and interval on cases made by hand, and a whole tiny probe."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.probe import Share, plot, recovered, report, row_losses, split_training_rows
+from evaluate.trials import Variant
+from lit_llama.checkpoint import load_model
+from lit_llama.data import SFTData
+
+SCRIPT = "evaluate/probe.py"
+VARIANTS = {
+    "aligner1": Variant("one", "aligner"),
+    "many": Variant("many", "aligner"),
+    "lora": Variant("LoRA", "lora"),
+}
+
+
+def test_share_of_the_gain():
+    base, tokens = np.array([4.0, 2.0]), np.array([2, 1])
+    # gains: 1 + 1 = 2 of one training and 0 + 1 = 1 of the other, mean 1.5; of LoRA 2 + 1 = 3
+    other, lora = np.array([[3.0, 1.0], [4.0, 1.0]]), np.array([[2.0, 1.0]])
+    share = recovered(base, other, lora, tokens, resamples=500)
+    assert share.value == pytest.approx(0.5)
+    assert share.low < 0.5 < share.high
+    assert recovered(base, lora, lora, tokens, resamples=500) == Share(1.0, 1.0, 1.0)
+    # every row gains alike and there is one training: nothing is uncertain
+    assert recovered(base, base[None] - tokens / 4, base[None] - tokens, tokens, resamples=9) == Share(0.25, 0.25, 0.25)
+
+
+def test_no_gain_of_lora_leaves_no_interval():
+    base, tokens = np.array([4.0, 2.0, 3.0]), np.ones(3)
+    share = recovered(base, base[None] - 0.5, np.array([[3.0, 3.5, 2.0]]), tokens, resamples=500)
+    assert share.value == pytest.approx(1.5 / 0.5) and math.isnan(share.low) and math.isnan(share.high)
+
+
+def test_more_rows_and_closer_trainings_narrow_the_interval():
+    def width(n: int, spread: float) -> float:
+        base, noise = np.full(n, 5.0), np.random.default_rng(1).normal(0, 0.5, n)
+        seeds = np.array([[-spread], [0.0], [spread]])
+        share = recovered(base, base - 0.5 - noise / 2 + seeds, base - 1 - noise + seeds, np.ones(n), resamples=2000)
+        return share.high - share.low
+
+    assert width(100, 0.0) < 1e-9  # half of LoRA's gain in every row
+    assert width(100, 0.01) < width(100, 0.05)
+
+    def width_over_rows(n: int) -> float:
+        rng = np.random.default_rng(2)
+        base, gain = np.full(n, 5.0), rng.normal(1, 0.5, n)
+        share = recovered(base, base[None] - rng.normal(0.5, 0.5, n), base[None] - gain, np.ones(n), resamples=2000)
+        return share.high - share.low
+
+    assert width_over_rows(400) < 0.7 * width_over_rows(50)
+
+
+@pytest.mark.parametrize("trainings", [1, 3])
+def test_the_interval_covers_the_truth(trainings):
+    """Rows and trainings are random; the share of the expected gains, 0.6, lies in about 95 of 100 intervals."""
+    rng, n, repeats = np.random.default_rng(0), 60, 300
+    spread = 0.05 if trainings > 1 else 0.0  # of a training's gain; with one training nothing tells of it
+    covered = 0
+    for repeat in range(repeats):
+        tokens = rng.integers(5, 15, n)
+        base = 3 * tokens + rng.normal(0, 5, n)
+        level = rng.normal(1, 0.4, n)  # rows from which much can be gained
+        losses = [
+            base - tokens * (mean * level + rng.normal(0, 0.1, n) + rng.normal(0, spread, (trainings, 1)))
+            for mean in (0.6, 1.0)
+        ]
+        share = recovered(base, *losses, tokens, resamples=400, seed=repeat)
+        covered += share.low <= 0.6 <= share.high
+    assert 0.91 <= covered / repeats <= 0.99
+
+
+def test_loss_of_each_row(base_dir, data_dir):
+    model, data = load_model(base_dir), SFTData(data_dir, "train", max_rows=7)
+    losses = row_losses(model, data, batch_size=3)
+    for i, (ids, prompt_length) in enumerate(zip(data.rows["input_ids"], data.rows["prompt_length"], strict=True)):
+        ids = torch.from_numpy(ids).long()
+        with torch.no_grad():
+            logps = model(ids[None])[0].log_softmax(-1)
+        expected = -sum(logps[t - 1, ids[t]].item() for t in range(prompt_length, len(ids)))
+        assert losses[i] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_rate_is_chosen_on_training_rows(data_dir, tmp_path):
+    split_training_rows(data_dir, 0.3, tmp_path / "parts")
+    whole = SFTData(data_dir, "train")
+    train, test = (SFTData(tmp_path / "parts", split) for split in ("train", "test"))
+    rows = [sorted(ids.tobytes() for ids in data.rows["input_ids"]) for data in (whole, train, test)]
+    assert rows[0] == sorted(rows[1] + rows[2]) and 5 <= len(test) <= 25
+    prompts = [{ids[:n].tobytes() for ids, n in zip(d.rows["input_ids"], d.rows["prompt_length"], strict=True)}
+               for d in (train, test)]  # fmt: skip
+    assert not prompts[0] & prompts[1]
+    assert test.meta["prompt_style"] == "plain" and test.meta["counts"]["test"] == len(test)
+
+
+def test_table_and_figure(tmp_path):
+    def result(one: float, edges: list[str]) -> dict:
+        loss = {"base": 2.0, "aligner1": 1.5, "many": 1.25, "lora": 1.0}
+        shares = {"aligner1": Share(one, one - 0.1, one + 0.1), "many": Share(-0.001, math.nan, math.nan)}
+        return {"shares": shares, "loss": loss, "edges": edges, "rows": 9}
+
+    found = {"facts": result(0.1, []), "form": result(0.9, ["lora"])}
+    lines = report(found, VARIANTS).splitlines()
+    assert lines[2] == "| form | 9 | 2.0000 | 1.5000 | 1.2500 | 1.0000* | 90% (80% to 100%) | 0% (no interval) |"
+    assert lines[3].startswith("| facts | 9 | 2.0000 | 1.5000 | 1.2500 | 1.0000 | 10% (0% to 20%) |")
+    assert "lowest or the highest" in lines[-1]
+    assert len(report({"facts": found["facts"]}, VARIANTS).splitlines()) == 3
+    plot(found, VARIANTS, tmp_path / "probe.png")
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_whole_probe(run_script, tmp_path, base_dir, data_dir):
+    flags = ["--data_dir", data_dir, "--checkpoint_dir", base_dir, "--out_dir", tmp_path, "--jobs", 1, "--many", 5,
+             "--steps", 3, "--learning_rates", 1e-6, 3e-2, "--seeds", 1, 2, "--resamples", 50]  # fmt: skip
+    code, out, _ = run_script(SCRIPT, *flags)
+    assert code == 0
+    assert out.splitlines()[2].startswith("| animals | 5 | ")
+    results = json.loads((tmp_path / "probe.json").read_text())["results"]["animals"]
+    records = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/record.json")}
+    assert len(records) == 3 * (2 + 2)
+    test = SFTData(data_dir, "test")
+    tokens = test.weights.sum()
+    assert results["loss"]["base"] == pytest.approx(row_losses(load_model(base_dir), test).sum() / tokens)
+    for method in ("aligner1", "many", "lora"):
+        tried = {
+            rate: sum(records[f"animals-{method}-choosing-lr{rate:g}-seed0"]["scores"]["losses"])
+            for rate in (1e-6, 3e-2)
+        }
+        assert results["rates"][method] == min(tried, key=tried.get)
+        own = [records[f"animals-{method}-lr{results['rates'][method]:g}-seed{seed}"] for seed in (1, 2)]
+        assert {record["summary"]["steps"] for record in own} == {3}
+        mean = np.mean([sum(record["scores"]["losses"]) for record in own]) / tokens
+        assert results["loss"][method] == pytest.approx(mean)
+    gains = {method: results["loss"]["base"] - loss for method, loss in results["loss"].items()}
+    assert results["shares"]["many"]["value"] == pytest.approx(gains["many"] / gains["lora"])
+    assert records["animals-many-choosing-lr0.03-seed0"]["summary"]["trainable_parameters"] == 5 * 32 + 4
+
+    # again: nothing is trained anew
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/record.json")}
+    assert run_script(SCRIPT, *flags)[1] == out
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_mistakes(refused, tmp_path, data_dir, base_dir):
+    flags = ("--checkpoint_dir", base_dir, "--out_dir", tmp_path / "out")
+    assert "the same name: animals, animals" in refused(SCRIPT, "--data_dir", data_dir, data_dir, *flags)
+    assert "seeds must differ" in refused(SCRIPT, "--data_dir", data_dir, "--seeds", 0, 1, *flags)
+    assert "valid_fraction must be between" in refused(SCRIPT, "--data_dir", data_dir, "--valid_fraction", 1, *flags)
+    assert "There is no prepared dataset at" in refused(SCRIPT, "--data_dir", tmp_path / "none", *flags)
+    assert not (tmp_path / "out").exists()
