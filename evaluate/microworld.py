@@ -27,7 +27,7 @@ from pretrain.microworld import SEEN, UNSEEN, VALID, Question, World
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 adapter: list[Path] = []  # adapter files, or training runs' folders; several add up; default: the base model alone
-strength: list[float] = [1.0]  # scales their gates, one for all or one each
+strength: list[float] = [1.0]  # how much each counts, one for all or one each; 0 is the base exactly
 form: str | None = None  # the form wanted (default: the one the adapter was trained on)
 temperature: float = 0.0  # 0 is greedy
 questions: int = 400  # asked of each group, drawn once from all there are

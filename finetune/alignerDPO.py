@@ -157,7 +157,9 @@ def main(args: Namespace) -> None:
 
     fabric, model, meta = start_finetuning(args, train.meta, METHODS[args.method])
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    meta["reference"] = "none" if args.init_adapter is None else adapter_key(start)
+    # a fresh adapter adds nothing to the base, but for a learnt prompt
+    fresh = args.init_adapter is None and not model.prepended
+    meta["reference"] = "none" if fresh else adapter_key(start)
     meta["data"]["sha256"] = train.sha256
     trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, plan=plan_fixed_epoch)
     trainer.sample_answers = Samples(args, trainer, start, tokenizer)

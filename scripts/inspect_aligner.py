@@ -1,7 +1,8 @@
 """Says what an adapter file is and shows its gates by layer; with several files, how they differ.
 
 It reads our .safetensors, a run's folder, and the authors' .pth files. A gate is one number per layer and head that
-multiplies what the layer reads from the prefix: a layer whose gates are near zero does not use the Aligner.
+multiplies what the layer reads from the prefix: a layer whose gates are near zero does not use the Aligner. Of other
+methods' files it shows the root mean square of each layer's tensors.
 """
 
 import itertools
@@ -49,8 +50,31 @@ def gates(adapter: Adapter) -> dict[int, torch.Tensor]:
     return dict(sorted((int(name.split(".")[2]), t.float().flatten()) for name, t in named.items()))
 
 
+def kinds(adapter: Adapter) -> dict[str, dict[int, torch.Tensor]]:
+    """Tensors in fp32 by their kind, such as `c_attn.lora_A`, and layer; those of no layer count as of layer 0."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for name, t in adapter.state.items():
+        _, _, layer, _, kind = name.split(".", 4) if name.startswith("transformer.h.") else ("", "", "0", "", name)
+        found.setdefault(kind, {})[int(layer)] = t.float()
+    return {kind: dict(sorted(by_layer.items())) for kind, by_layer in sorted(found.items())}
+
+
+def describe_other(adapter: Adapter) -> str:
+    """What an adapter of another method is, and the size of its tensors by layer."""
+    count = sum(t.numel() for t in adapter.state.values())
+    settings = "".join(f", {name} {value}" for name, value in adapter.config.items())
+    lines = [f"{adapter.path}", f"  {adapter.method}{settings}: {count:,} parameters"]
+    lines += [f"  {name}: {value}" for name, value in about(adapter.meta).items()]
+    by_kind = kinds(adapter)
+    lines += [f"  layer  root mean square of {', '.join(by_kind)}"]
+    for layer in sorted({layer for by_layer in by_kind.values() for layer in by_layer}):
+        cells = [f"{by_layer[layer].square().mean().sqrt():.6f}" for by_layer in by_kind.values() if layer in by_layer]
+        lines.append(f"  {layer:5}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
 def describe(adapter: Adapter, largest: float) -> str:
-    """What an adapter is, and a line per layer; a bar of full length is a mean |gate| of `largest`."""
+    """What an Aligner is, and a line per layer; a bar of full length is a mean |gate| of `largest`."""
     prefix, by_layer = adapter.state[PREFIX].float(), gates(adapter)
     count = sum(t.numel() for t in adapter.state.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.state.values()})
@@ -89,7 +113,7 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
 
 
 def difference(one: Adapter, other: Adapter) -> str:
-    """How two adapters differ, the layers that both have compared."""
+    """How two Aligners differ, the layers that both have compared."""
     ours, theirs = gates(one), gates(other)
     layers = [layer for layer in ours if layer in theirs]
     pairs = {
@@ -142,15 +166,19 @@ def convert(adapter: Adapter, path: Path, style: str | None) -> None:
 def main(args: Namespace) -> None:
     if args.to_safetensors and len(args.files) > 1:
         raise UserError(f"--to_safetensors writes one adapter, and {len(args.files)} are named.")
-    adapters = [open_adapter(path) for path in args.files]
-    largest = max(gate.abs().mean().item() for adapter in adapters for gate in gates(adapter).values())
-    parts = [describe(adapter, largest) for adapter in adapters]
-    parts += [difference(one, other) for one, other in itertools.combinations(adapters, 2)]
+    adapters = [read_adapter(path) for path in args.files]
+    others = [adapter for adapter in adapters if adapter.method != "aligner"]
+    if others and args.plot:
+        raise UserError(f"--plot draws an Aligner's gates, and {others[0].path} is of the method {others[0].method!r}.")
+    aligners = [open_adapter(adapter.path) for adapter in adapters if adapter.method == "aligner"]
+    largest = max((gate.abs().mean().item() for a in aligners for gate in gates(a).values()), default=0.0)
+    parts = [describe(adapter, largest) for adapter in aligners] + [describe_other(adapter) for adapter in others]
+    parts += [difference(one, other) for one, other in itertools.combinations(aligners, 2)]
     print("\n\n".join(parts))
     if args.plot:
-        draw(adapters, args.plot)
+        draw(aligners, args.plot)
     if args.to_safetensors:
-        convert(adapters[0], args.to_safetensors, args.prompt_style)
+        convert((aligners + others)[0], args.to_safetensors, args.prompt_style)
 
 
 if __name__ == "__main__":

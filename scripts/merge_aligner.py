@@ -3,6 +3,9 @@
 With N = 1 the softmax over the prefix is 1, so what a layer adds is a constant: its attention output gains the bias
 c_proj.weight @ concat_h(gate_h × v_h), where v is the layer's own value of the prefix. The result is a plain LLaMA with
 that bias (`attention_bias` in Hugging Face's config.json) and needs no Aligner code at all.
+
+BitFit's biases are merged in the same way, and LoRA's updates are added to the query and value weights, in the dtype
+that is written.
 """
 
 import json
@@ -10,16 +13,17 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
 from jsonargparse import Namespace
 
-from lit_llama import aligner, cli
+from lit_llama import cli, lora
 from lit_llama.checkpoint import (
     CONFIG_NAME,
+    METHODS,
     Adapter,
     Lazy,
     base_fingerprint,
@@ -36,7 +40,7 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError, atomic_write, log
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an adapter with one prefix token
+adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
 output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
 format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
@@ -51,59 +55,88 @@ def own_config(adapter: Adapter, checkpoint_dir: Path) -> LLaMAConfig:
     Raises:
         UserError: the adapter cannot be merged, or belongs to another base.
     """
-    if adapter.method != "aligner":
-        raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; only an Aligner can be merged.")
-    if (length := adapter.config["adapter_prompt_length"]) != 1:
+    if adapter.method not in ("aligner", "lora", "bitfit"):
+        raise UserError(
+            f"{adapter.path} was made by the method {adapter.method!r}, which no plain LLaMA can imitate: only an "
+            f"Aligner of one token, LoRA and BitFit can be merged; use this one with generate/{adapter.method}.py."
+        )
+    if (length := adapter.config.get("adapter_prompt_length", 1)) != 1:
         raise UserError(
             f"{adapter.path} has N = {length} prefix tokens: what they add depends on the query, so only N = 1 can be "
             "merged; use this one with generate/aligner.py."
         )
     config = LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME)
     check_base(adapter, checkpoint_dir, config)
+    method = METHODS[adapter.method]
     with torch.device("meta"):
-        network = aligner.LLaMA(aligner.LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME, **adapter.config))
+        network = method.LLaMA(method.LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME, **adapter.config))
     network.load_state_dict(adapter.state, assign=True)
     return config
 
 
 def merge(tensors: dict[str, Lazy], config: LLaMAConfig, adapter: Adapter) -> tuple[dict[str, Lazy], LLaMAConfig]:
-    """The base's tensors with an output bias in every layer, zero below the start layer, and their configuration."""
+    """The base's tensors with what the adapter adds to each layer's attention, and their configuration."""
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
     check_fit(tensors, parameters(config), CONFIG_NAME)
+    if adapter.method != "lora":
+        config = replace(config, proj_bias=True)
+    added = {"aligner": output_bias, "bitfit": bitfit_bias, "lora": updated_weight}[adapter.method]
+    kind = "c_attn.weight" if adapter.method == "lora" else "c_proj.bias"
     merged = {}
-    for name in parameters(replace(config, proj_bias=True)):
-        if name.endswith(".attn.c_proj.bias"):
-            attn = {kind: t for kind in KINDS if (t := tensors.get(name.replace("c_proj.bias", kind)))}
-            gate = adapter.state.get(name.replace("c_proj.bias", "gating_factor"))
-            bias = partial(output_bias, attn, gate, adapter.state["global_value_embedding.weight"], config)
-            merged[name] = Lazy((config.n_embd,), attn["c_proj.weight"].dtype, bias)
+    for name, shape in parameters(config).items():
+        if name.endswith(f".attn.{kind}"):
+            layer = name.removesuffix(kind)
+            attn = {kind: t for kind in KINDS if (t := tensors.get(f"{layer}{kind}"))}
+            own = {key.removeprefix(layer): t for key, t in adapter.state.items()}
+            merged[name] = Lazy(shape, attn["c_proj.weight"].dtype, partial(added, attn, own, config, adapter.config))
         else:
             merged[name] = tensors[name]
-    return merged, replace(config, proj_bias=True)
+    return merged, config
 
 
 KINDS = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
 
 
 def output_bias(
-    attn: dict[str, Lazy], gate: torch.Tensor | None, prefix: torch.Tensor, config: LLaMAConfig
+    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
-    """The bias (C,) of one layer's attention output, in fp32.
+    """The bias (C,) of one layer's attention output with an Aligner, in fp32.
 
     Args:
         attn: the layer's `KINDS`, biases only where the base has them.
-        gate: (1, nh, 1, 1); None below the start layer.
-        prefix: (1, C).
+        own: the adapter's tensors, those of the layer without its name: gating_factor (1, nh, 1, 1), which layers below
+            the start layer lack, and global_value_embedding.weight (1, C).
+        of_method: the adapter's own configuration.
     """
     bias = attn["c_proj.bias"].read().float() if "c_proj.bias" in attn else torch.zeros(config.n_embd)
-    if gate is None:
+    if "gating_factor" not in own:
         return bias
+    prefix, gate = own["global_value_embedding.weight"], own["gating_factor"]
     first = (config.n_head + config.n_kv_head) * config.head_size  # the rows behind q and k
     value = attn["c_attn.weight"].read()[first:].float() @ prefix[0].float()  # (ng · hs,)
     if "c_attn.bias" in attn:
         value = value + attn["c_attn.bias"].read()[first:].float()
     heads = value.view(config.n_kv_head, -1).repeat_interleave(config.n_head // config.n_kv_head, dim=0)  # (nh, hs)
     return bias + attn["c_proj.weight"].read().float() @ (gate.float().view(-1, 1) * heads).flatten()
+
+
+def bitfit_bias(
+    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
+) -> torch.Tensor:
+    """As `output_bias`, of adapter_bias (C,)."""
+    bias = own["adapter_bias"].float()
+    return attn["c_proj.bias"].read().float() + bias if "c_proj.bias" in attn else bias
+
+
+def updated_weight(
+    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
+) -> torch.Tensor:
+    """c_attn.weight with the update of c_attn.lora_A and c_attn.lora_B, in fp32."""
+    widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    scaling = of_method["lora_alpha"] / of_method["lora_r"]
+    return attn["c_attn.weight"].read().float() + lora.update(
+        own["c_attn.lora_A"], own["c_attn.lora_B"], widths, scaling
+    )
 
 
 def main(args: Namespace) -> None:

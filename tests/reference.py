@@ -83,7 +83,10 @@ def attention(x: torch.Tensor, state: Tensors, layer: int, config: Any) -> torch
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     gate = state.get(f"{name}.gating_factor")
     if gate is not None:
-        of_prefix = linear(state["global_value_embedding.weight"], state, f"{name}.c_attn")
+        prefix = state.get(f"{name}.adapter_wte.weight")  # LLaMA-Adapter has one of its own in each layer
+        of_prefix = linear(
+            state["global_value_embedding.weight"] if prefix is None else prefix, state, f"{name}.c_attn"
+        )
         prefix_keys, prefix_values = heads(of_prefix, nh * hs, ng, hs), heads(of_prefix, (nh + ng) * hs, ng, hs)
     outputs = []
     for head, q in enumerate(queries):

@@ -1,0 +1,584 @@
+"""The methods that the Aligner is compared with, against written-out formulas and through the shared scripts.
+
+LoRA, BitFit and prompt tuning are each a plain LLaMA with other weights: the reference computes that one. Parameters
+are random everywhere, for a method that adds nothing would pass many of these tests.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import toys
+
+from lit_llama import adapter, aligner, bitfit, cli, lora, prompt_tuning
+from lit_llama.checkpoint import METHODS, load_model, read_adapter, save_adapter
+from lit_llama.compose import load_composed
+from lit_llama.generation import Sampling, gates_scaled, generate
+from lit_llama.report import read_metrics
+from lit_llama.utils import UserError
+
+BASELINES = {"adapter": adapter, "lora": lora, "bitfit": bitfit, "prompt_tuning": prompt_tuning}
+OWN = {
+    "adapter": dict(adapter_prompt_length=3, adapter_start_layer=1),
+    "lora": dict(lora_r=4, lora_alpha=6, lora_dropout=0.0),
+    "bitfit": {},
+    "prompt_tuning": dict(prompt_length=3),
+}
+KEYS = {
+    "adapter": [f"transformer.h.{i}.attn.{key}" for i in (1, 2) for key in ("adapter_wte.weight", "gating_factor")],
+    "lora": [f"transformer.h.{i}.attn.c_attn.{key}" for i in range(3) for key in ("lora_A", "lora_B")],
+    "bitfit": [f"transformer.h.{i}.attn.adapter_bias" for i in range(3)],
+    "prompt_tuning": ["prompt_embedding.weight"],
+}
+each_method = pytest.mark.parametrize("method", BASELINES)
+each_architecture = pytest.mark.parametrize("architecture", ["mha", "gqa", "tied", "biases", "narrow heads"])
+
+
+def adapted(method: str, seed: int = 0, **overrides):
+    """A model of a method with random parameters everywhere, its base frozen."""
+    module = BASELINES[method]
+    network = module.LLaMA(module.LLaMAConfig(**{**toys.SIZES, **OWN[method], **overrides}))
+    toys.randomize(network, seed)
+    aligner.mark_only_adapter_as_trainable(network)
+    return network
+
+
+def trainable(network) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def reference_logits(method: str, state: reference.Tensors, config, ids: list[int]) -> torch.Tensor:
+    """What the method computes, by the reference model: (T, V)."""
+    if method == "prompt_tuning":  # the vectors are tokens of a larger vocabulary
+        V, P = config.padded_vocab_size, config.prompt_length
+        larger = torch.cat((state["transformer.wte.weight"], state["prompt_embedding.weight"]))
+        return reference.logits({**state, "transformer.wte.weight": larger}, config, [*range(V, V + P), *ids])[P:, :V]
+    plain = dict(state)
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}.attn"
+        if method == "bitfit":
+            plain[f"{name}.c_proj.bias"] = state[f"{name}.adapter_bias"] + state.get(f"{name}.c_proj.bias", 0)
+        if method == "lora":
+            A, B, r = state[f"{name}.c_attn.lora_A"], state[f"{name}.c_attn.lora_B"], config.lora_r
+            n_query, n_value = config.n_head * config.head_size, config.n_kv_head * config.head_size
+            assert A.shape == (2 * r, config.n_embd) and B.shape == (n_query + n_value, r)
+            rows = list(state[f"{name}.c_attn.weight"])
+            for i in range(n_query):
+                rows[i] = rows[i] + config.lora_alpha / r * torch.einsum("r,rc->c", B[i], A[:r])
+            for i in range(n_value):
+                update = torch.einsum("r,rc->c", B[n_query + i], A[r:])
+                rows[n_query + n_value + i] = rows[n_query + n_value + i] + config.lora_alpha / r * update
+            plain[f"{name}.c_attn.weight"] = torch.stack(rows)
+    return reference.logits(plain, config, ids)
+
+
+# == the methods ==
+
+
+@each_architecture
+@each_method
+def test_logits_loss_and_gradients_equal_the_formulas(method, architecture):
+    network = adapted(method, **toys.ARCHITECTURES[architecture])
+    idx = toys.token_ids(2, 9)
+    labels = idx.clone()
+    labels[0, :4] = labels[1, 6:] = -1
+
+    assert sorted(trainable(network)) == sorted(KEYS[method])
+    state = reference.double(network.state_dict(), trainable=tuple(trainable(network)))
+    expected = torch.stack([reference_logits(method, state, network.config, row) for row in idx.tolist()])
+    torch.testing.assert_close(network(idx).double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network(idx, last=torch.tensor([4, 8])), network(idx)[[0, 1], [4, 8]])
+
+    targets = labels[:, 1:]
+    loss = -sum(expected[b, t].log_softmax(-1)[targets[b, t]] for b, t in (targets != -1).nonzero().tolist())
+    loss.backward()
+    got = -network(idx, labels).sum()
+    torch.testing.assert_close(got.double(), loss, atol=1e-4, rtol=1e-5)
+    got.backward()
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad.double(), state[name].grad, atol=1e-3, rtol=2e-3)
+            assert p.grad.abs().min() > 0, name  # every number learns
+        else:
+            assert p.grad is None, name
+
+
+@each_method
+def test_padding_on_the_right_changes_nothing(method):
+    network, idx = adapted(method, n_kv_head=2), toys.token_ids(1, 9)
+    padded = torch.cat((idx, torch.zeros(1, 7, dtype=torch.long)), dim=1)
+    torch.testing.assert_close(network(padded)[:, :9], network(idx), atol=1e-5, rtol=1e-5)
+
+
+@each_architecture
+@each_method
+def test_cached_greedy_decoding_equals_the_formulas(method, architecture):
+    network = adapted(method, **toys.ARCHITECTURES[architecture])
+    prompts, state = toys.prompts(3, 9, 1), reference.double(network.state_dict())
+    expected = []
+    for ids in prompts:
+        sequence = list(ids)
+        for _ in range(5):
+            sequence.append(int(reference_logits(method, state, network.config, sequence)[-1].argmax()))
+        expected.append(sequence[len(ids) :])
+    assert generate(network, prompts, Sampling(max_new_tokens=5)) == expected
+
+
+@each_method
+def test_a_fresh_adapter_is_the_base_bit_for_bit(method, base_dir):
+    idx = toys.token_ids(2, 20)
+    for dtype in (torch.float32, torch.bfloat16):
+        base = load_model(base_dir, dtype=dtype)
+        torch.manual_seed(3)
+        network = load_model(base_dir, method=BASELINES[method], dtype=dtype)
+        assert torch.equal(network(idx), base(idx)) != (method == "prompt_tuning")
+        torch.manual_seed(3)
+        again = load_model(base_dir, method=BASELINES[method], dtype=dtype)
+        assert all(torch.equal(p, q) for p, q in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_a_learnt_prompt_starts_as_tokens_that_the_tokenizer_has(base_dir):
+    network = load_model(base_dir, method=prompt_tuning, method_config={"prompt_length": 20})
+    wte = network.transformer.wte.weight[: network.config.vocab_size]
+    same = (network.prompt_embedding.weight[:, None] == wte[None]).all(-1)  # (P, V)
+    assert same.any(-1).all() and len(set(same.int().argmax(-1).tolist())) > 10
+
+
+def test_the_updates_of_lora_start_at_zero_from_a_drawn_A():
+    network = lora.LLaMA(lora.LLaMAConfig(**toys.SIZES))
+    attn = network.transformer.h[0].attn.c_attn
+    assert attn.lora_A.std() > 0.05 and not attn.lora_B.any()
+    weight = attn.weight.clone()
+    network.reset_adapter()
+    assert torch.equal(attn.weight, weight)  # the frozen weight is not drawn again
+
+
+# == strength ==
+
+
+@each_method
+def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, base_dir):
+    network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
+    own = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
+    file, base, idx = read_adapter(tmp_path / "a.safetensors"), load_model(base_dir), toys.token_ids(2, 15)
+    network.load_state_dict(own)
+    trained, prompts, sampling = network(idx), toys.prompts(4, 7), Sampling(max_new_tokens=6, temperature=1.0)
+    assert not torch.allclose(trained, base(idx), atol=0.1)
+    with gates_scaled(network, 0.0):
+        assert torch.equal(network(idx), base(idx))
+        assert generate(network, prompts, sampling) == generate(base, prompts, sampling)
+    with gates_scaled(network, 1.0):
+        assert torch.equal(network(idx), trained)
+    assert torch.equal(network(idx), trained)
+    assert torch.equal(load_composed(base_dir, [file], [0.0])(idx), base(idx))
+    assert torch.equal(load_composed(base_dir, [file], [1.0])(idx), trained)
+    if method == "prompt_tuning":
+        with pytest.raises(UserError, match=r"is there \(1\) or not \(0\)"):
+            load_composed(base_dir, [file], [0.5])
+    else:
+        half = load_composed(base_dir, [file], [0.5])(idx)
+        assert not torch.allclose(half, trained, atol=0.1) and not torch.allclose(half, base(idx), atol=0.1)
+
+
+# == of one method ==
+
+
+def test_llama_adapter_with_equal_prefixes_is_the_aligner():
+    tied, free = toys.aligned(3, n_kv_head=2), adapted("adapter", n_kv_head=2)
+    state = tied.state_dict()
+    prefix = state.pop("global_value_embedding.weight")
+    free.load_state_dict(state | {f"transformer.h.{i}.attn.adapter_wte.weight": prefix for i in (1, 2)})
+    idx = toys.token_ids(2, 12)
+    assert torch.equal(tied(idx), free(idx))
+
+
+@each_architecture
+def test_one_aligner_token_is_bitfit_with_tied_weights(architecture):
+    overrides = toys.ARCHITECTURES[architecture]
+    one, free = toys.aligned(1, start=1, **overrides), adapted("bitfit", **overrides)
+    state, biases = one.state_dict(), {}
+    prefix = state["global_value_embedding.weight"][0]
+    for layer, block in enumerate(one.transformer.h):
+        name, config = f"transformer.h.{layer}.attn", one.config
+        biases[f"{name}.adapter_bias"] = torch.zeros(32)
+        for head in range(config.n_head if layer >= 1 else 0):
+            hs, group = config.head_size, head * config.n_kv_head // config.n_head
+            first = (config.n_head + config.n_kv_head + group) * hs
+            rows = slice(first, first + hs)
+            value = block.attn.c_attn.weight[rows] @ prefix
+            value = value + (0 if block.attn.c_attn.bias is None else block.attn.c_attn.bias[rows])
+            gate = state[f"{name}.gating_factor"][0, head, 0, 0]
+            columns = block.attn.c_proj.weight[:, head * hs : (head + 1) * hs]
+            biases[f"{name}.adapter_bias"] = biases[f"{name}.adapter_bias"] + gate * (columns @ value)
+    free.load_state_dict({k: t for k, t in state.items() if not one.is_adapter_key(k)})
+    free.load_state_dict({k: t.detach() for k, t in biases.items()})
+    idx = toys.token_ids(2, 15)
+    torch.testing.assert_close(free(idx), one(idx), atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["mha", "gqa", "biases"])
+def test_merged_lora_is_lora_and_unmerging_gives_the_base_back(architecture, dtype):
+    network, idx = adapted("lora", **toys.ARCHITECTURES[architecture]).to(dtype).eval(), toys.token_ids(2, 15)
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    unmerged = network(idx)
+    network.merge()
+    network.merge()  # once is enough
+    merged = network(idx)
+    if dtype == torch.float32:
+        torch.testing.assert_close(merged, unmerged, atol=5e-5, rtol=5e-5)
+    changed = {name for name, t in network.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in range(3)}
+    network.unmerge()
+    network.unmerge()
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert torch.equal(network(idx), unmerged)
+
+
+def test_dropout_of_lora_is_for_training_alone():
+    network, idx = adapted("lora", lora_dropout=0.5), toys.token_ids(2, 15)
+    torch.manual_seed(0)
+    first = network(idx)
+    assert not torch.equal(network(idx), first)
+    torch.manual_seed(0)
+    assert torch.equal(network(idx), first)
+    network.eval()
+    assert torch.equal(network(idx), network(idx))
+    torch.testing.assert_close(network(idx), adapted("lora")(idx))
+
+
+def test_the_learnt_prompt_takes_room_in_the_context():
+    network = adapted("prompt_tuning", block_size=16)  # of which it takes 3
+    assert network(toys.token_ids(1, 13)).shape == (1, 13, 50)
+    with pytest.raises(UserError, match="A sequence of 14 tokens is longer than the model's 13"):
+        network(toys.token_ids(1, 14))
+    # both rows run until the context is full
+    new = generate(network, toys.prompts(3, 10), Sampling(max_new_tokens=50))
+    assert [len(ids) for ids in new] == [10, 3]
+    state = reference.double(network.state_dict())
+    for prompt, ids in zip(toys.prompts(3, 10), new, strict=True):
+        scores = reference_logits("prompt_tuning", state, network.config, prompt + ids[:-1])
+        assert scores[len(prompt) - 1 :].argmax(-1).tolist() == ids
+    with pytest.raises(UserError, match="13 tokens and the model's context 13: no room"):
+        generate(network, toys.prompts(13), Sampling(max_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        ("adapter", dict(adapter_prompt_length=0)),
+        ("adapter", dict(adapter_start_layer=3)),
+        ("lora", dict(lora_r=0)),
+        ("lora", dict(lora_alpha=0)),
+        ("lora", dict(lora_dropout=1.0)),
+        ("prompt_tuning", dict(prompt_length=0)),
+        ("prompt_tuning", dict(prompt_length=64)),
+    ],
+)
+def test_settings_out_of_range(method, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        BASELINES[method].LLaMAConfig(**{**toys.SIZES, **wrong})
+
+
+# == sizes ==
+
+# C = 4096, L = 32, nh = 32 and C = 5120, L = 40, nh = 40; the start layer is 2
+COUNTS = {
+    "aligner": {"7B": 4096 + 30 * 32, "13B": 5120 + 38 * 40},
+    "adapter": {"7B": 30 * (10 * 4096 + 32), "13B": 38 * (10 * 5120 + 40)},
+    "lora": {"7B": 32 * (16 * 4096 + 8192 * 8), "13B": 40 * (16 * 5120 + 10240 * 8)},
+    "bitfit": {"7B": 32 * 4096, "13B": 40 * 5120},
+    "prompt_tuning": {"7B": 10 * 4096, "13B": 10 * 5120},
+}
+
+
+@pytest.mark.parametrize("size", ["7B", "13B"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameter_counts(method, size):
+    with torch.device("meta"):
+        network = METHODS[method].LLaMA.from_name(size)
+    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_key(name))
+    assert count == COUNTS[method][size]
+    published = {("adapter", "7B"): 1_229_760, ("lora", "7B"): 4_194_304, ("bitfit", "7B"): 131_072}
+    assert count == published.get((method, size), count)
+
+
+def test_parameter_counts_with_fewer_values_than_queries():
+    # Llama-3-8B: 8 of 32 heads have values, so lora_B has 4096 + 1024 rows
+    with torch.device("meta"):
+        network = lora.LLaMA.from_name("Llama-3-8B")
+    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_key(name))
+    assert count == 32 * (16 * 4096 + 5120 * 8)
+
+
+# == precision ==
+
+
+@each_method
+def test_parameters_and_gradients_stay_fp32_over_a_bf16_base(method):
+    network, idx = adapted(method), toys.token_ids(4, 12)
+    for p in trainable(network).values():
+        p.data *= 0.5  # updates far larger than the weights they change leave nothing to round well
+    exact = {name: p.detach().clone() for name, p in trainable(network).items()}
+    kept = trainable(network)
+    (-network(idx, idx).sum()).backward()
+    exact_grads = {name: p.grad.clone() for name, p in trainable(network).items()}
+    network.zero_grad()
+    network.to(torch.bfloat16)
+    assert network.transformer.h[0].attn.c_attn.weight.dtype == network.transformer.wte.weight.dtype == torch.bfloat16
+    for name, p in trainable(network).items():
+        assert p is kept[name] and p.dtype == torch.float32 and torch.equal(p, exact[name]), name
+    (-network(idx, idx).sum()).backward()
+    for name, p in trainable(network).items():
+        assert p.grad.dtype == torch.float32
+        assert torch.cosine_similarity(p.grad.flatten(), exact_grads[name].flatten(), dim=0) > 0.99, name
+
+
+@each_method
+def test_gradient_checkpointing_gives_the_same_gradients(method):
+    network, idx = adapted(method, **({"lora_dropout": 0.3} if method == "lora" else {})), toys.token_ids(2, 9)
+    gradients = []
+    for network.gradient_checkpointing in (False, True):
+        network.zero_grad()
+        torch.manual_seed(0)
+        (-network(idx, idx).sum()).backward()
+        gradients.append({name: p.grad.clone() for name, p in trainable(network).items()})
+    torch.testing.assert_close(*gradients)
+
+
+# == files ==
+
+
+@each_method
+def test_a_file_comes_back_by_its_header(method, tmp_path, base_dir):
+    network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
+    state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    network.load_state_dict(state)
+    save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": OWN[method]})
+    file = read_adapter(tmp_path / "a.safetensors")
+    assert (file.method, file.config) == (method, OWN[method])
+    idx = toys.token_ids(2, 12)
+    assert torch.equal(load_model(base_dir, file).eval()(idx), network.eval()(idx))
+
+
+@each_method
+def test_a_file_without_a_header_says_what_it_is(method, tmp_path):
+    state = {name: p.detach() for name, p in trainable(adapted(method)).items()}
+    torch.save(state, tmp_path / "a.pth")
+    if method == "lora":
+        with pytest.raises(UserError, match=r"a\.pth cannot be used: .* nothing says their alpha"):
+            read_adapter(tmp_path / "a.pth")
+    else:
+        file = read_adapter(tmp_path / "a.pth")
+        assert (file.method, file.config) == (method, OWN[method])
+
+
+# == scripts ==
+
+SHORT = dict(max_steps=4, epochs=9, batch_size=8, micro_batch_size=4, warmup_epochs=0.2, eval_interval=2,
+             save_interval=2, sample_prompts=1, max_new_tokens=4, accelerator="cpu")  # fmt: skip
+
+
+def script_of(method: str):
+    return importlib.import_module(f"finetune.{method}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base_dir, data_dir) -> dict[str, Path]:
+    """A short run of each method."""
+    made = {}
+    for method in BASELINES:
+        script, folder = script_of(method), tmp_path_factory.mktemp("runs") / method
+        own = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
+        script.main(cli.defaults(script, checkpoint_dir=base_dir, data_dir=data_dir, out_dir=folder, **SHORT, **own))
+        made[method] = folder
+    return made
+
+
+@each_method
+def test_a_run_learns_and_its_file_fits_the_base(method, runs, base_dir):
+    summary = json.loads((runs[method] / "summary.json").read_text())
+    assert summary["last_val_loss"] < summary["val_loss_before"]
+    file = read_adapter(runs[method])
+    assert file.method == method and sorted(file.state) == sorted(KEYS[method])
+    assert summary["trainable_parameters"] == sum(t.numel() for t in file.state.values())
+    load_model(base_dir, file)
+
+
+@each_method
+def test_an_interrupted_run_goes_on_to_the_same_losses(method, runs, tmp_path, base_dir, data_dir, monkeypatch):
+    """With LoRA's dropout, which is drawn anew in every step."""
+    script = script_of(method)
+    settings = {**SHORT, **OWN[method], "checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "run"}
+    settings.pop("lora_dropout", None)
+    from lit_llama.train import Trainer
+
+    step = Trainer.train_step
+
+    def killed(trainer, micro_batches):
+        if trainer.step == 3:
+            raise RuntimeError("killed")
+        return step(trainer, micro_batches)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Trainer, "train_step", killed)
+        script.main(cli.defaults(script, **settings))
+    script.main(cli.defaults(script, **settings, resume=True))
+    whole, halves = (read_metrics(folder / "metrics.csv") for folder in (runs[method], tmp_path / "run"))
+    for name in ("train/loss", "val/loss"):
+        assert {k: row[name] for k, row in halves.items() if name in row} == {
+            k: row[name] for k, row in whole.items() if name in row
+        }
+
+
+@each_method
+def test_answers_beside_the_base(method, runs, run_script, refused, base_dir, capsys):
+    flags = ("--checkpoint_dir", base_dir, "--prompt", "the cat", "--max_new_tokens", "4", "--accelerator", "cpu")
+    script = f"generate/{method}.py"
+    code, out, _ = run_script(script, *flags, "--adapter", runs[method], "--compare_base")
+    assert code == 0 and "base:" in out and "aligned:" in out
+    # the general script takes every method's file, the method's own takes only its own
+    assert run_script("generate/aligner.py", *flags, "--adapter", runs[method])[0] == 0
+    other = "bitfit" if method != "bitfit" else "lora"
+    said = refused(script, *flags, "--adapter", runs[other])
+    assert said.endswith(f"was made by the method {other!r}; use it with generate/{other}.py.")
+    assert "only Aligners add up" in refused(script, *flags, "--adapter", runs[method], runs[method])
+
+
+@each_method
+def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
+    base = Path(__file__).parents[1] / "checkpoints" / "microworld"
+    network = load_model(base, method=BASELINES[method])
+    state = {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    config = {"lora": {"lora_r": 8, "lora_alpha": 16}}.get(method, {})
+    save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": config, "prompt_style": "alpaca"})
+    flags = ("--adapter", tmp_path / "a.safetensors", "--strength", "0", "--questions", "4", "--groups", "unseen")
+    code, out, _ = run_script("evaluate/microworld.py", *flags)
+    assert code == 0 and out.splitlines()[1].split()[:2] == ["unseen", "4"]
+
+
+def test_a_file_of_another_method_starts_no_training(runs, refused, base_dir, data_dir, tmp_path):
+    flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x")
+    said = refused("finetune/aligner.py", *flags, "--init_adapter", runs["lora"])
+    assert said.endswith("was made by the method 'lora' and cannot start a training of 'aligner'.")
+
+
+def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir, data_dir):
+    script = script_of("lora")
+    settings = {**SHORT, "checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 1}
+    script.main(cli.defaults(script, **settings, init_adapter=runs["lora"], out_dir=tmp_path / "more"))
+    assert read_adapter(tmp_path / "more").config["lora_r"] == OWN["lora"]["lora_r"]
+    before = json.loads((runs["lora"] / "summary.json").read_text())["best_val_loss"]
+    after = json.loads((tmp_path / "more/summary.json").read_text())["val_loss_before"]
+    assert after == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+@each_method
+def test_preferences_train_every_method(method, precompute, runs, tmp_path, base_dir, preference_dir, run_script):
+    """The check before the first step holds, with LoRA's dropout on in training."""
+    own = {"lora_r": 4, "lora_dropout": 0.5} if method == "lora" else {}
+    own |= {"prompt_length": 1} if method == "prompt_tuning" else {}  # the longest pair leaves no more room
+    flags = {"checkpoint_dir": base_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run", "method": method,
+             "method_config": json.dumps(own), "adapter_prompt_length": 3, "adapter_start_layer": 1, "max_steps": 2,
+             "batch_size": 4, "micro_batch_size": 2, "eval_interval": 1, "sample_prompts": 1, "drift_prompts": 2,
+             "max_new_tokens": 4, "accelerator": "cpu", "precompute_reference": str(precompute).lower()}  # fmt: skip
+    code, out, err = run_script("finetune/alignerDPO.py", *(f"--{k}={v}" for k, v in flags.items()))
+    assert code == 0, err
+    assert f"generate/{method}.py" in out
+    file = read_adapter(tmp_path / "run/last.safetensors")
+    assert file.method == method and sorted(file.state) == sorted(KEYS[method])
+    assert own.items() <= file.config.items()
+    metrics = read_metrics(tmp_path / "run/metrics.csv")
+    assert metrics[0]["val/dpo_loss"] == pytest.approx(0.693147, abs=1e-5) and metrics[0]["val/kl"] == 0
+
+
+def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):
+    flags = ("--checkpoint_dir", base_dir, "--data_dir", preference_dir, "--out_dir", tmp_path / "x")
+    said = refused("finetune/alignerDPO.py", *flags, "--method", "lora", "--method_config", '{"rank": 8}')
+    assert said.startswith("method_config: 'rank' is no setting of the method 'lora'; it has lora_r, lora_alpha,")
+    said = refused("finetune/alignerDPO.py", *flags, "--method", "bitfit", "--method_config", '{"rank": 8}')
+    assert said.endswith("it has none.")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("architecture", ["mha", "gqa", "biases"])
+def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_path, run_script):
+    from lit_llama.checkpoint import save_base
+    from lit_llama.model import LLaMA, LLaMAConfig
+
+    sizes = {**toys.SIZES, "vocab_size": 300, "padded_vocab_size": 300, **toys.ARCHITECTURES[architecture]}
+    base, idx = LLaMA(LLaMAConfig(**sizes)), toys.token_ids(2, 20)
+    toys.randomize(base)
+    save_base(tmp_path / "base", base.config, base.state_dict())
+    (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    network = load_model(tmp_path / "base", method=BASELINES[method], method_config=OWN[method])
+    own = {name: 0.3 * torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
+    flags = ("--checkpoint_dir", tmp_path / "base", "--adapter", tmp_path / "a.safetensors", "--format", "lit")
+    assert run_script("scripts/merge_aligner.py", *flags, "--output_dir", tmp_path / "merged")[0] == 0
+    network.load_state_dict(own)
+    assert not torch.allclose(network(idx), base(idx), atol=0.1)
+    merged = load_model(tmp_path / "merged")
+    torch.testing.assert_close(merged(idx), network.eval()(idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adapter", "prompt_tuning"])
+def test_what_no_plain_model_can_imitate_is_not_merged(method, runs, refused, base_dir, tmp_path):
+    flags = ("--checkpoint_dir", base_dir, "--adapter", runs[method], "--output_dir", tmp_path / "merged")
+    assert f"use this one with generate/{method}.py" in refused("scripts/merge_aligner.py", *flags)
+
+
+@each_method
+def test_inspection_of_every_method(method, runs, run_script, refused, tmp_path):
+    code, out, _ = run_script("scripts/inspect_aligner.py", runs[method])
+    assert code == 0 and f"  {method}" in out
+    assert out.splitlines()[-1].split()[0] == ("0" if method == "prompt_tuning" else "2")
+    sizes = [float(word) for word in out.splitlines()[-1].split()[1:]]
+    state = read_adapter(runs[method]).state
+    of_last = sorted((name, t) for name, t in state.items() if ".h.2." in name or method == "prompt_tuning")
+    expected = [t.pow(2).mean().item() ** 0.5 for _, t in of_last]
+    assert sizes == pytest.approx(expected, abs=1e-6)
+    assert "draws an Aligner's gates" in refused(
+        "scripts/inspect_aligner.py", runs[method], "--plot", tmp_path / "a.png"
+    )
+
+
+def test_gates_and_biases_do_not_decay():
+    from types import SimpleNamespace
+
+    from lit_llama.train import adamw
+
+    config = SimpleNamespace(weight_decay=0.1)
+    for method in BASELINES:
+        network = adapted(method)
+        (optimizer,) = adamw(network, config)
+        names = {id(p): name for name, p in network.named_parameters()}
+        free = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+        assert free == {key for key in KEYS[method] if key.endswith(("gating_factor", "bias"))}
+
+
+# == settings that a script inherits ==
+
+
+def test_a_script_inherits_settings_but_those_of_the_other_method():
+    parent = {s.name: s for s in cli.read_settings(Path(script_of("aligner").__file__), vars(script_of("aligner")))}
+    for method, module in BASELINES.items():
+        script = script_of(method)
+        settings = cli.read_settings(Path(script.__file__), vars(script))
+        names = [s.name for s in settings]
+        own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].LLaMAConfig.__mro__[1]
+               .__dataclass_fields__]  # fmt: skip
+        assert set(names) == set(parent) - {"adapter_prompt_length", "adapter_start_layer"} | set(own)
+        assert len(names) == len(set(names))
+        if own:
+            assert names.index(own[0]) == names.index("out_dir") + 1  # where the Aligner's stood
+        by_name = {s.name: s for s in settings}
+        assert by_name["out_dir"].default == Path(f"out/{method}/microworld-pirate")
+        assert by_name["batch_size"] == parent["batch_size"]
+        defaults = module.LLaMAConfig()
+        assert all(by_name[name].default == getattr(defaults, name) for name in own)
