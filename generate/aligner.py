@@ -1,18 +1,22 @@
 """Answers of a base model with an Aligner.
 
 The adapter knows its length, start layer, prompt style and base model; none of them is asked for. Several adapters are
-applied together, in the prompt style of the first. Answers go to stdout, everything else to stderr.
+applied together, in the prompt style of the first; with --bank each prompt has one of its own. Answers go to stdout,
+everything else to stderr.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.chat import gather_requests, open_session, pick_device, save_answers, show
+from lit_llama.bank import BASE, load_with_bank, open_bank
+from lit_llama.chat import Request, gather_requests, open_session, pick_device, save_answers, show
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled
@@ -24,6 +28,10 @@ from lit_llama.utils import UserError
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 adapter: list[Path] = [Path("aligner_weights/microworld-pirate-n1")]  # adapter files or runs' folders; several add up
 strength: list[float] = [1.0]  # scales the gates, one for all or one each: 0 is the base exactly, 1 as trained
+
+# == Many adapters, another one for each prompt ==
+bank: list[Path] = []  # instead of --adapter: adapters' files and folders, called by their names, or a bank's file
+use: list[str] = []  # their names, one for each prompt or one for all; "base" is the base model
 
 # == Prompts ==
 prompt: list[str] = ["What is the capital of Pilmaria?", "How do I repair the old barn?"]  # instructions to answer
@@ -52,7 +60,13 @@ def main(args: Namespace, method: str | None = None) -> None:
     """Answers with adapters of any method, or of the one that is named."""
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     device, dtype = pick_device(args.accelerator, args.precision)
-    requests = [] if args.interactive else gather_requests(args.prompt, args.input, args.prompt_file)
+    requests = []
+    if not args.interactive:
+        requests = gather_requests(args.prompt, args.input, args.prompt_file, bank=bool(args.bank))
+    if args.bank:
+        return answer_from_bank(args, requests, sampling, device, dtype)
+    if args.use:
+        raise UserError("--use names adapters of a bank; give --bank too.")
     adapters = [read_adapter(path) for path in args.adapter]
     other = [a for a in adapters if method not in (None, a.method)]
     if other:
@@ -81,6 +95,37 @@ def main(args: Namespace, method: str | None = None) -> None:
     if args.output_file:
         about = {"base": args.checkpoint_dir, "style": style.name}
         about |= {"adapter": " + ".join(f"{a.path}" for a in adapters), "strength": args.strength}
+        save_answers(args.output_file, requests, columns, sampling, about)
+
+
+def answer_from_bank(
+    args: Namespace, requests: list[Request], sampling: Sampling, device: torch.device, dtype: torch.dtype
+) -> None:
+    if args.interactive or args.strength != [1.0]:
+        raise UserError("--interactive and --strength do not go together with --bank.")
+    if len(args.use) not in (0, 1, len(requests)):
+        raise UserError(f"There are {len(requests)} prompts and {len(args.use)} names in --use; give each its own.")
+    bank = open_bank(args.bank, args.checkpoint_dir)
+    names = args.use * len(requests) if len(args.use) == 1 else args.use or [BASE] * len(requests)
+    # a name in the prompt file goes before one on the command line
+    requests = [replace(r, adapter=r.adapter or name) for r, name in zip(requests, names, strict=True)]
+    adapters = [None if r.adapter == BASE else r.adapter for r in requests]
+    first = next(iter(bank))  # whose style the base's prompts get
+    styles = [get_prompt_style(args.prompt_style or bank.style(name or first)) for name in adapters]
+    session = open_session(
+        lambda: load_with_bank(args.checkpoint_dir, bank, device=device, dtype=dtype, quantize=args.quantize),
+        args.checkpoint_dir,
+        styles[0],
+        sampling,
+        args.batch_size,
+    )
+    columns = {"aligned": session.answers(requests, adapters, styles)}
+    if args.compare_base:
+        columns = {"base": session.answers(requests, [None] * len(requests), styles), **columns}
+    show(requests, columns)
+    if args.output_file:
+        style = args.prompt_style or "each adapter's own"
+        about = {"base": args.checkpoint_dir, "style": style, "bank": args.bank}
         save_answers(args.output_file, requests, columns, sampling, about)
 
 

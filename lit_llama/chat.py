@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import versions, weights_path, write_text
 from lit_llama.data import read_rows, text_field
-from lit_llama.generation import Sampling, answer, stream
+from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
@@ -23,18 +23,19 @@ from lit_llama.utils import UserError, log
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer; `id` is the question's own, if its file has one."""
+    """One thing to answer; `id` is the question's own, if its file has one, `adapter` the name of one from a bank."""
 
     prompt: str
     input: str = ""
     id: Any = None
+    adapter: str | None = None
 
 
 def read_requests(path: Path) -> list[Request]:
     """The prompts of a file.
 
     JSON or JSON lines hold rows with `prompt` or `instruction` and maybe `input`, or Vicuna-bench rows with `turns`
-    (the first is asked) and `question_id`; any other file has one prompt per line.
+    (the first is asked) and `question_id`, and maybe an `adapter`; any other file has one prompt per line.
 
     Raises:
         UserError: no such file, no prompt in it, or a row without one (with its number).
@@ -50,7 +51,8 @@ def read_requests(path: Path) -> list[Request]:
             prompt = text_field(row, number, name)
             if not prompt.strip():
                 raise UserError(f"Row {number} of {path}: {name!r} is empty.")
-            requests.append(Request(prompt, text_field(row, number, "input", default=""), row.get("question_id")))
+            rest = [text_field(row, number, name, default="") for name in ("input", "adapter")]
+            requests.append(Request(prompt, rest[0], row.get("question_id"), rest[1] or None))
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -62,9 +64,13 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def gather_requests(prompts: list[str], input: str, prompt_file: Path | None) -> list[Request]:
-    """The requests of a command line."""
-    return read_requests(prompt_file) if prompt_file else [Request(prompt, input) for prompt in prompts]
+def gather_requests(prompts: list[str], input: str, prompt_file: Path | None, bank: bool = False) -> list[Request]:
+    """The requests of a command line; only with a bank the adapters that they name count."""
+    requests = read_requests(prompt_file) if prompt_file else [Request(prompt, input) for prompt in prompts]
+    if not bank and any(request.adapter for request in requests):
+        log("note: the adapters that the prompts name count only with generate/aligner.py --bank.")
+        requests = [replace(request, adapter=None) for request in requests]
+    return requests
 
 
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
@@ -104,19 +110,36 @@ class Session:
     batch_size: int
     seconds_to_load: float
 
-    def answers(self, requests: list[Request]) -> list[str]:
+    def answers(
+        self,
+        requests: list[Request],
+        adapters: list[str | None] | None = None,
+        styles: list[PromptStyle] | None = None,
+    ) -> list[str]:
         """The answers, in a style that continues the prompt with the prompt before them.
 
+        Args:
+            adapters: as in `answer`.
+            styles: of each request, where they are not all the session's.
+
         Raises:
-            UserError: a prompt is empty or longer than the context.
+            UserError: a prompt is empty or longer than the context, or there is no such adapter.
         """
-        prompts = [self.style.render(r.prompt, r.input) for r in requests]
-        began = time.perf_counter()
-        whole = self.style.continues
-        texts = answer(self.model, self.tokenizer, prompts, self.sampling, self.style.stop, self.batch_size, whole)
-        tokens = sum(len(self.tokenizer.encode(text)) for text in texts)
-        if whole:
-            tokens -= sum(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+        styles = styles or [self.style] * len(requests)
+        prompts = [style.render(r.prompt, r.input) for style, r in zip(styles, requests, strict=True)]
+        check_prompts(self.model, [self.tokenizer.encode(prompt, bos=True) for prompt in prompts])
+        began, tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
+        for style in dict.fromkeys(styles):
+            rows = [row for row, other in enumerate(styles) if other == style]
+            own = [adapters[row] for row in rows] if adapters else None
+            asked = [prompts[row] for row in rows]
+            said = answer(self.model, self.tokenizer, asked, self.sampling, style.stop, self.batch_size,
+                          style.continues, rows, own)  # fmt: skip
+            for row, text in zip(rows, said, strict=True):
+                texts[row] = text
+            tokens += sum(len(self.tokenizer.encode(text)) for text in said)
+            if style.continues:
+                tokens -= sum(len(self.tokenizer.encode(prompt)) for prompt in asked)
         self.report(tokens, time.perf_counter() - began)
         return texts
 
@@ -155,7 +178,8 @@ def show(requests: list[Request], columns: dict[str, list[str]]) -> None:
     """Prints one answer bare, several under their prompts, and several columns (base, aligned) by name."""
     for i, request in enumerate(requests):
         if len(requests) > 1 or len(columns) > 1:
-            print(("" if i == 0 else "\n") + f"> {request.prompt}" + (f"\n> {request.input}" if request.input else ""))
+            name = f"({request.adapter}) " if request.adapter else ""
+            print("\n" * (i > 0) + f"> {name}{request.prompt}" + (f"\n> {request.input}" if request.input else ""))
         for name, texts in columns.items():
             print(f"{name + ':':<9}{texts[i]}" if len(columns) > 1 else texts[i])
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -221,6 +222,8 @@ def answer(
     """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     check_prompts(model, encoded)  # before the first answer, not in the middle
+    for name in filter(None, adapters or []):
+        model.bank.slot(name)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
 
@@ -255,7 +258,7 @@ def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
 
 
 def instruct(
-    model: LLaMA, tokenizer: Tokenizer, instructions: list[str], style: PromptStyle, sampling: Sampling, **kwargs: int
+    model: LLaMA, tokenizer: Tokenizer, instructions: list[str], style: PromptStyle, sampling: Sampling, **kwargs: Any
 ) -> list[str]:
     """`answer` for instructions in a prompt style."""
     return answer(model, tokenizer, [style.render(i) for i in instructions], sampling, style.stop, **kwargs)
