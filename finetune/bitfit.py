@@ -19,7 +19,7 @@ init_adapter: Path | None = None  # start from this adapter, with its settings
 out_dir: Path = Path("out/bitfit/microworld-pirate")  # everything the run writes
 
 # == Optimisation (a step is always an optimiser step) ==
-learning_rate: float = 1e-2  # peak of AdamW's learning rate
+learning_rate: float = 1e-1  # peak of AdamW's learning rate
 
 main = partial(aligner.main, method=bitfit)
 
