@@ -22,7 +22,7 @@ out_dir: Path = Path("out/prompt_tuning/microworld-pirate")  # everything the ru
 prompt_length: int = 10  # learnt vectors, each in the place of a token
 
 # == Optimisation (a step is always an optimiser step) ==
-learning_rate: float = 3e-1  # peak of AdamW's learning rate
+learning_rate: float = 1e-1  # peak of AdamW's learning rate
 
 main = partial(aligner.main, method=prompt_tuning)
 
