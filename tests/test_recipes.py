@@ -205,6 +205,13 @@ def test_python_of_the_inference_page(workplace, capsys):
     assert streamed
 
 
+def test_python_of_the_page_on_many_aligners(workplace, capsys):
+    (block,) = python_blocks("many_aligners.md")
+    exec(compile(block, "many_aligners.md", "exec"), {})
+    said, ids = capsys.readouterr().out.splitlines()
+    assert len(eval(said)) == 3 and [len(new) for new in eval(ids)] == [5, 5]
+
+
 def test_python_of_the_weights_page(workplace, capsys):
     configuration, header = python_blocks("weights.md")
     exec(compile(configuration, "weights.md", "exec"), {})
@@ -231,13 +238,14 @@ def test_python_of_the_data_page(workplace, capsys):
     script.parent.mkdir()
     script.write_text(whole_script, encoding="utf-8")
     rows = workplace / "rows.jsonl"
-    rows.write_text('{"query": "1 + 1?", "response": "2"}\n' * 3, encoding="utf-8")
+    rows.write_text("".join(f'{{"query": "{n} + 1?", "response": "2"}}\n' for n in range(3)), encoding="utf-8")
     module = load_script(script)
     flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
     module.main(cli.make_parser(script, vars(module)).parse_args(flags))
     ((prompt, response),) = SFTData("data/metamath", "test").prompts(1)
     decode = Tokenizer("checkpoints/microworld").decode
-    assert (decode(prompt), decode(response)) == ("[|User|] 1 + 1? [|AI Assistant|] ", "2")
+    assert re.fullmatch(r"\[\|User\|\] [012] \+ 1\? \[\|AI Assistant\|\] ", decode(prompt))
+    assert decode(response) == "2"
 
 
 def test_python_of_the_customising_page(workplace, monkeypatch):
