@@ -68,11 +68,14 @@ class GatedLLaMA(llama.LLaMA):
         with torch.no_grad():
             for attn in self.aligned_attention():
                 attn.constant_kv = attn.prefix_kv(self.transformer.wte.weight.dtype)
+                values = attn.constant_kv[1]
+                if values.size(2) == 1:  # then no query matters, and the term is a constant
+                    attn.constant_term = attn.adapter_term(values).to(values.dtype)
         try:
             yield
         finally:
             for attn in self.aligned_attention():
-                attn.constant_kv = None
+                attn.constant_kv = attn.constant_term = None
 
 
 class LLaMA(GatedLLaMA):
@@ -114,6 +117,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         self.gating_factor = nn.Parameter(torch.zeros(1, config.n_head, 1, 1, dtype=torch.float32))
         self.prefix: list[Prefix] = []
         self.constant_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.constant_term: torch.Tensor | None = None
         self.others = nn.ModuleList()  # attention of this layer with other adapters, see lit_llama/compose.py
 
     def reset_parameters(self) -> None:
@@ -128,6 +132,8 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""
+        if self.constant_term is not None:
+            return self.constant_term
         keys, values = self.constant_kv or self.prefix_kv(q.dtype)  # (1, ng, P, hs)
         groups = self.config.n_head // self.config.n_kv_head
         if values.size(2) == 1:

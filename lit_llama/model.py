@@ -259,15 +259,16 @@ class LLaMA(nn.Module):
         self, x: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `hidden`, for embedded tokens (B, T, C)."""
-        if self._rope is None or self._rope.cos.device != x.device:
+        if self._rope is None or self._rope.turns.device != x.device:
             self._rope = RoPE(self.config, x.device)
-        rope, mask = self._rope[: x.size(1)], None
+        rope, mask, slots = self._rope[: x.size(1)], None, None
         if positions is not None:
             rope = self._rope[positions]
             mask = cache.mask(positions)  # (B, 1, T, S)
+            slots = cache.slots(positions)
 
         for layer, block in enumerate(self.transformer.h):
-            kv = None if cache is None else cache.layer(layer, positions)
+            kv = None if cache is None else cache.layer(layer, slots)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, kv, use_reentrant=False)
             else:
@@ -427,20 +428,19 @@ class RoPE:
     def __init__(self, config: LLaMAConfig, device: torch.device | None = None) -> None:
         positions = torch.arange(config.block_size, dtype=torch.float32)
         angles = torch.outer(positions, rope_frequencies(config))  # (block_size, hs / 2)
-        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
+        self.turns = torch.complex(angles.cos(), angles.sin()).to(device)
 
     def __getitem__(self, index: slice | torch.Tensor) -> "RoPE":
         selected = object.__new__(RoPE)
+        turns = self.turns[index]
         # (T, hs / 2), or (B, 1, T, hs / 2) so that it broadcasts over heads
-        tables = self.cos[index], self.sin[index]
-        selected.cos, selected.sin = (t.unsqueeze(1) if t.dim() == 3 else t for t in tables)
+        selected.turns = turns.unsqueeze(1) if turns.dim() == 3 else turns
         return selected
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotates each pair (x[2i], x[2i+1]) of (B, nh, T, hs) by its position's angle."""
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, nh, T, hs / 2) each
-        rotated = torch.stack((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
-        return rotated.flatten(-2).to(x.dtype)
+        """Rotates each pair (x[2i], x[2i+1]) of (B, nh, T, hs) by its position's angle: a complex product."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, nh, T, hs / 2)
+        return torch.view_as_real(pairs * self.turns).flatten(-2).to(x.dtype)
 
 
 def rope_frequencies(config: LLaMAConfig) -> torch.Tensor:
@@ -480,8 +480,14 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # slots in use in the fullest row: nothing beyond is read
 
-    def layer(self, layer: int, positions: torch.Tensor | None) -> "LayerCache":
-        return LayerCache(self, layer, positions)
+    def layer(self, layer: int, slots: torch.Tensor | None) -> "LayerCache":
+        return LayerCache(self, layer, slots)
+
+    def slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens at `positions` (B, T) are stored: (B·ng·T,) row numbers in a layer's buffer as (B·ng·S, hs)."""
+        _, B, ng, S, _ = self.k.shape
+        heads = torch.arange(B * ng, device=positions.device).view(B, ng, 1)
+        return (heads * S + positions.unsqueeze(1)).flatten()
 
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, 1, T, S): a token sees the slots up to its own position."""
@@ -491,22 +497,21 @@ class KVCache:
 
 @dataclass
 class LayerCache:
-    """One layer's view of a `KVCache`; `positions` as in `LLaMA.forward`."""
+    """One layer's view of a `KVCache`; `slots` as it gives them, None for a prefill."""
 
     cache: KVCache
     index: int
-    positions: torch.Tensor | None
+    slots: torch.Tensor | None
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (B, ng, T, hs) and returns the keys and values to attend to."""
         cache_k, cache_v = self.cache.k[self.index], self.cache.v[self.index]
-        if self.positions is None:
+        if self.slots is None:
             T = k.size(2)
             cache_k[:, :, :T], cache_v[:, :, :T] = k, v
             return k, v
-        rows = torch.arange(len(k), device=k.device).unsqueeze(1)  # (B, 1), against positions (B, T)
-        cache_k[rows, :, self.positions] = k.transpose(1, 2)
-        cache_v[rows, :, self.positions] = v.transpose(1, 2)
+        for buffer, new in ((cache_k, k), (cache_v, v)):
+            buffer.view(-1, buffer.size(-1)).index_copy_(0, self.slots, new.reshape(-1, buffer.size(-1)))
         return cache_k[:, :, : self.cache.length], cache_v[:, :, : self.cache.length]
 
 

@@ -210,6 +210,10 @@ def test_nothing_is_cached_outside_generation():
         assert all(attn.constant_kv is not None for attn in network.aligned_attention())
         1 / 0  # noqa: B018
     assert all(attn.constant_kv is None for attn in network.aligned_attention())
+    network = toys.aligned(1)
+    with network.inference():
+        assert all(attn.constant_term.abs().sum() > 0 for attn in network.aligned_attention())
+    assert all(attn.constant_term is None for attn in network.aligned_attention())
 
 
 def test_a_copied_model_reads_its_own_prefix():
