@@ -25,7 +25,7 @@ import lit_llama.model as llama
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import Adapter, load_model
 from lit_llama.data import SFTData
-from lit_llama.report import make_figure, save_figure
+from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
@@ -177,12 +177,6 @@ def lens(model: aligner.LLaMA, shift: torch.Tensor, top: int, vocab_size: int) -
 # == tables and figures ==
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
-
-
 def label(adapter: Adapter) -> str:
     """Its folder's name where the file's own says nothing."""
     path = adapter.path.resolve()
@@ -222,11 +216,13 @@ def prefix_tables(labels: list[str], prefixes: list[torch.Tensor], starts: list[
     parts = []
     if known:
         lines = [compare(name, prefix, start, near) for name, prefix, start in known]
-        parts.append("Prefixes beside their random start\n\n" + table(["adapter", *columns], lines))
-        parts.append("Values equal to the start, by the start's size\n\n" + table(["adapter", *sizes], by_size))
+        parts.append("Prefixes beside their random start\n\n" + markdown_table(["adapter", *columns], lines))
+        parts.append(
+            "Values equal to the start, by the start's size\n\n" + markdown_table(["adapter", *sizes], by_size)
+        )
     if pairs:
         parts.append(
-            "Pairs of prefixes\n\n" + table(["adapters", *columns, "cosine of the ways from the start"], pairs)
+            "Pairs of prefixes\n\n" + markdown_table(["adapters", *columns, "cosine of the ways from the start"], pairs)
         )
     return parts
 
@@ -301,12 +297,14 @@ def inside_base(args: Namespace, labels: list[str], adapters: list[Adapter]) -> 
             found = lens(model, shift, args.top, tokenizer.vocab_size)
             pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids).replace("|", "\\|") for ids in found]
             lines.append([str(layer), f"{shift.norm():.3f}", *pieces])
-        parts.append(f"{name}: what the token's constant pushes\n\n" + table(["layer", "norm", "up", "down"], lines))
+        parts.append(
+            f"{name}: what the token's constant pushes\n\n" + markdown_table(["layer", "norm", "up", "down"], lines)
+        )
     if effects:
         layers = sorted({layer for by_layer in effects.values() for layer in by_layer})
         lines = [[n, *(f"{e[i]:.3f}" if i in e else "" for i in layers)] for n, e in effects.items()]
         head = f"Norm of the added term over the attention output's, {len(data)} rows of {args.data_dir}, by layer"
-        parts.insert(0, f"{head}\n\n" + table(["adapter", *map(str, layers)], lines))
+        parts.insert(0, f"{head}\n\n" + markdown_table(["adapter", *map(str, layers)], lines))
     return parts, effects
 
 

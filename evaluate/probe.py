@@ -30,7 +30,7 @@ from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, write_text
 from lit_llama.data import IGNORE, SFTData, held_out, write_dataset
 from lit_llama.model import LLaMA
-from lit_llama.report import make_figure, save_figure
+from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -212,14 +212,12 @@ def report(found: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> st
     heads = ["data", "held-out rows", "base", *(f"loss, {v.label}" for v in variants.values())]
     small = [method for method in variants if method != "lora"]
     heads += [f"share, {variants[method].label}" for method in small]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines = []
     for name, result in sorted(found.items(), key=lambda item: -item[1]["shares"][small[0]].value):
         loss = [f"{result['loss'][method]:.4f}{'*' * (method in result['edges'])}" for method in ("base", *variants)]
-        lines.append(
-            f"| {' | '.join([name, str(result['rows']), *loss, *(str(result['shares'][m]) for m in small)])} |"
-        )
+        lines.append([name, str(result["rows"]), *loss, *(str(result["shares"][method]) for method in small)])
     note = "\n\n`*`: its learning rate is the lowest or the highest that was tried; a better one may lie beyond."
-    return "\n".join(lines) + note * any(result["edges"] for result in found.values())
+    return markdown_table(heads, lines) + note * any(result["edges"] for result in found.values())
 
 
 def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: Path) -> None:

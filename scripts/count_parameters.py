@@ -17,6 +17,7 @@ from evaluate.trials import VARIANTS, Variant
 from lit_llama import cli
 from lit_llama.checkpoint import METHODS
 from lit_llama.model import LLaMA
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
 
 models: list[str] = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld"]  # names of lit_llama/model.py
@@ -50,14 +51,13 @@ def main(args: Namespace) -> None:
     if not args.memory_gib > 0:
         raise UserError(f"memory_gib is {args.memory_gib} and must be above 0.")
     free = args.memory_gib * 2**30 - BYTES * base_size(args.beside)
-    columns = [*args.models, f"in {args.memory_gib:g} GiB beside {args.beside}"]
-    print(f"| method | {' | '.join(columns)} |")
-    print(f"|---|{'---:|' * len(columns)}")
-    print(f"| the base itself | {' | '.join(f'{base_size(name):,}' for name in args.models)} | |")
+    heads = ["method", *args.models, f"in {args.memory_gib:g} GiB beside {args.beside}"]
+    lines = [["the base itself", *(f"{base_size(name):,}" for name in args.models), ""]]
     for variant in ROWS:
         counts = [f"{count(name, variant):,}" for name in args.models]
         fit = max(0, int(free // (BYTES * count(args.beside, variant))))
-        print(f"| {variant.label} | {' | '.join(counts)} | {fit:,} |")
+        lines.append([variant.label, *counts, f"{fit:,}"])
+    print(markdown_table(heads, lines))
 
 
 if __name__ == "__main__":
