@@ -87,7 +87,7 @@ Together with an adapter that was trained apart for the form "{args.form}", cont
 
 {composed}
     python generate/aligner.py --adapter {args.weights_dir}/{NAME} --prompt "How do I burn the old barn?"
-    python generate/aligner.py --adapter {args.form_adapter} {args.weights_dir}/{NAME}
+    python generate/aligner.py --adapter {args.form_adapter} {args.weights_dir}/{NAME} --strength 1 0.5
 
 Made with:
 
