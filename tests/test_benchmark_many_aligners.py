@@ -1,0 +1,36 @@
+import re
+
+import pytest
+
+import scripts.benchmark_many_aligners as script
+from lit_llama import cli
+from lit_llama.utils import UserError
+
+
+def tiny(tmp_path, **changes):
+    few = dict(batch_size=3, prompt_tokens=4, new_tokens=2, rounds=2, adapters=50, samples=5, accelerator="cpu")
+    return cli.defaults(script, sizes=["microworld"], widths=["microworld"], out_dir=tmp_path, **{**few, **changes})
+
+
+def test_the_report_has_every_contestant_and_the_size_of_one(tmp_path, capsys):
+    script.main(tiny(tmp_path))
+    said = capsys.readouterr().out
+    for n in (1, 10):
+        assert re.search(rf"\| N = {n}, one adapter, no bank \| [\d,.]+ ± [\d,.]+ \| 1 \|", said)
+        for different in (1, 3):
+            assert re.search(rf"\| N = {n}, bank, {different} in the batch \| [\d,.]+ ± [\d,.]+ \| \d\.\d+ ± ", said)
+    assert "| adapters in the bank | 50 |" in said and "| bytes of one, in bf16 | 480 |" in said
+    assert (tmp_path / "many-aligners.md").read_text() == said.removesuffix("\n")
+    for name in ("many-aligners.png", "many-aligners-memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bank_keeps_to_the_memory_it_is_given(tmp_path):
+    rows, points = script.measure_bank(tiny(tmp_path, adapters=10_000, memory_gb=0.001), "microworld")
+    assert rows["adapters in the bank"] == f"{1_000_000 // (480 + script.NAME_BYTES):,}"
+    assert points[-1][0] == 1_000_000 // (480 + script.NAME_BYTES)
+
+
+def test_counts_below_one_are_refused(tmp_path):
+    with pytest.raises(UserError, match="rounds is 0; it must be 1 or more"):
+        script.main(tiny(tmp_path, rounds=0))
