@@ -134,13 +134,14 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""
         if self.constant_term is not None:
             return self.constant_term
-        keys, values = self.constant_kv or self.prefix_kv(q.dtype)  # (1, ng, P, hs)
         groups = self.config.n_head // self.config.n_kv_head
+        keys_values = self.constant_kv or self.prefix_kv(q.dtype)  # (1, ng, P, hs) each
+        keys, values = (t.repeat_interleave(groups, dim=1) for t in keys_values)
+        values = self.gating_factor * values  # here it meets P rows, behind the softmax it would meet B·T
         if values.size(2) == 1:
-            return self.gating_factor * values.repeat_interleave(groups, dim=1)
-        keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values))
-        read = F.scaled_dot_product_attention(q, keys, values, enable_gqa=groups > 1)
-        return self.gating_factor.to(read.dtype) * read
+            return values
+        keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values.to(q.dtype)))
+        return F.scaled_dot_product_attention(q, keys, values)
 
     def prefix_kv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """This layer's own k and v of the raw prefix, no norm and no rotary: (1, ng, P, hs) each, in `dtype`."""
