@@ -375,8 +375,8 @@ class CausalSelfAttention(nn.Module):
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, C) -> q (B, nh, T, hs), k and v (B, ng, T, hs), before any rotary."""
-        parts = self.c_attn(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.config.head_size)).transpose(1, 2) for part in parts)
+        heads = self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+        q, k, v = heads.split([width // self.config.head_size for width in self.widths], dim=1)
         return q, k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
