@@ -99,10 +99,11 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
             turns[name] = {"contestant": name, "batches": half, "kind": kind}
     for round in range(-1, args.rounds):  # the first is not counted
         for name, turn in turns.items():
-            answer = contestants[turn["contestant"]](
-                "step", micro_batches=[rows.tolist() for rows in turn["batches"]], kind=turn["kind"]
-            )
+            contestant = contestants[turn["contestant"]]
+            contestant("forget_peak")
+            answer = contestant("step", micro_batches=[rows.tolist() for rows in turn["batches"]], kind=turn["kind"])
             turn.setdefault("steps", []).append(answer)
+            turn["memory"] = contestant("peak")
             log(f"round {round + 1} of {args.rounds}, {name}: {sum(answer['seconds'].values()):.2f} s")
     for turn in turns.values():
         turn["first_loss"] = turn["steps"][0]["loss"]
@@ -113,12 +114,6 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
         turn["tokens"] = int(turn["lengths"].sum())
         turn["waste"] = b.padding_waste(lengths, turn["batches"])
         turn["rate"] = [turn["tokens"] / s for s in turn["seconds"]]
-    # memory: of each contestant's last turn alone, all else as before
-    for turn in turns.values():
-        contestant = contestants[turn["contestant"]]
-        contestant("forget_peak")
-        contestant("step", micro_batches=[rows.tolist() for rows in turn["batches"]], kind=turn["kind"])
-        turn["memory"] = contestant("peak")
     for contestant in contestants.values():
         contestant.close()
     return turns
