@@ -219,6 +219,17 @@ def make_peers(folder: Path, python: str = sys.executable) -> Path:
     return executable
 
 
+def peer_versions(python: Path) -> str:
+    """A sentence."""
+    names = ("torch", "transformers", "peft", "litgpt")
+    code = f"""
+from importlib import metadata
+found = {{d.metadata["Name"].lower(): d.version for d in reversed(list(metadata.distributions()))}}
+print(", ".join(f"{{name}} {{found[name]}}" for name in {names} if name in found))"""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return f"The peers' environment: {done.stdout.strip()}."
+
+
 class Contestant:
     """One side of a comparison, in a process of its own: `scripts/benchmark_worker.py` with its settings.
 
@@ -283,7 +294,7 @@ def about_machine(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{k} {v}" for k, v in packages.items())]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python " + shlex.join([str(Path(sys.argv[0]).name), *sys.argv[1:]]),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

@@ -47,6 +47,7 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
     specs: dict[str, dict[str, Any]] = {name: {**settings, "kind": "ours", "n": n} for name, n in OURS.items()}
     if args.peers:
         python = b.make_peers(args.out_dir / "peers")
+        notes.append(b.peer_versions(python))
         specs |= {name: {**settings, "python": python, **own} for name, own in PEERS.items()}
     contestants = b.start_all(specs, notes)
     rng = np.random.default_rng(0)

@@ -39,13 +39,14 @@ def main(args: Namespace) -> None:
     weights = args.out_dir / f"weights-{args.size}-{precision}"
     b.write_weights(weights, b.shape(args.size), dtype)
     settings = {"weights": weights, "device": device, "precision": precision, "threads": torch.get_num_threads()}
+    notes = []
     specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1}}
     if args.peers:
         python = b.make_peers(args.out_dir / "peers")
+        notes.append(f"{b.peer_versions(python)}\n")
         names = {"transformers generate, static cache": "transformers", "LitGPT generate": "LitGPT"}
         specs |= {names[name]: {**settings, "python": python, **own} for name, own in PEERS.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in specs}
-    notes = []
     for round in range(-1, args.rounds):  # the first is not counted
         for name in list(found):
             contestant = b.Contestant(name, **specs[name])

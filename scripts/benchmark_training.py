@@ -64,7 +64,7 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def specs(args: Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def specs(args: Namespace, settings: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
     """The settings of every contestant's process."""
     found: dict[str, dict[str, Any]] = {
         name: {**settings, "kind": "ours", "n": n} for name, n in ((BARE, 0), (N1, 1), (N10, 10))
@@ -73,6 +73,7 @@ def specs(args: Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]
         found[BF16] = {**settings, "kind": "ours", "n": 1, "precision": "bf16"}
     if args.peers:
         python = b.make_peers(args.out_dir / "peers")
+        notes.append(b.peer_versions(python))
         found |= {name: {**settings, "python": python, **own} for name, own in PEERS.items()}
     return found
 
@@ -82,7 +83,7 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
     prompts, lengths = b.alpaca_lengths(1024, min(args.max_length, config.block_size))
     b.write_data(Path(settings["data"]), prompts, lengths, config.vocab_size)
     chosen = choose(lengths, args.micro_batch_size, args.micro_batches)
-    contestants = b.start_all(specs(args, settings), notes)
+    contestants = b.start_all(specs(args, settings, notes), notes)
     turns = {}
     for name in contestants:
         turns[name] = {"contestant": name, "batches": chosen["grouped"], "kind": "sft"}
