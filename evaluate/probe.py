@@ -7,8 +7,10 @@ reports
 
     share = (loss of the base - loss with one token) / (loss of the base - loss with LoRA)
 
-on held-out rows: 1 is form, 0 is knowledge. The rate is chosen on a part of the training rows. Finished trainings are
-kept in out_dir, so a probe that was stopped goes on where it was.
+on held-out rows: 1 is form, 0 is knowledge. The same share is reported of the label tokens that are the model's first
+choice: a loss also falls when the model becomes less sure of what it does not know, and that takes no knowledge. The
+rate is chosen by the loss on a part of the training rows. Finished trainings are kept in out_dir, so a probe that was
+stopped goes on where it was.
 """
 
 import json
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from datasets import disable_progress_bars
 from jsonargparse import Namespace
+from torch.nn import functional as F
 
 from evaluate.trials import VARIANTS, Record, Trial, Variant, at_edge, choose, run_trials
 from lit_llama import cli
@@ -43,7 +46,7 @@ out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.p
 many: int = 100  # prefix tokens of the larger Aligner
 steps: int = 120  # optimiser steps
 batch_size: int = 16  # rows of a step
-learning_rates: list[float] = [2e-3, 8e-3, 3.2e-2, 1.28e-1]  # every method chooses one of these for each task
+learning_rates: list[float] = [4e-3, 1.6e-2, 6.4e-2, 2.56e-1]  # every method chooses one of these for each task
 valid_fraction: float = 0.2  # share of the training rows to choose it by
 seeds: list[int] = [1, 2, 3]  # of the trainings at the chosen rate
 rows: int = 256  # held-out rows to read at most
@@ -53,6 +56,10 @@ resamples: int = 10_000  # draws of the rows for the interval
 jobs: int = 2  # trainings side by side, one thread each
 
 SWEEP_SEED = 0  # of the trainings that choose the rate
+MEASURES = {
+    "loss": ("Held-out loss, nats per token", "4f"),
+    "wrong": ("Held-out tokens that are not the likeliest", "1%"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Share:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "LoRA gains nothing"
         value, low, high = (f"{round(x, 2) + 0.0:.0%}" for x in (self.value, self.low, self.high))  # no -0 %
         return f"{value} ({'no interval' if math.isnan(self.low) else f'{low} to {high}'})"
 
@@ -81,7 +90,7 @@ def recovered(
     one training each it covers the rows alone.
 
     Args:
-        base: (n,) loss of each row without an adapter, a sum over its tokens.
+        base: (n,) what each row loses without an adapter, a sum over its tokens (nats, or wrong tokens).
         other, lora: (S, n) the same with each of S trained adapters.
         tokens: (n,) label tokens of each row.
     """
@@ -95,7 +104,8 @@ def recovered(
             error = drawn.std(1, ddof=1) / math.sqrt(len(losses))
             gain = gain + rng.standard_t(len(losses) - 1, resamples) * error
         gains.append(gain)
-    value = (base - other).sum(1).mean() / (base - lora).sum(1).mean()
+    whole = (base - lora).sum(1).mean()
+    value = (base - other).sum(1).mean() / whole if whole else math.nan
     if (gains[1] <= 0).mean() > 0.025:
         return Share(float(value), math.nan, math.nan)
     low, high = np.quantile(gains[0] / gains[1], [0.025, 0.975])
@@ -106,23 +116,34 @@ def recovered(
 
 
 @torch.no_grad()
-def row_losses(model: LLaMA, data: SFTData, batch_size: int = 16) -> np.ndarray:
-    """(rows,) negative log-likelihood of each row's labels, summed over them, in nats."""
-    losses = np.zeros(len(data))
+def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, np.ndarray]:
+    """For each row, summed over its label tokens, given those before: "loss", the negative log-likelihood in nats, and
+    "wrong", how many are not the likeliest."""
+    model.eval()  # LoRA's dropout is for training
+    scores = {name: np.zeros(len(data)) for name in MEASURES}
     order = np.argsort(data.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         own = order[start : start + batch_size]
         batch = data.batch(own)
-        counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
-        losses[own] = [-part.sum().item() for part in model(**batch).split(counts)]
-    return losses
+        targets = batch["labels"][:, 1:]
+        predicts = targets != IGNORE
+        logits = F.linear(model.hidden(batch["idx"])[:, :-1][predicts], model.output_weight).float()  # (labels, V)
+        counts, targets = predicts.sum(1).tolist(), targets[predicts]
+        found = {
+            "loss": F.cross_entropy(logits, targets, reduction="none"),
+            "wrong": (logits.argmax(-1) != targets).float(),
+        }
+        for name, values in found.items():
+            scores[name][own] = [part.sum().item() for part in values.split(counts)]
+    return scores
 
 
 def score(trial: Trial, adapter: Path) -> dict[str, list[float]]:
-    """The loss of each validation row with a trained adapter."""
+    """Each validation row's scores with a trained adapter."""
     base = trial.settings["checkpoint_dir"]
     data = SFTData(trial.settings["data_dir"], "test", Tokenizer(base), trial.scoring["rows"])
-    return {"losses": row_losses(load_model(base, read_adapter(adapter)), data).tolist()}
+    scores = row_scores(load_model(base, read_adapter(adapter)), data)
+    return {name: values.tolist() for name, values in scores.items()}
 
 
 def split_training_rows(data_dir: Path, fraction: float, output_dir: Path) -> None:
@@ -152,8 +173,8 @@ def probe(args: Namespace, folder: Path, name: str, variants: dict[str, Variant]
     """Chooses the rates, trains all seeds and compares, for one dataset.
 
     Returns:
-        shares: method -> `Share`; loss: method, and "base" -> nats per token; rates; edges: methods whose rate is the
-        lowest or highest tried; rows; seconds.
+        For each of `MEASURES` its mean per token (method, and "base" -> number) and shares (method -> `Share`); rates;
+        edges: methods whose rate is the lowest or highest tried; rows; seconds.
     """
     chosen_by = args.out_dir / "data" / name
     split_training_rows(folder, args.valid_fraction, chosen_by)
@@ -167,38 +188,37 @@ def probe(args: Namespace, folder: Path, name: str, variants: dict[str, Variant]
     edges, final = [], []
     for i, (method, variant) in enumerate(variants.items()):
         own = swept[i * len(args.learning_rates) : (i + 1) * len(args.learning_rates)]
-        best = choose(own, key=lambda record: -sum(record["scores"]["losses"]))
+        best = choose(own, key=lambda record: -sum(record["scores"]["loss"]))
         rates[method] = best["trial"]["settings"]["learning_rate"]
         edges += [method] * at_edge(best, own)
         final += [make_trial(args, f"{name}-{method}", variant, folder, rates[method], seed) for seed in args.seeds]
     trained = run_trials(final, runs, score, jobs=args.jobs, desc=f"{name}, seeds")
 
     data = SFTData(folder, "test", Tokenizer(args.checkpoint_dir), args.rows)
-    losses = {"base": row_losses(load_model(args.checkpoint_dir), data)[None]}  # (S, n) each
-    for i, method in enumerate(variants):
-        losses[method] = losses_of(trained[i * len(args.seeds) : (i + 1) * len(args.seeds)])
-    shares = {
-        method: recovered(losses["base"][0], losses[method], losses["lora"], data.weights, resamples=args.resamples)
-        for method in variants
-        if method != "lora"
-    }
-    return {
-        "shares": shares,
-        "loss": {method: float(rows.sum(1).mean() / data.weights.sum()) for method, rows in losses.items()},
-        "rates": rates,
-        "edges": edges,
-        "rows": len(data),
-        "seconds": round(sum(record.get("seconds", 0) for record in [*swept, *trained])),
-    }
+    base, measures = row_scores(load_model(args.checkpoint_dir), data), {}
+    for name in MEASURES:
+        scores = {"base": base[name][None]}  # (S, n) each
+        for i, method in enumerate(variants):
+            scores[method] = scores_of(trained[i * len(args.seeds) : (i + 1) * len(args.seeds)], name)
+        measures[name] = {
+            "mean": {method: float(rows.sum(1).mean() / data.weights.sum()) for method, rows in scores.items()},
+            "shares": {
+                method: recovered(scores["base"][0], rows, scores["lora"], data.weights, resamples=args.resamples)
+                for method, rows in scores.items()
+                if method not in ("base", "lora")
+            },
+        }
+    seconds = round(sum(record.get("seconds", 0) for record in [*swept, *trained]))
+    return {**measures, "rates": rates, "edges": edges, "rows": len(data), "seconds": seconds}
 
 
-def losses_of(records: list[Record]) -> np.ndarray:
-    """(S, n) held-out losses of the trainings that did not fail.
+def scores_of(records: list[Record], name: str) -> np.ndarray:
+    """(S, n) held-out scores of the trainings that did not fail.
 
     Raises:
         UserError: all did.
     """
-    done = [record["scores"]["losses"] for record in records if "error" not in record]
+    done = [record["scores"][name] for record in records if "error" not in record]
     if not done:
         raise UserError(f"All trainings of {records[0]['trial']['name']} failed: {records[0]['error']}")
     return np.array(done)
@@ -208,34 +228,40 @@ def losses_of(records: list[Record]) -> np.ndarray:
 
 
 def report(found: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> str:
-    """A Markdown table: a line for each dataset, from form to knowledge."""
-    heads = ["data", "held-out rows", "base", *(f"loss, {v.label}" for v in variants.values())]
-    small = [method for method in variants if method != "lora"]
-    heads += [f"share, {variants[method].label}" for method in small]
-    lines = []
-    for name, result in sorted(found.items(), key=lambda item: -item[1]["shares"][small[0]].value):
-        loss = [f"{result['loss'][method]:.4f}{'*' * (method in result['edges'])}" for method in ("base", *variants)]
-        lines.append([name, str(result["rows"]), *loss, *(str(result["shares"][method]) for method in small)])
-    note = "\n\n`*`: its learning rate is the lowest or the highest that was tried; a better one may lie beyond."
-    return markdown_table(heads, lines) + note * any(result["edges"] for result in found.values())
+    """A Markdown table for each measure; a line for each dataset, from form to knowledge."""
+    small, parts = [method for method in variants if method != "lora"], []
+    for measure, (title, digits) in MEASURES.items():
+        heads = ["data", "held-out rows", "base", *(v.label for v in variants.values())]
+        heads += [f"share, {variants[method].label}" for method in small]
+        lines = []
+        for name, result in sorted(found.items(), key=lambda item: -item[1][measure]["shares"][small[0]].value):
+            means, shares = result[measure]["mean"], result[measure]["shares"]
+            cells = [f"{means[m]:.{digits}}{'*' * (m in result['edges'])}" for m in ("base", *variants)]
+            lines.append([name, str(result["rows"]), *cells, *(str(shares[method]) for method in small)])
+        parts.append(f"{title}\n\n{markdown_table(heads, lines)}")
+    if any(result["edges"] for result in found.values()):
+        parts.append("`*`: its learning rate is the lowest or the highest that was tried; a better one may lie beyond.")
+    return "\n\n".join(parts)
 
 
 def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: Path) -> None:
-    """The scale: a line for each dataset, a point with its interval for each Aligner."""
-    names = sorted(found, key=lambda name: next(iter(found[name]["shares"].values())).value)
-    figure = make_figure(7.5, 1.6 + 0.5 * len(names))
-    axes = figure.subplots()
-    for i, method in enumerate(method for method in variants if method != "lora"):
-        for y, name in enumerate(names):
-            share = found[name]["shares"][method]
-            low, high = (share.value if math.isnan(end) else end for end in (share.low, share.high))
-            axes.plot([low, high], [y - 0.12 * i] * 2, color=f"C{i}", linewidth=2)
-            label = variants[method].label if y == 0 else None
-            axes.plot(share.value, y - 0.12 * i, "o", color=f"C{i}", label=label)
-    axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.axvline(1, color="0.6", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(-0.6, len(names) - 0.4), xlabel="share of LoRA's gain:  0 knowledge  …  1 form")
+    """The scale of each measure: a line for each dataset, a point with its interval for each Aligner."""
+    small, first = [method for method in variants if method != "lora"], next(iter(MEASURES))
+    names = sorted(found, key=lambda name: found[name][first]["shares"][small[0]].value)
+    figure = make_figure(10, 1.8 + 0.5 * len(names))
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for axes, (measure, (title, _)) in zip(panels, MEASURES.items(), strict=True):
+        for i, method in enumerate(small):
+            for y, name in enumerate(names):
+                share = found[name][measure]["shares"][method]
+                low, high = (share.value if math.isnan(end) else end for end in (share.low, share.high))
+                axes.plot([low, high], [y - 0.14 * i] * 2, color=f"C{i}", linewidth=2)
+                label = variants[method].label if y == 0 and axes is panels[0] else None
+                axes.plot(share.value, y - 0.14 * i, "o", color=f"C{i}", label=label)
+        for end in (0, 1):
+            axes.axvline(end, color="0.6", linewidth=0.8)
+        axes.set(title=title, ylim=(-0.6, len(names) - 0.4), xlabel="share of LoRA's gain: 0 knowledge, 1 form")
+    panels[0].set_yticks(range(len(names)), names)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     save_figure(figure, path)
 
@@ -259,12 +285,11 @@ def main(args: Namespace) -> None:
     table = report(found, variants)
     print(table)
     write_text(args.out_dir / "probe.md", table + "\n")
-    results = {
-        name: {**result, "shares": {m: asdict(s) for m, s in result["shares"].items()}}
-        for name, result in found.items()
-    }
     settings = json.loads(json.dumps(args.as_dict(), default=str))
-    write_text(args.out_dir / "probe.json", json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+    write_text(
+        args.out_dir / "probe.json",
+        json.dumps({"settings": settings, "results": found}, default=asdict, indent=1) + "\n",
+    )
     plot(found, variants, args.out_dir / "probe.png")
     log(f"wrote probe.md, probe.json and probe.png in {args.out_dir}")
 

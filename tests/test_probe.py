@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.probe import Share, plot, recovered, report, row_losses, split_training_rows
+from evaluate.probe import Share, plot, recovered, report, row_scores, split_training_rows
 from evaluate.trials import Variant
+from lit_llama import lora
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 
@@ -36,6 +37,8 @@ def test_no_gain_of_lora_leaves_no_interval():
     base, tokens = np.array([4.0, 2.0, 3.0]), np.ones(3)
     share = recovered(base, base[None] - 0.5, np.array([[3.0, 3.5, 2.0]]), tokens, resamples=500)
     assert share.value == pytest.approx(1.5 / 0.5) and math.isnan(share.low) and math.isnan(share.high)
+    assert str(share) == "300% (no interval)"
+    assert str(recovered(base, base[None] - 0.5, base[None], tokens, resamples=50)) == "LoRA gains nothing"
 
 
 def test_more_rows_and_closer_trainings_narrow_the_interval():
@@ -76,15 +79,26 @@ def test_the_interval_covers_the_truth(trainings):
     assert 0.91 <= covered / repeats <= 0.99
 
 
-def test_loss_of_each_row(base_dir, data_dir):
+def test_scores_of_each_row(base_dir, data_dir):
     model, data = load_model(base_dir), SFTData(data_dir, "train", max_rows=7)
-    losses = row_losses(model, data, batch_size=3)
+    scores = row_scores(model, data, batch_size=3)
     for i, (ids, prompt_length) in enumerate(zip(data.rows["input_ids"], data.rows["prompt_length"], strict=True)):
         ids = torch.from_numpy(ids).long()
         with torch.no_grad():
             logps = model(ids[None])[0].log_softmax(-1)
-        expected = -sum(logps[t - 1, ids[t]].item() for t in range(prompt_length, len(ids)))
-        assert losses[i] == pytest.approx(expected, rel=1e-4)
+        labels = range(prompt_length, len(ids))
+        assert scores["loss"][i] == pytest.approx(-sum(logps[t - 1, ids[t]].item() for t in labels), rel=1e-4)
+        assert scores["wrong"][i] == sum(logps[t - 1].argmax() != ids[t] for t in labels)
+
+
+def test_scores_are_without_dropout(base_dir, data_dir):
+    torch.manual_seed(0)
+    model, data = load_model(base_dir, method=lora, method_config={"lora_dropout": 0.5}), SFTData(data_dir, "test")
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_()
+    first, again = row_scores(model, data), row_scores(model, data)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
 def test_the_rate_is_chosen_on_training_rows(data_dir, tmp_path):
@@ -101,16 +115,18 @@ def test_the_rate_is_chosen_on_training_rows(data_dir, tmp_path):
 
 def test_table_and_figure(tmp_path):
     def result(one: float, edges: list[str]) -> dict:
-        loss = {"base": 2.0, "aligner1": 1.5, "many": 1.25, "lora": 1.0}
+        mean = {"base": 2.0, "aligner1": 0.5, "many": 0.25, "lora": 0.125}
         shares = {"aligner1": Share(one, one - 0.1, one + 0.1), "many": Share(-0.001, math.nan, math.nan)}
-        return {"shares": shares, "loss": loss, "edges": edges, "rows": 9}
+        measure = {"mean": mean, "shares": shares}
+        return {"loss": measure, "wrong": measure, "edges": edges, "rows": 9}
 
     found = {"facts": result(0.1, []), "form": result(0.9, ["lora"])}
     lines = report(found, VARIANTS).splitlines()
-    assert lines[2] == "| form | 9 | 2.0000 | 1.5000 | 1.2500 | 1.0000* | 90% (80% to 100%) | 0% (no interval) |"
-    assert lines[3].startswith("| facts | 9 | 2.0000 | 1.5000 | 1.2500 | 1.0000 | 10% (0% to 20%) |")
+    assert lines[4] == "| form | 9 | 2.0000 | 0.5000 | 0.2500 | 0.1250* | 90% (80% to 100%) | 0% (no interval) |"
+    assert lines[5].startswith("| facts | 9 | 2.0000 | 0.5000 | 0.2500 | 0.1250 | 10% (0% to 20%) |")
+    assert lines[11].startswith("| form | 9 | 200.0% | 50.0% | 25.0% | 12.5%* |")
     assert "lowest or the highest" in lines[-1]
-    assert len(report({"facts": found["facts"]}, VARIANTS).splitlines()) == 3
+    assert "*" not in report({"facts": found["facts"]}, VARIANTS)
     plot(found, VARIANTS, tmp_path / "probe.png")
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
@@ -120,25 +136,26 @@ def test_a_whole_probe(run_script, tmp_path, base_dir, data_dir):
              "--steps", 3, "--learning_rates", 1e-6, 3e-2, "--seeds", 1, 2, "--resamples", 50]  # fmt: skip
     code, out, _ = run_script(SCRIPT, *flags)
     assert code == 0
-    assert out.splitlines()[2].startswith("| animals | 5 | ")
+    assert out.splitlines()[4].startswith("| animals | 5 | ")
     results = json.loads((tmp_path / "probe.json").read_text())["results"]["animals"]
     records = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/record.json")}
     assert len(records) == 3 * (2 + 2)
     test = SFTData(data_dir, "test")
-    tokens = test.weights.sum()
-    assert results["loss"]["base"] == pytest.approx(row_losses(load_model(base_dir), test).sum() / tokens)
+    tokens, base = test.weights.sum(), row_scores(load_model(base_dir), test)
+    for measure in ("loss", "wrong"):
+        found = results[measure]["mean"]
+        assert found["base"] == pytest.approx(base[measure].sum() / tokens)
+        for method in ("aligner1", "many", "lora"):
+            own = [records[f"animals-{method}-lr{results['rates'][method]:g}-seed{seed}"] for seed in (1, 2)]
+            assert {record["summary"]["steps"] for record in own} == {3}
+            mean = np.mean([sum(record["scores"][measure]) for record in own]) / tokens
+            assert found[method] == pytest.approx(mean)
+    gains = {method: results["loss"]["mean"]["base"] - loss for method, loss in results["loss"]["mean"].items()}
+    assert results["loss"]["shares"]["many"]["value"] == pytest.approx(gains["many"] / gains["lora"])
     for method in ("aligner1", "many", "lora"):
-        tried = {
-            rate: sum(records[f"animals-{method}-choosing-lr{rate:g}-seed0"]["scores"]["losses"])
-            for rate in (1e-6, 3e-2)
-        }
+        names = {rate: f"animals-{method}-choosing-lr{rate:g}-seed0" for rate in (1e-6, 3e-2)}
+        tried = {rate: sum(records[name]["scores"]["loss"]) for rate, name in names.items()}
         assert results["rates"][method] == min(tried, key=tried.get)
-        own = [records[f"animals-{method}-lr{results['rates'][method]:g}-seed{seed}"] for seed in (1, 2)]
-        assert {record["summary"]["steps"] for record in own} == {3}
-        mean = np.mean([sum(record["scores"]["losses"]) for record in own]) / tokens
-        assert results["loss"][method] == pytest.approx(mean)
-    gains = {method: results["loss"]["base"] - loss for method, loss in results["loss"].items()}
-    assert results["shares"]["many"]["value"] == pytest.approx(gains["many"] / gains["lora"])
     assert records["animals-many-choosing-lr0.03-seed0"]["summary"]["trainable_parameters"] == 5 * 32 + 4
 
     # again: nothing is trained anew
