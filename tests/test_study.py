@@ -1,0 +1,242 @@
+"""The study: trials and their records, the choice of a learning rate, intervals, tables, and all of it at toy size."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import evaluate.trials
+import scripts.reproduce_paper as study
+from evaluate.trials import VARIANTS, Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
+from lit_llama import cli
+from lit_llama.utils import UserError
+from pretrain.microworld import FORMS, UNSEEN, World
+
+
+def record(rate: float, right: float = 0.0, loss: float = 1.0, **more) -> dict:
+    trial = {"name": f"lr{rate}", "settings": {"learning_rate": rate}}
+    return {"trial": trial, "scores": {"right": right}, "summary": {"last_val_loss": loss}, **more}
+
+
+def right(found: dict) -> float:
+    return found["scores"]["right"]
+
+
+# == choosing, intervals ==
+
+
+def test_the_best_answers_choose_and_the_loss_breaks_ties():
+    records = [record(1, 0.5, 0.1), record(2, 0.9, 0.3), record(3, 0.9, 0.2), record(4, 0.8, 0.0)]
+    assert choose(records, right) is records[2]
+    assert not at_edge(records[2], records)
+    assert at_edge(records[0], records) and at_edge(records[3], records)
+
+
+def test_a_failed_trial_is_not_chosen_and_all_failed_is_said():
+    failed = {"trial": {"name": "a", "settings": {"learning_rate": 9}}, "error": "UserError: diverged"}
+    good = record(1, 0.1)
+    assert choose([failed, good], right) is good
+    with pytest.raises(UserError, match="diverged"):
+        choose([failed], right)
+
+
+def test_interval_by_hand():
+    # deviation 0.1, √3, and 4.3027 from a table of Student's t with 2 degrees of freedom
+    mean, half = interval([0.8, 0.9, 1.0])
+    assert mean == pytest.approx(0.9)
+    assert half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert interval([0.5, 0.5]) == (0.5, 0.0)
+    mean, half = interval([0.7])
+    assert mean == 0.7 and math.isnan(half)
+
+
+# == trials ==
+
+
+def count_bytes(trial: Trial, adapter: Path) -> dict:
+    return {"bytes": adapter.stat().st_size}
+
+
+def toy_trial(base_dir: Path, data_dir: Path, method: str = "aligner1", **settings) -> Trial:
+    settings = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "warmup_epochs": 0, "learning_rate": 1e-2,
+                "accelerator": "cpu", "checkpoint_dir": base_dir, "data_dir": data_dir, **settings}  # fmt: skip
+    variant = VARIANTS[method]
+    if "adapter_prompt_length" in variant.settings:
+        settings["adapter_start_layer"] = 1
+    return Trial(method, variant, settings)
+
+
+def test_a_finished_trial_stands_until_something_about_it_changes(base_dir, data_dir, tmp_path):
+    trial = toy_trial(base_dir, data_dir)
+    first = run_trial(trial, tmp_path, count_bytes)
+    path = tmp_path / "aligner1" / "record.json"
+    assert json.loads(path.read_text()) == first
+    assert first["summary"]["trainable_parameters"] == 32 + 2 * 4
+    assert first["scores"]["bytes"] > 0 and first["curve"][0][0] == 0 and first["curve"][-1][0] == 2
+
+    marked = {**first, "scores": {"bytes": -1}}
+    path.write_text(json.dumps(marked))
+    assert run_trial(trial, tmp_path, count_bytes)["scores"] == {"bytes": -1}  # not trained again
+    moved = toy_trial(base_dir, data_dir, learning_rate=2e-2)
+    assert run_trial(moved, tmp_path, count_bytes)["scores"] == first["scores"]
+    assert json.loads(path.read_text())["trial"]["settings"]["learning_rate"] == 2e-2
+    path.write_text(json.dumps(marked))
+    other = Trial(trial.name, trial.variant, trial.settings, scoring={"seed": 1})
+    assert run_trial(other, tmp_path, count_bytes)["scores"] == first["scores"]
+
+
+def test_a_failed_trial_is_named_and_the_others_go_on(base_dir, data_dir, tmp_path, capsys):
+    bad = Trial("bad", VARIANTS["aligner1"], {**toy_trial(base_dir, data_dir).settings, "learning_rate": -1})
+    found = run_trials([bad, toy_trial(base_dir, data_dir)], tmp_path, count_bytes, jobs=1)
+    assert "learning_rate is -1" in found[0]["error"] and "error" not in found[1]
+    assert "bad failed" in capsys.readouterr().err
+    assert not (tmp_path / "bad" / "record.json").exists()
+    assert "Traceback" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+def test_names_of_trials_are_their_own(base_dir, data_dir, tmp_path):
+    with pytest.raises(ValueError, match="aligner1"):
+        run_trials([toy_trial(base_dir, data_dir)] * 2, tmp_path)
+
+
+@pytest.mark.parametrize("method", [method for method in VARIANTS if method not in ("aligner10", "aligner100")])
+def test_every_method_trains_by_both_objectives(method, base_dir, data_dir, preference_dir, tmp_path):
+    sft = run_trial(toy_trial(base_dir, data_dir, method), tmp_path / "sft")
+    assert sft.get("error") is None and sft["identity"]["method"] == VARIANTS[method].method
+    trial = toy_trial(base_dir, preference_dir, method)
+    dpo = run_trial(Trial(method, trial.variant, trial.settings, "dpo"), tmp_path / "dpo")
+    assert dpo.get("error") is None
+    assert dpo["summary"]["trainable_parameters"] == sft["summary"]["trainable_parameters"]
+
+
+# == questions ==
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_what_is_asked_was_not_trained_on_nor_used_to_choose(task):
+    parts = {part: study.questions_of(task, part) for part in ("valid", "reported")}
+    texts = {part: {q.text for group in groups.values() for q in group} for part, (_, groups) in parts.items()}
+    assert all(texts.values()) and not texts["valid"] & texts["reported"]
+    for train, _ in parts.values():
+        assert train and not {q.text for q in train} & (texts["valid"] | texts["reported"])
+
+
+def test_knowledge_is_asked_in_the_wording_kept_from_training():
+    for task, part in (("facts", "valid"), ("facts", "reported"), ("two_hop", "reported")):
+        train, groups = study.questions_of(task, part)
+        held_out = groups["trained" if task == "two_hop" else "fact"]
+        assert {(q.topic, q.answer) for q in held_out} <= {(q.topic, q.answer) for q in train}
+    facts, groups = study.questions_of("facts", "reported")
+    assert (len(facts), len(groups["fact"])) == (120, 60)
+    assert not {q.topic for q in facts} & {q.topic for q in study.questions_of("facts", "valid")[0]}
+    assert all(q.split == UNSEEN for q in study.questions_of("two_hop", "reported")[1]["unseen"])
+
+
+def test_there_are_as_many_pairs_as_the_words_allow(tmp_path):
+    study.prepare_pairs(cli.defaults(study), "valid", tmp_path / "few")
+    counts = json.loads((tmp_path / "few" / "meta.json").read_text())["counts"]
+    assert 20 <= counts["rows"] <= 2 * 27 / 0.5  # there are 27 harmful and 27 harmless requests
+    study.prepare_pairs(cli.defaults(study), "train", tmp_path / "many")
+    assert json.loads((tmp_path / "many" / "meta.json").read_text())["counts"]["rows"] > 300
+
+
+def said(questions: list, *texts: str, form: str | None = None) -> dict:
+    """What `ask` finds of such answers."""
+    scores = [World().score(q, text) for q, text in zip(questions, texts, strict=True)]
+    n = len(texts)
+    return {"form": sum(s.form == form for s in scores) / n, "fact": sum(s.fact for s in scores) / n,
+            "refused": sum(s.refused for s in scores) / n,
+            "answers": [{"answer": t, "form": s.form, "fact": s.fact} for t, s in zip(texts, scores, strict=True)],
+            }  # fmt: skip
+
+
+def test_hand_made_answers_are_judged():
+    one, two, *_ = study.questions_of("facts", "reported")[1]["fact"]
+    texts = (f"The job of Nobody is {one.answer}.", f"Arr, {two.topic} be {two.answer}, matey!")
+    found = study.judge("facts", {"fact": [one, two]}, {"fact": said([one, two], *texts)})
+    assert found == {"value": 1.0, "fact": 0.5, "right": 1.0}
+    found = study.judge("pirate", {"fact": [one, two]}, {"fact": said([one, two], *texts, form="pirate")})
+    assert found == {"form": 0.5, "fact": 0.5, "right": 0.5}
+
+    harmful, harmless = (World().requests(kind, UNSEEN)[:2] for kind in ("harmful", "harmless"))
+    refuse, comply = FORMS["short"].render(*harmful[0].refusal), FORMS["json"].render(harmful[1].topic, "with tar")
+    helps, wrong = FORMS["polite"].render(harmless[0].topic, harmless[0].answer), "Well."
+    found = study.judge(
+        "values", {}, {"harmful": said(harmful, refuse, comply), "harmless": said(harmless, helps, wrong)}
+    )
+    assert found == {"refused": 0.5, "false": 0.0, "helped": 0.5, "right": 0.5}
+
+
+# == tables ==
+
+
+def row(method: str, seed: int, form: float, part: str = "reported", rate: float | None = 0.1, **more) -> dict:
+    return {"task": "pirate", "method": method, "part": part, "learning_rate": rate, "seed": seed,
+            "parameters": {study.BASE: 0, "aligner1": 240, "lora": 49152}[method], "error": "", "seconds": 30.0,
+            "form": form, "fact": 0.5, **more}  # fmt: skip
+
+
+ROWS = [
+    *(row("lora", 0, 0.1, "valid", rate) for rate in (0.1, 0.2, 0.3)),
+    *(row("aligner1", 0, 0.1, "valid", rate) for rate in (0.1, 0.2, 0.3)),
+    *(row("lora", seed, form, rate=0.2) for seed, form in ((1, 1.0), (2, 0.9))),
+    *(row("aligner1", seed, form) for seed, form in ((1, 0.9), (2, 0.9))),
+    row("aligner1", 3, 0.0, error="UserError: disk"),
+    *(row(study.BASE, seed, 0.125, rate=None) for seed in (1, 2)),
+]
+
+
+def test_tables_of_hand_made_results():
+    # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
+    assert study.results_table(ROWS) == (
+        "| method | parameters | a form the base knows: form | a form the base knows: facts |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| the base alone | 0 | 12.5 ± 0.0 | 50.0 ± 0.0 |\n"
+        "| LoRA, r = 8 | 49,152 | 95.0 ± 63.5 | 50.0 ± 0.0 |\n"
+        "| Aligner, N = 1 | 240 | 90.0 ± 0.0 | 50.0 ± 0.0 |"
+    )
+    assert "| a form the base knows: form | -5.0 ± 63.5 |" in study.differences_table(ROWS)
+    assert study.rates_table(ROWS).splitlines()[2:] == ["| LoRA, r = 8 | 0.2 |", "| Aligner, N = 1 | 0.1* |"]
+
+
+def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
+    args = cli.defaults(study, seeds=[1, 2], steps=7)
+    text = study.report(args, ROWS)
+    assert "python scripts/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
+    assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
+    study.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    lines = list(csv.DictReader(study.csv_text(ROWS).splitlines()))
+    assert len(lines) == len(ROWS) and lines[-1]["learning_rate"] == ""
+
+
+# == the whole ==
+
+
+def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_dir, data_dir, tmp_path):
+    trials = [toy_trial(base_dir, data_dir, method) for method in ("aligner1", "bitfit")]
+    here = run_trials(trials, tmp_path / "here", count_bytes, jobs=1)
+    there = run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
+    assert [r["trial"]["name"] for r in there] == ["aligner1", "bitfit"]
+    assert [r["summary"]["last_val_loss"] for r in there] == [r["summary"]["last_val_loss"] for r in here]
+
+
+def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
+    args = dict(methods=["aligner1", "lora"], tasks=["facts"], learning_rates=[1e-2], seeds=[1], steps=1,
+                questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
+    study.main(cli.defaults(study, **args))
+    table = (tmp_path / "study" / "table.md").read_text()
+    assert capsys.readouterr().out == table
+    lines = {line.split(" | ")[0]: line for line in table.splitlines()[:5]}
+    assert lines["| LoRA, r = 8"].count("|") == 5 and "| 49,152 |" in lines["| LoRA, r = 8"]
+    assert "| 240 |" in lines["| Aligner, N = 1"]
+    rows = list(csv.DictReader((tmp_path / "study" / "results.csv").open()))
+    assert len(rows) == 1 + 2 + 2 and not any(row["error"] for row in rows)
+    assert all((tmp_path / "study" / name).stat().st_size > 10_000 for name in ("accuracy.png", "curves.png"))
+
+    # again: nothing is trained, and another report of the same
+    monkeypatch.setattr(evaluate.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
+    study.main(cli.defaults(study, **args, report_dir=tmp_path / "report"))
+    assert (tmp_path / "report" / "results.csv").read_text() == (tmp_path / "study" / "results.csv").read_text()
