@@ -35,7 +35,7 @@ from lit_llama.data import IGNORE, SFTData, held_out, write_dataset
 from lit_llama.model import LLaMA
 from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, evaluating, log
 
 # == What is probed ==
 data_dir: list[Path] = [Path("data/microworld-pirate")]  # prepared folders, each a task of its own
@@ -119,22 +119,22 @@ def recovered(
 def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, np.ndarray]:
     """For each row, summed over its label tokens, given those before: "loss", the negative log-likelihood in nats, and
     "wrong", how many are not the likeliest."""
-    model.eval()  # LoRA's dropout is for training
     scores = {name: np.zeros(len(data)) for name in MEASURES}
     order = np.argsort(data.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        own = order[start : start + batch_size]
-        batch = data.batch(own)
-        targets = batch["labels"][:, 1:]
-        predicts = targets != IGNORE
-        logits = F.linear(model.hidden(batch["idx"])[:, :-1][predicts], model.output_weight).float()  # (labels, V)
-        counts, targets = predicts.sum(1).tolist(), targets[predicts]
-        found = {
-            "loss": F.cross_entropy(logits, targets, reduction="none"),
-            "wrong": (logits.argmax(-1) != targets).float(),
-        }
-        for name, values in found.items():
-            scores[name][own] = [part.sum().item() for part in values.split(counts)]
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            own = order[start : start + batch_size]
+            batch = data.batch(own)
+            targets = batch["labels"][:, 1:]
+            predicts = targets != IGNORE
+            logits = F.linear(model.hidden(batch["idx"])[:, :-1][predicts], model.output_weight).float()  # (labels, V)
+            counts, targets = predicts.sum(1).tolist(), targets[predicts]
+            found = {
+                "loss": F.cross_entropy(logits, targets, reduction="none"),
+                "wrong": (logits.argmax(-1) != targets).float(),
+            }
+            for name, values in found.items():
+                scores[name][own] = [part.sum().item() for part in values.split(counts)]
     return scores
 
 
