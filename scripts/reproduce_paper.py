@@ -91,12 +91,14 @@ TASKS = {
     "facts": Task("new facts", "sentence", {"value": "values", "fact": "names too"}),
     "two_hop": Task("reasoning (two hops)", "sentence", {"trained": "trained people", "unseen": "unseen people"}),
 }
+KNOWLEDGE = ("facts", "two_hop")  # a table of their own
 # panel of the figure -> (task, measure, which line it is)
 PANELS = {
     "form": [("pirate", "form", "a form the base knows"), ("telegram", "form", "one it has never seen")],
     "new facts": [("facts", "value", "asked in another wording")],
     "reasoning (two hops)": [("two_hop", "trained", "trained people"), ("two_hop", "unseen", "unseen people")],
 }
+MARKERS = {"aligner": "o", "adapter": "s", "lora": "^", "bitfit": "D", "prompt_tuning": "v"}
 
 
 # == questions ==
@@ -239,7 +241,7 @@ def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, 
         steps, per_epoch = args.steps, math.ceil(rows / args.batch_size)
         settings |= {"batch_size": args.batch_size, "micro_batch_size": args.batch_size,
                      "epochs": steps / per_epoch, "warmup_epochs": 0.1 * steps / per_epoch}  # fmt: skip
-    settings |= {"eval_interval": max(1, steps // 4), "eval_rows": 64}
+    settings |= {"eval_interval": max(1, steps // 8), "eval_rows": 64}
     scoring = {"task": task, "part": part, "count": args.questions, "seed": seed}
     name = f"{task}-{method}-{part}-lr{rate:g}-seed{seed}"
     return Trial(name, VARIANTS[method], settings, "dpo" if task == "values" else "sft", scoring)
@@ -334,9 +336,9 @@ def percent(values: list[float], sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
-def results_table(rows: list[Row]) -> str:
+def results_table(rows: list[Row], tasks: list[str]) -> str:
     """A line for each method, a column for each measure of each task."""
-    columns = [(task, name) for task in tasks_of(rows) for name in TASKS[task].columns]
+    columns = [(task, name) for task in tasks for name in TASKS[task].columns]
     heads = [f"{TASKS[task].title}: {TASKS[task].columns[name]}" for task, name in columns]
     lines = [
         [label(method), f"{n:,}", *(percent([*values_of(rows, task, method, name).values()]) for task, name in columns)]
@@ -395,17 +397,19 @@ def report(args: Namespace, rows: list[Row]) -> str:
     failed = [f"Failed: {row['task']}, {row['method']}, {row['learning_rate']:g}, seed {row['seed']}: {row['error']}"
               for row in rows if row["error"]]  # fmt: skip
     differences = [differences_table(rows)] if {"aligner1", "lora"} <= methods_of(rows).keys() else []
+    tasks = tasks_of(rows)
+    groups = [[task for task in tasks if (task in KNOWLEDGE) == wanted] for wanted in (False, True)]
     parts = [
-        results_table(rows),
+        *(results_table(rows, group) for group in groups if group),
         f"""Shares of greedy answers in percent: mean ± half of the 95 % interval (Student's t) over the seeds. Each
 seed trains anew and draws its own {args.questions} questions of a group, or takes all where there are fewer, so the
 interval covers trainings and questions; where all seeds gave the same it is 0.
 """,
         *differences,
         rates_table(rows),
-        f"""The rate with the best answers to validation questions, which are none of those above; tried were
-{", ".join(f"{rate:g}" for rate in args.learning_rates)}, with seed {args.sweep_seed}. A star marks an edge: a better
-one may lie beyond.
+        f"""The rate with the best answers to validation questions, which are none of those above. Tried were
+{", ".join(f"{rate:g}" for rate in args.learning_rates)}, with seed {args.sweep_seed}; a star marks the lowest and the
+highest of them, beyond which a better one may lie.
 """,
         *failed,
         f"Made by {origin(args, rows)}.",
@@ -439,24 +443,25 @@ def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
     found = {(line["task"], line["measure"], line["method"]): line for line in means(rows)}
     panels = {title: [line for line in lines if line[0] in tasks_of(rows)] for title, lines in PANELS.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
-    figure = make_figure(5.2 * len(panels), 4.6)
+    figure = make_figure(5 * len(panels), 5)
+    markers: dict[str, Any] = {}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (task, name, what) in enumerate(lines):
             own = {method: line for (*of, method), line in found.items() if of == [task, name]}
             if BASE in own:
                 axes.axhline(100 * own.pop(BASE)["mean"], color=f"C{i}", ls=":", lw=1)
-            for is_aligner, style in ((True, "o-"), (False, "s")):
-                kind = [line for m, line in own.items() if (VARIANTS[m].method == "aligner") == is_aligner]
-                x, y, error = ([line[k] for line in kind] for k in ("parameters", "mean", "half"))
-                axes.errorbar(x, [100 * v for v in y], [100 * v for v in error], fmt=style, color=f"C{i}", capsize=3,
-                              label=what if is_aligner else None)  # fmt: skip
-        for method, parameters in methods_of(rows).items():
-            if parameters:
-                axes.annotate(f" {label(method)}", (parameters, 103), rotation=60, fontsize=7, annotation_clip=False)
-        axes.set(xscale="log", xlabel="trainable parameters", ylabel="right (%)", ylim=(-3, 103))
-        axes.set_title(title, pad=70)
+            aligners = [line for method, line in own.items() if VARIANTS[method].method == "aligner"]
+            x, y = [line["parameters"] for line in aligners], [100 * line["mean"] for line in aligners]
+            axes.plot(x, y, color=f"C{i}", label=what)
+            for method, line in own.items():
+                style = {"fmt": MARKERS[VARIANTS[method].method], "color": f"C{i}", "capsize": 3}
+                axes.errorbar(line["parameters"], 100 * line["mean"], 100 * line["half"], **style)
+                look = {"marker": style["fmt"], "color": "black", "ls": ""}
+                markers.setdefault(VARIANTS[method].label.partition(",")[0], axes.plot([], [], **look)[0])
+        axes.set(title=title, xscale="log", xlabel="trainable parameters", ylabel="right (%)", ylim=(-3, 103))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
+    figure.legend(markers.values(), markers, loc="outside upper center", ncols=len(markers), fontsize=8)
     figure.supxlabel(textwrap.fill(caption, 60 * len(panels)), fontsize=6)
     save_figure(figure, path)
 

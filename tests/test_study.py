@@ -190,7 +190,7 @@ ROWS = [
 
 def test_tables_of_hand_made_results():
     # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
-    assert study.results_table(ROWS) == (
+    assert study.results_table(ROWS, ["pirate"]) == (
         "| method | parameters | a form the base knows: form | a form the base knows: facts |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| the base alone | 0 | 12.5 ± 0.0 | 50.0 ± 0.0 |\n"
