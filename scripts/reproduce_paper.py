@@ -49,7 +49,7 @@ sweep_seed: int = 0  # the same for the trials that choose it
 quick: bool = False  # minutes instead of an hour: one token and LoRA, fewer tasks, rates and seeds
 
 # == Every training ==
-steps: int = 480  # optimiser steps; values have those of finetune/alignerDPO.py
+steps: int = 320  # optimiser steps; values have those of finetune/alignerDPO.py
 batch_size: int = 8  # rows of a step, but of values
 questions: int = 200  # asked at most of each group
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
