@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -124,27 +124,37 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+Clock = Literal["wall", "cpu"]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def timed(work: Callable[[], Any], device: torch.device, clock: Clock = "wall") -> float:
+    """Seconds of one call; "cpu" are the processor seconds of this process, which do not grow while others run."""
     synchronize(device)
-    began = time.perf_counter()
+    began = CLOCKS[clock]()
     work()
     synchronize(device)
-    return time.perf_counter() - began
+    return CLOCKS[clock]() - began
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def check_clock(clock: Clock, device: torch.device) -> None:
+    """Raises: UserError: processor seconds mean nothing for a GPU or for several threads."""
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
+
+
+def copy_bandwidth(device: torch.device, clock: Clock = "wall") -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(7))
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device, clock) for _ in range(7))
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Clock = "wall") -> float:
     """FLOPs per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(timed(lambda: a @ b, device, clock) for _ in range(5))
 
 
 # == material ==

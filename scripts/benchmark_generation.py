@@ -35,6 +35,7 @@ out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peer
 accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
 precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
 threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 BARE, N1 = "bare base", "Aligner N = 1"
 OURS = {BARE: 0, N1: 1, "Aligner N = 10": 10, "Aligner N = 100": 100}
@@ -129,12 +130,13 @@ def main(args: Namespace) -> None:
         torch.set_num_threads(args.threads)
     args.device, dtype = pick_device(args.accelerator, args.precision)
     args.precision = "bf16" if dtype == torch.bfloat16 else "32"
+    b.check_clock(args.clock, args.device)
     config = b.shape(args.size)
     weights = args.out_dir / f"weights-{args.size}-{args.precision}"
     b.write_weights(weights, config, dtype)
     settings = {"weights": weights, "device": args.device, "precision": args.precision,
-                "threads": torch.get_num_threads()}  # fmt: skip
-    bandwidth = b.copy_bandwidth(args.device)
+                "threads": torch.get_num_threads(), "clock": args.clock}  # fmt: skip
+    bandwidth = b.copy_bandwidth(args.device, args.clock)
     notes = [f"The bandwidth limit is that of a copy in the same run: {bandwidth / 1e9:,.1f} GB/s, read and written."]
     found = measure(args, config, settings, notes)
     parts = tables(args, config, found, bandwidth)

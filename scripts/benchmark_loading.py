@@ -29,16 +29,24 @@ out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peer
 accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
 precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
 threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
 def main(args: Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = pick_device(args.accelerator, args.precision)
+    b.check_clock(args.clock, device)
     precision = "bf16" if dtype == torch.bfloat16 else "32"
     weights = args.out_dir / f"weights-{args.size}-{precision}"
     b.write_weights(weights, b.shape(args.size), dtype)
-    settings = {"weights": weights, "device": device, "precision": precision, "threads": torch.get_num_threads()}
+    settings = {
+        "weights": weights,
+        "device": device,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "clock": args.clock,
+    }
     notes = []
     specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1}}
     if args.peers:

@@ -37,6 +37,7 @@ out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peer
 accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
 precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
 threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
@@ -221,13 +222,17 @@ def main(args: Namespace) -> None:
         torch.set_num_threads(args.threads)
     args.device, dtype = pick_device(args.accelerator, args.precision)
     args.precision = "bf16" if dtype == torch.bfloat16 else "32"
+    b.check_clock(args.clock, args.device)
     config = b.shape(args.size)
     weights = args.out_dir / f"weights-{args.size}-{args.precision}"
     b.write_weights(weights, config, dtype)
     settings = {"weights": weights, "data": args.out_dir / "data", "device": args.device,
-                "precision": args.precision, "threads": torch.get_num_threads()}  # fmt: skip
+                "precision": args.precision, "threads": torch.get_num_threads(), "clock": args.clock}  # fmt: skip
     notes: list[str] = []
-    peak = {"32": b.matmul_rate(args.device, torch.float32), "bf16": b.matmul_rate(args.device, torch.bfloat16)}
+    peak = {
+        "32": b.matmul_rate(args.device, torch.float32, args.clock),
+        "bf16": b.matmul_rate(args.device, torch.bfloat16, args.clock),
+    }
     turns = measure(args, config, settings, notes)
     parts = tables(args, config, turns, peak)
     losses = {name: turn["first_loss"] for name, turn in turns.items() if turn["kind"] == "sft"}

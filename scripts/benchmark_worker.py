@@ -6,7 +6,6 @@ Started by `lit_llama.benchmark.Contestant`; the peers' run with the Python of t
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from lit_llama import aligner
-from lit_llama.benchmark import synchronize, timed
+from lit_llama.benchmark import CLOCKS, synchronize, timed
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from lit_llama.dpo import DPOData
@@ -125,7 +124,7 @@ class Transformers:
         def stopping(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             if len(times) in (0, n_new - 1):
                 synchronize(self.device)
-            times.append(time.perf_counter())
+            times.append(self.now())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         self.model.eval().generate(
@@ -206,7 +205,9 @@ class Worker:
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
         self.device = torch.device(settings["device"])
+        self.clock = settings.get("clock", "wall")
         self.side = KINDS[settings["kind"]](settings, self.device)
+        self.side.now = CLOCKS[self.clock]
         self.data: dict[str, SFTData | DPOData] = {}
         self.data_dir = Path(settings["data"]) if "data" in settings else None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -275,7 +276,7 @@ class Worker:
             def keep() -> None:
                 found[name] = work()
 
-            seconds[name] += timed(keep, self.device)
+            seconds[name] += timed(keep, self.device, self.clock)
             return found[name]
 
         losses = []
@@ -306,20 +307,20 @@ class Worker:
         def once() -> None:
             (-self.side.model(idx, labels=labels).mean()).backward()
 
-        return {"seconds": min(timed(once, self.device) for _ in range(2))}
+        return {"seconds": min(timed(once, self.device, self.clock) for _ in range(2))}
 
     def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
         """Seconds to the first token, and from there to the last."""
         if self.device.type == "cuda":
             list(self.side.tokens(prompts, 2))
         synchronize(self.device)
-        began = time.perf_counter()
+        began = self.side.now()
         times = []
         with torch.no_grad():
             for token in self.side.tokens(prompts, n_new):
                 if len(times) in (0, n_new - 1):
                     synchronize(self.device)
-                times.append(token if isinstance(token, float) else time.perf_counter())
+                times.append(token if isinstance(token, float) else self.side.now())
         assert len(times) == n_new, f"{len(times)} tokens instead of {n_new}"
         return {"prefill": times[0] - began, "decode": times[-1] - times[0]}
 
@@ -330,18 +331,18 @@ class Worker:
             for i in range(0, len(prompts), batch_size):
                 generate(self.side.model, prompts[i : i + batch_size], Sampling(n_new))
 
-        return {"seconds": timed(work, self.device)}
+        return {"seconds": timed(work, self.device, self.clock)}
 
     def first_token(self, prompt: list[int]) -> dict[str, Any]:
         """Loads the model and makes one token: the seconds, and the bytes held at most."""
         self.before = memory("VmRSS")
         self.forget_peak()
-        began = time.perf_counter()
+        began = self.side.now()
         self.side.load()
         with torch.no_grad():
             next(iter(self.side.tokens([prompt], 1)))
         synchronize(self.device)
-        seconds = time.perf_counter() - began
+        seconds = self.side.now() - began
         return {"seconds": seconds, **self.size(), **self.peak()}
 
 

@@ -66,6 +66,17 @@ def test_an_unknown_size_is_refused():
         benchmark.shape("huge")
 
 
+def test_processor_seconds_need_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.raises(UserError, match="needs --accelerator cpu and --threads 1"):
+        benchmark.check_clock("cpu", torch.device("cpu"))
+    torch.set_num_threads(1)
+    benchmark.check_clock("cpu", torch.device("cpu"))
+    assert benchmark.timed(lambda: sum(range(10**5)), torch.device("cpu"), "cpu") > 0
+    torch.set_num_threads(threads)
+
+
 class InProcess:
     """A contestant of this process."""
 
