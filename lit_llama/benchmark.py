@@ -199,7 +199,7 @@ def write_data(folder: Path, prompts: np.ndarray, lengths: np.ndarray, vocab_siz
 # == peers ==
 
 
-def make_peers(folder: Path, python: str = sys.executable) -> Path:
+def make_peers(folder: Path) -> Path:
     """A throw-away environment with PEFT and LitGPT from PyPI that borrows everything else from this one.
 
     So torch is the same build for everybody, and is not downloaded again. What cannot be installed is said, and missing
@@ -220,12 +220,15 @@ def make_peers(folder: Path, python: str = sys.executable) -> Path:
     (own / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
     pip = [executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--progress-bar", "off"]
     # LitGPT's pins would replace what transformers needs; what it imports is here already
+    (folder / "constraints.txt").write_text(f"torch=={torch.__version__}\n", encoding="utf-8")
+    missing = []
     for packages in (["transformers", "peft"], ["--no-deps", "litgpt"]):
-        (folder / "constraints.txt").write_text(f"torch=={torch.__version__}\n", encoding="utf-8")
         command = [*pip, "-c", folder / "constraints.txt", *packages]
         if subprocess.run(command, stdout=sys.stderr, stderr=subprocess.DEVNULL).returncode:
+            missing.append(packages[-1])
             log(f"note: pip cannot install {packages[-1]}; the tables are without it.")
-    stamp.touch()
+    if not missing:  # else the next run tries again
+        stamp.touch()
     return executable
 
 
