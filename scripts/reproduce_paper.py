@@ -49,8 +49,9 @@ sweep_seed: int = 0  # the same for the trials that choose it
 quick: bool = False  # minutes instead of an hour: one token and LoRA, fewer tasks, rates and seeds
 
 # == Every training ==
-steps: int = 320  # optimiser steps; values have those of finetune/alignerDPO.py
+steps: int = 200  # optimiser steps, but of values
 batch_size: int = 8  # rows of a step, but of values
+pair_epochs: float = 2.25  # passes over the pairs of values, which otherwise train as finetune/alignerDPO.py does
 questions: int = 200  # asked at most of each group
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
@@ -60,7 +61,7 @@ report_dir: Path | None = None  # another folder for tables and figures
 jobs: int = 2  # trainings side by side, one thread each
 
 QUICK = {"methods": ["aligner1", "lora"], "tasks": ["pirate", "facts"], "learning_rates": [8e-3, 3.2e-2],
-         "seeds": [1, 2], "steps": 240}  # fmt: skip
+         "seeds": [1, 2]}  # fmt: skip
 BASE = "the base alone"
 Row = dict[str, Any]  # a line of results.csv
 Part = Literal["valid", "reported"]  # questions to choose the rate by, and questions of the table
@@ -236,7 +237,8 @@ def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, 
     settings: dict[str, Any] = {"data_dir": data_dir, "checkpoint_dir": args.checkpoint_dir, "learning_rate": rate,
                                 "seed": seed, "accelerator": "cpu", "save_interval": 10**6}  # fmt: skip
     if task == "values":
-        steps = round(alignerDPO.epochs * math.ceil(rows / alignerDPO.batch_size))
+        steps = round(args.pair_epochs * math.ceil(rows / alignerDPO.batch_size))
+        settings |= {"epochs": args.pair_epochs}
     else:
         steps, per_epoch = args.steps, math.ceil(rows / args.batch_size)
         settings |= {"batch_size": args.batch_size, "micro_batch_size": args.batch_size,
