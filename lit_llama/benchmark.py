@@ -311,13 +311,6 @@ def about_machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
-    """Text columns to the left, the others to the right."""
-    right = ["---:" if i and rows and not isinstance(rows[0][i], Path) else "---" for i in range(len(header))]
-    lines = [header, right, *rows]
-    return "".join(f"| {' | '.join(str(cell) for cell in line)} |\n" for line in lines)
-
-
 def number(value: float, digits: int = 3) -> str:
     """A few significant digits, thousands separated, never an exponent."""
     if value == 0 or not np.isfinite(value):
@@ -335,7 +328,7 @@ def with_spread(values: list[float], scale: float = 1.0) -> str:
 def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> None:
     """Markdown: what was run where, then tables and notes."""
     about = "".join(f"- {name}: {value}\n" for name, value in about_machine(device).items())
-    write_text(path, "\n".join([f"# {title}\n", about, *parts]))
+    write_text(path, "\n\n".join(part.rstrip("\n") for part in (f"# {title}", about, *parts)) + "\n")
 
 
 def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:

@@ -170,10 +170,10 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
     save_figure(figure, image)
 
 
-def markdown_table(heads: list[str], lines: Iterable[list[str]]) -> str:
+def markdown_table(heads: list[str], lines: Iterable[list[Any]]) -> str:
     """A Markdown table; the first column is text, the others are numbers. No line break at the end."""
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def make_figure(width: float, height: float) -> "Figure":

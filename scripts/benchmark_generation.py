@@ -19,6 +19,7 @@ from lit_llama import benchmark as b
 from lit_llama import cli
 from lit_llama.chat import pick_device
 from lit_llama.model import LLaMAConfig
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
 # == What to measure ==
@@ -94,7 +95,7 @@ def tables(args: Namespace, config: LLaMAConfig, found: dict[str, Any], bandwidt
             rows.append([f"{size}, {name}", b.with_spread(prefill), b.with_spread(decode),
                          f"{np.median(decode) / limit:.0%}"])  # fmt: skip
     header = ["batch", "prefill, tokens/s", "decode, tokens/s", "of the bandwidth limit"]
-    parts = [f"## {args.prompt_length} tokens, then {args.new_tokens} more\n", b.markdown_table(header, rows)]
+    parts = [f"## {args.prompt_length} tokens, then {args.new_tokens} more\n", markdown_table(header, rows)]
 
     comparisons = []
     smallest = args.batch_sizes[0]
@@ -120,7 +121,7 @@ def tables(args: Namespace, config: LLaMAConfig, found: dict[str, Any], bandwidt
         middle, spread = b.median_and_spread([each / whole for whole, each in found["one by one"]])
         comparisons.append([f"tokens/s, {args.one_by_one} prompts as one batch over one by one", target,
                             f"{middle:.1f} ± {spread:.1f}"])  # fmt: skip
-    return [*parts, "## Ratios\n", b.markdown_table(["what", "target", "measured"], comparisons)]
+    return [*parts, "## Ratios\n", markdown_table(["what", "target", "measured"], comparisons)]
 
 
 def main(args: Namespace) -> None:

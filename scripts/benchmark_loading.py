@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lit_llama import benchmark as b
 from lit_llama import cli
 from lit_llama.chat import pick_device
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 from scripts.benchmark_generation import PEERS
 
@@ -72,7 +73,7 @@ def main(args: Namespace) -> None:
          b.with_spread([a["peak"] / a["bytes"] for a in answers])]
         for name, answers in found.items()
     ]  # fmt: skip
-    table = b.markdown_table(["", "seconds to the first token", "MB at most", "of the weights"], rows)
+    table = markdown_table(["", "seconds to the first token", "MB at most", "of the weights"], rows)
     path = args.out_dir / f"loading-{args.size}"
     b.plot_bars(path.with_suffix(".png"), {
         "seconds to the first token": {name: [a["seconds"] for a in answers] for name, answers in found.items()},

@@ -29,6 +29,7 @@ from lit_llama.chat import pick_device
 from lit_llama.checkpoint import Adapter, load_model
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
 # == Speed ==
@@ -128,7 +129,7 @@ def speed_table(args: Namespace, rates: dict[str, list[float]]) -> str:
         against = next((ordinary(n) for n in args.lengths if name.startswith(f"N = {n},")), "base")
         middle, spread = b.ratio(values, rates[against])
         rows.append([name, b.with_spread(values), "1" if name == against else f"{middle:.3f} ± {spread:.3f}"])
-    return b.markdown_table(["rows of the batch", "tokens/s", "of the same without a bank"], rows)
+    return markdown_table(["rows of the batch", "tokens/s", "of the same without a bank"], rows)
 
 
 # == Banks ==
@@ -213,7 +214,7 @@ def measure_bank(args: Namespace, width: str) -> tuple[dict[str, str], list[tupl
 
 def bank_table(found: dict[str, dict[str, str]]) -> str:
     names = next(iter(found.values()))
-    return b.markdown_table(
+    return markdown_table(
         ["at the width of", *found], [[name, *(rows[name] for rows in found.values())] for name in names]
     )
 

@@ -20,6 +20,7 @@ from lit_llama import cli
 from lit_llama.chat import pick_device
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
 # == What to measure ==
@@ -137,7 +138,7 @@ def tables(args: Namespace, config: LLaMAConfig, turns: dict[str, Any], peak: di
             *(b.number(1000 * part) for part in parts),
         ])  # fmt: skip
     header = ["", "tokens/s", "padding", "MB beyond the weights", "MFU", *(f"{part}, ms" for part in PARTS)]
-    parts = [f"## A step of {args.micro_batches} × {args.micro_batch_size} rows\n", b.markdown_table(header, rows)]
+    parts = [f"## A step of {args.micro_batches} × {args.micro_batch_size} rows\n", markdown_table(header, rows)]
 
     comparisons = []
 
@@ -174,7 +175,7 @@ def tables(args: Namespace, config: LLaMAConfig, turns: dict[str, Any], peak: di
     waste = b.padding_waste(lengths, epoch)
     comparisons.append(["padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", f"{waste:.1%}"])
     comparisons.append(["the same in random order", "", f"{b.padding_waste(lengths, random):.1%}"])
-    return [*parts, "## Ratios\n", b.markdown_table(["what", "target", "measured"], comparisons)]
+    return [*parts, "## Ratios\n", markdown_table(["what", "target", "measured"], comparisons)]
 
 
 def measure_growth(args: Namespace, settings: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -212,7 +213,7 @@ def growth_table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
          ", ".join(b.number(1000 * seconds) for _, seconds in points)]
         for cause, curves in found.items() for curve, points in curves.items()
     ]  # fmt: skip
-    return b.markdown_table(["cause", "", "ms"], rows)
+    return markdown_table(["cause", "", "ms"], rows)
 
 
 def main(args: Namespace) -> None:

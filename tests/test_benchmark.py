@@ -12,6 +12,7 @@ import scripts.benchmark_training as training
 from lit_llama import benchmark, cli
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
+from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
 from scripts.benchmark_worker import Worker
 
@@ -57,8 +58,8 @@ def test_ratios_compare_within_a_round():
 
 def test_numbers_and_tables_as_text():
     assert [benchmark.number(x) for x in (0, 0.01234, 1.5, 123.4, 12345.6)] == ["0", "0.0123", "1.50", "123", "12,346"]
-    table = benchmark.markdown_table(["", "ms"], [["a", 1], ["b", 22]])
-    assert table == "|  | ms |\n| --- | ---: |\n| a | 1 |\n| b | 22 |\n"
+    table = markdown_table(["", "ms"], [["a", 1], ["b", 22]])
+    assert table == "|  | ms |\n| --- | ---: |\n| a | 1 |\n| b | 22 |"
 
 
 def test_an_unknown_size_is_refused():
