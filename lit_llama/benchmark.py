@@ -25,7 +25,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
+from jsonargparse import Namespace
 
+from lit_llama.chat import pick_device
 from lit_llama.checkpoint import Lazy, open_tensors, weights_path, write_base, write_tensors, write_text
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT, write_dataset
 from lit_llama.hf import hf_config, parameters, to_hf
@@ -323,6 +325,23 @@ def with_spread(values: list[float], scale: float = 1.0) -> str:
     """Median ± half the distance between the quartiles."""
     median, spread = median_and_spread([value * scale for value in values])
     return f"{number(median)} ± {number(spread, 2)}"
+
+
+def set_up(args: Namespace) -> tuple[LLaMAConfig, dict[str, Any]]:
+    """What a run begins with: threads, device and random weights. `args.device` and `args.precision` become those used.
+
+    Returns:
+        the model's shape, and what every contestant is told.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device, dtype = pick_device(args.accelerator, args.precision)
+    args.precision = "bf16" if dtype == torch.bfloat16 else "32"
+    check_clock(args.clock, args.device)
+    config, weights = shape(args.size), args.out_dir / f"weights-{args.size}-{args.precision}"
+    write_weights(weights, config, dtype)
+    return config, {"weights": weights, "device": args.device, "precision": args.precision,
+                    "threads": torch.get_num_threads(), "clock": args.clock}  # fmt: skip
 
 
 def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> None:

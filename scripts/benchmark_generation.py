@@ -17,7 +17,6 @@ from jsonargparse import Namespace
 
 from lit_llama import benchmark as b
 from lit_llama import cli
-from lit_llama.chat import pick_device
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
@@ -127,16 +126,7 @@ def tables(args: Namespace, config: LLaMAConfig, found: dict[str, Any], bandwidt
 def main(args: Namespace) -> None:
     if args.new_tokens < 3:
         raise UserError(f"new_tokens is {args.new_tokens}; the first belongs to the prompt, so it must be 3 or more.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.device, dtype = pick_device(args.accelerator, args.precision)
-    args.precision = "bf16" if dtype == torch.bfloat16 else "32"
-    b.check_clock(args.clock, args.device)
-    config = b.shape(args.size)
-    weights = args.out_dir / f"weights-{args.size}-{args.precision}"
-    b.write_weights(weights, config, dtype)
-    settings = {"weights": weights, "device": args.device, "precision": args.precision,
-                "threads": torch.get_num_threads(), "clock": args.clock}  # fmt: skip
+    config, settings = b.set_up(args)
     bandwidth = b.copy_bandwidth(args.device, args.clock)
     notes = [f"The bandwidth limit is that of a copy in the same run: {bandwidth / 1e9:,.1f} GB/s, read and written."]
     found = measure(args, config, settings, notes)

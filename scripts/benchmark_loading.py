@@ -9,12 +9,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
 from jsonargparse import Namespace
 
 from lit_llama import benchmark as b
 from lit_llama import cli
-from lit_llama.chat import pick_device
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 from scripts.benchmark_generation import PEERS
@@ -34,20 +32,7 @@ clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use 
 
 
 def main(args: Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device, dtype = pick_device(args.accelerator, args.precision)
-    b.check_clock(args.clock, device)
-    precision = "bf16" if dtype == torch.bfloat16 else "32"
-    weights = args.out_dir / f"weights-{args.size}-{precision}"
-    b.write_weights(weights, b.shape(args.size), dtype)
-    settings = {
-        "weights": weights,
-        "device": device,
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "clock": args.clock,
-    }
+    _, settings = b.set_up(args)
     notes = []
     specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1}}
     if args.peers:
@@ -79,7 +64,7 @@ def main(args: Namespace) -> None:
         "seconds to the first token": {name: [a["seconds"] for a in answers] for name, answers in found.items()},
         "MB at most": {name: [a["peak"] / 1e6 for a in answers] for name, answers in found.items()},
     })  # fmt: skip
-    b.write_report(path.with_suffix(".md"), f"Loading, {args.size}, {precision}", [table, *notes], device)
+    b.write_report(path.with_suffix(".md"), f"Loading, {args.size}, {args.precision}", [table, *notes], args.device)
     print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
 
 

@@ -17,7 +17,6 @@ from jsonargparse import Namespace
 
 from lit_llama import benchmark as b
 from lit_llama import cli
-from lit_llama.chat import pick_device
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import markdown_table
@@ -219,16 +218,8 @@ def growth_table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
 def main(args: Namespace) -> None:
     if args.micro_batch_size < 2:
         raise UserError(f"micro_batch_size is {args.micro_batch_size}; two rows make a pair, so it must be 2 or more.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.device, dtype = pick_device(args.accelerator, args.precision)
-    args.precision = "bf16" if dtype == torch.bfloat16 else "32"
-    b.check_clock(args.clock, args.device)
-    config = b.shape(args.size)
-    weights = args.out_dir / f"weights-{args.size}-{args.precision}"
-    b.write_weights(weights, config, dtype)
-    settings = {"weights": weights, "data": args.out_dir / "data", "device": args.device,
-                "precision": args.precision, "threads": torch.get_num_threads(), "clock": args.clock}  # fmt: skip
+    config, settings = b.set_up(args)
+    settings["data"] = args.out_dir / "data"
     notes: list[str] = []
     peak = {
         "32": b.matmul_rate(args.device, torch.float32, args.clock),
