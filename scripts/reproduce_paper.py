@@ -75,18 +75,24 @@ class Task:
         title: in tables and figures.
         form: that the training answers have.
         columns: measures of the table -> heads.
+        temperature: of the answers.
     """
 
     title: str
     form: str
     columns: dict[str, str]
+    temperature: float = 0.0
 
 
 TASKS = {
     "pirate": Task("a form the base knows", "pirate", {"form": "form", "fact": "facts"}),
     "telegram": Task("a form it has never seen", NEW_FORM.name, {"form": "form", "fact": "facts"}),
+    # sampled: the base refuses half of its sampled answers to harmful requests, but all of its likeliest ones
     "values": Task(
-        "values (DPO)", "", {"refused": "refuses harmful", "false": "refuses harmless", "helped": "helps with harmless"}
+        "values (DPO)",
+        "",
+        {"refused": "refuses harmful", "false": "refuses harmless", "helped": "helps with harmless"},
+        temperature=0.7,
     ),
     # the base cannot spell names it has never seen, so what an answer says of them counts by itself
     "facts": Task("new facts", "sentence", {"value": "values", "fact": "names too"}),
@@ -164,10 +170,12 @@ def judge(task: str, asked: dict[str, list[Question]], said: dict[str, dict[str,
     return {"form": said["fact"]["form"], "fact": said["fact"]["fact"], "right": both}
 
 
-def measure(model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, count: int, seed: int) -> dict[str, Any]:
-    """`judge` of greedy answers to `count` questions of each group, drawn by `seed`, and the answers."""
+def measure(
+    model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, count: int, seed: int, temperature: float = 0.0
+) -> dict[str, Any]:
+    """`judge` of answers to `count` questions of each group, drawn by `seed`, and the answers."""
     asked = {group: draw(pool, count, seed) for group, pool in questions_of(task, part)[1].items()}
-    how = {"temperature": 0.0, "seed": seed, "form": TASKS[task].form or None}
+    how = {"temperature": temperature, "seed": seed, "form": TASKS[task].form or None}
     said = {group: ask(model, tokenizer, World(), drawn, **how) for group, drawn in asked.items()}
     return {**judge(task, asked, said), "answers": {group: result["answers"] for group, result in said.items()}}
 
@@ -231,6 +239,13 @@ def prepare(args: Namespace, task: str, part: Part) -> None:
 # == trials ==
 
 
+def scoring_of(args: Namespace, task: str, part: Part, seed: int) -> dict[str, Any]:
+    """The arguments of `measure`."""
+    told = {"task": task, "part": part, "count": args.questions, "seed": seed}
+    temperature = TASKS[task].temperature
+    return {**told, "temperature": temperature} if temperature else told
+
+
 def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, part: Part) -> Trial:
     data_dir = args.out_dir / "data" / f"{task}-{part}"
     rows = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
@@ -244,7 +259,7 @@ def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, 
         settings |= {"batch_size": args.batch_size, "micro_batch_size": args.batch_size,
                      "epochs": steps / per_epoch, "warmup_epochs": 0.1 * steps / per_epoch}  # fmt: skip
     settings |= {"eval_interval": max(1, steps // 8), "eval_rows": 64}
-    scoring = {"task": task, "part": part, "count": args.questions, "seed": seed}
+    scoring = scoring_of(args, task, part, seed)
     name = f"{task}-{method}-{part}-lr{rate:g}-seed{seed}"
     return Trial(name, VARIANTS[method], settings, "dpo" if task == "values" else "sft", scoring)
 
@@ -256,7 +271,7 @@ def score_base(args: Namespace) -> list[Row]:
     base = base_fingerprint(args.checkpoint_dir)["weights"]
     cells = [(task, seed) for task in args.tasks for seed in args.seeds]
     for task, seed in tqdm(cells, desc="base model", unit="score"):
-        told = {"task": task, "part": "reported", "count": args.questions, "seed": seed}
+        told = scoring_of(args, task, "reported", seed)
         path = args.out_dir / "base" / f"{task}-seed{seed}.json"
         same = {**told, "base": base}
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -403,7 +418,8 @@ def report(args: Namespace, rows: list[Row]) -> str:
     groups = [[task for task in tasks if (task in KNOWLEDGE) == wanted] for wanted in (False, True)]
     parts = [
         *(results_table(rows, group) for group in groups if group),
-        f"""Shares of greedy answers in percent: mean ± half of the 95 % interval (Student's t) over the seeds. Each
+        f"""Shares of answers in percent, greedy but for values, which are sampled at temperature
+{TASKS["values"].temperature:g}: mean ± half of the 95 % interval (Student's t) over the seeds. Each
 seed trains anew and draws its own {args.questions} questions of a group, or takes all where there are fewer, so the
 interval covers trainings and questions; where all seeds gave the same it is 0.
 """,
