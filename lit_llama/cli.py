@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +92,11 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
+    several: tuple[str, ...] = ()  # the flags that take several values
+
+    def parse_args(self, args: list[str] | None = None, **kwargs: Any) -> Namespace:
+        return super().parse_args(join_repeated(sys.argv[1:] if args is None else args, self.several), **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line without the usage, and exit code 2."""
         if not self.exit_on_error:
@@ -103,6 +108,25 @@ class Parser(ArgumentParser):
         message = re.sub(r"Does not validate against any of .*? Errors: - (.*) - Expected a NoneType", r"\1.", message)
         log(f"error: {message} (see {self.prog} --help)")
         sys.exit(2)
+
+
+def join_repeated(args: Sequence[str], several: Sequence[str]) -> list[str]:
+    """`--adapter a --adapter b` is `--adapter a b`, for the flags that take several values."""
+    current: list[str] = []
+    groups, first = [current], {}
+    for arg in args:
+        name, has_value, value = arg.partition("=")
+        if not arg.startswith("--"):
+            current.append(arg)
+        elif name in first:
+            current = first[name]
+            current += [value] if has_value else []
+        else:
+            current = [name, value] if has_value and name in several else [arg]
+            groups.append(current)
+            if name in several:
+                first[name] = current
+    return [arg for group in groups for arg in group]
 
 
 def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
@@ -126,6 +150,8 @@ def make_parser(script: Path, names: dict[str, Any]) -> ArgumentParser:
         type_ = get_args(setting.type)[0] if several else setting.type
         # `--resume` alone is `--resume true`
         values = {"nargs": "+"} if several else {"nargs": "?", "const": True} if type_ is bool else {}
+        if several:
+            parser.several += (f"--{setting.name}",)
         if setting.name == "files":
             name, values = "files", {**values, "metavar": "FILE"}
         else:

@@ -187,3 +187,9 @@ def test_every_setting_of_every_script_is_explained(path):
     assert len({s.name for s in settings}) == len(settings)
     bare = ["a file"] if any(s.name == "files" for s in settings) else []
     assert cli.make_parser(path, vars(module)).parse_args(bare)
+
+
+def test_a_flag_of_several_values_may_be_repeated(script):
+    assert parse(script, ["--names", "a", "--kind", "b", "--names", "c", "d", "--names=e"])["names"] == [*"acde"]
+    assert parse(script, ["--names=a", "--names", "b"])["names"] == ["a", "b"]
+    assert parse(script, ["--kind", "a", "--kind", "b"])["kind"] == "b"
