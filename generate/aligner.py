@@ -63,6 +63,8 @@ def main(args: Namespace, method: str | None = None) -> None:
     requests = []
     if not args.interactive:
         requests = gather_requests(args.prompt, args.input, args.prompt_file, bank=bool(args.bank))
+    if args.bank and method:
+        raise UserError("A bank holds Aligners; use it with generate/aligner.py.")
     if args.bank:
         return answer_from_bank(args, requests, sampling, device, dtype)
     if args.use:

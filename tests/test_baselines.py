@@ -582,3 +582,11 @@ def test_a_script_inherits_settings_but_those_of_the_other_method():
         assert by_name["batch_size"] == parent["batch_size"]
         defaults = module.LLaMAConfig()
         assert all(by_name[name].default == getattr(defaults, name) for name in own)
+
+
+def test_a_bank_is_for_aligners(run_script, base_dir, tmp_path):
+    code, _, said = run_script(
+        "generate/lora.py", "--checkpoint_dir", base_dir, "--bank", tmp_path, "--prompt", "the cat"
+    )
+    assert code == 1
+    assert "A bank holds Aligners; use it with generate/aligner.py." in said
