@@ -371,6 +371,14 @@ class Term:
     keys: torch.Tensor | None = None
     gates: torch.Tensor | None = None
 
+    def of_rows(self, selected: torch.Tensor) -> "Term":
+        """The same for a batch of these rows (n',) of the whole one."""
+        if self.rows is None:
+            keys, gates = (None if t is None else t[selected] for t in (self.keys, self.gates))
+            return Term(None, self.values[selected], keys, gates)
+        own, place = (self.rows == selected.unsqueeze(1)).nonzero(as_tuple=True)[::-1]
+        return Term(place, self.values[own], self.keys[own], self.gates[own])
+
     def add_to(self, y: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """y and q are (B, nh, T, hs)."""
         if self.keys is None:
@@ -408,6 +416,23 @@ class LLaMA(llama.LLaMA):
             self.batch_size = None
             for block in self.transformer.h:
                 block.attn.terms = ()
+
+    @contextmanager
+    def selecting(self, rows: list[int]) -> Iterator[None]:
+        if self.batch_size is None:  # outside `using`
+            yield
+            return
+        whole = [block.attn.terms for block in self.transformer.h], self.batch_size
+        selected = torch.tensor(rows, device=self.transformer.wte.weight.device)
+        try:
+            self.batch_size = len(rows)
+            for block in self.transformer.h:
+                block.attn.terms = tuple(term.of_rows(selected) for term in block.attn.terms)
+            yield
+        finally:
+            terms, self.batch_size = whole
+            for block, own in zip(self.transformer.h, terms, strict=True):
+                block.attn.terms = own
 
     def run_blocks(
         self, x: torch.Tensor, cache: llama.KVCache | None = None, positions: torch.Tensor | None = None

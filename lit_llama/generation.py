@@ -12,6 +12,9 @@ from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, evaluating, weights_of
 
+GROUP_TOKENS = 256  # prompts of any lengths are computed together up to so many tokens, padding counted in
+LEAST_FILLED = 0.75  # beyond that, those with so many tokens of the longest one's
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,14 +66,42 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
     return (probs / noise).argmax(-1)
 
 
+def length_groups(lengths: list[int]) -> list[list[int]]:
+    """Row numbers, in groups to be padded to their longest: none shorter than LEAST_FILLED of it, unless the group has
+    no more than GROUP_TOKENS tokens, which are computed about as fast as fewer."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        few = groups and (len(groups[-1]) + 1) * longest <= GROUP_TOKENS
+        if groups and (few or lengths[row] >= LEAST_FILLED * longest):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
+
+
 @torch.no_grad()
 def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
-    """Runs the prompts, padded on the right, through the model: logits (B, V) after each row's last token."""
+    """Runs the prompts through the model, those of similar length together: logits (B, V) after each row's last token.
+
+    Within a group they are padded on the right.
+    """
     device = cache.k.device
-    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    cache.length = model.prepended + idx.size(1)
-    return model(idx, cache=cache, last=torch.tensor([len(p) - 1 for p in prompts], device=device))
+    cache.length = model.prepended + max(map(len, prompts))
+    groups, logits = length_groups([len(prompt) for prompt in prompts]), []
+    for group in groups:
+        rows = [torch.tensor(prompts[row], device=device) for row in group]
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if len(groups) == 1:
+            return model(idx, cache=cache, last=last)
+        length = model.prepended + idx.size(1)
+        own = KVCache(model.config, len(group), length, device, cache.k.dtype)
+        with model.selecting(group):
+            logits.append(model(idx, cache=own, last=last))
+        cache.k[:, group, :, :length], cache.v[:, group, :, :length] = own.k, own.v
+    order = torch.tensor([row for group in groups for row in group], device=device)
+    return torch.cat(logits)[order.argsort()]
 
 
 @torch.no_grad()

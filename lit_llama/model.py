@@ -338,6 +338,10 @@ class LLaMA(nn.Module):
         """What generation wraps itself in; a variant may keep constants of its adapter for that long."""
         return nullcontext()
 
+    def selecting(self, rows: list[int]) -> AbstractContextManager:
+        """Inside, a batch is these rows of the whole one; a variant whose rows differ selects what belongs to them."""
+        return nullcontext()
+
 
 class Block(nn.Module):
     def __init__(self, config: LLaMAConfig, attn: "CausalSelfAttention") -> None:

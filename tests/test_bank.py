@@ -8,6 +8,7 @@ import pytest
 import torch
 from toys import aligned, base, prompts, token_ids
 
+from lit_llama import generation
 from lit_llama.bank import Bank, load_with_bank, open_bank
 from lit_llama.checkpoint import Adapter, base_fingerprint, load_model, save_adapter, save_base
 from lit_llama.generation import Sampling, answer, generate, instruct
@@ -92,7 +93,11 @@ def test_each_row_is_what_its_adapter_says_alone(folders, shape, names):
 
 @each_shape
 @pytest.mark.parametrize("sampling", [Sampling(9), WARM], ids=["greedy", "sampled"])
-def test_cached_decoding_in_batches_by_length_gives_each_prompt_its_own_answer(folders, shape, sampling, tokenizer):
+@pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
+def test_cached_decoding_in_batches_by_length_gives_each_prompt_its_own_answer(
+    folders, shape, sampling, group_tokens, monkeypatch
+):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
     folder, adapters = folders[shape], adapters_of(shape)
     model = load_with_bank(folder, filled(folder, adapters))
     names, asked = BATCHES[-1], prompts(5, 20, 1, 9, 3, 14, 7, 7, 2)

@@ -13,7 +13,7 @@ import reference
 import torch
 import toys
 
-from lit_llama import adapter, aligner, bitfit, cli, lora, prompt_tuning
+from lit_llama import adapter, aligner, bitfit, cli, generation, lora, prompt_tuning
 from lit_llama.checkpoint import METHODS, load_model, read_adapter, save_adapter
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
@@ -115,7 +115,9 @@ def test_padding_on_the_right_changes_nothing(method):
 
 @each_architecture
 @each_method
-def test_cached_greedy_decoding_equals_the_formulas(method, architecture):
+@pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
+def test_cached_greedy_decoding_equals_the_formulas(method, architecture, group_tokens, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
     network = adapted(method, **toys.ARCHITECTURES[architecture])
     prompts, state = toys.prompts(3, 9, 1), reference.double(network.state_dict())
     expected = []

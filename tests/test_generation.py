@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
+from lit_llama import generation
 from lit_llama.generation import (
     Sampling,
     answer,
@@ -19,6 +20,7 @@ from lit_llama.generation import (
     decode_one_token,
     generate,
     instruct,
+    length_groups,
     prefill,
     sample,
     stream,
@@ -39,6 +41,11 @@ MODELS = {
 each_model = pytest.mark.parametrize("kind", MODELS)
 
 
+@pytest.fixture(params=[generation.GROUP_TOKENS, 1], ids=["one prefill", "a prefill for each length"])
+def grouping(request, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", request.param)
+
+
 def uncached(network, prompt: list[int], n_new: int) -> list[int]:
     ids = torch.tensor([prompt])
     for _ in range(n_new):
@@ -50,7 +57,7 @@ def uncached(network, prompt: list[int], n_new: int) -> list[int]:
 
 
 @each_model
-def test_cached_logits_equal_uncached_ones_at_every_step(kind):
+def test_cached_logits_equal_uncached_ones_at_every_step(kind, grouping):
     network, prompts = MODELS[kind](), toys.prompts(2, 7, 5)
     fed = toys.token_ids(3, 6, seed=5)
     cache = KVCache(network.config, 3, 13, torch.device("cpu"), torch.float32)
@@ -73,7 +80,7 @@ def test_cached_greedy_decoding_equals_uncached(kind):
 
 @each_model
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(10, 0.8, top_k=5), Sampling(10, 1.3, top_p=0.7, seed=8)])
-def test_a_batch_equals_one_by_one(kind, sampling):
+def test_a_batch_equals_one_by_one(kind, sampling, grouping):
     network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7)
     together = generate(network, prompts, sampling)
     alone = [generate(network, [prompt], sampling, rows=[row])[0] for row, prompt in enumerate(prompts)]
@@ -81,12 +88,22 @@ def test_a_batch_equals_one_by_one(kind, sampling):
     assert [len(ids) for ids in together] == [10] * 5
 
 
-def test_the_context_of_one_row_does_not_cut_the_others():
+def test_the_context_of_one_row_does_not_cut_the_others(grouping):
     network, prompts = toys.base(), toys.prompts(60, 5, 63, 50)
     sampling = Sampling(max_new_tokens=20, temperature=1.0)
     together = generate(network, prompts, sampling)
     assert [len(ids) for ids in together] == [4, 20, 1, 14]
     assert together == [generate(network, [p], sampling, rows=[row])[0] for row, p in enumerate(prompts)]
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=80))
+def test_groups_of_prompts_hold_every_row_once_and_little_padding(lengths):
+    groups = length_groups(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[row] for row in group]
+        assert min(own) >= 0.75 * max(own) or len(own) * max(own) <= 256
+    assert len(groups) <= 27  # each begins below 0.75 of the one before: 2000 * 0.75 ** 27 < 1
 
 
 def test_seeds_reproduce_and_differ():
