@@ -54,8 +54,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
         state = _load_pickle(path)
-    except Exception:  # each format has its own
-        raise UserError(f"{path} is not a checkpoint: {_what_is(path)}.") from None
+    except Exception as error:  # each format has its own
+        raise UserError(f"{path} is not a checkpoint: {_what_is(path, error)}.") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path} is not a checkpoint: it holds something else than named tensors.")
     return state
@@ -118,8 +118,8 @@ def _headers(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             found = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
-    except SafetensorError:
-        raise UserError(f"{path} is not a checkpoint: {_what_is(path)}.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a checkpoint: {_what_is(path, error)}.") from None
     if other := [(name, dtype) for name, _, dtype in found if dtype not in SAFE_DTYPES]:
         raise UserError("{}: {} holds {} numbers, which are not supported; are they quantized?".format(path, *other[0]))
     return [(name, shape, SAFE_DTYPES[dtype]) for name, shape, dtype in found]
@@ -173,8 +173,8 @@ def _load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _what_is(path: Path) -> str:
-    """A phrase for a file that should have been a checkpoint."""
+def _what_is(path: Path, error: Exception) -> str:
+    """A phrase for a file that should have been a checkpoint and could not be read."""
     with path.open("rb") as file:
         head = file.read(40)
     if not head:
@@ -184,7 +184,10 @@ def _what_is(path: Path) -> str:
     text = head.decode("utf-8", "ignore")
     if all(c.isprintable() or c.isspace() for c in text) and len(text.encode()) > len(head) - 4:
         return f"it is {'JSON ' if text.lstrip()[:1] in ('{', '[') else ''}text, beginning {text!r}"
-    return "it is damaged or cut short, or it would run code when loaded"
+    if "Unsupported global" in str(error):  # torch's word for a function that a pickle calls
+        return "it would run code when loaded"
+    damaged = "it is damaged or cut short"
+    return damaged if isinstance(error, SafetensorError) else f"{damaged}, or it would run code when loaded"
 
 
 def weights_path(checkpoint_dir: Path) -> Path:

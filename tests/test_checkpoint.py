@@ -217,9 +217,9 @@ NO_CHECKPOINTS = {
     "it is text, beginning 'éé": ("b.safetensors", "é".encode() * 60),
     "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`": (
         "c.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"),
-    "it is damaged or cut short": ("d.safetensors", write_cut_safetensors),
+    "it is damaged or cut short.": ("d.safetensors", write_cut_safetensors),
     "it is damaged or cut short, or it would run code": ("b.pth", write_cut_pth),
-    "or it would run code when loaded": ("c.pth", write_pickle),
+    "checkpoint: it would run code when loaded.": ("c.pth", write_pickle),
     "it holds something else than named tensors": ("d.pth", write_list),
 }  # fmt: skip
 

@@ -180,7 +180,7 @@ BAD: dict[str, Any] = {
     "there is consolidated.01.pth": lose("consolidated.00.pth"),
     "there is none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
     "consolidated.01.pth is not a checkpoint: it is damaged or cut short": cut,
-    "is not a checkpoint: it is damaged or cut short, or it would run code": lambda folder: torch.save(
+    "is not a checkpoint: it would run code when loaded": lambda folder: torch.save(
         {"norm.weight": RunsCode()}, folder / "consolidated.01.pth"
     ),
     # the wrong head count changes nothing but how wide a head is, until there are key/value heads to count
