@@ -16,6 +16,7 @@ from lit_llama.checkpoint import versions, weights_path, write_text
 from lit_llama.data import read_rows, text_field
 from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
+from lit_llama.packed import pack_
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -206,4 +207,4 @@ def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, style: PromptS
     weights_path(checkpoint_dir)  # a missing folder is said before a missing tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer(checkpoint_dir)
-    return Session(load(), tokenizer, style, sampling, batch_size, time.perf_counter() - began)
+    return Session(pack_(load()), tokenizer, style, sampling, batch_size, time.perf_counter() - began)

@@ -51,8 +51,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"There is no checkpoint at {path}.")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: _mapped(path, name) for name in _names(path)}
         state = _load_pickle(path)
     except Exception as error:  # each format has its own
         raise UserError(f"{path} is not a checkpoint: {_what_is(path, error)}.") from None
@@ -89,8 +88,7 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
     def read(path: Path, name: str) -> torch.Tensor:
         # the pages of a mapped file are let go with the tensor
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+            return _mapped(path, name)
         if is_zipfile(path):
             return read_state(path)[name]
         if path not in opened:  # of torch < 1.6
@@ -162,6 +160,17 @@ def check_space(folder: Path, tensors: dict[str, Lazy]) -> None:
             f"The weights take {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; choose "
             "another --output_dir or free some space."
         )
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _mapped(path: Path, name: str) -> torch.Tensor:
+    """A tensor of a safetensors file, mapped by itself: its pages are let go with it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _load_pickle(path: Path) -> Any:
@@ -366,11 +375,12 @@ def load_model(
     if quantize is not None:
         check_quantize(quantize, network, device)
         waiting = {f"{name}.weight" for name in projections(network)}
-    # the base keeps its pages in the file until they are cast, moved or quantised
+    # the base keeps its pages in the file until they are cast, moved, packed or quantised
     state = read_state(weights_path(checkpoint_dir))
-    network.load_state_dict(
-        {name: t if name in waiting else t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True
-    )
+    for name in state.keys() - waiting:
+        state[name] = state[name].to(device=device, dtype=dtype)
+    network.load_state_dict(state, assign=True)
+    del state
     if adapter is not None:
         state = {name: t.to(device=device, dtype=torch.float32) for name, t in adapter.state.items()}
         network.load_state_dict(state, assign=True)

@@ -80,7 +80,7 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Runs the prompts through the model, those of similar length together: logits (B, V) after each row's last token.
 
@@ -104,14 +104,14 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     return torch.cat(logits)[order.argsort()]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """One more token per row: (B,) ids at (B,) positions -> logits (B, V)."""
     cache.length = min(cache.length + 1, cache.k.size(3))
     return model(tokens.unsqueeze(1), cache=cache, positions=positions.unsqueeze(1))[:, -1]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     model: LLaMA, prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None
 ) -> Iterator[torch.Tensor]:

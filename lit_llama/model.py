@@ -180,8 +180,8 @@ class LLaMA(nn.Module):
                 ln_f=RMSNorm(config.n_embd, config.norm_eps),
             )
         )
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.register_module("lm_head", head)
         self.gradient_checkpointing = False
         self._rope: RoPE | None = None
 
@@ -248,7 +248,7 @@ class LLaMA(nn.Module):
             return token_logps(x[:, :-1][predicts], self.output_weight, labels[:, 1:][predicts])
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last]  # (B, C)
-        return F.linear(x, self.output_weight)
+        return F.linear(x, self.output_weight) if self.lm_head is None else self.lm_head(x)
 
     def hidden(
         self, idx: torch.Tensor, cache: "KVCache | None" = None, positions: torch.Tensor | None = None
@@ -261,7 +261,8 @@ class LLaMA(nn.Module):
     ) -> torch.Tensor:
         """As `hidden`, for embedded tokens (B, T, C)."""
         if self._rope is None or self._rope.turns.device != x.device:
-            self._rope = RoPE(self.config, x.device)
+            with torch.inference_mode(False):  # kept for training too
+                self._rope = RoPE(self.config, x.device)
         rope, mask, slots = self._rope[: x.size(1)], None, None
         if positions is not None:
             rope = self._rope[positions]

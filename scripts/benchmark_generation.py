@@ -45,7 +45,9 @@ PEERS = {HF: dict(kind="transformers", method=""), "LitGPT generate": dict(kind=
 
 def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """{contestant: {batch size: {"prefill": [seconds], "decode": [seconds]}}}, and the 64 prompts both ways."""
-    specs: dict[str, dict[str, Any]] = {name: {**settings, "kind": "ours", "n": n} for name, n in OURS.items()}
+    specs: dict[str, dict[str, Any]] = {
+        name: {**settings, "kind": "ours", "n": n, "generates": True} for name, n in OURS.items()
+    }
     if args.peers:
         python = b.make_peers(args.out_dir / "peers")
         notes.append(b.peer_versions(python))

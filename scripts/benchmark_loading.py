@@ -34,7 +34,7 @@ clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use 
 def main(args: Namespace) -> None:
     _, settings = b.set_up(args)
     notes = []
-    specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1}}
+    specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1, "generates": True}}
     if args.peers:
         python = b.make_peers(args.out_dir / "peers")
         notes.append(f"{b.peer_versions(python)}\n")

@@ -22,6 +22,7 @@ from lit_llama.data import SFTData
 from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.packed import pack_
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,11 +45,13 @@ class Ours:
         self.n, self.start = settings["n"], settings.get("start", 2)
         self.device, self.dtype = device, DTYPES[settings["precision"]]
         self.weights, self.learning_rate = Path(settings["weights"]), 1e-3
+        self.generates = settings.get("generates", False)
 
     def load(self) -> None:
         own = dict(adapter_prompt_length=self.n, adapter_start_layer=self.start)
         method = dict(method=aligner, method_config=own) if self.n else {}
-        self.take(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
+        model = load_model(self.weights, **method, device=self.device, dtype=self.dtype)
+        self.take(pack_(model) if self.generates else model)
 
     def build(self, config: dict[str, Any]) -> None:
         """As `load`, of any shape, with random weights."""

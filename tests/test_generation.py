@@ -119,6 +119,18 @@ def test_seeds_reproduce_and_differ():
     assert same_prompt_twice[0] == first[0] != same_prompt_twice[1]
 
 
+@each_model
+def test_a_model_that_has_generated_can_be_trained(kind):
+    expected, gradients = MODELS[kind](), []
+    network = MODELS[kind]()
+    generate(network, toys.prompts(4), GREEDY)
+    for model in (network, expected):
+        model.requires_grad_()
+        (-model(toys.token_ids(2, 9), labels=toys.token_ids(2, 9)).mean()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_decoding_restores_the_models_mode_even_if_it_is_left_early():
     network = toys.aligned()
     network.train()
