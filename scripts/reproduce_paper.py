@@ -43,10 +43,10 @@ from scripts import prepare_microworld_safe
 # == What is compared ==
 methods: list[str] = [*VARIANTS]  # rows of the table
 tasks: list[str] = ["pirate", "telegram", "values", "facts", "two_hop"]  # what each is trained for, apart
-learning_rates: list[float] = [2e-3, 8e-3, 3.2e-2, 1.28e-1]  # every method chooses one of these for each task
+learning_rates: list[float] = [2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048]  # each method and task: the best of these
 seeds: list[int] = [1, 2, 3]  # of the adapter, the data's order and the questions, at the chosen rate
 sweep_seed: int = 0  # the same for the trials that choose it
-quick: bool = False  # minutes instead of an hour: one token and LoRA, fewer tasks, rates and seeds
+quick: bool = False  # minutes instead of more than an hour: one token and LoRA, fewer tasks, rates and seeds
 
 # == Every training ==
 steps: int = 200  # optimiser steps, but of values
