@@ -64,18 +64,23 @@ class GatedLLaMA(llama.LLaMA):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Inside, each layer's prefix keys and values are computed once. Never active in training."""
-        with torch.no_grad():
-            for attn in self.aligned_attention():
-                attn.constant_kv = attn.prefix_kv(self.transformer.wte.weight.dtype)
-                values = attn.constant_kv[1]
-                if values.size(2) == 1:  # then no query matters, and the term is a constant
-                    attn.constant_term = attn.adapter_term(values).to(values.dtype)
+        """Inside, what does not depend on the text is computed once. Never active in training.
+
+        That is each layer's prefix keys and values; with one token it is the whole term, which then is a bias of the
+        output projection and costs nothing.
+        """
+        attention = [block.attn for block in self.transformer.h if isinstance(block.attn, CausalSelfAttention)]
+        biases = [attn.c_proj.bias for attn in attention]
         try:
+            with torch.no_grad():
+                for attn in attention:
+                    attn.keep_constants(self.transformer.wte.weight.dtype)
             yield
         finally:
-            for attn in self.aligned_attention():
-                attn.constant_kv = attn.constant_term = None
+            for attn, bias in zip(attention, biases, strict=True):
+                attn.c_proj.bias, attn.term_is_bias = bias, False
+                for adapted in (attn, *attn.others):
+                    adapted.constant_kv = None
 
 
 class LLaMA(GatedLLaMA):
@@ -117,7 +122,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         self.gating_factor = nn.Parameter(torch.zeros(1, config.n_head, 1, 1, dtype=torch.float32))
         self.prefix: list[Prefix] = []
         self.constant_kv: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.constant_term: torch.Tensor | None = None
+        self.term_is_bias = False  # inside `inference`: c_proj adds it
         self.others = nn.ModuleList()  # attention of this layer with other adapters, see lit_llama/compose.py
 
     def reset_parameters(self) -> None:
@@ -126,14 +131,12 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = super().attend(q, k, v, mask)
-        for adapted in (self, *self.others):
+        for adapted in () if self.term_is_bias else (self, *self.others):
             y = y + adapted.adapter_term(q).to(y.dtype)
         return y
 
     def adapter_term(self, q: torch.Tensor) -> torch.Tensor:
         """gating_factor × softmax(q·K_pᵀ/√hs)·V_p for q (B, nh, T, hs): (B, nh, T, hs), or (1, nh, 1, hs) for P = 1."""
-        if self.constant_term is not None:
-            return self.constant_term
         groups = self.config.n_head // self.config.n_kv_head
         keys_values = self.constant_kv or self.prefix_kv(q.dtype)  # (1, ng, P, hs) each
         keys, values = (t.repeat_interleave(groups, dim=1) for t in keys_values)
@@ -142,6 +145,19 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
             return values
         keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values.to(q.dtype)))
         return F.scaled_dot_product_attention(q, keys, values)
+
+    def keep_constants(self, dtype: torch.dtype) -> None:
+        """What `inference` says, for a base in `dtype`."""
+        terms = []
+        for adapted in (self, *self.others):
+            adapted.constant_kv = adapted.prefix_kv(dtype)
+            values = adapted.constant_kv[1]
+            if values.size(2) == 1:  # then every query reads the same
+                terms.append(adapted.adapter_term(values))
+        if len(terms) == 1 + len(self.others):
+            term = sum(terms).to(dtype)  # (1, nh, 1, hs)
+            self.c_proj.bias = nn.Parameter(self.c_proj(term.flatten(1)).squeeze(0), requires_grad=False)
+            self.term_is_bias = True
 
     def prefix_kv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """This layer's own k and v of the raw prefix, no norm and no rotary: (1, ng, P, hs) each, in `dtype`."""

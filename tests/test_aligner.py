@@ -210,10 +210,19 @@ def test_nothing_is_cached_outside_generation():
         assert all(attn.constant_kv is not None for attn in network.aligned_attention())
         1 / 0  # noqa: B018
     assert all(attn.constant_kv is None for attn in network.aligned_attention())
-    network = toys.aligned(1)
-    with network.inference():
-        assert all(attn.constant_term.abs().sum() > 0 for attn in network.aligned_attention())
-    assert all(attn.constant_term is None for attn in network.aligned_attention())
+
+
+@pytest.mark.parametrize("proj_bias", [False, True])
+def test_one_token_is_a_bias_of_the_output_projection_during_generation_alone(proj_bias):
+    network, idx = toys.aligned(1, n_kv_head=2, proj_bias=proj_bias), toys.token_ids(2, 9)
+    own = [block.attn.c_proj.bias for block in network.transformer.h]
+    before, names = network(idx), list(network.state_dict())
+    with pytest.raises(ZeroDivisionError), network.inference():
+        assert all(attn.term_is_bias for attn in network.aligned_attention())
+        torch.testing.assert_close(network(idx), before, atol=2e-5, rtol=2e-5)
+        1 / 0  # noqa: B018
+    assert all(block.attn.c_proj.bias is bias for block, bias in zip(network.transformer.h, own, strict=True))
+    assert list(network.state_dict()) == names and torch.equal(network(idx), before)
 
 
 def test_a_copied_model_reads_its_own_prefix():
