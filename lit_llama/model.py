@@ -544,7 +544,7 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 
 def chunk_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the targets (n,) and of all tokens (n, V), fp32."""
-    logps = F.linear(hidden, weight).float().log_softmax(-1)
+    logps = F.linear(hidden, weight).log_softmax(-1, dtype=torch.float32)
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1), logps
 
 

@@ -45,13 +45,11 @@ class Ours:
         self.n, self.start = settings["n"], settings.get("start", 2)
         self.device, self.dtype = device, DTYPES[settings["precision"]]
         self.weights, self.learning_rate = Path(settings["weights"]), 1e-3
-        self.generates = settings.get("generates", False)
 
     def load(self) -> None:
         own = dict(adapter_prompt_length=self.n, adapter_start_layer=self.start)
         method = dict(method=aligner, method_config=own) if self.n else {}
-        model = load_model(self.weights, **method, device=self.device, dtype=self.dtype)
-        self.take(pack_(model) if self.generates else model)
+        self.take(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
 
     def build(self, config: dict[str, Any]) -> None:
         """As `load`, of any shape, with random weights."""
@@ -215,13 +213,21 @@ class Worker:
         self.data_dir = Path(settings["data"]) if "data" in settings else None
         self.optimizer: torch.optim.Optimizer | None = None
         self.weight_bytes = 0
+        self.packs = settings.get("generates", False)  # only ours: as the generate scripts do
 
     def load(self) -> dict[str, Any]:
         """Loads the model and starts to count memory."""
         self.before = memory("VmRSS")
-        self.side.load()
+        sizes = self.load_side()
         self.forget_peak()
-        return self.size()
+        return sizes
+
+    def load_side(self) -> dict[str, Any]:
+        self.side.load()
+        sizes = self.size()
+        if self.packs:
+            pack_(self.side.model)
+        return sizes
 
     def build(self, n: int, config: dict[str, Any]) -> dict[str, Any]:
         """A model of ours of another shape."""
@@ -341,12 +347,12 @@ class Worker:
         self.before = memory("VmRSS")
         self.forget_peak()
         began = self.side.now()
-        self.side.load()
+        sizes = self.load_side()
         with torch.no_grad():
             next(iter(self.side.tokens([prompt], 1)))
         synchronize(self.device)
         seconds = self.side.now() - began
-        return {"seconds": seconds, **self.size(), **self.peak()}
+        return {"seconds": seconds, **sizes, **self.peak()}
 
 
 def main() -> None:
