@@ -29,6 +29,7 @@ from lit_llama.chat import pick_device
 from lit_llama.checkpoint import Adapter, load_model
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.packed import pack_
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -75,15 +76,16 @@ def contestants(
     """A model each, and the adapters of the batch's rows if it has a bank."""
     size = args.batch_size
     bank = Bank(config, start_layer=START, dtype=torch.bfloat16)
-    many = load_with_bank(base, bank, device=device, dtype=dtype)
+    many = pack_(load_with_bank(base, bank, device=device, dtype=dtype))
     found: dict[str, tuple[LLaMA, list[str | None] | None]] = {
-        "base": (load_model(base, device=device, dtype=dtype), None),
+        "base": (pack_(load_model(base, device=device, dtype=dtype)), None),
         "base, through the bank's model": (many, [None] * size),
     }
     for n in args.lengths:
         for i in range(size):
             bank.add(f"{n}-{i}", random_adapter(config, n))
-        found[ordinary(n)] = (load_model(base, bank.adapter(f"{n}-0"), device=device, dtype=dtype), None)
+        model = load_model(base, bank.adapter(f"{n}-0"), device=device, dtype=dtype)
+        found[ordinary(n)] = (pack_(model), None)
         for different in sorted({1, min(64, size), size}):
             names = [f"{n}-{i % different}" for i in range(size)]
             found[f"N = {n}, bank, {different} in the batch"] = (many, names)
