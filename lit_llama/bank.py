@@ -362,22 +362,20 @@ class Term:
 
     Args:
         rows: (n,) their numbers in the batch; None is all, in order.
-        values: (n, ng, N, hs), or for N = 1 (B, nh, 1, hs): the whole term, ready, zero in all other rows.
-        keys, gates: (n, ng, N, hs) and (n, nh, 1, 1); None for N = 1.
+        values: (n, nh, N, hs), gated, or for N = 1 (B, nh, 1, hs): the whole term, zero in all other rows.
+        keys: (n, nh, N, hs); None for N = 1.
     """
 
     rows: torch.Tensor | None
     values: torch.Tensor
     keys: torch.Tensor | None = None
-    gates: torch.Tensor | None = None
 
     def of_rows(self, selected: torch.Tensor) -> "Term":
         """The same for a batch of these rows (n',) of the whole one."""
         if self.rows is None:
-            keys, gates = (None if t is None else t[selected] for t in (self.keys, self.gates))
-            return Term(None, self.values[selected], keys, gates)
+            return Term(None, self.values[selected], None if self.keys is None else self.keys[selected])
         own, place = (self.rows == selected.unsqueeze(1)).nonzero(as_tuple=True)[::-1]
-        return Term(place, self.values[own], self.keys[own], self.gates[own])
+        return Term(place, self.values[own], self.keys[own])
 
     def add_to(self, y: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """y and q are (B, nh, T, hs)."""
@@ -385,8 +383,7 @@ class Term:
             return y + self.values
         if self.rows is not None:
             q = q[self.rows]
-        read = F.scaled_dot_product_attention(q, self.keys, self.values, enable_gqa=self.keys.size(1) != q.size(1))
-        term = self.gates.to(read.dtype) * read
+        term = F.scaled_dot_product_attention(q, self.keys, self.values)
         return y + term if self.rows is None else y.index_add(0, self.rows, term)
 
 
@@ -478,14 +475,15 @@ class CausalSelfAttention(llama.CausalSelfAttention):
             which, rows: (n,) the prefix of each of the rows, and their numbers in the batch.
         """
         _, keys, values = self.qkv(prefixes)  # (m, ng, N, hs)
-        gates = gates.unflatten(1, (-1, 1, 1))  # (m, nh, 1, 1)
+        groups = self.config.n_head // self.config.n_kv_head
+        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))  # (m, nh, N, hs)
+        values = (gates.unflatten(1, (-1, 1, 1)) * values).to(values.dtype)
         if values.size(2) == 1:
-            gated = gates * values.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
-            table = values.new_zeros(batch_size, *gated.shape[1:])
-            table[rows] = gated[which].to(values.dtype)
+            table = values.new_zeros(batch_size, *values.shape[1:])
+            table[rows] = values[which]
             return Term(None, table)
 
         def by_row(t: torch.Tensor) -> torch.Tensor:
             return t.expand(len(which), *t.shape[1:]) if len(t) == 1 else t[which]
 
-        return Term(None if len(rows) == batch_size else rows, by_row(values), by_row(keys), by_row(gates))
+        return Term(None if len(rows) == batch_size else rows, by_row(values), by_row(keys))
