@@ -87,8 +87,9 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     Within a group they are padded on the right.
     """
     device = cache.k.device
-    cache.length = model.prepended + max(map(len, prompts))
-    groups, logits = length_groups([len(prompt) for prompt in prompts]), []
+    lengths = [len(prompt) for prompt in prompts]
+    cache.length, cache.even = model.prepended + max(lengths), len(set(lengths)) == 1
+    groups, logits = length_groups(lengths), []
     for group in groups:
         rows = [torch.tensor(prompts[row], device=device) for row in group]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)

@@ -372,8 +372,9 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: "RoPE", mask: torch.Tensor | None = None, kv: "LayerCache | None" = None
     ) -> torch.Tensor:
-        q, k, v = self.qkv(x)
-        q, k = rope.apply(q), rope.apply(k)
+        heads, nh, ng = self.heads(x), self.config.n_head, self.config.n_kv_head
+        q, k = rope.apply(heads[:, : nh + ng]).split((nh, ng), dim=1)
+        v = heads[:, nh + ng :]
         if kv is not None:
             k, v = kv.update(k, v)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
@@ -381,9 +382,12 @@ class CausalSelfAttention(nn.Module):
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, T, C) -> q (B, nh, T, hs), k and v (B, ng, T, hs), before any rotary."""
-        heads = self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
-        q, k, v = heads.split([width // self.config.head_size for width in self.widths], dim=1)
-        return q, k, v
+        nh, ng = self.config.n_head, self.config.n_kv_head
+        return self.heads(x).split((nh, ng, ng), dim=1)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, nh + 2·ng, T, hs): all queries, then all keys, then all values."""
+        return self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The step a variant overrides.
@@ -391,13 +395,14 @@ class CausalSelfAttention(nn.Module):
         Args:
             q: (B, nh, T, hs), rotated.
             k, v: (B, ng, S, hs), k rotated.
-            mask: (B, 1, T, S), True where a key may be seen; None is plain causal attention with S = T.
+            mask: (B, 1, T, S), True where a key may be seen; None is plain causal attention with S = T, or for T = 1
+                attention to all keys.
 
         Returns:
             (B, nh, T, hs), before the output projection.
         """
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, enable_gqa=k.size(1) != q.size(1)
         )
 
 
@@ -485,18 +490,21 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # slots in use in the fullest row: nothing beyond is read
+        self.even = False  # all rows hold equally many tokens
+        rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
+        self.starts = rows.view(batch_size, config.n_kv_head, 1)  # of each row's heads in `slots`
 
     def layer(self, layer: int, slots: torch.Tensor | None) -> "LayerCache":
         return LayerCache(self, layer, slots)
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Where tokens at `positions` (B, T) are stored: (B·ng·T,) row numbers in a layer's buffer as (B·ng·S, hs)."""
-        _, B, ng, S, _ = self.k.shape
-        heads = torch.arange(B * ng, device=positions.device).view(B, ng, 1)
-        return (heads * S + positions.unsqueeze(1)).flatten()
+        return (self.starts + positions.unsqueeze(1)).flatten()
 
-    def mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """(B, 1, T, S): a token sees the slots up to its own position."""
+    def mask(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """(B, 1, T, S): a token sees the slots up to its own position; None where one token a row sees all of them."""
+        if self.even and positions.size(1) == 1:
+            return None
         slots = torch.arange(self.length, device=positions.device)
         return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
 
