@@ -57,8 +57,9 @@ def uncached(network, prompt: list[int], n_new: int) -> list[int]:
 
 
 @each_model
-def test_cached_logits_equal_uncached_ones_at_every_step(kind, grouping):
-    network, prompts = MODELS[kind](), toys.prompts(2, 7, 5)
+@pytest.mark.parametrize("lengths", [(2, 7, 5), (6, 6, 6)], ids=["uneven", "even"])
+def test_cached_logits_equal_uncached_ones_at_every_step(kind, lengths, grouping):
+    network, prompts = MODELS[kind](), toys.prompts(*lengths)
     fed = toys.token_ids(3, 6, seed=5)
     cache = KVCache(network.config, 3, 13, torch.device("cpu"), torch.float32)
     with network.inference():
