@@ -68,13 +68,18 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
 
 def length_groups(lengths: list[int]) -> list[list[int]]:
     """Row numbers, in groups to be padded to their longest: none shorter than LEAST_FILLED of it, unless the group has
-    no more than GROUP_TOKENS tokens, which are computed about as fast as fewer."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        few = groups and (len(groups[-1]) + 1) * longest <= GROUP_TOKENS
-        if groups and (few or lengths[row] >= LEAST_FILLED * longest):
-            groups[-1].append(row)
+    no more than GROUP_TOKENS tokens, which are computed about as fast as fewer.
+
+    Args:
+        lengths: tokens of each prompt.
+    """
+    first, *others = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups = [[first]]
+    for row in others:
+        group = groups[-1]
+        longest = lengths[group[0]]
+        if lengths[row] >= LEAST_FILLED * longest or (len(group) + 1) * longest <= GROUP_TOKENS:
+            group.append(row)
         else:
             groups.append([row])
     return [sorted(group) for group in groups]

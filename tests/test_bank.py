@@ -181,38 +181,48 @@ def test_at_7b_one_token_takes_5056_numbers():
 
 
 def test_swapping_and_removing_touch_no_other(folders):
-    """Bit for bit in the bank. In a batch to rounding: a product rounds by how many prefixes it holds."""
+    """Bit for bit in the bank and in batches of the others; beside the swapped ones a product holds another number of
+    prefixes and may round otherwise."""
     folder, adapters = folders["mha"], adapters_of("mha")
     bank, idx = filled(folder, adapters), token_ids(6, 8)
     model, held = load_with_bank(folder, bank), dict(adapters)
+
+    def rows(used: list[str]) -> torch.Tensor:
+        with model.using(used):
+            return model(idx[: len(used)])
 
     def check() -> None:
         assert list(bank) == list(held)
         for name, one in held.items():
             back = bank.adapter(name).state
             assert all(torch.equal(back[key], t) for key, t in one.state.items())
-        with model.using(list(held)):
-            together = model(idx[: len(held)])
+        together = rows(list(held))
         for row, name in enumerate(held):
             expected = alone(folder, held, name)(idx[row : row + 1])[0]
             torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
 
     check()
+    others = ["a", "three", "late three", "seven"]
+    before = rows(others)
     bank.swap("b", adapters["three"])  # of another length
     bank.swap("late", adapters["a"])  # of the same
     held |= {"b": adapters["three"], "late": adapters["a"]}
     check()
+    assert torch.equal(rows(others), before)
 
     taken = bank.nbytes
     bank.remove("a")
     del held["a"]
     check()
-    with pytest.raises(UserError, match="no adapter named 'a'"), model.using(["a"]):
-        pass
+    others.remove("a")
+    before = rows(others)
+    with pytest.raises(UserError, match="no adapter named 'a'"):
+        rows(["a"])
     bank.add("new", adapters["late"])
     bank.add("newer", adapters["b"])
     held |= {"new": adapters["late"], "newer": adapters["b"]}
     assert bank.nbytes == taken  # in the places of "a" and of the old "b"
+    assert torch.equal(rows(others), before)
     bank.remove("seven")
     del held["seven"]
     check()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -45,9 +46,11 @@ def adapter(seed: int = 0) -> Adapter:
     return Adapter(state | {"global_value_embedding.weight": torch.randn(2, 64, generator=generator)}, {"config": OWN})
 
 
-@pytest.mark.skipif(INSTALLED, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("script", ["generate/base.py", "generate/aligner.py", "finetune/aligner.py"])
-def test_without_bitsandbytes_a_sentence_says_what_to_install(script, refused, wide_dir, data_dir, tmp_path):
+def test_without_bitsandbytes_a_sentence_says_what_to_install(
+    script, refused, wide_dir, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its import fails, installed or not
     save_adapter(tmp_path / "adapter.safetensors", adapter().state, {"config": OWN})
     flags = {
         "generate/base.py": [],
