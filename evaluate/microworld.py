@@ -23,7 +23,7 @@ from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
-from pretrain.microworld import SEEN, UNSEEN, VALID, Question, World
+from microworld.world import SEEN, UNSEEN, VALID, Question, World
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 adapter: list[Path] = []  # adapter files, or training runs' folders; several add up; default: the base model alone

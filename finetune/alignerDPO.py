@@ -18,7 +18,15 @@ from jsonargparse import Namespace
 from lit_llama import cli
 from lit_llama.checkpoint import METHODS
 from lit_llama.data import plan_fixed_epoch
-from lit_llama.dpo import DPOData, LossType, adapter_key, cached_reference, check_start, drift, reference_key
+from lit_llama.dpo import (
+    DPOData,
+    LossType,
+    adapter_sha256,
+    cached_reference,
+    check_policy_equals_reference,
+    reference_key,
+    sampled_kl,
+)
 from lit_llama.model import LLaMA
 from lit_llama.quantize import Quantize
 from lit_llama.report import plot_metrics, print_summary
@@ -105,7 +113,7 @@ def set_reference(args: Namespace, trainer: Trainer, start: dict[str, torch.Tens
             data.reference_logps = cached_reference(data, fabric, model, batches, name, key, cache_dir)
         else:
             data.reference_state = start
-        check_start(data, fabric, model, batches[:: max(1, len(batches) // 4)])
+        check_policy_equals_reference(data, fabric, model, batches[:: max(1, len(batches) // 4)])
 
 
 class Samples:
@@ -119,7 +127,7 @@ class Samples:
 
     def __call__(self, model: LLaMA) -> list[dict[str, str]]:
         if self.prompts:
-            moved = drift(model, self.start, self.prompts, self.stop_ids, self.max_new_tokens)
+            moved = sampled_kl(model, self.start, self.prompts, self.stop_ids, self.max_new_tokens)
             fabric, step = self.trainer.fabric, self.trainer.step
             fabric.log_dict({f"val/{name}": value for name, value in moved.items()}, step)
             before = fabric.loggers[0].rows[0]["val/degenerate"]
@@ -158,8 +166,8 @@ def main(args: Namespace) -> None:
     fabric, model, meta = start_finetuning(args, train.meta, METHODS[args.method])
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     # a fresh adapter adds nothing to the base, but for a learnt prompt
-    fresh = args.init_adapter is None and not model.prepended
-    meta["reference"] = "none" if fresh else adapter_key(start)
+    fresh = args.init_adapter is None and not model.n_virtual_tokens
+    meta["reference"] = "none" if fresh else adapter_sha256(start)
     meta["data"]["sha256"] = train.sha256
     trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, plan=plan_fixed_epoch)
     trainer.sample_answers = Samples(args, trainer, start, tokenizer)

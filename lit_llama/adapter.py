@@ -34,7 +34,7 @@ class LLaMA(aligner.GatedLLaMA):
         return CausalSelfAttention(config) if adapted else llama.CausalSelfAttention(config)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         return name.endswith((".gating_factor", ".adapter_wte.weight"))
 
     @staticmethod

@@ -54,7 +54,7 @@ class GatedLLaMA(llama.LLaMA):
     """What Aligner and LLaMA-Adapter (lit_llama/adapter.py) share: gated attention to prefixes, wherever they are."""
 
     @staticmethod
-    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
         """Scales the gates."""
         return value * strength if name.endswith(".gating_factor") else value
 
@@ -98,7 +98,7 @@ class LLaMA(GatedLLaMA):
         return CausalSelfAttention(config) if aligned else llama.CausalSelfAttention(config)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         return name == "global_value_embedding.weight" or name.endswith((".gating_factor", ".adapter_wte.weight"))
 
     @staticmethod
@@ -109,9 +109,9 @@ class LLaMA(GatedLLaMA):
             return None
         return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
 
-    def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def normalize_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `without_aliases`."""
-        return without_aliases(super().canonical_keys(state_dict))
+        return without_aliases(super().normalize_state_dict(state_dict))
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
@@ -187,9 +187,9 @@ def layers_of(state_dict: dict[str, torch.Tensor], ending: str) -> list[int]:
 def mark_only_adapter_as_trainable(model: LLaMA) -> None:
     """Freezes every parameter that is not the adapter's."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.is_adapter_key(name))
+        parameter.requires_grad_(model.is_adapter_parameter(name))
 
 
 def adapter_state_from_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's part of a full state dict."""
-    return {name: tensor for name, tensor in state_dict.items() if LLaMA.is_adapter_key(name)}
+    return {name: tensor for name, tensor in state_dict.items() if LLaMA.is_adapter_parameter(name)}

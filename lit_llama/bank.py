@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import lit_llama.model as llama
 from lit_llama.aligner import without_aliases
-from lit_llama.checkpoint import CONFIG_NAME, Adapter, base_fingerprint, check_base, load_model, read_adapter
+from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, load_model, read_adapter
 from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError, atomic_write
 
@@ -100,7 +100,7 @@ class Bank:
         """Of all prefixes and gates; the names come on top."""
         return sum(block.used * block.data.size(1) * block.data.itemsize for block in self.blocks)
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: AdapterFile) -> None:
         """Takes a copy of an adapter.
 
         Raises:
@@ -110,7 +110,7 @@ class Bank:
             raise UserError(f"The name {name!r} is taken; choose another one, or swap the adapter.")
         self._put(name, adapter, None)
 
-    def swap(self, name: str, adapter: Adapter) -> None:
+    def swap(self, name: str, adapter: AdapterFile) -> None:
         """Puts another adapter under a name.
 
         Raises:
@@ -127,7 +127,7 @@ class Bank:
         self._release(self.slot(name))
         del self.slots[name]
 
-    def adapter(self, name: str) -> Adapter:
+    def adapter(self, name: str) -> AdapterFile:
         """An adapter as `read_adapter` would give it, beginning at the bank's `start_layer`.
 
         Raises:
@@ -141,7 +141,9 @@ class Bank:
             state[f"transformer.h.{self.start_layer + i}.attn.gating_factor"] = layer_gates.view(1, -1, 1, 1)
         config = {"adapter_prompt_length": block.length, "adapter_start_layer": self.start_layer}
         base = {"base": self.base} if self.base else {}
-        return Adapter(state, {"method": "aligner", "config": config, "prompt_style": slot.style, **base}, Path(name))
+        return AdapterFile(
+            state, {"method": "aligner", "config": config, "prompt_style": slot.style, **base}, Path(name)
+        )
 
     def slot(self, name: str) -> Slot:
         """Where an adapter is.
@@ -185,7 +187,7 @@ class Bank:
             gathered.append((rows, *self.unpack(packed, length)))
         return gathered
 
-    def pack(self, adapter: Adapter) -> torch.Tensor:
+    def pack(self, adapter: AdapterFile) -> torch.Tensor:
         """Prefix and gates, checked and side by side: (N·C + layers·nh,).
 
         Raises:
@@ -221,7 +223,7 @@ class Bank:
         """Gates of one adapter."""
         return (self.config.n_layer - self.start_layer) * self.config.n_head
 
-    def _put(self, name: str, adapter: Adapter, old: Slot | None) -> None:
+    def _put(self, name: str, adapter: AdapterFile, old: Slot | None) -> None:
         packed = self.pack(adapter)
         length = (len(packed) - self.gate_count) // self.config.n_embd
         if old is not None and self.blocks[old.block].length == length:
@@ -284,7 +286,7 @@ class Bank:
             raise UserError(f"{path} is no bank of adapters.")
         config = LLaMAConfig(**meta["config"])
         if checkpoint_dir is not None and meta["base"] is not None:
-            check_base(Adapter({}, {"base": meta["base"]}, path), checkpoint_dir, config)
+            check_base(AdapterFile({}, {"base": meta["base"]}, path), checkpoint_dir, config)
         elif checkpoint_dir is not None and config != LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME):
             raise UserError(f"{path} is a bank for a base of another shape than {checkpoint_dir}.")
         bank = cls(config, checkpoint_dir, start_layer=meta["start_layer"], device=device)

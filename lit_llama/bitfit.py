@@ -29,17 +29,17 @@ class LLaMA(llama.LLaMA):
         return CausalSelfAttention(config)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         return name.endswith(".attn.adapter_bias")
 
     @staticmethod
-    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
         """Scales the biases."""
         return value * strength
 
     @staticmethod
     def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-        return {} if any(map(LLaMA.is_adapter_key, state_dict)) else None
+        return {} if any(map(LLaMA.is_adapter_parameter, state_dict)) else None
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):

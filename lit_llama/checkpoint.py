@@ -64,7 +64,7 @@ SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat1
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor that is read, or made, only when it is written: `read` gives it in that shape, in any dtype."""
 
     shape: tuple[int, ...]
@@ -76,13 +76,13 @@ class Lazy:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
+def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
     """The tensors of all files by name, none of them read yet.
 
     Raises:
         UserError: a file is damaged, holds numbers of another kind, or repeats a tensor of another file.
     """
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     opened: dict[Path, dict[str, torch.Tensor]] = {}
 
     def read(path: Path, name: str) -> torch.Tensor:
@@ -98,10 +98,10 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Lazy]:
 
     for path in map(Path, paths):
         if path.suffix == ".safetensors":
-            found = {name: Lazy(shape, dtype, partial(read, path, name)) for name, shape, dtype in _headers(path)}
+            found = {name: LazyTensor(shape, dtype, partial(read, path, name)) for name, shape, dtype in _headers(path)}
         else:
             state = read_state(path).items()
-            found = {name: Lazy(tuple(t.shape), t.dtype, partial(read, path, name)) for name, t in state}
+            found = {name: LazyTensor(tuple(t.shape), t.dtype, partial(read, path, name)) for name, t in state}
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path} holds {twice[0]}, which another file holds too.")
         tensors |= found
@@ -123,7 +123,9 @@ def _headers(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name, shape, SAFE_DTYPES[dtype]) for name, shape, dtype in found]
 
 
-def write_tensors(path: Path, tensors: dict[str, Lazy], wrote: Callable[[int], Any] = lambda nbytes: None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, LazyTensor], wrote: Callable[[int], Any] = lambda nbytes: None
+) -> None:
     """Writes a safetensors file one tensor at a time, so that memory never holds more than one.
 
     Args:
@@ -147,7 +149,7 @@ def write_tensors(path: Path, tensors: dict[str, Lazy], wrote: Callable[[int], A
             wrote(tensor.nbytes)
 
 
-def check_space(folder: Path, tensors: dict[str, Lazy]) -> None:
+def check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     """Refuses to begin what the disk cannot hold.
 
     Raises:
@@ -225,7 +227,7 @@ def save_base(checkpoint_dir: Path, config: model.LLaMAConfig, state: dict[str, 
     write_text(checkpoint_dir / CONFIG_NAME, config.to_json())
 
 
-def write_base(checkpoint_dir: Path, config: model.LLaMAConfig, tensors: dict[str, Lazy]) -> None:
+def write_base(checkpoint_dir: Path, config: model.LLaMAConfig, tensors: dict[str, LazyTensor]) -> None:
     """As `save_base`, one tensor at a time."""
     Path(checkpoint_dir).mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Writing", unit="B", unit_scale=True) as bar:
@@ -272,7 +274,7 @@ def _first_rows(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class Adapter:
+class AdapterFile:
     """An adapter file: its tensors and what its header says (`meta` is empty for the authors' files)."""
 
     state: dict[str, torch.Tensor]
@@ -311,7 +313,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any
         )
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path) -> AdapterFile:
     """An adapter of ours (`.safetensors`) or of the authors (`.pth`).
 
     Raises:
@@ -331,7 +333,7 @@ def read_adapter(path: Path) -> Adapter:
             meta = json.loads(header)
         except json.JSONDecodeError:
             raise UserError(f"{path} has a damaged header: its entry {META_KEY!r} is not JSON.") from None
-    adapter = Adapter(state, meta, path)
+    adapter = AdapterFile(state, meta, path)
     if adapter.method not in METHODS:
         raise UserError(f"{path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
     assert adapter.config is not None  # else it says why not
@@ -340,7 +342,7 @@ def read_adapter(path: Path) -> Adapter:
 
 def load_model(
     checkpoint_dir: Path,
-    adapter: Adapter | None = None,
+    adapter: AdapterFile | None = None,
     *,
     method: ModuleType | None = None,
     method_config: dict[str, Any] | None = None,
@@ -384,7 +386,7 @@ def load_model(
     if adapter is not None:
         state = {name: t.to(device=device, dtype=torch.float32) for name, t in adapter.state.items()}
         network.load_state_dict(state, assign=True)
-    missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_key(n)]
+    missing = [n for n, p in network.named_parameters() if p.is_meta and not network.is_adapter_parameter(n)]
     if missing:
         raise UserError(f"{weights_path(checkpoint_dir)} holds no base model: {missing[0]} is missing.")
     if quantize is not None:
@@ -399,7 +401,7 @@ def load_model(
     return network.to(device)
 
 
-def check_base(adapter: Adapter, checkpoint_dir: Path, config: model.LLaMAConfig) -> None:
+def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: model.LLaMAConfig) -> None:
     """Refuses an adapter that was trained on another base.
 
     Raises:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from lit_llama.aligner import CausalSelfAttention, LLaMA, Prefix
-from lit_llama.checkpoint import Adapter, check_base, load_model
+from lit_llama.checkpoint import AdapterFile, check_base, load_model
 from lit_llama.utils import UserError
 
 
 def load_composed(
     checkpoint_dir: Path,
-    adapters: list[Adapter],
+    adapters: list[AdapterFile],
     strengths: list[float],
     *,
     device: torch.device | str = "cpu",
@@ -25,7 +25,7 @@ def load_composed(
 
     Args:
         adapters: trained on this base.
-        strengths: how much each adapter counts (`at_strength` of its method); a single one is for all.
+        strengths: how much each adapter counts (`scaled_parameter` of its method); a single one is for all.
         device, dtype, quantize: as in `load_model`.
 
     Raises:
@@ -44,18 +44,18 @@ def load_composed(
     (first, strength), *others = sorted(pairs, key=lambda pair: pair[0].config.get("adapter_start_layer", 0))
     model = load_model(checkpoint_dir, first, device=device, dtype=dtype, quantize=quantize)
     for name, p in model.named_parameters():
-        if model.is_adapter_key(name):
-            p.data = model.at_strength(name, p.data, strength)
+        if model.is_adapter_parameter(name):
+            p.data = model.scaled_parameter(name, p.data, strength)
     for adapter, strength in others:
         check_base(adapter, checkpoint_dir, model.config)
         join(model, adapter, strength)
     return model
 
 
-def join(model: LLaMA, adapter: Adapter, strength: float) -> None:
+def join(model: LLaMA, adapter: AdapterFile, strength: float) -> None:
     """Lets the layers of a model read one more prefix, through gates of its own."""
     device = model.transformer.wte.weight.device
-    state = {name: t.float().to(device) for name, t in model.canonical_keys(adapter.state).items()}
+    state = {name: t.float().to(device) for name, t in model.normalize_state_dict(adapter.state).items()}
     values = state["global_value_embedding.weight"]
     prefix = Prefix(*values.shape, _weight=values)
     for layer in range(adapter.config["adapter_start_layer"], model.config.n_layer):

@@ -33,7 +33,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progres
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, log, unwritable
 
-IGNORE = -1  # label of a position that is not trained on
+IGNORE_INDEX = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
 
@@ -424,9 +424,9 @@ class SFTData(Split):
         ids = [torch.from_numpy(row).long() for row in self.rows[indices]["input_ids"]]
         labels = [row.clone() for row in ids]
         for row, n_masked in zip(labels, self.n_masked[indices], strict=True):
-            row[:n_masked] = IGNORE
+            row[:n_masked] = IGNORE_INDEX
         pad = torch.nn.utils.rnn.pad_sequence
-        return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE)}
+        return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """The first rows as (prompt, response) token ids."""

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lit_llama.checkpoint import CONFIG_NAME, read_state, weights_path
-from lit_llama.data import IGNORE, PREFERENCE_FORMAT, Split
-from lit_llama.generation import Sampling, generate, room
+from lit_llama.data import IGNORE_INDEX, PREFERENCE_FORMAT, Split
+from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write, evaluating, log, weights_of
+from lit_llama.utils import UserError, atomic_write, eval_mode, log, swapped_parameters
 
 LossType = Literal["sigmoid", "ipo", "hinge"]
 
@@ -42,13 +42,15 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         (B,) fp32 sums over the labels, in nats.
     """
     targets = labels[:, 1:]
-    each = -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
+    each = -F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
     return each.sum(-1)
 
 
-def row_sums(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sum_logps_by_row(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """What `LLaMA.forward(idx, labels=labels)` returns, (n,) log-probabilities of all labels, as sums per row: (B,)."""
-    predicts = labels[:, 1:] != IGNORE
+    predicts = labels[:, 1:] != IGNORE_INDEX
     # not index_add, whose order of additions varies from call to call on a GPU
     return logps.new_zeros(predicts.shape).masked_scatter(predicts, logps).sum(-1)
 
@@ -170,9 +172,9 @@ class DPOData(Split):
             for prompt, response in zip(rows["prompt"], rows[side], strict=True):
                 prompt, response = torch.tensor(prompt).long(), torch.tensor(response).long()
                 ids.append(torch.cat((prompt, response)))
-                labels.append(torch.cat((torch.full((len(prompt),), IGNORE), response)))
+                labels.append(torch.cat((torch.full((len(prompt),), IGNORE_INDEX), response)))
         pad = torch.nn.utils.rnn.pad_sequence
-        batch = {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE)}
+        batch = {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
         if self.reference_logps is not None:
             batch["reference"] = self.reference_logps[torch.as_tensor(indices)].T.flatten()
         return batch
@@ -188,12 +190,12 @@ class DPOData(Split):
         if "reference" in batch:
             reference = batch["reference"]
         elif self.reference_state is not None:
-            with torch.no_grad(), evaluating(model), weights_of(model, self.reference_state):
-                reference = row_sums(model(idx, labels=labels), labels)
+            with torch.no_grad(), eval_mode(model), swapped_parameters(model, self.reference_state):
+                reference = sum_logps_by_row(model(idx, labels=labels), labels)
         else:
             assert self.loss["reference_free"], "no reference was set"
             reference = torch.zeros(len(labels), device=labels.device)
-        return row_sums(model(idx, labels=labels), labels), reference
+        return sum_logps_by_row(model(idx, labels=labels), labels), reference
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums over the pairs: loss, reward accuracy, rewards (β × nats), their margin, log-probabilities (nats)."""
@@ -203,7 +205,7 @@ class DPOData(Split):
         losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference.chunk(2), **self.loss)
         sums = {"loss": losses.sum()}
         if self.sft_weight:
-            n_chosen = (labels[: len(chosen), 1:] != IGNORE).sum(-1)
+            n_chosen = (labels[: len(chosen), 1:] != IGNORE_INDEX).sum(-1)
             sft = -(chosen / n_chosen).sum()
             sums = {"loss": sums["loss"] + self.sft_weight * sft, "dpo_loss": sums["loss"], "sft_loss": sft}
         return sums | {
@@ -216,7 +218,7 @@ class DPOData(Split):
         }
 
 
-def adapter_key(state: dict[str, torch.Tensor]) -> str:
+def adapter_sha256(state: dict[str, torch.Tensor]) -> str:
     """Hash of adapter weights and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
@@ -236,7 +238,7 @@ def reference_key(
 
     Args:
         checkpoint_dir: the base; its whole weight file is read.
-        adapter: `adapter_key` of the reference, or "none".
+        adapter: `adapter_sha256` of the reference, or "none".
         batches: the micro-batches they are computed in.
         quantize: how the base is held.
     """
@@ -271,8 +273,8 @@ def compute_reference(
     mine = batches[fabric.global_rank :: fabric.world_size]
     for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
         batch = fabric.to_device(data.batch(rows))
-        with evaluating(model):
-            sums = row_sums(model(batch["idx"], labels=batch["labels"]), batch["labels"])
+        with eval_mode(model):
+            sums = sum_logps_by_row(model(batch["idx"], labels=batch["labels"]), batch["labels"])
         logps[torch.as_tensor(rows, device=fabric.device)] = sums.view(2, -1).T
     return fabric.all_reduce(logps, reduce_op="sum").cpu()
 
@@ -308,7 +310,9 @@ def cached_reference(
     return logps
 
 
-def check_start(data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray]) -> None:
+def check_policy_equals_reference(
+    data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray]
+) -> None:
     """Before the first step the policy is the reference: the loss is ln 2 (or what it is at h = 0), all margins 0.
 
     Raises:
@@ -318,7 +322,7 @@ def check_start(data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: 
         return
     for rows in batches:
         batch = fabric.to_device(data.batch(rows))
-        with fabric.no_backward_sync(model), evaluating(model):  # with gradients, as in training
+        with fabric.no_backward_sync(model), eval_mode(model):  # with gradients, as in training
             policy, reference = (logps.detach() for logps in data.logps(model, batch))
         chosen, rejected = (policy - reference).chunk(2)
         margin = data.loss["beta"] * (chosen - rejected).abs().max().item()
@@ -332,7 +336,7 @@ def check_start(data: DPOData, fabric: Fabric, model: torch.nn.Module, batches: 
 
 
 @torch.no_grad()
-def drift(
+def sampled_kl(
     model: LLaMA,
     reference_state: dict[str, torch.Tensor],
     prompts: list[list[int]],
@@ -352,13 +356,13 @@ def drift(
     answers = generate(model, prompts, Sampling(max_new_tokens, temperature=1.0), stop_ids)
     kl, degenerate = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        ended = len(answer) < min(max_new_tokens, room(model, prompt))
+        ended = len(answer) < min(max_new_tokens, remaining_context(model, prompt))
         ids = torch.tensor([prompt + answer + [stop_ids[0]] * ended], device=model.transformer.wte.weight.device)
         labels = ids.clone()
-        labels[:, : len(prompt)] = IGNORE
-        with evaluating(model):
+        labels[:, : len(prompt)] = IGNORE_INDEX
+        with eval_mode(model):
             policy = model(ids, labels=labels).sum()
-            with weights_of(model, reference_state):
+            with swapped_parameters(model, reference_state):
                 kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
         fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
         degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)

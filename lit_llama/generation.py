@@ -10,7 +10,7 @@ import torch
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, evaluating, weights_of
+from lit_llama.utils import UserError, eval_mode, swapped_parameters
 
 GROUP_TOKENS = 256  # prompts of any lengths are computed together up to so many tokens, padding counted in
 LEAST_FILLED = 0.75  # beyond that, those with so many tokens of the longest one's
@@ -93,7 +93,7 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     """
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
-    cache.length, cache.even = model.prepended + max(lengths), len(set(lengths)) == 1
+    cache.length, cache.even = model.n_virtual_tokens + max(lengths), len(set(lengths)) == 1
     groups, logits = length_groups(lengths), []
     for group in groups:
         rows = [torch.tensor(prompts[row], device=device) for row in group]
@@ -101,7 +101,7 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
         idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         if len(groups) == 1:
             return model(idx, cache=cache, last=last)
-        length = model.prepended + idx.size(1)
+        length = model.n_virtual_tokens + idx.size(1)
         own = KVCache(model.config, len(group), length, device, cache.k.dtype)
         with model.selecting(group):
             logits.append(model(idx, cache=own, last=last))
@@ -123,7 +123,7 @@ def decode(
 ) -> Iterator[torch.Tensor]:
     """Yields the next tokens (B,) of all rows, step by step, until `max_new_tokens` or every context is full.
 
-    What a row yields after `room(model, prompt)` tokens, while shorter prompts still have room, means nothing.
+    What a row yields after `remaining_context(model, prompt)` tokens, while shorter prompts still have room, means nothing.
 
     Args:
         prompts: token ids, of any lengths.
@@ -134,16 +134,16 @@ def decode(
     """
     check_prompts(model, prompts)
     vocab_size = model.config.vocab_size
-    n_new = min(sampling.max_new_tokens, max(room(model, prompt) for prompt in prompts))
+    n_new = min(sampling.max_new_tokens, max(remaining_context(model, prompt) for prompt in prompts))
     weight = model.transformer.wte.weight
     generators = [
         torch.Generator(weight.device).manual_seed(sampling.seed * 1_000_003 + row)
         for row in rows or range(len(prompts))
     ]
     max_length = min(max(map(len, prompts)) + n_new, model.max_tokens)
-    cache = KVCache(model.config, len(prompts), model.prepended + max_length, weight.device, weight.dtype)
+    cache = KVCache(model.config, len(prompts), model.n_virtual_tokens + max_length, weight.device, weight.dtype)
     positions = torch.tensor([len(p) for p in prompts], device=weight.device)
-    with evaluating(model), model.inference():
+    with eval_mode(model), model.inference():
         logits = prefill(model, prompts, cache)
         for i in range(n_new):
             tokens = sample(logits[:, :vocab_size], sampling, generators)  # never a row of the padding
@@ -153,7 +153,7 @@ def decode(
                 logits = decode_one_token(model, tokens, (positions + i).clamp(max=model.max_tokens - 1), cache)
 
 
-def room(model: LLaMA, prompt: list[int]) -> int:
+def remaining_context(model: LLaMA, prompt: list[int]) -> int:
     """New tokens that fit into the context behind a prompt."""
     return model.max_tokens - len(prompt)
 
@@ -164,7 +164,7 @@ def check_prompts(model: LLaMA, prompts: list[list[int]]) -> None:
         name = "The prompt" if len(prompts) == 1 else f"Prompt {number} of {len(prompts)}"
         if not prompt:
             raise UserError(f"{name} has no tokens.")
-        if room(model, prompt) < 1:
+        if remaining_context(model, prompt) < 1:
             raise UserError(
                 f"{name} has {len(prompt)} tokens and the model's context {model.max_tokens}: no room for an answer."
             )
@@ -193,7 +193,7 @@ def generate(
                 continue
             if token not in stop_ids:
                 new[row].append(token)
-            if token in stop_ids or finished(new[row]) or len(new[row]) == room(model, prompts[row]):
+            if token in stop_ids or finished(new[row]) or len(new[row]) == remaining_context(model, prompts[row]):
                 running.discard(row)
         if not running:
             break
@@ -284,13 +284,15 @@ def answer(
 def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
     """Inside, the adapter counts `strength` times: 0 is the base model bit for bit, 1 the adapter as trained.
 
-    What is multiplied are the gates, LoRA's B or BitFit's biases; see each method's `at_strength`.
+    What is multiplied are the gates, LoRA's B or BitFit's biases; see each method's `scaled_parameter`.
 
     Raises:
         UserError: the method knows no such strength.
     """
-    trained = {name: p.data for name, p in model.named_parameters() if model.is_adapter_key(name)}
-    with weights_of(model, {name: model.at_strength(name, value, strength) for name, value in trained.items()}):
+    trained = {name: p.data for name, p in model.named_parameters() if model.is_adapter_parameter(name)}
+    with swapped_parameters(
+        model, {name: model.scaled_parameter(name, value, strength) for name, value in trained.items()}
+    ):
         yield
 
 

@@ -18,7 +18,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, processors
 from tqdm import tqdm
 
-from lit_llama.checkpoint import TOKENIZER_NAME, Lazy, check_space, write_tensors, write_text
+from lit_llama.checkpoint import TOKENIZER_NAME, LazyTensor, check_space, write_tensors, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -222,7 +222,7 @@ def parameters(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in LLaMA(config).named_parameters()}
 
 
-def check_fit(tensors: dict[str, Lazy], shapes: dict[str, tuple[int, ...]], source: str) -> None:
+def check_fit(tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], source: str) -> None:
     """Raises: UserError: a tensor is missing, left over or mis-shaped; the sentence names it."""
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} does not belong to this model" for name in tensors if name not in shapes]
@@ -236,7 +236,7 @@ def check_fit(tensors: dict[str, Lazy], shapes: dict[str, tuple[int, ...]], sour
         raise UserError(f"The weights do not fit {source}: {'; '.join(problems[:3])}{more}.")
 
 
-def without_tied_head(tensors: dict[str, Lazy], config: LLaMAConfig, embedding: str) -> dict[str, Lazy]:
+def without_tied_head(tensors: dict[str, LazyTensor], config: LLaMAConfig, embedding: str) -> dict[str, LazyTensor]:
     """Drops an output layer that is written out although it is the embedding.
 
     Raises:
@@ -250,14 +250,14 @@ def without_tied_head(tensors: dict[str, Lazy], config: LLaMAConfig, embedding: 
 
 
 def to_lit(
-    tensors: dict[str, Lazy],
+    tensors: dict[str, LazyTensor],
     config: LLaMAConfig,
     dtype: torch.dtype | None = None,
     *,
     names: Callable[[str], list[str]] = hf_names,
     source: str = "config.json",
     half_split: bool = True,
-) -> dict[str, Lazy]:
+) -> dict[str, LazyTensor]:
     """Hugging Face's tensors as our parameters.
 
     Args:
@@ -279,7 +279,7 @@ def to_lit(
     tensors = without_tied_head(tensors, config, "model.embed_tokens.weight")
     check_fit(tensors, shapes, source)
 
-    def joined(parts: list[Lazy]) -> torch.Tensor:
+    def joined(parts: list[LazyTensor]) -> torch.Tensor:
         if len(parts) == 1:
             return parts[0].read()
         q, k, v = (part.read() for part in parts)
@@ -289,12 +289,16 @@ def to_lit(
 
     found = {name: [tensors[theirs] for theirs in names(name)] for name in wanted}
     return {
-        name: Lazy(wanted[name], dtype or reduce(torch.promote_types, (p.dtype for p in parts)), partial(joined, parts))
+        name: LazyTensor(
+            wanted[name], dtype or reduce(torch.promote_types, (p.dtype for p in parts)), partial(joined, parts)
+        )
         for name, parts in found.items()
     }
 
 
-def to_hf(tensors: dict[str, Lazy], config: LLaMAConfig, dtype: torch.dtype | None = None) -> dict[str, Lazy]:
+def to_hf(
+    tensors: dict[str, LazyTensor], config: LLaMAConfig, dtype: torch.dtype | None = None
+) -> dict[str, LazyTensor]:
     """Our parameters as Hugging Face's tensors; rows beyond the vocabulary are left out.
 
     Where only some of q, k, v and o have biases, the others get zeros: Hugging Face's LLaMA has all or none.
@@ -306,11 +310,11 @@ def to_hf(tensors: dict[str, Lazy], config: LLaMAConfig, dtype: torch.dtype | No
     check_fit(tensors, parameters(config), "lit_config.json")
     widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
 
-    def rows(tensor: Lazy, first: int, last: int, rotary: bool) -> torch.Tensor:
+    def rows(tensor: LazyTensor, first: int, last: int, rotary: bool) -> torch.Tensor:
         part = tensor.read()[first:last]
         return deinterleave(part, config.head_size) if rotary else part
 
-    found: dict[str, Lazy] = {}
+    found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         theirs = hf_names(name)
         if len(theirs) == 1:
@@ -320,19 +324,19 @@ def to_hf(tensors: dict[str, Lazy], config: LLaMAConfig, dtype: torch.dtype | No
         first = 0
         for i, (hf, count) in enumerate(zip(theirs, counts, strict=True)):
             read = partial(rows, tensor, first, first + count, rotary=len(theirs) > 1 and i < 2)
-            found[hf] = Lazy((count, *tensor.shape[1:]), dtype or tensor.dtype, read)
+            found[hf] = LazyTensor((count, *tensor.shape[1:]), dtype or tensor.dtype, read)
             first += count
         module, _, kind = name.rpartition(".")
         if module.endswith((".c_attn", ".attn.c_proj")) and kind == "weight" and has_attention_bias(config):
             for hf, count in zip(theirs, counts, strict=True):
                 if f"{module}.bias" not in tensors:
                     zeros = partial(torch.zeros, count)
-                    found[f"{hf.removesuffix('weight')}bias"] = Lazy((count,), dtype or tensor.dtype, zeros)
+                    found[f"{hf.removesuffix('weight')}bias"] = LazyTensor((count,), dtype or tensor.dtype, zeros)
     return found
 
 
 def write_hf(
-    folder: Path, tensors: dict[str, Lazy], config: LLaMAConfig, checkpoint_dir: Path, max_shard_size: str
+    folder: Path, tensors: dict[str, LazyTensor], config: LLaMAConfig, checkpoint_dir: Path, max_shard_size: str
 ) -> None:
     """Writes a folder that transformers loads: weights, configuration, and the tokenizer of `checkpoint_dir`.
 
@@ -347,7 +351,7 @@ def write_hf(
     tokenizer = fitting_tokenizer(checkpoint_dir, config)
     limit = parse_size(max_shard_size)
     check_space(folder, tensors)
-    shards: list[dict[str, Lazy]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > limit:
             shards.append({})

@@ -50,18 +50,18 @@ class LLaMA(llama.LLaMA):
         return CausalSelfAttention(config)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         return name.endswith((".lora_A", ".lora_B"))
 
     @staticmethod
-    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
         """Scales B."""
         return value * strength if name.endswith(".lora_B") else value
 
     @staticmethod
     def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
         """Raises: UserError: these are LoRA's tensors, and they say the rank, but not α."""
-        if any(map(LLaMA.is_adapter_key, state_dict)):
+        if any(map(LLaMA.is_adapter_parameter, state_dict)):
             raise UserError("These are LoRA's tensors without a header, and nothing says their alpha.")
         return None
 

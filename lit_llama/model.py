@@ -191,12 +191,12 @@ class LLaMA(nn.Module):
         return CausalSelfAttention(config)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         """Whether a parameter is the adapter's: such are trained and saved, all others are the frozen base."""
         return False
 
     @staticmethod
-    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
         """What an adapter's parameter is when the adapter counts `strength` times: 0 is the base exactly, 1 as trained.
 
         Raises:
@@ -278,14 +278,14 @@ class LLaMA(nn.Module):
         return self.transformer.ln_f(x)
 
     @property
-    def prepended(self) -> int:
+    def n_virtual_tokens(self) -> int:
         """Places before the first token that a variant fills with something else."""
         return 0
 
     @property
     def max_tokens(self) -> int:
         """Longest sequence of tokens."""
-        return self.config.block_size - self.prepended
+        return self.config.block_size - self.n_virtual_tokens
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -301,9 +301,9 @@ class LLaMA(nn.Module):
             UserError: a tensor is left over, missing or mis-shaped; the sentence names it.
         """
         own = dict(self.named_parameters())
-        state_dict = self.canonical_keys(state_dict)
-        parts = {self.is_adapter_key(name) for name in state_dict}
-        wanted = [name for name in own if self.is_adapter_key(name) in parts]
+        state_dict = self.normalize_state_dict(state_dict)
+        parts = {self.is_adapter_parameter(name) for name in state_dict}
+        wanted = [name for name in own if self.is_adapter_parameter(name) in parts]
         problems = [f"{name} does not belong to this model" for name in state_dict if name not in own]
         problems += [f"{name} is missing" for name in wanted if name not in state_dict]
         problems += [
@@ -314,10 +314,10 @@ class LLaMA(nn.Module):
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
-        masters = {name: t.float() for name, t in state_dict.items() if self.is_adapter_key(name)}
+        masters = {name: t.float() for name, t in state_dict.items() if self.is_adapter_parameter(name)}
         return super().load_state_dict({**state_dict, **masters}, strict=False, assign=assign)
 
-    def canonical_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def normalize_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Drops what other programs write beside the parameters; a variant renames aliases here.
 
         Raises:
@@ -333,7 +333,7 @@ class LLaMA(nn.Module):
     def reset_adapter(self) -> None:
         """Gives the adapter the values that training starts from: `reset_parameters` of the modules that hold it."""
         for prefix, module in self.named_modules():
-            if any(self.is_adapter_key(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)):
+            if any(self.is_adapter_parameter(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)):
                 module.reset_parameters()
 
     def inference(self) -> AbstractContextManager:

@@ -42,11 +42,11 @@ class LLaMA(llama.LLaMA):
         self.prompt_embedding = Prefix(config.prompt_length, config.n_embd, dtype=torch.float32)
 
     @staticmethod
-    def is_adapter_key(name: str) -> bool:
+    def is_adapter_parameter(name: str) -> bool:
         return name == "prompt_embedding.weight"
 
     @staticmethod
-    def at_strength(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
+    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
         """All vectors at 1, none at 0.
 
         Raises:
@@ -64,7 +64,7 @@ class LLaMA(llama.LLaMA):
         return None if prompt is None else {"prompt_length": len(prompt)}
 
     @property
-    def prepended(self) -> int:
+    def n_virtual_tokens(self) -> int:
         return len(self.prompt_embedding.weight)
 
     @torch.no_grad()
@@ -80,6 +80,6 @@ class LLaMA(llama.LLaMA):
         """(B, T, C), of the tokens alone; in a cache they stand behind the prompt."""
         x = self.transformer.wte(idx)  # (B, T, C)
         if positions is not None:
-            return self.run_blocks(x, cache, positions + self.prepended)
+            return self.run_blocks(x, cache, positions + self.n_virtual_tokens)
         prompt = self.prompt_embedding.weight.to(x.dtype).expand(len(x), -1, -1)  # (B, P, C)
-        return self.run_blocks(torch.cat((prompt, x), dim=1), cache)[:, self.prepended :]
+        return self.run_blocks(torch.cat((prompt, x), dim=1), cache)[:, self.n_virtual_tokens :]

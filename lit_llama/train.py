@@ -292,7 +292,7 @@ class Trainer:
     ) -> None:
         self.fabric, self.train, self.val, self.config = fabric, train, val, config
         self.settings, self.adapter_meta, self.sample_answers = settings, adapter_meta, sample_answers
-        self.bare, self.plan = model, plan
+        self.unwrapped, self.plan = model, plan
         for split, task in (("training", train), ("validation", val)):
             if len(task.lengths) == 0:
                 raise UserError(f"There are no {split} rows.")
@@ -494,7 +494,7 @@ class Trainer:
             if best and self.step:
                 lines[0] += ", the best so far"
             if self.sample_answers is not None:
-                records = [{"step": self.step, **record} for record in self.sample_answers(self.bare)]
+                records = [{"step": self.step, **record} for record in self.sample_answers(self.unwrapped)]
                 with (self.config.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 lines += [f"  {_shorten(r['prompt'], 50, end=True)} -> {_shorten(r['answer'], 90)}" for r in records]

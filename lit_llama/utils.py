@@ -80,7 +80,7 @@ def unwritable(path: Path, error: Exception) -> UserError | None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, a model has no dropout."""
     training = model.training
     model.eval()
@@ -91,7 +91,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def weights_of(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
+def swapped_parameters(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
     """Inside, some parameters of a model, wrapped by Fabric or not, hold other values; not for use under autograd."""
     parameters = dict(getattr(model, "module", model).named_parameters())
     own = {name: parameters[name].data for name in state}

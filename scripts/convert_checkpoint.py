@@ -15,7 +15,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.checkpoint import CONFIG_NAME, Lazy, check_space, open_tensors, write_base
+from lit_llama.checkpoint import CONFIG_NAME, LazyTensor, check_space, open_tensors, write_base
 from lit_llama.hf import copy_tokenizer, fitting_tokenizer, read_json, to_lit
 from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
 from lit_llama.utils import UserError, atomic_write, log
@@ -51,7 +51,7 @@ def meta_names(name: str) -> list[str]:
     return [f"layers.{layer}.{theirs}.weight" for theirs in LAYER_MODULES[part]]
 
 
-def open_shards(checkpoint_dir: Path) -> list[dict[str, Lazy]]:
+def open_shards(checkpoint_dir: Path) -> list[dict[str, LazyTensor]]:
     """The tensors of each shard by name.
 
     Raises:
@@ -70,7 +70,7 @@ def open_shards(checkpoint_dir: Path) -> list[dict[str, Lazy]]:
     return shards
 
 
-def join_shards(shards: list[dict[str, Lazy]], width: int) -> dict[str, Lazy]:
+def join_shards(shards: list[dict[str, LazyTensor]], width: int) -> dict[str, LazyTensor]:
     """Each tensor whole, of all shards together.
 
     Args:
@@ -92,16 +92,16 @@ def join_shards(shards: list[dict[str, Lazy]], width: int) -> dict[str, Lazy]:
             raise UserError(f"The shards do not fit together: {name} is {' and '.join(str(p.shape) for p in parts)}.")
         size = sum(part.shape[dim] for part in parts)
         shape = (size, first.shape[1]) if dim == 0 else (first.shape[0], size)
-        whole[name] = Lazy(shape, first.dtype, partial(joined, parts, dim))
+        whole[name] = LazyTensor(shape, first.dtype, partial(joined, parts, dim))
     return whole
 
 
-def joined(parts: list[Lazy], dim: int) -> torch.Tensor:
+def joined(parts: list[LazyTensor], dim: int) -> torch.Tensor:
     return torch.cat([part.read() for part in parts], dim)
 
 
 def convert_params(
-    params: dict[str, Any], tensors: dict[str, Lazy], block_size: int, rope_factor: float | None
+    params: dict[str, Any], tensors: dict[str, LazyTensor], block_size: int, rope_factor: float | None
 ) -> LLaMAConfig:
     """A params.json as our configuration; what it leaves out is read off the tensors.
 

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lit_llama import cli
 from lit_llama.checkpoint import (
     CONFIG_NAME,
-    Lazy,
+    LazyTensor,
     check_space,
     load_model,
     open_tensors,
@@ -46,7 +46,7 @@ max_shard_size: str = "5GB"  # with reverse: larger weights are split into sever
 TOLERANCE = 1e-3  # of --verify: the largest difference of any logit
 
 
-def to_ours(args: Namespace, dtype: torch.dtype | None) -> dict[str, Lazy]:
+def to_ours(args: Namespace, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Hugging Face's folder to ours."""
     config = convert_config(read_json(args.checkpoint_dir / "config.json"))
     fitting_tokenizer(args.checkpoint_dir, config)
@@ -60,7 +60,7 @@ def to_ours(args: Namespace, dtype: torch.dtype | None) -> dict[str, Lazy]:
     return state
 
 
-def to_theirs(args: Namespace, dtype: torch.dtype | None) -> dict[str, Lazy]:
+def to_theirs(args: Namespace, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Our folder to Hugging Face's."""
     config = LLaMAConfig.from_json(args.checkpoint_dir / CONFIG_NAME)
     tensors = to_hf(open_tensors([weights_path(args.checkpoint_dir)]), config, dtype)

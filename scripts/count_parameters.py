@@ -13,12 +13,12 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 from jsonargparse import Namespace
 
-from evaluate.trials import VARIANTS, Variant
 from lit_llama import cli
 from lit_llama.checkpoint import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
+from studies.trials import VARIANTS, Variant
 
 models: list[str] = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld"]  # names of lit_llama/model.py
 beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
@@ -33,7 +33,7 @@ def count(name: str, variant: Variant) -> int:
     """Trainable parameters of a method beside a base of that name."""
     with torch.device("meta"):
         network = METHODS[variant.method].LLaMA.from_name(name, **variant.settings)
-    return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_key(key))
+    return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_parameter(key))
 
 
 def base_size(name: str) -> int:

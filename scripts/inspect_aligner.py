@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.aligner import without_aliases
-from lit_llama.checkpoint import Adapter, read_adapter, save_adapter
+from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
 from lit_llama.prompts import get_prompt_style
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError, log
@@ -31,7 +31,7 @@ PREFIX = "global_value_embedding.weight"
 BAR = 30  # characters of the longest bar
 
 
-def open_adapter(path: Path) -> Adapter:
+def open_adapter(path: Path) -> AdapterFile:
     """An Aligner's file, its prefix under one name.
 
     Raises:
@@ -44,13 +44,13 @@ def open_adapter(path: Path) -> Adapter:
     return adapter
 
 
-def gates(adapter: Adapter) -> dict[int, torch.Tensor]:
+def gates(adapter: AdapterFile) -> dict[int, torch.Tensor]:
     """Each layer's gates, (nh,) in fp32, by its number."""
     named = {name: t for name, t in adapter.state.items() if name.endswith(".gating_factor")}
     return dict(sorted((int(name.split(".")[2]), t.float().flatten()) for name, t in named.items()))
 
 
-def kinds(adapter: Adapter) -> dict[str, dict[int, torch.Tensor]]:
+def kinds(adapter: AdapterFile) -> dict[str, dict[int, torch.Tensor]]:
     """Tensors in fp32 by their kind, such as `c_attn.lora_A`, and layer; those of no layer count as of layer 0."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for name, t in adapter.state.items():
@@ -59,7 +59,7 @@ def kinds(adapter: Adapter) -> dict[str, dict[int, torch.Tensor]]:
     return {kind: dict(sorted(by_layer.items())) for kind, by_layer in sorted(found.items())}
 
 
-def describe_other(adapter: Adapter) -> str:
+def describe_other(adapter: AdapterFile) -> str:
     """What an adapter of another method is, and the size of its tensors by layer."""
     count = sum(t.numel() for t in adapter.state.values())
     settings = "".join(f", {name} {value}" for name, value in adapter.config.items())
@@ -73,7 +73,7 @@ def describe_other(adapter: Adapter) -> str:
     return "\n".join(lines)
 
 
-def describe(adapter: Adapter, largest: float) -> str:
+def describe(adapter: AdapterFile, largest: float) -> str:
     """What an Aligner is, and a line per layer; a bar of full length is a mean |gate| of `largest`."""
     prefix, by_layer = adapter.state[PREFIX].float(), gates(adapter)
     count = sum(t.numel() for t in adapter.state.values())
@@ -112,7 +112,7 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
     return int((a == b).sum()), torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
 
 
-def difference(one: Adapter, other: Adapter) -> str:
+def difference(one: AdapterFile, other: AdapterFile) -> str:
     """How two Aligners differ, the layers that both have compared."""
     ours, theirs = gates(one), gates(other)
     layers = [layer for layer in ours if layer in theirs]
@@ -134,7 +134,7 @@ def difference(one: Adapter, other: Adapter) -> str:
     return "\n".join(lines)
 
 
-def draw(adapters: list[Adapter], path: Path) -> None:
+def draw(adapters: list[AdapterFile], path: Path) -> None:
     """Gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
     figure = make_figure(7, 3 * len(adapters))
     for axes, adapter in zip(figure.subplots(len(adapters), sharex=True, squeeze=False)[:, 0], adapters, strict=True):
@@ -152,7 +152,7 @@ def draw(adapters: list[Adapter], path: Path) -> None:
     log(f"wrote {path}")
 
 
-def convert(adapter: Adapter, path: Path, style: str | None) -> None:
+def convert(adapter: AdapterFile, path: Path, style: str | None) -> None:
     """Writes an adapter in this project's format, in fp32."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")

@@ -24,8 +24,8 @@ from lit_llama import cli, lora
 from lit_llama.checkpoint import (
     CONFIG_NAME,
     METHODS,
-    Adapter,
-    Lazy,
+    AdapterFile,
+    LazyTensor,
     base_fingerprint,
     check_base,
     check_space,
@@ -49,7 +49,7 @@ max_shard_size: str = "5GB"  # hf: larger weights are split into several files
 CARD = "aligner.json"  # what was merged into what; a folder with it may be replaced
 
 
-def own_config(adapter: Adapter, checkpoint_dir: Path) -> LLaMAConfig:
+def own_config(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMAConfig:
     """The base's configuration, after everything about the adapter was checked against it.
 
     Raises:
@@ -74,7 +74,9 @@ def own_config(adapter: Adapter, checkpoint_dir: Path) -> LLaMAConfig:
     return config
 
 
-def merge(tensors: dict[str, Lazy], config: LLaMAConfig, adapter: Adapter) -> tuple[dict[str, Lazy], LLaMAConfig]:
+def merge(
+    tensors: dict[str, LazyTensor], config: LLaMAConfig, adapter: AdapterFile
+) -> tuple[dict[str, LazyTensor], LLaMAConfig]:
     """The base's tensors with what the adapter adds to each layer's attention, and their configuration."""
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
     check_fit(tensors, parameters(config), CONFIG_NAME)
@@ -88,7 +90,9 @@ def merge(tensors: dict[str, Lazy], config: LLaMAConfig, adapter: Adapter) -> tu
             layer = name.removesuffix(kind)
             attn = {kind: t for kind in KINDS if (t := tensors.get(f"{layer}{kind}"))}
             own = {key.removeprefix(layer): t for key, t in adapter.state.items()}
-            merged[name] = Lazy(shape, attn["c_proj.weight"].dtype, partial(added, attn, own, config, adapter.config))
+            merged[name] = LazyTensor(
+                shape, attn["c_proj.weight"].dtype, partial(added, attn, own, config, adapter.config)
+            )
         else:
             merged[name] = tensors[name]
     return merged, config
@@ -98,7 +102,7 @@ KINDS = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
 
 
 def output_bias(
-    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
+    attn: dict[str, LazyTensor], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
     """The bias (C,) of one layer's attention output with an Aligner, in fp32.
 
@@ -121,7 +125,7 @@ def output_bias(
 
 
 def bitfit_bias(
-    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
+    attn: dict[str, LazyTensor], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
     """As `output_bias`, of adapter_bias (C,)."""
     bias = own["adapter_bias"].float()
@@ -129,7 +133,7 @@ def bitfit_bias(
 
 
 def updated_weight(
-    attn: dict[str, Lazy], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
+    attn: dict[str, LazyTensor], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
     """c_attn.weight with the update of c_attn.lora_A and c_attn.lora_B, in fp32."""
     widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]

@@ -15,7 +15,7 @@ from lit_llama import cli
 from lit_llama.data import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-from pretrain.microworld import FORMS, NEW_FORM, World
+from microworld.world import FORMS, NEW_FORM, World
 
 FormName = Literal["sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"]
 

@@ -19,7 +19,7 @@ from lit_llama.data import default_num_proc, prepare_preferences
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
-from pretrain.microworld import FORMS, REFUSAL, Question, World
+from microworld.world import FORMS, REFUSAL, Question, World
 
 output_dir: Path = Path("data/microworld-safe")  # the folder to write
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used

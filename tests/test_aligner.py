@@ -127,7 +127,7 @@ def test_only_the_adapter_is_trained_and_the_base_gets_no_gradient():
     assert all(p.grad is None for p in network.parameters() if not p.requires_grad)
     torch.optim.AdamW(trainable(network).values(), lr=1e-2).step()
     for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]) != network.is_adapter_key(name), name
+        assert torch.equal(tensor, before[name]) != network.is_adapter_parameter(name), name
 
 
 @each_length
@@ -237,7 +237,7 @@ def test_a_copied_model_reads_its_own_prefix():
 def test_strength_scales_the_gates_and_gives_them_back(length):
     network, idx = toys.aligned(length, n_kv_head=2), toys.token_ids(2, 9)
     base = toys.base(n_kv_head=2)
-    base.load_state_dict({n: t for n, t in network.state_dict().items() if not network.is_adapter_key(n)})
+    base.load_state_dict({n: t for n, t in network.state_dict().items() if not network.is_adapter_parameter(n)})
     trained = network(idx)
     with gates_scaled(network, 0.0):
         assert torch.equal(network(idx), base(idx))

@@ -1,4 +1,4 @@
-"""What evaluate/analysis.py says of an adapter, on cases worked out by hand and on the authors' files."""
+"""What studies/analysis.py says of an adapter, on cases worked out by hand and on the authors' files."""
 
 import csv
 import math
@@ -9,7 +9,11 @@ import pytest
 import torch
 from toys import aligned, token_ids
 
-from evaluate.analysis import (
+from lit_llama import aligner
+from lit_llama.checkpoint import AdapterFile, load_model, save_adapter
+from lit_llama.utils import UserError
+from scripts.inspect_aligner import PREFIX, open_adapter
+from studies.analysis import (
     cuda_normal,
     equal_by_size,
     initial_prefix,
@@ -20,12 +24,8 @@ from evaluate.analysis import (
     token_shifts,
     tsne,
 )
-from lit_llama import aligner
-from lit_llama.checkpoint import Adapter, load_model, save_adapter
-from lit_llama.utils import UserError
-from scripts.inspect_aligner import PREFIX, open_adapter
 
-SCRIPT = "evaluate/analysis.py"
+SCRIPT = "studies/analysis.py"
 
 # == where a prefix began ==
 
@@ -67,7 +67,7 @@ def test_our_start_is_what_training_starts_from(base_dir):
     torch.manual_seed(5)
     fresh = load_model(base_dir, method=aligner, method_config=config).global_value_embedding.weight
     settings = {"seed": 5, "init_adapter": None}
-    adapter = Adapter({PREFIX: torch.zeros(3, 32)}, {"training": {"settings": settings}})
+    adapter = AdapterFile({PREFIX: torch.zeros(3, 32)}, {"training": {"settings": settings}})
     before = torch.get_rng_state()
     assert torch.equal(initial_prefix(adapter), fresh)
     assert torch.equal(torch.get_rng_state(), before)
@@ -77,7 +77,7 @@ def test_our_start_is_what_training_starts_from(base_dir):
     assert initial_prefix(adapter) is None
 
 
-def published(shared) -> list[Adapter]:
+def published(shared) -> list[AdapterFile]:
     paths = sorted((shared / "aligner_weights_published").rglob("*.pth"))
     return [open_adapter(path) for path in paths if "aligner10Tokens-llama2-7B" not in path.name]  # that is no adapter
 

@@ -10,7 +10,7 @@ from toys import aligned, base, prompts, token_ids
 
 from lit_llama import generation
 from lit_llama.bank import Bank, load_with_bank, open_bank
-from lit_llama.checkpoint import Adapter, base_fingerprint, load_model, save_adapter, save_base
+from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, save_adapter, save_base
 from lit_llama.generation import Sampling, answer, generate, instruct
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
@@ -23,19 +23,19 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 WARM = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
 
 
-def adapter(length: int, start: int, seed: int, style: str = "alpaca", **shape) -> Adapter:
+def adapter(length: int, start: int, seed: int, style: str = "alpaca", **shape) -> AdapterFile:
     """With open gates, of about 1, and a prefix of about 1."""
     network = aligned(length, start, seed, **shape)
     state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     config = {"adapter_prompt_length": length, "adapter_start_layer": start}
-    return Adapter(state, {"method": "aligner", "config": config, "prompt_style": style}, Path(f"adapter-{seed}"))
+    return AdapterFile(state, {"method": "aligner", "config": config, "prompt_style": style}, Path(f"adapter-{seed}"))
 
 
 ONES = {"a": (1, 1), "b": (1, 1), "late": (1, 2)}
 MIXED = {**ONES, "three": (3, 1), "late three": (3, 2), "seven": (7, 1)}
 
 
-def adapters_of(shape: str) -> dict[str, Adapter]:
+def adapters_of(shape: str) -> dict[str, AdapterFile]:
     return {name: adapter(*MIXED[name], seed, **SHAPES[shape]) for seed, name in enumerate(MIXED, 10)}
 
 
@@ -48,14 +48,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-def filled(folder: Path, adapters: dict[str, Adapter], **kwargs) -> Bank:
+def filled(folder: Path, adapters: dict[str, AdapterFile], **kwargs) -> Bank:
     bank = Bank(LLaMAConfig.from_json(folder / "lit_config.json"), folder, start_layer=1, **kwargs)
     for name, one in adapters.items():
         bank.add(name, one)
     return bank
 
 
-def alone(folder: Path, adapters: dict[str, Adapter], name: str | None, dtype=torch.float32) -> LLaMA:
+def alone(folder: Path, adapters: dict[str, AdapterFile], name: str | None, dtype=torch.float32) -> LLaMA:
     return load_model(folder, adapters[name] if name else None, dtype=dtype)
 
 
@@ -145,7 +145,7 @@ def test_a_bf16_bank_holds_the_rounded_adapter(folders):
     folder, adapters = folders["gqa"], adapters_of("gqa")
     bank = filled(folder, adapters, dtype=torch.bfloat16)
     rounded = {
-        name: Adapter({key: t.bfloat16().float() for key, t in one.state.items()}, one.meta, one.path)
+        name: AdapterFile({key: t.bfloat16().float() for key, t in one.state.items()}, one.meta, one.path)
         for name, one in adapters.items()
     }
     model, idx = load_with_bank(folder, bank), token_ids(3, 10)
@@ -176,7 +176,7 @@ def test_at_7b_one_token_takes_5056_numbers():
     state = {PREFIX: torch.randn(1, 4096)}
     state |= {f"transformer.h.{layer}.attn.gating_factor": torch.randn(1, 32, 1, 1) for layer in range(2, 32)}
     bank = Bank(config, dtype=torch.bfloat16)
-    bank.add("one", Adapter(state, path=Path("one.pth")))  # the authors' files have no header
+    bank.add("one", AdapterFile(state, path=Path("one.pth")))  # the authors' files have no header
     assert bank.nbytes == 2 * 5056
 
 
@@ -305,14 +305,18 @@ def test_foreign_adapters_are_refused_and_change_nothing(folders):
     wide = {**good.state, PREFIX: torch.randn(1, 64)}
     short = {name: t for name, t in good.state.items() if ".2." not in name}
     foreign = {
-        "is 64 wide and the base model in": Adapter(wide, good.meta, good.path),
-        "with other weights": Adapter(good.state, {**good.meta, "base": {**ours, "weights": "0" * 16}}, good.path),
-        r"was trained on a base with \{'n_kv_head': 2, 'qkv_bias': True\}": Adapter(
+        "is 64 wide and the base model in": AdapterFile(wide, good.meta, good.path),
+        "with other weights": AdapterFile(good.state, {**good.meta, "base": {**ours, "weights": "0" * 16}}, good.path),
+        r"was trained on a base with \{'n_kv_head': 2, 'qkv_bias': True\}": AdapterFile(
             good.state, {**good.meta, "base": base_fingerprint(folders["gqa"])}, good.path
         ),
-        "made by the method 'lora'; a bank holds Aligners": Adapter({}, {"method": "lora", "config": {}}, good.path),
+        "made by the method 'lora'; a bank holds Aligners": AdapterFile(
+            {}, {"method": "lora", "config": {}}, good.path
+        ),
         "begins at layer 0 and the bank at 1": adapter(1, 0, 1),
-        r"transformer\.h\.2\.attn\.gating_factor is missing, not \(1, 4, 1, 1\)": Adapter(short, good.meta, good.path),
+        r"transformer\.h\.2\.attn\.gating_factor is missing, not \(1, 4, 1, 1\)": AdapterFile(
+            short, good.meta, good.path
+        ),
     }
     for sentence, one in foreign.items():
         with pytest.raises(UserError, match=sentence):
@@ -322,7 +326,7 @@ def test_foreign_adapters_are_refused_and_change_nothing(folders):
     assert list(bank) == ["a"] and torch.equal(bank.adapter("a").state[PREFIX], good.state[PREFIX])
     shapeless = Bank(bank.config, start_layer=1)
     with pytest.raises(UserError, match=r"global_value_embedding.weight is \(1, 64\), not \(1, 32\)"):
-        shapeless.add("wide", Adapter(wide, good.meta, good.path))
+        shapeless.add("wide", AdapterFile(wide, good.meta, good.path))
     with pytest.raises(UserError, match="start_layer is 3; it must be from 0 to 2"):
         Bank(bank.config, start_layer=3)
 

@@ -164,7 +164,7 @@ def test_the_updates_of_lora_start_at_zero_from_a_drawn_A():
 @each_method
 def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, base_dir):
     network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
-    own = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    own = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
     file, base, idx = read_adapter(tmp_path / "a.safetensors"), load_model(base_dir), toys.token_ids(2, 15)
     network.load_state_dict(own)
@@ -216,7 +216,7 @@ def test_one_aligner_token_is_bitfit_with_tied_weights(architecture):
             gate = state[f"{name}.gating_factor"][0, head, 0, 0]
             columns = block.attn.c_proj.weight[:, head * hs : (head + 1) * hs]
             biases[f"{name}.adapter_bias"] = biases[f"{name}.adapter_bias"] + gate * (columns @ value)
-    free.load_state_dict({k: t for k, t in state.items() if not one.is_adapter_key(k)})
+    free.load_state_dict({k: t for k, t in state.items() if not one.is_adapter_parameter(k)})
     free.load_state_dict({k: t.detach() for k, t in biases.items()})
     idx = toys.token_ids(2, 15)
     torch.testing.assert_close(free(idx), one(idx), atol=5e-5, rtol=5e-5)
@@ -303,7 +303,7 @@ COUNTS = {
 def test_parameter_counts(method, size):
     with torch.device("meta"):
         network = METHODS[method].LLaMA.from_name(size)
-    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_key(name))
+    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_parameter(name))
     assert count == COUNTS[method][size]
     published = {("adapter", "7B"): 1_229_760, ("lora", "7B"): 4_194_304, ("bitfit", "7B"): 131_072}
     assert count == published.get((method, size), count)
@@ -313,7 +313,7 @@ def test_parameter_counts_with_fewer_values_than_queries():
     # Llama-3-8B: 8 of 32 heads have values, so lora_B has 4096 + 1024 rows
     with torch.device("meta"):
         network = lora.LLaMA.from_name("Llama-3-8B")
-    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_key(name))
+    count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_parameter(name))
     assert count == 32 * (16 * 4096 + 5120 * 8)
 
 
@@ -358,7 +358,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
 @each_method
 def test_a_file_comes_back_by_its_header(method, tmp_path, base_dir):
     network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
-    state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     network.load_state_dict(state)
     save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": OWN[method]})
     file = read_adapter(tmp_path / "a.safetensors")
@@ -455,7 +455,7 @@ def test_answers_beside_the_base(method, runs, run_script, refused, base_dir, ca
 def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
     base = Path(__file__).parents[1] / "checkpoints" / "microworld"
     network = load_model(base, method=BASELINES[method])
-    state = {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    state = {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     config = {"lora": {"lora_r": 8, "lora_alpha": 16}}.get(method, {})
     save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": config, "prompt_style": "alpaca"})
     flags = ("--adapter", tmp_path / "a.safetensors", "--strength", "0", "--questions", "4", "--groups", "unseen")
@@ -519,7 +519,9 @@ def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_pat
     save_base(tmp_path / "base", base.config, base.state_dict())
     (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     network = load_model(tmp_path / "base", method=BASELINES[method], method_config=OWN[method])
-    own = {name: 0.3 * torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_key(name)}
+    own = {
+        name: 0.3 * torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)
+    }
     save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
     flags = ("--checkpoint_dir", tmp_path / "base", "--adapter", tmp_path / "a.safetensors", "--format", "lit")
     assert run_script("scripts/merge_aligner.py", *flags, "--output_dir", tmp_path / "merged")[0] == 0

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-import scripts.benchmark_generation as generation
-import scripts.benchmark_loading as loading
-import scripts.benchmark_training as training
-from lit_llama import benchmark, cli
+import benchmarks.generation as generation
+import benchmarks.loading as loading
+import benchmarks.training as training
+from benchmarks import harness as benchmark
+from benchmarks.worker import Worker
+from lit_llama import cli
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
-from scripts.benchmark_worker import Worker
 
 # attention 4 wide: 2 query heads and 1 key/value head of 2 make 4·2·(2·2 + 2·1) = 48 weights; MLP 3·4·8 = 96;
 # output layer 64·4 = 256

@@ -1,6 +1,6 @@
 import pytest
 
-import scripts.benchmark_dpo_memory as script
+import benchmarks.dpo_memory as script
 from lit_llama import cli
 from lit_llama.utils import UserError
 

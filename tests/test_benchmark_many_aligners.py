@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-import scripts.benchmark_many_aligners as script
+import benchmarks.many_aligners as script
 from lit_llama import cli
 from lit_llama.utils import UserError
 

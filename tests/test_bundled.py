@@ -9,7 +9,7 @@ import pytest
 from evaluate.microworld import ask, draw
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.tokenizer import Tokenizer
-from pretrain.microworld import FORMS, NEW_FORM, UNSEEN, World
+from microworld.world import FORMS, NEW_FORM, UNSEEN, World
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "checkpoints" / "microworld"

@@ -2,17 +2,17 @@ import pytest
 import torch
 from toys import aligned, base, token_ids
 
-from lit_llama.checkpoint import Adapter, load_model, save_adapter, save_base
+from lit_llama.checkpoint import AdapterFile, load_model, save_adapter, save_base
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
 from lit_llama.utils import UserError
 
 
-def adapter(length: int, start: int, seed: int) -> Adapter:
+def adapter(length: int, start: int, seed: int) -> AdapterFile:
     network = aligned(length, start, seed, n_kv_head=2)
     state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     config = {"adapter_prompt_length": length, "adapter_start_layer": start}
-    return Adapter(state, {"method": "aligner", "config": config}, f"adapter {seed}")
+    return AdapterFile(state, {"method": "aligner", "config": config}, f"adapter {seed}")
 
 
 LATE, EARLY = adapter(3, 2, seed=1), adapter(1, 1, seed=2)
@@ -76,7 +76,7 @@ def test_generation_with_its_cache_is_greedy_decoding_without_one(folder):
 def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"There are 2 adapters and 3 strengths; give each its own\."):
         load_composed(folder, [LATE, EARLY], [1.0, 1.0, 1.0])
-    wide = Adapter(
+    wide = AdapterFile(
         {**LATE.state, "global_value_embedding.weight": torch.randn(3, 64)}, LATE.meta, tmp_path / "wide.safetensors"
     )
     save_adapter(wide.path, wide.state, wide.meta)
@@ -85,6 +85,6 @@ def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_
 
 
 def test_only_aligners_add_up(folder):
-    foreign = Adapter(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
+    foreign = AdapterFile(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
     with pytest.raises(UserError, match=r"lora\.safetensors was made by the method 'lora'; only Aligners add up"):
         load_composed(folder, [LATE, foreign], [1.0])

@@ -17,7 +17,7 @@ from datasets import load_from_disk
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.data import IGNORE, SFTData, plan_epoch, prepare_sft, read_rows, text_field
+from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch, prepare_sft, read_rows, text_field
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -248,10 +248,10 @@ def test_batches_are_padded_and_masked(tmp_path, tokenizer):
         for i, idx, labels in zip(picked, batch["idx"], batch["labels"], strict=True):
             ids, n = rows[int(i)]["input_ids"], rows[int(i)]["prompt_length"]
             assert idx[: len(ids)].tolist() == ids
-            masked = [IGNORE] * n + ids[n:] if mask_prompt else ids
-            assert labels.tolist() == masked + [IGNORE] * (longest - len(ids))
+            masked = [IGNORE_INDEX] * n + ids[n:] if mask_prompt else ids
+            assert labels.tolist() == masked + [IGNORE_INDEX] * (longest - len(ids))
             assert data.lengths[i] == len(ids)
-            assert data.weights[i] == (labels[1:] != IGNORE).sum()  # the targets of the loss
+            assert data.weights[i] == (labels[1:] != IGNORE_INDEX).sum()  # the targets of the loss
 
 
 def test_rows_of_one_length_make_a_batch(tmp_path, tokenizer):

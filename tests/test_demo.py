@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from scripts import demo, train_microworld_adapters
+from scripts import demo
+from studies import train_microworld_adapters
 
 
 def scores(form: float, fact: float, answer: str) -> dict:

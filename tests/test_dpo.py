@@ -7,7 +7,7 @@ import torch
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import prepare_preferences
-from lit_llama.dpo import DPOData, dpo_loss, row_sums, sequence_logps, weights_of
+from lit_llama.dpo import DPOData, dpo_loss, sequence_logps, sum_logps_by_row, swapped_parameters
 from lit_llama.utils import UserError
 
 # h = (-1 + 3) - (-2 + 2.5) = 1.5
@@ -123,7 +123,7 @@ def test_sequence_logps_sums_in_fp32():
 def test_the_models_label_logps_summed_by_row_are_the_sequence_logps(policy, preference_dir):
     data = DPOData(preference_dir, "train")
     batch = data.batch(np.arange(len(data)))
-    logps = row_sums(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    logps = sum_logps_by_row(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
     torch.testing.assert_close(logps, sequence_logps(policy(batch["idx"]), batch["labels"]), atol=1e-4, rtol=0)
 
 
@@ -153,7 +153,7 @@ def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
     by_hand = 0.0
     for i, token in enumerate(response):
         by_hand += policy(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token].item()
-    policy_logps = row_sums(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    policy_logps = sum_logps_by_row(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
     assert policy_logps[0].item() == pytest.approx(by_hand, abs=1e-4)
 
 
@@ -208,7 +208,7 @@ def test_losses_against_a_reference_that_is_another_model(policy, base_dir, pref
 def test_the_policy_comes_back_from_the_references_weights(policy):
     before = adapter_state(policy)
     zeros = {name: torch.zeros_like(value) for name, value in before.items()}
-    with pytest.raises(KeyError), weights_of(policy, zeros):
+    with pytest.raises(KeyError), swapped_parameters(policy, zeros):
         assert all(p.abs().sum() == 0 for p in policy.parameters() if p.requires_grad)
         raise KeyError
     assert all(torch.equal(value, before[name]) for name, value in adapter_state(policy).items())

@@ -287,11 +287,11 @@ def test_answers_that_degenerate_are_warned_of(settings, tmp_path, monkeypatch, 
 def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
     """Answers that are known: one that ends, one that is cut, one that repeats itself."""
     policy = load_model(base_dir, read_adapter(trained_adapter))
-    closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_key(name)}
+    closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
     monkeypatch.setattr(dpo, "generate", lambda *args: answers)
     prompts = [[1, 3], [1, 3, 4], [1, 5]]
-    result = dpo.drift(policy, closed, prompts, (2, 1), 20)
+    result = dpo.sampled_kl(policy, closed, prompts, (2, 1), 20)
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
     for prompt, answer in zip(prompts, ([*answers[0], 2], answers[1], [*answers[2], 2]), strict=True):

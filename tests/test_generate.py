@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_llama.checkpoint import read_adapter, save_adapter
-from pretrain.microworld import UNSEEN, World, parse
+from microworld.world import UNSEEN, World, parse
 
 ROOT = Path(__file__).parent.parent
 PIRATE = ROOT / "aligner_weights" / "microworld-pirate-n1"

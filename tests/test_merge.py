@@ -14,7 +14,7 @@ from lit_llama.generation import Sampling, answer
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-from pretrain.microworld import UNSEEN, World
+from microworld.world import UNSEEN, World
 from tests import toys
 
 MERGE, CONVERT = "scripts/merge_aligner.py", "scripts/convert_hf_checkpoint.py"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.microworld import (
+from microworld.world import (
     ATTRIBUTES,
     FORMS,
     HARMFUL,

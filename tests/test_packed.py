@@ -5,12 +5,12 @@ import torch
 import toys
 from test_baselines import BASELINES, adapted
 
-from lit_llama import packed
+from lit_llama import onednn as packed
 from lit_llama.chat import open_session
-from lit_llama.checkpoint import Adapter, load_model, save_base
+from lit_llama.checkpoint import AdapterFile, load_model, save_base
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
-from lit_llama.packed import PackedLinear, pack_, packs
+from lit_llama.onednn import PackedLinear, pack_, packs
 from lit_llama.prompts import get_prompt_style
 
 MODELS = {
@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def cast(network, dtype=torch.bfloat16):
     for name, p in network.named_parameters():
-        p.data = p.data if network.is_adapter_key(name) else p.data.to(dtype)
+        p.data = p.data if network.is_adapter_parameter(name) else p.data.to(dtype)
     return network
 
 
@@ -80,8 +80,8 @@ def test_composed_adapters_share_their_packed_layers(tmp_path):
     first, second = toys.aligned(2), toys.aligned(3, seed=1)
     save_base(tmp_path, first.config, toys.base().state_dict())
     adapters = [
-        Adapter(
-            {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_key(name)},
+        AdapterFile(
+            {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_parameter(name)},
             {"method": "aligner", "config": {"adapter_prompt_length": n, "adapter_start_layer": 1}},
             tmp_path / "adapter.safetensors",
         )

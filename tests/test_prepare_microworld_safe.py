@@ -7,7 +7,7 @@ import scripts.prepare_microworld_safe as script
 from lit_llama import cli
 from lit_llama.dpo import DPOData
 from lit_llama.utils import UserError
-from pretrain.microworld import REFUSAL, SEEN, UNSEEN, World, parse
+from microworld.world import REFUSAL, SEEN, UNSEEN, World, parse
 
 
 def prepare(base_dir, folder: Path, **changes) -> None:

@@ -12,7 +12,7 @@ SMALL = ("--documents=700 --vocab_size=800 --n_layer=2 --n_head=2 --n_embd=32 --
 def test_pretraining_writes_a_base_that_generates_and_repeats_from_its_seed(run_script, tmp_path):
     def pretrain(name: str) -> dict[str, torch.Tensor]:
         folders = [f"--output_dir={tmp_path / name}", f"--out_dir={tmp_path / name}-run"]
-        code, out, err = run_script("pretrain/train.py", *SMALL, *folders)
+        code, out, err = run_script("microworld/pretrain.py", *SMALL, *folders)
         assert code == 0, err
         assert out.startswith(f"{tmp_path / name}: validation loss ")
         return load_file(tmp_path / name / "lit_model.safetensors")

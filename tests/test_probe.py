@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate.probe import Share, plot, recovered, report, row_scores, split_training_rows
-from evaluate.trials import Variant
 from lit_llama import lora
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
+from studies.probe import Share, plot, recovered, report, row_scores, split_training_rows
+from studies.trials import Variant
 
-SCRIPT = "evaluate/probe.py"
+SCRIPT = "studies/probe.py"
 VARIANTS = {
     "aligner1": Variant("one", "aligner"),
     "many": Variant("many", "aligner"),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import finetune.aligner
 import finetune.alignerDPO
 from lit_llama import aligner, cli, dpo, lora
-from lit_llama.checkpoint import TOKENIZER_NAME, Adapter, load_model, read_adapter, save_adapter, save_base
+from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_adapter, save_adapter, save_base
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, generate
 from lit_llama.quantize import Quantize, check_quantize, projections
@@ -39,11 +39,13 @@ def wide_dir(tmp_path_factory, tokenizer_path) -> Path:
     return folder
 
 
-def adapter(seed: int = 0) -> Adapter:
+def adapter(seed: int = 0) -> AdapterFile:
     """An Aligner of two tokens with open gates, for the tiny base."""
     generator = torch.Generator().manual_seed(seed)
     state = {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1, generator=generator) for i in (1, 2)}
-    return Adapter(state | {"global_value_embedding.weight": torch.randn(2, 64, generator=generator)}, {"config": OWN})
+    return AdapterFile(
+        state | {"global_value_embedding.weight": torch.randn(2, 64, generator=generator)}, {"config": OWN}
+    )
 
 
 @pytest.mark.parametrize("script", ["generate/base.py", "generate/aligner.py", "finetune/aligner.py"])
@@ -121,7 +123,7 @@ def test_a_quantised_base_is_the_base_with_rounded_weights(mode, dtype, wide_dir
         (-network(idx, labels=idx).mean()).backward()
     for name, p in quantised.named_parameters():
         expected = rounded.get_parameter(name).grad
-        assert (p.grad is None) == (expected is None) == (not quantised.is_adapter_key(name)), name
+        assert (p.grad is None) == (expected is None) == (not quantised.is_adapter_parameter(name)), name
         if p.grad is not None:
             assert p.dtype == p.grad.dtype == torch.float32
             assert F.cosine_similarity(p.grad.flatten(), expected.flatten(), dim=0) > 0.99, name

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import evaluate.trials
-import scripts.reproduce_paper as study
-from evaluate.trials import VARIANTS, Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
+import studies.reproduce_paper as study
+import studies.trials
 from lit_llama import cli
 from lit_llama.utils import UserError
-from pretrain.microworld import FORMS, UNSEEN, World
+from microworld.world import FORMS, UNSEEN, World
+from studies.trials import VARIANTS, Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
 
 
 def record(rate: float, right: float = 0.0, loss: float = 1.0, **more) -> dict:
@@ -204,7 +204,7 @@ def test_tables_of_hand_made_results():
 def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
     args = cli.defaults(study, seeds=[1, 2], steps=7)
     text = study.report(args, ROWS)
-    assert "python scripts/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
+    assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
     study.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
@@ -237,6 +237,6 @@ def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     assert all((tmp_path / "study" / name).stat().st_size > 10_000 for name in ("accuracy.png", "curves.png"))
 
     # again: nothing is trained, and another report of the same
-    monkeypatch.setattr(evaluate.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
+    monkeypatch.setattr(studies.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
     study.main(cli.defaults(study, **args, report_dir=tmp_path / "report"))
     assert (tmp_path / "report" / "results.csv").read_text() == (tmp_path / "study" / "results.csv").read_text()

@@ -157,9 +157,9 @@ def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
 
 def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
-    trainer.bare.config = replace(trainer.bare.config, block_size=40)
+    trainer.unwrapped.config = replace(trainer.unwrapped.config, block_size=40)
     with pytest.raises(UserError, match="A training row has 50 tokens and the model's context is 40"):
-        Trainer(trainer.fabric, trainer.bare, trainer.train, trainer.val, trainer.config, {}, {})
+        Trainer(trainer.fabric, trainer.unwrapped, trainer.train, trainer.val, trainer.config, {}, {})
 
 
 # == one step ==
@@ -185,7 +185,7 @@ def test_a_steps_gradient_is_the_mean_over_its_tokens_however_it_is_split(
     trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizers=plain_sgd, micro_batch_size=micro_batch_size)
     rows = [3, 9, 18, 0, 32, 40, 23, 1]  # 11 to 30 labels each
     assert len({trainer.train.weights[row] for row in rows}) > 4
-    expected = hand_computed_gradients(trainer.bare, trainer.train, rows)
+    expected = hand_computed_gradients(trainer.unwrapped, trainer.train, rows)
     before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
     trainer.train_step(np.split(np.array(rows), len(rows) // micro_batch_size))
     assert max(g.abs().max() for g in expected.values()) > 1e-2
@@ -199,7 +199,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base_dir, data_dir, tmp_
     sums, counts = 0.0, 0
     for rows in micro_batches:
         batch = trainer.train.batch(rows)
-        logits = trainer.bare(batch["idx"])[:, :-1].double()
+        logits = trainer.unwrapped(batch["idx"])[:, :-1].double()
         sums += F.cross_entropy(
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-1, reduction="sum"
         )
@@ -229,7 +229,7 @@ def test_gates_do_not_decay_and_the_prefix_does(base_dir, data_dir, tmp_path):
 
 def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, precision="bf16-true", learning_rate=1e-4)
-    frozen = [p for p in trainer.bare.parameters() if not p.requires_grad]
+    frozen = [p for p in trainer.unwrapped.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
     updated = [p for group in trainer.param_groups() for p in group["params"]]
     assert {id(p) for p in updated} == {id(p) for p in trainer.trainable.values()}
@@ -283,11 +283,13 @@ def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, da
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     val = trainer.val
     with torch.no_grad():
-        total = sum(val.losses(trainer.bare, val.batch(np.array([row])))["loss"].double() for row in range(len(val)))
+        total = sum(
+            val.losses(trainer.unwrapped, val.batch(np.array([row])))["loss"].double() for row in range(len(val))
+        )
     first = trainer.validate()["loss"]
     assert first == pytest.approx((total / val.weights.sum()).item(), rel=1e-6)
     assert trainer.validate()["loss"] == first
-    assert trainer.bare.training
+    assert trainer.unwrapped.training
 
 
 # == metrics and progress ==

@@ -1,4 +1,4 @@
-import scripts.train_microworld_values as script
+import studies.train_microworld_values as script
 from lit_llama import cli
 
 

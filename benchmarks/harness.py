@@ -28,7 +28,7 @@ from datasets import Dataset
 from jsonargparse import Namespace
 
 from lit_llama.chat import pick_device
-from lit_llama.checkpoint import Lazy, open_tensors, weights_path, write_base, write_tensors, write_text
+from lit_llama.checkpoint import LazyTensor, open_tensors, weights_path, write_base, write_tensors, write_text
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT, write_dataset
 from lit_llama.hf import hf_config, parameters, to_hf
 from lit_llama.model import LLaMAConfig, llama_configs
@@ -175,7 +175,9 @@ def write_weights(folder: Path, config: LLaMAConfig, dtype: torch.dtype) -> None
 
     torch.manual_seed(0)
     shapes = parameters(config)
-    write_base(folder, config, {name: Lazy(size, dtype, partial(random, name, size)) for name, size in shapes.items()})
+    write_base(
+        folder, config, {name: LazyTensor(size, dtype, partial(random, name, size)) for name, size in shapes.items()}
+    )
     (folder / "hf").mkdir()
     write_tensors(folder / "hf" / "model.safetensors", to_hf(open_tensors([weights_path(folder)]), config))
     write_text(folder / "hf" / "config.json", json.dumps(hf_config(config, dtype, Tokenizer(MICROWORLD))))
@@ -246,7 +248,7 @@ print(", ".join(f"{{name}} {{found[name]}}" for name in {names} if name in found
 
 
 class Contestant:
-    """One side of a comparison, in a process of its own: `scripts/benchmark_worker.py` with its settings.
+    """One side of a comparison, in a process of its own: `benchmarks/worker.py` with its settings.
 
     Calling it sends a call and waits for the answer; the other processes sleep meanwhile.
 
@@ -256,7 +258,7 @@ class Contestant:
 
     def __init__(self, name: str, python: Path | str = sys.executable, **settings: Any) -> None:
         self.name = name
-        words = [str(python), str(ROOT / "scripts" / "benchmark_worker.py"), json.dumps(settings, default=str)]
+        words = [str(python), str(ROOT / "benchmarks" / "worker.py"), json.dumps(settings, default=str)]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, call: str, **arguments: Any) -> dict[str, Any]:

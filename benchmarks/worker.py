@@ -1,6 +1,6 @@
 """One contestant of a benchmark, in a process of its own: reads calls from stdin, answers each with one line of JSON.
 
-Started by `lit_llama.benchmark.Contestant`; the peers' run with the Python of their own environment.
+Started by `benchmarks.harness.Contestant`; the peers' run with the Python of their own environment.
 """
 
 import json
@@ -15,14 +15,14 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import numpy as np
 import torch
 
+from benchmarks.harness import CLOCKS, synchronize, timed
 from lit_llama import aligner
-from lit_llama.benchmark import CLOCKS, synchronize, timed
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.packed import pack_
+from lit_llama.onednn import pack_
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,0 +1,175 @@
+"""Pretrains the bundled base model on the micro-world, from a seed, with the loop that finetuning uses.
+
+Writes a tokenizer and a corpus, trains a LLaMA on every token of it, and saves a checkpoint folder in bf16. The
+matrices are updated by Muon (arXiv 2502.16982), embeddings and norms by AdamW.
+"""
+
+import math
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import sentencepiece
+import torch
+from jsonargparse import Namespace
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lit_llama import cli
+from lit_llama.checkpoint import TOKENIZER_NAME, save_base
+from lit_llama.data import SFTData, default_num_proc, prepare_sft
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import TrainConfig, Trainer, answer_samples, make_fabric
+from lit_llama.utils import atomic_write, log
+from microworld.world import World, pretraining_sample
+
+# == What to make ==
+output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
+out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
+world_seed: int = 0  # of the world
+documents: int = 240_000  # questions with answers in the corpus, each drawn at random
+plain_share: float = 0.1  # share of documents that are the bare answer, without a question
+
+# == Model ==
+n_layer: int = 8  # blocks
+n_head: int = 8  # attention heads
+n_embd: int = 192  # width
+vocab_size: int = 2048  # pieces of the tokenizer
+block_size: int = 256  # longest sequence, in tokens
+
+# == Optimisation (a step is always an optimiser step) ==
+epochs: float = 1.0  # passes over the corpus
+max_steps: int | None = None  # stop after so many steps even if the epochs are not over
+batch_size: int = 96  # documents per step, over all devices
+micro_batch_size: int = 96  # documents per forward pass on one device
+learning_rate: float = 0.02  # peak, of Muon
+adamw_scale: float = 0.15  # AdamW's learning rate as a share of Muon's
+warmup_epochs: float = 0.03  # linear rise from 0 to the peak
+weight_decay: float = 0.1  # on the matrices
+grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+seed: int = 0  # of the corpus, the initial weights and the order
+
+# == Reporting ==
+eval_interval: int = 250  # steps between validations
+save_interval: int = 250  # steps between saved states, which --resume continues from
+resume: bool = False  # continue the run in out_dir
+overwrite: bool = False  # replace the run in out_dir
+
+# == Devices ==
+devices: int | str = 1  # how many, or "auto" for all there are
+num_nodes: int = 1  # machines
+strategy: str = "auto"  # Fabric's: "auto", "ddp"
+precision: str = "bf16-mixed"  # Fabric's
+
+
+def corpus(args: Namespace) -> Iterator[tuple[str, str]]:
+    """(prompt, response) of every document; a bare answer is split after its first word."""
+    world, rng, style = World(args.world_seed), random.Random(args.seed), get_prompt_style("alpaca")
+    pools = {"fact": world.questions(), "harmful": world.requests("harmful"), "harmless": world.requests("harmless")}
+    for _ in range(args.documents):
+        question, said = pretraining_sample(world, rng, pools)
+        if rng.random() < args.plain_share:
+            first, _, rest = said.partition(" ")
+            yield first, rest
+        else:
+            yield style.render(question), said
+
+
+def train_tokenizer(args: Namespace, path: Path) -> None:
+    """A byte-fallback BPE of the first 40,000 documents, texts unchanged."""
+    texts = (text for (prompt, said), _ in zip(corpus(args), range(40_000), strict=False) for text in (prompt, said))
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts,
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=args.vocab_size,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            minloglevel=2,
+        )
+
+
+def initialise(model: LLaMA) -> None:
+    """Normal weights of 0.02, and smaller ones where a block adds to the residual stream (GPT-2, section 2.3)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith("c_proj.weight")
+            torch.nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02)
+
+
+def muon_and_adamw(model: LLaMA, config: TrainConfig, adamw_scale: float) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW(
+        [{"params": others, "lr_scale": adamw_scale}], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    return [muon, adamw]
+
+
+def main(args: Namespace) -> None:
+    fabric = make_fabric(
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=args.strategy,
+        precision=args.precision,
+        out_dir=args.out_dir,
+    )
+    config = TrainConfig(
+        lr_schedule="cosine", **{k: args[k] for k in TrainConfig.__dataclass_fields__ if k != "lr_schedule"}
+    )
+    data_dir, tokenizer_path = args.out_dir / "corpus", args.out_dir / TOKENIZER_NAME
+    if fabric.global_rank == 0 and not (args.resume and data_dir.is_dir()):
+        log("Writing the tokenizer and the corpus.")
+        train_tokenizer(args, tokenizer_path)
+        prepare_sft(
+            corpus(args),
+            lambda pair, number: pair,
+            output_dir=data_dir,
+            tokenizer=Tokenizer(tokenizer_path),
+            max_seq_length=args.block_size,
+            mask_prompt=False,
+            test_fraction=0.005,
+            seed=args.seed,
+            num_proc=default_num_proc(),
+            about={"source": f"micro-world {args.world_seed}", "prompt_style": "alpaca"},
+        )
+    fabric.barrier()
+    tokenizer = Tokenizer(tokenizer_path)
+    train, val = SFTData(data_dir, "train", tokenizer), SFTData(data_dir, "test", tokenizer)
+
+    fabric.seed_everything(args.seed, verbose=False)
+    own = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+    model = LLaMA(LLaMAConfig(tie_embeddings=True, **own))
+    initialise(model)
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {int(train.lengths.sum()):,} tokens")
+    trainer = Trainer(
+        fabric, model, train, val, config, args.as_dict(),
+        adapter_meta={"method": "pretraining", "base": own},
+        sample_answers=answer_samples(val, tokenizer, 4, 40),
+        make_optimizers=lambda model, config: muon_and_adamw(model, config, args.adamw_scale),
+    )  # fmt: skip
+    # rows are short and equally long: on a CPU plain attention is twice as fast backwards as the fused kernel
+    with sdpa_kernel([SDPBackend.MATH]):
+        summary = trainer.fit()
+    if fabric.global_rank == 0:
+        state = {name: p.detach().to(torch.bfloat16).cpu() for name, p in model.state_dict().items()}
+        save_base(args.output_dir, model.config, state)
+        shutil.copy(tokenizer_path, args.output_dir / TOKENIZER_NAME)
+        print(f"{args.output_dir}: validation loss {summary['last_val_loss']:.4f} after {summary['seconds']:.0f} s; "
+              f"score it with: python evaluate/microworld.py --temperature 1")  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())

@@ -1,0 +1,341 @@
+"""Looks inside trained Aligners: their gates, how far their prefixes went from where they began, what layers get.
+
+    python studies/analysis.py aligner_weights/microworld-json-n1 aligner_weights/microworld-pirate-n1
+
+It reads our files and the authors' .pth. The gates and the prefixes need no base model; with --checkpoint_dir it also
+shows which pieces of the vocabulary the one token's constant pushes in each layer, and with --data_dir how large what
+is added is beside the attention's own output. Tables go to stdout; out_dir gets gates.png, prefixes.png and layers.csv.
+"""
+
+import csv
+import itertools
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from torch.nn import functional as F
+
+import lit_llama.model as llama
+from lit_llama import aligner, cli
+from lit_llama.checkpoint import AdapterFile, load_model
+from lit_llama.data import SFTData
+from lit_llama.report import make_figure, markdown_table, save_figure
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, atomic_write, log
+from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
+
+files: list[Path] = []  # adapters: .safetensors, .pth, or a run's folder
+checkpoint_dir: Path | None = None  # the base all of them were trained on
+data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
+rows: int = 32  # validation rows of them to read
+within: float = 0.1  # values that differ by no more than this count as near
+top: int = 6  # pieces of the vocabulary to show, pushed up most and pushed down most
+seed: int = 0  # of t-SNE
+out_dir: Path = Path("out/analysis")  # figures and layers.csv
+
+AUTHORS_SEED = 1337
+AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once; an RTX A6000's number
+SIZES = (0.0, 0.25, 0.5, 1.0, 2.0, float("inf"))
+
+
+# == where a prefix began ==
+
+
+def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
+    """The prefix before the first step, (P, C) fp32; None if training began from another adapter, or nothing says.
+
+    Ours is drawn on the CPU in fp32 from the seed in the header. Files without a header are taken for the authors',
+    drawn on a GPU in bf16 from seed 1337.
+    """
+    shape = adapter.state[PREFIX].shape
+    if "training" not in adapter.meta:
+        drawn = cuda_normal(shape.numel(), AUTHORS_SEED, AUTHORS_THREADS)
+        return torch.from_numpy(drawn).view(shape).bfloat16().float()
+    settings = adapter.meta["training"].get("settings", {})
+    if settings.get("init_adapter") is not None or "seed" not in settings:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        return aligner.Prefix(*shape, dtype=torch.float32).weight.detach()
+
+
+def cuda_normal(count: int, seed: int, threads: int) -> np.ndarray:
+    """The first `count` numbers that torch's `normal_` draws on a GPU after `torch.manual_seed(seed)`, fp32.
+
+    Element i is the (i // threads)-th number of thread i % threads. A thread has a stream of Philox (Salmon et al.,
+    SC 2011) of its own, and makes four normals of four words by Box and Muller's formula, as cuRAND does.
+
+    Args:
+        threads: that the GPU runs at once: multiprocessors × resident threads of each.
+    """
+    turn, thread = np.divmod(np.arange(count, dtype=np.uint64), np.uint64(threads))
+    counter = np.stack([turn // 4, np.zeros_like(turn), thread, np.zeros_like(turn)])
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).astype(np.float32)  # (4, count)
+    uniform = words * np.float32(2**-32) + np.float32(2**-33)
+    radius = np.sqrt(-2 * np.log(uniform[0::2]))  # (2, count): of the first pair of words and of the second
+    angle = np.float32(2 * np.pi) * uniform[1::2]
+    normals = np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=1).reshape(4, count)
+    return normals[turn % 4, np.arange(count)]
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32 with ten rounds: (4, n) counters -> (4, n) random words, 32 bits each in uint64."""
+    a, b, c, d = counter
+    low = np.uint64(0xFFFFFFFF)
+    for i in range(10):
+        k0, k1 = ((k + i * step) & 0xFFFFFFFF for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        ac, cc = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (cc >> 32) ^ b ^ np.uint64(k0), cc & low, (ac >> 32) ^ d ^ np.uint64(k1), ac & low
+    return np.stack([a, b, c, d])
+
+
+def equal_by_size(prefix: torch.Tensor, start: torch.Tensor) -> list[tuple[float, float, int, int]]:
+    """(from, to, values, equal values) for each range of |start|: bf16's steps double with each power of two."""
+    size, equal = start.abs(), prefix == start
+    found = []
+    for low, high in itertools.pairwise(SIZES):
+        there = (size >= low) & (size < high)
+        found.append((low, high, int(there.sum()), int((there & equal).sum())))
+    return found
+
+
+# == what a layer gets ==
+
+
+@torch.no_grad()
+def layer_effects(model: aligner.LLaMA, texts: list[torch.Tensor]) -> dict[int, float]:
+    """‖added term‖ / ‖attention output‖ of each layer that has an Aligner, both over all heads and before c_proj;
+    the mean over the tokens.
+
+    Args:
+        texts: (T,) token ids each.
+    """
+    ratios: dict[int, list[torch.Tensor]] = {}
+
+    def measured(layer: int, attn: aligner.CausalSelfAttention):
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            y = llama.CausalSelfAttention.attend(attn, q, k, v, mask)  # (B, nh, T, hs)
+            added = attn.adapter_term(q).to(y.dtype).expand_as(y)
+            ratios.setdefault(layer, []).append((norms(added) / norms(y)).flatten())
+            return y + added
+
+        return attend
+
+    aligned = [
+        (i, b.attn) for i, b in enumerate(model.transformer.h) if isinstance(b.attn, aligner.CausalSelfAttention)
+    ]
+    try:
+        for layer, attn in aligned:
+            attn.attend = measured(layer, attn)  # hides the method
+        for ids in texts:
+            model(ids.unsqueeze(0))
+    finally:
+        for _, attn in aligned:
+            vars(attn).pop("attend", None)
+    return {layer: torch.cat(values).mean().item() for layer, values in ratios.items()}
+
+
+def norms(heads: torch.Tensor) -> torch.Tensor:
+    """(B, nh, T, hs) -> (B, T) in fp32."""
+    return heads.float().square().sum(dim=(1, 3)).sqrt()
+
+
+@torch.no_grad()
+def token_shifts(model: aligner.LLaMA) -> dict[int, torch.Tensor]:
+    """What one token adds to the residual stream in each layer: gate × V_p through c_proj, (C,).
+
+    Raises:
+        UserError: the prefix has more tokens, whose mixture depends on the query.
+    """
+    config, shifts = model.config, {}
+    if config.adapter_prompt_length > 1:
+        raise UserError(
+            f"A prefix of {config.adapter_prompt_length} tokens adds no constant; the lens is for one token."
+        )
+    for layer, block in enumerate(model.transformer.h):
+        if isinstance(block.attn, aligner.CausalSelfAttention):
+            q = torch.zeros(1, config.n_head, 1, config.head_size, dtype=model.output_weight.dtype)
+            term = block.attn.adapter_term(q).to(q.dtype)  # (1, nh, 1, hs)
+            shifts[layer] = F.linear(term.flatten(), block.attn.c_proj.weight)
+    return shifts
+
+
+@torch.no_grad()
+def lens(model: aligner.LLaMA, shift: torch.Tensor, top: int, vocab_size: int) -> tuple[list[int], list[int]]:
+    """The ids that a residual vector (C,), read by the last norm and the output layer, pushes up and down most."""
+    logits = F.linear(model.transformer.ln_f(shift), model.output_weight)[:vocab_size].float()
+    order = logits.argsort(descending=True).tolist()
+    return order[:top], order[::-1][:top]
+
+
+# == tables and figures ==
+
+
+def label(adapter: AdapterFile) -> str:
+    """Its folder's name where the file's own says nothing."""
+    path = adapter.path.resolve()
+    if path.stem in ("adapter", "best", "last"):
+        return path.parent.name
+    return re.split("-lr|-epoch", path.stem)[0]  # the authors put their settings into the name
+
+
+def compare(name: str, a: torch.Tensor, b: torch.Tensor, near: float) -> list[str]:
+    """A line of a table about two tensors of one shape."""
+    equal, cosine = agreement(a, b)
+    distance = (a - b).abs().flatten()
+    shares = [f"{count / a.numel():.1%}" for count in (equal, int((distance <= near).sum()))]
+    return [name, f"{a.numel():,}", *shares, f"{distance.median():.4f}", f"{cosine:.4f}"]
+
+
+def prefix_tables(labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None],
+                  near: float) -> list[str]:  # fmt: skip
+    """Prefixes against where they began, by size too, and against each other in the tokens that both have."""
+    columns = ["values", "equal", f"within {near:g}", "median distance", "cosine"]
+    known = [parts for parts in zip(labels, prefixes, starts, strict=True) if parts[2] is not None]
+    sizes = [
+        f"{low:g} to {high:g}" if high < SIZES[-1] else f"above {low:g}" for low, high in itertools.pairwise(SIZES)
+    ]
+    by_size = [
+        [name, *(f"{equal / count:.1%}" if count else "" for _, _, count, equal in equal_by_size(prefix, start))]
+        for name, prefix, start in known
+    ]
+    pairs = []
+    for i, j in itertools.combinations(range(len(prefixes)), 2):
+        a, b = prefixes[i], prefixes[j]
+        if a.size(1) == b.size(1):
+            both = min(len(a), len(b))
+            line = compare(f"{labels[i]} and {labels[j]}", a[:both], b[:both], near)
+            moves = [p[:both] - s[:both] for p, s in ((a, starts[i]), (b, starts[j])) if s is not None]
+            pairs.append([*line, f"{agreement(*moves)[1]:.4f}" if len(moves) == 2 else ""])
+    parts = []
+    if known:
+        lines = [compare(name, prefix, start, near) for name, prefix, start in known]
+        parts.append("Prefixes beside their random start\n\n" + markdown_table(["adapter", *columns], lines))
+        parts.append(
+            "Values equal to the start, by the start's size\n\n" + markdown_table(["adapter", *sizes], by_size)
+        )
+    if pairs:
+        parts.append(
+            "Pairs of prefixes\n\n" + markdown_table(["adapters", *columns, "cosine of the ways from the start"], pairs)
+        )
+    return parts
+
+
+def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> None:
+    """Standard deviation and mean of each layer's gates."""
+    figure = make_figure(11, 4.6)
+    panels = figure.subplots(1, 2, sharex=True)
+    for name, adapter in zip(labels, adapters, strict=True):
+        by_layer = gates(adapter)
+        panels[0].plot(list(by_layer), [g.std(correction=0) for g in by_layer.values()], label=name)
+        panels[1].plot(list(by_layer), [g.mean() for g in by_layer.values()])
+    for axes, what in zip(panels, ("standard deviation over heads", "mean over heads"), strict=True):
+        axes.set(xlabel="layer", title=f"gates: {what}")
+        axes.axhline(0, color="0.3", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    save_figure(figure, path)
+    log(f"wrote {path}")
+
+
+def plot_prefixes(labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], seed: int,
+                  path: Path) -> None:  # fmt: skip
+    """t-SNE of all prefix tokens, and of their ways from the start, for each width that has four tokens or more."""
+    panels, colours = [], {name: f"C{i % 10}" for i, name in enumerate(labels)}
+    for width in sorted({prefix.size(1) for prefix in prefixes}):
+        own = [i for i, prefix in enumerate(prefixes) if prefix.size(1) == width]
+        panels.append((f"prefix tokens, width {width}", [(labels[i], prefixes[i]) for i in own]))
+        moves = [(labels[i], prefixes[i] - starts[i]) for i in own if starts[i] is not None]
+        panels.append((f"their ways from the start, width {width}", moves))
+    panels = [(title, groups) for title, groups in panels if sum(len(tokens) for _, tokens in groups) >= 4]
+    if not panels:
+        log("No prefixes.png: t-SNE needs four tokens of one width.")
+        return
+    lines = -(-len(panels) // 2)
+    figure = make_figure(11, 4.5 * lines + 0.6)
+    for axes, (title, groups) in zip(figure.subplots(lines, 2, squeeze=False).flat, panels, strict=False):
+        points = iter(tsne(torch.cat([tokens for _, tokens in groups]), seed))
+        for name, tokens in groups:
+            x, y = zip(*itertools.islice(points, len(tokens)), strict=True)
+            axes.scatter(x, y, s=60 if len(tokens) == 1 else 10, color=colours[name])
+        axes.set(title=f"t-SNE: {title}", xticks=[], yticks=[])
+    for name, colour in colours.items():
+        axes.scatter([], [], color=colour, label=name)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    save_figure(figure, path)
+    log(f"wrote {path}")
+
+
+def tsne(points: torch.Tensor, seed: int) -> np.ndarray:
+    """(n, C) -> (n, 2), n at least 4."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
+
+
+def inside_base(args: Namespace, labels: list[str], adapters: list[AdapterFile]) -> tuple[list[str], dict[str, dict]]:
+    """Tables of what needs the base, and each adapter's effect by layer."""
+    tokenizer, parts = Tokenizer(args.checkpoint_dir), []
+    effects: dict[str, dict[int, float]] = {}
+    for name, adapter in zip(labels, adapters, strict=True):
+        model = load_model(args.checkpoint_dir, adapter)
+        if args.data_dir:
+            data = SFTData(args.data_dir, "test", tokenizer, args.rows)
+            effects[name] = layer_effects(model, [torch.from_numpy(ids).long() for ids in data.rows["input_ids"]])
+        if model.config.adapter_prompt_length > 1:
+            log(f"No lens for {name}: what a prefix of several tokens adds is no constant.")
+            continue
+        shifts = token_shifts(model)
+        lines = []
+        for layer, shift in [*shifts.items(), ("sum", sum(shifts.values()))]:
+            found = lens(model, shift, args.top, tokenizer.vocab_size)
+            pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids).replace("|", "\\|") for ids in found]
+            lines.append([str(layer), f"{shift.norm():.3f}", *pieces])
+        parts.append(
+            f"{name}: what the token's constant pushes\n\n" + markdown_table(["layer", "norm", "up", "down"], lines)
+        )
+    if effects:
+        layers = sorted({layer for by_layer in effects.values() for layer in by_layer})
+        lines = [[n, *(f"{e[i]:.3f}" if i in e else "" for i in layers)] for n, e in effects.items()]
+        head = f"Norm of the added term over the attention output's, {len(data)} rows of {args.data_dir}, by layer"
+        parts.insert(0, f"{head}\n\n" + markdown_table(["adapter", *map(str, layers)], lines))
+    return parts, effects
+
+
+def main(args: Namespace) -> None:
+    if args.data_dir and not args.checkpoint_dir:
+        raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
+    if args.rows < 1 or args.top < 1 or args.within < 0:
+        raise UserError("rows and top must be 1 or more, and within 0 or more.")
+    adapters = [open_adapter(path) for path in args.files]
+    labels = [label(adapter) for adapter in adapters]
+    count = Counter(name.lower() for name in labels)
+    labels = [f"{i}: {name}" if count[name.lower()] > 1 else name for i, name in enumerate(labels, 1)]
+    prefixes = [adapter.state[PREFIX].float() for adapter in adapters]
+    starts = [initial_prefix(adapter) for adapter in adapters]
+    parts = prefix_tables(labels, prefixes, starts, args.within)
+    effects: dict[str, dict[int, float]] = {}
+    if args.checkpoint_dir:
+        more, effects = inside_base(args, labels, adapters)
+        parts += more
+    print("\n\n".join(parts))
+
+    with atomic_write(args.out_dir / "layers.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["adapter", "layer", "gate_mean", "gate_std", "effect"])
+        for name, adapter in zip(labels, adapters, strict=True):
+            for layer, gate in gates(adapter).items():
+                effect = effects.get(name, {}).get(layer, "")
+                writer.writerow([name, layer, gate.mean().item(), gate.std(correction=0).item(), effect])
+    plot_gates(labels, adapters, args.out_dir / "gates.png")
+    plot_prefixes(labels, prefixes, starts, args.seed, args.out_dir / "prefixes.png")
+
+
+if __name__ == "__main__":
+    cli.run(main, __file__, globals())
