@@ -39,7 +39,7 @@ def peak(args: Namespace) -> int:
     """Bytes of one forward and backward pass, the model included."""
     device, dtype = pick_device(args.accelerator, args.precision)
     before = resident()
-    model = load_model(args.checkpoint_dir, method=aligner, device=device, dtype=dtype)
+    model = load_model(args.checkpoint_dir, method="aligner", device=device, dtype=dtype)
     aligner.mark_only_adapter_as_trainable(model)
     idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=device)
     labels = idx.clone()

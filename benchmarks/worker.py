@@ -48,7 +48,7 @@ class Ours:
 
     def load(self) -> None:
         own = dict(adapter_prompt_length=self.n, adapter_start_layer=self.start)
-        method = dict(method=aligner, method_config=own) if self.n else {}
+        method = dict(method="aligner", method_config=own) if self.n else {}
         self.take(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
 
     def build(self, config: dict[str, Any]) -> None:

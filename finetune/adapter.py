@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from finetune import aligner
-from lit_llama import adapter, cli
+from lit_llama import cli
 
 INHERITS = (aligner, "Aligner")
 
@@ -25,7 +25,7 @@ adapter_start_layer: int = 2  # first layer that has a prefix, from 0
 # == Optimisation (a step is always an optimiser step) ==
 learning_rate: float = 3e-2  # peak of AdamW's learning rate
 
-main = partial(aligner.main, method=adapter)
+main = partial(aligner.main, method="adapter")
 
 if __name__ == "__main__":
     cli.run(main, __file__, globals())

@@ -6,14 +6,13 @@ name, or name a YAML file with --config (recipes of the paper: howto/recipes/).
 
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from jsonargparse import Namespace
 
-from lit_llama import aligner, cli
+from lit_llama import cli
 from lit_llama.data import SFTData
 from lit_llama.quantize import Quantize
 from lit_llama.report import print_summary
@@ -63,8 +62,8 @@ precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that h
 quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
-def main(args: Namespace, method: ModuleType = aligner) -> None:
-    """Trains an adapter of a method, a module of `lit_llama.checkpoint.METHODS`."""
+def main(args: Namespace, method: str = "aligner") -> None:
+    """Trains an adapter of a method, a name in `lit_llama.methods.METHODS`."""
     config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
     if args.data_dir == data_dir and not data_dir.exists():
         log(f"Writing the default dataset, {data_dir}, with scripts/prepare_microworld.py.")

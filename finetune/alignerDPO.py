@@ -16,7 +16,6 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.checkpoint import METHODS
 from lit_llama.data import plan_fixed_epoch
 from lit_llama.dpo import (
     DPOData,
@@ -163,7 +162,7 @@ def main(args: Namespace) -> None:
     train = DPOData(args.data_dir, "train", tokenizer, **loss)
     val = DPOData(args.data_dir, "test", tokenizer, args.eval_rows, **loss)
 
-    fabric, model, meta = start_finetuning(args, train.meta, METHODS[args.method])
+    fabric, model, meta = start_finetuning(args, train.meta, args.method)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     # a fresh adapter adds nothing to the base, but for a learnt prompt
     fresh = args.init_adapter is None and not model.n_virtual_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from finetune import aligner
-from lit_llama import bitfit, cli
+from lit_llama import cli
 
 INHERITS = (aligner, "Aligner")
 
@@ -21,7 +21,7 @@ out_dir: Path = Path("out/bitfit/microworld-pirate")  # everything the run write
 # == Optimisation (a step is always an optimiser step) ==
 learning_rate: float = 1e-1  # peak of AdamW's learning rate
 
-main = partial(aligner.main, method=bitfit)
+main = partial(aligner.main, method="bitfit")
 
 if __name__ == "__main__":
     cli.run(main, __file__, globals())

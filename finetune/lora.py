@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from finetune import aligner
-from lit_llama import cli, lora
+from lit_llama import cli
 
 INHERITS = (aligner, "Aligner")
 
@@ -26,7 +26,7 @@ lora_dropout: float = 0.05  # share of the inputs of an update that training lea
 # == Optimisation (a step is always an optimiser step) ==
 learning_rate: float = 3e-3  # peak of AdamW's learning rate
 
-main = partial(aligner.main, method=lora)
+main = partial(aligner.main, method="lora")
 
 if __name__ == "__main__":
     cli.run(main, __file__, globals())

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from finetune import aligner
-from lit_llama import cli, prompt_tuning
+from lit_llama import cli
 
 INHERITS = (aligner, "Aligner")
 
@@ -24,7 +24,7 @@ prompt_length: int = 10  # learnt vectors, each in the place of a token
 # == Optimisation (a step is always an optimiser step) ==
 learning_rate: float = 1e-1  # peak of AdamW's learning rate
 
-main = partial(aligner.main, method=prompt_tuning)
+main = partial(aligner.main, method="prompt_tuning")
 
 if __name__ == "__main__":
     cli.run(main, __file__, globals())

@@ -350,8 +350,7 @@ def load_with_bank(
     Raises:
         UserError: as `load_model`, or the bank is for a base of another shape.
     """
-    module = sys.modules[__name__]
-    model = load_model(checkpoint_dir, method=module, device=device, dtype=dtype, quantize=quantize)
+    model = load_model(checkpoint_dir, method=LLaMA, device=device, dtype=dtype, quantize=quantize)
     if model.config != bank.config:
         raise UserError(f"The bank is for a base of another shape than {checkpoint_dir}.")
     model.bank = bank

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from zipfile import is_zipfile
 
@@ -24,20 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lit_llama import adapter, aligner, bitfit, lora, model, prompt_tuning
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
 from lit_llama.utils import UserError, atomic_write
 
 CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
 WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
 META_KEY = "lit_llama"  # the header entry of our adapter files
-METHODS: dict[str, ModuleType] = {
-    "aligner": aligner,
-    "adapter": adapter,
-    "lora": lora,
-    "bitfit": bitfit,
-    "prompt_tuning": prompt_tuning,
-}
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -219,7 +212,7 @@ def weights_path(checkpoint_dir: Path) -> Path:
     )
 
 
-def save_base(checkpoint_dir: Path, config: model.LLaMAConfig, state: dict[str, torch.Tensor]) -> None:
+def save_base(checkpoint_dir: Path, config: LLaMAConfig, state: dict[str, torch.Tensor]) -> None:
     """Writes `lit_config.json` and `lit_model.safetensors` into a folder."""
     checkpoint_dir = Path(checkpoint_dir)
     with atomic_write(checkpoint_dir / WEIGHT_NAMES[0]) as path:
@@ -227,7 +220,7 @@ def save_base(checkpoint_dir: Path, config: model.LLaMAConfig, state: dict[str, 
     write_text(checkpoint_dir / CONFIG_NAME, config.to_json())
 
 
-def write_base(checkpoint_dir: Path, config: model.LLaMAConfig, tensors: dict[str, LazyTensor]) -> None:
+def write_base(checkpoint_dir: Path, config: LLaMAConfig, tensors: dict[str, LazyTensor]) -> None:
     """As `save_base`, one tensor at a time."""
     Path(checkpoint_dir).mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Writing", unit="B", unit_scale=True) as bar:
@@ -250,7 +243,7 @@ def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is no checkpoint.
     """
-    config = model.LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
+    config = LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
     names = [f"transformer.h.{i}.rms_{n}.scale" for i in range(config.n_layer) for n in (1, 2)]
     names += ["transformer.ln_f.scale", "transformer.wte.weight"]
     names += [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, config.n_layer - 1)]
@@ -293,9 +286,9 @@ class AdapterFile:
 
     def _read_off(self) -> tuple[str, dict[str, Any]]:
         """Method and configuration of a file without a header."""
-        for name, module in METHODS.items():
+        for name, network_class in METHODS.items():
             try:
-                config = module.LLaMA.config_from_state(self.state)
+                config = network_class.config_from_state(self.state)
             except UserError as error:
                 raise UserError(f"{self.path} cannot be used: {error}") from None
             if config is not None:
@@ -344,19 +337,19 @@ def load_model(
     checkpoint_dir: Path,
     adapter: AdapterFile | None = None,
     *,
-    method: ModuleType | None = None,
+    method: str | type[LLaMA] | None = None,
     method_config: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
-) -> model.LLaMA:
+) -> LLaMA:
     """A base model, plain, with a trained adapter, or with a fresh one of `method`.
 
     Args:
         checkpoint_dir: the base model's folder.
         adapter: trained weights; they say by which method and with which configuration.
-        method, method_config: the module of a method (`lit_llama.aligner`) and its own configuration, for a fresh
-            adapter.
+        method, method_config: the method of a fresh adapter, by its name in `METHODS` or by its class, and its
+            configuration.
         dtype: of the frozen base; adapter parameters are fp32 always.
         quantize: how the base's projections are held, a `lit_llama.quantize.Quantize`; they compute in `dtype`.
 
@@ -365,13 +358,13 @@ def load_model(
             quantised.
     """
     if adapter is not None:
-        method, method_config = METHODS[adapter.method], adapter.config
-    module = method or model
-    config = module.LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME, **(method_config or {}))
+        method, method_config = adapter.method, adapter.config
+    network_class = METHODS[method] if isinstance(method, str) else method or LLaMA
+    config = network_class.config_class.from_json(Path(checkpoint_dir) / CONFIG_NAME, **(method_config or {}))
     if adapter is not None:
         check_base(adapter, checkpoint_dir, config)
     with torch.device("meta"):
-        network = module.LLaMA(config)
+        network = network_class(config)
     device = torch.device(device)
     waiting = set()
     if quantize is not None:
@@ -401,7 +394,7 @@ def load_model(
     return network.to(device)
 
 
-def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: model.LLaMAConfig) -> None:
+def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig) -> None:
     """Refuses an adapter that was trained on another base.
 
     Raises:

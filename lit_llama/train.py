@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -29,10 +28,11 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_llama import aligner
-from lit_llama.checkpoint import METHODS, base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
 from lit_llama.data import SFTData, plan_epoch
 from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, generate
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import MetricsLog, Progress, plot_losses
 from lit_llama.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
 
 
 def start_finetuning(
-    args: Namespace, prepared: dict[str, Any], method: ModuleType = aligner
+    args: Namespace, prepared: dict[str, Any], method: str = "aligner"
 ) -> tuple[Fabric, LLaMA, dict[str, Any]]:
     """What the finetuning scripts begin with: Fabric, the model with a fresh or the initial adapter, and what the
     trained adapter's file shall say of itself.
@@ -176,18 +176,17 @@ def start_finetuning(
     Args:
         args: a script's settings, the method's own among them; the initial adapter's replace these.
         prepared: `meta.json` of the data.
-        method: a module of `lit_llama.checkpoint.METHODS`.
+        method: a name in `lit_llama.methods.METHODS`.
 
     Raises:
         UserError: a file is missing or does not fit, is of another method, or Fabric refuses a setting.
     """
-    method_name = next(name for name, module in METHODS.items() if module is method)
     adapter = None if args.init_adapter is None else read_adapter(args.init_adapter)
-    if adapter is not None and adapter.method != method_name:
+    if adapter is not None and adapter.method != method:
         raise UserError(
-            f"{adapter.path} was made by the method {adapter.method!r} and cannot start a training of {method_name!r}."
+            f"{adapter.path} was made by the method {adapter.method!r} and cannot start a training of {method!r}."
         )
-    own = method_config(method, args, method_name)
+    own = method_config(method, args)
     if adapter is not None:
         own = adapter.config
         args.update(Namespace({name: value for name, value in own.items() if name in args}))
@@ -207,7 +206,7 @@ def start_finetuning(
     aligner.mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = args.gradient_checkpointing
     meta = {
-        "method": method_name,
+        "method": method,
         "config": own,
         "base": base_fingerprint(args.checkpoint_dir),
         "prompt_style": prepared["prompt_style"],
@@ -216,18 +215,18 @@ def start_finetuning(
     return fabric, model, meta
 
 
-def method_config(method: ModuleType, args: Namespace, name: str) -> dict[str, Any]:
+def method_config(method: str, args: Namespace) -> dict[str, Any]:
     """The method's own configuration: a script's settings of these names, what its `method_config` says, or defaults.
 
     Raises:
         UserError: `method_config` has a name that is none of the method's.
     """
     of_base = {field.name for field in fields(LLaMAConfig)}
-    own = {f.name: args.get(f.name, f.default) for f in fields(method.LLaMAConfig) if f.name not in of_base}
+    own = {f.name: args.get(f.name, f.default) for f in fields(METHODS[method].config_class) if f.name not in of_base}
     further = args.get("method_config") or {}
     if unknown := sorted(further.keys() - own.keys()):
         known = f"it has {', '.join(own)}" if own else "it has none"
-        raise UserError(f"method_config: {unknown[0]!r} is no setting of the method {name!r}; {known}.")
+        raise UserError(f"method_config: {unknown[0]!r} is no setting of the method {method!r}; {known}.")
     return {**own, **further}
 
 

@@ -14,7 +14,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.checkpoint import METHODS
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
@@ -32,7 +32,7 @@ ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.meth
 def count(name: str, variant: Variant) -> int:
     """Trainable parameters of a method beside a base of that name."""
     with torch.device("meta"):
-        network = METHODS[variant.method].LLaMA.from_name(name, **variant.settings)
+        network = METHODS[variant.method].from_name(name, **variant.settings)
     return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_parameter(key))
 
 

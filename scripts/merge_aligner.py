@@ -23,7 +23,6 @@ from jsonargparse import Namespace
 from lit_llama import cli, lora
 from lit_llama.checkpoint import (
     CONFIG_NAME,
-    METHODS,
     AdapterFile,
     LazyTensor,
     base_fingerprint,
@@ -36,6 +35,7 @@ from lit_llama.checkpoint import (
     write_text,
 )
 from lit_llama.hf import check_fit, copy_tokenizer, fitting_tokenizer, parameters, to_hf, without_tied_head, write_hf
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError, atomic_write, log
 
@@ -67,9 +67,9 @@ def own_config(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMAConfig:
         )
     config = LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME)
     check_base(adapter, checkpoint_dir, config)
-    method = METHODS[adapter.method]
+    network_class = METHODS[adapter.method]
     with torch.device("meta"):
-        network = method.LLaMA(method.LLaMAConfig.from_json(checkpoint_dir / CONFIG_NAME, **adapter.config))
+        network = network_class(network_class.config_class.from_json(checkpoint_dir / CONFIG_NAME, **adapter.config))
     network.load_state_dict(adapter.state, assign=True)
     return config
 

@@ -48,7 +48,7 @@ class Variant:
 
     Args:
         label: what tables and figures call it.
-        method: of `lit_llama.checkpoint.METHODS`; the script is finetune/METHOD.py.
+        method: of `lit_llama.methods.METHODS`; the script is finetune/METHOD.py.
         settings: its own flags.
     """
 

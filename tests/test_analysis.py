@@ -65,7 +65,7 @@ def test_threads_take_turns():
 def test_our_start_is_what_training_starts_from(base_dir):
     config = {"adapter_prompt_length": 3, "adapter_start_layer": 1}
     torch.manual_seed(5)
-    fresh = load_model(base_dir, method=aligner, method_config=config).global_value_embedding.weight
+    fresh = load_model(base_dir, method="aligner", method_config=config).global_value_embedding.weight
     settings = {"seed": 5, "init_adapter": None}
     adapter = AdapterFile({PREFIX: torch.zeros(3, 32)}, {"training": {"settings": settings}})
     before = torch.get_rng_state()

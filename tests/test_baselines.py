@@ -14,9 +14,10 @@ import torch
 import toys
 
 from lit_llama import adapter, aligner, bitfit, cli, generation, lora, prompt_tuning
-from lit_llama.checkpoint import METHODS, load_model, read_adapter, save_adapter
+from lit_llama.checkpoint import load_model, read_adapter, save_adapter
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
+from lit_llama.methods import METHODS
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
 
@@ -135,15 +136,15 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(method, base_dir):
     for dtype in (torch.float32, torch.bfloat16):
         base = load_model(base_dir, dtype=dtype)
         torch.manual_seed(3)
-        network = load_model(base_dir, method=BASELINES[method], dtype=dtype)
+        network = load_model(base_dir, method=method, dtype=dtype)
         assert torch.equal(network(idx), base(idx)) != (method == "prompt_tuning")
         torch.manual_seed(3)
-        again = load_model(base_dir, method=BASELINES[method], dtype=dtype)
+        again = load_model(base_dir, method=method, dtype=dtype)
         assert all(torch.equal(p, q) for p, q in zip(network.parameters(), again.parameters(), strict=True))
 
 
 def test_a_learnt_prompt_starts_as_tokens_that_the_tokenizer_has(base_dir):
-    network = load_model(base_dir, method=prompt_tuning, method_config={"prompt_length": 20})
+    network = load_model(base_dir, method="prompt_tuning", method_config={"prompt_length": 20})
     wte = network.transformer.wte.weight[: network.config.vocab_size]
     same = (network.prompt_embedding.weight[:, None] == wte[None]).all(-1)  # (P, V)
     assert same.any(-1).all() and len(set(same.int().argmax(-1).tolist())) > 10
@@ -163,7 +164,7 @@ def test_the_updates_of_lora_start_at_zero_from_a_drawn_A():
 
 @each_method
 def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, base_dir):
-    network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
+    network = load_model(base_dir, method=method, method_config=OWN[method])
     own = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
     file, base, idx = read_adapter(tmp_path / "a.safetensors"), load_model(base_dir), toys.token_ids(2, 15)
@@ -302,7 +303,7 @@ COUNTS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_parameter_counts(method, size):
     with torch.device("meta"):
-        network = METHODS[method].LLaMA.from_name(size)
+        network = METHODS[method].from_name(size)
     count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_parameter(name))
     assert count == COUNTS[method][size]
     published = {("adapter", "7B"): 1_229_760, ("lora", "7B"): 4_194_304, ("bitfit", "7B"): 131_072}
@@ -357,7 +358,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
 
 @each_method
 def test_a_file_comes_back_by_its_header(method, tmp_path, base_dir):
-    network = load_model(base_dir, method=BASELINES[method], method_config=OWN[method])
+    network = load_model(base_dir, method=method, method_config=OWN[method])
     state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     network.load_state_dict(state)
     save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": OWN[method]})
@@ -454,7 +455,7 @@ def test_answers_beside_the_base(method, runs, run_script, refused, base_dir, ca
 @each_method
 def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
     base = Path(__file__).parents[1] / "checkpoints" / "microworld"
-    network = load_model(base, method=BASELINES[method])
+    network = load_model(base, method=method)
     state = {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     config = {"lora": {"lora_r": 8, "lora_alpha": 16}}.get(method, {})
     save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": config, "prompt_style": "alpaca"})
@@ -518,7 +519,7 @@ def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_pat
     toys.randomize(base)
     save_base(tmp_path / "base", base.config, base.state_dict())
     (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    network = load_model(tmp_path / "base", method=BASELINES[method], method_config=OWN[method])
+    network = load_model(tmp_path / "base", method=method, method_config=OWN[method])
     own = {
         name: 0.3 * torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)
     }
@@ -575,7 +576,7 @@ def test_a_script_inherits_settings_but_those_of_the_other_method():
         script = script_of(method)
         settings = cli.read_settings(Path(script.__file__), vars(script))
         names = [s.name for s in settings]
-        own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].LLaMAConfig.__mro__[1]
+        own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].config_class.__mro__[1]
                .__dataclass_fields__]  # fmt: skip
         assert set(names) == set(parent) - {"adapter_prompt_length", "adapter_start_layer"} | set(own)
         assert len(names) == len(set(names))

@@ -79,7 +79,7 @@ def test_a_fresh_adapter_changes_nothing(tmp_path):
     base = make_base(tmp_path / "base")
     torch.manual_seed(0)
     own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
-    fresh, plain = load_model(base, method=aligner, method_config=own), load_model(base)
+    fresh, plain = load_model(base, method="aligner", method_config=own), load_model(base)
     assert fresh.global_value_embedding.weight.shape == (2, 16) and fresh.global_value_embedding.weight.std() > 0.5
     idx = torch.arange(10).unsqueeze(0)
     assert torch.equal(fresh(idx), plain(idx))

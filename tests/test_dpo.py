@@ -19,7 +19,7 @@ def policy(base_dir):
     """An Aligner with open gates on the tiny base, its base frozen."""
     torch.manual_seed(0)
     own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
-    model = load_model(base_dir, method=aligner, method_config=own)
+    model = load_model(base_dir, method="aligner", method_config=own)
     for attn in model.aligned_attention():
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
@@ -164,7 +164,7 @@ def test_losses_against_a_reference_that_is_another_model(policy, base_dir, pref
     """The sums, and the gradients, are those of two whole models run apart."""
     data = DPOData(preference_dir, "train", beta=0.3, sft_weight=0.7)
     reference = load_model(
-        base_dir, method=aligner, method_config={"adapter_prompt_length": 2, "adapter_start_layer": 1}
+        base_dir, method="aligner", method_config={"adapter_prompt_length": 2, "adapter_start_layer": 1}
     )
     state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
     reference.load_state_dict(state)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from lit_llama import lora
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from studies.probe import Share, plot, recovered, report, row_scores, split_training_rows
@@ -93,7 +92,7 @@ def test_scores_of_each_row(base_dir, data_dir):
 
 def test_scores_are_without_dropout(base_dir, data_dir):
     torch.manual_seed(0)
-    model, data = load_model(base_dir, method=lora, method_config={"lora_dropout": 0.5}), SFTData(data_dir, "test")
+    model, data = load_model(base_dir, method="lora", method_config={"lora_dropout": 0.5}), SFTData(data_dir, "test")
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_()

@@ -150,7 +150,7 @@ def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
     # int8 chooses the columns it leaves unquantised for a batch together
     assert answers == alone if mode == "nf4" else [len(answer) for answer in answers] == [5, 5]
 
-    network = load_model(wide_dir, method=lora, quantize=mode)
+    network = load_model(wide_dir, method="lora", quantize=mode)
     assert type(network.transformer.h[0].attn.c_attn) is lora.LoRALinear
     assert type(network.transformer.h[0].attn.c_proj) is not torch.nn.Linear
     aligner.mark_only_adapter_as_trainable(network)

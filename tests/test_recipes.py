@@ -16,6 +16,7 @@ from lit_llama import checkpoint, cli
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.data import SFTData
+from lit_llama.methods import METHODS
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import TrainConfig, lr_at
 
@@ -253,7 +254,7 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     (workplace / "head_bias.py").write_text(method, encoding="utf-8")
     module = load_script(workplace / "head_bias.py", "head_bias")
     base = Path("checkpoints/microworld")
-    model = load_model(base, method=module, method_config={"adapter_start_layer": 1})
+    model = load_model(base, method=module.LLaMA, method_config={"adapter_start_layer": 1})
     idx = torch.arange(3, 23).reshape(2, 10)
     assert torch.equal(model(idx), load_model(base)(idx))
 
@@ -270,7 +271,7 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     assert all(grad.abs().sum() > 0 for grad in trained.values())
 
     # what is saved comes back by its name alone, once METHODS knows it
-    monkeypatch.setitem(checkpoint.METHODS, "head_bias", module)
+    monkeypatch.setitem(METHODS, "head_bias", module.LLaMA)
     state = {name: torch.randn_like(grad) for name, grad in trained.items()}
     save_adapter(Path("a.safetensors"), state, {"method": "head_bias", "config": {"adapter_start_layer": 1}})
     loaded = load_model(base, checkpoint.read_adapter(Path("a.safetensors")))

@@ -51,7 +51,7 @@ def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     own = {"adapter_prompt_length": length, "adapter_start_layer": 1}
     torch.manual_seed(0)
-    model = load_model(base_dir, method=aligner, method_config=own, dtype=dtype)
+    model = load_model(base_dir, method="aligner", method_config=own, dtype=dtype)
     for attn in model.aligned_attention():
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
