@@ -1,0 +1,353 @@
+"""What the evaluations share: loading a model with or without an adapter, batched answers, and a folder of results.
+
+An evaluation writes three files into its output folder:
+
+    answers.jsonl   one record per question with the settings that made it, appended batch by batch
+    summary.json    scores, intervals, statistics of the answers, and settings
+    summary.md      the same as a table
+
+An evaluation that was stopped continues where it stopped when it is started again with the same settings.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_llama.chat import pick_device
+from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter, versions, write_text
+from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
+from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.quantize import Quantize
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log, unwritable
+
+ANSWERS, SUMMARY, TABLE = "answers.jsonl", "summary.json", "summary.md"
+IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the parts of a resumed evaluation
+
+
+@dataclass
+class ModelSettings:
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter: Path | None = None  # adapter file or training run's folder, of any method (default: the base model alone)
+    strength: float = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
+    prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's; alpaca for a base)
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
+
+@dataclass
+class EvaluatedModel:
+    """A loaded model and what identifies it.
+
+    Args:
+        model, tokenizer: loaded.
+        style: how an instruction becomes a prompt.
+        made_by: JSON; base, adapter, their hashes, strength, precision, prompt style and versions.
+    """
+
+    model: LLaMA
+    tokenizer: Tokenizer
+    style: PromptStyle
+    made_by: dict[str, Any]
+
+
+def load(settings: ModelSettings) -> EvaluatedModel:
+    """Load a base model with or without an adapter.
+
+    Raises:
+        UserError: a file is missing or damaged, the adapter belongs to another base, or a setting is out of range.
+    """
+    if settings.adapter is None and settings.strength != 1:
+        raise UserError("--strength scales an adapter; give --adapter too.")
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    adapter = read_adapter(settings.adapter) if settings.adapter else None
+    style = get_prompt_style(settings.prompt_style or (adapter and adapter.meta.get("prompt_style")) or "alpaca")
+    model = load_model(settings.checkpoint_dir, adapter, device=device, dtype=dtype, quantize=settings.quantize)
+    scale_adapter(model, settings.strength)
+    made_by = {
+        "base": str(settings.checkpoint_dir),
+        "base_weights": base_fingerprint(settings.checkpoint_dir)["weights"],
+        **describe_adapter(adapter, settings.strength),
+        "prompt_style": style.name,
+        "precision": str(dtype).removeprefix("torch."),
+        "quantize": settings.quantize,
+        "device": device.type,
+        "versions": versions(),
+    }
+    return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style, made_by)
+
+
+def describe_adapter(adapter: AdapterFile | None, strength: float) -> dict[str, Any]:
+    """Return what identifies an adapter, as JSON; `{"adapter": None}` for a base model alone."""
+    if adapter is None:
+        return {"adapter": None}
+    return {
+        "adapter": str(adapter.path),
+        "adapter_sha256": hashlib.sha256(adapter.path.read_bytes()).hexdigest(),
+        "method": adapter.method,
+        "adapter_config": adapter.config,
+        "strength": strength,
+    }
+
+
+def scale_adapter(model: LLaMA, strength: float) -> None:
+    if strength != 1:
+        for name, p in model.named_parameters():
+            if model.is_adapter_parameter(name):
+                p.data = model.scaled_parameter(name, p.data, strength)
+
+
+class JsonLines:
+    """A JSON-lines file that grows by complete records: a program that is killed loses at most the last one.
+
+    Args:
+        path: the file, read if it exists. An incomplete last line is ignored, and removed by the first `append`.
+
+    Raises:
+        UserError: another line is not a JSON object (with its number).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.records: list[dict[str, Any]] = []
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        self.incomplete = len(content) - (content.rfind(b"\n") + 1)  # bytes of the last line
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{self.path}, line {number} is not a JSON object; move the file away and run again.")
+            self.records.append(record)
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records to the disk.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.incomplete:
+                os.truncate(self.path, self.path.stat().st_size - self.incomplete)
+                self.incomplete = 0
+            with self.path.open("ab") as file:
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) or error from None
+        self.records += records
+
+
+class Results:
+    """The output folder of one evaluation.
+
+    Args:
+        output_dir: the folder, made when the first record is written.
+        made_by: the settings that determine an answer, as JSON; each record repeats them.
+        overwrite: replace the results of other settings. Other files in the folder are never touched.
+
+    Raises:
+        UserError: the folder has results of other settings, or an `answers.jsonl` that is not an evaluation's.
+    """
+
+    def __init__(self, output_dir: Path, made_by: dict[str, Any], overwrite: bool = False) -> None:
+        self.output_dir = Path(output_dir)
+        self.made_by = json.loads(json.dumps(made_by, default=str))
+        self.overwrite = overwrite
+        self.file = JsonLines(self.output_dir / ANSWERS)
+        if any("made_by" not in record or "id" not in record for record in self.file.records):
+            raise UserError(f"{self.file.path} was not written by an evaluation; choose another --output_dir.")
+        for record in self.file.records:
+            if differing := self._differing(record["made_by"]):
+                self._replace(differing)
+                break
+        self.by_id = {record["id"]: record for record in self.file.records}
+
+    def _differing(self, made_by: dict[str, Any]) -> str:
+        """Describe the first setting that differs from a record's; empty if none does."""
+        for name in sorted((self.made_by.keys() | made_by.keys()) - IDENTIFIED_OTHERWISE):
+            was, now = made_by.get(name), self.made_by.get(name)
+            if was != now:
+                return f"of other settings ({name} was {was}, is now {now})"
+        return ""
+
+    def _replace(self, reason: str) -> None:
+        """Remove the results, if the user allows it.
+
+        Raises:
+            UserError: without `overwrite`.
+        """
+        if not self.overwrite:
+            raise UserError(
+                f"{self.output_dir} holds results {reason}; choose another --output_dir, or replace them with "
+                "--overwrite true."
+            )
+        log(f"note: replacing the results {reason} in {self.output_dir}.")
+        for name in (ANSWERS, SUMMARY, TABLE):
+            (self.output_dir / name).unlink(missing_ok=True)
+        self.file, self.by_id = JsonLines(self.output_dir / ANSWERS), {}
+
+    def answered(self, prompts: dict[Any, str]) -> set[Any]:
+        """Return the ids that have a record already.
+
+        Args:
+            prompts: the prompt of each id.
+
+        Raises:
+            UserError: a record answers another prompt.
+        """
+        done = prompts.keys() & self.by_id.keys()
+        other = [id for id in done if self.by_id[id].get("prompt") != prompts[id]]
+        if other:
+            self._replace(f"of other questions (for example, question {other[0]} has another prompt)")
+            return set()
+        return done
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Append records, each with its `id` and `prompt`, to the file."""
+        records = [{**record, "made_by": self.made_by} for record in records]
+        self.file.append(*records)
+        self.by_id.update({record["id"]: record for record in records})
+
+    def finish(self, summary: dict[str, Any], table: str) -> None:
+        """Write `summary.json` and `summary.md`."""
+        summary = {**summary, "made_by": self.made_by}
+        write_text(self.output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_text(self.output_dir / TABLE, table.rstrip() + "\n")
+        log(f"wrote {self.output_dir}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark.
+
+    Args:
+        id: unique within the benchmark, an int or a str.
+        prompt: the complete text that the model continues.
+        details: further fields of the question's record.
+    """
+
+    id: int | str
+    prompt: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def drop_long(evaluated: EvaluatedModel, questions: list[Question], *, skip: bool, reserve: int = 1) -> list[Question]:
+    """Return the questions whose prompts leave room for `reserve` tokens in the model's context, and report the others.
+
+    Raises:
+        UserError: a prompt is too long and `skip` is False, or all are too long.
+    """
+    limit = evaluated.model.max_tokens - reserve
+    lengths = [len(evaluated.tokenizer.encode(question.prompt, bos=True)) for question in questions]
+    fitting = [question for question, length in zip(questions, lengths, strict=True) if length <= limit]
+    n_long = len(questions) - len(fitting)
+    if n_long:
+        text = f"{n_long} of {len(questions)} prompts are longer than {limit} tokens (the longest has {max(lengths)})"
+        if not skip or not fitting:
+            remedy = "" if skip else ", or skip them with --skip_long true"
+            raise UserError(f"{text}; use a model with a longer context{remedy}.")
+        log(f"note: {text}; they are skipped and not scored.")
+    return fitting
+
+
+def answer_questions(
+    evaluated: EvaluatedModel,
+    questions: list[Question],
+    sampling: Sampling,
+    results: Results,
+    *,
+    batch_size: int,
+    desc: str = "Answering",
+) -> list[dict[str, Any]]:
+    """Answer the questions that have no record yet, longest prompts first, and return the records of all.
+
+    A record has `id`, `prompt`, the question's details, `answer` (text before the first stop text, stripped),
+    `tokens` (of the answer), `ended` (by the model, not by a limit), `seconds` (the batch's time over its rows) and
+    `made_by`.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
+    encode = evaluated.tokenizer.encode
+    done = results.answered({question.id: question.prompt for question in questions})
+    encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}
+    order = sorted(encoded, key=lambda i: -len(encoded[i]))  # a batch that does not fit into memory fails at once
+    with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
+        for start in range(0, len(order), batch_size):
+            rows, began = order[start : start + batch_size], time.perf_counter()
+            answers = answer_batch(evaluated, [encoded[i] for i in rows], sampling, rows)
+            seconds = round((time.perf_counter() - began) / len(rows), 4)
+            results.add(
+                *(
+                    {"id": q.id, "prompt": q.prompt, **q.details, **answer, "seconds": seconds}
+                    for q, answer in zip((questions[i] for i in rows), answers, strict=True)
+                )
+            )
+            bar.update(len(rows))
+    return [results.by_id[question.id] for question in questions]
+
+
+def answer_batch(
+    evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, rows: list[int]
+) -> list[dict[str, Any]]:
+    """Answer token ids; `rows` are the prompts' numbers for the seeds of sampling."""
+    model, tokenizer, stop = evaluated.model, evaluated.tokenizer, evaluated.style.stop
+
+    def finished(ids: list[int]) -> bool:
+        return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
+
+    answers = []
+    for prompt, ids in zip(
+        prompts, generate(model, prompts, sampling, tokenizer.stop_ids, finished, rows), strict=True
+    ):
+        text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
+        # a stop token is not among the ids, so an answer that one ended is shorter than the limit
+        limit = min(sampling.max_new_tokens, remaining_context(model, prompt))
+        answers.append({"answer": text.strip(), "tokens": len(ids), "ended": stopped or len(ids) < limit})
+    return answers
+
+
+def answer_statistics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of answers that ended by themselves, their mean length in tokens, and tokens per second."""
+    tokens, seconds = sum(r["tokens"] for r in records), sum(r["seconds"] for r in records)
+    return {
+        "ended_share": sum(r["ended"] for r in records) / len(records),
+        "mean_tokens": tokens / len(records),
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+    }
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of `values`, resampled with replacement.
+
+    Only how often each distinct value is drawn matters, so the counts are drawn from a multinomial distribution.
+    """
+    distinct, counts = np.unique(np.asarray(values, float), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
+    low, high = np.quantile(drawn @ distinct / counts.sum(), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table; the first column is aligned left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

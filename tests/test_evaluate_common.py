@@ -1,0 +1,99 @@
+"""What the evaluations share: results that survive a stopped run, answers, statistics."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluate import common
+from evaluate.common import JsonLines, ModelSettings, Question, Results, answer_questions, bootstrap_interval
+from lit_llama.generation import Sampling
+from lit_llama.utils import UserError
+
+
+@pytest.fixture(scope="module")
+def evaluated(base_dir):
+    return common.load(ModelSettings(checkpoint_dir=base_dir, prompt_style="plain", accelerator="cpu"))
+
+
+QUESTIONS = [Question(f"q{i}", "the cat " * (1 + i % 3) + str(i), {"number": i}) for i in range(5)]
+
+
+def answers(evaluated, folder: Path, questions=QUESTIONS, max_new_tokens: int = 6, **kwargs) -> list[dict]:
+    results = Results(folder, {**evaluated.made_by, "max_new_tokens": max_new_tokens}, **kwargs)
+    return answer_questions(evaluated, questions, Sampling(max_new_tokens), results, batch_size=2)
+
+
+def test_each_record_has_its_question_answer_and_settings(evaluated, tmp_path, base_dir):
+    records = answers(evaluated, tmp_path)
+    assert [r["id"] for r in records] == [q.id for q in QUESTIONS]
+    assert [r["number"] for r in records] == list(range(5))
+    assert all(r["made_by"]["base"] == str(base_dir) and r["made_by"]["max_new_tokens"] == 6 for r in records)
+    assert all(0 <= r["tokens"] <= 6 and r["ended"] == (r["tokens"] < 6) for r in records)
+    statistics = common.answer_statistics(records)
+    assert statistics["mean_tokens"] == pytest.approx(np.mean([r["tokens"] for r in records]))
+
+
+def test_a_stopped_run_continues_and_gives_the_same_answers(evaluated, tmp_path):
+    complete = answers(evaluated, tmp_path / "complete")
+    path = tmp_path / "stopped" / common.ANSWERS
+    answers(evaluated, path.parent, QUESTIONS[:3])
+    with path.open("a") as file:
+        file.write('{"id": "q3", "prompt": "the')  # killed while writing
+    before = path.read_text().splitlines()[:3]
+    resumed = answers(evaluated, path.parent)
+    assert [r["answer"] for r in resumed] == [r["answer"] for r in complete]
+    lines = path.read_text().splitlines()
+    assert lines[:3] == before and len(lines) == 5
+    assert sorted(json.loads(line)["id"] for line in lines) == [q.id for q in QUESTIONS]
+
+
+def test_results_of_other_settings_are_kept(evaluated, tmp_path):
+    answers(evaluated, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"max_new_tokens was 6, is now 5.*--overwrite true"):
+        answers(evaluated, tmp_path, max_new_tokens=5)
+    other = [Question("q0", "the dog")]
+    with pytest.raises(UserError, match="question q0 has another prompt"):
+        answers(evaluated, tmp_path, other)
+    assert len(JsonLines(tmp_path / common.ANSWERS).records) == 5
+    assert [r["prompt"] for r in answers(evaluated, tmp_path, other, overwrite=True)] == ["the dog"]
+    assert len(JsonLines(tmp_path / common.ANSWERS).records) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
+    path = tmp_path / common.ANSWERS
+    path.write_text('{"answer": "mine"}\n')
+    with pytest.raises(UserError, match="was not written by an evaluation"):
+        answers(evaluated, tmp_path, overwrite=True)
+    path.write_text("mine\n")
+    with pytest.raises(UserError, match="line 1 is not a JSON object"):
+        answers(evaluated, tmp_path, overwrite=True)
+    assert path.read_text() == "mine\n"
+
+
+def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
+    long = Question("long", "the cat " * 60)
+    kept = common.drop_long(evaluated, [*QUESTIONS, long], skip=True)
+    assert kept == QUESTIONS
+    assert "1 of 6 prompts are longer than 63 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--skip_long true"):
+        common.drop_long(evaluated, [*QUESTIONS, long], skip=False)
+    with pytest.raises(UserError, match="use a model with a longer context"):
+        common.drop_long(evaluated, [long], skip=True)
+
+
+def test_the_interval_is_the_bootstrap_of_the_mean():
+    """Against resampling row by row."""
+    rng = np.random.default_rng(1)
+    values = rng.choice([0, 0.5, 1], p=[0.5, 0.2, 0.3], size=80)
+    means = [rng.choice(values, size=80).mean() for _ in range(20_000)]
+    assert bootstrap_interval(values) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert bootstrap_interval([1, 1, 1]) == (1, 1)
+
+
+def test_a_strength_needs_an_adapter(base_dir):
+    with pytest.raises(UserError, match="give --adapter"):
+        common.load(ModelSettings(checkpoint_dir=base_dir, strength=0.5))
