@@ -78,7 +78,7 @@ def main(args: Namespace, method: str = "aligner") -> None:
             f"{trainer.max_steps} steps")  # fmt: skip
     summary = trainer.fit()
     if fabric.global_rank == 0:
-        command = ["python", f"generate/{meta['method']}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
+        command = ["python", "generate/aligner.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
         command += ["--adapter", f"{args.out_dir}", *(["--quantize", args.quantize] if args.quantize else [])]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 

@@ -179,7 +179,7 @@ def main(args: Namespace) -> None:
         plot_metrics(args.out_dir / "metrics.csv", args.out_dir / "metrics.png", PANELS)
         if args.sample_prompts:
             print(compare(args.out_dir / "samples.jsonl"), end="")
-        command = ["python", f"generate/{args.method}.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
+        command = ["python", "generate/aligner.py", "--checkpoint_dir", f"{args.checkpoint_dir}"]
         command += ["--adapter", f"{args.out_dir}", *(["--quantize", args.quantize] if args.quantize else [])]
         print_summary(summary, args.out_dir, [*command, "--prompt", "your instruction"])
 

@@ -56,25 +56,17 @@ precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs tha
 quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
-def main(args: Namespace, method: str | None = None) -> None:
-    """Answers with adapters of any method, or of the one that is named."""
+def main(args: Namespace) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     device, dtype = pick_device(args.accelerator, args.precision)
     requests = []
     if not args.interactive:
         requests = gather_requests(args.prompt, args.input, args.prompt_file, bank=bool(args.bank))
-    if args.bank and method:
-        raise UserError("A bank holds Aligners; use it with generate/aligner.py.")
     if args.bank:
         return answer_from_bank(args, requests, sampling, device, dtype)
     if args.use:
         raise UserError("--use names adapters of a bank; give --bank too.")
     adapters = [read_adapter(path) for path in args.adapter]
-    other = [a for a in adapters if method not in (None, a.method)]
-    if other:
-        raise UserError(
-            f"{other[0].path} was made by the method {other[0].method!r}; use it with generate/{other[0].method}.py."
-        )
     style = get_prompt_style(args.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
     if args.interactive and args.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")

@@ -58,7 +58,7 @@ def own_config(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMAConfig:
     if adapter.method not in ("aligner", "lora", "bitfit"):
         raise UserError(
             f"{adapter.path} was made by the method {adapter.method!r}, which no plain LLaMA can imitate: only an "
-            f"Aligner of one token, LoRA and BitFit can be merged; use this one with generate/{adapter.method}.py."
+            f"Aligner of one token, LoRA and BitFit can be merged; use this one with generate/aligner.py."
         )
     if (length := adapter.config.get("adapter_prompt_length", 1)) != 1:
         raise UserError(

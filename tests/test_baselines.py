@@ -6,6 +6,7 @@ are random everywhere, for a method that adds nothing would pass many of these t
 
 import importlib
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -441,14 +442,11 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(method, runs, tmp_path, b
 @each_method
 def test_answers_beside_the_base(method, runs, run_script, refused, base_dir, capsys):
     flags = ("--checkpoint_dir", base_dir, "--prompt", "the cat", "--max_new_tokens", "4", "--accelerator", "cpu")
-    script = f"generate/{method}.py"
+    script = "generate/aligner.py"
     code, out, _ = run_script(script, *flags, "--adapter", runs[method], "--compare_base")
     assert code == 0 and "base:" in out and "aligned:" in out
-    # the general script takes every method's file, the method's own takes only its own
-    assert run_script("generate/aligner.py", *flags, "--adapter", runs[method])[0] == 0
-    other = "bitfit" if method != "bitfit" else "lora"
-    said = refused(script, *flags, "--adapter", runs[other])
-    assert said.endswith(f"was made by the method {other!r}; use it with generate/{other}.py.")
+    with pytest.raises(SystemExit, match=rf"^error: generate/{method}\.py is now generate/aligner\.py"):
+        runpy.run_path(str(Path(__file__).parents[1] / f"generate/{method}.py"))
     assert "only Aligners add up" in refused(script, *flags, "--adapter", runs[method], runs[method])
 
 
@@ -492,7 +490,7 @@ def test_preferences_train_every_method(method, precompute, runs, tmp_path, base
              "max_new_tokens": 4, "accelerator": "cpu", "precompute_reference": str(precompute).lower()}  # fmt: skip
     code, out, err = run_script("finetune/alignerDPO.py", *(f"--{k}={v}" for k, v in flags.items()))
     assert code == 0, err
-    assert f"generate/{method}.py" in out
+    assert "generate/aligner.py" in out
     file = read_adapter(tmp_path / "run/last.safetensors")
     assert file.method == method and sorted(file.state) == sorted(KEYS[method])
     assert own.items() <= file.config.items()
@@ -535,7 +533,7 @@ def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_pat
 @pytest.mark.parametrize("method", ["adapter", "prompt_tuning"])
 def test_what_no_plain_model_can_imitate_is_not_merged(method, runs, refused, base_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--adapter", runs[method], "--output_dir", tmp_path / "merged")
-    assert f"use this one with generate/{method}.py" in refused("scripts/merge_aligner.py", *flags)
+    assert "use this one with generate/aligner.py" in refused("scripts/merge_aligner.py", *flags)
 
 
 @each_method
@@ -589,9 +587,6 @@ def test_a_script_inherits_settings_but_those_of_the_other_method():
         assert all(by_name[name].default == getattr(defaults, name) for name in own)
 
 
-def test_a_bank_is_for_aligners(run_script, base_dir, tmp_path):
-    code, _, said = run_script(
-        "generate/lora.py", "--checkpoint_dir", base_dir, "--bank", tmp_path, "--prompt", "the cat"
-    )
-    assert code == 1
-    assert "A bank holds Aligners; use it with generate/aligner.py." in said
+def test_a_bank_is_for_aligners(refused, runs, base_dir):
+    said = refused("generate/aligner.py", "--checkpoint_dir", base_dir, "--bank", runs["lora"], "--prompt", "the cat")
+    assert said.endswith("was made by the method 'lora'; a bank holds Aligners.")
