@@ -13,11 +13,11 @@ import torch
 from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import versions, weights_path, write_text
-from lit_llama.data import read_rows, text_field
 from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
+from lit_llama.rows import read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 

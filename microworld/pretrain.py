@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_llama import cli
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
-from lit_llama.data import SFTData, default_num_proc, prepare_sft
+from lit_llama.data import SFTData
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import TrainConfig, Trainer, answer_samples, make_fabric

@@ -13,8 +13,9 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.data import default_num_proc, download_rows, prepare_sft, read_rows, text_field
+from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.rows import download_rows, read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 
 data_file: Path | None = None  # rows to prepare; default: download --repo_id

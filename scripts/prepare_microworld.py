@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.data import default_num_proc, prepare_sft
+from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from microworld.world import FORMS, NEW_FORM, World

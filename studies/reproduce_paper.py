@@ -30,8 +30,8 @@ from evaluate.microworld import ask, draw
 from finetune import alignerDPO
 from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions, write_text
-from lit_llama.data import prepare_sft, write_dataset
 from lit_llama.model import LLaMA
+from lit_llama.prepare import prepare_sft, write_dataset
 from lit_llama.prompts import get_prompt_style
 from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer

@@ -18,8 +18,8 @@ import torch
 from hypothesis import settings
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
-from lit_llama.data import prepare_preferences, prepare_sft
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import prepare_preferences, prepare_sft
 from lit_llama.tokenizer import Tokenizer
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure

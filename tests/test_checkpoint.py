@@ -340,8 +340,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from lit_llama.checkpoint import save_adapter, save_base, write_text
-from lit_llama.data import prepare_sft
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import prepare_sft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write
 

@@ -17,8 +17,10 @@ from datasets import load_from_disk
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch, prepare_sft, read_rows, text_field
+from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
+from lit_llama.prepare import prepare_sft
 from lit_llama.prompts import get_prompt_style
+from lit_llama.rows import read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -174,7 +176,8 @@ def test_a_prompt_needs_room_for_one_token_and_eos(tmp_path, tokenizer):
     assert n == len(tokenizer.encode("the hat", bos=True))
     prepare(tmp_path / "fits", tokenizer, rows, max_seq_length=n + 2)
     assert [(len(ids), ids[-1], length) for ids, length in all_rows(tmp_path / "fits")] == [(n + 2, 2, n)] * 2
-    with pytest.raises(UserError, match=rf"Of 2 rows 0 can be used \(0 empty, 2 with a prompt that fills all {n + 1}"):
+    sentence = rf"^0 of 2 rows can .* 0 with an empty text, 2 with too long a prompt \(max_seq_length is {n + 1}\)"
+    with pytest.raises(UserError, match=sentence):
         prepare(tmp_path / "full", tokenizer, rows, max_seq_length=n + 1)
 
 
@@ -377,7 +380,7 @@ def test_prepare_alpaca_from_a_file(tmp_path, tokenizer, tokenizer_path):
     (tmp_path / "rows.json").write_text(json.dumps(ALPACA))
     done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.json")
     assert (done.returncode, done.stdout) == (0, "data/out\n"), done.stderr
-    assert "4 rows: 1 empty and 0 with too long a prompt dropped" in done.stderr
+    assert "4 rows. Dropped: 1 with an empty text, 0 with too long a prompt." in done.stderr
     assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
     meta = json.loads((tmp_path / "data/out/meta.json").read_text())
     assert (meta["source"], meta["prompt_style"]) == ("rows.json", "alpaca")

@@ -6,8 +6,8 @@ import torch
 
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
-from lit_llama.data import prepare_preferences
 from lit_llama.dpo import DPOData, dpo_loss, sequence_logps, sum_logps_by_row, swapped_parameters
+from lit_llama.prepare import prepare_preferences
 from lit_llama.utils import UserError
 
 # h = (-1 + 3) - (-2 + 2.5) = 1.5
@@ -255,8 +255,8 @@ def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, token
     assert meta["counts"] == {"rows": 8, "empty": 2, "too_long": 1, "identical": 2, "cut": 1, "prompts": 3, "train": 2,
                               "test": 1}  # fmt: skip
     assert (
-        "8 pairs: 2 with an empty side, 1 with too long a prompt and 2 with two equal responses dropped, 1 responses "
-        "cut to 60 tokens; 2 for training, 1 for validation."
+        "8 rows. Dropped: 2 with an empty text, 1 with too long a prompt, 2 with equal responses. 1 responses "
+        "truncated to 60 tokens. 2 rows for training, 1 for validation."
     ) in capsys.readouterr().err
     rows = {}
     for split in ("train", "test"):
@@ -275,9 +275,9 @@ def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, token
 
 
 def test_too_few_pairs_and_other_folders_are_refused(tmp_path, tokenizer, data_dir):
-    with pytest.raises(UserError, match=r"Of 2 rows 0 can be used \(0 empty, 0 with .* 2 with equal responses\)"):
+    with pytest.raises(UserError, match=r"^0 of 2 rows can be used.* 0 with an empty text, 0 with .* 2 with equal"):
         write_pairs(tmp_path / "out", tokenizer, [("a", " b", " b")] * 2)
-    with pytest.raises(UserError, match=r"Of 2 rows 0 can be used \(2 empty"):
+    with pytest.raises(UserError, match=r"^0 of 2 rows can be used.* 2 with an empty text"):
         write_pairs(tmp_path / "out", tokenizer, [("a", " b", "")] * 2)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-preference-1'"):

@@ -143,7 +143,7 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
     said = capsys.readouterr().err
     assert "1 rows whose dialogues part before the last answer left out." in said
     assert "1 rows that do not end with an answer left out. 3 rows kept." in said
-    assert "3 pairs: 1 with an empty side" in said
+    assert "3 rows. Dropped: 1 with an empty text" in said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,266 @@
+"""Write prepared datasets: tokenize rows, split them, and save a folder that `lit_llama.data` reads."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
+
+from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, atomic_write, log, unwritable
+
+
+def prepare_sft(
+    rows: Iterable[Any],
+    prepare_sample: Callable[[Any, int], tuple[str, str]],
+    *,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    mask_prompt: bool,
+    eos_when_cut: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a dataset for supervised finetuning.
+
+    Args:
+        rows: Rows of the source.
+        prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, response). It raises
+            `UserError` for an invalid row.
+        max_seq_length: Maximum length of prompt and response, in tokens. Longer responses are truncated; a row whose
+            prompt leaves no space for a response is dropped.
+        mask_prompt: Train on the responses only.
+        eos_when_cut: Replace the last token of a truncated response by EOS.
+        options: Arguments of `prepare_dataset`.
+
+    Returns:
+        The content of `meta.json`.
+    """
+
+    def encode(prompt: str, response: str) -> dict[str, Any]:
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        full = prompt_ids + tokenizer.encode(response, eos=True)
+        ids = full[:max_seq_length]
+        if eos_when_cut:
+            ids[-1] = full[-1]
+        fits = len(prompt_ids) <= max_seq_length - 2  # one token of the response, and EOS
+        return {
+            "input_ids": ids,
+            "prompt_length": len(prompt_ids),
+            "dropped": "" if fits else "too_long",
+            "cut": int(len(full) > max_seq_length),
+        }
+
+    return prepare_dataset(
+        rows,
+        prepare_sample,
+        encode,
+        drops=("too_long",),
+        key=[SFT_FORMAT, max_seq_length, eos_when_cut],
+        tokenizer=tokenizer,
+        settings={"format": SFT_FORMAT, "max_seq_length": max_seq_length, "mask_prompt": mask_prompt},
+        **options,
+    )
+
+
+def prepare_preferences(
+    rows: Iterable[Any],
+    prepare_sample: Callable[[Any, int], tuple[str, str, str]],
+    *,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a dataset of preference pairs.
+
+    Args:
+        rows: Rows of the source.
+        prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, chosen, rejected). It
+            raises `UserError` for an invalid row.
+        max_seq_length: Maximum length of the prompt and one response, in tokens. Longer responses are truncated and
+            lose their EOS; a pair whose prompt leaves no space for a response is dropped.
+        options: Arguments of `prepare_dataset`.
+
+    Returns:
+        The content of `meta.json`.
+    """
+
+    def encode(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        space = max(0, max_seq_length - len(prompt_ids))
+        full = [tokenizer.encode(text, eos=True) for text in (chosen, rejected)]
+        chosen_ids, rejected_ids = (ids[:space] for ids in full)
+        return {
+            "prompt": prompt_ids,
+            "chosen": chosen_ids,
+            "rejected": rejected_ids,
+            "dropped": "too_long" if space == 0 else "identical" if chosen_ids == rejected_ids else "",
+            "cut": sum(len(ids) > space for ids in full),
+        }
+
+    return prepare_dataset(
+        rows,
+        prepare_sample,
+        encode,
+        drops=("too_long", "identical"),
+        key=[PREFERENCE_FORMAT, max_seq_length],
+        tokenizer=tokenizer,
+        settings={"format": PREFERENCE_FORMAT, "max_seq_length": max_seq_length},
+        **options,
+    )
+
+
+def prepare_dataset(
+    rows: Iterable[Any],
+    prepare_sample: Callable[[Any, int], tuple[str, ...]],
+    encode: Callable[..., dict[str, Any]],
+    *,
+    drops: tuple[str, ...],
+    key: list[Any],
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    output_dir: Path,
+    test_fraction: float,
+    seed: int,
+    num_proc: int,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Tokenize texts, split the rows, write the dataset folder and log what was dropped or truncated.
+
+    Args:
+        rows: Rows of the source.
+        prepare_sample: Function of a row and its number, counted from 1, that returns its texts, the prompt first.
+            Rows with an empty text are dropped.
+        encode: Function of a row's texts that returns its columns, `dropped` (a reason from `drops`, or "") and `cut`
+            (the number of truncated responses).
+        key: What `encode` depends on besides the texts and the tokenizer; it identifies cached results.
+        settings: Further entries of `meta.json`; they must contain `format` and `max_seq_length`.
+        output_dir: Folder to write.
+        test_fraction: Share of the rows held out for validation, between 0 and 1. Rows with the same prompt stay
+            together, and each split gets at least one prompt.
+        seed: Seed of the split.
+        num_proc: Number of processes that tokenize.
+        about: Entries of `meta.json` that describe the data, such as its source and prompt style.
+
+    Returns:
+        The content of `meta.json`.
+
+    Raises:
+        UserError: A setting is out of range, a row is invalid, or fewer than two rows or prompts remain.
+    """
+    max_seq_length = settings["max_seq_length"]
+    _check_settings(max_seq_length, test_fraction, seed)
+    samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
+    texts = [sample for sample in samples if all(text.strip() for text in sample)]
+    counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
+    _check_count(len(texts), counts, max_seq_length)
+
+    encoded = _tokenize(texts, encode, [*key, tokenizer.sha256, texts], num_proc, Path(output_dir).parent / ".cache")
+    reasons = np.array(encoded["dropped"][:])
+    counts |= {reason: int(np.sum(reasons == reason)) for reason in drops}
+    keep = np.flatnonzero(reasons == "")
+    _check_count(len(keep), counts, max_seq_length)
+
+    kept, prompts = encoded.select(keep), [texts[i][0] for i in keep]
+    in_test = held_out(prompts, test_fraction, seed)
+    columns = kept.remove_columns(["dropped", "cut"])
+    splits = {"train": columns.select(np.flatnonzero(~in_test)), "test": columns.select(np.flatnonzero(in_test))}
+    counts |= {"cut": int(np.sum(kept["cut"][:])), "prompts": len(set(prompts))}
+    counts |= {name: len(split) for name, split in splits.items()}
+    meta = {**settings, **about, "tokenizer_sha256": tokenizer.sha256, "counts": counts}
+    meta |= {"test_fraction": test_fraction, "seed": seed}
+    write_dataset(output_dir, splits, meta)
+    log(
+        f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} responses truncated to "
+        f"{max_seq_length} tokens. {counts['train']} rows for training, {counts['test']} for validation."
+    )
+    return meta
+
+
+def _check_settings(max_seq_length: int, test_fraction: float, seed: int) -> None:
+    if max_seq_length < 1:
+        raise UserError(f"max_seq_length is {max_seq_length}; it must be 1 or more.")
+    if not 0 < test_fraction < 1 or seed < 0:
+        raise UserError(
+            f"test_fraction is {test_fraction} and seed {seed}; they must be above 0 and below 1, and 0 or more."
+        )
+
+
+def _check_count(n: int, counts: dict[str, int], max_seq_length: int) -> None:
+    """Raise `UserError` if n rows are too few for two splits."""
+    if n < 2:
+        raise UserError(
+            f"{n} of {counts['rows']} rows can be used, and a dataset needs at least 2. Dropped: "
+            f"{_describe_drops(counts)} (max_seq_length is {max_seq_length})."
+        )
+
+
+def _describe_drops(counts: dict[str, int]) -> str:
+    phrases = {"empty": "with an empty text", "too_long": "with too long a prompt", "identical": "with equal responses"}
+    return ", ".join(f"{counts[name]} {phrase}" for name, phrase in phrases.items() if name in counts)
+
+
+def held_out(prompts: list[Hashable], test_fraction: float, seed: int) -> np.ndarray:
+    """Return which rows are for validation, (rows,) bool: prompts are drawn until the share is reached.
+
+    Raises:
+        UserError: All prompts are equal.
+    """
+    numbers: dict[Hashable, int] = {}
+    prompt = np.array([numbers.setdefault(text, len(numbers)) for text in prompts])
+    if len(numbers) < 2:
+        raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    drawn = np.array(list(dict.fromkeys(prompt[order])))  # the prompts in random order
+    rows = np.cumsum(np.bincount(prompt)[drawn])
+    count = 1 + np.searchsorted(rows, max(1, round(test_fraction * len(prompts))))
+    return np.isin(prompt, drawn[: min(count, len(numbers) - 1)])
+
+
+def _tokenize(
+    texts: list[tuple[str, ...]], encode: Callable[..., dict[str, Any]], key: list, num_proc: int, cache_dir: Path
+) -> Dataset:
+    """Return `encode(*texts)` of every row; results are cached under the hash of `key`."""
+
+    def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
+        rows = [encode(*row) for row in zip(*(batch[name] for name in names), strict=True)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    names = [f"text {i}" for i in range(len(texts[0]))]
+    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    cache_dir = cache_dir / f"tokenized-{key}"
+    dataset = Dataset.from_dict({name: [row[i] for row in texts] for i, name in enumerate(names)})
+    enable_progress_bars()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        return dataset.map(
+            encode_batch,
+            batched=True,
+            remove_columns=names,
+            num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
+            cache_file_name=str(cache_dir / "rows.arrow"),
+            new_fingerprint=key,
+            desc="Tokenizing",
+        )
+    except OSError as error:
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        raise unwritable(cache_dir, error) or error from None
+    finally:
+        disable_progress_bars()
+
+
+def write_dataset(output_dir: Path, splits: dict[str, Dataset], meta: dict[str, Any]) -> None:
+    """Write a dataset folder; on an error, nothing is changed."""
+    with atomic_write(output_dir, marker="meta.json") as folder:
+        DatasetDict(splits).save_to_disk(str(folder))
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def default_num_proc() -> int:
+    """Return the number of processes that tokenize by default."""
+    return min(8, os.cpu_count() or 1)
