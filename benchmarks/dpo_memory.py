@@ -16,8 +16,8 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import aligner, cli
-from lit_llama.chat import pick_device
 from lit_llama.checkpoint import load_model
+from lit_llama.device import pick_device
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.utils import UserError
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lit_llama.chat import pick_device
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter, versions, write_text
+from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style

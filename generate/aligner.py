@@ -16,9 +16,10 @@ from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.bank import BASE, load_with_bank, open_bank
-from lit_llama.chat import Request, gather_requests, open_session, pick_device, save_answers, show
+from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import load_composed
+from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, gates_scaled
 from lit_llama.prompts import get_prompt_style
 from lit_llama.quantize import Quantize

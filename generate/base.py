@@ -11,8 +11,9 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.chat import gather_requests, open_session, pick_device, save_answers, show
+from lit_llama.chat import gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import load_model
+from lit_llama.device import pick_device
 from lit_llama.generation import Sampling
 from lit_llama.prompts import get_prompt_style
 from lit_llama.quantize import Quantize

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import versions, weights_path, write_text
 from lit_llama.generation import Sampling, answer, check_prompts, stream
@@ -72,25 +71,6 @@ def gather_requests(prompts: list[str], input: str, prompt_file: Path | None, ba
         log("note: the adapters that the prompts name count only with generate/aligner.py --bank.")
         requests = [replace(request, adapter=None) for request in requests]
     return requests
-
-
-def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Where and in which dtype the base runs; "auto" is bf16 on a GPU that has it, and fp32 elsewhere.
-
-    Raises:
-        UserError: there is no such device or precision.
-    """
-    try:
-        device = Fabric(accelerator=accelerator, devices=1).device
-    except Exception as error:
-        raise UserError(f"Fabric has no accelerator {accelerator!r} here: {error}") from None
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
-    dtypes = {"bf16": torch.bfloat16, "bf16-true": torch.bfloat16, "16": torch.float16, "16-true": torch.float16,
-              "32": torch.float32, "32-true": torch.float32}  # fmt: skip
-    if precision not in dtypes:
-        raise UserError(f"precision is {precision!r}; known are auto, {', '.join(dtypes)}.")
-    return device, dtypes[precision]
 
 
 @dataclass

@@ -30,6 +30,7 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from lit_llama import aligner
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, versions, write_text
 from lit_llama.data import SFTData, plan_epoch
+from lit_llama.device import computes_bf16
 from lit_llama.dpo import DPOData
 from lit_llama.generation import Sampling, generate
 from lit_llama.methods import METHODS
@@ -138,8 +139,7 @@ def make_fabric(
         UserError: Fabric refuses the combination, or the loop does.
     """
     if precision == "auto":
-        gpu = os.environ.get("LT_ACCELERATOR", accelerator) in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        precision = "bf16-true" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        precision = "bf16-true" if computes_bf16(os.environ.get("LT_ACCELERATOR", accelerator)) else "32-true"
     flags = dict(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
     flags = {name: value for name, value in flags.items() if f"LT_{name.upper()}" not in os.environ}
     loggers = [MetricsLog(out_dir / "metrics.csv"), TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]

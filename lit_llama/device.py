@@ -1,0 +1,40 @@
+"""The device and the precision that a run uses when its flags leave them open."""
+
+import torch
+from lightning.fabric import Fabric
+
+from lit_llama.utils import UserError
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16": torch.float16,
+    "16-true": torch.float16,
+    "32": torch.float32,
+    "32-true": torch.float32,
+}
+
+
+def computes_bf16(accelerator: str) -> bool:
+    """Return whether `accelerator`, one of Fabric's names, is a GPU with bf16 arithmetic; emulation does not count."""
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device of one of Fabric's accelerators, and the dtype of the base model on it.
+
+    The precision "auto" is bf16 where `computes_bf16`, and fp32 elsewhere.
+
+    Raises:
+        UserError: There is no such device or precision.
+    """
+    try:
+        device = Fabric(accelerator=accelerator, devices=1).device
+    except Exception as error:  # Fabric raises several types
+        raise UserError(f"Fabric has no accelerator {accelerator!r} here: {error}") from None
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(accelerator) else "32"
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}; known are auto, {', '.join(DTYPES)}.")
+    return device, DTYPES[precision]

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from lit_llama.device import computes_bf16, pick_device
+from lit_llama.utils import UserError
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bf16_on_gpus_with_bf16_arithmetic_only(native, monkeypatch):
+    """PyTorch emulates bf16 on older GPUs, slowly, and counts it as supported by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert [computes_bf16(name) for name in ("auto", "gpu", "cuda", "cpu", "mps")] == [native] * 3 + [False] * 2
+    monkeypatch.setattr("lit_llama.device.computes_bf16", lambda accelerator: native)
+    assert pick_device("cpu", "auto")[1] == (torch.bfloat16 if native else torch.float32)
+
+
+def test_a_cpu_computes_in_fp32_unless_told_otherwise():
+    assert pick_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert pick_device("cpu", "bf16-true")[1] == pick_device("cpu", "bf16")[1] == torch.bfloat16
+    assert pick_device("cpu", "16")[1] == torch.float16
+
+
+def test_unknown_devices_and_precisions_are_refused():
+    with pytest.raises(UserError, match="Fabric has no accelerator 'abacus' here"):
+        pick_device("abacus", "auto")
+    with pytest.raises(UserError, match="precision is '8'; known are auto, bf16"):
+        pick_device("cpu", "8")
