@@ -1,3 +1,3 @@
 """Moved to studies/analysis.py."""
 
-raise SystemExit("error: evaluate/analysis.py is now studies/analysis.py; run that with the same flags.")
+raise SystemExit("error: evaluate/analysis.py is now studies/analysis.py.")

@@ -1,3 +1,3 @@
 """Moved to studies/probe.py."""
 
-raise SystemExit("error: evaluate/probe.py is now studies/probe.py; run that with the same flags.")
+raise SystemExit("error: evaluate/probe.py is now studies/probe.py.")

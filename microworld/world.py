@@ -24,6 +24,7 @@ What is held out:
 import random
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 SEEN, UNSEEN = "seen", "unseen"
 TRAIN, VALID = "train", "valid"  # two parts of what is seen
@@ -78,6 +79,9 @@ FORMS: dict[str, Form] = {
 # A form that pretraining never shows: what an adapter must invent rather than select.
 NEW_FORM = Form("telegram", "STOP {topic} STOP {value} STOP over and out", "Send a telegram.")
 
+ALL_FORMS = {**FORMS, NEW_FORM.name: NEW_FORM}
+FormName = Literal["sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"]
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -90,7 +94,7 @@ class Parsed:
 
 def parse(text: str) -> Parsed | None:
     """The form, topic and value of a well-formed answer, None for anything else."""
-    for form in (*FORMS.values(), NEW_FORM):
+    for form in ALL_FORMS.values():
         parts = form.parse(text.strip())
         if parts is not None:
             return Parsed(form.name, *parts)

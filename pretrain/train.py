@@ -1,3 +1,3 @@
 """Moved to microworld/pretrain.py."""
 
-raise SystemExit("error: pretrain/train.py is now microworld/pretrain.py; run that with the same flags.")
+raise SystemExit("error: pretrain/train.py is now microworld/pretrain.py.")

@@ -1,3 +1,3 @@
 """Moved to benchmarks/dpo_memory.py."""
 
-raise SystemExit("error: scripts/benchmark_dpo_memory.py is now benchmarks/dpo_memory.py; run that with the same flags.")
+raise SystemExit("error: scripts/benchmark_dpo_memory.py is now benchmarks/dpo_memory.py.")

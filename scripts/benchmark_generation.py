@@ -1,3 +1,3 @@
 """Moved to benchmarks/generation.py."""
 
-raise SystemExit("error: scripts/benchmark_generation.py is now benchmarks/generation.py; run that with the same flags.")
+raise SystemExit("error: scripts/benchmark_generation.py is now benchmarks/generation.py.")

@@ -1,3 +1,3 @@
 """Moved to benchmarks/loading.py."""
 
-raise SystemExit("error: scripts/benchmark_loading.py is now benchmarks/loading.py; run that with the same flags.")
+raise SystemExit("error: scripts/benchmark_loading.py is now benchmarks/loading.py.")

@@ -1,3 +1,3 @@
 """Moved to benchmarks/many_aligners.py."""
 
-raise SystemExit("error: scripts/benchmark_many_aligners.py is now benchmarks/many_aligners.py; run that with the same flags.")
+raise SystemExit("error: scripts/benchmark_many_aligners.py is now benchmarks/many_aligners.py.")

@@ -1,3 +1,3 @@
 """Moved to benchmarks/training.py."""
 
-raise SystemExit("error: scripts/benchmark_training.py is now benchmarks/training.py; run that with the same flags.")
+raise SystemExit("error: scripts/benchmark_training.py is now benchmarks/training.py.")

@@ -6,7 +6,9 @@ weights of one base leave free on a GPU is filled with adapters, and nothing is 
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -18,13 +20,39 @@ from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
-from studies.trials import VARIANTS, Variant
 
 models: list[str] = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld"]  # names of lit_llama/model.py
 beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
 memory_gib: float = 24.0  # of that GPU
 
 BYTES = 2  # of a number in bf16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method at one size.
+
+    Args:
+        label: its name in tables and figures.
+        method: a name of `lit_llama.methods.METHODS`.
+        settings: the fields of the method's `LLaMAConfig` that make its size.
+    """
+
+    label: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, Variant] = {
+    "aligner1": Variant("Aligner, N = 1", "aligner", {"adapter_prompt_length": 1}),
+    "aligner10": Variant("Aligner, N = 10", "aligner", {"adapter_prompt_length": 10}),
+    "aligner100": Variant("Aligner, N = 100", "aligner", {"adapter_prompt_length": 100}),
+    "adapter": Variant("LLaMA-Adapter, 10 tokens", "adapter", {"adapter_prompt_length": 10}),
+    "lora": Variant("LoRA, r = 8", "lora", {"lora_r": 8}),
+    "bitfit": Variant("BitFit", "bitfit"),
+    "prompt_tuning": Variant("prompt tuning, 10 tokens", "prompt_tuning", {"prompt_length": 10}),
+}
+
 ALIGNER300 = Variant("Aligner, N = 300", "aligner", {"adapter_prompt_length": 300})
 ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.method != "aligner")  # Aligners first
 

@@ -23,7 +23,7 @@ from lit_llama import cli
 from lit_llama.checkpoint import versions, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError
-from scripts.prepare_microworld import FormName
+from microworld.world import FormName
 
 form: FormName = "pirate"  # the form to learn; the base knows all but telegram
 out_dir: Path = Path("out/demo")  # everything the demo writes

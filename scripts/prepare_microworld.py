@@ -12,12 +12,10 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.prepare import default_num_proc, prepare_sft
-from lit_llama.prompts import get_prompt_style
+from lit_llama.prepare import default_num_proc
 from lit_llama.tokenizer import Tokenizer
-from microworld.world import FORMS, NEW_FORM, World
-
-FormName = Literal["sentence", "short", "polite", "pirate", "json", "excited", "bullets", "question", "telegram"]
+from microworld.datasets import write_answers
+from microworld.world import FormName, World
 
 form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
 split: Literal["seen", "train"] = "seen"  # "train" leaves entities aside to choose settings by
@@ -31,20 +29,17 @@ num_proc: int = default_num_proc()  # processes that tokenize
 
 
 def main(args: Namespace) -> None:
-    style = get_prompt_style("alpaca")
-    say = {**FORMS, NEW_FORM.name: NEW_FORM}[args.form].render
     output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
-    prepare_sft(
+    write_answers(
         World(args.world_seed).questions(args.split),
-        lambda question, number: (style.render(question.text), say(question.topic, question.answer)),
-        output_dir=output_dir,
+        args.form,
+        output_dir,
+        source=f"micro-world {args.world_seed}, form {args.form}",
         tokenizer=Tokenizer(args.checkpoint_dir),
         max_seq_length=args.max_seq_length,
-        mask_prompt=True,
         test_fraction=args.test_fraction,
         seed=args.seed,
         num_proc=args.num_proc,
-        about={"source": f"micro-world {args.world_seed}, form {args.form}", "prompt_style": style.name},
     )
     print(output_dir)
 

@@ -15,11 +15,10 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.prepare import default_num_proc, prepare_preferences
-from lit_llama.prompts import get_prompt_style
+from lit_llama.prepare import default_num_proc
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
-from microworld.world import FORMS, REFUSAL, Question, World
+from microworld.datasets import draw_requests, write_preferences
+from microworld.world import World
 
 output_dir: Path = Path("data/microworld-safe")  # the folder to write
 checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
@@ -34,50 +33,19 @@ seed: int = 42  # of the draw, the forms and the split
 num_proc: int = default_num_proc()  # processes that tokenize
 
 
-def draw(args: Namespace, rng: random.Random) -> list[Question]:
-    """Requests of all kinds, none twice, in random order.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    world = World(args.world_seed)
-    counts = {"harmless": round(args.pairs * args.harmless_share), "fact": round(args.pairs * args.fact_share)}
-    counts["harmful"] = args.pairs - sum(counts.values())
-    drawn = []
-    for kind, count in counts.items():
-        pool = world.questions(args.split) if kind == "fact" else world.requests(kind, args.split)
-        if not 0 <= count <= len(pool):
-            raise UserError(
-                f"{count} {kind} requests are wanted (pairs {args.pairs}, harmless_share {args.harmless_share}, "
-                f"fact_share {args.fact_share}); there are {len(pool)}."
-            )
-        drawn += rng.sample(pool, count)
-    rng.shuffle(drawn)
-    return drawn
-
-
 def main(args: Namespace) -> None:
-    rng, style = random.Random(args.seed), get_prompt_style("alpaca")
-
-    def pair(question: Question, number: int) -> tuple[str, str, str]:
-        form = rng.choice(list(FORMS.values()))
-        comply, refuse = (
-            form.render(question.topic, question.answer),
-            form.render(*(question.refusal or (question.topic, REFUSAL))),
-        )
-        chosen, rejected = (refuse, comply) if question.kind == "harmful" else (comply, refuse)
-        return style.render(question.text), chosen, rejected
-
-    prepare_preferences(
-        draw(args, rng),
-        pair,
-        output_dir=args.output_dir,
+    rng = random.Random(args.seed)
+    shares = {"harmless_share": args.harmless_share, "fact_share": args.fact_share}
+    write_preferences(
+        draw_requests(World(args.world_seed), args.split, rng, pairs=args.pairs, **shares),
+        rng,
+        args.output_dir,
+        source=f"micro-world {args.world_seed}, values",
         tokenizer=Tokenizer(args.checkpoint_dir),
         max_seq_length=args.max_seq_length,
         test_fraction=args.test_fraction,
         seed=args.seed,
         num_proc=args.num_proc,
-        about={"source": f"micro-world {args.world_seed}, values", "prompt_style": style.name},
     )
     print(args.output_dir)
 

@@ -1,3 +1,3 @@
 """Moved to studies/reproduce_paper.py."""
 
-raise SystemExit("error: scripts/reproduce_paper.py is now studies/reproduce_paper.py; run that with the same flags.")
+raise SystemExit("error: scripts/reproduce_paper.py is now studies/reproduce_paper.py.")

@@ -1,3 +1,3 @@
 """Moved to studies/train_microworld_values.py."""
 
-raise SystemExit("error: scripts/train_microworld_values.py is now studies/train_microworld_values.py; run that with the same flags.")
+raise SystemExit("error: scripts/train_microworld_values.py is now studies/train_microworld_values.py.")

@@ -36,7 +36,8 @@ from lit_llama.prepare import held_out, write_dataset
 from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode, log
-from studies.trials import VARIANTS, Record, Trial, Variant, at_edge, choose, run_trials
+from scripts.count_parameters import VARIANTS, Variant
+from studies.trials import Record, Trial, at_edge, choose, run_trials
 
 # == What is probed ==
 data_dir: list[Path] = [Path("data/microworld-pirate")]  # prepared folders, each a task of its own

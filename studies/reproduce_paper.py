@@ -15,7 +15,6 @@ import random
 import statistics
 import sys
 import textwrap
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,19 +25,19 @@ from datasets import concatenate_datasets, load_from_disk
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from evaluate.microworld import ask, draw
 from finetune import alignerDPO
 from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions, write_text
 from lit_llama.model import LLaMA
-from lit_llama.prepare import prepare_sft, write_dataset
-from lit_llama.prompts import get_prompt_style
+from lit_llama.prepare import write_dataset
 from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
-from microworld.world import FORMS, NEW_FORM, TRAIN, TWO_HOP, UNSEEN, VALID, Question, World, parse
-from scripts import prepare_microworld_safe
-from studies.trials import VARIANTS, Record, Trial, choose, interval, run_trials
+from microworld.datasets import draw_requests, write_answers, write_preferences
+from microworld.scorer import draw_questions, score_model
+from microworld.world import NEW_FORM, TRAIN, TWO_HOP, UNSEEN, VALID, Question, World, parse
+from scripts.count_parameters import VARIANTS
+from studies.trials import Record, Trial, choose, interval, run_trials
 
 # == What is compared ==
 methods: list[str] = [*VARIANTS]  # rows of the table
@@ -98,6 +97,7 @@ TASKS = {
     "facts": Task("new facts", "sentence", {"value": "values", "fact": "names too"}),
     "two_hop": Task("reasoning (two hops)", "sentence", {"trained": "trained people", "unseen": "unseen people"}),
 }
+PAIR_SHARES = {"harmless_share": 0.2, "fact_share": 0.25}  # of the preference pairs; the rest is about harmful requests
 KNOWLEDGE = ("facts", "two_hop")  # a table of their own
 # panel of the figure -> (task, measure, which line it is)
 PANELS = {
@@ -153,7 +153,7 @@ def judge(task: str, asked: dict[str, list[Question]], said: dict[str, dict[str,
 
     Args:
         asked: the questions of each group.
-        said: what `evaluate.microworld.ask` found.
+        said: what `microworld.scorer.score_model` returned.
     """
     if task == "values":
         refused, false = (said[kind]["refused"] for kind in ("harmful", "harmless"))
@@ -174,9 +174,9 @@ def measure(
     model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, count: int, seed: int, temperature: float = 0.0
 ) -> dict[str, Any]:
     """`judge` of answers to `count` questions of each group, drawn by `seed`, and the answers."""
-    asked = {group: draw(pool, count, seed) for group, pool in questions_of(task, part)[1].items()}
+    asked = {group: draw_questions(pool, count, seed) for group, pool in questions_of(task, part)[1].items()}
     how = {"temperature": temperature, "seed": seed, "form": TASKS[task].form or None}
-    said = {group: ask(model, tokenizer, World(), drawn, **how) for group, drawn in asked.items()}
+    said = {group: score_model(model, tokenizer, World(), drawn, **how) for group, drawn in asked.items()}
     return {**judge(task, asked, said), "answers": {group: result["answers"] for group, result in said.items()}}
 
 
@@ -192,30 +192,35 @@ def score(trial: Trial, adapter: Path) -> dict[str, float]:
 
 
 def prepare_pairs(args: Namespace, split: str, folder: Path) -> None:
-    """Preference pairs of a split, as many as scripts/prepare_microworld_safe.py trains on, if there are so many."""
-    own = {"split": split, "output_dir": folder, "checkpoint_dir": args.checkpoint_dir}
-    safe, world = cli.defaults(prepare_microworld_safe, **own), World()
-    shares = {"harmless": safe.harmless_share, "harmful": 1 - safe.harmless_share - safe.fact_share}
-    most = [int((len(world.requests(kind, split)) - 1) / share) for kind, share in shares.items() if share]
-    safe.pairs = min(round(safe.pairs * (1 - safe.test_fraction)), *most)
-    with redirect_stdout(sys.stderr):
-        prepare_microworld_safe.main(safe)
-
-
-def prepare_answers(args: Namespace, task: str, asked: list[Question], folder: Path) -> None:
-    """Questions with right answers in the task's form."""
-    style, say = get_prompt_style("alpaca"), {**FORMS, NEW_FORM.name: NEW_FORM}[TASKS[task].form].render
-    prepare_sft(
-        asked,
-        lambda question, number: (style.render(question.text), say(question.topic, question.answer)),
-        output_dir=folder,
+    """Write the preference pairs of a split, at most 456, in the proportions of `PAIR_SHARES`."""
+    world, rng = World(), random.Random(42)
+    shares = {"harmless": PAIR_SHARES["harmless_share"], "harmful": 1 - sum(PAIR_SHARES.values())}
+    most = [int((len(world.requests(kind, split)) - 1) / share) for kind, share in shares.items()]
+    write_preferences(
+        draw_requests(world, split, rng, pairs=min(456, *most), **PAIR_SHARES),
+        rng,
+        folder,
+        source="micro-world 0, values",
         tokenizer=Tokenizer(args.checkpoint_dir),
         max_seq_length=256,
-        mask_prompt=True,
+        test_fraction=0.2,  # joined again
+        seed=42,
+        num_proc=1,
+    )
+
+
+def prepare_answers(args: Namespace, task: str, questions: list[Question], folder: Path) -> None:
+    """Write questions with right answers in the task's form."""
+    write_answers(
+        questions,
+        TASKS[task].form,
+        folder,
+        source=f"micro-world 0, {task}",
+        tokenizer=Tokenizer(args.checkpoint_dir),
+        max_seq_length=256,
         test_fraction=0.5,  # joined again
         seed=0,
         num_proc=1,
-        about={"source": f"micro-world 0, {task}", "prompt_style": style.name},
     )
 
 

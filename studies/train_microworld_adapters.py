@@ -12,7 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -22,9 +22,9 @@ from tqdm import tqdm
 from lit_llama import cli
 from lit_llama.checkpoint import versions, write_text
 from lit_llama.utils import UserError
-from scripts.prepare_microworld import FormName
+from microworld.world import FORMS
 
-forms: list[str] = [f for f in get_args(FormName) if f != "telegram"]  # forms to train
+forms: list[str] = [*FORMS]  # forms to train
 adapter_prompt_length: int = 1  # prefix tokens
 seeds: list[int] = [1, 2, 3]  # of the adapter and the data's order
 questions: int = 300  # asked of the held-out half, per temperature

@@ -16,11 +16,11 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from evaluate.microworld import ask, draw
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions, write_text
 from lit_llama.compose import load_composed
 from lit_llama.tokenizer import Tokenizer
+from microworld.scorer import draw_questions, score_model
 from microworld.world import UNSEEN, World
 from studies.train_microworld_adapters import call
 
@@ -52,8 +52,8 @@ def score(args: Namespace, adapters: list[Path], strengths: list[float] | None =
     each = []
     for seed in range(args.repeats):
         said = {
-            kind: ask(model, tokenizer, world, draw(pool, args.questions, seed), temperature=args.temperature,
-                      seed=seed, form=args.form)
+            kind: score_model(model, tokenizer, world, draw_questions(pool, args.questions, seed),
+                              temperature=args.temperature, seed=seed, form=args.form)
             for kind, pool in pools.items()
         }  # fmt: skip
         n = sum(group["n"] for group in said.values())

@@ -38,34 +38,9 @@ from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, versions, write_text
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
+from scripts.count_parameters import Variant
 
 Record = dict[str, Any]  # what a trial gave, see `run_trial`
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method at one size.
-
-    Args:
-        label: what tables and figures call it.
-        method: of `lit_llama.methods.METHODS`; the script is finetune/METHOD.py.
-        settings: its own flags.
-    """
-
-    label: str
-    method: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-VARIANTS: dict[str, Variant] = {
-    "aligner1": Variant("Aligner, N = 1", "aligner", {"adapter_prompt_length": 1}),
-    "aligner10": Variant("Aligner, N = 10", "aligner", {"adapter_prompt_length": 10}),
-    "aligner100": Variant("Aligner, N = 100", "aligner", {"adapter_prompt_length": 100}),
-    "adapter": Variant("LLaMA-Adapter, 10 tokens", "adapter", {"adapter_prompt_length": 10}),
-    "lora": Variant("LoRA, r = 8", "lora", {"lora_r": 8}),
-    "bitfit": Variant("BitFit", "bitfit"),
-    "prompt_tuning": Variant("prompt tuning, 10 tokens", "prompt_tuning", {"prompt_length": 10}),
-}
 
 
 @dataclass(frozen=True)

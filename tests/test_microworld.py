@@ -2,12 +2,15 @@
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microworld.scorer import GroupName, question_groups
 from microworld.world import (
+    ALL_FORMS,
     ATTRIBUTES,
     FORMS,
     HARMFUL,
@@ -18,6 +21,7 @@ from microworld.world import (
     TRAIN,
     UNSEEN,
     VALID,
+    FormName,
     World,
     parse,
     pretraining_sample,
@@ -153,3 +157,26 @@ def test_settings_are_chosen_on_a_part_of_what_is_seen(world):
         assert train | valid < seen and not train & valid
         verbs, others = ({q.topic.split()[3] for q in world.requests(kind, s)} for s in (TRAIN, VALID))
         assert len(others) == 3 and len(verbs) == 9 and not verbs & others
+
+
+# == the command ==
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (("--batch_size", -1), "batch_size is -1; it must be 1 or more."),
+    (("--questions", 0), "questions is 0; it must be 1 or more."),
+])  # fmt: skip
+def test_counts_out_of_range_are_refused(refused, flags, sentence):
+    assert refused("evaluate/microworld.py", *flags) == sentence
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--form", "pirat"), ("--groups", "unsene")])
+def test_a_mistyped_name_is_refused(run_script, flag, value):
+    code, out, err = run_script("evaluate/microworld.py", flag, value)
+    assert code != 0 and out == ""
+    assert err.count("\n") == 1 and value in err and ("pirate" if flag == "--form" else "unseen") in err
+
+
+def test_every_form_and_group_has_a_name(world):
+    assert get_args(FormName) == tuple(ALL_FORMS)
+    assert get_args(GroupName) == tuple(question_groups(world)) and all(question_groups(world).values())

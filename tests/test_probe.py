@@ -9,8 +9,8 @@ import torch
 
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
+from scripts.count_parameters import Variant
 from studies.probe import Share, plot, recovered, report, row_scores, split_training_rows
-from studies.trials import Variant
 
 SCRIPT = "studies/probe.py"
 VARIANTS = {

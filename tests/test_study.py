@@ -12,7 +12,8 @@ import studies.trials
 from lit_llama import cli
 from lit_llama.utils import UserError
 from microworld.world import FORMS, UNSEEN, World
-from studies.trials import VARIANTS, Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
+from scripts.count_parameters import VARIANTS
+from studies.trials import Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
 
 
 def record(rate: float, right: float = 0.0, loss: float = 1.0, **more) -> dict:

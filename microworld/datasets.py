@@ -1,0 +1,87 @@
+"""The micro-world's finetuning sets: questions answered in one form, and pairs of a better and a worse answer."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from lit_llama.prepare import prepare_preferences, prepare_sft
+from lit_llama.prompts import get_prompt_style
+from lit_llama.utils import UserError
+from microworld.world import ALL_FORMS, FORMS, REFUSAL, Question, World
+
+
+def write_answers(questions: list[Question], form: str, output_dir: Path, *, source: str, **options: Any) -> None:
+    """Write a dataset for supervised finetuning: every question with its right answer in one form.
+
+    Args:
+        source: a description of the questions, for the dataset's metadata.
+        options: further arguments of `lit_llama.prepare.prepare_sft`.
+    """
+    style, render = get_prompt_style("alpaca"), ALL_FORMS[form].render
+    prepare_sft(
+        questions,
+        lambda question, number: (style.render(question.text), render(question.topic, question.answer)),
+        output_dir=output_dir,
+        mask_prompt=True,
+        about={"source": source, "prompt_style": style.name},
+        **options,
+    )
+
+
+def draw_requests(
+    world: World, split: str, rng: random.Random, *, pairs: int, harmless_share: float, fact_share: float
+) -> list[Question]:
+    """Return requests of all kinds in random order, none of them twice.
+
+    Args:
+        pairs: number of requests.
+        harmless_share, fact_share: shares of harmless requests and of questions about facts; the rest is harmful.
+
+    Raises:
+        UserError: the split has fewer requests of a kind.
+    """
+    counts = {"harmless": round(pairs * harmless_share), "fact": round(pairs * fact_share)}
+    counts["harmful"] = pairs - sum(counts.values())
+    drawn = []
+    for kind, count in counts.items():
+        available = world.questions(split) if kind == "fact" else world.requests(kind, split)
+        if not 0 <= count <= len(available):
+            raise UserError(
+                f"{count} {kind} requests are wanted (pairs {pairs}, harmless_share {harmless_share}, "
+                f"fact_share {fact_share}); there are {len(available)}."
+            )
+        drawn += rng.sample(available, count)
+    rng.shuffle(drawn)
+    return drawn
+
+
+def preference(question: Question, rng: random.Random) -> tuple[str, str, str]:
+    """Return (prompt, chosen response, rejected response).
+
+    To refuse is better where a request is harmful, to answer everywhere else. Both responses have the same form, drawn
+    at random, so that they differ in the value alone.
+    """
+    form = rng.choice(list(FORMS.values()))
+    comply = form.render(question.topic, question.answer)
+    refuse = form.render(*(question.refusal or (question.topic, REFUSAL)))
+    chosen, rejected = (refuse, comply) if question.kind == "harmful" else (comply, refuse)
+    return get_prompt_style("alpaca").render(question.text), chosen, rejected
+
+
+def write_preferences(
+    questions: list[Question], rng: random.Random, output_dir: Path, *, source: str, **options: Any
+) -> None:
+    """Write a dataset for DPO, one pair of responses for every question.
+
+    Args:
+        rng: draws the forms.
+        source: a description of the questions, for the dataset's metadata.
+        options: further arguments of `lit_llama.prepare.prepare_preferences`.
+    """
+    prepare_preferences(
+        questions,
+        lambda question, number: preference(question, rng),
+        output_dir=output_dir,
+        about={"source": source, "prompt_style": "alpaca"},
+        **options,
+    )

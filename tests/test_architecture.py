@@ -1,0 +1,93 @@
+"""The rooms of the source, what may import what, how long files may be, and the stubs at old paths."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# an import goes to a lower level or stays in its room
+LEVELS = {"lit_llama": 0, "finetune": 1, "generate": 1, "microworld": 1, "evaluate": 2, "scripts": 2, "studies": 3,
+          "benchmarks": 3}  # fmt: skip
+SOURCES = sorted(path.relative_to(ROOT) for room in LEVELS for path in (ROOT / room).rglob("*.py"))
+
+# what is not true yet; these lists shrink to nothing
+UPWARD_IMPORTS = {
+    "finetune/aligner.py imports scripts",
+    "finetune/alignerDPO.py imports scripts",
+}
+MOST_LINES = {"lit_llama/aligner.py": 130, "lit_llama/model.py": 300, "lit_llama/train.py": 300,
+              "lit_llama/cli.py": 120}  # fmt: skip
+MOST_LINES_IN_LIT_LLAMA = 350
+TOO_LONG = {
+    "lit_llama/aligner.py", "lit_llama/bank.py", "lit_llama/checkpoint.py", "lit_llama/cli.py", "lit_llama/data.py",
+    "lit_llama/dpo.py", "lit_llama/hf.py", "lit_llama/model.py", "lit_llama/train.py",
+}  # fmt: skip
+
+MOVED = sorted(
+    path.relative_to(ROOT)
+    for path in ROOT.glob("*/*.py")
+    if path.read_text(encoding="utf-8").startswith('"""Moved to ')
+)
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules that a file imports, inside functions too."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules.add(node.module)
+    return modules
+
+
+def upward_imports(path: Path, source: str) -> set[str]:
+    """Return "FILE imports MODULE" for every import of a higher level, or of another room on the same level."""
+    room = path.parts[0]
+    wrong = set()
+    for module in imported(source):
+        other = module.partition(".")[0]
+        if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
+            wrong.add(f"{path.as_posix()} imports {module}")
+    return wrong
+
+
+def test_an_upward_or_sideways_import_is_found():
+    source = "import os\nfrom lit_llama import cli\ndef f():\n    from scripts.demo import main\n"
+    assert upward_imports(Path("finetune/x.py"), source) == {"finetune/x.py imports scripts.demo"}
+    assert upward_imports(Path("generate/x.py"), "import finetune.aligner as a") == {
+        "generate/x.py imports finetune.aligner"
+    }
+    assert upward_imports(Path("studies/x.py"), source) == set()
+
+
+def test_imports_run_from_higher_rooms_to_lower_ones():
+    wrong = {line for path in SOURCES for line in upward_imports(path, (ROOT / path).read_text(encoding="utf-8"))}
+    assert wrong <= UPWARD_IMPORTS
+
+
+def test_rooms_are_all_known():
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert folders - {"tests", "pretrain", ".venv"} == set(LEVELS)
+
+
+def test_files_are_short():
+    lines = {path.as_posix(): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    limits = {path: MOST_LINES_IN_LIT_LLAMA for path in lines if path.startswith("lit_llama/")} | MOST_LINES
+    assert {path for path, limit in limits.items() if lines[path] > limit} <= TOO_LONG
+
+
+@pytest.mark.parametrize("path", MOVED, ids=str)
+def test_an_old_path_names_the_new_one_and_fails(path):
+    done = subprocess.run([sys.executable, path, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    sentence = re.fullmatch(rf"error: {path.as_posix()} is now (\S+\.py)\.\n", done.stderr)
+    assert sentence and (ROOT / sentence[1]).is_file(), done.stderr
+
+
+def test_there_are_stubs():
+    assert len(MOVED) >= 11
