@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,12 +226,13 @@ class Results:
         self.file.append(*records)
         self.by_id.update({record["id"]: record for record in records})
 
-    def finish(self, summary: dict[str, Any], table: str) -> None:
-        """Write `summary.json` and `summary.md`."""
+    def finish(self, summary: dict[str, Any], table: str) -> dict[str, Any]:
+        """Write `summary.json` and `summary.md`, and return the content of the first."""
         summary = {**summary, "made_by": self.made_by}
         write_text(self.output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         write_text(self.output_dir / TABLE, table.rstrip() + "\n")
         log(f"wrote {self.output_dir}")
+        return summary
 
 
 @dataclass(frozen=True)
@@ -274,10 +275,16 @@ def answer_questions(
     sampling: Sampling,
     results: Results,
     *,
+    stop: tuple[str, ...],
     batch_size: int,
     desc: str = "Answering",
+    score: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: {},
 ) -> list[dict[str, Any]]:
     """Answer the questions that have no record yet, longest prompts first, and return the records of all.
+
+    Args:
+        stop: texts that end an answer.
+        score: returns further fields of a record.
 
     A record has `id`, `prompt`, the question's details, `answer` (text before the first stop text, stripped),
     `tokens` (of the answer), `ended` (by the model, not by a limit), `seconds` (the batch's time over its rows) and
@@ -292,23 +299,22 @@ def answer_questions(
     with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
         for start in range(0, len(order), batch_size):
             rows, began = order[start : start + batch_size], time.perf_counter()
-            answers = answer_batch(evaluated, [encoded[i] for i in rows], sampling, rows)
+            answers = answer_batch(evaluated, [encoded[i] for i in rows], sampling, stop, rows)
             seconds = round((time.perf_counter() - began) / len(rows), 4)
-            results.add(
-                *(
-                    {"id": q.id, "prompt": q.prompt, **q.details, **answer, "seconds": seconds}
-                    for q, answer in zip((questions[i] for i in rows), answers, strict=True)
-                )
-            )
+            records = [
+                {"id": q.id, "prompt": q.prompt, **q.details, **answer, "seconds": seconds}
+                for q, answer in zip((questions[i] for i in rows), answers, strict=True)
+            ]
+            results.add(*({**record, **score(record)} for record in records))
             bar.update(len(rows))
     return [results.by_id[question.id] for question in questions]
 
 
 def answer_batch(
-    evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, rows: list[int]
+    evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], rows: list[int]
 ) -> list[dict[str, Any]]:
     """Answer token ids; `rows` are the prompts' numbers for the seeds of sampling."""
-    model, tokenizer, stop = evaluated.model, evaluated.tokenizer, evaluated.style.stop
+    model, tokenizer = evaluated.model, evaluated.tokenizer
 
     def finished(ids: list[int]) -> bool:
         return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
@@ -351,3 +357,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; the first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

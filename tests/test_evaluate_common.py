@@ -22,7 +22,7 @@ QUESTIONS = [Question(f"q{i}", "the cat " * (1 + i % 3) + str(i), {"number": i})
 
 def answers(evaluated, folder: Path, questions=QUESTIONS, max_new_tokens: int = 6, **kwargs) -> list[dict]:
     results = Results(folder, {**evaluated.made_by, "max_new_tokens": max_new_tokens}, **kwargs)
-    return answer_questions(evaluated, questions, Sampling(max_new_tokens), results, batch_size=2)
+    return answer_questions(evaluated, questions, Sampling(max_new_tokens), results, stop=(), batch_size=2)
 
 
 def test_each_record_has_its_question_answer_and_settings(evaluated, tmp_path, base_dir):

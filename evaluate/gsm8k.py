@@ -1,0 +1,258 @@
+"""Solve GSM8K, grade-school maths problems with a number as the answer (paper, Figure 5 right).
+
+Downloads openai/gsm8k, or reads --data_file: rows with `question` and `answer`, whose last number is the solution. The
+model's answer is right if its final number equals that of the reference.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from evaluate.common import (
+    ModelSettings,
+    Question,
+    Results,
+    answer_questions,
+    answer_statistics,
+    bootstrap_interval,
+    drop_long,
+    load,
+    markdown_table,
+    percent,
+)
+from lit_llama import cli
+from lit_llama.data import download_rows, read_rows, text_field
+from lit_llama.generation import Sampling
+from lit_llama.prompts import PromptStyle
+from lit_llama.utils import UserError
+
+
+@dataclass
+class Settings(ModelSettings):
+    # == Questions ==
+    data_file: Path | None = None  # rows with question and answer (default: download --repo_id)
+    repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face hub; its test split is used
+    limit: int | None = None  # answer only the first questions, this many
+    shots: Literal[0, 1] = 0  # worked examples before each question
+    skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
+
+    # == Generation ==
+    max_new_tokens: int = 512  # longest answer, in tokens
+    batch_size: int = 32  # questions answered at a time
+
+    # == Output ==
+    output_dir: Path = Path("out/evaluate/gsm8k")  # receives answers.jsonl, summary.json and summary.md
+    overwrite: bool = False  # replace results of other settings in output_dir
+
+
+EXAMPLE = (
+    "A baker fills 6 trays with 24 rolls each and sells three quarters of the rolls for $2 each. How many dollars does "
+    "the baker earn?",
+    "There are 6 * 24 = 144 rolls.\nThe baker sells 144 * 3 / 4 = 108 rolls.\nThe baker earns 108 * 2 = $216.\n#### 216\n"
+    "The answer is: 216",
+)
+
+# == Extracting the final number ==
+
+DIGITS = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)])-\s?)?(?:(?<!\d)(?P<whole>\d{{1,9}})\s+)?(?P<above>\d{{1,30}})/(?P<below>\d{{1,30}})(?![\d/])"
+    rf"|(?P<minus>(?<![\w)])-\s?)?(?P<decimal>{DIGITS})(?P<exponent>[eE][+-]?\d{{1,2}}(?!\w))?"
+)
+MARKER = re.compile(
+    r"(?P<boxed>\\boxed\s*\{)"
+    r"|(?P<sentence>\b(?i:answer)\s+is\b(?:\s+(?:therefore|thus|approximately|about))?)"
+    r"|(?P<line>\#\#\#\#|^[ \t]*(?:A|(?i:(?:the\s+)?(?:final\s+)?answer))\s*:)",
+    re.MULTILINE,
+)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Return the final number of a solution, or None if there is none.
+
+    The last of these decides: `The answer is: 18` (MetaMath), `#### 18` and `A: 18` (GSM8K), `\boxed{18}`. Without any
+    of them it is the last number of the text, except in a solution with GSM8K's calculator annotations (`<<9*2=18>>`):
+    such a solution ends with `A:` or `####` unless it was cut short.
+
+    Returns:
+        The number without commas, trailing zeros, currency or unit: "1234.5". Fractions become decimals where these
+        are finite ("0.5"), and are reduced otherwise ("1/3").
+    """
+    annotated = "<<" in text
+    text = plain_text(text)
+    for marker in reversed(list(MARKER.finditer(text))):
+        stated = stated_after(text, marker)
+        found = NUMBER.search(stated)
+        if found:
+            return normalized(stated, found)
+    numbers = [] if annotated else list(NUMBER.finditer(text))
+    return normalized(text, numbers[-1]) if numbers else None
+
+
+def plain_text(text: str) -> str:
+    """Remove annotations, currency and bold face, and rewrite LaTeX's fractions, spaces and powers of ten."""
+    text = re.sub(r"<<[^<>]*(?:>>|$)", "", text)
+    text = text.replace("−", "-").replace("**", "").replace("`", "")
+    text = re.sub(r"\{,\}|\\[,!]", "", text)
+    text = re.sub(r"\\?[$€£¥₹]", "", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"(?<=\d)\s*\\[dt]?frac\s*(?=[\d{])", r" \\frac", text)
+    text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\2/\3\4", text)
+    return re.sub(r"(?<=\d)\s*(?:\\times|×|\*|x)\s*10\s*\^\s*\{?\s*(-?\d{1,2})\b\}?", r"e\1", text)
+
+
+def stated_after(text: str, marker: re.Match) -> str:
+    """Return the words of the answer that a marker announces, beginning with the number; empty if it announces none."""
+    rest = text[marker.end() :].lstrip(" \t:=")
+    if marker["boxed"]:
+        return balanced(rest)
+    line = rest.lstrip().split("\n", 1)[0]
+    if marker["sentence"]:
+        line = re.split(r"[.!?](?=\s|$)|\s\(|\b(?:since|because)\b", line)[0]
+        numbers = list(NUMBER.finditer(line))
+        if "=" not in line and numbers and re.search(r"\w", line[: numbers[0].start()]):
+            return line[line.rfind(" ", 0, numbers[-1].start()) + 1 :]  # "The answer is that ... 18"
+    elif re.search(r"[.!?]\s+\D*\d", line) or not re.match(r"[^\w]*(?:[a-z]\s*=|\d)", line):
+        return ""  # reasoning behind `Answer:`, or a heading
+    parts = [part for part in line.split("=") if re.search(r"\d", part)]
+    return parts[-1] if parts else ""
+
+
+def balanced(text: str) -> str:
+    """Return the text before the brace that closes one opened earlier."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:i]
+    return text
+
+
+def normalized(text: str, found: re.Match) -> str | None:
+    """Return a match of NUMBER in its shortest form; None if it is an operand of a root, a power or π."""
+    if re.search(r"(?:\\sqrt(?:\[\d+\])?\{?|√|\^\{?)\s*$", text[: found.start()]):
+        return None
+    if re.match(r"\s*(?:\^|\\sqrt|√|\\pi\b|π)", text[found.end() :]):
+        return None
+    if found["decimal"] is None:
+        below = int(found["below"])
+        if below == 0:
+            return None
+        value = Fraction(int(found["above"]), below) + int(found["whole"] or 0)
+        return with_sign(found["sign"], finite_decimal(value) or f"{value.numerator}/{value.denominator}")
+    digits = found["decimal"].replace(",", "")
+    if found["exponent"]:
+        digits = format(Decimal(digits + found["exponent"]), "f")
+    return with_sign(found["minus"], digits)
+
+
+def finite_decimal(value: Fraction) -> str | None:
+    """Return a fraction as a decimal; None if its digits never end."""
+    rest, places = value.denominator, 0
+    for factor in (2, 5):
+        count = 0
+        while rest % factor == 0:
+            rest, count = rest // factor, count + 1
+        places = max(places, count)
+    if rest != 1:
+        return None
+    digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{digits[: len(digits) - places]}.{digits[len(digits) - places :]}"
+
+
+def with_sign(sign: str | None, digits: str) -> str:
+    """Strip zeros that do not count and put a minus before what is not zero."""
+    before, _, after = digits.partition(".")
+    before, after = before.lstrip("0") or "0", after.rstrip("0")
+    number = f"{before}.{after}" if after else before
+    return f"-{number}" if sign and number != "0" else number
+
+
+# == Evaluation ==
+
+
+def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
+    """Read the problems and render their prompts.
+
+    Raises:
+        UserError: a row lacks a field, or its answer has no number.
+    """
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
+    source = settings.data_file or settings.repo_id
+    rows = read_rows(source) if settings.data_file else download_rows(source, split="test", name="main")
+    questions = []
+    for number, row in zip(range(1, (settings.limit or len(rows)) + 1), rows):
+        text, reference = text_field(row, number, "question"), text_field(row, number, "answer")
+        gold = extract_answer(reference)
+        if gold is None or not text.strip():
+            raise UserError(f"Row {number} of {source} has no {'number in its answer' if text.strip() else 'question'}.")
+        questions.append(Question(number, render(text, style, settings.shots), {"gold": gold}))
+    if not questions:
+        raise UserError(f"{source} has no rows.")
+    return questions
+
+
+def render(question: str, style: PromptStyle, shots: int) -> str:
+    """Return the prompt of a question; worked examples are earlier turns in the same style."""
+
+    def turn(text: str) -> str:
+        return f"Question: {text}\nAnswer:" if style.name == "plain" else style.render(text)
+
+    examples = "".join(f"{turn(text).rstrip()} {solution}\n\n" for text, solution in (EXAMPLE,)[:shots])
+    return examples + turn(question)
+
+
+def score(record: dict[str, Any]) -> dict[str, Any]:
+    extracted = extract_answer(record["answer"])
+    return {"extracted": extracted, "correct": extracted == record["gold"]}
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Evaluate one model and return the content of summary.json."""
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    evaluated = load(settings)
+    questions = read_questions(settings, evaluated.style)
+    made_by = {**evaluated.made_by, "shots": settings.shots, "max_new_tokens": settings.max_new_tokens}
+    results = Results(settings.output_dir, {"benchmark": "gsm8k", **made_by}, settings.overwrite)
+    fitting = drop_long(evaluated, questions, skip=settings.skip_long)
+    stop = ("\nQuestion:",) if evaluated.style.name == "plain" else evaluated.style.stop
+    records = answer_questions(
+        evaluated, fitting, sampling, results, stop=stop, batch_size=settings.batch_size, desc="GSM8K", score=score
+    )
+    scores = [score(record) for record in records]  # also for answers that an earlier version scored
+    correct = [s["correct"] for s in scores]
+    summary = {
+        "n": len(records),
+        "skipped": len(questions) - len(records),
+        "accuracy": sum(correct) / len(correct),
+        "interval": bootstrap_interval(correct),
+        "extracted_share": sum(s["extracted"] is not None for s in scores) / len(scores),
+        **answer_statistics(records),
+    }
+    table = markdown_table(
+        ["GSM8K", "questions", "accuracy", "95 % interval", "with a number", "ended", "tokens", "tokens/s"],
+        [[
+            f"{settings.shots}-shot",
+            summary["n"],
+            f"{summary['accuracy']:.3f}",
+            "{:.3f} to {:.3f}".format(*summary["interval"]),
+            percent(summary["extracted_share"]),
+            percent(summary["ended_share"]),
+            f"{summary['mean_tokens']:.1f}",
+            f"{summary['tokens_per_second']:.0f}",
+        ]],
+    )  # fmt: skip
+    summary = results.finish(summary, table)
+    print(table, end="")
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)
