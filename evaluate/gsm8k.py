@@ -4,6 +4,7 @@ Downloads openai/gsm8k, or reads --data_file: rows with `question` and `answer`,
 model's answer is right if its final number equals that of the reference.
 """
 
+import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ from evaluate.common import (
     percent,
 )
 from lit_llama import cli
-from lit_llama.data import download_rows, read_rows, text_field
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
+from lit_llama.rows import download_rows, read_rows, text_field
 from lit_llama.utils import UserError
 
 
@@ -54,8 +55,8 @@ class Settings(ModelSettings):
 EXAMPLE = (
     "A baker fills 6 trays with 24 rolls each and sells three quarters of the rolls for $2 each. How many dollars does "
     "the baker earn?",
-    "There are 6 * 24 = 144 rolls.\nThe baker sells 144 * 3 / 4 = 108 rolls.\nThe baker earns 108 * 2 = $216.\n#### 216\n"
-    "The answer is: 216",
+    "There are 6 * 24 = 144 rolls.\nThe baker sells 144 * 3 / 4 = 108 rolls.\nThe baker earns 108 * 2 = $216.\n"
+    "#### 216\nThe answer is: 216",
 )
 
 # == Extracting the final number ==
@@ -188,11 +189,11 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     source = settings.data_file or settings.repo_id
     rows = read_rows(source) if settings.data_file else download_rows(source, split="test", name="main")
     questions = []
-    for number, row in zip(range(1, (settings.limit or len(rows)) + 1), rows):
-        text, reference = text_field(row, number, "question"), text_field(row, number, "answer")
-        gold = extract_answer(reference)
+    for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
+        text, gold = text_field(row, number, "question"), extract_answer(text_field(row, number, "answer"))
         if gold is None or not text.strip():
-            raise UserError(f"Row {number} of {source} has no {'number in its answer' if text.strip() else 'question'}.")
+            lacking = "number in its answer" if text.strip() else "question"
+            raise UserError(f"Row {number} of {source} has no {lacking}.")
         questions.append(Question(number, render(text, style, settings.shots), {"gold": gold}))
     if not questions:
         raise UserError(f"{source} has no rows.")
@@ -226,32 +227,39 @@ def main(settings: Settings) -> dict[str, Any]:
     records = answer_questions(
         evaluated, fitting, sampling, results, stop=stop, batch_size=settings.batch_size, desc="GSM8K", score=score
     )
-    scores = [score(record) for record in records]  # also for answers that an earlier version scored
+    summary = summarize(records, skipped=len(questions) - len(records))
+    table = show(summary, settings.shots)
+    print(table, end="")
+    return results.finish(summary, table)
+
+
+def summarize(records: list[dict[str, Any]], skipped: int) -> dict[str, Any]:
+    scores = [score(record) for record in records]  # records of an earlier run may have been scored differently
     correct = [s["correct"] for s in scores]
-    summary = {
+    return {
         "n": len(records),
-        "skipped": len(questions) - len(records),
+        "skipped": skipped,
         "accuracy": sum(correct) / len(correct),
         "interval": bootstrap_interval(correct),
         "extracted_share": sum(s["extracted"] is not None for s in scores) / len(scores),
         **answer_statistics(records),
     }
-    table = markdown_table(
-        ["GSM8K", "questions", "accuracy", "95 % interval", "with a number", "ended", "tokens", "tokens/s"],
-        [[
-            f"{settings.shots}-shot",
-            summary["n"],
-            f"{summary['accuracy']:.3f}",
-            "{:.3f} to {:.3f}".format(*summary["interval"]),
-            percent(summary["extracted_share"]),
-            percent(summary["ended_share"]),
-            f"{summary['mean_tokens']:.1f}",
-            f"{summary['tokens_per_second']:.0f}",
-        ]],
-    )  # fmt: skip
-    summary = results.finish(summary, table)
-    print(table, end="")
-    return summary
+
+
+def show(summary: dict[str, Any], shots: int) -> str:
+    """Return the summary as a Markdown table."""
+    columns = {
+        "GSM8K": f"{shots}-shot",
+        "questions": summary["n"],
+        "skipped": summary["skipped"],
+        "accuracy": f"{summary['accuracy']:.3f}",
+        "95 % interval": "{:.3f} to {:.3f}".format(*summary["interval"]),
+        "with a number": percent(summary["extracted_share"]),
+        "ended": percent(summary["ended_share"]),
+        "mean tokens": f"{summary['mean_tokens']:.1f}",
+        "tokens/s": f"{summary['tokens_per_second']:.0f}",
+    }
+    return markdown_table(list(columns), [list(columns.values())])
 
 
 if __name__ == "__main__":

@@ -66,15 +66,20 @@ def _parse_lines(path: Path, text: str) -> list[Any]:
     return rows
 
 
-def download_rows(repo_id: str, split: str = "train", revision: str | None = None) -> Iterable[dict[str, Any]]:
+def download_rows(
+    repo_id: str, split: str = "train", revision: str | None = None, name: str | None = None
+) -> Iterable[dict[str, Any]]:
     """Return the rows of a dataset on the Hugging Face hub; `datasets` caches the download.
+
+    Args:
+        name: The configuration, for a dataset with several.
 
     Raises:
         UserError: The dataset cannot be downloaded.
     """
     enable_progress_bars()
     try:
-        return load_dataset(repo_id, split=split, revision=revision)
+        return load_dataset(repo_id, name, split=split, revision=revision)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
