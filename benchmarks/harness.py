@@ -27,12 +27,13 @@ import torch
 from datasets import Dataset
 from jsonargparse import Namespace
 
-from lit_llama.checkpoint import LazyTensor, open_tensors, weights_path, write_base, write_tensors, write_text
+from lit_llama.checkpoint import weights_path, write_base, write_text
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.device import pick_device
 from lit_llama.hf import hf_config, parameters, to_hf
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.prepare import write_dataset
+from lit_llama.tensor_files import LazyTensor, open_tensors, write_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, log
 

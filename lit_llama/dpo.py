@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lit_llama.checkpoint import CONFIG_NAME, read_state, weights_path
+from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PREFERENCE_FORMAT, Split
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
+from lit_llama.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, eval_mode, log, swapped_parameters
 

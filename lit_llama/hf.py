@@ -18,8 +18,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, processors
 from tqdm import tqdm
 
-from lit_llama.checkpoint import TOKENIZER_NAME, LazyTensor, check_space, write_tensors, write_text
+from lit_llama.checkpoint import TOKENIZER_NAME, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tensor_files import LazyTensor, check_space, write_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

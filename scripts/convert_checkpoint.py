@@ -15,9 +15,10 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.checkpoint import CONFIG_NAME, LazyTensor, check_space, open_tensors, write_base
+from lit_llama.checkpoint import CONFIG_NAME, write_base
 from lit_llama.hf import copy_tokenizer, fitting_tokenizer, read_json, to_lit
 from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
+from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
 checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # the folder with params.json and consolidated.*.pth

@@ -14,15 +14,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_llama import cli
-from lit_llama.checkpoint import (
-    CONFIG_NAME,
-    LazyTensor,
-    check_space,
-    load_model,
-    open_tensors,
-    weights_path,
-    write_base,
-)
+from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
 from lit_llama.hf import (
     convert_config,
     copy_tokenizer,
@@ -34,6 +26,7 @@ from lit_llama.hf import (
     write_hf,
 )
 from lit_llama.model import LLaMAConfig
+from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
 checkpoint_dir: Path = Path("checkpoints/hf/Llama-2-7B")  # the folder to read: Hugging Face's

@@ -24,11 +24,8 @@ from lit_llama import cli, lora
 from lit_llama.checkpoint import (
     CONFIG_NAME,
     AdapterFile,
-    LazyTensor,
     base_fingerprint,
     check_base,
-    check_space,
-    open_tensors,
     read_adapter,
     weights_path,
     write_base,
@@ -37,6 +34,7 @@ from lit_llama.checkpoint import (
 from lit_llama.hf import check_fit, copy_tokenizer, fitting_tokenizer, parameters, to_hf, without_tied_head, write_hf
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
+from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
 checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder

@@ -15,14 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, model
-from lit_llama.checkpoint import (
-    base_fingerprint,
-    load_model,
-    read_adapter,
-    read_state,
-    save_adapter,
-    save_base,
-)
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
+from lit_llama.tensor_files import read_state
 from lit_llama.utils import UserError, atomic_write
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +77,15 @@ def test_a_fresh_adapter_changes_nothing(tmp_path):
     assert fresh.global_value_embedding.weight.shape == (2, 16) and fresh.global_value_embedding.weight.std() > 0.5
     idx = torch.arange(10).unsqueeze(0)
     assert torch.equal(fresh(idx), plain(idx))
+
+
+def test_parameters_that_a_method_forgets_to_initialize_are_noticed(tmp_path):
+    class Forgetful(aligner.LLaMA):
+        def reset_adapter(self) -> None:
+            pass
+
+    with pytest.raises(AssertionError, match="reset_adapter does not initialize"):
+        load_model(make_base(tmp_path / "base"), method=Forgetful, method_config={"adapter_prompt_length": 2})
 
 
 def test_the_configuration_is_read_off_the_tensors_without_a_header(tmp_path):
@@ -220,7 +223,7 @@ NO_CHECKPOINTS = {
     "it is damaged or cut short.": ("d.safetensors", write_cut_safetensors),
     "it is damaged or cut short, or it would run code": ("b.pth", write_cut_pth),
     "checkpoint: it would run code when loaded.": ("c.pth", write_pickle),
-    "it holds something else than named tensors": ("d.pth", write_list),
+    "it does not hold named tensors": ("d.pth", write_list),
 }  # fmt: skip
 
 

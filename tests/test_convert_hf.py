@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lit_llama.checkpoint import load_model, read_state
+from lit_llama.checkpoint import load_model
 from lit_llama.generation import Sampling, answer
 from lit_llama.hf import convert_config, deinterleave, hf_names, interleave
 from lit_llama.model import LLaMAConfig
+from lit_llama.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

@@ -25,12 +25,12 @@ from lit_llama.checkpoint import (
     base_fingerprint,
     load_model,
     read_adapter,
-    read_state,
     save_adapter,
     save_base,
 )
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
+from lit_llama.tensor_files import read_state
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,6 @@ from lit_llama.checkpoint import (
     WEIGHT_NAMES,
     load_model,
     read_adapter,
-    read_state,
     save_adapter,
     save_base,
 )
@@ -26,6 +25,7 @@ from lit_llama.data import plan_fixed_epoch
 from lit_llama.dpo import DPOData
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
+from lit_llama.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

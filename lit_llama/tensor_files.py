@@ -1,0 +1,198 @@
+"""Weight files: read and write named tensors one at a time, so that memory never holds a complete model.
+
+Files are safetensors, or pickles as `torch.save` writes them. Pickled code is never run.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lit_llama.utils import UserError
+
+# dtypes of unquantized weights, by their names in safetensors headers
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read or computed when it is written.
+
+    Args:
+        shape: Shape of the tensor.
+        dtype: Dtype in which the tensor is written.
+        read: Function that returns the tensor, in any dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# == reading ==
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a `.safetensors` or `.pth` file, memory-mapped where the format allows it.
+
+    Raises:
+        UserError: The file is missing or is not a checkpoint.
+    """
+    path = Path(path)
+    _check_exists(path)
+    try:
+        if path.suffix == ".safetensors":
+            return {name: _read_mapped(path, name) for name in _read_names(path)}
+        state = _load_pickle(path)
+    except Exception as error:  # each format raises its own
+        raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
+    return state
+
+
+def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
+    """Return the tensors of several files by name, without reading them.
+
+    Raises:
+        UserError: A file is missing or damaged, has an unsupported dtype, or repeats a tensor of another file.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    read_unmapped = lru_cache(maxsize=1)(read_state)  # files of torch < 1.6 are read as a unit
+    for path in map(Path, paths):
+        found = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, read_unmapped)
+        if repeated := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path} holds {repeated[0]}, which another file holds too.")
+        tensors |= found
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    _check_exists(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
+    if unsupported := [(name, dtype) for name, _, dtype in found if dtype not in DTYPES]:
+        name, dtype = unsupported[0]
+        raise UserError(f"{path}: {name} holds {dtype} numbers, which are not supported; are they quantized?")
+    return {name: LazyTensor(shape, DTYPES[dtype], partial(_read_mapped, path, name)) for name, shape, dtype in found}
+
+
+def _open_pickle(path: Path, read_unmapped: Callable[[Path], dict[str, torch.Tensor]]) -> dict[str, LazyTensor]:
+    # a mapped file is opened again for each tensor, which releases the pages of the one before
+    read_file = read_state if is_zipfile(path) else read_unmapped
+
+    def read(name: str) -> torch.Tensor:
+        return read_file(path)[name]
+
+    return {name: LazyTensor(tuple(t.shape), t.dtype, partial(read, name)) for name, t in read_state(path).items()}
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+
+
+def _read_names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _read_mapped(path: Path, name: str) -> torch.Tensor:
+    """Return one tensor of a safetensors file with a mapping of its own, which is released with the tensor."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # files of torch < 1.6 cannot be mapped
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _diagnose(path: Path, error: Exception) -> str:
+    """Return a clause that explains why a file cannot be read as a checkpoint."""
+    with path.open("rb") as file:
+        head = file.read(40)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`"
+    text = head.decode("utf-8", "ignore")
+    if all(c.isprintable() or c.isspace() for c in text) and len(text.encode()) > len(head) - 4:
+        return f"it is {'JSON ' if text.lstrip()[:1] in ('{', '[') else ''}text, beginning {text!r}"
+    if "Unsupported global" in str(error):  # torch's message for a function that the pickle calls
+        return "it would run code when loaded"
+    damaged = "it is damaged or cut short"
+    return damaged if isinstance(error, SafetensorError) else f"{damaged}, or it would run code when loaded"
+
+
+# == writing ==
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, LazyTensor], on_write: Callable[[int], Any] = lambda nbytes: None
+) -> None:
+    """Write a safetensors file one tensor at a time.
+
+    Args:
+        path: File to write.
+        tensors: Tensors by name; each is read when its turn comes.
+        on_write: Called with the number of bytes of each tensor after it was written.
+    """
+    header = _make_header(tensors)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            value = tensor.read()
+            assert value.shape == tensor.shape, name
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(value.to(tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            on_write(tensor.nbytes)
+
+
+def _make_header(tensors: dict[str, LazyTensor]) -> dict[str, Any]:
+    """Return a safetensors header. Tensors with large items come first, so that all are aligned."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    return header
+
+
+def check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
+    """Check that a folder's disk has space for tensors. The folder need not exist yet.
+
+    Raises:
+        UserError: There is less free space than the tensors take.
+    """
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"The weights take {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; choose "
+            "another --output_dir or free some space."
+        )
