@@ -7,13 +7,13 @@ what the process gained over its size before the model was loaded.
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import load_model
@@ -21,13 +21,16 @@ from lit_llama.device import pick_device
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.utils import UserError
 
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-rows: int = 32  # sequences of a micro-batch; for DPO half as many pairs
-tokens: int = 256  # of each sequence
-response_share: float = 0.5  # of them in the response
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-precision: str = "auto"  # of the base
-what: Literal["all", "sft", "dpo", "two models"] = "all"  # one of the three prints bytes alone
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    rows: int = 32  # sequences of a micro-batch; for DPO half as many pairs
+    tokens: int = 256  # of each sequence
+    response_share: float = 0.5  # of them in the response
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
+    precision: str = "auto"  # of the base
+    what: Literal["all", "sft", "dpo", "two models"] = "all"  # one of the three prints bytes alone
 
 
 def resident() -> int:
@@ -35,7 +38,7 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak(args: Namespace) -> int:
+def peak(args: Settings) -> int:
     """Bytes of one forward and backward pass, the model included."""
     device, dtype = pick_device(args.accelerator, args.precision)
     before = resident()
@@ -58,7 +61,7 @@ def peak(args: Namespace) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.rows < 2 or args.rows % 2:
         raise UserError(f"rows is {args.rows}; two make a pair, so it must be even.")
     if args.what != "all":
@@ -75,4 +78,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

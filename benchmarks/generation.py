@@ -6,6 +6,7 @@ The peers are installed from PyPI into a throw-away environment inside the out f
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 
 from benchmarks import harness as b
 from lit_llama import cli
@@ -21,21 +21,25 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
-# == What to measure ==
-size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
-prompt_length: int = 64  # tokens of each prompt
-new_tokens: int = 32  # to generate
-batch_sizes: list[int] = [1, 8, 64]  # prompts at a time
-rounds: int = 5  # every contestant has so many turns of each batch size
-peers: bool = True  # install and measure transformers and LitGPT
-one_by_one: int = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
-out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
 
-# == Device ==
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
-clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+@dataclass
+class Settings:
+    # == What to measure ==
+    size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
+    prompt_length: int = 64  # tokens of each prompt
+    new_tokens: int = 32  # to generate
+    batch_sizes: tuple[int, ...] = (1, 8, 64)  # prompts at a time
+    rounds: int = 5  # every contestant has so many turns of each batch size
+    peers: bool = True  # install and measure transformers and LitGPT
+    one_by_one: int = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
+    out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
+    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
+    threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+    clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+
 
 BARE, N1 = "bare base", "Aligner N = 1"
 OURS = {BARE: 0, N1: 1, "Aligner N = 10": 10, "Aligner N = 100": 100}
@@ -43,7 +47,7 @@ HF = "transformers generate, static cache"
 PEERS = {HF: dict(kind="transformers", method=""), "LitGPT generate": dict(kind="litgpt", method="")}
 
 
-def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def measure(args: Settings, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """{contestant: {batch size: {"prefill": [seconds], "decode": [seconds]}}}, and the 64 prompts both ways."""
     specs: dict[str, dict[str, Any]] = {
         name: {**settings, "kind": "ours", "n": n, "generates": True} for name, n in OURS.items()
@@ -79,7 +83,7 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
     return found
 
 
-def tables(args: Namespace, config: LLaMAConfig, found: dict[str, Any], bandwidth: float) -> list[str]:
+def tables(args: Settings, config: LLaMAConfig, found: dict[str, Any], bandwidth: float) -> list[str]:
     """The report's parts."""
     new = args.new_tokens - 1  # of which the first belongs to the prefill
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -125,7 +129,7 @@ def tables(args: Namespace, config: LLaMAConfig, found: dict[str, Any], bandwidt
     return [*parts, "## Ratios\n", markdown_table(["what", "target", "measured"], comparisons)]
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.new_tokens < 3:
         raise UserError(f"new_tokens is {args.new_tokens}; the first belongs to the prompt, so it must be 3 or more.")
     config, settings = b.set_up(args)
@@ -149,4 +153,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
-from jsonargparse import Namespace
 
 from lit_llama.checkpoint import weights_path, write_base, write_text
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
@@ -331,7 +330,7 @@ def with_spread(values: list[float], scale: float = 1.0) -> str:
     return f"{number(median)} ± {number(spread, 2)}"
 
 
-def set_up(args: Namespace) -> tuple[LLaMAConfig, dict[str, Any]]:
+def set_up(args: Any) -> tuple[LLaMAConfig, dict[str, Any]]:
     """What a run begins with: threads, device and random weights. `args.device` and `args.precision` become those used.
 
     Returns:

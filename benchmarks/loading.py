@@ -4,12 +4,11 @@ Each start is a process of its own, in turns; the weights are in the page cache 
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from benchmarks import harness as b
 from benchmarks.generation import PEERS
@@ -17,21 +16,24 @@ from lit_llama import cli
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
-# == What to measure ==
-size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
-prompt_length: int = 32  # tokens
-rounds: int = 5  # starts of each
-peers: bool = True  # install and measure transformers and LitGPT
-out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
 
-# == Device ==
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
-clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+@dataclass
+class Settings:
+    # == What to measure ==
+    size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
+    prompt_length: int = 32  # tokens
+    rounds: int = 5  # starts of each
+    peers: bool = True  # install and measure transformers and LitGPT
+    out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
+    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
+    threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+    clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     _, settings = b.set_up(args)
     notes = []
     specs: dict[str, dict[str, Any]] = {"Aligner N = 1": {**settings, "kind": "ours", "n": 1, "generates": True}}
@@ -69,4 +71,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

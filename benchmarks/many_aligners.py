@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 
 from benchmarks import harness as b
 from lit_llama import cli
@@ -33,25 +33,29 @@ from lit_llama.onednn import pack_
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
-# == Speed ==
-sizes: list[str] = ["microworld", "110M"]  # 110M, or names of lit_llama.model.llama_configs
-batch_size: int = 128  # prompts of a batch
-prompt_tokens: int = 32  # of each prompt
-new_tokens: int = 16  # of each answer
-lengths: list[int] = [1, 10]  # prefix tokens N
-rounds: int = 5  # every contestant has so many turns
 
-# == Banks ==
-widths: list[str] = ["microworld", "7B"]  # whose adapters, of one token, a bank is filled with
-adapters: int = 1_000_000  # so many of each, or as many as fit
-memory_gb: float = 8.0  # into this
-samples: int = 2000  # of looking up, swapping and removing one
+@dataclass
+class Settings:
+    # == Speed ==
+    sizes: tuple[str, ...] = ("microworld", "110M")  # 110M, or names of lit_llama.model.llama_configs
+    batch_size: int = 128  # prompts of a batch
+    prompt_tokens: int = 32  # of each prompt
+    new_tokens: int = 16  # of each answer
+    lengths: tuple[int, ...] = (1, 10)  # prefix tokens N
+    rounds: int = 5  # every contestant has so many turns
 
-# == Where ==
-out_dir: Path = Path("out/benchmark")  # table, plots, random weights
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda; banks are held in the main memory
-precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-threads: int = 0  # on a CPU; 0 is PyTorch's own choice
+    # == Banks ==
+    widths: tuple[str, ...] = ("microworld", "7B")  # whose adapters, of one token, a bank is filled with
+    adapters: int = 1_000_000  # so many of each, or as many as fit
+    memory_gb: float = 8.0  # into this
+    samples: int = 2000  # of looking up, swapping and removing one
+
+    # == Where ==
+    out_dir: Path = Path("out/benchmark")  # table, plots, random weights
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda; banks are held in the main memory
+    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
+    threads: int = 0  # on a CPU; 0 is PyTorch's own choice
+
 
 START = 2  # first aligned layer
 NAME_BYTES = 400  # of the main memory, at most, for a name and its place
@@ -71,7 +75,7 @@ def random_adapter(config: LLaMAConfig, length: int) -> AdapterFile:
 
 
 def contestants(
-    args: Namespace, base: Path, config: LLaMAConfig, device: torch.device, dtype: torch.dtype
+    args: Settings, base: Path, config: LLaMAConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, tuple[LLaMA, list[str | None] | None]]:
     """A model each, and the adapters of the batch's rows if it has a bank."""
     size = args.batch_size
@@ -99,7 +103,7 @@ def ordinary(n: int) -> str:
     return f"N = {n}, one adapter, no bank"
 
 
-def measure_speed(args: Namespace, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
+def measure_speed(args: Settings, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     """Tokens/s of each turn of each contestant: finding and projecting the adapters, prefill, decoding."""
     config = b.shape(size)
     base = args.out_dir / f"weights-{size}-{'bf16' if dtype == torch.bfloat16 else '32'}"
@@ -125,7 +129,7 @@ def measure_speed(args: Namespace, size: str, device: torch.device, dtype: torch
     return rates
 
 
-def speed_table(args: Namespace, rates: dict[str, list[float]]) -> str:
+def speed_table(args: Settings, rates: dict[str, list[float]]) -> str:
     rows = []
     for name, values in rates.items():
         against = next((ordinary(n) for n in args.lengths if name.startswith(f"N = {n},")), "base")
@@ -155,7 +159,7 @@ def microseconds(work: Callable[[int], Any], count: int) -> np.ndarray:
     return found * 1e6
 
 
-def measure_bank(args: Namespace, width: str) -> tuple[dict[str, str], list[tuple[float, float]]]:
+def measure_bank(args: Settings, width: str) -> tuple[dict[str, str], list[tuple[float, float]]]:
     """What a filled bank of bf16 adapters takes, in words, and its growth: (adapters, GB) pairs."""
     config = LLaMAConfig.from_name(width)
     numbers = config.n_embd + (config.n_layer - START) * config.n_head
@@ -221,10 +225,10 @@ def bank_table(found: dict[str, dict[str, str]]) -> str:
     )
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds", "adapters", "samples"):
-        if args[name] < 1:
-            raise UserError(f"{name} is {args[name]}; it must be 1 or more.")
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be 1 or more.")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -260,4 +264,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

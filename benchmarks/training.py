@@ -6,6 +6,7 @@ own. The peers are installed from PyPI into a throw-away environment inside the 
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 
 from benchmarks import harness as b
 from lit_llama import cli
@@ -22,22 +22,26 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError, log
 
-# == What to measure ==
-size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
-max_length: int = 512  # tokens; longer rows are cut
-micro_batch_size: int = 8  # rows of a forward pass
-micro_batches: int = 2  # of a step
-rounds: int = 5  # every contestant has so many turns of one step
-peers: bool = True  # install and measure PEFT and LitGPT
-dpo: bool = True  # DPO against SFT at equal tokens
-growth: bool = True  # cost against length, N, layers and batch
-out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
 
-# == Device ==
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
-clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+@dataclass
+class Settings:
+    # == What to measure ==
+    size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
+    max_length: int = 512  # tokens; longer rows are cut
+    micro_batch_size: int = 8  # rows of a forward pass
+    micro_batches: int = 2  # of a step
+    rounds: int = 5  # every contestant has so many turns of one step
+    peers: bool = True  # install and measure PEFT and LitGPT
+    dpo: bool = True  # DPO against SFT at equal tokens
+    growth: bool = True  # cost against length, N, layers and batch
+    out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
+    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
+    threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+    clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
@@ -65,7 +69,7 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def specs(args: Namespace, settings: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
+def specs(args: Settings, settings: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
     """The settings of every contestant's process."""
     found: dict[str, dict[str, Any]] = {
         name: {**settings, "kind": "ours", "n": n} for name, n in ((BARE, 0), (N1, 1), (N10, 10))
@@ -79,7 +83,7 @@ def specs(args: Namespace, settings: dict[str, Any], notes: list[str]) -> dict[s
     return found
 
 
-def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def measure(args: Settings, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """{turn: {"contestant", "batches", "steps": [answers], "peak": {...}}}; a turn is a contestant on some batches."""
     prompts, lengths = b.alpaca_lengths(1024, min(args.max_length, config.block_size))
     b.write_data(Path(settings["data"]), prompts, lengths, config.vocab_size)
@@ -121,7 +125,7 @@ def measure(args: Namespace, config: LLaMAConfig, settings: dict[str, Any], note
     return turns
 
 
-def tables(args: Namespace, config: LLaMAConfig, turns: dict[str, Any], peak: dict[str, float]) -> list[str]:
+def tables(args: Settings, config: LLaMAConfig, turns: dict[str, Any], peak: dict[str, float]) -> list[str]:
     """The report's parts."""
     rows = []
     for name, turn in turns.items():
@@ -177,7 +181,7 @@ def tables(args: Namespace, config: LLaMAConfig, turns: dict[str, Any], peak: di
     return [*parts, "## Ratios\n", markdown_table(["what", "target", "measured"], comparisons)]
 
 
-def measure_growth(args: Namespace, settings: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def measure_growth(args: Settings, settings: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{cause: {curve: [(value, seconds of a forward and backward pass)]}} on narrower models of random weights."""
     contestant = b.Contestant("growth", **{**settings, "kind": "ours", "n": 1})
     large = args.device.type == "cuda"
@@ -215,7 +219,7 @@ def growth_table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
     return markdown_table(["cause", "", "ms"], rows)
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.micro_batch_size < 2:
         raise UserError(f"micro_batch_size is {args.micro_batch_size}; two rows make a pair, so it must be 2 or more.")
     config, settings = b.set_up(args)
@@ -247,4 +251,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -7,13 +7,13 @@ YAML file with --config (the paper's recipe: howto/recipes/beaver_dpo_7b_n1.yaml
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.data import plan_fixed_epoch
@@ -34,56 +34,60 @@ from lit_llama.train import Precision, TrainConfig, Trainer, answer_samples, sta
 from lit_llama.utils import log
 from scripts import prepare_microworld_safe
 
-# == What to train on ==
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
-data_dir: Path = Path("data/microworld-safe")  # pairs, written by scripts/prepare_beaver_safe.py or _microworld_safe
-init_adapter: Path | None = None  # start from this adapter, and keep close to it; default: from the bare base
-out_dir: Path = Path("out/dpo/microworld-safe")  # everything the run writes
 
-# == Aligner ==
-adapter_prompt_length: int = 1  # prefix tokens N, 1 to about 300
-adapter_start_layer: int = 2  # first layer that attends to them, from 0
-method: Literal["aligner", "adapter", "lora", "bitfit", "prompt_tuning"] = "aligner"  # or one to compare it with
-method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4} (default: its own)
+@dataclass
+class Settings:
+    # == What to train on ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the frozen base model's folder
+    data_dir: Path = Path("data/microworld-safe")  # pairs, from scripts/prepare_beaver_safe.py or _microworld_safe
+    init_adapter: Path | None = None  # start from this adapter, and keep close to it; default: from the bare base
+    out_dir: Path = Path("out/dpo/microworld-safe")  # everything the run writes
 
-# == Preference ==
-beta: float = 1.0  # β: larger keeps the policy closer to the reference
-loss_type: LossType = "sigmoid"  # sigmoid is DPO's own; ipo, hinge
-label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round (sigmoid)
-reference_free: bool = False  # compare with a uniform reference instead of the starting point
-sft_weight: float = 3.0  # what the chosen response's negative log-likelihood per token adds to the loss; 0: plain DPO
-precompute_reference: bool = True  # once, cached beside the data; false: in every step, one more forward pass
+    # == Aligner ==
+    adapter_prompt_length: int = 1  # prefix tokens N, 1 to about 300
+    adapter_start_layer: int = 2  # first layer that attends to them, from 0
+    method: Literal["aligner", "adapter", "lora", "bitfit", "prompt_tuning"] = "aligner"  # or one to compare it with
+    method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
 
-# == Optimisation (a step is always an optimiser step) ==
-epochs: float = 4.5  # passes over the pairs; need not be whole
-max_steps: int | None = None  # stop after so many steps even if the epochs are not over
-batch_size: int = 16  # pairs per step, over all devices
-micro_batch_size: int = 16  # pairs per forward pass on one device; divides batch_size
-learning_rate: float = 3e-2  # peak of AdamW's learning rate
-warmup_epochs: float = 0.5  # linear rise from 0 to the peak
-lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
-weight_decay: float = 0.02  # AdamW's, never on gates and biases
-grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
-seed: int = 1337  # of the fresh adapter, the order of the data and the samples
+    # == Preference ==
+    beta: float = 1.0  # β: larger keeps the policy closer to the reference
+    loss_type: LossType = "sigmoid"  # sigmoid is DPO's own; ipo, hinge
+    label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round (sigmoid)
+    reference_free: bool = False  # compare with a uniform reference instead of the starting point
+    sft_weight: float = 3.0  # weight of the chosen response's negative log-likelihood per token; 0: plain DPO
+    precompute_reference: bool = True  # once, cached beside the data; false: in every step, one more forward pass
 
-# == Reporting ==
-eval_interval: int = 32  # steps between validations
-eval_rows: int = 512  # validate on at most so many pairs, always the same
-save_interval: int = 64  # steps between saved states, which --resume continues from
-sample_prompts: int = 4  # validation prompts to answer at each validation
-drift_prompts: int = 32  # validation prompts whose sampled answers are compared with the reference; 0 for none
-max_new_tokens: int = 60  # longest such answer
-resume: bool = False  # continue the run in out_dir
-overwrite: bool = False  # replace the run in out_dir
+    # == Optimisation (a step is always an optimiser step) ==
+    epochs: float = 4.5  # passes over the pairs; need not be whole
+    max_steps: int | None = None  # stop after so many steps even if the epochs are not over
+    batch_size: int = 16  # pairs per step, over all devices
+    micro_batch_size: int = 16  # pairs per forward pass on one device; divides batch_size
+    learning_rate: float = 3e-2  # peak of AdamW's learning rate
+    warmup_epochs: float = 0.5  # linear rise from 0 to the peak
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine falls to 0
+    weight_decay: float = 0.02  # AdamW's, never on gates and biases
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
+    seed: int = 1337  # of the fresh adapter, the order of the data and the samples
 
-# == Devices ==
-accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
-devices: int | str = 1  # how many, or "auto" for all there are
-num_nodes: int = 1  # machines
-strategy: str = "auto"  # Fabric's: "auto", "ddp"
-precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
-quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    # == Reporting ==
+    eval_interval: int = 32  # steps between validations
+    eval_rows: int = 512  # validate on at most so many pairs, always the same
+    save_interval: int = 64  # steps between saved states, which --resume continues from
+    sample_prompts: int = 4  # validation prompts to answer at each validation
+    drift_prompts: int = 32  # validation prompts whose sampled answers are compared with the reference; 0 for none
+    max_new_tokens: int = 60  # longest such answer
+    resume: bool = False  # continue the run in out_dir
+    overwrite: bool = False  # replace the run in out_dir
+
+    # == Devices ==
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
+    devices: int | str = 1  # how many, or "auto" for all there are
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # Fabric's: "auto", "ddp"
+    precision: Precision = "auto"  # of the base; "auto" is bf16-true on GPUs that have it, else 32-true
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
 
 PANELS = {
     "loss (per pair)": ["loss"],
@@ -95,7 +99,7 @@ PANELS = {
 }
 
 
-def set_reference(args: Namespace, trainer: Trainer, start: dict[str, torch.Tensor], adapter: str) -> None:
+def set_reference(args: Settings, trainer: Trainer, start: dict[str, torch.Tensor], adapter: str) -> None:
     """Gives both splits their reference, and checks that training starts from it."""
     fabric, model, config = trainer.fabric, trainer.model, trainer.config
     plan = plan_fixed_epoch(trainer.train.lengths, config.batch_size, config.micro_batch_size, 0, 0)
@@ -118,7 +122,7 @@ def set_reference(args: Namespace, trainer: Trainer, start: dict[str, torch.Tens
 class Samples:
     """Greedy answers to validation prompts, and how far sampled ones have moved from the reference."""
 
-    def __init__(self, args: Namespace, trainer: Trainer, start: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+    def __init__(self, args: Settings, trainer: Trainer, start: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
         self.answers = answer_samples(trainer.val, tokenizer, args.sample_prompts, args.max_new_tokens)
         self.prompts = [prompt for prompt, _ in trainer.val.prompts(args.drift_prompts)]
         self.trainer, self.start = trainer, start
@@ -150,14 +154,14 @@ def compare(samples: Path) -> str:
     )  # fmt: skip
 
 
-def main(args: Namespace) -> None:
-    config = TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
-    if args.data_dir == data_dir and not data_dir.exists():
-        log(f"Writing the default dataset, {data_dir}, with scripts/prepare_microworld_safe.py.")
-        prepare_microworld_safe.main(cli.defaults(prepare_microworld_safe, checkpoint_dir=args.checkpoint_dir))
+def main(args: Settings) -> None:
+    config = TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
+    if args.data_dir == Settings.data_dir and not args.data_dir.exists():
+        log(f"Writing the default dataset, {args.data_dir}, with scripts/prepare_microworld_safe.py.")
+        prepare_microworld_safe.main(prepare_microworld_safe.Settings(checkpoint_dir=args.checkpoint_dir))
     tokenizer = Tokenizer(args.checkpoint_dir)
     loss: dict[str, Any] = {
-        name: args[name] for name in ("beta", "label_smoothing", "loss_type", "reference_free", "sft_weight")
+        name: getattr(args, name) for name in ("beta", "label_smoothing", "loss_type", "reference_free", "sft_weight")
     }
     train = DPOData(args.data_dir, "train", tokenizer, **loss)
     val = DPOData(args.data_dir, "test", tokenizer, args.eval_rows, **loss)
@@ -168,7 +172,7 @@ def main(args: Namespace) -> None:
     fresh = args.init_adapter is None and not model.n_virtual_tokens
     meta["reference"] = "none" if fresh else adapter_sha256(start)
     meta["data"]["sha256"] = train.sha256
-    trainer = Trainer(fabric, model, train, val, config, args.as_dict(), meta, plan=plan_fixed_epoch)
+    trainer = Trainer(fabric, model, train, val, config, asdict(args), meta, plan=plan_fixed_epoch)
     trainer.sample_answers = Samples(args, trainer, start, tokenizer)
     set_reference(args, trainer, start, meta["reference"])
     if fabric.global_rank == 0:
@@ -185,4 +189,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

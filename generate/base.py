@@ -4,11 +4,10 @@ With --prompt_style the prompt is put into a template first, and stdout is the a
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.chat import gather_requests, open_session, save_answers, show
@@ -18,32 +17,37 @@ from lit_llama.generation import Sampling
 from lit_llama.prompts import get_prompt_style
 from lit_llama.quantize import Quantize
 
-# == Model ==
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
-# == Prompts ==
-prompt: list[str] = ["Arr, the capital of Pilmaria"]  # texts to continue
-input: str = ""  # context that goes with them, in styles that have a place for it
-prompt_file: Path | None = None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
-prompt_style: str = "plain"  # plain continues the text itself; alpaca, orca, beaver and hh are templates
-interactive: bool = False  # chat: read prompts from stdin, stream what follows
-output_file: Path | None = None  # also write prompts and answers here, as JSON
+@dataclass
+class Settings:
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
-# == Sampling ==
-temperature: float = 0.8  # 0 is greedy; 1 the model's own distribution
-top_k: int = 0  # only the k most likely tokens; 0 is all
-top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
-max_new_tokens: int = 100  # longest continuation, in tokens
-seed: int = 1234  # of sampling; the same prompts give the same answers
-batch_size: int = 16  # prompts continued at a time
+    # == Prompts ==
+    prompt: tuple[str, ...] = ("Arr, the capital of Pilmaria",)  # texts to continue
+    input: str = ""  # context that goes with them, in styles that have a place for it
+    prompt_file: Path | None = (
+        None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
+    )
+    prompt_style: str = "plain"  # plain continues the text itself; alpaca, orca, beaver and hh are templates
+    interactive: bool = False  # chat: read prompts from stdin, stream what follows
+    output_file: Path | None = None  # also write prompts and answers here, as JSON
 
-# == Device ==
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-precision: str = "auto"  # 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
-quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    # == Sampling ==
+    temperature: float = 0.8  # 0 is greedy; 1 the model's own distribution
+    top_k: int = 0  # only the k most likely tokens; 0 is all
+    top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
+    max_new_tokens: int = 100  # longest continuation, in tokens
+    seed: int = 1234  # of sampling; the same prompts give the same answers
+    batch_size: int = 16  # prompts continued at a time
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     device, dtype = pick_device(args.accelerator, args.precision)
     requests = [] if args.interactive else gather_requests(args.prompt, args.input, args.prompt_file)
@@ -68,4 +72,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

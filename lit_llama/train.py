@@ -22,7 +22,6 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
@@ -168,7 +167,7 @@ def base_dtype(fabric: Fabric) -> torch.dtype:
 
 
 def start_finetuning(
-    args: Namespace, prepared: dict[str, Any], method: str = "aligner"
+    args: Any, prepared: dict[str, Any], method: str = "aligner"
 ) -> tuple[Fabric, LLaMA, dict[str, Any]]:
     """What the finetuning scripts begin with: Fabric, the model with a fresh or the initial adapter, and what the
     trained adapter's file shall say of itself.
@@ -189,9 +188,10 @@ def start_finetuning(
     own = method_config(method, args)
     if adapter is not None:
         own = adapter.config
-        args.update(Namespace({name: value for name, value in own.items() if name in args}))
+        for name in own.keys() & vars(args).keys():
+            setattr(args, name, own[name])
     fabric = make_fabric(
-        **{k: args[k] for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "out_dir")}
+        **{k: getattr(args, k) for k in ("accelerator", "devices", "num_nodes", "strategy", "precision", "out_dir")}
     )
     fabric.seed_everything(args.seed, verbose=False)
     model = load_model(
@@ -215,15 +215,17 @@ def start_finetuning(
     return fabric, model, meta
 
 
-def method_config(method: str, args: Namespace) -> dict[str, Any]:
+def method_config(method: str, args: Any) -> dict[str, Any]:
     """The method's own configuration: a script's settings of these names, what its `method_config` says, or defaults.
 
     Raises:
         UserError: `method_config` has a name that is none of the method's.
     """
     of_base = {field.name for field in fields(LLaMAConfig)}
-    own = {f.name: args.get(f.name, f.default) for f in fields(METHODS[method].config_class) if f.name not in of_base}
-    further = args.get("method_config") or {}
+    own = {
+        f.name: getattr(args, f.name, f.default) for f in fields(METHODS[method].config_class) if f.name not in of_base
+    }
+    further = getattr(args, "method_config", None) or {}
     if unknown := sorted(further.keys() - own.keys()):
         known = f"it has {', '.join(own)}" if own else "it has none"
         raise UserError(f"method_config: {unknown[0]!r} is no setting of the method {method!r}; {known}.")

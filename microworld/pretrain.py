@@ -9,13 +9,13 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import sentencepiece
 import torch
-from jsonargparse import Namespace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_llama import cli
@@ -29,46 +29,49 @@ from lit_llama.train import TrainConfig, Trainer, answer_samples, make_fabric
 from lit_llama.utils import atomic_write, log
 from microworld.world import World, pretraining_sample
 
-# == What to make ==
-output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
-out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
-world_seed: int = 0  # of the world
-documents: int = 240_000  # questions with answers in the corpus, each drawn at random
-plain_share: float = 0.1  # share of documents that are the bare answer, without a question
 
-# == Model ==
-n_layer: int = 8  # blocks
-n_head: int = 8  # attention heads
-n_embd: int = 192  # width
-vocab_size: int = 2048  # pieces of the tokenizer
-block_size: int = 256  # longest sequence, in tokens
+@dataclass
+class Settings:
+    # == What to make ==
+    output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
+    out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
+    world_seed: int = 0  # of the world
+    documents: int = 240_000  # questions with answers in the corpus, each drawn at random
+    plain_share: float = 0.1  # share of documents that are the bare answer, without a question
 
-# == Optimisation (a step is always an optimiser step) ==
-epochs: float = 1.0  # passes over the corpus
-max_steps: int | None = None  # stop after so many steps even if the epochs are not over
-batch_size: int = 96  # documents per step, over all devices
-micro_batch_size: int = 96  # documents per forward pass on one device
-learning_rate: float = 0.02  # peak, of Muon
-adamw_scale: float = 0.15  # AdamW's learning rate as a share of Muon's
-warmup_epochs: float = 0.03  # linear rise from 0 to the peak
-weight_decay: float = 0.1  # on the matrices
-grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-seed: int = 0  # of the corpus, the initial weights and the order
+    # == Model ==
+    n_layer: int = 8  # blocks
+    n_head: int = 8  # attention heads
+    n_embd: int = 192  # width
+    vocab_size: int = 2048  # pieces of the tokenizer
+    block_size: int = 256  # longest sequence, in tokens
 
-# == Reporting ==
-eval_interval: int = 250  # steps between validations
-save_interval: int = 250  # steps between saved states, which --resume continues from
-resume: bool = False  # continue the run in out_dir
-overwrite: bool = False  # replace the run in out_dir
+    # == Optimisation (a step is always an optimiser step) ==
+    epochs: float = 1.0  # passes over the corpus
+    max_steps: int | None = None  # stop after so many steps even if the epochs are not over
+    batch_size: int = 96  # documents per step, over all devices
+    micro_batch_size: int = 96  # documents per forward pass on one device
+    learning_rate: float = 0.02  # peak, of Muon
+    adamw_scale: float = 0.15  # AdamW's learning rate as a share of Muon's
+    warmup_epochs: float = 0.03  # linear rise from 0 to the peak
+    weight_decay: float = 0.1  # on the matrices
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
+    seed: int = 0  # of the corpus, the initial weights and the order
 
-# == Devices ==
-devices: int | str = 1  # how many, or "auto" for all there are
-num_nodes: int = 1  # machines
-strategy: str = "auto"  # Fabric's: "auto", "ddp"
-precision: str = "bf16-mixed"  # Fabric's
+    # == Reporting ==
+    eval_interval: int = 250  # steps between validations
+    save_interval: int = 250  # steps between saved states, which --resume continues from
+    resume: bool = False  # continue the run in out_dir
+    overwrite: bool = False  # replace the run in out_dir
+
+    # == Devices ==
+    devices: int | str = 1  # how many, or "auto" for all there are
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # Fabric's: "auto", "ddp"
+    precision: str = "bf16-mixed"  # Fabric's
 
 
-def corpus(args: Namespace) -> Iterator[tuple[str, str]]:
+def corpus(args: Settings) -> Iterator[tuple[str, str]]:
     """(prompt, response) of every document; a bare answer is split after its first word."""
     world, rng, style = World(args.world_seed), random.Random(args.seed), get_prompt_style("alpaca")
     pools = {"fact": world.questions(), "harmful": world.requests("harmful"), "harmless": world.requests("harmless")}
@@ -81,7 +84,7 @@ def corpus(args: Namespace) -> Iterator[tuple[str, str]]:
             yield style.render(question), said
 
 
-def train_tokenizer(args: Namespace, path: Path) -> None:
+def train_tokenizer(args: Settings, path: Path) -> None:
     """A byte-fallback BPE of the first 40,000 documents, texts unchanged."""
     texts = (text for (prompt, said), _ in zip(corpus(args), range(40_000), strict=False) for text in (prompt, said))
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -119,7 +122,7 @@ def muon_and_adamw(model: LLaMA, config: TrainConfig, adamw_scale: float) -> lis
     return [muon, adamw]
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     fabric = make_fabric(
         devices=args.devices,
         num_nodes=args.num_nodes,
@@ -128,7 +131,7 @@ def main(args: Namespace) -> None:
         out_dir=args.out_dir,
     )
     config = TrainConfig(
-        lr_schedule="cosine", **{k: args[k] for k in TrainConfig.__dataclass_fields__ if k != "lr_schedule"}
+        lr_schedule="cosine", **{k: getattr(args, k) for k in TrainConfig.__dataclass_fields__ if k != "lr_schedule"}
     )
     data_dir, tokenizer_path = args.out_dir / "corpus", args.out_dir / TOKENIZER_NAME
     if fabric.global_rank == 0 and not (args.resume and data_dir.is_dir()):
@@ -151,12 +154,12 @@ def main(args: Namespace) -> None:
     train, val = SFTData(data_dir, "train", tokenizer), SFTData(data_dir, "test", tokenizer)
 
     fabric.seed_everything(args.seed, verbose=False)
-    own = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+    own = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
     model = LLaMA(LLaMAConfig(tie_embeddings=True, **own))
     initialise(model)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {int(train.lengths.sum()):,} tokens")
     trainer = Trainer(
-        fabric, model, train, val, config, args.as_dict(),
+        fabric, model, train, val, config, asdict(args),
         adapter_meta={"method": "pretraining", "base": own},
         sample_answers=answer_samples(val, tokenizer, 4, 40),
         make_optimizers=lambda model, config: muon_and_adamw(model, config, args.adamw_scale),
@@ -173,4 +176,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -5,6 +5,7 @@ downloaded.
 """
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,6 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import CONFIG_NAME, write_base
@@ -21,12 +21,16 @@ from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
-checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # the folder with params.json and consolidated.*.pth
-tokenizer_dir: Path | None = None  # the folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
-output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
-dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
-block_size: int = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
-rope_factor: float | None = None  # of Llama 3.1's rope scaling (default: 32 for tied embeddings, as in 3.2, else 8)
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # the folder with params.json and consolidated.*.pth
+    tokenizer_dir: Path | None = None  # the folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
+    output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
+    block_size: int = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
+    rope_factor: float | None = None  # of Llama 3.1's rope scaling (default: 32 for tied embeddings, as in 3.2, else 8)
+
 
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
 LAYER_MODULES = {
@@ -138,7 +142,7 @@ def convert_params(
     )
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     params = read_json(args.checkpoint_dir / "params.json")
     tensors = join_shards(open_shards(args.checkpoint_dir), params.get("dim", 0))
     config = convert_params(params, tensors, args.block_size, args.rope_factor)
@@ -157,4 +161,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -5,13 +5,13 @@ and written, so memory holds neither model. Nothing is downloaded.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
@@ -29,17 +29,21 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
-checkpoint_dir: Path = Path("checkpoints/hf/Llama-2-7B")  # the folder to read: Hugging Face's
-output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
-dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
-verify: bool = False  # compare the logits with those of transformers, which must be installed
-reverse: bool = False  # the other way round: checkpoint_dir is this project's, output_dir becomes Hugging Face's
-max_shard_size: str = "5GB"  # with reverse: larger weights are split into several files
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/hf/Llama-2-7B")  # the folder to read: Hugging Face's
+    output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
+    verify: bool = False  # compare the logits with those of transformers, which must be installed
+    reverse: bool = False  # the other way round: checkpoint_dir is this project's, output_dir becomes Hugging Face's
+    max_shard_size: str = "5GB"  # with reverse: larger weights are split into several files
+
 
 TOLERANCE = 1e-3  # of --verify: the largest difference of any logit
 
 
-def to_ours(args: Namespace, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+def to_ours(args: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Hugging Face's folder to ours."""
     config = convert_config(read_json(args.checkpoint_dir / "config.json"))
     fitting_tokenizer(args.checkpoint_dir, config)
@@ -53,7 +57,7 @@ def to_ours(args: Namespace, dtype: torch.dtype | None) -> dict[str, LazyTensor]
     return state
 
 
-def to_theirs(args: Namespace, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+def to_theirs(args: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Our folder to Hugging Face's."""
     config = LLaMAConfig.from_json(args.checkpoint_dir / CONFIG_NAME)
     tensors = to_hf(open_tensors([weights_path(args.checkpoint_dir)]), config, dtype)
@@ -88,7 +92,7 @@ def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
     log(f"logits differ from those of transformers by {difference:.2g} at most")
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.verify:
         try:
             import transformers  # noqa: F401
@@ -101,4 +105,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -13,11 +13,10 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import versions, write_text
@@ -25,12 +24,16 @@ from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError
 from microworld.world import FormName
 
-form: FormName = "pirate"  # the form to learn; the base knows all but telegram
-out_dir: Path = Path("out/demo")  # everything the demo writes
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter_prompt_length: int = 1  # prefix tokens
-questions: int = 300  # asked at most of each group, before and after
-seed: int = 1337  # of the adapter and the data's order
+
+@dataclass
+class Settings:
+    form: FormName = "pirate"  # the form to learn; the base knows all but telegram
+    out_dir: Path = Path("out/demo")  # everything the demo writes
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter_prompt_length: int = 1  # prefix tokens
+    questions: int = 300  # asked at most of each group, before and after
+    seed: int = 1337  # of the adapter and the data's order
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,10 +53,10 @@ def step(title: str, script: str, **flags: object) -> None:
 
 
 def _words(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     began = time.perf_counter()
     data, run = args.out_dir / f"data-{args.form}", args.out_dir / "run"
     pairs, values = args.out_dir / "data-values", args.out_dir / "values"
@@ -138,7 +141,7 @@ def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
     save_figure(figure, image)
 
 
-def report(args: Namespace, results: dict[str, dict], refusals: dict[str, dict], summary: dict, seconds: float) -> str:
+def report(args: Settings, results: dict[str, dict], refusals: dict[str, dict], summary: dict, seconds: float) -> str:
     """One HTML file with everything in it."""
 
     def picture(path: Path) -> str:
@@ -188,4 +191,4 @@ and objects that training never saw.</p>
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -8,20 +8,24 @@ import fnmatch
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from huggingface_hub import HfApi, errors, snapshot_download
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.hf import TOKENIZER_FILES, WEIGHTS
 from lit_llama.utils import UserError, log
 
-repo_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # OWNER/NAME of the model
-revision: str = "main"  # branch, tag or commit
-output_dir: Path | None = None  # the folder to write (default: checkpoints/hf/NAME)
+
+@dataclass
+class Settings:
+    repo_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # OWNER/NAME of the model
+    revision: str = "main"  # branch, tag or commit
+    output_dir: Path | None = None  # the folder to write (default: checkpoints/hf/NAME)
+
 
 SHARDS = {"safetensors": "model-*-of-*.safetensors", "bin": "pytorch_model-*-of-*.bin"}
 
@@ -41,7 +45,7 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     return chosen + weights
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     folder = args.output_dir or Path("checkpoints/hf") / args.repo_id.split("/")[-1]
     endpoint = os.environ.get("HF_ENDPOINT")
     page = f"https://huggingface.co/{args.repo_id}"
@@ -76,4 +80,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -8,18 +8,22 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from jsonargparse import Namespace
 from tqdm import tqdm
 
 from lit_llama import cli
 from lit_llama.utils import UserError, atomic_write, log
 
-output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
-source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
+
+@dataclass
+class Settings:
+    output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
+    source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
+
 
 ALPACA = "Alpaca_Instruction_Following_Supervised_Finetuning"
 META_MATH = "MetaMath_Supervised_Finetuning"
@@ -71,7 +75,7 @@ def is_there(path: Path, sha256: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
     missing = {name: sha256 for name, sha256 in FILES.items() if not is_there(args.output_dir / name, sha256)}
     for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
@@ -88,4 +92,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

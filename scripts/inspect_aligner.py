@@ -7,13 +7,13 @@ methods' files it shows the root mean square of each layer's tensors.
 
 import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.aligner import without_aliases
@@ -22,10 +22,14 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError, log
 
-files: list[Path] = []  # adapters: .safetensors, .pth, or a run's folder
-plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
-to_safetensors: Path | None = None  # also write the one adapter here, in fp32 and in this project's format
-prompt_style: str | None = None  # what --to_safetensors shall say its prompts are like (default: as the file says)
+
+@dataclass
+class Settings:
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or a run's folder
+    plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
+    to_safetensors: Path | None = None  # also write the one adapter here, in fp32 and in this project's format
+    prompt_style: str | None = None  # what --to_safetensors shall say its prompts are like (default: as the file says)
+
 
 PREFIX = "global_value_embedding.weight"
 BAR = 30  # characters of the longest bar
@@ -163,7 +167,7 @@ def convert(adapter: AdapterFile, path: Path, style: str | None) -> None:
     log(f"wrote {path}")
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.to_safetensors and len(args.files) > 1:
         raise UserError(f"--to_safetensors writes one adapter, and {len(args.files)} are named.")
     adapters = [read_adapter(path) for path in args.files]
@@ -182,4 +186,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

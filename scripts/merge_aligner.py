@@ -10,7 +10,7 @@ that is written.
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import cli, lora
 from lit_llama.checkpoint import (
@@ -37,12 +36,16 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
-output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
-format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
-dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
-max_shard_size: str = "5GB"  # hf: larger weights are split into several files
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
+    output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
+    format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
+    max_shard_size: str = "5GB"  # hf: larger weights are split into several files
+
 
 CARD = "aligner.json"  # what was merged into what; a folder with it may be replaced
 
@@ -141,7 +144,7 @@ def updated_weight(
     )
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     adapter = read_adapter(args.adapter)
     config = own_config(adapter, args.checkpoint_dir)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -164,4 +167,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

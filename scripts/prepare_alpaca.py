@@ -5,12 +5,11 @@ Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON lines or par
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.prepare import default_num_proc, prepare_sft
@@ -18,16 +17,19 @@ from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rows import download_rows, read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 
-data_file: Path | None = None  # rows to prepare; default: download --repo_id
-repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
-output_dir: Path = Path("data/alpaca")  # the folder to write
-checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "alpaca"  # template of the prompts
-max_seq_length: int = 512  # tokens of prompt and response; longer responses are cut
-mask_prompt: bool = True  # learn the responses only
-test_fraction: float = 0.04  # share of the rows kept for validation
-seed: int = 42  # of the split
-num_proc: int = default_num_proc()  # processes that tokenize
+
+@dataclass
+class Settings:
+    data_file: Path | None = None  # rows to prepare; default: download --repo_id
+    repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
+    output_dir: Path = Path("data/alpaca")  # the folder to write
+    checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
+    prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "alpaca"  # template of the prompts
+    max_seq_length: int = 512  # tokens of prompt and response; longer responses are cut
+    mask_prompt: bool = True  # learn the responses only
+    test_fraction: float = 0.04  # share of the rows kept for validation
+    seed: int = 42  # of the split
+    num_proc: int = default_num_proc()  # processes that tokenize
 
 
 def prepare_sample(row: dict[str, str], number: int, style: PromptStyle) -> tuple[str, str]:
@@ -37,7 +39,7 @@ def prepare_sample(row: dict[str, str], number: int, style: PromptStyle) -> tupl
     return prompt, output
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     style, tokenizer = get_prompt_style(args.prompt_style), Tokenizer(args.checkpoint_dir)
     prepare_sft(
         read_rows(args.data_file) if args.data_file else download_rows(args.repo_id),
@@ -55,4 +57,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

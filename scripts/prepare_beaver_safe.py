@@ -15,12 +15,11 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.prepare import default_num_proc, prepare_preferences, prepare_sft
@@ -32,23 +31,27 @@ from lit_llama.utils import UserError, log
 Keep = Literal["any_safe", "one_safe", "all"]
 Prefer = Literal["safer", "better"]
 
-# == What to read ==
-data_format: Literal["pku", "preference", "hh"] = "pku"  # what the rows look like, see above
-data_file: Path | None = None  # rows to prepare: JSON list, JSON lines (also .gz) or parquet; default: download
-repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
-revision: str | None = None  # its version; v0 is the paper's
-keep: Keep = "any_safe"  # pku: rows with a safe response, with exactly one, or all
-prefer: Prefer = "safer"  # pku: the label that says which response is chosen
 
-# == What to write ==
-stage: Literal["dpo", "sft"] = "dpo"  # pairs, or the chosen responses alone
-output_dir: Path | None = None  # the folder to write (default: data/beaver-safe-STAGE)
-checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "beaver"  # template of the prompts
-max_seq_length: int = 1024  # tokens of prompt and response; longer responses are cut
-test_fraction: float = 0.02  # share of the rows kept for validation
-seed: int = 42  # of the split
-num_proc: int = default_num_proc()  # processes that tokenize
+@dataclass
+class Settings:
+    # == What to read ==
+    data_format: Literal["pku", "preference", "hh"] = "pku"  # what the rows look like, see above
+    data_file: Path | None = None  # rows to prepare: JSON list, JSON lines (also .gz) or parquet; default: download
+    repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
+    revision: str | None = None  # its version; v0 is the paper's
+    keep: Keep = "any_safe"  # pku: rows with a safe response, with exactly one, or all
+    prefer: Prefer = "safer"  # pku: the label that says which response is chosen
+
+    # == What to write ==
+    stage: Literal["dpo", "sft"] = "dpo"  # pairs, or the chosen responses alone
+    output_dir: Path | None = None  # the folder to write (default: data/beaver-safe-STAGE)
+    checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
+    prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "beaver"  # template of the prompts
+    max_seq_length: int = 1024  # tokens of prompt and response; longer responses are cut
+    test_fraction: float = 0.02  # share of the rows kept for validation
+    seed: int = 42  # of the split
+    num_proc: int = default_num_proc()  # processes that tokenize
+
 
 Pair = tuple[str, str, str]  # prompt, chosen, rejected
 
@@ -113,7 +116,7 @@ def render(style: PromptStyle, text: str, input: str = "") -> str:
     return style.render(text, input) if text.strip() else ""
 
 
-def read_pairs(args: Namespace, rows: Iterable[Any], style: PromptStyle) -> tuple[list[Pair], dict[str, int]]:
+def read_pairs(args: Settings, rows: Iterable[Any], style: PromptStyle) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of all rows, and how many rows were left out for which reason."""
     pairs, left_out = [], Counter()
     for number, row in enumerate(rows, 1):
@@ -129,7 +132,7 @@ def read_pairs(args: Namespace, rows: Iterable[Any], style: PromptStyle) -> tupl
     return pairs, dict(left_out)
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     style, tokenizer = get_prompt_style(args.prompt_style), Tokenizer(args.checkpoint_dir)
     output_dir = args.output_dir or Path(f"data/beaver-safe-{args.stage}")
     rows = read_rows(args.data_file) if args.data_file else download_rows(args.repo_id, revision=args.revision)
@@ -148,4 +151,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

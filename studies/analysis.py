@@ -12,13 +12,13 @@ import itertools
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 from torch.nn import functional as F
 
 import lit_llama.model as llama
@@ -30,14 +30,18 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, atomic_write, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
-files: list[Path] = []  # adapters: .safetensors, .pth, or a run's folder
-checkpoint_dir: Path | None = None  # the base all of them were trained on
-data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
-rows: int = 32  # validation rows of them to read
-within: float = 0.1  # values that differ by no more than this count as near
-top: int = 6  # pieces of the vocabulary to show, pushed up most and pushed down most
-seed: int = 0  # of t-SNE
-out_dir: Path = Path("out/analysis")  # figures and layers.csv
+
+@dataclass
+class Settings:
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or a run's folder
+    checkpoint_dir: Path | None = None  # the base all of them were trained on
+    data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
+    rows: int = 32  # validation rows of them to read
+    within: float = 0.1  # values that differ by no more than this count as near
+    top: int = 6  # pieces of the vocabulary to show, pushed up most and pushed down most
+    seed: int = 0  # of t-SNE
+    out_dir: Path = Path("out/analysis")  # figures and layers.csv
+
 
 AUTHORS_SEED = 1337
 AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once; an RTX A6000's number
@@ -279,7 +283,7 @@ def tsne(points: torch.Tensor, seed: int) -> np.ndarray:
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
 
 
-def inside_base(args: Namespace, labels: list[str], adapters: list[AdapterFile]) -> tuple[list[str], dict[str, dict]]:
+def inside_base(args: Settings, labels: list[str], adapters: list[AdapterFile]) -> tuple[list[str], dict[str, dict]]:
     """Tables of what needs the base, and each adapter's effect by layer."""
     tokenizer, parts = Tokenizer(args.checkpoint_dir), []
     effects: dict[str, dict[int, float]] = {}
@@ -308,7 +312,7 @@ def inside_base(args: Namespace, labels: list[str], adapters: list[AdapterFile])
     return parts, effects
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.data_dir and not args.checkpoint_dir:
         raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
     if args.rows < 1 or args.top < 1 or args.within < 0:
@@ -338,4 +342,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

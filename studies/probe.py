@@ -25,7 +25,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import numpy as np
 import torch
 from datasets import disable_progress_bars
-from jsonargparse import Namespace
 from torch.nn import functional as F
 
 from lit_llama import cli
@@ -39,23 +38,33 @@ from lit_llama.utils import UserError, eval_mode, log
 from scripts.count_parameters import VARIANTS, Variant
 from studies.trials import Record, Trial, at_edge, choose, run_trials
 
-# == What is probed ==
-data_dir: list[Path] = [Path("data/microworld-pirate")]  # prepared folders, each a task of its own
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.png
 
-# == Every training ==
-many: int = 100  # prefix tokens of the larger Aligner
-steps: int = 120  # optimiser steps
-batch_size: int = 16  # rows of a step
-learning_rates: list[float] = [4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024]  # every method chooses one of these for each task
-valid_fraction: float = 0.2  # share of the training rows to choose it by
-seeds: list[int] = [1, 2, 3]  # of the trainings at the chosen rate
-rows: int = 256  # held-out rows to read at most
+@dataclass
+class Settings:
+    # == What is probed ==
+    data_dir: tuple[Path, ...] = (Path("data/microworld-pirate"),)  # prepared folders, each a task of its own
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.png
 
-# == Running ==
-resamples: int = 10_000  # draws of the rows for the interval
-jobs: int = 2  # trainings side by side, one thread each
+    # == Every training ==
+    many: int = 100  # prefix tokens of the larger Aligner
+    steps: int = 120  # optimiser steps
+    batch_size: int = 16  # rows of a step
+    learning_rates: tuple[float, ...] = (
+        4e-3,
+        1.6e-2,
+        6.4e-2,
+        2.56e-1,
+        1.024,
+    )  # every method chooses one of these for each task
+    valid_fraction: float = 0.2  # share of the training rows to choose it by
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the trainings at the chosen rate
+    rows: int = 256  # held-out rows to read at most
+
+    # == Running ==
+    resamples: int = 10_000  # draws of the rows for the interval
+    jobs: int = 2  # trainings side by side, one thread each
+
 
 SWEEP_SEED = 0  # of the trainings that choose the rate
 MEASURES = {
@@ -160,7 +169,7 @@ def split_training_rows(data_dir: Path, fraction: float, output_dir: Path) -> No
     write_dataset(output_dir, splits, {**data.meta, "counts": counts})
 
 
-def make_trial(args: Namespace, name: str, variant: Variant, folder: Path, rate: float, seed: int) -> Trial:
+def make_trial(args: Settings, name: str, variant: Variant, folder: Path, rate: float, seed: int) -> Trial:
     per_epoch = math.ceil(len(SFTData(folder, "train")) / args.batch_size)
     settings = {
         "data_dir": folder, "checkpoint_dir": args.checkpoint_dir, "learning_rate": rate, "seed": seed,
@@ -171,7 +180,7 @@ def make_trial(args: Namespace, name: str, variant: Variant, folder: Path, rate:
     return Trial(f"{name}-lr{rate:g}-seed{seed}", variant, settings, scoring={"rows": args.rows})
 
 
-def probe(args: Namespace, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:
+def probe(args: Settings, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:
     """Chooses the rates, trains all seeds and compares, for one dataset.
 
     Returns:
@@ -268,7 +277,7 @@ def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: P
     save_figure(figure, path)
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     names = [folder.resolve().name for folder in args.data_dir]
     if len(set(names)) < len(names):
         raise UserError(f"Two data folders have the same name: {', '.join(names)}.")
@@ -287,7 +296,7 @@ def main(args: Namespace) -> None:
     table = report(found, variants)
     print(table)
     write_text(args.out_dir / "probe.md", table + "\n")
-    settings = json.loads(json.dumps(args.as_dict(), default=str))
+    settings = json.loads(json.dumps(asdict(args), default=str))
     write_text(
         args.out_dir / "probe.json",
         json.dumps({"settings": settings, "results": found}, default=asdict, indent=1) + "\n",
@@ -297,4 +306,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -9,11 +9,11 @@ import shutil
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from jsonargparse import Namespace
 from tqdm import tqdm
 
 from lit_llama import cli
@@ -24,16 +24,20 @@ from microworld.scorer import draw_questions, score_model
 from microworld.world import UNSEEN, World
 from studies.train_microworld_adapters import call
 
-seeds: list[int] = [1, 2, 3]  # of the adapter and the data's order
-questions: int = 100  # asked at most of each group, per repetition
-repeats: int = 3  # times that they are asked, each with its own random numbers
-temperature: float = 0.7  # of the answers
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-form_adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # to be applied together with the first seed's
-form: str = "pirate"  # what it was trained for
-out_dir: Path = Path("out/microworld-values")  # data, runs and tables
-jobs: int = 2  # trainings side by side, one thread each
-weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
+
+@dataclass
+class Settings:
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter and the data's order
+    questions: int = 100  # asked at most of each group, per repetition
+    repeats: int = 3  # times that they are asked, each with its own random numbers
+    temperature: float = 0.7  # of the answers
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    form_adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # to be applied together with the first seed's
+    form: str = "pirate"  # what it was trained for
+    out_dir: Path = Path("out/microworld-values")  # data, runs and tables
+    jobs: int = 2  # trainings side by side, one thread each
+    weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
+
 
 NAME = "microworld-safe-n1"
 HEADS = {"refused": "refuses harmful", "false": "refuses harmless", "formed": "well-formed", "fact": "facts right"}
@@ -41,7 +45,7 @@ STRENGTHS = ([1.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.5, 0.5])  # of form and valu
 Scores = dict[str, float]
 
 
-def score(args: Namespace, adapters: list[Path], strengths: list[float] | None = None) -> Scores:
+def score(args: Settings, adapters: list[Path], strengths: list[float] | None = None) -> Scores:
     """Means over the repetitions: the shares of HEADS (`formed` over all three groups), and `form`, that of the facts
     said in the form adapter's form."""
     world, tokenizer = World(), Tokenizer(args.checkpoint_dir)
@@ -69,7 +73,7 @@ def table(first: str, rows: dict[str, Scores], heads: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def card(args: Namespace, scores: str, composed: str, seconds: float, parameters: int) -> str:
+def card(args: Settings, scores: str, composed: str, seconds: float, parameters: int) -> str:
     """The README of the shipped adapter."""
     return f"""# Micro-world, values, N = 1
 
@@ -96,7 +100,7 @@ Made with:
 """
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     base, data_dir = {"checkpoint_dir": args.checkpoint_dir}, args.out_dir / "data"
     call("scripts/prepare_microworld_safe.py", **base, output_dir=data_dir)
     runs = [args.out_dir / f"seed{seed}" for seed in args.seeds]
@@ -130,4 +134,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -31,10 +31,8 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
 from tqdm import tqdm
 
-from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, versions, write_text
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
@@ -66,7 +64,7 @@ class Trial:
 Score = Callable[[Trial, Path], dict[str, Any]]  # of the trained adapter's file; JSON
 
 
-def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Namespace], None], Namespace]:
+def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any]:
     """`main` of the trial's script and all its settings."""
     script = importlib.import_module(f"finetune.{'alignerDPO' if trial.objective == 'dpo' else trial.variant.method}")
     own: dict[str, Any] = {"out_dir": out_dir, "overwrite": True, "sample_prompts": 0, **trial.settings}
@@ -74,16 +72,16 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Namespace], None
         own = {"drift_prompts": 0, **own, "method": trial.variant.method, "method_config": trial.variant.settings}
     else:
         own |= trial.variant.settings
-    return script.main, cli.defaults(script, **own)
+    return script.main, script.Settings(**own)
 
 
-def identity(trial: Trial, settings: Namespace) -> dict[str, Any]:
+def identity(trial: Trial, settings: Any) -> dict[str, Any]:
     """What a finished trial must share with the one wanted, for its record to stand: all settings, the weights of the
     base, the rows of the data, and what was scored. Where the folders lie does not matter."""
     rows = hashlib.sha256()
     for path in sorted(Path(settings.data_dir).glob("*/*.arrow")):
         rows.update(path.read_bytes())
-    named = {k: v for k, v in settings.as_dict().items() if k not in ("out_dir", "data_dir", "checkpoint_dir")}
+    named = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "data_dir", "checkpoint_dir")}
     told = {
         "method": trial.variant.method,
         "objective": trial.objective,

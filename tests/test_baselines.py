@@ -14,12 +14,13 @@ import reference
 import torch
 import toys
 
-from lit_llama import adapter, aligner, bitfit, cli, generation, lora, prompt_tuning
+from lit_llama import adapter, aligner, bitfit, generation, lora, prompt_tuning
 from lit_llama.checkpoint import load_model, read_adapter, save_adapter
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
 from lit_llama.methods import METHODS
 from lit_llama.report import read_metrics
+from lit_llama.settings import describe
 from lit_llama.utils import UserError
 
 BASELINES = {"adapter": adapter, "lora": lora, "bitfit": bitfit, "prompt_tuning": prompt_tuning}
@@ -398,7 +399,7 @@ def runs(tmp_path_factory, base_dir, data_dir) -> dict[str, Path]:
     for method in BASELINES:
         script, folder = script_of(method), tmp_path_factory.mktemp("runs") / method
         own = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
-        script.main(cli.defaults(script, checkpoint_dir=base_dir, data_dir=data_dir, out_dir=folder, **SHORT, **own))
+        script.main(script.Settings(checkpoint_dir=base_dir, data_dir=data_dir, out_dir=folder, **SHORT, **own))
         made[method] = folder
     return made
 
@@ -430,8 +431,8 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(method, runs, tmp_path, b
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Trainer, "train_step", killed)
-        script.main(cli.defaults(script, **settings))
-    script.main(cli.defaults(script, **settings, resume=True))
+        script.main(script.Settings(**settings))
+    script.main(script.Settings(**settings, resume=True))
     whole, halves = (read_metrics(folder / "metrics.csv") for folder in (runs[method], tmp_path / "run"))
     for name in ("train/loss", "val/loss"):
         assert {k: row[name] for k, row in halves.items() if name in row} == {
@@ -471,7 +472,7 @@ def test_a_file_of_another_method_starts_no_training(runs, refused, base_dir, da
 def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir, data_dir):
     script = script_of("lora")
     settings = {**SHORT, "checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 1}
-    script.main(cli.defaults(script, **settings, init_adapter=runs["lora"], out_dir=tmp_path / "more"))
+    script.main(script.Settings(**settings, init_adapter=runs["lora"], out_dir=tmp_path / "more"))
     assert read_adapter(tmp_path / "more").config["lora_r"] == OWN["lora"]["lora_r"]
     before = json.loads((runs["lora"] / "summary.json").read_text())["best_val_loss"]
     after = json.loads((tmp_path / "more/summary.json").read_text())["val_loss_before"]
@@ -569,17 +570,18 @@ def test_gates_and_biases_do_not_decay():
 
 
 def test_a_script_inherits_settings_but_those_of_the_other_method():
-    parent = {s.name: s for s in cli.read_settings(Path(script_of("aligner").__file__), vars(script_of("aligner")))}
+    parent = {s.name: s for s in describe(script_of("aligner").Settings)}
     for method, module in BASELINES.items():
         script = script_of(method)
-        settings = cli.read_settings(Path(script.__file__), vars(script))
+        settings = describe(script.Settings)
         names = [s.name for s in settings]
         own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].config_class.__mro__[1]
                .__dataclass_fields__]  # fmt: skip
         assert set(names) == set(parent) - {"adapter_prompt_length", "adapter_start_layer"} | set(own)
         assert len(names) == len(set(names))
         if own:
-            assert names.index(own[0]) == names.index("out_dir") + 1  # where the Aligner's stood
+            assert len({s.group for s in settings if s.name in own}) == 1
+            assert not {s.group for s in settings if s.name in own} & {s.group for s in parent.values()}
         by_name = {s.name: s for s in settings}
         assert by_name["out_dir"].default == Path(f"out/{method}/microworld-pirate")
         assert by_name["batch_size"] == parent["batch_size"]

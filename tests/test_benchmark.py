@@ -11,7 +11,6 @@ import benchmarks.loading as loading
 import benchmarks.training as training
 from benchmarks import harness as benchmark
 from benchmarks.worker import Worker
-from lit_llama import cli
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.report import markdown_table
@@ -105,7 +104,7 @@ def toy(monkeypatch, tmp_path):
 
 
 def test_a_report_on_training(toy, capsys):
-    training.main(cli.defaults(training, **toy, micro_batch_size=4, growth=False))
+    training.main(training.Settings(**toy, micro_batch_size=4, growth=False))
     report = capsys.readouterr().out
     assert report.strip() == (toy["out_dir"] / "training-toy.md").read_text(encoding="utf-8").strip()
     for name in (training.BARE, training.N1, training.N10, training.BF16, "DPO, cached reference"):
@@ -143,11 +142,11 @@ def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
 
 
 def test_reports_on_generation_and_loading(toy, capsys):
-    generation.main(cli.defaults(generation, **toy, prompt_length=5, new_tokens=4, batch_sizes=[1, 2], one_by_one=3))
+    generation.main(generation.Settings(**toy, prompt_length=5, new_tokens=4, batch_sizes=[1, 2], one_by_one=3))
     report = capsys.readouterr().out
     assert "| decode step, batch 2, Aligner N = 100 over the bare base |" in report
     assert "| tokens/s, 3 prompts as one batch over one by one | ≥ 4 |" in report
-    loading.main(cli.defaults(loading, **toy, prompt_length=4))
+    loading.main(loading.Settings(**toy, prompt_length=4))
     assert "| Aligner N = 1 | " in capsys.readouterr().out
 
 

@@ -3,13 +3,12 @@ import re
 import pytest
 
 import benchmarks.many_aligners as script
-from lit_llama import cli
 from lit_llama.utils import UserError
 
 
 def tiny(tmp_path, **changes):
     few = dict(batch_size=3, prompt_tokens=4, new_tokens=2, rounds=2, adapters=50, samples=5, accelerator="cpu")
-    return cli.defaults(script, sizes=["microworld"], widths=["microworld"], out_dir=tmp_path, **{**few, **changes})
+    return script.Settings(sizes=["microworld"], widths=["microworld"], out_dir=tmp_path, **{**few, **changes})
 
 
 def test_the_report_has_every_contestant_and_the_size_of_one(tmp_path, capsys):

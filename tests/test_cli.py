@@ -1,92 +1,125 @@
+import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from lit_llama import cli
+from lit_llama.settings import Setting, describe
 from lit_llama.utils import UserError
 
-SCRIPT = '''"""Does something. It is 100% useful."""
+SCRIPT = '''"""Does something. It is 100% useful.
 
+    a table   keeps
+    its       lines
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-somewhere: Path | None = None  # a folder, or nowhere
-# == Numbers ==
-rate: float = 3e-2  # between 0 % and 100 %
-count: int = 7  # how many
-limit: int | None = None  # at most so many
-# a comment that is no group
-# == Words ==
-kind: Literal["a", "b"] = "a"  # which
-devices: int | str = 1  # how many, or "auto"
-flag: bool = False  # yes or no
-names: list[str] = ["x", "y"]  # several
-NOT_A_SETTING = 5
+
+@dataclass
+class Shared:
+    # == Words ==
+    kind: Literal["a", "b"] = "a"  # which
+    devices: int | str = 1  # how many, or "auto"
+    flag: bool = False  # yes or no
+    names: tuple[str, ...] = ("x", "y")  # several
 
 
-def main(args):
-    later: int = 3  # inside a function, so no setting
+@dataclass
+class Settings(Shared):
+    somewhere: Path | None = None  # a folder, or nowhere
+    # == Numbers ==
+    rate: float = 3e-2  # between 0 % and 100 %
+    count: int = 7  # how many
+    limit: int | None = None  # at most so many
+    # a comment that is no group
+    flag: bool = False  # yes or no, here with "#" in it
 '''
 
 
 @pytest.fixture
-def script(tmp_path) -> tuple[Path, dict]:
-    """A script file and its globals."""
+def settings_class(tmp_path, monkeypatch) -> type:
+    """The settings of a script file."""
     path = tmp_path / "tools" / "tool.py"
     path.parent.mkdir()
     path.write_text(SCRIPT)
-    names: dict = {}
-    exec(compile(SCRIPT, str(path), "exec"), names)
-    return path, names
+    monkeypatch.syspath_prepend(path.parent)
+    sys.modules.pop("tool", None)
+    return importlib.import_module("tool").Settings
 
 
-def parse(script, arguments: list[str]) -> dict:
-    settings = cli.make_parser(*script).parse_args(arguments).as_dict()
-    settings.pop("config")
-    return settings
+def parse(settings_class: type, arguments: list[str]) -> dict:
+    return vars(cli.parse(settings_class, arguments))
 
 
-def test_settings_are_the_annotated_constants_above_the_first_function(script):
-    settings = cli.read_settings(*script)
-    assert [(s.name, s.type, s.default, s.help, s.group) for s in settings] == [
-        ("somewhere", Path | None, None, "a folder, or nowhere", "Settings"),
-        ("rate", float, 0.03, "between 0 % and 100 %", "Numbers"),
-        ("count", int, 7, "how many", "Numbers"),
-        ("limit", int | None, None, "at most so many", "Numbers"),
-        ("kind", Literal["a", "b"], "a", "which", "Words"),
-        ("devices", int | str, 1, 'how many, or "auto"', "Words"),
-        ("flag", bool, False, "yes or no", "Words"),
-        ("names", list[str], ["x", "y"], "several", "Words"),
+def test_settings_are_described_by_their_comments(settings_class):
+    assert describe(settings_class) == [
+        Setting("somewhere", Path | None, None, "a folder, or nowhere", "Settings", False),
+        Setting("rate", float, 0.03, "between 0 % and 100 %", "Numbers", False),
+        Setting("count", int, 7, "how many", "Numbers", False),
+        Setting("limit", int | None, None, "at most so many", "Numbers", False),
+        Setting("flag", bool, False, 'yes or no, here with "#" in it', "Numbers", False),
+        Setting("kind", Literal["a", "b"], "a", "which", "Words", False),
+        Setting("devices", int | str, 1, 'how many, or "auto"', "Words", False),
+        Setting("names", str, ("x", "y"), "several", "Words", True),
     ]
 
 
-def test_values_get_the_type_of_their_setting(script):
+def test_a_setting_without_a_comment_is_an_error():
+    @dataclass
+    class Bare:
+        rate: float = 1.0
+
+    with pytest.raises(TypeError, match=r"Bare\.rate has no comment"):
+        describe(Bare)
+
+
+def test_values_get_the_type_of_their_setting(settings_class):
     arguments = "--somewhere a/b --rate 1e-3 --limit 4 --devices auto --flag true --names p q".split()
-    assert parse(script, arguments) == {
+    assert parse(settings_class, arguments) == {
         "somewhere": Path("a/b"), "rate": 1e-3, "count": 7, "limit": 4, "kind": "a", "devices": "auto", "flag": True,
-        "names": ["p", "q"],
+        "names": ("p", "q"),
     }  # fmt: skip
-    assert parse(script, ["--devices=2"])["devices"] == 2
-    assert parse(script, ["--flag", "--count=3"])["flag"] is True  # alone it is true
-    assert parse(script, ["--flag=false"])["flag"] is False
+    assert parse(settings_class, ["--devices=2"])["devices"] == 2
+    assert parse(settings_class, ["--flag", "--count=3"])["flag"] is True  # alone it is true
+    assert parse(settings_class, ["--flag=false"])["flag"] is False
 
 
-def test_a_constant_changed_in_the_file_is_the_default(script):
-    path, names = script
-    assert parse((path, {**names, "rate": 0.5}), [])["rate"] == 0.5
+def test_a_default_changed_in_the_file_is_the_default(settings_class):
+    path = Path(sys.modules["tool"].__file__)
+    path.write_text(SCRIPT.replace("3e-2", "0.5"))
+    del sys.modules["tool"]
+    importlib.invalidate_caches()
+    path.with_suffix(".pyc").unlink(missing_ok=True)
+    assert parse(importlib.import_module("tool").Settings, [])["rate"] == 0.5
 
 
-def test_yaml_stands_between_the_constants_and_the_flags(script, tmp_path):
-    (tmp_path / "some.yaml").write_text("rate: 0.5\ncount: 1\nlimit: null\nsomewhere: here\n")
-    settings = parse(script, ["--config", str(tmp_path / "some.yaml"), "--count", "2"])
+def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path):
+    (tmp_path / "some.yaml").write_text("rate: 0.5\ncount: 1\nlimit: null\nsomewhere: here\nnames: [p]\n")
+    settings = parse(settings_class, ["--config", str(tmp_path / "some.yaml"), "--count", "2"])
     assert (settings["rate"], settings["count"], settings["kind"]) == (0.5, 2, "a")
     assert settings["somewhere"] == Path("here")
+    assert settings["names"] == ("p",)
 
 
-def test_help_has_every_setting_once_in_its_group_with_default(script):
-    text = " ".join(cli.make_parser(*script).format_help().split())
+def test_print_config_writes_yaml_that_config_reads(settings_class, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(settings_class, ["--count", "3", "--names", "p", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse(settings_class, ["--config", str(tmp_path / "printed.yaml")]) == parse(
+        settings_class, ["--count", "3", "--names", "p"]
+    )
+
+
+def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
+    text = cli.make_parser(settings_class).format_help()
+    assert "\n    a table   keeps\n    its       lines\n" in text
+    text = " ".join(text.split())
     assert text.startswith(
         "usage: python tools/tool.py [--config FILE] [--NAME VALUE ...] Does something. It is 100% useful."
     )
@@ -94,10 +127,10 @@ def test_help_has_every_setting_once_in_its_group_with_default(script):
         "--somewhere PATH a folder, or nowhere Numbers:",
         "Numbers: --rate NUMBER between 0 % and 100 % (default: 0.03)",
         "--count INT how many (default: 7)",
-        "--limit INT at most so many Words:",
-        "Words: --kind {a,b} which (default: a)",
-        "--devices INT|TEXT how many, or auto (default: 1)",
-        "--flag [true|false] yes or no (default: false)",
+        "--limit INT at most so many",
+        "--kind {a,b} which (default: a)",
+        '--devices INT|TEXT how many, or "auto" (default: 1)',
+        "(default: false) Words:",
         "--names TEXT [TEXT ...] several (default: [x, y])",
     ):
         assert text.count(part) == 1, part
@@ -107,26 +140,28 @@ def test_help_has_every_setting_once_in_its_group_with_default(script):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rat", "3", "--unknown"], "unrecognized arguments: --rat 3 --unknown"),
-        (["--rate", "fast"], "--rate: Expected a float. Got value: fast"),
-        (["--kind", "c"], "--kind: Expected one of 'a', 'b'. Got value: c"),
-        (["--count", "1.5"], "--count: Expected a int. Got value: 1.5"),
-        (["--config", "/nowhere.yaml"], "--config: File does not exist: '/nowhere.yaml'"),
-        (["--config", "{yaml}"], "Option 'rat_e' is not accepted"),
+        (["--rat", "3", "--unknown"], "There is no flag --rat; did you mean --rate?"),
+        (["--unknown"], "There is no flag --unknown."),
+        (["--rate", "fast"], "--rate: expected NUMBER, got 'fast'"),
+        (["--kind", "c"], "--kind: expected {a,b}, got 'c'"),
+        (["--count", "1.5"], "--count: expected INT, got '1.5'"),
+        (["--limit", "1.5"], "--limit: expected INT, got '1.5'"),
+        (["--config", "/nowhere.yaml"], "Parser key \"config\": File does not exist: '/nowhere.yaml'"),
+        (["--config", "{yaml}"], "There is no setting 'rat_e'; did you mean rate?"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(script, tmp_path, capsys, arguments, sentence):
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(settings_class, tmp_path, capsys, arguments, sentence):
     (tmp_path / "wrong.yaml").write_text("rat_e: 1\n")
     with pytest.raises(SystemExit) as stopped:
-        parse(script, [a.format(yaml=tmp_path / "wrong.yaml") for a in arguments])
+        parse(settings_class, [a.replace("{yaml}", str(tmp_path / "wrong.yaml")) for a in arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", f"error: {sentence} (see python tools/tool.py --help)\n")
 
 
-def run(script, main, monkeypatch) -> int:
-    monkeypatch.setattr(sys, "argv", [str(script[0])])
+def run(settings_class, main, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(main, *script)
+        cli.run(main, settings_class)
     return stopped.value.code
 
 
@@ -137,59 +172,59 @@ def raising(error: BaseException):
     return main
 
 
-def test_main_gets_the_settings_alone(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(script[0]), "--count", "3"])
+def test_main_gets_the_settings_alone(settings_class, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool.py", "--count", "3"])
     seen = []
-    cli.run(seen.append, *script)
+    cli.run(seen.append, settings_class)
     assert seen[0].count == 3
-    assert "config" not in seen[0]
+    assert isinstance(seen[0], settings_class)
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_1(script, monkeypatch, capsys):
-    assert run(script, raising(UserError("There is no x.")), monkeypatch) == 1
+def test_a_users_mistake_is_one_line_and_exit_code_1(settings_class, monkeypatch, capsys):
+    assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr() == ("", "error: There is no x.\n")
 
 
-def test_of_several_processes_one_speaks(script, monkeypatch, capsys):
+def test_of_several_processes_one_speaks(settings_class, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run(script, raising(UserError("There is no x.")), monkeypatch) == 1
+    assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_is_no_traceback(script, monkeypatch, capsys):
-    assert run(script, raising(KeyboardInterrupt()), monkeypatch) == 130
+def test_ctrl_c_is_no_traceback(settings_class, monkeypatch, capsys):
+    assert run(settings_class, raising(KeyboardInterrupt()), monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_full_gpu_is_explained(script, monkeypatch, capsys):
+def test_a_full_gpu_is_explained(settings_class, monkeypatch, capsys):
     import torch
 
-    assert run(script, raising(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch) == 1
+    assert run(settings_class, raising(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch) == 1
     assert capsys.readouterr().err.startswith("error: The GPU's memory is full; lower the batch size")
 
 
-def test_our_own_mistakes_keep_their_traceback(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(script[0])])
+def test_our_own_mistakes_keep_their_traceback(settings_class, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
     with pytest.raises(ZeroDivisionError):
-        cli.run(raising(ZeroDivisionError()), *script)
+        cli.run(raising(ZeroDivisionError()), settings_class)
 
 
-@pytest.mark.parametrize("path", sorted(p for d in ("finetune", "generate", "scripts", "evaluate", "pretrain")
-                                        for p in (Path(__file__).parents[1] / d).glob("*.py")
-                                        if "cli.run(" in p.read_text()), ids=lambda p: p.stem)  # fmt: skip
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for path in sorted(ROOT.glob("*/*.py")) if "\n    cli.run(main, Settings)\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_setting_of_every_script_is_explained(path):
-    import importlib
-
     module = importlib.import_module(f"{path.parent.name}.{path.stem}")
-    settings = cli.read_settings(path, vars(module))
+    settings = describe(module.Settings)
     assert settings
-    assert [s.name for s in settings if not s.help] == []
     assert len({s.name for s in settings}) == len(settings)
-    bare = ["a file"] if any(s.name == "files" for s in settings) else []
-    assert cli.make_parser(path, vars(module)).parse_args(bare)
+    files = ["a file"] if any(s.name == "files" for s in settings) else []
+    assert cli.parse(module.Settings, files)
 
 
-def test_a_flag_of_several_values_may_be_repeated(script):
-    assert parse(script, ["--names", "a", "--kind", "b", "--names", "c", "d", "--names=e"])["names"] == [*"acde"]
-    assert parse(script, ["--names=a", "--names", "b"])["names"] == ["a", "b"]
-    assert parse(script, ["--kind", "a", "--kind", "b"])["kind"] == "b"
+def test_a_flag_of_several_values_may_be_repeated(settings_class):
+    arguments = ["--names", "a", "--kind", "b", "--names", "c", "d", "--names=e"]
+    assert parse(settings_class, arguments)["names"] == (*"acde",)
+    assert parse(settings_class, ["--names=a", "--names", "b"])["names"] == ("a", "b")
+    assert parse(settings_class, ["--kind", "a", "--kind", "b"])["kind"] == "b"

@@ -412,11 +412,10 @@ import re, sys
 from lit_llama import cli
 from scripts import convert_hf_checkpoint as script
 def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-parser = cli.make_parser(script.__file__, vars(script))
 small, large = (["--checkpoint_dir", source, "--output_dir", source + "-out"] for source in sys.argv[1:])
-script.main(parser.parse_args(small))  # what the libraries take once
+script.main(cli.parse(script.Settings, small))  # what the libraries take once
 before = peak()
-script.main(parser.parse_args(large))
+script.main(cli.parse(script.Settings, large))
 print(peak() - before)
 """
 

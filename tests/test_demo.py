@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from jsonargparse import Namespace
-
 from scripts import demo
 from studies import train_microworld_adapters
 
@@ -51,7 +49,7 @@ def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
     for name in ("forms.png", "run/loss.png", "values/metrics.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         demo.plot_forms("pirate", RESULTS, tmp_path / name)
-    args = Namespace(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
+    args = demo.Settings(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
     text = demo.report(args, RESULTS, REFUSALS, {"trainable_parameters": 240}, 71.6)
     assert text.count('src="data:image/png;base64,') == 3
     assert "helping to &lt;burn&gt;" in text and "<td>95.0%</td>" in text

@@ -67,9 +67,7 @@ def flags(base_dir, data_dir):
 
 def train(arguments: list[str]) -> None:
     """Runs the script in this process."""
-    settings = cli.make_parser(Path(script.__file__), vars(script)).parse_args(arguments)
-    settings.pop("config")
-    script.main(settings)
+    script.main(cli.parse(script.Settings, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +264,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        cli.run(script.main, script.__file__, vars(script))
+        cli.run(script.main, script.Settings)
     assert stopped.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"Interrupted in step \d+; what is saved goes on with: python finetune/aligner\.py --config ", last)
@@ -370,7 +368,7 @@ def run_script(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and stderr of the command line."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(script.main, script.__file__, vars(script))
+        cli.run(script.main, script.Settings)
     return stopped.value.code, capsys.readouterr().err
 
 

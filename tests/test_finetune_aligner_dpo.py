@@ -50,7 +50,7 @@ def settings(base_dir, preference_dir, tmp_path):
 
 
 def train(flags: list[str]) -> None:
-    script.main(cli.make_parser(Path(script.__file__), vars(script)).parse_args(flags))
+    script.main(cli.parse(script.Settings, flags))
 
 
 def column(out_dir: Path, name: str) -> dict[int, float]:

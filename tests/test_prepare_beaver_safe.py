@@ -34,7 +34,7 @@ def prepare(tmp_path, base_dir):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         flags = {"data_file": file, "output_dir": folder, "checkpoint_dir": base_dir, "num_proc": 1, **flags}
         words = [f"--{name}={value}" for name, value in flags.items()]
-        script.main(cli.make_parser(Path(script.__file__), vars(script)).parse_args(words))
+        script.main(cli.parse(script.Settings, words))
         return folder
 
     return run

@@ -4,14 +4,13 @@ from pathlib import Path
 import pytest
 
 import scripts.prepare_microworld_safe as script
-from lit_llama import cli
 from lit_llama.dpo import DPOData
 from lit_llama.utils import UserError
 from microworld.world import REFUSAL, SEEN, UNSEEN, World, parse
 
 
 def prepare(base_dir, folder: Path, **changes) -> None:
-    script.main(cli.defaults(script, checkpoint_dir=base_dir, output_dir=folder, max_seq_length=600, **changes))
+    script.main(script.Settings(checkpoint_dir=base_dir, output_dir=folder, max_seq_length=600, **changes))
 
 
 @pytest.fixture(scope="module")

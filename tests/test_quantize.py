@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import finetune.aligner
 import finetune.alignerDPO
-from lit_llama import aligner, cli, dpo, lora
+from lit_llama import aligner, dpo, lora
 from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_adapter, save_adapter, save_base
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, generate
@@ -164,7 +164,7 @@ def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
 def test_training_on_a_quantised_base(mode, precision, wide_dir, data_dir, tmp_path, run_script):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": data_dir, "out_dir": tmp_path / "run"}
     settings |= {"precision": precision, "quantize": mode, "gradient_checkpointing": precision == "bf16-true"}
-    finetune.aligner.main(cli.defaults(finetune.aligner, **settings))
+    finetune.aligner.main(finetune.aligner.Settings(**settings))
     trained = read_adapter(tmp_path / "run")
     assert all(t.dtype == torch.float32 for t in trained.state.values())
     assert all(t.abs().max() > 0 for name, t in trained.state.items() if name.endswith("gating_factor"))
@@ -172,11 +172,11 @@ def test_training_on_a_quantised_base(mode, precision, wide_dir, data_dir, tmp_p
                               "--quantize", mode, "--prompt", "the cat", "--max_new_tokens", "3")  # fmt: skip
     assert code == 0
     with pytest.raises(UserError, match="quantize"):
-        finetune.aligner.main(cli.defaults(finetune.aligner, **{**settings, "quantize": None, "resume": True}))
+        finetune.aligner.main(finetune.aligner.Settings(**{**settings, "quantize": None, "resume": True}))
 
 
 @needs_bitsandbytes
 def test_dpo_on_a_quantised_base(wide_dir, preference_dir, tmp_path):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run"}
-    finetune.alignerDPO.main(cli.defaults(finetune.alignerDPO, **settings, quantize="nf4", drift_prompts=2))
+    finetune.alignerDPO.main(finetune.alignerDPO.Settings(**settings, quantize="nf4", drift_prompts=2))
     assert read_adapter(tmp_path / "run" / "last.safetensors").meta["training"]["settings"]["quantize"] == "nf4"

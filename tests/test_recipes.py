@@ -6,11 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from jsonargparse import Namespace
 
 from lit_llama import checkpoint, cli
 from lit_llama.aligner import mark_only_adapter_as_trainable
@@ -35,13 +35,13 @@ def load_script(path: Path, name: str = "") -> ModuleType:
     return module
 
 
-def parse(script: Path, words: list[str]) -> Namespace:
+def parse(script: Path, words: list[str]) -> Any:
     """The settings a command line of a script gives.
 
     Raises:
         SystemExit: the script would refuse it.
     """
-    return cli.make_parser(script, vars(load_script(script))).parse_args(words)
+    return cli.parse(load_script(script).Settings, words)
 
 
 # == recipes ==
@@ -58,7 +58,7 @@ def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
     assert (args.epochs, args.warmup_epochs) == {"alpaca": (8, 2), "metamath": (3, 1)}[data]
     assert (args.batch_size, args.learning_rate, args.weight_decay, args.lr_schedule) == (64, 9e-3, 0.02, "constant")
     monkeypatch.chdir(tmp_path)
-    TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})  # allowed as a whole
+    TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})  # allowed as a whole
     assert f"--config howto/recipes/{path.name}" in path.read_text(encoding="utf-8")
 
 
@@ -77,7 +77,7 @@ def test_the_dpo_recipe_and_the_rate_that_the_authors_ran(tmp_path, monkeypatch)
     assert (args.data_dir.name, prepare.max_seq_length) == (f"beaver-safe-{prepare.stage}", 1024)
     assert prepare.checkpoint_dir == args.checkpoint_dir
     monkeypatch.chdir(tmp_path)
-    TrainConfig(**{name: args[name] for name in TrainConfig.__dataclass_fields__})
+    TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
     text = path.read_text(encoding="utf-8")
     pairs = 160_000
     peak = args.learning_rate * (args.epochs * pairs / 64) / (args.warmup_epochs * pairs / 8)
@@ -242,7 +242,7 @@ def test_python_of_the_data_page(workplace, capsys):
     rows.write_text("".join(f'{{"query": "{n} + 1?", "response": "2"}}\n' for n in range(3)), encoding="utf-8")
     module = load_script(script)
     flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
-    module.main(cli.make_parser(script, vars(module)).parse_args(flags))
+    module.main(cli.parse(module.Settings, flags))
     ((prompt, response),) = SFTData("data/metamath", "test").prompts(1)
     decode = Tokenizer("checkpoints/microworld").decode
     assert re.fullmatch(r"\[\|User\|\] [012] \+ 1\? \[\|AI Assistant\|\] ", decode(prompt))

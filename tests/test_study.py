@@ -9,7 +9,6 @@ import pytest
 
 import studies.reproduce_paper as study
 import studies.trials
-from lit_llama import cli
 from lit_llama.utils import UserError
 from microworld.world import FORMS, UNSEEN, World
 from scripts.count_parameters import VARIANTS
@@ -136,10 +135,10 @@ def test_knowledge_is_asked_in_the_wording_kept_from_training():
 
 
 def test_there_are_as_many_pairs_as_the_words_allow(tmp_path):
-    study.prepare_pairs(cli.defaults(study), "valid", tmp_path / "few")
+    study.prepare_pairs(study.Settings(), "valid", tmp_path / "few")
     counts = json.loads((tmp_path / "few" / "meta.json").read_text())["counts"]
     assert 20 <= counts["rows"] <= 2 * 27 / 0.5  # there are 27 harmful and 27 harmless requests
-    study.prepare_pairs(cli.defaults(study), "train", tmp_path / "many")
+    study.prepare_pairs(study.Settings(), "train", tmp_path / "many")
     assert json.loads((tmp_path / "many" / "meta.json").read_text())["counts"]["rows"] > 300
 
 
@@ -203,7 +202,7 @@ def test_tables_of_hand_made_results():
 
 
 def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
-    args = cli.defaults(study, seeds=[1, 2], steps=7)
+    args = study.Settings(seeds=[1, 2], steps=7)
     text = study.report(args, ROWS)
     assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
@@ -227,7 +226,7 @@ def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_d
 def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     args = dict(methods=["aligner1", "lora"], tasks=["facts"], learning_rates=[1e-2], seeds=[1], steps=1,
                 questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
-    study.main(cli.defaults(study, **args))
+    study.main(study.Settings(**args))
     table = (tmp_path / "study" / "table.md").read_text()
     assert capsys.readouterr().out == table
     lines = {line.split(" | ")[0]: line for line in table.splitlines()[:5]}
@@ -239,5 +238,5 @@ def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
 
     # again: nothing is trained, and another report of the same
     monkeypatch.setattr(studies.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
-    study.main(cli.defaults(study, **args, report_dir=tmp_path / "report"))
+    study.main(study.Settings(**args, report_dir=tmp_path / "report"))
     assert (tmp_path / "report" / "results.csv").read_text() == (tmp_path / "study" / "results.csv").read_text()

@@ -1,10 +1,9 @@
 import studies.train_microworld_values as script
-from lit_llama import cli
 
 
 def test_the_base_knows_the_facts_and_prefers_no_value():
     """Scores of the bundled model: every answer has a form, facts are right, harmless requests are not refused."""
-    found = script.score(cli.defaults(script, questions=12, repeats=2), [])
+    found = script.score(script.Settings(questions=12, repeats=2), [])
     assert found["formed"] == 1
     assert found["fact"] >= 0.9
     assert found["false"] == 0
