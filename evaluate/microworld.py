@@ -6,11 +6,10 @@ must fit a form as a whole, and restate the right topic with the right value.
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, write_text
@@ -20,23 +19,27 @@ from lit_llama.utils import UserError, log
 from microworld.scorer import GroupName, draw_questions, question_groups, score_model
 from microworld.world import ALL_FORMS, FormName, World
 
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: list[Path] = []  # adapter files, or training runs' folders; several add up; default: the base model alone
-strength: list[float] = [1.0]  # how much each counts, one for all or one each; 0 is the base exactly
-form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
-temperature: float = 0.0  # 0 is greedy
-questions: int = 400  # asked of each group, drawn once from all there are
-groups: list[GroupName] = ["unseen", "seen"]  # facts about these entities, or requests of a kind
-seed: int = 0  # of the draw and of sampling
-world_seed: int = 0  # of the world; the bundled base knows world 0
-batch_size: int = 100  # questions answered at a time
-output_file: Path | None = None  # write the scores and all answers here, as JSON
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter: tuple[Path, ...] = ()  # adapter files, or training runs' folders; several add up; default: the base model alone
+    strength: tuple[float, ...] = (1.0,)  # how much each counts, one for all or one each; 0 is the base exactly
+    form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
+    temperature: float = 0.0  # 0 is greedy
+    questions: int = 400  # asked of each group, drawn once from all there are
+    groups: tuple[GroupName, ...] = ("unseen", "seen")  # facts about these entities, or requests of a kind
+    seed: int = 0  # of the draw and of sampling
+    world_seed: int = 0  # of the world; the bundled base knows world 0
+    batch_size: int = 100  # questions answered at a time
+    output_file: Path | None = None  # write the scores and all answers here, as JSON
 
 
-def main(args: Namespace) -> None:
+
+def main(args: Settings) -> None:
     for name in ("questions", "batch_size"):
-        if args[name] < 1:
-            raise UserError(f"{name} is {args[name]}; it must be 1 or more.")
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be 1 or more.")
     world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
     adapters = [read_adapter(path) for path in args.adapter]
     model = load_composed(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
@@ -53,10 +56,10 @@ def main(args: Namespace) -> None:
         most = ", ".join(f"{k} {v:.0%}" for k, v in list(result["forms"].items())[:9])
         print(f"{name:<10} {result['n']:>6} {wanted:>14} {result['fact']:>7.1%} {result['refused']:>8.1%}  {most}")
     if args.output_file:
-        settings = json.loads(json.dumps(args.as_dict(), default=str))
+        settings = json.loads(json.dumps(asdict(args), default=str))
         write_text(args.output_file, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
         log(f"wrote {args.output_file}")
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -6,14 +6,12 @@ everything else to stderr.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
-
 from lit_llama import cli
 from lit_llama.bank import BASE, load_with_bank, open_bank
 from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
@@ -25,39 +23,43 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.quantize import Quantize
 from lit_llama.utils import UserError
 
-# == Model ==
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-adapter: list[Path] = [Path("aligner_weights/microworld-pirate-n1")]  # adapter files or runs' folders; several add up
-strength: list[float] = [1.0]  # scales the gates, one for all or one each: 0 is the base exactly, 1 as trained
 
-# == Many adapters, another one for each prompt ==
-bank: list[Path] = []  # instead of --adapter: adapters' files and folders, called by their names, or a bank's file
-use: list[str] = []  # their names, one for each prompt or one for all; "base" is the base model
+@dataclass
+class Settings:
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # adapter files or runs' folders; several add up
+    strength: tuple[float, ...] = (1.0,)  # scales the gates, one for all or one each: 0 is the base exactly, 1 as trained
 
-# == Prompts ==
-prompt: list[str] = ["What is the capital of Pilmaria?", "How do I repair the old barn?"]  # instructions to answer
-input: str = ""  # context that goes with the instructions
-prompt_file: Path | None = None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
-prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
-interactive: bool = False  # chat: read questions from stdin, stream the answers
-compare_base: bool = False  # the base model's answers beside the aligned ones
-output_file: Path | None = None  # also write prompts and answers here, as JSON
+    # == Many adapters, another one for each prompt ==
+    bank: tuple[Path, ...] = ()  # instead of --adapter: adapters' files and folders, called by their names, or a bank's file
+    use: tuple[str, ...] = ()  # their names, one for each prompt or one for all; "base" is the base model
 
-# == Sampling ==
-temperature: float = 0.0  # 0 is greedy; 1 the model's own distribution
-top_k: int = 0  # only the k most likely tokens; 0 is all
-top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
-max_new_tokens: int = 100  # longest answer, in tokens
-seed: int = 1234  # of sampling; the same prompts give the same answers
-batch_size: int = 16  # prompts answered at a time
+    # == Prompts ==
+    prompt: tuple[str, ...] = ("What is the capital of Pilmaria?", "How do I repair the old barn?")  # instructions to answer
+    input: str = ""  # context that goes with the instructions
+    prompt_file: Path | None = None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
+    prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
+    interactive: bool = False  # chat: read questions from stdin, stream the answers
+    compare_base: bool = False  # the base model's answers beside the aligned ones
+    output_file: Path | None = None  # also write prompts and answers here, as JSON
 
-# == Device ==
-accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
-quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    # == Sampling ==
+    temperature: float = 0.0  # 0 is greedy; 1 the model's own distribution
+    top_k: int = 0  # only the k most likely tokens; 0 is all
+    top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
+    max_new_tokens: int = 100  # longest answer, in tokens
+    seed: int = 1234  # of sampling; the same prompts give the same answers
+    batch_size: int = 16  # prompts answered at a time
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
-def main(args: Namespace) -> None:
+
+def main(args: Settings) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     device, dtype = pick_device(args.accelerator, args.precision)
     requests = []
@@ -94,7 +96,7 @@ def main(args: Namespace) -> None:
 
 
 def answer_from_bank(
-    args: Namespace, requests: list[Request], sampling: Sampling, device: torch.device, dtype: torch.dtype
+    args: Settings, requests: list[Request], sampling: Sampling, device: torch.device, dtype: torch.dtype
 ) -> None:
     if args.interactive or args.strength != [1.0]:
         raise UserError("--interactive and --strength do not go together with --bank.")
@@ -125,4 +127,4 @@ def answer_from_bank(
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

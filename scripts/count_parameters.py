@@ -13,17 +13,19 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from jsonargparse import Namespace
-
 from lit_llama import cli
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.report import markdown_table
 from lit_llama.utils import UserError
 
-models: list[str] = ["Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld"]  # names of lit_llama/model.py
-beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
-memory_gib: float = 24.0  # of that GPU
+
+@dataclass
+class Settings:
+    models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # names of lit_llama/model.py
+    beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
+    memory_gib: float = 24.0  # of that GPU
+
 
 BYTES = 2  # of a number in bf16
 
@@ -75,7 +77,7 @@ def base_size(name: str) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if not args.memory_gib > 0:
         raise UserError(f"memory_gib is {args.memory_gib} and must be above 0.")
     free = args.memory_gib * 2**30 - BYTES * base_size(args.beside)
@@ -89,4 +91,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

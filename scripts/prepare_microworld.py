@@ -4,12 +4,11 @@ The other half is held out, so `evaluate/microworld.py` can tell a learnt form f
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-from jsonargparse import Namespace
 
 from lit_llama import cli
 from lit_llama.prepare import default_num_proc
@@ -17,18 +16,22 @@ from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_answers
 from microworld.world import FormName, World
 
-form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
-split: Literal["seen", "train"] = "seen"  # "train" leaves entities aside to choose settings by
-output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
-checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-max_seq_length: int = 256  # tokens of prompt and response
-test_fraction: float = 0.1  # share of the rows kept for validation
-world_seed: int = 0  # of the world; the bundled base knows world 0
-seed: int = 42  # of the split
-num_proc: int = default_num_proc()  # processes that tokenize
+
+@dataclass
+class Settings:
+    form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
+    split: Literal["seen", "train"] = "seen"  # "train" leaves entities aside to choose settings by
+    output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
+    max_seq_length: int = 256  # tokens of prompt and response
+    test_fraction: float = 0.1  # share of the rows kept for validation
+    world_seed: int = 0  # of the world; the bundled base knows world 0
+    seed: int = 42  # of the split
+    num_proc: int = default_num_proc()  # processes that tokenize
 
 
-def main(args: Namespace) -> None:
+
+def main(args: Settings) -> None:
     output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
     write_answers(
         World(args.world_seed).questions(args.split),
@@ -45,4 +48,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

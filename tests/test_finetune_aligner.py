@@ -128,8 +128,8 @@ def test_without_data_the_default_dataset_is_written_first(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     train([f"--checkpoint_dir={base}", "--max_steps=1", "--eval_rows=8", "--sample_prompts=0", "--accelerator=cpu"])
     assert "Writing the default dataset" in capsys.readouterr().err
-    assert (tmp_path / script.data_dir / "meta.json").is_file()
-    assert (tmp_path / script.out_dir / "best.safetensors").is_file()
+    assert (tmp_path / script.Settings.data_dir / "meta.json").is_file()
+    assert (tmp_path / script.Settings.out_dir / "best.safetensors").is_file()
 
 
 def test_metrics_have_their_columns_and_every_step(finished):
@@ -423,7 +423,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(flags, tmp_path, monkeypat
 def test_an_unknown_flag_exits_with_2(flags, tmp_path, monkeypatch, capsys):
     code, said = run_script([*flags(tmp_path), "--learnin_rate=1"], monkeypatch, capsys)
     assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith("error: unrecognized arguments: --learnin_rate=1 (see python finetune/aligner.py --help)")
+    assert said.startswith("error: There is no flag --learnin_rate; did you mean --learning_rate? (see python finetune/aligner.py --help)")
 
 
 def test_importing_the_script_does_nothing(tmp_path, monkeypatch, capsys):

@@ -278,7 +278,7 @@ def test_without_a_reference(settings, tmp_path):
 
 def test_answers_that_degenerate_are_warned_of(settings, tmp_path, monkeypatch, capsys):
     shares = iter([0.1, 0.15, 0.5, 0.5])
-    monkeypatch.setattr(script, "drift", lambda *args: {"kl": 1.0, "degenerate": next(shares)})
+    monkeypatch.setattr(script, "sampled_kl", lambda *args: {"kl": 1.0, "degenerate": next(shares)})
     train(settings(tmp_path / "run"))
     said = capsys.readouterr().err
     assert said.count("warning: 50% of the sampled answers are empty, do not end or repeat themselves, 10% did") == 2
