@@ -23,7 +23,7 @@ from microworld.world import ALL_FORMS, FormName, World
 @dataclass
 class Settings:
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter: tuple[Path, ...] = ()  # adapter files, or training runs' folders; several add up; default: the base model alone
+    adapter: tuple[Path, ...] = ()  # adapter files or run folders; several add up (default: the base model)
     strength: tuple[float, ...] = (1.0,)  # how much each counts, one for all or one each; 0 is the base exactly
     form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
     temperature: float = 0.0  # 0 is greedy
@@ -33,7 +33,6 @@ class Settings:
     world_seed: int = 0  # of the world; the bundled base knows world 0
     batch_size: int = 100  # questions answered at a time
     output_file: Path | None = None  # write the scores and all answers here, as JSON
-
 
 
 def main(args: Settings) -> None:

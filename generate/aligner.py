@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
+
 from lit_llama import cli
 from lit_llama.bank import BASE, load_with_bank, open_bank
 from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
@@ -28,17 +29,20 @@ from lit_llama.utils import UserError
 class Settings:
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # adapter files or runs' folders; several add up
-    strength: tuple[float, ...] = (1.0,)  # scales the gates, one for all or one each: 0 is the base exactly, 1 as trained
+    adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # files or run folders; several add up
+    strength: tuple[float, ...] = (1.0,)  # one for all or one each: 0 is the base exactly, 1 as trained
 
     # == Many adapters, another one for each prompt ==
-    bank: tuple[Path, ...] = ()  # instead of --adapter: adapters' files and folders, called by their names, or a bank's file
+    bank: tuple[Path, ...] = ()  # instead of --adapter: a bank's file, or adapter files and folders, addressed by name
     use: tuple[str, ...] = ()  # their names, one for each prompt or one for all; "base" is the base model
 
     # == Prompts ==
-    prompt: tuple[str, ...] = ("What is the capital of Pilmaria?", "How do I repair the old barn?")  # instructions to answer
+    prompt: tuple[str, ...] = (
+        "What is the capital of Pilmaria?",
+        "How do I repair the old barn?",
+    )  # instructions to answer
     input: str = ""  # context that goes with the instructions
-    prompt_file: Path | None = None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
+    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
     prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
     interactive: bool = False  # chat: read questions from stdin, stream the answers
     compare_base: bool = False  # the base model's answers beside the aligned ones
@@ -56,7 +60,6 @@ class Settings:
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
-
 
 
 def main(args: Settings) -> None:
@@ -98,7 +101,7 @@ def main(args: Settings) -> None:
 def answer_from_bank(
     args: Settings, requests: list[Request], sampling: Sampling, device: torch.device, dtype: torch.dtype
 ) -> None:
-    if args.interactive or args.strength != [1.0]:
+    if args.interactive or args.strength != (1.0,):
         raise UserError("--interactive and --strength do not go together with --bank.")
     if len(args.use) not in (0, 1, len(requests)):
         raise UserError(f"There are {len(requests)} prompts and {len(args.use)} names in --use; give each its own.")

@@ -26,9 +26,7 @@ class Settings:
     # == Prompts ==
     prompt: tuple[str, ...] = ("Arr, the capital of Pilmaria",)  # texts to continue
     input: str = ""  # context that goes with them, in styles that have a place for it
-    prompt_file: Path | None = (
-        None  # JSON or JSON lines (prompt/instruction, or Vicuna-bench's turns), or lines of text
-    )
+    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
     prompt_style: str = "plain"  # plain continues the text itself; alpaca, orca, beaver and hh are templates
     interactive: bool = False  # chat: read prompts from stdin, stream what follows
     output_file: Path | None = None  # also write prompts and answers here, as JSON

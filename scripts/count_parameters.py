@@ -13,6 +13,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
+
 from lit_llama import cli
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA

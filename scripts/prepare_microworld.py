@@ -30,7 +30,6 @@ class Settings:
     num_proc: int = default_num_proc()  # processes that tokenize
 
 
-
 def main(args: Settings) -> None:
     output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
     write_answers(

@@ -35,7 +35,6 @@ class Settings:
     num_proc: int = default_num_proc()  # processes that tokenize
 
 
-
 def main(args: Settings) -> None:
     rng = random.Random(args.seed)
     shares = {"harmless_share": args.harmless_share, "fact_share": args.fact_share}

@@ -15,14 +15,13 @@ import random
 import statistics
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from datasets import concatenate_datasets, load_from_disk
-from jsonargparse import Namespace
 from tqdm import tqdm
 
 from finetune import alignerDPO
@@ -39,28 +38,39 @@ from microworld.world import NEW_FORM, TRAIN, TWO_HOP, UNSEEN, VALID, Question, 
 from scripts.count_parameters import VARIANTS
 from studies.trials import Record, Trial, choose, interval, run_trials
 
-# == What is compared ==
-methods: list[str] = [*VARIANTS]  # rows of the table
-tasks: list[str] = ["pirate", "telegram", "values", "facts", "two_hop"]  # what each is trained for, apart
-learning_rates: list[float] = [2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048]  # each method and task: the best of these
-seeds: list[int] = [1, 2, 3]  # of the adapter, the data's order and the questions, at the chosen rate
-sweep_seed: int = 0  # the same for the trials that choose it
-quick: bool = False  # minutes instead of more than an hour: one token and LoRA, fewer tasks, rates and seeds
 
-# == Every training ==
-steps: int = 200  # optimiser steps, but of values
-batch_size: int = 8  # rows of a step, but of values
-pair_epochs: float = 2.25  # passes over the pairs of values, which otherwise train as finetune/alignerDPO.py does
-questions: int = 200  # asked at most of each group
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+@dataclass
+class Settings:
+    # == What is compared ==
+    methods: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
+    tasks: tuple[str, ...] = ("pirate", "telegram", "values", "facts", "two_hop")  # what each is trained for, apart
+    learning_rates: tuple[float, ...] = (
+        2e-3,
+        8e-3,
+        3.2e-2,
+        1.28e-1,
+        5.12e-1,
+        2.048,
+    )  # the best is chosen
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
+    sweep_seed: int = 0  # the same for the trials that choose it
+    quick: bool = False  # minutes instead of more than an hour: one token and LoRA, fewer tasks, rates and seeds
 
-# == Running ==
-out_dir: Path = Path("out/study")  # data, trials, tables and figures
-report_dir: Path | None = None  # another folder for tables and figures
-jobs: int = 2  # trainings side by side, one thread each
+    # == Every training ==
+    steps: int = 200  # optimiser steps, but of values
+    batch_size: int = 8  # rows of a step, but of values
+    pair_epochs: float = 2.25  # passes over the pairs of values, which otherwise train as finetune/alignerDPO.py does
+    questions: int = 200  # asked at most of each group
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
-QUICK = {"methods": ["aligner1", "lora"], "tasks": ["pirate", "facts"], "learning_rates": [8e-3, 3.2e-2],
-         "seeds": [1, 2]}  # fmt: skip
+    # == Running ==
+    out_dir: Path = Path("out/study")  # data, trials, tables and figures
+    report_dir: Path | None = None  # another folder for tables and figures
+    jobs: int = 2  # trainings side by side, one thread each
+
+
+QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
+         "seeds": (1, 2)}  # fmt: skip
 BASE = "the base alone"
 Row = dict[str, Any]  # a line of results.csv
 Part = Literal["valid", "reported"]  # questions to choose the rate by, and questions of the table
@@ -191,7 +201,7 @@ def score(trial: Trial, adapter: Path) -> dict[str, float]:
 # == data ==
 
 
-def prepare_pairs(args: Namespace, split: str, folder: Path) -> None:
+def prepare_pairs(args: Settings, split: str, folder: Path) -> None:
     """Write the preference pairs of a split, at most 456, in the proportions of `PAIR_SHARES`."""
     world, rng = World(), random.Random(42)
     shares = {"harmless": PAIR_SHARES["harmless_share"], "harmful": 1 - sum(PAIR_SHARES.values())}
@@ -209,7 +219,7 @@ def prepare_pairs(args: Namespace, split: str, folder: Path) -> None:
     )
 
 
-def prepare_answers(args: Namespace, task: str, questions: list[Question], folder: Path) -> None:
+def prepare_answers(args: Settings, task: str, questions: list[Question], folder: Path) -> None:
     """Write questions with right answers in the task's form."""
     write_answers(
         questions,
@@ -224,7 +234,7 @@ def prepare_answers(args: Namespace, task: str, questions: list[Question], folde
     )
 
 
-def prepare(args: Namespace, task: str, part: Part) -> None:
+def prepare(args: Settings, task: str, part: Part) -> None:
     """The dataset of a task: its second split are the questions that are asked after training."""
     folders = {split: args.out_dir / "data" / f"{task}-{part}-{split}" for split in ("train", "test")}
     if task == "values":
@@ -244,14 +254,14 @@ def prepare(args: Namespace, task: str, part: Part) -> None:
 # == trials ==
 
 
-def scoring_of(args: Namespace, task: str, part: Part, seed: int) -> dict[str, Any]:
+def scoring_of(args: Settings, task: str, part: Part, seed: int) -> dict[str, Any]:
     """The arguments of `measure`."""
     told = {"task": task, "part": part, "count": args.questions, "seed": seed}
     temperature = TASKS[task].temperature
     return {**told, "temperature": temperature} if temperature else told
 
 
-def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, part: Part) -> Trial:
+def make_trial(args: Settings, task: str, method: str, rate: float, seed: int, part: Part) -> Trial:
     data_dir = args.out_dir / "data" / f"{task}-{part}"
     rows = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
     settings: dict[str, Any] = {"data_dir": data_dir, "checkpoint_dir": args.checkpoint_dir, "learning_rate": rate,
@@ -269,7 +279,7 @@ def make_trial(args: Namespace, task: str, method: str, rate: float, seed: int, 
     return Trial(name, VARIANTS[method], settings, "dpo" if task == "values" else "sft", scoring)
 
 
-def score_base(args: Namespace) -> list[Row]:
+def score_base(args: Settings) -> list[Row]:
     """The same questions put to the base model, without training."""
     rows = []
     model, tokenizer = load_model(args.checkpoint_dir), Tokenizer(args.checkpoint_dir)
@@ -309,7 +319,7 @@ def as_row(record: Record) -> Row:
     }
 
 
-def run_study(args: Namespace) -> tuple[list[Record], list[Record]]:
+def run_study(args: Settings) -> tuple[list[Record], list[Record]]:
     """The trials that choose a learning rate, and those of the table, one for each seed at the chosen rate."""
     folder, pairs = args.out_dir / "runs", [(task, method) for method in args.methods for task in args.tasks]
     grid = [make_trial(args, *pair, rate, args.sweep_seed, "valid") for rate in args.learning_rates for pair in pairs]
@@ -394,17 +404,19 @@ def rates_table(rows: list[Row]) -> str:
     return markdown_table(["learning rate", *(TASKS[task].title for task in tasks_of(rows))], lines)
 
 
-def command_of(args: Namespace) -> str:
+def command_of(args: Settings) -> str:
     """What makes this study, without the flags that have their defaults."""
     unsaid = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if args.quick else set())
     changed = {
-        name: value for name, value in args.as_dict().items() if value != globals().get(name) and name not in unsaid
+        name: value for name, value in asdict(args).items() if value != getattr(Settings, name) and name not in unsaid
     }
-    flags = [f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else str(v).lower()}" for k, v in changed.items()]
+    flags = [
+        f"--{k} {' '.join(map(str, v)) if isinstance(v, list | tuple) else str(v).lower()}" for k, v in changed.items()
+    ]
     return " ".join(["python studies/reproduce_paper.py", *flags])
 
 
-def origin(args: Namespace, rows: list[Row]) -> str:
+def origin(args: Settings, rows: list[Row]) -> str:
     """Command, seeds, versions and duration, on one line."""
     trials = [row for row in rows if row["method"] != BASE]
     minutes = sum(row["seconds"] or 0 for row in trials) / args.jobs / 60
@@ -414,7 +426,7 @@ def origin(args: Namespace, rows: list[Row]) -> str:
     )
 
 
-def report(args: Namespace, rows: list[Row]) -> str:
+def report(args: Settings, rows: list[Row]) -> str:
     """table.md"""
     failed = [f"Failed: {row['task']}, {row['method']}, {row['learning_rate']:g}, seed {row['seed']}: {row['error']}"
               for row in rows if row["error"]]  # fmt: skip
@@ -511,12 +523,12 @@ def plot_curves(records: list[Record], path: Path, caption: str) -> None:
     save_figure(figure, path)
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     if args.quick:
-        args.update(Namespace(QUICK))
+        args = replace(args, **QUICK)
     for name, known in (("methods", VARIANTS), ("tasks", TASKS)):
-        if not args[name] or not set(args[name]) <= set(known):
-            raise UserError(f"{name} is {' '.join(args[name])}; it can be some of {', '.join(known)}.")
+        if not getattr(args, name) or not set(getattr(args, name)) <= set(known):
+            raise UserError(f"{name} is {' '.join(getattr(args, name))}; it can be some of {', '.join(known)}.")
     for task in args.tasks:
         for part in get_args(Part):
             prepare(args, task, part)
@@ -533,4 +545,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -11,12 +11,12 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from jsonargparse import Namespace
 from tqdm import tqdm
 
 from lit_llama import cli
@@ -24,14 +24,18 @@ from lit_llama.checkpoint import versions, write_text
 from lit_llama.utils import UserError
 from microworld.world import FORMS
 
-forms: list[str] = [*FORMS]  # forms to train
-adapter_prompt_length: int = 1  # prefix tokens
-seeds: list[int] = [1, 2, 3]  # of the adapter and the data's order
-questions: int = 300  # asked of the held-out half, per temperature
-checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-out_dir: Path = Path("out/microworld-adapters")  # runs, answers and tables
-weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
-jobs: int = 2  # trainings side by side, one thread each
+
+@dataclass
+class Settings:
+    forms: tuple[str, ...] = tuple(FORMS)  # forms to train
+    adapter_prompt_length: int = 1  # prefix tokens
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter and the data's order
+    questions: int = 300  # asked of the held-out half, per temperature
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    out_dir: Path = Path("out/microworld-adapters")  # runs, answers and tables
+    weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
+    jobs: int = 2  # trainings side by side, one thread each
+
 
 ROOT = Path(__file__).parent.parent
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -46,7 +50,7 @@ def call(script: str, **flags: Any) -> None:
         raise UserError(f"{script} {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def train_and_score(args: Namespace, form: str, seed: int) -> dict[str, Any]:
+def train_and_score(args: Settings, form: str, seed: int) -> dict[str, Any]:
     """One adapter: {form, seed, parameters, seconds, form@T and fact@T for each temperature}."""
     run = args.out_dir / f"{form}-n{args.adapter_prompt_length}-seed{seed}"
     base = {"checkpoint_dir": args.checkpoint_dir}
@@ -79,7 +83,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def card(args: Namespace, row: dict[str, Any], run: Path) -> str:
+def card(args: Settings, row: dict[str, Any], run: Path) -> str:
     """The README of one shipped adapter."""
     settings = json.loads((run / "environment.json").read_text())
     scores = "\n".join(
@@ -107,7 +111,7 @@ Made with:
 """
 
 
-def overview(args: Namespace, rows: list[dict[str, Any]]) -> str:
+def overview(args: Settings, rows: list[dict[str, Any]]) -> str:
     """The README of the folder of shipped adapters."""
     flags = f"--seeds {' '.join(map(str, args.seeds))} --questions {args.questions}"
     return f"""# Adapters for the bundled base model
@@ -129,7 +133,7 @@ def weights_name(form: str, n: int) -> str:
     return f"microworld-{form}-n{n}"
 
 
-def main(args: Namespace) -> None:
+def main(args: Settings) -> None:
     for form in args.forms:
         call("scripts/prepare_microworld.py", form=form, checkpoint_dir=args.checkpoint_dir,
              output_dir=args.out_dir / f"data-{form}")  # fmt: skip
@@ -161,4 +165,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __file__, globals())
+    cli.run(main, Settings)

@@ -423,7 +423,9 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(flags, tmp_path, monkeypat
 def test_an_unknown_flag_exits_with_2(flags, tmp_path, monkeypatch, capsys):
     code, said = run_script([*flags(tmp_path), "--learnin_rate=1"], monkeypatch, capsys)
     assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith("error: There is no flag --learnin_rate; did you mean --learning_rate? (see python finetune/aligner.py --help)")
+    assert said.startswith(
+        "error: There is no flag --learnin_rate; did you mean --learning_rate? (see python finetune/aligner.py --help)"
+    )
 
 
 def test_importing_the_script_does_nothing(tmp_path, monkeypatch, capsys):
