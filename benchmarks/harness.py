@@ -29,7 +29,8 @@ from datasets import Dataset
 from lit_llama.checkpoint import weights_path, write_base, write_text
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.device import pick_device
-from lit_llama.hf import hf_config, parameters, to_hf
+from lit_llama.hf import parameters, to_hf
+from lit_llama.hf_config import hf_config
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.prepare import write_dataset
 from lit_llama.tensor_files import LazyTensor, open_tensors, write_tensors

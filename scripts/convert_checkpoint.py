@@ -16,7 +16,8 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import CONFIG_NAME, write_base
-from lit_llama.hf import copy_tokenizer, fitting_tokenizer, read_json, to_lit
+from lit_llama.hf import read_json, to_lit
+from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log

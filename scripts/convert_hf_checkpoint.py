@@ -15,16 +15,9 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
-from lit_llama.hf import (
-    convert_config,
-    copy_tokenizer,
-    fitting_tokenizer,
-    read_json,
-    to_hf,
-    to_lit,
-    weight_files,
-    write_hf,
-)
+from lit_llama.hf import read_json, to_hf, to_lit, weight_files, write_hf
+from lit_llama.hf_config import convert_config
+from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log

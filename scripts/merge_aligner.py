@@ -30,7 +30,8 @@ from lit_llama.checkpoint import (
     write_base,
     write_text,
 )
-from lit_llama.hf import check_fit, copy_tokenizer, fitting_tokenizer, parameters, to_hf, without_tied_head, write_hf
+from lit_llama.hf import check_fit, parameters, to_hf, without_tied_head, write_hf
+from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors

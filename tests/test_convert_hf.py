@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.generation import Sampling, answer
-from lit_llama.hf import convert_config, deinterleave, hf_names, interleave
+from lit_llama.hf import deinterleave, hf_names, interleave
+from lit_llama.hf_config import convert_config
 from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
@@ -324,7 +325,7 @@ BAD_FOLDERS = {
     "config.json holds a JSON list": config_list,
     "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
     "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
-    "knows 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
+    "has 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
     "holds no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
     "names model-00002-of-00002.safetensors, which is not in the folder": lose_shard,
     "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": cut_shard,

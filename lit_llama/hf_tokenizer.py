@@ -1,0 +1,115 @@
+"""The tokenizer files of a checkpoint folder: check, copy and convert them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import decoders, models, normalizers, processors
+
+from lit_llama.checkpoint import TOKENIZER_NAME, write_text
+from lit_llama.model import LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json")  # fmt: skip
+
+
+def fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig) -> Tokenizer:
+    """Return the tokenizer in a folder.
+
+    Raises:
+        UserError: The tokenizer is missing, or has more tokens than the model.
+    """
+    tokenizer = Tokenizer(checkpoint_dir)
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens and the model {config.padded_vocab_size:,}: they "
+            "do not belong together."
+        )
+    return tokenizer
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files from one folder to another."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Return the special tokens under the names that config.json and generation_config.json use."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {name: i if i >= 0 else None for name, i in ids.items()}
+
+
+def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    """Copy a tokenizer's files to a folder in Hugging Face's layout, and add those that transformers also needs.
+
+    Args:
+        folder: Folder to write to.
+        tokenizer: The tokenizer.
+        block_size: The model's maximum sequence length, in tokens.
+    """
+    copy_tokenizer(tokenizer.path.parent, folder)
+    if not (folder / "generation_config.json").is_file():
+        write_text(folder / "generation_config.json", json.dumps(token_ids(tokenizer), indent=2) + "\n")
+    if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
+        return
+    if engine := as_tokenizer_json(tokenizer.path):
+        write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": block_size,
+            "bos_token": engine.id_to_token(tokenizer.bos_id),
+            "eos_token": engine.id_to_token(tokenizer.eos_id),
+            "unk_token": engine.model.unk_token,
+        }
+        write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+
+
+def as_tokenizer_json(path: Path) -> tokenizers.Tokenizer | None:
+    """Convert a SentencePiece model of LLaMA's kind for the `tokenizers` library, with the same ids for every text.
+
+    The conversion in transformers omits the space that SentencePiece adds to a text which begins with a space.
+
+    Returns:
+        None for models of another kind: not BPE, without byte fallback, or with a normalization of texts.
+    """
+    spec = ModelProto.FromString(path.read_bytes())
+    trained, rules = spec.trainer_spec, spec.normalizer_spec
+    supported = trained.model_type == trained.BPE and trained.byte_fallback and rules.add_dummy_prefix
+    if not supported or rules.remove_extra_whitespaces or rules.precompiled_charsmap:
+        return None
+    vocab = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    unknown = next(piece.piece for piece in spec.pieces if piece.type == piece.UNKNOWN)
+    engine = tokenizers.Tokenizer(
+        models.BPE(vocab, _merges(spec), unk_token=unknown, fuse_unk=True, byte_fallback=True, ignore_merges=False)
+    )
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    control = [p.piece for p in spec.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
+    added = [p.piece for p in spec.pieces if p.type == p.USER_DEFINED]
+    engine.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
+    engine.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in added])
+    bos = trained.bos_piece
+    if trained.bos_id >= 0:
+        engine.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+        )
+    return engine
+
+
+def _merges(spec: ModelProto) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that form a piece, those of the most likely piece first."""
+    scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == piece.NORMAL}
+    merges = []
+    for text in sorted(scores, key=lambda text: -scores[text]):
+        pairs = [(text[:i], text[i:]) for i in range(1, len(text))]
+        merges += [(left, right) for left, right in pairs if left in scores and right in scores]
+    return merges
