@@ -9,7 +9,7 @@ class Settings:
 import inspect
 import io
 import tokenize
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from textwrap import dedent
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,9 @@ def describe(settings_class: type) -> list[Setting]:
     for name, (comment, group) in field_comments(settings_class).items():
         several = get_origin(types[name]) is tuple
         type_ = get_args(types[name])[0] if several else types[name]
-        settings.append(Setting(name, type_, by_name[name].default, comment, group, several))
+        field = by_name[name]
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        settings.append(Setting(name, type_, default, comment, group, several))
     if missing := sorted(by_name.keys() - {setting.name for setting in settings}):
         raise TypeError(f"{settings_class.__name__}.{missing[0]} has no comment that explains it.")
     return settings
