@@ -11,6 +11,7 @@ import torch
 
 import lit_llama.model as llama
 from lit_llama import aligner
+from lit_llama.variant import layers_of
 
 
 @dataclass
@@ -25,8 +26,11 @@ class LLaMAConfig(aligner.LLaMAConfig):
     adapter_prompt_length: int = 10
 
 
-class LLaMA(aligner.GatedLLaMA):
+class LLaMA(llama.LLaMA):
+    """LLaMA with a LLaMA-Adapter."""
+
     config_class = LLaMAConfig
+    scaled_parameter = staticmethod(aligner.LLaMA.scaled_parameter)  # scales the gates
 
     @staticmethod
     def make_attention(config: LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
@@ -40,7 +44,7 @@ class LLaMA(aligner.GatedLLaMA):
     @staticmethod
     def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
         """Length and start layer; an Aligner's file may repeat its prefix under the same names."""
-        layers = aligner.layers_of(state_dict, ".adapter_wte.weight")
+        layers = layers_of(state_dict, ".adapter_wte.weight")
         if not layers or "global_value_embedding.weight" in state_dict:
             return None
         prefix = state_dict[f"transformer.h.{min(layers)}.attn.adapter_wte.weight"]

@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import lit_llama.model as llama
-from lit_llama.aligner import without_aliases
+from lit_llama.aligner import prefix_kv
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, load_model, read_adapter
 from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError, atomic_write
+from lit_llama.variant import without_aliases
 
 BLOCK_BYTES = 2**26  # memory is taken in such pieces, so that a bank grows without copying itself
 META_KEY = "lit_llama_bank"  # the header entry of a bank's file
@@ -475,10 +476,7 @@ class CausalSelfAttention(llama.CausalSelfAttention):
             prefixes, gates: (m, N, C) and (m, nh).
             which, rows: (n,) the prefix of each of the rows, and their numbers in the batch.
         """
-        _, keys, values = self.qkv(prefixes)  # (m, ng, N, hs)
-        groups = self.config.n_head // self.config.n_kv_head
-        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))  # (m, nh, N, hs)
-        values = (gates.unflatten(1, (-1, 1, 1)) * values).to(values.dtype)
+        keys, values = prefix_kv(self, prefixes, gates.unflatten(1, (-1, 1, 1)))  # (m, nh, N, hs)
         if values.size(2) == 1:
             table = values.new_zeros(batch_size, *values.shape[1:])
             table[rows] = values[which]

@@ -234,7 +234,7 @@ def load_model(
     if adapter is not None:
         model.load_state_dict({name: t.to(device, torch.float32) for name, t in adapter.state.items()}, assign=True)
     else:
-        _initialize_adapter(model)
+        model.initialize_adapter()
     if quantize is not None:
         quantize_(model, quantize, device, dtype)
     return model.to(device)
@@ -253,18 +253,6 @@ def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtyp
     missing = [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]
     if missing:
         raise UserError(f"{path} holds no base model: {missing[0]} is missing.")
-
-
-def _initialize_adapter(model: LLaMA) -> None:
-    """Initialize the parameters that are on the meta device; on the CPU, so that a seed gives the same everywhere."""
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if p.is_meta:
-                setattr(module, name, torch.nn.Parameter(torch.full_like(p, torch.nan, device="cpu")))
-    model.reset_adapter()
-    for name, p in model.named_parameters():
-        if model.is_adapter_parameter(name):
-            assert not p.isnan().any(), f"reset_adapter does not initialize {name}"
 
 
 def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig) -> None:

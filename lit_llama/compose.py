@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.aligner import CausalSelfAttention, LLaMA, Prefix
+from lit_llama import aligner
+from lit_llama.aligner import LLaMA, Prefix, prefix_attention
 from lit_llama.checkpoint import AdapterFile, check_base, load_model
 from lit_llama.utils import UserError
 
@@ -46,6 +47,9 @@ def load_composed(
     for name, p in model.named_parameters():
         if model.is_adapter_parameter(name):
             p.data = model.scaled_parameter(name, p.data, strength)
+    for block in model.transformer.h if others else ():
+        if isinstance(block.attn, aligner.CausalSelfAttention):
+            block.attn.__class__, block.attn.others = CausalSelfAttention, torch.nn.ModuleList()
     for adapter, strength in others:
         check_base(adapter, checkpoint_dir, model.config)
         join(model, adapter, strength)
@@ -61,7 +65,19 @@ def join(model: LLaMA, adapter: AdapterFile, strength: float) -> None:
     for layer in range(adapter.config["adapter_start_layer"], model.config.n_layer):
         attn = model.transformer.h[layer].attn
         with torch.device("meta"):
-            other = CausalSelfAttention(model.config)
+            other = aligner.CausalSelfAttention(model.config)
         other.c_attn, other.c_proj, other.prefix = attn.c_attn, attn.c_proj, [prefix]  # the same frozen weights
         other.gating_factor = torch.nn.Parameter(strength * state[f"transformer.h.{layer}.attn.gating_factor"])
         attn.others.append(other)
+
+
+class CausalSelfAttention(aligner.CausalSelfAttention):
+    """Attention with several Aligners, whose terms add up."""
+
+    others: torch.nn.ModuleList
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        y = super().attend(q, k, v, mask)
+        for other in self.others:
+            y = y + prefix_attention(q, *other.constants(q.dtype))
+        return y

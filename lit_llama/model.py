@@ -11,7 +11,6 @@ it touches through `make_attention`, and overrides one step there: `CausalSelfAt
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.utils import UserError, find_multiple
+from lit_llama.variant import Variant
 
 LLAMA3_SCALING = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
@@ -165,7 +165,7 @@ class LLaMAConfig:
         return json.dumps({k: v for k, v in asdict(self).items() if k in base}, indent=2) + "\n"
 
 
-class LLaMA(nn.Module):
+class LLaMA(Variant):
     """The language model: embedding, `n_layer` blocks, RMSNorm, output layer."""
 
     config_class = LLaMAConfig  # a variant names its own
@@ -189,25 +189,6 @@ class LLaMA(nn.Module):
     def make_attention(config: LLaMAConfig, layer: int) -> "CausalSelfAttention":
         """The attention module of one layer: what a variant overrides."""
         return CausalSelfAttention(config)
-
-    @staticmethod
-    def is_adapter_parameter(name: str) -> bool:
-        """Whether a parameter is the adapter's: such are trained and saved, all others are the frozen base."""
-        return False
-
-    @staticmethod
-    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
-        """What an adapter's parameter is when the adapter counts `strength` times: 0 is the base exactly, 1 as trained.
-
-        Raises:
-            UserError: the variant knows no such strength.
-        """
-        return value
-
-    @staticmethod
-    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-        """A variant's own configuration, read off an adapter without a header; None if it is no such adapter."""
-        return None
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "LLaMA":
@@ -292,57 +273,18 @@ class LLaMA(nn.Module):
         """(V, C), the embedding itself where they are tied."""
         return self.transformer.wte.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """Loads the base, the adapter, or both; each part that is there must be whole.
-
-        An adapter's parameters stay fp32 whatever the dtype of the file, with `assign` too.
-
-        Raises:
-            UserError: a tensor is left over, missing or mis-shaped; the sentence names it.
-        """
-        own = dict(self.named_parameters())
-        state_dict = self.normalize_state_dict(state_dict)
-        parts = {self.is_adapter_parameter(name) for name in state_dict}
-        wanted = [name for name in own if self.is_adapter_parameter(name) in parts]
-        problems = [f"{name} does not belong to this model" for name in state_dict if name not in own]
-        problems += [f"{name} is missing" for name in wanted if name not in state_dict]
-        problems += [
-            f"{name} is {tuple(state_dict[name].shape)} where the model has {tuple(own[name].shape)}"
-            for name in wanted
-            if name in state_dict and state_dict[name].shape != own[name].shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
-        masters = {name: t.float() for name, t in state_dict.items() if self.is_adapter_parameter(name)}
-        return super().load_state_dict({**state_dict, **masters}, strict=False, assign=assign)
-
     def normalize_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Drops what other programs write beside the parameters; a variant renames aliases here.
+        """Drop the output layer that other programs write beside tied embeddings.
 
         Raises:
-            UserError: the embeddings are tied, and the output layer is another than the embedding.
+            UserError: It differs from the embedding.
         """
-        state_dict = dict(state_dict)
+        state_dict = super().normalize_state_dict(state_dict)
         if self.config.tie_embeddings and "lm_head.weight" in state_dict:
             head, embedding = state_dict.pop("lm_head.weight"), state_dict.get("transformer.wte.weight")
             if embedding is None or not torch.equal(head, embedding):
                 raise UserError("lm_head.weight differs from the embedding, but this model's config ties the two.")
         return state_dict
-
-    def reset_adapter(self) -> None:
-        """Gives the adapter the values that training starts from: `reset_parameters` of the modules that hold it."""
-        for prefix, module in self.named_modules():
-            if any(self.is_adapter_parameter(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)):
-                module.reset_parameters()
-
-    def inference(self) -> AbstractContextManager:
-        """What generation wraps itself in; a variant may keep constants of its adapter for that long."""
-        return nullcontext()
-
-    def selecting(self, rows: list[int]) -> AbstractContextManager:
-        """Inside, a batch is these rows of the whole one; a variant whose rows differ selects what belongs to them."""
-        return nullcontext()
 
 
 class Block(nn.Module):
@@ -368,6 +310,7 @@ class CausalSelfAttention(nn.Module):
         self.widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        self.cached: Any = None  # inside `LLaMA.inference`: what `constants` returned
 
     def forward(
         self, x: torch.Tensor, rope: "RoPE", mask: torch.Tensor | None = None, kv: "LayerCache | None" = None
@@ -388,6 +331,10 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, nh + 2·ng, T, hs): all queries, then all keys, then all values."""
         return self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+
+    def constants(self, dtype: torch.dtype) -> Any:
+        """Return what a variant's `attend` needs and no text changes, in `dtype`."""
+        return None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The step a variant overrides.

@@ -16,11 +16,11 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 
 from lit_llama import cli
-from lit_llama.aligner import without_aliases
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
 from lit_llama.prompts import get_prompt_style
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError, log
+from lit_llama.variant import without_aliases
 
 
 @dataclass

@@ -32,8 +32,9 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.hf import check_fit, parameters, to_hf, without_tied_head, write_hf
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
+from lit_llama.merge import output_bias
 from lit_llama.methods import METHODS
-from lit_llama.model import LLaMAConfig
+from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, atomic_write, log
 
@@ -84,7 +85,7 @@ def merge(
     check_fit(tensors, parameters(config), CONFIG_NAME)
     if adapter.method != "lora":
         config = replace(config, proj_bias=True)
-    added = {"aligner": output_bias, "bitfit": bitfit_bias, "lora": updated_weight}[adapter.method]
+    added = {"aligner": aligner_bias, "bitfit": bitfit_bias, "lora": updated_weight}[adapter.method]
     kind = "c_attn.weight" if adapter.method == "lora" else "c_proj.bias"
     merged = {}
     for name, shape in parameters(config).items():
@@ -103,10 +104,10 @@ def merge(
 KINDS = ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")
 
 
-def output_bias(
+def aligner_bias(
     attn: dict[str, LazyTensor], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
-    """The bias (C,) of one layer's attention output with an Aligner, in fp32.
+    """Return the bias (C,) of one layer's attention output with an Aligner, in fp32.
 
     Args:
         attn: the layer's `KINDS`, biases only where the base has them.
@@ -114,22 +115,19 @@ def output_bias(
             the start layer lack, and global_value_embedding.weight (1, C).
         of_method: the adapter's own configuration.
     """
-    bias = attn["c_proj.bias"].read().float() if "c_proj.bias" in attn else torch.zeros(config.n_embd)
     if "gating_factor" not in own:
-        return bias
-    prefix, gate = own["global_value_embedding.weight"], own["gating_factor"]
-    first = (config.n_head + config.n_kv_head) * config.head_size  # the rows behind q and k
-    value = attn["c_attn.weight"].read()[first:].float() @ prefix[0].float()  # (ng · hs,)
-    if "c_attn.bias" in attn:
-        value = value + attn["c_attn.bias"].read()[first:].float()
-    heads = value.view(config.n_kv_head, -1).repeat_interleave(config.n_head // config.n_kv_head, dim=0)  # (nh, hs)
-    return bias + attn["c_proj.weight"].read().float() @ (gate.float().view(-1, 1) * heads).flatten()
+        return attn["c_proj.bias"].read().float() if "c_proj.bias" in attn else torch.zeros(config.n_embd)
+    config = replace(config, proj_bias="c_proj.bias" in attn)
+    with torch.device("meta"):
+        layer = CausalSelfAttention(config)
+    layer.load_state_dict({kind: tensor.read().float() for kind, tensor in attn.items()}, assign=True)
+    return output_bias(layer, [(own["global_value_embedding.weight"].float(), own["gating_factor"].float())])
 
 
 def bitfit_bias(
     attn: dict[str, LazyTensor], own: dict[str, torch.Tensor], config: LLaMAConfig, of_method: dict[str, Any]
 ) -> torch.Tensor:
-    """As `output_bias`, of adapter_bias (C,)."""
+    """Return the same for BitFit, from its adapter_bias (C,)."""
     bias = own["adapter_bias"].float()
     return attn["c_proj.bias"].read().float() + bias if "c_proj.bias" in attn else bias
 

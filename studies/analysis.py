@@ -125,7 +125,7 @@ def layer_effects(model: aligner.LLaMA, texts: list[torch.Tensor]) -> dict[int, 
     def measured(layer: int, attn: aligner.CausalSelfAttention):
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             y = llama.CausalSelfAttention.attend(attn, q, k, v, mask)  # (B, nh, T, hs)
-            added = attn.adapter_term(q).to(y.dtype).expand_as(y)
+            added = aligner.prefix_attention(q, *attn.constants(q.dtype)).expand_as(y)
             ratios.setdefault(layer, []).append((norms(added) / norms(y)).flatten())
             return y + added
 
@@ -164,9 +164,8 @@ def token_shifts(model: aligner.LLaMA) -> dict[int, torch.Tensor]:
         )
     for layer, block in enumerate(model.transformer.h):
         if isinstance(block.attn, aligner.CausalSelfAttention):
-            q = torch.zeros(1, config.n_head, 1, config.head_size, dtype=model.output_weight.dtype)
-            term = block.attn.adapter_term(q).to(q.dtype)  # (1, nh, 1, hs)
-            shifts[layer] = F.linear(term.flatten(), block.attn.c_proj.weight)
+            _, values = block.attn.constants(model.output_weight.dtype)  # (1, nh, 1, hs)
+            shifts[layer] = F.linear(values.flatten(), block.attn.c_proj.weight)
     return shifts
 
 

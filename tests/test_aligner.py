@@ -67,7 +67,7 @@ def test_the_adapter_matters_in_these_tests():
     # were the term nearly nothing, parity would prove nothing
     network, idx = toys.aligned(), toys.token_ids(1, 12)
     open_gates = network(idx)
-    for attn in network.aligned_attention():
+    for attn in toys.prefix_layers(network):
         attn.gating_factor.data.zero_()
     assert (open_gates - network(idx)).abs().mean() > 0.1 * open_gates.std()
 
@@ -207,22 +207,9 @@ def test_a_prefix_edited_between_two_generations_changes_the_second(length):
 def test_nothing_is_cached_outside_generation():
     network = toys.aligned()
     with pytest.raises(ZeroDivisionError), network.inference():
-        assert all(attn.constant_kv is not None for attn in network.aligned_attention())
+        assert all(attn.cached is not None for attn in toys.prefix_layers(network))
         1 / 0  # noqa: B018
-    assert all(attn.constant_kv is None for attn in network.aligned_attention())
-
-
-@pytest.mark.parametrize("proj_bias", [False, True])
-def test_one_token_is_a_bias_of_the_output_projection_during_generation_alone(proj_bias):
-    network, idx = toys.aligned(1, n_kv_head=2, proj_bias=proj_bias), toys.token_ids(2, 9)
-    own = [block.attn.c_proj.bias for block in network.transformer.h]
-    before, names = network(idx), list(network.state_dict())
-    with pytest.raises(ZeroDivisionError), network.inference():
-        assert all(attn.term_is_bias for attn in network.aligned_attention())
-        torch.testing.assert_close(network(idx), before, atol=2e-5, rtol=2e-5)
-        1 / 0  # noqa: B018
-    assert all(block.attn.c_proj.bias is bias for block, bias in zip(network.transformer.h, own, strict=True))
-    assert list(network.state_dict()) == names and torch.equal(network(idx), before)
+    assert all(attn.cached is None for attn in toys.prefix_layers(network))
 
 
 def test_a_copied_model_reads_its_own_prefix():
@@ -271,7 +258,7 @@ def test_trainable_counts_are_the_papers(name, length, count):
     with torch.device("meta"):
         network = aligner.LLaMA.from_name(name, adapter_prompt_length=length)
     aligner.mark_only_adapter_as_trainable(network)
-    state = aligner.adapter_state_from_state_dict(network.state_dict())
+    state = toys.adapter_state(network)
     assert sum(p.numel() for p in trainable(network).values()) == sum(t.numel() for t in state.values()) == count
     assert set(state) == set(trainable(network))
     assert {t.dtype for t in state.values()} == {torch.float32}
@@ -280,7 +267,7 @@ def test_trainable_counts_are_the_papers(name, length, count):
 def test_fresh_adapter_has_closed_gates_and_a_standard_normal_prefix():
     torch.manual_seed(0)
     network = aligner.LLaMA(aligner.LLaMAConfig(**{**toys.SIZES, "n_embd": 256}, adapter_prompt_length=100))
-    assert all((attn.gating_factor == 0).all() for attn in network.aligned_attention())
+    assert all((attn.gating_factor == 0).all() for attn in toys.prefix_layers(network))
     assert network.transformer.h[2].attn.gating_factor.shape == (1, 4, 1, 1)
     prefix = network.global_value_embedding.weight
     assert prefix.shape == (100, 256)
@@ -304,7 +291,7 @@ def test_base_and_adapter_load_apart_and_leave_each_other_alone():
     network, idx = toys.aligned(seed=1), toys.token_ids(1, 8)
     expected = network(idx)
     state = network.state_dict()
-    adapter = aligner.adapter_state_from_state_dict(state)
+    adapter = toys.adapter_state(network)
     other = toys.aligned(seed=2)
     other.load_state_dict({name: t for name, t in state.items() if name not in adapter})
     assert not torch.equal(other(idx), expected)
@@ -314,7 +301,7 @@ def test_base_and_adapter_load_apart_and_leave_each_other_alone():
 
 def published_form(network) -> dict[str, torch.Tensor]:
     """The adapter as the authors save it: bf16, and the prefix once more under each layer's name."""
-    state = aligner.adapter_state_from_state_dict(network.state_dict())
+    state = toys.adapter_state(network)
     state = {name: t.bfloat16() for name, t in state.items()}
     for name in [n for n in state if n.endswith("gating_factor")]:
         state[name.replace("gating_factor", "adapter_wte.weight")] = state["global_value_embedding.weight"].clone()

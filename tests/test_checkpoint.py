@@ -38,7 +38,7 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
 def make_adapter(path: Path, base: Path, length: int = 3, seed: int = 5) -> dict[str, Any]:
     """Writes a trained adapter; returns its header."""
     network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", adapter_prompt_length=length))
-    state = aligner.adapter_state_from_state_dict(random_state(network, seed))
+    state = {n: t for n, t in random_state(network, seed).items() if network.is_adapter_parameter(n)}
     meta = {
         "method": "aligner",
         "config": {"adapter_prompt_length": length, "adapter_start_layer": 2},

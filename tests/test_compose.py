@@ -2,6 +2,7 @@ import pytest
 import torch
 from toys import aligned, base, token_ids
 
+from lit_llama.aligner import prefix_attention
 from lit_llama.checkpoint import AdapterFile, load_model, save_adapter, save_base
 from lit_llama.compose import load_composed
 from lit_llama.generation import Sampling, gates_scaled, generate
@@ -32,9 +33,9 @@ def with_terms(folder, weights: dict[int, float]):
         single = load_model(folder, (LATE, EARLY)[number])
         for own, other in zip(network.transformer.h, single.transformer.h, strict=True):
             if hasattr(other.attn, "gating_factor"):
-                plain, term = own.attn.attend, other.attn.adapter_term
-                own.attn.attend = lambda q, k, v, mask, plain=plain, term=term, weight=weight: (
-                    plain(q, k, v, mask) + weight * term(q)
+                plain, attn = own.attn.attend, other.attn
+                own.attn.attend = lambda q, k, v, mask, plain=plain, attn=attn, weight=weight: (
+                    plain(q, k, v, mask) + weight * prefix_attention(q, *attn.constants(q.dtype))
                 )
     return network
 

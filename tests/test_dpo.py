@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import toys
 
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
@@ -20,7 +21,7 @@ def policy(base_dir):
     torch.manual_seed(0)
     own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
     model = load_model(base_dir, method="aligner", method_config=own)
-    for attn in model.aligned_attention():
+    for attn in toys.prefix_layers(model):
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
     return model

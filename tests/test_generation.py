@@ -140,7 +140,7 @@ def test_decoding_restores_the_models_mode_even_if_it_is_left_early():
     assert not network.training and torch.is_grad_enabled()
     steps.close()
     assert network.training
-    assert all(attn.constant_kv is None for attn in network.aligned_attention())
+    assert all(attn.cached is None for attn in toys.prefix_layers(network))
     network.eval()
     generate(network, toys.prompts(4), GREEDY)
     assert not network.training

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
 from torch.nn import functional as F
 
 from lit_llama import aligner
@@ -52,7 +53,7 @@ def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer
     own = {"adapter_prompt_length": length, "adapter_start_layer": 1}
     torch.manual_seed(0)
     model = load_model(base_dir, method="aligner", method_config=own, dtype=dtype)
-    for attn in model.aligned_attention():
+    for attn in toys.prefix_layers(model):
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
     train, val = SFTData(data_dir, "train"), SFTData(data_dir, "test")

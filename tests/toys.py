@@ -57,6 +57,16 @@ def aligned(length: int = 3, start: int = 1, seed: int = 0, **overrides: Any) ->
     return network
 
 
+def prefix_layers(network: model.LLaMA) -> list[aligner.CausalSelfAttention]:
+    """The attention modules with a prefix."""
+    return [block.attn for block in network.transformer.h if isinstance(block.attn, aligner.CausalSelfAttention)]
+
+
+def adapter_state(network: model.LLaMA) -> dict[str, torch.Tensor]:
+    """The adapter's part of the state dict."""
+    return {name: t for name, t in network.state_dict().items() if network.is_adapter_parameter(name)}
+
+
 def token_ids(rows: int, length: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -1,0 +1,54 @@
+"""Aligners of one prefix token as output biases of a plain LLaMA.
+
+With one token the softmax over the prefix is 1, so what an Aligner adds to a layer's heads is a constant, gate × V_p.
+After the output projection it is a bias: the merged model computes the same function and needs no Aligner code.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_llama.aligner import prefix_kv
+from lit_llama.model import CausalSelfAttention, LLaMA
+from lit_llama.utils import UserError
+
+
+@torch.no_grad()
+def output_bias(attn: CausalSelfAttention, aligners: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the bias of a layer's output projection with Aligners merged into it: (C,).
+
+    Args:
+        attn: the layer's attention; its own bias, if any, is included.
+        aligners: prefix (1, C), in the dtype in which the layer computes, and gate (1, nh, 1, 1) of each.
+    """
+    values = sum(prefix_kv(attn, prefix.unsqueeze(0), gate)[1] for prefix, gate in aligners)  # (1, nh, 1, hs)
+    return attn.c_proj(values.flatten(1)).squeeze(0)
+
+
+def merge_aligners_(model: LLaMA, aligners: Iterable[tuple[dict[str, Tensor], float]]) -> None:
+    """Merge Aligners of one token into a plain model, in place.
+
+    Args:
+        model: without an adapter; its linear layers may be quantized, but not packed (lit_llama/onednn.py).
+        aligners: state dict and strength of each. Strengths scale the gates.
+
+    Raises:
+        UserError: An Aligner has more than one prefix token.
+    """
+    weight = model.transformer.wte.weight
+    aligners = [(model.normalize_state_dict(state), strength) for state, strength in aligners]
+    for layer, block in enumerate(model.transformer.h):
+        terms = []
+        for state, strength in aligners:
+            prefix, gate = (
+                state["global_value_embedding.weight"],
+                state.get(f"transformer.h.{layer}.attn.gating_factor"),
+            )
+            if len(prefix) > 1:
+                raise UserError(f"An Aligner of N = {len(prefix)} prefix tokens cannot be merged, only one of N = 1.")
+            if gate is not None:
+                terms.append((prefix.to(weight), strength * gate.float().to(weight.device)))
+        if terms:
+            block.attn.c_proj.bias = nn.Parameter(output_bias(block.attn, terms), requires_grad=False)

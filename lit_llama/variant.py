@@ -1,0 +1,152 @@
+"""What the variants of LLaMA (Aligner, LoRA, ...) share: which parameters are the adapter's, and how these are
+initialized, loaded and scaled.
+
+A variant subclasses `lit_llama.model.LLaMA`, overrides `is_adapter_parameter`, and changes one step of the network, as
+a rule through `make_attention` and `CausalSelfAttention.attend`.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_llama.utils import UserError
+
+
+class Variant(nn.Module):
+    """Base class of `lit_llama.model.LLaMA` with the methods that its variants override."""
+
+    @staticmethod
+    def is_adapter_parameter(name: str) -> bool:
+        """Return whether a parameter belongs to the adapter, which is trained and saved, or to the frozen base."""
+        return False
+
+    @staticmethod
+    def scaled_parameter(name: str, value: Tensor, strength: float) -> Tensor:
+        """Return an adapter parameter at a strength: 0 gives the base model exactly, 1 the adapter as trained.
+
+        Raises:
+            UserError: The variant does not support this strength.
+        """
+        return value
+
+    @staticmethod
+    def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Return the variant's configuration for an adapter file without a header, None for another variant's file.
+
+        Raises:
+            UserError: The tensors are this variant's but do not determine its configuration.
+        """
+        return None
+
+    def normalize_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a copy without the redundant tensors that other programs write.
+
+        Raises:
+            UserError: A tensor that should be redundant differs from the one it repeats.
+        """
+        return dict(state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+        """Load the base, the adapter, or both; a part must be complete.
+
+        Adapter parameters stay fp32, whatever the dtype of the file, also with `assign`.
+
+        Raises:
+            UserError: A tensor is unknown, missing or of the wrong shape.
+        """
+        state_dict = self.normalize_state_dict(state_dict)
+        has_adapter = {self.is_adapter_parameter(name) for name in state_dict}
+        shapes = {
+            name: p.shape for name, p in self.named_parameters() if self.is_adapter_parameter(name) in has_adapter
+        }
+        problems = [f"{name} does not belong to this model" for name in state_dict if name not in shapes]
+        problems += [f"{name} is missing" for name in shapes if name not in state_dict]
+        problems += [
+            f"{name} is {tuple(state_dict[name].shape)} where the model has {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in state_dict and state_dict[name].shape != shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
+        in_fp32 = {name: t.float() for name, t in state_dict.items() if self.is_adapter_parameter(name)}
+        return super().load_state_dict({**state_dict, **in_fp32}, strict=False, assign=assign)
+
+    def initialize_adapter(self) -> None:
+        """Allocate the adapter on the CPU, so that a seed means the same on every device, and call `reset_adapter`.
+
+        Raises:
+            TypeError: `reset_adapter` left a parameter uninitialized.
+        """
+        adapter = {name: p for name, p in self.named_parameters() if self.is_adapter_parameter(name)}
+        for name, p in adapter.items():
+            module, _, child = name.rpartition(".")
+            adapter[name] = nn.Parameter(torch.full_like(p, math.nan, device="cpu"))
+            setattr(self.get_submodule(module), child, adapter[name])
+        self.reset_adapter()
+        if left_out := [name for name, p in adapter.items() if p.isnan().any()]:
+            raise TypeError(f"reset_adapter() did not initialize {', '.join(left_out)}.")
+
+    def reset_adapter(self) -> None:
+        """Give the adapter its initial values: call `reset_parameters` of each module that holds adapter parameters.
+
+        Raises:
+            TypeError: Such a module has no `reset_parameters`.
+        """
+        for prefix, module in self.named_modules():
+            names = [name for name, _ in module.named_parameters(prefix, recurse=False)]
+            held = [name for name in names if self.is_adapter_parameter(name)]
+            if held and not hasattr(module, "reset_parameters"):
+                raise TypeError(f"{type(module).__name__} holds {held[0]} and has no reset_parameters().")
+            if held:
+                module.reset_parameters()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Temporarily cache what does not depend on the text (see `CausalSelfAttention.constants`).
+
+        The adapter must not change meanwhile.
+        """
+        attention = [block.attn for block in self.transformer.h]
+        try:
+            with torch.no_grad():
+                for attn in attention:
+                    attn.cached = attn.constants(self.transformer.wte.weight.dtype)
+            yield
+        finally:
+            for attn in attention:
+                attn.cached = None
+
+    def selecting(self, rows: list[int]) -> AbstractContextManager:
+        """Temporarily treat batches as consisting of these rows, for variants whose rows differ."""
+        return nullcontext()
+
+
+def mark_only_adapter_as_trainable(model: Variant) -> None:
+    """Freeze every parameter but the adapter's."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.is_adapter_parameter(name))
+
+
+def layers_of(state_dict: dict[str, Tensor], suffix: str) -> list[int]:
+    """Return the numbers of the layers that have a tensor whose name ends with `suffix`."""
+    return [int(name.split(".")[2]) for name in state_dict if name.endswith(suffix)]
+
+
+def without_aliases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the copies of an Aligner's prefix (`attn.adapter_wte.weight` of each layer) from the authors' files.
+
+    Raises:
+        UserError: A copy differs from the prefix: the file is a LLaMA-Adapter's.
+    """
+    prefix = state_dict.get("global_value_embedding.weight")
+    aliases = {name for name in state_dict if name.endswith(".attn.adapter_wte.weight")}
+    for name in sorted(aliases):
+        if prefix is None or not torch.equal(state_dict[name], prefix):
+            raise UserError(f"{name} is not the global prefix: these are a LLaMA-Adapter's weights, not an Aligner's.")
+    return {name: tensor for name, tensor in state_dict.items() if name not in aliases}
