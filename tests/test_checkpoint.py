@@ -79,15 +79,6 @@ def test_a_fresh_adapter_changes_nothing(tmp_path):
     assert torch.equal(fresh(idx), plain(idx))
 
 
-def test_parameters_that_a_method_forgets_to_initialize_are_noticed(tmp_path):
-    class Forgetful(aligner.LLaMA):
-        def reset_adapter(self) -> None:
-            pass
-
-    with pytest.raises(AssertionError, match="reset_adapter does not initialize"):
-        load_model(make_base(tmp_path / "base"), method=Forgetful, method_config={"adapter_prompt_length": 2})
-
-
 def test_the_configuration_is_read_off_the_tensors_without_a_header(tmp_path):
     gates = {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
     torch.save({"global_value_embedding.weight": torch.randn(7, 16), **gates}, tmp_path / "old.pth")
