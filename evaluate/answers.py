@@ -1,0 +1,196 @@
+"""Two sets of answers to the same questions: generated here, or read from files."""
+
+import urllib.request
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluate.common import ModelSettings, Question, Results, answer_questions, answer_statistics, drop_long, load
+from evaluate.judge import JudgeSettings
+from lit_llama.generation import Sampling
+from lit_llama.rows import read_rows, text_field
+from lit_llama.utils import UserError, atomic_write, log
+
+
+@dataclass
+class CompareSettings(ModelSettings, JudgeSettings):
+    # == Compared answers ==
+    answer_file: Path | None = None  # take these answers instead of the model's: FastChat's format or answers.jsonl
+    against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
+    max_new_tokens: int = 1024  # longest answer, in tokens
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 1234  # of sampling
+    batch_size: int = 16  # questions answered at a time
+    skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of a benchmark.
+
+    Args:
+        id: unique in the benchmark.
+        text: the question.
+        category: its category.
+        reference: a right answer for the judge, if there is one.
+    """
+
+    id: int | str
+    text: str
+    category: str
+    reference: str = ""
+
+
+@dataclass
+class Answers:
+    """One answer to each question.
+
+    Args:
+        name: of the model or file, for reports.
+        texts: id of a question -> answer.
+        answer_ids: id of a question -> the answer's own id, in FastChat's files.
+        statistics: of answers generated here: share that ended by themselves, mean tokens, tokens per second.
+        made_by: what made them, as JSON.
+    """
+
+    name: str
+    texts: dict[int | str, str]
+    answer_ids: dict[int | str, str] = field(default_factory=dict)
+    statistics: dict[str, float] | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+
+def fetch(url: str, path: Path) -> Path:
+    """Download a file once.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                content = response.read()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(f"Cannot download {url} ({reason}); give the questions with --data_file.") from None
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+        log(f"downloaded {path}")
+    return path
+
+
+def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[Item]) -> tuple[Answers, Answers]:
+    """Read or generate both sets of answers.
+
+    Args:
+        settings: `answer_file` or the model is the first side, `against` the second.
+        items: all questions of the benchmark, which a file of answers may have.
+        asked: those to compare.
+
+    Raises:
+        UserError: a file has answers to other questions, a model cannot be loaded, or both sides are the base.
+    """
+    against_file = Path(settings.against).suffix in (".json", ".jsonl", ".gz")
+    if settings.against == "base" and not settings.adapter and not settings.answer_file:
+        raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
+    style = settings.prompt_style
+    if settings.answer_file:
+        first = read_answers(settings.answer_file, items, asked)
+    else:
+        first = generate_answers(settings, asked, settings.output_dir / "answers")
+        style = first.made_by["prompt_style"]  # a base model is asked in the adapter's style
+    if against_file:
+        return first, read_answers(Path(settings.against), items, asked)
+    adapter = None if settings.against == "base" else Path(settings.against)
+    other = replace(settings, adapter=adapter, strength=1.0, prompt_style=settings.prompt_style if adapter else style)
+    return first, generate_answers(other, asked, settings.output_dir / "answers_against")
+
+
+def generate_answers(settings: CompareSettings, items: list[Item], folder: Path) -> Answers:
+    """Answer the questions with the model of the settings; continues what is in the folder."""
+    evaluated = load(settings)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+    questions = [
+        Question(item.id, evaluated.style.render(item.text), {"question": item.text, "category": item.category})
+        for item in items
+    ]
+    questions = drop_long(evaluated, questions, skip=settings.skip_long)
+    results = Results(folder, {**evaluated.made_by, "sampling": asdict(sampling)}, settings.overwrite)
+    name = str(settings.adapter or settings.checkpoint_dir)
+    records = answer_questions(evaluated, questions, sampling, results, stop=evaluated.style.stop,
+                               batch_size=settings.batch_size, desc=f"Answering with {name}")  # fmt: skip
+    texts = {record["id"]: record["answer"] for record in records}
+    return Answers(name, texts, {}, answer_statistics(records), results.made_by)
+
+
+def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
+    """Read a file of answers: FastChat's (`question_id`, and `text` or `choices`), or an evaluation's `answers.jsonl`.
+
+    Raises:
+        UserError: a row lacks a field, or the answers are to other questions.
+    """
+    known = {item.id: item for item in items}
+    answers = Answers(Path(path).stem, {}, made_by={"file": str(path)})
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            id, text = answer_of_row(row, number)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if id not in known:
+            raise UserError(f"{path} has answers to other questions: the benchmark has no question {id!r}.")
+        if "prompt" in row and known[id].text not in str(row["prompt"]):
+            raise UserError(f"{path} has answers to other questions: its question {id!r} is another one.")
+        if id in answers.texts:
+            raise UserError(f"{path} has several answers to question {id!r}; it must have one to each.")
+        answers.texts[id] = text
+        answers.answer_ids[id] = str(row.get("answer_id", ""))
+        answers.name = str(row.get("model_id", answers.name))
+    missing = [item.id for item in asked if item.id not in answers.texts]
+    if missing:
+        raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")
+    return answers
+
+
+def answer_of_row(row: Any, number: int) -> tuple[int | str, str]:
+    """Return the question's id and the answer of one row.
+
+    Raises:
+        UserError: the row lacks them.
+    """
+    if not isinstance(row, dict) or not ({"question_id", "id"} & row.keys()):
+        text_field(row, number, "question_id")
+    id = row.get("question_id", row.get("id"))
+    if "choices" in row:
+        try:
+            row = {**row, "text": row["choices"][0]["turns"][0]}
+        except (LookupError, TypeError):
+            raise UserError(f"Row {number}: 'choices' holds no answer.") from None
+    name = next((name for name in ("text", "answer", "response") if name in row), "text")
+    return id, text_field(row, number, name)
+
+
+def answered_by_both(items: list[Item], first: Answers, second: Answers) -> list[Item]:
+    """Return the questions that no side skipped.
+
+    Raises:
+        UserError: there are none.
+    """
+    answered = [item for item in items if item.id in first.texts and item.id in second.texts]
+    if not answered:
+        raise UserError(f"{first.name} and {second.name} have no question in common that both could read.")
+    return answered
+
+
+def describe(answers: Answers, asked: list[Item]) -> dict[str, Any]:
+    """Return what a report states about a set of answers, as JSON."""
+    texts = [answers.texts[item.id] for item in asked]
+    return {
+        "name": answers.name,
+        "n": len(texts),
+        "mean_words": float(np.mean([len(text.split()) for text in texts])),
+        "mean_characters": float(np.mean([len(text) for text in texts])),
+        "statistics": answers.statistics,
+        "made_by": answers.made_by,
+    }

@@ -1,0 +1,296 @@
+"""Ask a language model for judgements, and keep every reply.
+
+    requests ──► a key for each: the hash of everything that its reply depends on
+                 ├─ in the cache file ──────────────────────────────► reply
+                 └─ else threads ──► endpoint ──► appended to it ──► reply
+
+The cache file is JSON lines and is only appended to. A run that was stopped continues from it, and a finished run is
+scored again without an endpoint. The API key comes from the environment and is written nowhere.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import random
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from evaluate.common import JsonLines
+from evaluate.endpoint import Endpoint, Refused, Retry, reply_text
+from lit_llama.utils import UserError, log
+
+JUDGEMENTS = "judgements.jsonl"
+FIRST_DELAY = 1.0  # seconds before the second attempt; each further delay is twice as long, up to a minute
+LONGEST_WAIT = 600  # seconds; an endpoint that asks for more ends the run, which can be continued later
+MOST_FAILURES = 5  # requests given up one after the other, after which the run ends
+
+
+@dataclass
+class JudgeSettings:
+    # == Judge ==
+    judge_url: str | None = None  # OpenAI-compatible endpoint, as https://api.openai.com/v1 (default: only the cache)
+    judge_model: str | None = None  # the model's name at the endpoint (default: the only one in the cache)
+    judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
+    judge_workers: int = 4  # requests under way at a time
+    judge_timeout: float = 120.0  # seconds to wait for a reply
+    judge_retries: int = 6  # further attempts after HTTP 429 or 5xx, a time-out or a broken connection
+    judge_max_tokens: int = 1024  # longest reply, in tokens
+    judge_body: dict[str, Any] = field(default_factory=dict)  # more fields of a request, as JSON; null removes one
+    judge_cache: Path | None = None  # all replies, appended to (default: judgements.jsonl in --output_dir)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the judge.
+
+    Args:
+        messages: the (role, text) pairs of the chat.
+        about: what the call is for, such as a question's id; recorded with the reply, but no part of its key.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    about: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def body(self, settings: JudgeSettings) -> dict[str, Any]:
+        """Return the JSON object to send; decoding is greedy, unless `judge_body` has another temperature."""
+        body = {
+            "model": settings.judge_model,
+            "messages": [{"role": role, "content": text} for role, text in self.messages],
+            "temperature": 0,
+            "max_tokens": settings.judge_max_tokens,
+            **settings.judge_body,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def request_key(body: dict[str, Any]) -> str:
+    """Return a hash of everything that a reply depends on: model, messages and sampling settings, not the address."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+class Judge:
+    """Replies to requests, from the cache or from the endpoint.
+
+    Args:
+        settings: without a `judge_url`, only the cache is read.
+        output_dir: has the cache, unless `judge_cache` is set.
+
+    Raises:
+        UserError: no model is named and the cache is not by exactly one, or a setting or the cache is not usable.
+    """
+
+    def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:
+        check_settings(settings)
+        self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS)
+        if not all(isinstance(record.get("reply"), str) and "key" in record for record in self.file.records):
+            raise UserError(f"{self.file.path} is not a file of judgements; set --judge_cache.")
+        self.records: dict[str, dict[str, Any]] = {}
+        for record in self.file.records:
+            self.records.setdefault(record["key"], record)
+        self.endpoint = None
+        if settings.judge_url:
+            key = os.environ.get(settings.judge_key_env, "").strip() or None
+            self.endpoint = Endpoint(settings.judge_url, key, settings.judge_key_env, settings.judge_timeout)
+        self.settings = replace(settings, judge_model=settings.judge_model or self.only_model())
+        self.failed: dict[str, str] = {}  # key -> why the request has no reply
+
+    def only_model(self) -> str:
+        """Return the model that all replies of the cache are by, for scoring them again."""
+        models = sorted({str(record.get("model")) for record in self.records.values()})
+        if self.endpoint or len(models) != 1:
+            held = f"; {self.file.path} has replies by {', '.join(models)}" if models else ""
+            raise UserError(f"Name the judge with --judge_model{held}.")
+        return models[0]
+
+    def store(self, record: dict[str, Any]) -> None:
+        self.file.append(record)
+        self.records.setdefault(record["key"], record)
+
+    def ask(self, requests: list[Request]) -> list[dict[str, Any] | None]:
+        """Return the record of the reply to each request; None where the endpoint did not answer.
+
+        Equal requests are sent once. Each reply is on the disk before the next one is waited for.
+
+        Raises:
+            UserError: the cache lacks replies and there is no endpoint, or the endpoint does not work. Replies that
+                arrived before are in the cache.
+        """
+        keys = [request_key(request.body(self.settings)) for request in requests]
+        jobs = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.records}
+        total = len(set(keys))
+        if jobs and not self.endpoint:
+            raise UserError(
+                f"{self.file.path} lacks {len(jobs)} of {total} judgements by {self.settings.judge_model}; "
+                "set --judge_url to ask for them."
+            )
+        if jobs:
+            log(f"asking {self.settings.judge_model} at {self.endpoint.name}")
+            with tqdm(total=total, initial=total - len(jobs), desc="Judging", unit="judgement") as bar:
+                Dispatcher(self, jobs, bar).run()
+        return [self.records.get(key) for key in keys]
+
+    def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """Return what a report states about the judge and the replies that it rests on, as JSON."""
+        used = {record["key"]: record for record in records if record}.values()
+        times = sorted(record["time"] for record in used)
+        return {
+            "model": self.settings.judge_model,
+            "served_models": sorted({str(record["served_model"]) for record in used if record["served_model"]}),
+            "endpoints": sorted({record["endpoint"] for record in used}),
+            "max_tokens": self.settings.judge_max_tokens,
+            "body": self.settings.judge_body,
+            "replies": len(used),
+            "cut_replies": sum(record["finish_reason"] == "length" for record in used),
+            "first_reply": times[0] if times else None,
+            "last_reply": times[-1] if times else None,
+            "failed_requests": sorted(self.failed.values()),
+        }
+
+
+def check_settings(settings: JudgeSettings) -> None:
+    """Refuse settings that are out of range.
+
+    Raises:
+        UserError: one is.
+    """
+    if not settings.judge_key_env.isidentifier():
+        raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
+    for name in ("judge_workers", "judge_timeout", "judge_max_tokens"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"--{name} is {getattr(settings, name)}; it must be above 0.")
+    if settings.judge_retries < 0:
+        raise UserError(f"--judge_retries is {settings.judge_retries}; it must be 0 or more.")
+
+
+class Dispatcher:
+    """Threads that send requests, while the calling thread stores the replies.
+
+    Args:
+        judge: has the endpoint and the cache.
+        jobs: key -> request.
+        bar: counts the replies.
+    """
+
+    def __init__(self, judge: Judge, jobs: dict[str, Request], bar: tqdm) -> None:
+        self.judge, self.settings, self.bar = judge, judge.settings, bar
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        for job in jobs.items():
+            self.jobs.put(job)
+        self.outcomes: queue.SimpleQueue = queue.SimpleQueue()
+        self.stopped = threading.Event()
+        self.successes, self.failures_in_a_row, self.not_before = 0, 0, 0.0
+        self.noted: set[str] = set()
+
+    def run(self) -> None:
+        """Send all requests. An error ends the run after the replies that are still under way are stored."""
+        running = min(self.settings.judge_workers, self.jobs.qsize())
+        for _ in range(running):
+            threading.Thread(target=self.work, daemon=True).start()
+        errors = []
+        while running:
+            outcome = self.outcomes.get()
+            if outcome is None:
+                running -= 1
+            elif isinstance(outcome, Exception):
+                errors.append(outcome)
+                self.stopped.set()
+            else:
+                self.judge.store(outcome)
+                self.bar.update()
+        if self.judge.failed and not self.successes and not errors:
+            errors = [UserError(f"{self.name()} accepts no request ({next(iter(self.judge.failed.values()))}).")]
+        if errors and isinstance(errors[0], UserError):
+            progress = f"{self.bar.n} of {self.bar.total} judgements are in {self.judge.file.path}"
+            raise UserError(f"{errors[0]} {progress}; run the command again to continue.")
+        if errors:
+            raise errors[0]
+
+    def work(self) -> None:
+        """Take requests until there are none; put each reply or error, and None at the end."""
+        try:
+            while not self.stopped.is_set():
+                record = self.send(*self.jobs.get_nowait())
+                if record:
+                    self.outcomes.put(record)
+        except queue.Empty:
+            pass
+        except Exception as error:
+            self.outcomes.put(error)
+        self.outcomes.put(None)
+
+    def send(self, key: str, request: Request) -> dict[str, Any] | None:
+        """Return the record of the reply, after as many attempts as allowed; None if there is none."""
+        body, attempt, successes = request.body(self.settings), 0, self.successes
+        while not self.stopped.wait(max(0.0, self.not_before - time.monotonic())):
+            began = time.monotonic()
+            try:
+                reply = self.judge.endpoint.post(body)
+            except Refused as refusal:
+                return self.give_up(key, str(refusal))
+            except Retry as failure:
+                if failure.kind == "busy" and self.successes > successes:
+                    attempt, successes = 0, self.successes  # the limit lets others through
+                if attempt == self.settings.judge_retries or (failure.kind == "down" and not self.successes):
+                    return self.last_failure(key, failure)
+                self.back_off(failure, attempt)
+                attempt += 1
+            else:
+                self.successes, self.failures_in_a_row = self.successes + 1, 0
+                return self.record(key, request, body, reply, time.monotonic() - began)
+        return None
+
+    def name(self) -> str:
+        return f"The judge at {self.judge.endpoint.name}"
+
+    def back_off(self, failure: Retry, attempt: int) -> None:
+        """Wait before the next attempt; if the endpoint names a time, all threads wait for it."""
+        delay = min(60.0, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.5)
+        if failure.wait is not None:
+            if failure.wait > LONGEST_WAIT:
+                raise UserError(f"{self.name()} asks to wait for {failure.wait:.0f} s ({failure}).")
+            self.not_before = max(self.not_before, time.monotonic() + failure.wait)
+            delay = failure.wait + random.uniform(0.0, min(delay, 1.0))
+        if str(failure) not in self.noted:
+            self.noted.add(str(failure))
+            tqdm.write(f"note: {failure}; trying again", file=self.bar.fp)
+        self.stopped.wait(delay)
+
+    def last_failure(self, key: str, failure: Retry) -> None:
+        """Give up one request, or the run if the endpoint as such does not work."""
+        if failure.kind == "down":
+            raise UserError(f"{self.name()} cannot be reached ({failure}).")
+        if failure.kind == "busy" or not self.successes:
+            raise UserError(f"{self.name()} does not answer ({failure}).")
+        self.give_up(key, str(failure))
+
+    def give_up(self, key: str, reason: str) -> None:
+        """Leave one request without a reply; end the run after too many in a row."""
+        self.judge.failed[key] = reason
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= MOST_FAILURES:
+            raise UserError(f"{self.name()} does not answer these requests ({reason}).")
+
+    def record(
+        self, key: str, request: Request, body: dict[str, Any], reply: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """Return the line of the cache file."""
+        return {
+            "key": key,
+            **request.about,
+            "model": self.settings.judge_model,
+            "reply": reply_text(reply),
+            "finish_reason": reply["choices"][0].get("finish_reason"),
+            "served_model": reply.get("model"),
+            "usage": reply.get("usage"),
+            "endpoint": self.judge.endpoint.name,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "request": body,
+        }

@@ -1,0 +1,65 @@
+"""Read scores from the text of a judge's reply."""
+
+import re
+from collections.abc import Sequence
+
+# A score from 0 to 10, not a part of a longer number, word or formula, perhaps "8/10" or "8 out of 10"
+SCORE = r"(?<![\w.^+/-])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\w^%]|\.\d)(?:\s*(?:/|out of)\s*10\b)?"
+END = r"(?=\s*(?:$|[\n(),.;*\]]|and\b|points?\b))"  # what may follow a score in a sentence
+PAIR = rf"[(\[]?\s*{SCORE}\s*(?:[,;|\s]|and)\s*{SCORE}\s*[)\]]?"
+LABELLED = (  # how the score of one answer, SIDE, is written in prose
+    rf"SIDE(?:'s)?(?:[ \t]+(?:score|rating))?[ \t*_]*[:=][ \t*_]*{SCORE}{END}",
+    rf"SIDE(?:'s)?[ \t*_]{{0,9}}:?[\s*_]{{0,9}}\b(?:score|rating)[ \t*_]*[:=][ \t*_]*{SCORE}{END}",
+    rf"SIDE(?:'s \w+)?,? (?:(?:gets|receives|earns|deserves|scores) )?(?:an? )?(?:(?:score|rating) of )?{SCORE}{END}",
+    rf"\b(?:score|rating) (?:for|of) SIDE[ \t*_]*(?::|=|is)[ \t*_]*{SCORE}{END}",
+)
+BOTH = (
+    rf"\bboth\b[^.\n]{{0,90}}?\b(?:score|rating) of {SCORE}",
+    r"\bboth\b[^.\n]{0,90}?(?<![\w.])(10|\d(?:\.\d+)?)\s*(?:/|out of)\s*10\b",
+)
+FLAGS = re.IGNORECASE | re.MULTILINE
+
+
+def visible(reply: str) -> str:
+    """Return a reply without the thoughts that some models put before it."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).strip()
+
+
+def parse_scores(text: str) -> tuple[float, float] | None:
+    """Return the scores, 0 to 10, of the first and the second answer.
+
+    They stand on the first line. In a reply that begins with prose, they are looked for as "Assistant 1: 8" and
+    "Assistant 2: 9/10", as "scores ... are 8 and 9" or "Output: (8, 9)", as "both ... a score of 8", and as a line of
+    two numbers, in this order; of several, the last counts. None if there are none.
+    """
+    text = visible(text)
+    first_line = text.partition("\n")[0].strip(" \t*_#`")
+    if match := re.fullmatch(rf"(?:[Ss]cores?\s*:\s*)?{PAIR}(?:\s*[.:;(–—].*|\s+[A-Z].*)?", first_line):
+        return float(match[1]), float(match[2])
+    sides = [rf"\b(?:assistant|answer|response|model)\s*#?\s*{name}\b" for name in ("[1A]", "[2B]")]
+    labelled = [last_score([pattern.replace("SIDE", side) for pattern in LABELLED], text) for side in sides]
+    if None not in labelled:
+        return labelled[0], labelled[1]
+    pairs = re.findall(rf"\bscores?\b[^.\n]{{0,90}}?(?:\b(?:are|is)\b|[:=])\s*{PAIR}", text, FLAGS)
+    pairs += re.findall(rf"\b(?:output|tuple)\b[^.\n]{{0,20}}?[(\[]\s*{SCORE}\s*,\s*{SCORE}\s*[)\]]", text, FLAGS)
+    if pairs:
+        return float(pairs[-1][0]), float(pairs[-1][1])
+    if (both := last_score(BOTH, text)) is not None:
+        return both, both
+    lines = re.findall(rf"^[ \t*_]*{SCORE}[ \t]*[,\t ][ \t]*{SCORE}[ \t*_]*$", text, FLAGS)
+    return (float(lines[-1][0]), float(lines[-1][1])) if lines else None
+
+
+def parse_score(text: str) -> float | None:
+    """Return the score, 0 to 10, of one answer: on the first line, or after "score" or "grade"; None if absent."""
+    text = visible(text)
+    first_line = text.partition("\n")[0].strip(" \t*_#`[]")
+    if match := re.fullmatch(rf"(?:(?:[Ss]core|[Rr]ating|[Gg]rade)\s*:)?\W*{SCORE}\W*(?:\s*[.:;(–—].*)?", first_line):
+        return float(match[1])
+    return last_score((rf"\b(?:score|rating|grade)[*_\s]*(?:of|is|[:=])[*_\s\[]*{SCORE}",), text)
+
+
+def last_score(patterns: Sequence[str], text: str) -> float | None:
+    """Return the last score in a text that one of the patterns matches."""
+    matches = [match for pattern in patterns for match in re.finditer(pattern, text, FLAGS)]
+    return float(max(matches, key=lambda match: match.start(1))[1]) if matches else None

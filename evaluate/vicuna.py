@@ -1,0 +1,348 @@
+"""Compare answers to the 80 questions of the Vicuna benchmark, with a language model as the judge (paper, Tables 2, 3).
+
+The answers of a model with any adapter are compared with those of the base, of another adapter, or with a file of
+answers. The judge is any OpenAI-compatible endpoint. It scores each pair in both orders, and a disagreement counts as a
+tie; it also scores each answer alone. All replies are kept, so that a stopped run continues, and a finished one is
+scored again without the judge. With --review_file, reviews in FastChat's format are counted instead.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import numpy as np
+
+from evaluate.answers import (
+    Answers,
+    CompareSettings,
+    Item,
+    answered_by_both,
+    answers_of_both,
+    describe,
+    fetch,
+    read_answers,
+)
+from evaluate.common import bootstrap_interval, markdown_table
+from evaluate.judge import JUDGEMENTS, Judge, Request
+from evaluate.pairs import (
+    Comparison,
+    by_category,
+    comparison_summary,
+    fill,
+    fixed,
+    judge_pairs,
+    list_verdicts,
+    plot_pairs,
+    reference_block,
+    render_judge,
+    render_pairs,
+)
+from evaluate.replies import parse_score, parse_scores
+from lit_llama import cli
+from lit_llama.checkpoint import versions, write_text
+from lit_llama.report import make_figure, save_figure
+from lit_llama.rows import read_rows, text_field
+from lit_llama.utils import UserError, log
+
+QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
+
+PAIR_PROMPT = """\
+Below are a question and two answers to it, by two different assistants. Compare how good the answers are.
+
+A good answer does what the question asks, is correct, and is as detailed as the question needs. Repetition, missing \
+parts, an end in the middle of a sentence and text that has nothing to do with the question make an answer worse. The \
+order in which the answers stand, their length as such and the assistants' numbers must not matter.
+
+[Question]
+{question}
+[End of the question]
+{reference}
+[Answer of assistant 1]
+{answer_1}
+[End of the answer of assistant 1]
+
+[Answer of assistant 2]
+{answer_2}
+[End of the answer of assistant 2]
+
+Begin your reply with a line of two numbers and nothing else: the scores of assistant 1 and assistant 2, from 1 \
+(worst) to 10 (best), with a space between them. Give equal scores if neither answer is better. Then explain the \
+scores in a few sentences."""
+
+SINGLE_PROMPT = """\
+Below are a question and an answer to it. Grade the answer.
+
+A good answer does what the question asks, is correct, and is as detailed as the question needs. Repetition, missing \
+parts, an end in the middle of a sentence and text that has nothing to do with the question make an answer worse. \
+Length as such must not matter.
+
+[Question]
+{question}
+[End of the question]
+{reference}
+[Answer]
+{answer}
+[End of the answer]
+
+Begin your reply with a line of one number and nothing else: the grade from 1 (worst) to 10 (best). Then explain it in \
+a few sentences."""
+
+
+@dataclass
+class Settings(CompareSettings):
+    # == Benchmark ==
+    data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)
+    data_dir: Path = Path("data/vicuna_bench")  # where the questions are downloaded to
+    reference_file: Path | None = None  # right answers to show the judge, in FastChat's format
+    judging: Literal["both", "pair", "single"] = "both"  # compare pairs, grade each answer alone, or both
+    review_file: Path | None = None  # count these reviews instead of asking a judge
+    limit: int | None = None  # only this many questions, from the first
+    output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
+    overwrite: bool = False  # replace answers that were made with other settings
+
+
+def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
+    """Read questions in FastChat's format: `question_id`, `category`, and `turns` or `text`.
+
+    Raises:
+        UserError: a row lacks one of these, or an id is used twice.
+    """
+    references = read_references(reference_file) if reference_file else {}
+    items: dict[Any, Item] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            turns = row.get("turns") if isinstance(row, dict) else None
+            text = turns[0] if isinstance(turns, list) and turns else text_field(row, number, "text")
+            category = text_field(row, number, "category")
+            id = row["question_id"] if "question_id" in row else text_field(row, number, "question_id")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if id in items:
+            raise UserError(f"{path}, row {number}: question {id!r} is there already.")
+        items[id] = Item(id, str(text), category, references.get(id, ""))
+    if not items:
+        raise UserError(f"{path} holds no question.")
+    return list(items.values())
+
+
+def read_references(path: Path) -> dict[Any, str]:
+    """Read reference answers in FastChat's format: id of a question -> answer."""
+    references = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            references[row["question_id"]] = row["choices"][0]["turns"][0]
+        except (LookupError, TypeError):
+            raise UserError(f"{path}, row {number} is not a reference answer in FastChat's format.") from None
+    return references
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Compare both sides, and return what summary.json holds."""
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
+    path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
+    items = read_items(path, settings.reference_file)
+    asked = items[: settings.limit]
+    summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
+    if settings.review_file:
+        return report(settings, {**summary, **count_reviews(settings, items, asked)})
+    first, second = answers_of_both(settings, items, asked)
+    n_asked, asked = len(asked), answered_by_both(asked, first, second)
+    summary |= {"skipped": n_asked - len(asked), "first": describe(first, asked), "second": describe(second, asked)}
+    judge = Judge(settings, settings.output_dir) if settings.judge_url or cache_path(settings).exists() else None
+    if judge is None:
+        log("note: there is no judge; set --judge_url to have the answers compared.")
+        return report(settings, summary)
+    records = []
+    if settings.judging in ("both", "pair"):
+        comparisons, pair_records = judge_pairs(judge, PAIR_PROMPT, asked, first, second)
+        records += pair_records
+        summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
+    if settings.judging in ("both", "single"):
+        grades, single_records = judge_single(judge, asked, first, second)
+        records += single_records
+        summary["single"] = grade_summary(grades)
+    summary["judge"] = {**judge.describe(records), "prompts": {"pair": PAIR_PROMPT, "single": SINGLE_PROMPT}}
+    return report(settings, summary)
+
+
+def cache_path(settings: Settings) -> Path:
+    return settings.judge_cache or settings.output_dir / JUDGEMENTS
+
+
+def count_reviews(settings: Settings, items: list[Item], asked: list[Item]) -> dict[str, Any]:
+    """Count reviews in FastChat's format: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
+
+    Raises:
+        UserError: a row lacks a field, a question has no review, or the reviews are of other answers.
+    """
+    first = second = None
+    if settings.answer_file and settings.against != "base":
+        first = read_answers(settings.answer_file, items, asked)
+        second = read_answers(Path(settings.against), items, asked)
+    known, reviews = {item.id for item in items}, {}
+    for number, row in enumerate(read_rows(settings.review_file), 1):
+        try:
+            text_field(row, number, "text")
+        except UserError as error:
+            raise UserError(f"{settings.review_file}: {error}") from None
+        id = row.get("question_id")
+        if id not in known or id in reviews:
+            what = "a second review of" if id in reviews else "a review of another benchmark's"
+            raise UserError(f"{settings.review_file}, row {number} is {what} question {id!r}.")
+        for side, answers in (("answer1_id", first), ("answer2_id", second)):
+            if answers and row.get(side, answers.answer_ids[id]) != answers.answer_ids[id]:
+                raise UserError(
+                    f"{settings.review_file}, row {number} reviews other answers: its {side} is {row[side]}, that of "
+                    f"{answers.name} is {answers.answer_ids[id]}."
+                )
+        reviews[id] = row
+    missing = [item.id for item in asked if item.id not in reviews]
+    if missing:
+        raise UserError(f"{settings.review_file} lacks {len(missing)} of {len(asked)} reviews, such as {missing[0]!r}.")
+    comparisons = [Comparison(item, parse_scores(reviews[item.id]["text"]), None, one_order=True) for item in asked]
+    stored = [(c, reviews[c.item.id]["score"]) for c in comparisons if "score" in reviews[c.item.id]]
+    return {
+        "first": describe(first, asked) if first else {"name": "answer 1"},
+        "second": describe(second, asked) if second else {"name": "answer 2"},
+        "reviews": {
+            "file": str(settings.review_file),
+            "reviewers": sorted({str(reviews[item.id].get("reviewer_id")) for item in asked}),
+            "other_scores_stored": [c.item.id for c, score in stored if list(c.direct or (-1, -1)) != list(score)],
+        },
+        "pairs": {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)},
+    }
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The judge's grades of both answers, each read alone; None for a reply that was not understood."""
+
+    item: Item
+    first: float | None
+    second: float | None
+
+
+def judge_single(
+    judge: Judge, asked: list[Item], first: Answers, second: Answers
+) -> tuple[list[Grades], list[dict[str, Any] | None]]:
+    """Grade each answer alone; also return the records of the judge's replies."""
+    requests = []
+    for item in asked:
+        for side, answers in (("first", first), ("second", second)):
+            prompt = fill(SINGLE_PROMPT, question=item.text, reference=reference_block(item),
+                          answer=answers.texts[item.id])  # fmt: skip
+            requests.append(Request((("user", prompt),), {"id": item.id, "kind": "single", "side": side}))
+    records = judge.ask(requests)
+    parsed = [parse_score(record["reply"]) if record else None for record in records]
+    return [Grades(*triple) for triple in zip(asked, parsed[::2], parsed[1::2], strict=True)], records
+
+
+def grade_summary(grades: list[Grades]) -> dict[str, Any]:
+    """Return the mean grades of all questions and of each category, and those of each question, as JSON."""
+    return {
+        "all": mean_grades(grades),
+        "by_category": {category: mean_grades(part) for category, part in by_category(grades).items()},
+        "unparsed": [g.item.id for g in grades if None in (g.first, g.second)],
+        "questions": [{"id": g.item.id, "grade": g.first, "grade_against": g.second} for g in grades],
+    }
+
+
+def mean_grades(grades: list[Grades]) -> dict[str, Any]:
+    """Return the mean grade of each side, and their difference with its 95 % bootstrap interval."""
+    understood = [(g.first, g.second) for g in grades if None not in (g.first, g.second)]
+    if not understood:
+        return {"n": 0, "grade": None, "grade_against": None, "difference": None, "interval": None}
+    differences = [a - b for a, b in understood]
+    return {
+        "n": len(understood),
+        "grade": float(np.mean([a for a, _ in understood])),
+        "grade_against": float(np.mean([b for _, b in understood])),
+        "difference": float(np.mean(differences)),
+        "interval": bootstrap_interval(differences),
+    }
+
+
+def report(settings: Settings, summary: dict[str, Any]) -> dict[str, Any]:
+    """Print the summary, write it with a figure into the output folder, and return it."""
+    text = render(summary)
+    print(text, end="")
+    write_text(settings.output_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
+    write_text(settings.output_dir / "summary.md", text)
+    if "pairs" in summary or "single" in summary:
+        plot(summary, settings.output_dir / "figure.png")
+    log(f"wrote {settings.output_dir}")
+    return summary
+
+
+def render(summary: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    first, second = summary["first"]["name"], summary["second"]["name"]
+    parts = [f"# Vicuna benchmark, {summary['date']}: {first} against {second}\n"]
+    if summary.get("skipped"):
+        parts.append(f"{summary['skipped']} questions are longer than a model's context; they are skipped.\n")
+    parts += [render_answers(summary[side]) for side in ("first", "second") if "n" in summary[side]]
+    if "reviews" in summary:
+        other = ", ".join(map(str, summary["reviews"]["other_scores_stored"]))
+        parts.append(
+            f"Reviews: {summary['reviews']['file']}, by {', '.join(summary['reviews']['reviewers'])}, one order only. "
+            + (f"The file stores other scores than the text has for questions {other}.\n" if other else "\n")
+        )
+    if "pairs" in summary:
+        parts.append("## Pairs\n\n" + render_pairs(summary["pairs"], first, second))
+    if "single" in summary:
+        parts.append("## Each answer alone\n\n" + render_grades(summary["single"]))
+    if "judge" in summary:
+        parts.append("## Judge\n\n" + render_judge(summary["judge"]))
+    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()) + ".\n")
+    return "\n".join(parts)
+
+
+def render_answers(side: dict[str, Any]) -> str:
+    text = f"{side['name']}: {side['n']} answers, {side['mean_words']:.1f} words on average"
+    if side["statistics"]:
+        text += "; {ended_share:.1%} ended by themselves, {mean_tokens:.1f} tokens on average".format(
+            **side["statistics"]
+        )
+        text += ", {tokens_per_second:.0f} tokens/s".format(**side["statistics"])
+    return text + ".\n"
+
+
+def render_grades(single: dict[str, Any]) -> str:
+    rows = []
+    for name, part in {"all": single["all"], **single["by_category"]}.items():
+        interval = "–" if part["interval"] is None else "{:.2f} to {:.2f}".format(*part["interval"])
+        numbers = [fixed(part[field], 2) for field in ("grade", "grade_against", "difference")]
+        rows.append([name, part["n"], *numbers, interval])
+    text = markdown_table(["category", "n", "grade", "against", "difference", "95 %"], rows)
+    if single["unparsed"]:
+        text += f"\nUnparsed, and in no mean: {len(single['unparsed'])} questions ({single['unparsed']}).\n"
+    return text
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw wins, ties and losses, and mean grades, by category."""
+    kinds = [kind for kind in ("pairs", "single") if kind in summary]
+    figure = make_figure(7 * len(kinds), 4.5)
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        first, second = summary["first"]["name"], summary["second"]["name"]
+        if kind == "pairs":
+            plot_pairs(axes, summary["pairs"], f"{first}\nagainst {second}")
+            continue
+        parts = {"all": summary["single"]["all"], **summary["single"]["by_category"]}
+        places = np.arange(len(parts))
+        for shift, field, name in ((-0.2, "grade", first), (0.2, "grade_against", second)):
+            axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=name)
+        axes.set(yticks=places, yticklabels=list(parts), xlim=(0, 10), xlabel="mean grade", title="Each answer alone")
+        axes.invert_yaxis()
+        axes.legend(loc="lower right")
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

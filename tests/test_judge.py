@@ -1,0 +1,313 @@
+"""The judge's client, against a real HTTP server on this machine that misbehaves in every way a server can."""
+
+import json
+import socket
+import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+from judge_server import Fault, serving
+
+from evaluate import judge
+from evaluate.endpoint import Endpoint, retry_after
+from evaluate.judge import Judge, JudgeSettings, Request, request_key
+from lit_llama.utils import UserError
+
+KEY = "sk-test-0123456789abcdef"
+CUT = Fault(content=b'{"choices": [{"mess', missing=100)
+FAULTS = {
+    "busy": Fault(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0"}),
+    "busy without a time": Fault(429),
+    "server error": Fault(500, b"boom"),
+    "overloaded": Fault(503, b"", {"Retry-After": "0"}),
+    "half an answer": CUT,
+    "no answer": Fault(content=b"", missing=50),
+    "garbage": Fault(content=b"\xff\xfe<html>not json</html>"),
+    "other json": Fault(content=b'{"choices": []}'),
+    "a number": Fault(content=b'{"choices": [{"message": {"content": 7}}]}'),
+}
+
+
+@pytest.fixture(autouse=True)
+def key_and_short_delays(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(judge, "FIRST_DELAY", 0.01)
+
+
+def requests(n: int) -> list[Request]:
+    return [Request((("user", f"judge number {i}"),), {"id": i}) for i in range(n)]
+
+
+def echo(body, number):
+    return f"about {body['messages'][0]['content']}"
+
+
+def open_judge(server, folder, **settings) -> Judge:
+    url = server if isinstance(server, str) or server is None else server.url
+    settings = {"judge_model": "gpt-test", "judge_timeout": 20, **settings}
+    return Judge(JudgeSettings(judge_url=url, **settings), folder)
+
+
+def replies(records) -> list[str | None]:
+    return [record and record["reply"] for record in records]
+
+
+def expected(n: int) -> list[str]:
+    return [f"about judge number {i}" for i in range(n)]
+
+
+def cached_keys(folder) -> list[str]:
+    return [json.loads(line)["key"] for line in (folder / "judgements.jsonl").read_text().splitlines()]
+
+
+def message(error) -> str:
+    """The text of a UserError, which is one line and never holds the key."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and KEY not in text
+    return text
+
+
+def test_every_reply_is_cached_and_no_request_is_sent_twice(tmp_path, capfd):
+    with serving(echo) as server:
+        opened = open_judge(server, tmp_path)
+        assert replies(opened.ask(requests(20) + requests(5))) == expected(20) + expected(5)
+        assert len(server.requests) == 20 and server.keys == {f"Bearer {KEY}"}
+        assert replies(open_judge(server, tmp_path).ask(requests(22))) == expected(22)
+        assert len(server.requests) == 22
+    body = server.requests[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt-test", 0, 1024)
+    assert len(set(cached_keys(tmp_path))) == len(cached_keys(tmp_path)) == 22
+    record = json.loads((tmp_path / "judgements.jsonl").read_text().splitlines()[0])
+    assert record["served_model"] == "gpt-test-0613" and record["endpoint"] == f"{server.url}/chat/completions"
+    assert KEY not in (tmp_path / "judgements.jsonl").read_text() + "".join(capfd.readouterr())
+
+
+def test_a_finished_run_is_replayed_without_an_endpoint(tmp_path):
+    with serving(echo) as server:
+        records = open_judge(server, tmp_path).ask(requests(8))
+    again = open_judge(None, tmp_path, judge_model=None)
+    assert again.ask(requests(8)) == records
+    assert again.describe(again.ask(requests(8)))["replies"] == 8
+    with pytest.raises(UserError) as error:
+        again.ask(requests(10))
+    assert "lacks 2 of 10 judgements by gpt-test" in message(error)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_that_pass_lose_nothing(tmp_path, capfd, name):
+    """Every third request fails the first time; all replies come, once each."""
+    seen = set()
+
+    def reply(body, number):
+        prompt = body["messages"][0]["content"]
+        if int(prompt.split()[-1]) % 3 == 0 and prompt not in seen:
+            seen.add(prompt)
+            return FAULTS[name]
+        return echo(body, number)
+
+    with serving(reply) as server:
+        opened = open_judge(server, tmp_path)
+        assert replies(opened.ask(requests(12))) == expected(12)
+    assert len(server.requests) == 16 and set(server.replies.values()) == {1}
+    assert len(set(cached_keys(tmp_path))) == len(cached_keys(tmp_path)) == 12 and not opened.failed
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_a_slow_reply_is_asked_for_again(tmp_path):
+    with serving(lambda body, number: Fault(hang=30) if number == 1 else echo(body, number)) as server:
+        opened = open_judge(server, tmp_path, judge_timeout=0.5, judge_workers=1)
+        assert replies(opened.ask(requests(3))) == expected(3)
+        assert len(server.requests) == 4
+
+
+def test_retry_after_holds_back_all_workers(tmp_path):
+    times = []
+
+    def reply(body, number):
+        times.append(time.monotonic())
+        return Fault(429, b"", {"Retry-After": "1"}) if number == 0 else echo(body, number)
+
+    with serving(reply) as server:
+        open_judge(server, tmp_path, judge_workers=1).ask(requests(3))
+    assert times[1] - times[0] >= 1.0
+
+
+def test_a_rate_limit_does_not_end_a_run_that_advances(tmp_path):
+    """Each request is told to wait more often than it may be repeated."""
+    with serving(lambda body, number: echo(body, number) if number % 4 == 3 else FAULTS["busy"]) as server:
+        opened = open_judge(server, tmp_path, judge_retries=4)
+        assert replies(opened.ask(requests(24))) == expected(24)
+
+
+def test_retry_after_values():
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100), usegmt=True)
+    assert 95 < retry_after(later) <= 100
+    assert [retry_after(v) for v in ("7", "0.5", "-3", "soon", "", None)] == [7, 0.5, 0, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (Fault(429, b"", {"Retry-After": "86400"}), "asks to wait for 86400 s"),
+        (Fault(429, b'{"error": {"code": "insufficient_quota"}}'), "has no credit left"),
+        (Fault(404, b"model gpt-test not found"), "no such endpoint or model"),
+        (Fault(400, f"bad request of {KEY}".encode()), "HTTP 400: bad request of ***"),
+        (Fault(500, b"boom"), "does not answer (HTTP 500: boom)"),
+        (Fault(302, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"}), "HTTP 302"),
+        (Fault(content=b"<html>welcome"), "not a chat completion: <html>welcome"),
+    ],
+)
+def test_an_endpoint_that_never_works_ends_the_run_with_a_sentence(tmp_path, fault, words):
+    with serving(lambda body, number: fault) as server, pytest.raises(UserError) as error:
+        open_judge(server, tmp_path, judge_retries=1).ask(requests(3))
+    assert words in message(error) and "run the command again to continue" in message(error)
+    assert not (tmp_path / "judgements.jsonl").exists()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_run_at_once_and_is_printed_nowhere(tmp_path, capfd, status):
+    with serving(lambda body, number: Fault(status, f"Incorrect API key {KEY}".encode())) as server:
+        with pytest.raises(UserError) as error:
+            open_judge(server, tmp_path, judge_workers=1).ask(requests(9))
+        assert len(server.requests) == 1
+    assert "refused the API key" in message(error) and "OPENAI_API_KEY" in message(error)
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_a_redirection_does_not_take_the_key_elsewhere(tmp_path):
+    with serving(echo) as other, serving(lambda body, number: Fault(307, b"", {"Location": other.url})) as server:
+        with pytest.raises(UserError, match="HTTP 307"):
+            open_judge(server, tmp_path).ask(requests(1))
+        assert not other.requests
+
+
+def test_an_unreachable_judge(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        began = time.monotonic()
+        with pytest.raises(UserError) as error:
+            open_judge(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path).ask(requests(3))
+    assert "cannot be reached" in message(error) and "0 of 3 judgements" in message(error)
+    assert time.monotonic() - began < 5
+
+
+def test_a_judge_that_dies_loses_nothing(tmp_path):
+    with serving(echo, die_after=17) as server, pytest.raises(UserError) as error:
+        open_judge(server, tmp_path, judge_retries=2).ask(requests(40))
+    before = cached_keys(tmp_path)
+    # replies whose connection was cut by the server's death never arrived
+    assert 17 - 4 <= len(before) <= 17 and f"{len(before)} of 40 judgements" in message(error)
+    with serving(echo) as server:
+        assert replies(open_judge(server, tmp_path).ask(requests(40))) == expected(40)
+        assert len(server.requests) == 40 - len(before)
+    assert len(set(cached_keys(tmp_path))) == len(cached_keys(tmp_path)) == 40
+
+
+def test_one_request_that_is_never_answered_costs_no_other(tmp_path):
+    def reply(body, number):
+        return (
+            Fault(400, b"the prompt is too long")
+            if body["messages"][0]["content"].endswith(" 5")
+            else echo(body, number)
+        )
+
+    with serving(reply) as server:
+        opened = open_judge(server, tmp_path)
+        records = opened.ask(requests(12))
+    assert replies(records) == [None if i == 5 else text for i, text in enumerate(expected(12))]
+    assert opened.describe(records)["failed_requests"] == ["HTTP 400: the prompt is too long"]
+    with serving(echo) as server:  # it is asked for again
+        assert replies(open_judge(server, tmp_path).ask(requests(12))) == expected(12)
+        assert len(server.requests) == 1
+
+
+def test_a_cache_that_was_cut_by_a_kill(tmp_path):
+    with serving(echo) as server:
+        open_judge(server, tmp_path).ask(requests(6))
+        path = tmp_path / "judgements.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:4]) + lines[0] + lines[4][: len(lines[4]) // 2])  # one twice, one half
+        opened = open_judge(server, tmp_path)
+        assert replies(opened.ask(requests(6))) == expected(6)
+        assert len(server.requests) == 6 + 2
+    assert opened.describe(opened.ask(requests(6)))["replies"] == 6
+    assert len(path.read_text().splitlines()) == 7 and all(map(json.loads, path.read_text().splitlines()))
+
+
+def test_the_key_of_a_judgement():
+    def key_of(text="a", **settings):
+        return request_key(Request((("user", text),)).body(JudgeSettings(judge_model="m", **settings)))
+
+    same = {"judge_url": "http://elsewhere/v1", "judge_key_env": "OTHER", "judge_workers": 9, "judge_timeout": 1}
+    assert key_of() == key_of(**same)
+    others = [
+        key_of("b"),
+        key_of(judge_max_tokens=5),
+        key_of(judge_body={"seed": 1}),
+        key_of(judge_body={"model": "n"}),
+    ]
+    assert len({key_of(), *others}) == 5
+
+
+def test_further_fields_of_a_request(tmp_path):
+    body = {"max_tokens": None, "max_completion_tokens": 50, "temperature": 1}
+    with serving(echo) as server:
+        open_judge(server, tmp_path, judge_body=body).ask(requests(1))
+    assert {k: v for k, v in server.requests[0].items() if k not in ("model", "messages")} == {
+        "max_completion_tokens": 50,
+        "temperature": 1,
+    }
+
+
+def test_a_filtered_reply_is_empty_and_kept(tmp_path):
+    content = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}).encode()
+    with serving(lambda body, number: Fault(content=content)) as server:
+        assert replies(open_judge(server, tmp_path).ask(requests(1))) == [""]
+
+
+@pytest.mark.parametrize(
+    "url, address",
+    [
+        ("http://h:1", "http://h:1/v1/chat/completions"),
+        ("http://h:1/v1/", "http://h:1/v1/chat/completions"),
+        ("https://h/api/openai/chat/completions", "https://h/api/openai/chat/completions"),
+        ("https://h/v1?api-version=2", "https://h/v1/chat/completions?api-version=2"),
+    ],
+)
+def test_addresses(url, address):
+    assert Endpoint(url).address == address
+    assert "?" not in Endpoint(url).name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"judge_url": "127.0.0.1:8000"},
+        {"judge_url": "ftp://h/v1"},
+        {"judge_url": "http://h:port/v1"},
+        {"judge_url": f"http://user:{KEY}@h/v1"},
+        {"judge_url": "http://h/v1", "judge_model": None},
+        {"judge_url": "http://h/v1", "judge_key_env": KEY},
+        {"judge_url": "http://h/v1", "judge_workers": 0},
+        {"judge_url": "http://h/v1", "judge_timeout": 0},
+        {"judge_url": "http://h/v1", "judge_retries": -1},
+        {"judge_url": None, "judge_model": None},
+    ],
+)
+def test_settings_out_of_range(tmp_path, settings):
+    with pytest.raises(UserError) as error:
+        Judge(JudgeSettings(**{"judge_model": "m", **settings}), tmp_path)
+    message(error)
+
+
+def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-über\nsecret")
+    with pytest.raises(UserError, match="special characters"):
+        open_judge("http://h/v1", tmp_path)
+
+
+def test_a_cache_of_something_else(tmp_path):
+    (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no judgement"}\n')
+    with pytest.raises(UserError, match="not a file of judgements"):
+        open_judge(None, tmp_path)
