@@ -1,0 +1,79 @@
+"""What is imported is required, and what is required has one pinned version for every supported Python."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("lit_llama", "finetune", "generate", "microworld", "pretrain", "evaluate", "scripts", "studies", "benchmarks")
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module's name differs
+OPTIONAL = {"transformers", "bitsandbytes"}  # a flag or a benchmark that needs one names it; the tests need them
+PEERS = {"peft", "litgpt"}  # compared with in benchmarks, if they are installed
+USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files", "tensorboard": "Lightning's TensorBoardLogger"}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+def imported(source: str, nested: bool) -> set[str]:
+    """Return the distributions that a file imports at its top level, or also inside functions."""
+    tree, names = ast.parse(source), set()
+    for node in ast.walk(tree) if nested else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names - set(sys.stdlib_module_names)}
+
+
+def imports_of(*folders: str, nested: bool = True) -> set[str]:
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    found = set().union(*(imported(path.read_text(encoding="utf-8"), nested) for path in paths))
+    return found - {
+        canonicalize_name(name) for name in (*ROOMS, "tests", *(p.stem for p in (ROOT / "tests").rglob("*.py")))
+    }
+
+
+def read(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+REQUIRED, DEVELOPMENT, PINS = map(read, ("requirements.txt", "requirements-dev.txt", "constraints.txt"))
+
+
+def test_imports_are_found():
+    source = "import os\nimport yaml\nfrom a.b import c\ndef f():\n    import sklearn.tree, huggingface_hub\n"
+    assert imported(source, nested=False) == {"pyyaml", "a"}
+    assert imported(source, nested=True) == {"pyyaml", "a", "scikit-learn", "huggingface-hub"}
+
+
+def test_what_the_source_imports_is_required():
+    assert imports_of(*ROOMS, nested=False) <= names(REQUIRED)
+    assert imports_of(*ROOMS) <= names(REQUIRED) | OPTIONAL | PEERS
+
+
+def test_what_the_tests_import_is_required():
+    assert imports_of("tests") <= names(REQUIRED) | names(DEVELOPMENT) | {"packaging"}  # packaging: pytest needs it
+    assert OPTIONAL <= names(DEVELOPMENT)
+
+
+def test_what_is_required_is_imported():
+    assert names(REQUIRED) - imports_of(*ROOMS) == set(USED_BY_LIBRARIES)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_requirement_has_one_pinned_version(python):
+    here = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    pins = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(here)]
+    versions = {canonicalize_name(pin.name): re.fullmatch(r"==([\w.]+)", str(pin.specifier))[1] for pin in pins}
+    assert len(versions) == len(pins)
+    for requirement in REQUIRED + DEVELOPMENT:
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
