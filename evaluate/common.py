@@ -250,14 +250,20 @@ class Question:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def drop_long(evaluated: EvaluatedModel, questions: list[Question], *, skip: bool, reserve: int = 1) -> list[Question]:
-    """Return the questions whose prompts leave room for `reserve` tokens in the model's context, and report the others.
+def drop_long(
+    evaluated: EvaluatedModel, questions: list[Question], lengths: list[int], *, skip: bool
+) -> list[Question]:
+    """Return the questions whose prompts leave room for an answer in the model's context, and report the others.
+
+    Args:
+        lengths: tokens of each prompt (default: counted with the model's tokenizer).
+        skip: drop prompts that are too long instead of raising an error.
 
     Raises:
         UserError: a prompt is too long and `skip` is False, or all are too long.
     """
-    limit = evaluated.model.max_tokens - reserve
-    lengths = [len(evaluated.tokenizer.encode(question.prompt, bos=True)) for question in questions]
+    limit = evaluated.model.max_tokens - 1
+    lengths = lengths or [len(evaluated.tokenizer.encode(question.prompt, bos=True)) for question in questions]
     fitting = [question for question, length in zip(questions, lengths, strict=True) if length <= limit]
     n_long = len(questions) - len(fitting)
     if n_long:
@@ -267,6 +273,18 @@ def drop_long(evaluated: EvaluatedModel, questions: list[Question], *, skip: boo
             raise UserError(f"{text}; use a model with a longer context{remedy}.")
         log(f"note: {text}; they are skipped and not scored.")
     return fitting
+
+
+def few_shot(style: PromptStyle, examples: Sequence[tuple[str, str]], question: str) -> str:
+    """Return the prompt of a question after worked examples (question, answer), which are earlier turns of the style.
+
+    The style `plain` has no turns of its own: there, each question is followed by "Answer:".
+    """
+
+    def turn(text: str) -> str:
+        return f"{text}\nAnswer:" if style.name == "plain" else style.render(text)
+
+    return "".join(f"{turn(text).rstrip()} {answer}\n\n" for text, answer in examples) + turn(question)
 
 
 def answer_questions(

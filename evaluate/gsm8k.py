@@ -23,6 +23,7 @@ from evaluate.common import (
     answer_statistics,
     bootstrap_interval,
     drop_long,
+    few_shot,
     load,
     markdown_table,
     percent,
@@ -201,13 +202,10 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
 
 
 def render(question: str, style: PromptStyle, shots: int) -> str:
-    """Return the prompt of a question; worked examples are earlier turns in the same style."""
-
-    def turn(text: str) -> str:
-        return f"Question: {text}\nAnswer:" if style.name == "plain" else style.render(text)
-
-    examples = "".join(f"{turn(text).rstrip()} {solution}\n\n" for text, solution in (EXAMPLE,)[:shots])
-    return examples + turn(question)
+    """Return the prompt of a question, after a worked example for `shots` = 1."""
+    mark = "Question: " if style.name == "plain" else ""
+    examples = [(f"{mark}{text}", solution) for text, solution in (EXAMPLE,)[:shots]]
+    return few_shot(style, examples, f"{mark}{question}")
 
 
 def score(record: dict[str, Any]) -> dict[str, Any]:

@@ -76,13 +76,16 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
 
 def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
     long = Question("long", "the cat " * 60)
-    kept = common.drop_long(evaluated, [*QUESTIONS, long], skip=True)
-    assert kept == QUESTIONS
+
+    def kept(questions: list[Question], skip: bool) -> list[Question]:
+        return common.drop_long(evaluated, questions, skip=skip)
+
+    assert kept([*QUESTIONS, long], skip=True) == QUESTIONS
     assert "1 of 6 prompts are longer than 63 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="--skip_long true"):
-        common.drop_long(evaluated, [*QUESTIONS, long], skip=False)
+        kept([*QUESTIONS, long], skip=False)
     with pytest.raises(UserError, match="use a model with a longer context"):
-        common.drop_long(evaluated, [long], skip=True)
+        kept([long], skip=True)
 
 
 def test_the_interval_is_the_bootstrap_of_the_mean():
