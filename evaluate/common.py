@@ -251,7 +251,7 @@ class Question:
 
 
 def drop_long(
-    evaluated: EvaluatedModel, questions: list[Question], lengths: list[int], *, skip: bool
+    evaluated: EvaluatedModel, questions: list[Question], lengths: list[int] | None = None, *, skip: bool
 ) -> list[Question]:
     """Return the questions whose prompts leave room for an answer in the model's context, and report the others.
 

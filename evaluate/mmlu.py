@@ -8,7 +8,6 @@ highest log-probability after the prompt, so each question takes one forward pas
 import csv
 import difflib
 import io
-import os
 import re
 import sys
 import time
@@ -268,16 +267,38 @@ def render(item: Item, examples: list[Item], style: PromptStyle) -> str:
 # == Scoring by the letters' log-probabilities ==
 
 
-def letter_tokens(tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the tokens of " A", " B", " C" and " D" after a prompt, without those that all four begin with."""
-    encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
-    shared = len(os.path.commonprefix(encoded))
-    return [ids[shared:] for ids in encoded]
+@dataclass(frozen=True)
+class Letters:
+    """How a tokenizer encodes " A", " B", " C" and " D" after a prompt.
 
+    Args:
+        space: tokens that are appended to the prompt: those before the letters, which some tokenizers split off.
+        tokens: for each letter, its token and how many of `space` precede it. "▁B" may be one token while "▁", "A"
+            are two.
+    """
 
-def encode_before_letter(tokenizer: Tokenizer, prompt: str, letters: list[list[int]]) -> list[int]:
-    """Return the tokens of a prompt up to those of `letters`; some tokenizers encode the space between as a token."""
-    return tokenizer.encode(f"{prompt} {LETTERS[0]}", bos=True)[: -len(letters[0])]
+    space: tuple[int, ...]
+    tokens: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Letters":
+        """Encode the letters.
+
+        Raises:
+            UserError: the letters cannot be compared in one forward pass.
+        """
+        encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
+        shared = next(i for i, ids in enumerate(zip(*encoded, strict=False)) if len(set(ids)) > 1)
+        encoded = [ids[shared:] for ids in encoded]
+        space = max((ids[:-1] for ids in encoded), key=len)
+        if any(ids[:-1] != space[: len(ids) - 1] for ids in encoded):
+            raise UserError(f"{tokenizer.path} splits the letters A to D unevenly; use --scoring generate.")
+        return cls(tuple(space), tuple((ids[-1], len(ids) - 1) for ids in encoded))
+
+    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Return the tokens of a prompt, to which `space` is appended."""
+        count = self.tokens[0][1] + 1  # tokens of the first letter
+        return [*tokenizer.encode(f"{text} {LETTERS[0]}", bos=True)[:-count], *self.space]
 
 
 def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]]:
@@ -295,51 +316,47 @@ def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]
 
 
 @torch.inference_mode()
-def letter_logps(model: LLaMA, prompts: list[list[int]], letters: list[list[int]]) -> torch.Tensor:
-    """Return the log-probabilities (B, 4), fp32, of the letters after each prompt.
+def letter_logps(model: LLaMA, prompts: list[list[int]], letters: Letters) -> torch.Tensor:
+    """Return the log-probabilities (B, 4), fp32, of the letters after each prompt, in one forward pass.
 
-    One row per prompt is enough if each letter is one token; otherwise each letter gets a row. Rows are padded on the
-    right, where causal attention does not see the padding.
+    Prompts are padded on the right, where causal attention does not see the padding.
     """
     device = model.transformer.wte.weight.device
-    if all(len(ids) == 1 for ids in letters):
-        idx, last = pad(prompts, device), torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        logits = model(idx, last=last)[:, : model.config.vocab_size]  # (B, V)
-        return logits.float().log_softmax(-1)[:, [ids[0] for ids in letters]].cpu()
-    rows = [(prompt, ids) for prompt in prompts for ids in letters]
-    logits = model(pad([prompt + ids[:-1] for prompt, ids in rows], device))[..., : model.config.vocab_size]
-    logps = logits.float().log_softmax(-1)  # (4·B, T, V)
-    sums = [row[len(prompt) - 1 :][range(len(ids)), ids].sum() for row, (prompt, ids) in zip(logps, rows, strict=True)]
-    return torch.stack(sums).view(-1, len(letters)).cpu()
-
-
-def pad(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(device)
+    last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+    n_space, rows = len(letters.space), torch.arange(len(prompts), device=device)
+    if n_space == 0:
+        logits = model(idx, last=last).unsqueeze(1)
+    else:
+        logits = model(idx)[rows[:, None], last[:, None] + torch.arange(-n_space, 1, device=device)]
+    logps = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # (B, n_space + 1, V)
+    before = torch.zeros(len(prompts), n_space + 1, device=device)  # of the tokens of `space` so far
+    for i, token in enumerate(letters.space):
+        before[:, i + 1] = before[:, i] + logps[:, i, token]
+    return torch.stack([before[:, n] + logps[:, n, token] for token, n in letters.tokens], dim=1).cpu()
 
 
 def score_letters(
     evaluated: EvaluatedModel,
     questions: list[Question],
     prompts: dict[str, list[int]],
-    letters: list[list[int]],
+    letters: Letters,
     results: Results,
     batch_tokens: int,
 ) -> list[dict[str, Any]]:
     """Score the questions that have no record yet, longest prompts first, and return the records of all.
 
     Args:
-        prompts: tokens before the letter, by id.
-        letters: tokens of each letter.
+        prompts: the result of `letters.prompt`, by id.
     """
     by_id = {question.id: question for question in questions}
     done = results.answered({question.id: question.prompt for question in questions})
     lengths = {id: len(prompts[id]) for id in by_id if id not in done}
-    rows_each = 1 if all(len(ids) == 1 for ids in letters) else len(letters)
     with (
         eval_mode(evaluated.model),
         tqdm(total=sum(lengths.values()), unit="token", unit_scale=True, desc="MMLU") as bar,
     ):
-        for batch in length_batches(lengths, batch_tokens // rows_each):
+        for batch in length_batches(lengths, batch_tokens):
             began = time.perf_counter()
             logps = letter_logps(evaluated.model, [prompts[id] for id in batch], letters).tolist()
             seconds = (time.perf_counter() - began) / len(batch)
@@ -461,11 +478,11 @@ def main(settings: Settings) -> dict[str, Any]:
     if settings.scoring == "generate":
         made_by["max_new_tokens"] = settings.max_new_tokens
     results = Results(settings.output_dir, made_by, settings.overwrite)
-    letters = letter_tokens(evaluated.tokenizer)
-    prompts = {q.id: encode_before_letter(evaluated.tokenizer, q.prompt, letters) for q in questions}
-    lengths = [len(prompts[q.id]) + max(map(len, letters)) - 1 for q in questions]
+    letters = Letters.of(evaluated.tokenizer) if settings.scoring == "letters" else None
+    prompts = {q.id: letters.prompt(evaluated.tokenizer, q.prompt) for q in questions} if letters else {}
+    lengths = [len(prompts[q.id]) for q in questions] if letters else None
     fitting = drop_long(evaluated, questions, lengths, skip=settings.skip_long)
-    if settings.scoring == "letters":
+    if letters:
         records = score_letters(evaluated, fitting, prompts, letters, results, settings.batch_tokens)
     else:
         records = generate_letters(evaluated, fitting, settings, results)
