@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter, versions, write_text
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions, write_text
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
@@ -70,36 +70,53 @@ def load(settings: ModelSettings) -> EvaluatedModel:
     Raises:
         UserError: a file is missing or damaged, the adapter belongs to another base, or a setting is out of range.
     """
+    made_by, style = identify(settings), pick_style(settings)
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    adapter = read_adapter(settings.adapter) if settings.adapter else None
+    model = load_model(settings.checkpoint_dir, adapter, device=device, dtype=dtype, quantize=settings.quantize)
+    scale_adapter(model, settings.strength)
+    return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style, made_by)
+
+
+def pick_style(settings: ModelSettings) -> PromptStyle:
+    """Return the prompt style of the settings, else the adapter's, else Alpaca's."""
+    if settings.prompt_style is None and settings.adapter is not None:
+        return get_prompt_style(read_adapter(settings.adapter).meta.get("prompt_style", "alpaca"))
+    return get_prompt_style(settings.prompt_style or "alpaca")
+
+
+def identify(settings: ModelSettings) -> dict[str, Any]:
+    """Return what identifies the model of the settings, as JSON, without loading it.
+
+    Raises:
+        UserError: as `load`.
+    """
     if settings.adapter is None and settings.strength != 1:
         raise UserError("--strength scales an adapter; give --adapter too.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
-    adapter = read_adapter(settings.adapter) if settings.adapter else None
-    style = get_prompt_style(settings.prompt_style or (adapter and adapter.meta.get("prompt_style")) or "alpaca")
-    model = load_model(settings.checkpoint_dir, adapter, device=device, dtype=dtype, quantize=settings.quantize)
-    scale_adapter(model, settings.strength)
-    made_by = {
+    return {
         "base": str(settings.checkpoint_dir),
         "base_weights": base_fingerprint(settings.checkpoint_dir)["weights"],
-        **describe_adapter(adapter, settings.strength),
-        "prompt_style": style.name,
+        **describe_adapter(settings),
+        "prompt_style": pick_style(settings).name,
         "precision": str(dtype).removeprefix("torch."),
         "quantize": settings.quantize,
         "device": device.type,
         "versions": versions(),
     }
-    return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style, made_by)
 
 
-def describe_adapter(adapter: AdapterFile | None, strength: float) -> dict[str, Any]:
-    """Return what identifies an adapter, as JSON; `{"adapter": None}` for a base model alone."""
-    if adapter is None:
+def describe_adapter(settings: ModelSettings) -> dict[str, Any]:
+    """Return what identifies the adapter, as JSON; `{"adapter": None}` for a base model alone."""
+    if settings.adapter is None:
         return {"adapter": None}
+    adapter = read_adapter(settings.adapter)
     return {
         "adapter": str(adapter.path),
         "adapter_sha256": hashlib.sha256(adapter.path.read_bytes()).hexdigest(),
         "method": adapter.method,
         "adapter_config": adapter.config,
-        "strength": strength,
+        "strength": settings.strength,
     }
 
 

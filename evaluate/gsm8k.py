@@ -24,9 +24,11 @@ from evaluate.common import (
     bootstrap_interval,
     drop_long,
     few_shot,
+    identify,
     load,
     markdown_table,
     percent,
+    pick_style,
 )
 from lit_llama import cli
 from lit_llama.generation import Sampling
@@ -216,12 +218,13 @@ def score(record: dict[str, Any]) -> dict[str, Any]:
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    evaluated = load(settings)
-    questions = read_questions(settings, evaluated.style)
-    made_by = {**evaluated.made_by, "shots": settings.shots, "max_new_tokens": settings.max_new_tokens}
+    style = pick_style(settings)
+    questions = read_questions(settings, style)
+    made_by = {**identify(settings), "shots": settings.shots, "max_new_tokens": settings.max_new_tokens}
     results = Results(settings.output_dir, {"benchmark": "gsm8k", **made_by}, settings.overwrite)
+    evaluated = load(settings)
     fitting = drop_long(evaluated, questions, skip=settings.skip_long)
-    stop = ("\nQuestion:",) if evaluated.style.name == "plain" else evaluated.style.stop
+    stop = ("\nQuestion:",) if style.name == "plain" else style.stop
     records = answer_questions(
         evaluated, fitting, sampling, results, stop=stop, batch_size=settings.batch_size, desc="GSM8K", score=score
     )

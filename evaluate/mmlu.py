@@ -33,9 +33,11 @@ from evaluate.common import (
     bootstrap_interval,
     drop_long,
     few_shot,
+    identify,
     load,
     markdown_table,
     percent,
+    pick_style,
 )
 from lit_llama import cli
 from lit_llama.generation import Sampling
@@ -199,7 +201,7 @@ def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
             raise UserError(f"Row {number} of {name}: 'choices' is not a list of four texts.")
-        letter = LETTERS[answer] if answer in range(4) else str(answer)
+        letter = LETTERS[answer] if type(answer) is int and answer in range(4) else str(answer)
         yield checked(Item(subject, question, tuple(choices), letter), number, name)
 
 
@@ -221,8 +223,8 @@ def pick_subjects(wanted: tuple[str, ...], available: Iterable[str]) -> list[str
     for name in wanted:
         if name not in CATEGORY:
             near = difflib.get_close_matches(name.replace(" ", "_"), CATEGORY, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"examples are {', '.join(available[:3])}."
-            raise UserError(f"MMLU has no subject {name!r}; {hint}")
+            hint = f"the nearest name is {near[0]!r}" if near else f"examples are {', '.join(available[:3])}"
+            raise UserError(f"MMLU has no subject {name!r}; {hint}.")
         if name not in available:
             raise UserError(f"The data has no questions of the subject {name!r}; it has {', '.join(available)}.")
     return sorted(set(wanted)) or available
@@ -472,12 +474,12 @@ def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     if settings.batch_tokens < 1:
         raise UserError(f"batch_tokens is {settings.batch_tokens}; it must be 1 or more.")
-    evaluated = load(settings)
-    questions = make_questions(settings, evaluated.style)
-    made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **evaluated.made_by}
+    questions = make_questions(settings, pick_style(settings))
+    made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings)}
     if settings.scoring == "generate":
         made_by["max_new_tokens"] = settings.max_new_tokens
     results = Results(settings.output_dir, made_by, settings.overwrite)
+    evaluated = load(settings)
     letters = Letters.of(evaluated.tokenizer) if settings.scoring == "letters" else None
     prompts = {q.id: letters.prompt(evaluated.tokenizer, q.prompt) for q in questions} if letters else {}
     lengths = [len(prompts[q.id]) for q in questions] if letters else None
