@@ -14,6 +14,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from lit_llama.tables import markdown_table  # noqa: F401  (imported from here by files that are being moved)
 from lit_llama.utils import UserError, atomic_write, log
 
 if TYPE_CHECKING:
@@ -168,12 +169,6 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, image)
-
-
-def markdown_table(heads: list[str], lines: Iterable[list[Any]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers. No line break at the end."""
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def make_figure(width: float, height: float) -> "Figure":

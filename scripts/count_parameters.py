@@ -17,7 +17,7 @@ import torch
 from lit_llama import cli
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
 

@@ -298,7 +298,7 @@ def inside_base(args: Settings, labels: list[str], adapters: list[AdapterFile]) 
         lines = []
         for layer, shift in [*shifts.items(), ("sum", sum(shifts.values()))]:
             found = lens(model, shift, args.top, tokenizer.vocab_size)
-            pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids).replace("|", "\\|") for ids in found]
+            pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids) for ids in found]
             lines.append([str(layer), f"{shift.norm():.3f}", *pieces])
         parts.append(
             f"{name}: what the token's constant pushes\n\n" + markdown_table(["layer", "norm", "up", "down"], lines)

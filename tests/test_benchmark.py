@@ -13,7 +13,7 @@ from benchmarks import harness as benchmark
 from benchmarks.worker import Worker
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
 # attention 4 wide: 2 query heads and 1 key/value head of 2 make 4·2·(2·2 + 2·1) = 48 weights; MLP 3·4·8 = 96;
