@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lit_llama.files import atomic_write, write_text
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
 from lit_llama.tensor_files import LazyTensor, read_state, write_tensors
-from lit_llama.utils import UserError, atomic_write
+from lit_llama.utils import UserError
 
 CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
 WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
@@ -63,12 +64,6 @@ def write_base(checkpoint_dir: Path, config: LLaMAConfig, tensors: dict[str, Laz
     with tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Writing", unit="B", unit_scale=True) as bar:
         write_tensors(Path(checkpoint_dir) / WEIGHT_NAMES[0], tensors, bar.update)
     write_text(Path(checkpoint_dir) / CONFIG_NAME, config.to_json())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:

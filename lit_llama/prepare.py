@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
@@ -12,8 +13,14 @@ import numpy as np
 from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
 
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
+from lit_llama.files import atomic_folder, check_folder, unwritable, write_text
+from lit_llama.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write, log, unwritable
+from lit_llama.utils import UserError, log
+
+EARLIER_FILES = re.compile(
+    r"meta\.json|dataset_dict\.json|(train|test)/(state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow)"
+)
 
 
 def prepare_sft(
@@ -154,6 +161,8 @@ def prepare_dataset(
         UserError: A setting is out of range, a row is invalid, or fewer than two rows or prompts remain.
     """
     max_seq_length = settings["max_seq_length"]
+    adopt_dataset(output_dir)
+    check_folder(output_dir, DATASET, tokenizer.path)
     _check_settings(max_seq_length, test_fraction, seed)
     samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
     texts = [sample for sample in samples if all(text.strip() for text in sample)]
@@ -256,9 +265,22 @@ def _tokenize(
 
 def write_dataset(output_dir: Path, splits: dict[str, Dataset], meta: dict[str, Any]) -> None:
     """Write a dataset folder; on an error, nothing is changed."""
-    with atomic_write(output_dir, marker="meta.json") as folder:
+    adopt_dataset(output_dir)
+    with atomic_folder(output_dir, DATASET) as folder:
         DatasetDict(splits).save_to_disk(str(folder))
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def adopt_dataset(folder: Path) -> None:
+    """Write a manifest to a folder that consists of exactly the files of a dataset from an earlier version."""
+    try:
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        ours = not (folder / MANIFEST).exists() and all(EARLIER_FILES.fullmatch(name) for name in names)
+        made_by = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["format"] if ours else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if made_by in (SFT_FORMAT, PREFERENCE_FORMAT):
+        write_text(folder / MANIFEST, make_manifest(folder, DATASET))
 
 
 def default_num_proc() -> int:

@@ -1,16 +1,13 @@
-"""Small things every part uses: errors for users, files that are whole or absent, parameters that stay fp32."""
+"""Small things every part uses: errors for users, names of files, parameters that stay fp32."""
 
-import errno
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 
 
 class UserError(ValueError):
@@ -30,53 +27,23 @@ def log(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-
-UMASK = os.umask(0)
-os.umask(UMASK)
-
-
-@contextmanager
-def atomic_write(path: Path, marker: str = "") -> Iterator[Path]:
-    """Yields a temporary name beside `path` to write a file or a folder to; renamed to `path` when all went well.
-
-    It replaces what was there; a folder only if it is empty or holds a file named `marker`, so that a mistyped path
-    deletes nothing. On any error the temporary is removed and `path` is as it was.
+def plain_name(name: Any, source: Path) -> str:
+    """Return a name that was read from a file, which must be the name of a file in the same folder.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to or is no such folder.
+        UserError: It is not text, or a path to elsewhere.
     """
-    path = Path(path).resolve()
-    if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).is_file()):
-        raise UserError(f"{path} is a folder with other files, which writing it would delete; choose another path.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_file():
-            temporary.chmod(0o666 & ~UMASK)  # safetensors makes its files private
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise unwritable(path, error) or error from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif temporary.exists():
-            temporary.unlink()
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise UserError(f"{source} names {name!r} where the name of a file in its folder belongs.")
+    return name
 
 
-def unwritable(path: Path, error: Exception) -> UserError | None:
-    """A sentence for a full disk or a folder without access, as Python, torch or safetensors report it."""
-    number, text = getattr(error, "errno", None), str(error)
-    if number in NO_ROOM or any(s in text for s in ("No space left", "File too large", "PytorchStreamWriter",
-                                                    "inline_container", "iostream error")):  # fmt: skip
-        return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
-    if number in NO_ACCESS:
-        return UserError(f"Cannot write {path} ({os.strerror(number)}); choose another output folder.")
-    return None
+def __getattr__(name: str) -> Any:  # the former place, until all imports are adapted
+    if name in ("atomic_write", "unwritable"):
+        from lit_llama import files
+
+        return getattr(files, name)
+    raise AttributeError(name)
 
 
 @contextmanager

@@ -15,12 +15,14 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 
 from lit_llama import cli
-from lit_llama.checkpoint import CONFIG_NAME, write_base
+from lit_llama.checkpoint import write_base
+from lit_llama.files import atomic_folder, check_folder
 from lit_llama.hf import read_json, to_lit
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
+from lit_llama.manifest import BASE_MODEL
 from lit_llama.model import LLAMA3_SCALING, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -144,6 +146,7 @@ def convert_params(
 
 
 def main(args: Settings) -> None:
+    check_folder(args.output_dir, BASE_MODEL, args.checkpoint_dir, args.tokenizer_dir)
     params = read_json(args.checkpoint_dir / "params.json")
     tensors = join_shards(open_shards(args.checkpoint_dir), params.get("dim", 0))
     config = convert_params(params, tensors, args.block_size, args.rope_factor)
@@ -154,7 +157,7 @@ def main(args: Settings) -> None:
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     state = to_lit(tensors, config, dtype, names=meta_names, source="params.json", half_split=False)
     check_space(args.output_dir, state)
-    with atomic_write(args.output_dir, marker=CONFIG_NAME) as folder:
+    with atomic_folder(args.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(tokenizer_dir, folder)
     log(f"{sum(torch.Size(t.shape).numel() for t in state.values()):,} parameters, {len(state)} tensors")

@@ -15,12 +15,14 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
+from lit_llama.files import atomic_folder, check_folder
 from lit_llama.hf import read_json, to_hf, to_lit, weight_files, write_hf
 from lit_llama.hf_config import convert_config
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
+from lit_llama.manifest import BASE_MODEL, HF_MODEL
 from lit_llama.model import LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -42,7 +44,7 @@ def to_ours(args: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     fitting_tokenizer(args.checkpoint_dir, config)
     state = to_lit(open_tensors(weight_files(args.checkpoint_dir)), config, dtype)
     check_space(args.output_dir, state)
-    with atomic_write(args.output_dir, marker=CONFIG_NAME) as folder:
+    with atomic_folder(args.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(args.checkpoint_dir, folder)
         if args.verify:
@@ -54,7 +56,7 @@ def to_theirs(args: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor
     """Our folder to Hugging Face's."""
     config = LLaMAConfig.from_json(args.checkpoint_dir / CONFIG_NAME)
     tensors = to_hf(open_tensors([weights_path(args.checkpoint_dir)]), config, dtype)
-    with atomic_write(args.output_dir) as folder:
+    with atomic_folder(args.output_dir, HF_MODEL) as folder:
         write_hf(folder, tensors, config, args.checkpoint_dir, args.max_shard_size)
         if args.verify:
             compare(folder, args.checkpoint_dir, dtype)
@@ -86,6 +88,7 @@ def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
 
 
 def main(args: Settings) -> None:
+    check_folder(args.output_dir, HF_MODEL if args.reverse else BASE_MODEL, args.checkpoint_dir)
     if args.verify:
         try:
             import transformers  # noqa: F401

@@ -28,15 +28,16 @@ from lit_llama.checkpoint import (
     read_adapter,
     weights_path,
     write_base,
-    write_text,
 )
+from lit_llama.files import atomic_folder, check_folder, write_text
 from lit_llama.hf import check_fit, parameters, to_hf, without_tied_head, write_hf
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
+from lit_llama.manifest import MERGED_MODEL
 from lit_llama.merge import output_bias
 from lit_llama.methods import METHODS
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Settings:
     max_shard_size: str = "5GB"  # hf: larger weights are split into several files
 
 
-CARD = "aligner.json"  # what was merged into what; a folder with it may be replaced
+CARD = "aligner.json"  # what was merged into what
 
 
 def own_config(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMAConfig:
@@ -144,6 +145,7 @@ def updated_weight(
 
 
 def main(args: Settings) -> None:
+    check_folder(args.output_dir, MERGED_MODEL, args.checkpoint_dir, args.adapter)
     adapter = read_adapter(args.adapter)
     config = own_config(adapter, args.checkpoint_dir)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -151,7 +153,7 @@ def main(args: Settings) -> None:
     fitting_tokenizer(args.checkpoint_dir, config)
     tensors, config = merge(base, config, adapter)
     card = {"adapter": f"{adapter.path}", "base": base_fingerprint(args.checkpoint_dir), **adapter.meta}
-    with atomic_write(args.output_dir, marker=CARD) as folder:
+    with atomic_folder(args.output_dir, MERGED_MODEL) as folder:
         if args.format == "hf":
             tensors = to_hf(tensors, config, dtype)
             write_hf(folder, tensors, config, args.checkpoint_dir, args.max_shard_size)

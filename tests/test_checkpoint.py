@@ -1,9 +1,6 @@
 """Checkpoint folders, adapter files, and files that are whole or absent."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lit_llama import aligner, model
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
 from lit_llama.tensor_files import read_state
-from lit_llama.utils import UserError, atomic_write
+from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 SIZES: dict[str, Any] = dict(block_size=32, vocab_size=40, n_layer=3, n_head=4, n_embd=16, intermediate_size=24)
@@ -266,121 +263,6 @@ def test_the_published_broken_file(shared):
     (path,) = folder.glob("aligner10Tokens-llama2-7B*")
     with pytest.raises(UserError, match="is not a checkpoint: it is JSON text, beginning"):
         read_adapter(path)
-
-
-# == atomic_write ==
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new/folder/file.txt"
-    with atomic_write(path) as temporary:
-        temporary.write_text("one")
-        assert not path.exists() and temporary.parent == path.parent
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "one"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "out"
-
-    def write(*names: str, fail: bool = False) -> None:
-        with atomic_write(path, marker="meta.json") as temporary:
-            temporary.mkdir()
-            for name in names:
-                (temporary / name).write_text("x")
-            if fail:
-                raise ValueError("half way")
-
-    write("meta.json", "old")
-    with pytest.raises(ValueError, match="half way"):
-        write("meta.json", "new", fail=True)
-    assert {p.name for p in path.iterdir()} == {"meta.json", "old"}
-    write("new")
-    assert {p.name for p in path.iterdir()} == {"new"}
-    with pytest.raises(UserError, match="folder with other files"):  # it has no meta.json: not one of ours
-        write("meta.json")
-    assert {p.name for p in path.iterdir()} == {"new"}
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    with atomic_write(tmp_path / "link", marker="meta.json") as temporary:
-        temporary.mkdir()
-        (temporary / "meta.json").touch()
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/meta.json").is_file()
-
-
-def test_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"Cannot write .*/file/x .*choose another output folder"):
-        save_adapter(tmp_path / "file/x", {"x": torch.ones(1)}, {})
-
-
-def test_files_are_readable_for_others(tmp_path):
-    """safetensors itself makes them private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
-    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch
-from lit_llama.checkpoint import save_adapter, save_base, write_text
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prepare import prepare_sft
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, atomic_write
-
-out, tokenizer = Path(sys.argv[1]), Tokenizer(sys.argv[2])
-config = LLaMAConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=64)
-state = LLaMA(config).state_dict()
-
-def prepare(name):
-    rows = [{"p": f"the cat {i}", "r": "sat on the mat " * 20} for i in range(400)]
-    prepare_sft(rows, lambda row, n: (row["p"], row["r"]), output_dir=out / name / "set", tokenizer=tokenizer,
-                max_seq_length=200, mask_prompt=True, test_fraction=0.1, seed=0, num_proc=1, about={})
-
-def pickle(path):
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-
-prepare("cached")
-before = sorted(out.rglob("*"))
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-for write in (lambda: save_base(out, config, state),
-              lambda: save_adapter(out / "adapter.safetensors", state, {}),
-              lambda: pickle(out / "state.pt"),
-              lambda: write_text(out / "text", "x" * 30_000),
-              lambda: prepare("fresh"),
-              lambda: prepare("cached")):
-    try:
-        write()
-        print("written")
-    except UserError as error:
-        print(error)
-left = [path for path in out.rglob("*") if path not in before and path.is_file()]
-print("left:", *left)
-"""
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    *sentences, left = done.stdout.splitlines()
-    assert left == "left:"
-    assert len(sentences) == 6
-    for sentence in sentences:
-        assert sentence.startswith("There is no room left to write ")
 
 
 def test_headers_are_read_without_the_tensors(tmp_path):

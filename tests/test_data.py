@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
+from lit_llama.manifest import MANIFEST
 from lit_llama.prepare import prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rows import read_rows, text_field
@@ -211,9 +212,28 @@ def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path, tokenizer):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="folder with other files"):
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which is not part of a prepared dataset"):
         prepare(tmp_path, tokenizer, many(4))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_of_an_earlier_version_is_replaced(tmp_path, tokenizer):
+    """It has no manifest: recognized are the exact files of a dataset, and the format in meta.json."""
+    out = tmp_path / "out"
+    for name, content in (("train/notes.txt", "mine"), ("meta.json", '{"format": "mine"}'), ("meta.json", "[]")):
+        prepare(out, tokenizer, many(4))
+        (out / MANIFEST).unlink()
+        before = (out / name).read_text() if (out / name).exists() else None
+        (out / name).write_text(content)
+        with pytest.raises(UserError, match="which is not part of a prepared dataset"):
+            prepare(out, tokenizer, many(5))
+        assert (out / name).read_text() == content and not (out / MANIFEST).exists()
+        if before is None:
+            (out / name).unlink()
+        else:
+            (out / name).write_text(before)
+        prepare(out, tokenizer, many(5))
+        assert len(all_rows(out)) == 5
 
 
 def test_tokenizing_is_cached(tmp_path, tokenizer_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""Manifests: what a folder that this project wrote consists of; nothing else in it is ever replaced or removed."""
+
+import hashlib
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+MANIFEST, FORMAT = ".aligner-manifest.json", "aligner-manifest-1"
+# kinds of folders
+DATASET, BASE_MODEL, HF_MODEL, MERGED_MODEL = "prepared dataset", "base model", "Hugging Face model", "merged model"
+HASHED = 2**20  # bytes at the beginning of a file by which, with its size, a manifest recognizes it
+
+
+def make_manifest(folder: Path, kind: str) -> str:
+    """Return the manifest of everything in a folder, as JSON."""
+    files = {name: _identify(folder / name) for name in _contents(folder)}
+    return json.dumps({"format": FORMAT, "kind": kind, "files": files}, indent=1) + "\n"
+
+
+def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
+    """Return the names in a folder that its manifest does not record, or that changed since.
+
+    Args:
+        kind: If given, a manifest of another kind records nothing.
+    """
+    recorded = _read_files(folder, kind)
+    return [n for n in _contents(folder) if n not in recorded or recorded[n] != _identify(folder / n)]
+
+
+def remove_recorded(folder: Path) -> None:
+    """Remove the files of a folder that its manifest records, and the manifest last; anything else stays."""
+    for name in set(_contents(folder)) - set(find_strangers(folder)):
+        (folder / name).unlink()
+    for root, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            os.rmdir(root)
+    if folder.exists() and os.listdir(folder) == [MANIFEST]:
+        (folder / MANIFEST).unlink()
+        folder.rmdir()
+
+
+def _read_files(folder: Path, kind: str | None) -> dict[str, Any]:
+    """Return what the manifest of a folder records by name: nothing if it is missing, damaged or of another kind."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return dict(manifest["files"]) if manifest["format"] == FORMAT and kind in (None, manifest["kind"]) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _contents(folder: Path) -> list[str]:
+    """Return the relative names of all files and links in a folder, and of empty folders, without the manifest."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=fail):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found += [Path(root, name) for name in names + links]
+        found += [Path(root)] if not folders and not names and Path(root) != folder else []
+    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+
+
+def _identify(path: Path) -> list[Any] | None:
+    """Return the size of a file and a hash of its beginning; None for anything but a regular file."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return None
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.sha256(file.read(HASHED)).hexdigest()]

@@ -1,0 +1,373 @@
+"""What may be written, replaced and deleted: links, strangers, permissions, kills and full disks."""
+
+import json
+import os
+import platform
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_llama.checkpoint import save_adapter
+from lit_llama.files import TEMPORARY, atomic_folder, atomic_write, check_file, check_folder, write_text
+from lit_llama.manifest import MANIFEST, find_strangers
+from lit_llama.utils import UserError, plain_name
+
+ROOT = Path(__file__).parents[1]
+KIND = "collection"
+
+
+def fill(path: Path, **files: str) -> None:
+    """Write a folder of this project."""
+    with atomic_folder(path, KIND) as folder:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+
+
+def snapshot(root: Path) -> dict[str, object]:
+    """Return the content or target of everything below a folder, and its permissions."""
+    return {
+        path.relative_to(root).as_posix(): (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+            stat.S_IMODE(path.lstat().st_mode),
+        )
+        for path in root.rglob("*")
+    }
+
+
+# == files ==
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/folder/file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists() and path.parent in temporary.parents
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failed_write_leaves_no_new_folders(tmp_path):
+    with pytest.raises(ValueError, match="half way"), atomic_write(tmp_path / "a/b/c") as temporary:
+        temporary.write_text("half")
+        raise ValueError("half way")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_named_file_is_replaced_only_on_request(tmp_path):
+    write_text(tmp_path / "answers.json", "mine", overwrite=False)
+    with pytest.raises(UserError, match=r"answers\.json exists; replace it with --overwrite"):
+        check_file(tmp_path / "answers.json")
+    with pytest.raises(UserError, match="exists"):
+        write_text(tmp_path / "answers.json", "other", overwrite=False)
+    assert (tmp_path / "answers.json").read_text() == "mine"
+    write_text(tmp_path / "answers.json", "other", overwrite=True)
+    assert (tmp_path / "answers.json").read_text() == "other"
+
+
+def test_a_file_that_appears_during_the_work_is_kept(tmp_path):
+    with pytest.raises(UserError, match="exists"), atomic_write(tmp_path / "a", overwrite=False) as temporary:
+        temporary.write_text("ours")
+        (tmp_path / "a").write_text("theirs")
+    assert (tmp_path / "a").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "dangling link", "folder", "fifo", "device"])
+def test_only_a_regular_file_is_replaced(tmp_path, kind):
+    path, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("precious")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/full")
+    else:
+        path.symlink_to(victim if kind == "link to a file" else tmp_path / "nothing")
+    before = snapshot(tmp_path) if kind != "fifo" else None
+    with pytest.raises(UserError, match="is not a regular file"):
+        write_text(path, "x")
+    assert before is None or snapshot(tmp_path) == before
+    assert victim.read_text() == "precious"
+
+
+def test_a_planted_link_at_a_guessed_temporary_is_not_followed(tmp_path):
+    """Names of temporaries cannot be guessed, and they lie in a folder that only the user can open."""
+    (tmp_path / "victim").write_text("precious")
+    names = []
+    for _ in range(2):
+        with atomic_write(tmp_path / "file") as temporary:
+            names.append(temporary.parent.parent.name)
+            assert stat.S_IMODE((tmp_path / names[-1]).stat().st_mode) == 0o700
+            temporary.write_text("x")
+    assert names[0] != names[1] and all(name.startswith(TEMPORARY) for name in names)
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    """safetensors itself makes them private."""
+    umask = os.umask(0o027)
+    try:
+        save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
+        with atomic_folder(tmp_path / "folder", KIND) as folder:
+            save_adapter(folder / "inner/a.safetensors", {"x": torch.ones(1)}, {})
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / "a.safetensors", tmp_path / "folder/inner/a.safetensors"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder/inner").stat().st_mode) == 0o750
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    for path, reason in {
+        "file/x": "Not a directory",
+        "file/x/y": "Not a directory",
+        "x" * 300: "File name too long",
+    }.items():
+        for check in (check_file, lambda path: check_folder(path, KIND), lambda path: write_text(path, "x")):
+            with pytest.raises(UserError, match=rf"Cannot write .*\({reason}\); choose another") as error:
+                check(tmp_path / path)
+            assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="is not a folder"):
+        check_folder(tmp_path / "file", KIND)
+    write_text(tmp_path / ("y" * 250), "a long name is no problem")
+    assert snapshot(tmp_path).keys() == {"file", "y" * 250}
+
+
+# == folders ==
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out"
+    fill(path, a="1", **{"sub/b": "2"})
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="half way"), atomic_folder(path, KIND) as folder:
+        (folder / "c").write_text("3")
+        raise ValueError("half way")
+    assert snapshot(tmp_path) == before
+    fill(path, c="3")
+    assert {p.name for p in path.iterdir()} == {"c", MANIFEST}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert json.loads((path / MANIFEST).read_text())["files"].keys() == {"c"}
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", a="1")
+    assert (tmp_path / "out/a").read_text() == "1"
+
+
+STRANGERS = {
+    "thesis.tex": lambda folder: (folder / "thesis.tex").write_text("years of work"),
+    "sub/photo.jpg": lambda folder: (folder / "sub/photo.jpg").write_text("a smile"),
+    "empty": lambda folder: (folder / "empty").mkdir(),
+    "link": lambda folder: (folder / "link").symlink_to(folder.parent),
+    "a": lambda folder: (folder / "a").write_text("edited"),
+    "sub/b": lambda folder: ((folder / "sub/b").unlink(), (folder / "sub/b").symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_folder_with_anything_else_is_not_replaced(tmp_path, name):
+    fill(tmp_path / "out", a="1", **{"sub/b": "2"})
+    STRANGERS[name](tmp_path / "out")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=rf"holds {name}, which is not part of a {KIND}"):
+        fill(tmp_path / "out", a="3")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_stranger_that_appears_during_the_work_is_kept(tmp_path):
+    fill(tmp_path / "out", a="1")
+    with pytest.raises(UserError, match="holds notes"), atomic_folder(tmp_path / "out", KIND) as folder:
+        (folder / "a").write_text("2")
+        (tmp_path / "out/notes").write_text("mine")
+    assert (tmp_path / "out/notes").read_text() == "mine" and (tmp_path / "out/a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "other", "kind": "collection", "files": {}}',
+                                  '{"format": "aligner-manifest-1", "kind": "collection", "files": 3}',
+                                  "[" * 100_000])  # fmt: skip
+def test_a_manifest_that_is_none_records_nothing(tmp_path, text):
+    fill(tmp_path / "out", a="1")
+    (tmp_path / "out" / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match="holds a, which is not part"):
+        check_folder(tmp_path / "out", KIND)
+
+
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
+    fill(tmp_path / "out", a="1")
+    with pytest.raises(UserError, match="holds a, which is not part of a base model"):
+        check_folder(tmp_path / "out", "base model")
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text in "12":
+        fill(tmp_path / "link", a=text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real/a").read_text() == text
+    (tmp_path / "dangling").symlink_to("nothing")
+    with pytest.raises(UserError, match="is not a folder"):
+        fill(tmp_path / "dangling", a="1")
+
+
+def test_input_and_output_do_not_overlap(tmp_path, monkeypatch):
+    fill(tmp_path / "out", a="1", **{"sub/b": "2"})
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path)
+    for output in ("out", "link", "./out/../out", tmp_path / "out"):
+        for source in ("out", "out/a", "link/sub/b", "../" + tmp_path.name + "/out", tmp_path / "link"):
+            with pytest.raises(UserError, match=r"would replace .*, which is read"):
+                check_folder(Path(output), KIND, None, Path(source))
+    with pytest.raises(UserError, match="would replace"):
+        check_file(Path("out/a"), Path("link/a"), overwrite=True)
+    check_folder(Path("out/sub/new"), KIND, Path("out"))  # a new folder replaces nothing
+
+
+# == kills ==
+
+
+def killed(root: Path, code: str) -> None:
+    """Run code in a process that kills itself by `die()`."""
+    source = (
+        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files\nroot = Path(sys.argv[1])\n"
+        "def die(*args): os.kill(os.getpid(), signal.SIGKILL)\n" + code
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", source, str(root)], env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+
+REPLACE = f"""
+with files.atomic_folder(root / 'out', {KIND!r}) as folder:
+    (folder / 'a').write_text('new')
+    (folder / 'c').write_text('new')
+"""
+POINTS = {
+    "in the middle of the work": "with files.atomic_folder(root / 'out', 'collection') as folder: die()",
+    "before the old is renamed aside": "files.os.rename = die" + REPLACE,
+    "between the renames": "rename, n = os.rename, []\nfiles.os.rename = lambda *a: die() if n else "
+                           "(n.append(1), rename(*a))" + REPLACE,
+    "before the old is removed": "files.remove_recorded = die" + REPLACE,
+    "while the old is removed": "unlink, n = Path.unlink, []\nPath.unlink = lambda *a: die() if n else "
+                                "(n.append(1), unlink(*a))" + REPLACE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_after_a_kill_the_folder_is_the_old_or_the_new(tmp_path, point):
+    fill(tmp_path / "out", a="old", b="old", **{"sub/c": "old"})
+    (tmp_path / "neighbour").write_text("mine")
+    killed(tmp_path, POINTS[point])
+    assert len(list(tmp_path.glob(f"{TEMPORARY}*"))) == 1
+    write_text(tmp_path / "any file", "the next write")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "neighbour", "any file"}
+    texts = {p.name: p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file() and p.name != MANIFEST}
+    new = "removed" in point
+    assert texts == (dict(a="new", c="new") if new else dict(a="old", b="old", c="old"))
+    assert not find_strangers(tmp_path / "out", KIND)
+    fill(tmp_path / "out", d="newer")
+
+
+def test_what_may_be_alive_or_another_users_is_kept(tmp_path):
+    """Only private folders of ended processes of this host are removed."""
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pid, host, random = int(ended.stdout), platform.node(), "0123456789abcdef"
+    names = [f"{TEMPORARY}{os.getppid()}-{host}-{random}", f"{TEMPORARY}{pid}-another-host-{random}",
+             f"{TEMPORARY}notes", f"{TEMPORARY}{pid}-{host}-{random}.old"]  # fmt: skip
+    for name in names:
+        (tmp_path / name / "new").mkdir(parents=True, mode=0o700)
+        (tmp_path / name).chmod(0o700)
+    (public := tmp_path / f"{TEMPORARY}{pid}-{host}-{random}").mkdir()
+    public.chmod(0o755)
+    (tmp_path / f"{TEMPORARY}{pid}-{host}-{random[::-1]}").symlink_to(tmp_path)
+    before = snapshot(tmp_path)
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "file").unlink()
+    assert snapshot(tmp_path) == before
+    public.chmod(0o700)
+    write_text(tmp_path / "file", "x")
+    assert not public.exists()
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    """The later one of two overlapping writes wins; neither removes the temporary folder of the other."""
+    with atomic_folder(tmp_path / "out", KIND) as first:
+        (first / "a").write_text("first")
+        fill(tmp_path / "out", a="second")
+    assert (tmp_path / "out/a").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_names_in_files_are_names_of_files(tmp_path):
+    assert plain_name("model-00001-of-00002.safetensors", tmp_path) == "model-00001-of-00002.safetensors"
+    for name in ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3, None, ["x"]):
+        with pytest.raises(UserError, match="where the name of a file in its folder belongs"):
+            plain_name(name, tmp_path)
+
+
+# == full disks ==
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from lit_llama.checkpoint import save_adapter, save_base
+from lit_llama.files import atomic_write, write_text
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import prepare_sft
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+out, tokenizer = Path(sys.argv[1]), Tokenizer(sys.argv[2])
+config = LLaMAConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=64)
+state = LLaMA(config).state_dict()
+
+def prepare(name):
+    rows = [{"p": f"the cat {i}", "r": "sat on the mat " * 20} for i in range(400)]
+    prepare_sft(rows, lambda row, n: (row["p"], row["r"]), output_dir=out / name / "set", tokenizer=tokenizer,
+                max_seq_length=200, mask_prompt=True, test_fraction=0.1, seed=0, num_proc=1, about={})
+
+def pickle(path):
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+prepare("cached")
+before = sorted(out.rglob("*"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for write in (lambda: save_base(out, config, state),
+              lambda: save_adapter(out / "adapter.safetensors", state, {}),
+              lambda: pickle(out / "state.pt"),
+              lambda: write_text(out / "text", "x" * 30_000),
+              lambda: prepare("fresh"),
+              lambda: prepare("cached")):
+    try:
+        write()
+        print("written")
+    except UserError as error:
+        print(error)
+left = [path for path in out.rglob("*") if path not in before and path.is_file()]
+print("left:", *left)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *sentences, left = done.stdout.splitlines()
+    assert left == "left:"
+    assert len(sentences) == 6
+    for sentence in sentences:
+        assert sentence.startswith("There is no room left to write ")
