@@ -24,8 +24,9 @@ import torch
 
 from benchmarks import harness as b
 from lit_llama import cli
-from lit_llama.bank import Bank, load_with_bank
+from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile, load_model
+from lit_llama.compose import load_with_bank
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig

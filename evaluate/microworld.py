@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, write_text
-from lit_llama.compose import load_composed
+from lit_llama.compose import load_adapted
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from microworld.scorer import GroupName, draw_questions, question_groups, score_model
@@ -41,7 +41,7 @@ def main(args: Settings) -> None:
             raise UserError(f"{name} is {getattr(args, name)}; it must be 1 or more.")
     world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
     adapters = [read_adapter(path) for path in args.adapter]
-    model = load_composed(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
+    model = load_adapted(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
     sources = [adapter.meta.get("data", {}).get("source", "").partition(", form ") for adapter in adapters]
     form = args.form or next((form for _, _, form in sources if form in ALL_FORMS), None)
     groups, results = question_groups(world), {}

@@ -1,132 +1,145 @@
-"""Answers of a base model with an Aligner.
+"""Answer prompts with a base model and an adapter of any method.
 
-The adapter knows its length, start layer, prompt style and base model; none of them is asked for. Several adapters are
-applied together, in the prompt style of the first; with --bank each prompt has one of its own. Answers go to stdout,
-everything else to stderr.
+The adapter file states its method, settings, prompt style and base model. Several Aligners are applied together, in the
+prompt style of the first; with --bank, each prompt may name its own. Answers go to stdout, everything else to stderr.
+
+Examples of --use, where a number after a name is its strength:
+
+    --use pirate              every prompt with the bank's adapter "pirate"
+    --use pirate base         the first prompt with "pirate", the second with the base model
+    --use pirate+polite:0.5   every prompt with both, "polite" at half strength
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.bank import BASE, load_with_bank, open_bank
-from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
+from lit_llama.bank import BASE, Bank, open_bank
+from lit_llama.chat import AnswerSettings, Request, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import read_adapter
-from lit_llama.compose import load_composed
+from lit_llama.compose import Sum, load_adapted, load_with_bank, load_with_sum, parse_sum, scaled_adapter
 from lit_llama.device import pick_device
-from lit_llama.generation import Sampling, gates_scaled
-from lit_llama.prompts import get_prompt_style
-from lit_llama.quantize import Quantize
+from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.utils import UserError
 
 
 @dataclass
-class Settings:
+class Settings(AnswerSettings):
     # == Model ==
-    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # files or run folders; several add up
     strength: tuple[float, ...] = (1.0,)  # one for all or one each: 0 is the base exactly, 1 as trained
 
-    # == Many adapters, another one for each prompt ==
+    # == Many Aligners, another one for each prompt ==
     bank: tuple[Path, ...] = ()  # instead of --adapter: a bank's file, or adapter files and folders, addressed by name
-    use: tuple[str, ...] = ()  # their names, one for each prompt or one for all; "base" is the base model
+    use: tuple[str, ...] = ()  # names in the bank, one for each prompt or one for all; "base", "a:0.5" and "a+b" work
 
     # == Prompts ==
     prompt: tuple[str, ...] = (
         "What is the capital of Pilmaria?",
         "How do I repair the old barn?",
     )  # instructions to answer
-    input: str = ""  # context that goes with the instructions
-    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
     prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
-    interactive: bool = False  # chat: read questions from stdin, stream the answers
     compare_base: bool = False  # the base model's answers beside the aligned ones
-    output_file: Path | None = None  # also write prompts and answers here, as JSON
-
-    # == Sampling ==
-    temperature: float = 0.0  # 0 is greedy; 1 the model's own distribution
-    top_k: int = 0  # only the k most likely tokens; 0 is all
-    top_p: float = 1.0  # only the likeliest tokens that reach this probability together; 1 is all
-    max_new_tokens: int = 100  # longest answer, in tokens
-    seed: int = 1234  # of sampling; the same prompts give the same answers
-    batch_size: int = 16  # prompts answered at a time
-
-    # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
-def main(args: Settings) -> None:
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    device, dtype = pick_device(args.accelerator, args.precision)
-    requests = []
-    if not args.interactive:
-        requests = gather_requests(args.prompt, args.input, args.prompt_file, bank=bool(args.bank))
-    if args.bank:
-        return answer_from_bank(args, requests, sampling, device, dtype)
-    if args.use:
-        raise UserError("--use names adapters of a bank; give --bank too.")
-    adapters = [read_adapter(path) for path in args.adapter]
-    style = get_prompt_style(args.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
-    if args.interactive and args.compare_base:
+@dataclass
+class Plan:
+    """How requests are answered.
+
+    Args:
+        load: loads the model.
+        requests: to answer.
+        styles: prompt style of each request, or of the chat.
+        adapters: weighted sum of each request; None if the model has the same for all.
+        made_by: describes the adapters in the output file.
+    """
+
+    load: Callable[[], LLaMA]
+    requests: list[Request]
+    styles: list[PromptStyle]
+    adapters: list[Sum] | None
+    made_by: dict[str, Any]
+
+
+def main(settings: Settings) -> None:
+    sampling = settings.sampling
+    if settings.interactive and settings.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
-    session = open_session(
-        lambda: load_composed(
-            args.checkpoint_dir, adapters, args.strength, device=device, dtype=dtype, quantize=args.quantize
-        ),
-        args.checkpoint_dir,
-        style,
-        sampling,
-        args.batch_size,
-    )
-    if args.interactive:
-        return session.chat()
-    columns = {"aligned": session.answers(requests)}
-    if args.compare_base:
-        with gates_scaled(session.model, 0.0):
-            columns = {"base": session.answers(requests), **columns}
-    show(requests, columns)
-    if args.output_file:
-        about = {"base": args.checkpoint_dir, "style": style.name}
-        about |= {"adapter": " + ".join(f"{a.path}" for a in adapters), "strength": args.strength}
-        save_answers(args.output_file, requests, columns, sampling, about)
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    options = {"device": device, "dtype": dtype, "quantize": settings.quantize}
+    requests = gather_requests(settings.prompt, settings, bank=bool(settings.bank))
+    plan = (plan_bank if settings.bank else plan_adapters)(settings, requests, options)
+    session = open_session(plan.load, settings.checkpoint_dir, sampling, settings.batch_size)
+    if settings.interactive:
+        return session.chat(plan.styles[0])
+    columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
+    if settings.compare_base:
+        with scaled_adapter(session.model, 0.0):
+            columns = {"base": session.answers(plan.requests, plan.styles), **columns}
+    show(plan.requests, columns)
+    if settings.output_file:
+        made_by = {"base": settings.checkpoint_dir, "strength": settings.strength, **plan.made_by}
+        save_answers(settings.output_file, plan.requests, columns, sampling, made_by)
 
 
-def answer_from_bank(
-    args: Settings, requests: list[Request], sampling: Sampling, device: torch.device, dtype: torch.dtype
-) -> None:
-    if args.interactive or args.strength != (1.0,):
-        raise UserError("--interactive and --strength do not go together with --bank.")
-    if len(args.use) not in (0, 1, len(requests)):
-        raise UserError(f"There are {len(requests)} prompts and {len(args.use)} names in --use; give each its own.")
-    bank = open_bank(args.bank, args.checkpoint_dir)
-    names = args.use * len(requests) if len(args.use) == 1 else args.use or [BASE] * len(requests)
-    # a name in the prompt file goes before one on the command line
-    requests = [replace(r, adapter=r.adapter or name) for r, name in zip(requests, names, strict=True)]
-    adapters = [None if r.adapter == BASE else r.adapter for r in requests]
-    first = next(iter(bank))  # whose style the base's prompts get
-    styles = [get_prompt_style(args.prompt_style or bank.style(name or first)) for name in adapters]
-    session = open_session(
-        lambda: load_with_bank(args.checkpoint_dir, bank, device=device, dtype=dtype, quantize=args.quantize),
-        args.checkpoint_dir,
-        styles[0],
-        sampling,
-        args.batch_size,
+def plan_adapters(settings: Settings, requests: list[Request], options: dict[str, Any]) -> Plan:
+    """Return the plan for --adapter: the same adapters for all requests.
+
+    Raises:
+        UserError: A file or setting does not fit.
+    """
+    if settings.use:
+        raise UserError("--use names adapters of a bank; give --bank too.")
+    adapters = [read_adapter(path) for path in settings.adapter]
+    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
+    load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **options)
+    return Plan(
+        partial(load, merge=not settings.compare_base),
+        requests,
+        [style] * max(1, len(requests)),
+        None,
+        {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)},
     )
-    columns = {"aligned": session.answers(requests, adapters, styles)}
-    if args.compare_base:
-        columns = {"base": session.answers(requests, [None] * len(requests), styles), **columns}
-    show(requests, columns)
-    if args.output_file:
-        style = args.prompt_style or "each adapter's own"
-        about = {"base": args.checkpoint_dir, "style": style, "bank": args.bank}
-        save_answers(args.output_file, requests, columns, sampling, about)
+
+
+def plan_bank(settings: Settings, requests: list[Request], options: dict[str, Any]) -> Plan:
+    """Return the plan for --bank: each request with the adapters that its row in the file or --use names.
+
+    Raises:
+        UserError: A file or setting does not fit, or a name is not in the bank.
+    """
+    n_rows = max(1, len(requests))  # the chat has no requests and one row
+    if len(settings.strength) > 1:
+        raise UserError("With --bank, --strength takes one number for all; single ones go into --use, as in a:0.5+b.")
+    if len(settings.use) not in (0, 1, n_rows):
+        raise UserError(f"There are {n_rows} prompts and {len(settings.use)} names in --use; give each its own.")
+    bank = open_bank(settings.bank, settings.checkpoint_dir)
+    names = settings.use if len(settings.use) == n_rows else (settings.use or (BASE,)) * n_rows
+    # the prompt file takes precedence over the command line
+    requests = [replace(request, adapter=request.adapter or names[i]) for i, request in enumerate(requests)]
+    sums = [parse_sum(text, bank) for text in ([request.adapter for request in requests] or names)]
+    styles = [style_of(terms, bank, settings.prompt_style) for terms in sums]
+    sums = [tuple((name, strength * settings.strength[0]) for name, strength in terms) for terms in sums]
+    if len(set(sums)) > 1 or settings.compare_base:
+        load = partial(load_with_bank, settings.checkpoint_dir, bank, **options)
+    else:
+        load, sums = partial(load_with_sum, settings.checkpoint_dir, bank, sums[0], **options), None
+    return Plan(
+        load, requests, styles, sums, {"style": settings.prompt_style or "each adapter's own", "bank": settings.bank}
+    )
+
+
+def style_of(terms: Sum, bank: Bank, name: str | None) -> PromptStyle:
+    """Return the style of that name, by default that of the first adapter in a sum, or of the bank's for the base."""
+    first = terms[0][0] if terms else next(iter(bank))
+    return get_prompt_style(name or bank.style(first))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the generate scripts share: prompts in, answers out."""
+"""What the generate scripts share: settings, prompts in, answers out."""
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,50 @@ from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
+from lit_llama.quantize import Quantize
 from lit_llama.rows import read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 
+@dataclass
+class AnswerSettings:
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+
+    # == Prompts ==
+    input: str = ""  # context for the prompts, in styles that have a place for it
+    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
+    interactive: bool = False  # chat: read prompts from stdin, stream the answers
+    output_file: Path | None = None  # also write prompts and answers here, as JSON
+
+    # == Sampling ==
+    temperature: float = 0.0  # 0 is greedy; 1 samples from the model's distribution
+    top_k: int = 0  # sample from the k most likely tokens; 0 means all
+    top_p: float = 1.0  # sample from the most likely tokens that together reach this probability; 1 means all
+    max_new_tokens: int = 100  # longest answer, in tokens
+    seed: int = 1234  # of sampling; the same prompts give the same answers
+    batch_size: int = 16  # prompts answered at a time
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer; `id` is the question's own, if its file has one, `adapter` the name of one from a bank."""
+    """A prompt to answer.
+
+    Args:
+        prompt, input: instruction and its context.
+        id: of the question in its file, if it has one.
+        adapter: the adapters to answer with, as text for `lit_llama.compose.parse_sum`; None leaves them open.
+    """
 
     prompt: str
     input: str = ""
@@ -32,27 +68,17 @@ class Request:
 
 
 def read_requests(path: Path) -> list[Request]:
-    """The prompts of a file.
+    """Return the prompts of a file.
 
-    JSON or JSON lines hold rows with `prompt` or `instruction` and maybe `input`, or Vicuna-bench rows with `turns`
-    (the first is asked) and `question_id`, and maybe an `adapter`; any other file has one prompt per line.
+    Rows of JSON or JSON lines have `prompt` or `instruction`, and optionally `input` and `adapter`; or they have the
+    `turns` (of which the first is used) and the `question_id` of Vicuna-bench. Any other file has one prompt per line.
 
     Raises:
-        UserError: no such file, no prompt in it, or a row without one (with its number).
+        UserError: There is no such file, it has no prompt, or a row has none (with its number).
     """
     path = Path(path)
     if path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
-        requests = []
-        for number, row in enumerate(read_rows(path), 1):
-            turns = row.get("turns") if isinstance(row, dict) else None
-            if isinstance(turns, list) and turns:
-                row = {**row, "prompt": turns[0]}
-            name = "instruction" if isinstance(row, dict) and "instruction" in row else "prompt"
-            prompt = text_field(row, number, name)
-            if not prompt.strip():
-                raise UserError(f"Row {number} of {path}: {name!r} is empty.")
-            rest = [text_field(row, number, name, default="") for name in ("input", "adapter")]
-            requests.append(Request(prompt, rest[0], row.get("question_id"), rest[1] or None))
+        requests = [request_of(row, number, path) for number, row in enumerate(read_rows(path), 1)]
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -64,79 +90,98 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def gather_requests(prompts: list[str], input: str, prompt_file: Path | None, bank: bool = False) -> list[Request]:
-    """The requests of a command line; only with a bank the adapters that they name count."""
-    requests = read_requests(prompt_file) if prompt_file else [Request(prompt, input) for prompt in prompts]
+def request_of(row: Any, number: int, path: Path) -> Request:
+    """Return the request in a row of JSON; see `read_requests`."""
+    turns = row.get("turns") if isinstance(row, dict) else None
+    if isinstance(turns, list) and turns:
+        row = {**row, "prompt": turns[0]}
+    name = "instruction" if isinstance(row, dict) and "instruction" in row else "prompt"
+    prompt = text_field(row, number, name)
+    if not prompt.strip():
+        raise UserError(f"Row {number} of {path}: {name!r} is empty.")
+    input, adapter = (text_field(row, number, name, default="") for name in ("input", "adapter"))
+    return Request(prompt, input, row.get("question_id"), adapter or None)
+
+
+def gather_requests(prompts: Sequence[str], settings: AnswerSettings, bank: bool = False) -> list[Request]:
+    """Return the requests of a command line, none with --interactive. Without a bank, their adapters are ignored."""
+    if settings.interactive:
+        return []
+    if not settings.prompt_file:
+        return [Request(prompt, settings.input) for prompt in prompts]
+    requests = read_requests(settings.prompt_file)
     if not bank and any(request.adapter for request in requests):
-        log("note: the adapters that the prompts name count only with generate/aligner.py --bank.")
-        requests = [replace(request, adapter=None) for request in requests]
+        log(f"note: the adapters in {settings.prompt_file} are ignored; they need generate/aligner.py --bank.")
+        return [replace(request, adapter=None) for request in requests]
     return requests
 
 
 @dataclass
 class Session:
-    """A loaded model and how it is to answer.
+    """A loaded model that answers requests.
 
     Args:
         model, tokenizer: loaded.
-        style: how requests become prompts.
-        sampling, batch_size: how answers are made.
+        sampling, batch_size: how answers are generated.
         seconds_to_load: for the report.
     """
 
     model: LLaMA
     tokenizer: Tokenizer
-    style: PromptStyle
     sampling: Sampling
     batch_size: int
     seconds_to_load: float
 
     def answers(
-        self,
-        requests: list[Request],
-        adapters: list[str | None] | None = None,
-        styles: list[PromptStyle] | None = None,
+        self, requests: Sequence[Request], styles: Sequence[PromptStyle], adapters: Sequence[Any] | None = None
     ) -> list[str]:
-        """The answers, in a style that continues the prompt with the prompt before them.
+        """Return the answers; in a style that continues its prompts, each prompt with its continuation.
 
         Args:
-            adapters: as in `answer`.
-            styles: of each request, where they are not all the session's.
+            styles: of each request.
+            adapters: of each request; see `answer`.
 
         Raises:
-            UserError: a prompt is empty or longer than the context, or there is no such adapter.
+            UserError: A prompt is empty or longer than the context, or there is no such adapter.
         """
-        styles = styles or [self.style] * len(requests)
         prompts = [style.render(r.prompt, r.input) for style, r in zip(styles, requests, strict=True)]
         check_prompts(self.model, [self.tokenizer.encode(prompt, bos=True) for prompt in prompts])
-        began, tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
+        began, n_tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
         for style in dict.fromkeys(styles):
             rows = [row for row, other in enumerate(styles) if other == style]
-            own = [adapters[row] for row in rows] if adapters else None
-            asked = [prompts[row] for row in rows]
-            said = answer(self.model, self.tokenizer, asked, self.sampling, style.stop, self.batch_size,
-                          style.continues, rows, own)  # fmt: skip
-            for row, text in zip(rows, said, strict=True):
+            answers = answer(
+                self.model,
+                self.tokenizer,
+                [prompts[row] for row in rows],
+                self.sampling,
+                style.stop,
+                self.batch_size,
+                echo=style.continues,
+                rows=rows,
+                adapters=None if adapters is None else [adapters[row] for row in rows],
+            )
+            for row, text in zip(rows, answers, strict=True):
                 texts[row] = text
-            tokens += sum(len(self.tokenizer.encode(text)) for text in said)
-            if style.continues:
-                tokens -= sum(len(self.tokenizer.encode(prompt)) for prompt in asked)
-        self.report(tokens, time.perf_counter() - began)
+                n_tokens += self.count(text) - (self.count(prompts[row]) if style.continues else 0)
+        self.report(n_tokens, time.perf_counter() - began)
         return texts
 
-    def report(self, tokens: int, seconds: float) -> None:
-        """Load time, speed and memory, to stderr."""
+    def count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
+
+    def report(self, n_tokens: int, seconds: float) -> None:
+        """Log load time, speed and memory."""
         if next(self.model.parameters()).is_cuda:
             memory = torch.cuda.max_memory_allocated()
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         log(
-            f"loaded in {self.seconds_to_load:.1f} s; {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} "
+            f"loaded in {self.seconds_to_load:.1f} s; {n_tokens} tokens in {seconds:.1f} s ({n_tokens / seconds:.0f} "
             f"tokens/s); {memory / 1e9:.2f} GB at peak"
         )
 
-    def chat(self) -> None:
-        """Answers line by line until the input ends; each question stands for itself."""
+    def chat(self, style: PromptStyle) -> None:
+        """Answer stdin line by line until it ends. Questions are independent of each other."""
         log("Ask something; end with Ctrl-D.")
         while True:
             if sys.stdin.isatty():
@@ -146,17 +191,31 @@ class Session:
                 return
             if not line.strip():
                 continue
+            prompt = style.render(line.strip())
             try:
-                for piece in stream(self.model, self.tokenizer, self.style.render(line.strip()), self.sampling,
-                                    self.style.stop, self.style.continues):  # fmt: skip
+                for piece in stream(self.model, self.tokenizer, prompt, self.sampling, style.stop, style.continues):
                     print(piece, end="", flush=True)
             except UserError as error:
                 log(f"error: {error}")
             print(flush=True)
 
 
-def show(requests: list[Request], columns: dict[str, list[str]]) -> None:
-    """Prints one answer bare, several under their prompts, and several columns (base, aligned) by name."""
+def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, sampling: Sampling, batch_size: int) -> Session:
+    """Load tokenizer and model.
+
+    Raises:
+        UserError: A file is missing or damaged, or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
+    weights_path(checkpoint_dir)  # report a missing folder rather than its missing tokenizer
+    began = time.perf_counter()
+    tokenizer = Tokenizer(checkpoint_dir)
+    return Session(pack_(load()), tokenizer, sampling, batch_size, time.perf_counter() - began)
+
+
+def show(requests: Sequence[Request], columns: dict[str, list[str]]) -> None:
+    """Print the answers: a single one alone, several below their prompts, several columns with their names."""
     for i, request in enumerate(requests):
         if len(requests) > 1 or len(columns) > 1:
             name = f"({request.adapter}) " if request.adapter else ""
@@ -166,25 +225,18 @@ def show(requests: list[Request], columns: dict[str, list[str]]) -> None:
 
 
 def save_answers(
-    path: Path, requests: list[Request], columns: dict[str, list[str]], sampling: Sampling, about: dict[str, Any]
+    path: Path,
+    requests: Sequence[Request],
+    columns: dict[str, list[str]],
+    sampling: Sampling,
+    made_by: dict[str, Any],
 ) -> None:
-    """A JSON list of records: prompt, input, response (and base_response), what made it."""
+    """Write a JSON list of records: prompt, input, response (and base_response), settings and `made_by`."""
     settings = {**asdict(sampling), "versions": versions()}
     records = []
     for i, request in enumerate(requests):
-        record = {k: v for k, v in asdict(request).items() if v not in ("", None)}
+        record = {name: value for name, value in asdict(request).items() if value not in ("", None)}
         record |= {("response" if name != "base" else "base_response"): texts[i] for name, texts in columns.items()}
-        records.append({**record, **about, "settings": settings})
+        records.append({**record, **made_by, "settings": settings})
     write_text(path, json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n")
     log(f"wrote {path}")
-
-
-def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, style: PromptStyle, sampling: Sampling,
-                 batch_size: int) -> Session:  # fmt: skip
-    """Loads tokenizer and model, taking the time."""
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
-    weights_path(checkpoint_dir)  # a missing folder is said before a missing tokenizer
-    began = time.perf_counter()
-    tokenizer = Tokenizer(checkpoint_dir)
-    return Session(pack_(load()), tokenizer, style, sampling, batch_size, time.perf_counter() - began)

@@ -1,7 +1,12 @@
-"""Generation: prefill, single-token decoding, sampling, stopping. The KV cache lives as long as one call."""
+"""Text generation: prefill, decoding one token at a time, sampling, stop conditions.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+    prompts ──► prefill ──► sample ──► decode_one_token ──► sample ──► ...      (`decode`, one step per new token)
+
+A row's tokens depend on its own prompt and seed alone, not on the batch that it is in. A KV cache lives for one call.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +15,10 @@ import torch
 from lit_llama.model import KVCache, LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, eval_mode, swapped_parameters
+from lit_llama.utils import UserError, eval_mode
 
-GROUP_TOKENS = 256  # prompts of any lengths are computed together up to so many tokens, padding counted in
-LEAST_FILLED = 0.75  # beyond that, those with so many tokens of the longest one's
+GROUP_TOKENS = 256  # prompts of any lengths share a prefill of up to this many tokens, padding included
+MIN_FILL = 0.75  # in a larger prefill, each prompt has at least this fraction of the longest prompt's tokens
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,14 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        max_new_tokens: at most so many.
-        temperature: 0 is greedy; 1 samples from the model's own distribution.
-        top_k: only the k most likely; 0 is all.
-        top_p: only the smallest set of most likely tokens that reaches this probability; 1 is all.
-        seed: row i of a call draws from its own generator, seeded with (seed, i): batching changes nothing.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 is greedy; 1 samples from the model's distribution.
+        top_k: sample from the k most likely tokens; 0 means all.
+        top_p: sample from the smallest set of most likely tokens that reaches this probability; 1 means all.
+        seed: of the random numbers; each row has its own generator, seeded with the pair (seed, row).
 
     Raises:
-        UserError: a value out of range.
+        UserError: A value is out of range.
     """
 
     max_new_tokens: int = 100
@@ -47,9 +52,21 @@ class Sampling:
                 f"top_k is {self.top_k} and top_p {self.top_p}; they must be 0 or more, and above 0 and at most 1."
             )
 
+    def generators(self, rows: Iterable[int], device: torch.device) -> list[torch.Generator]:
+        """Return one random generator per row."""
+        return [torch.Generator(device).manual_seed(self.seed * 1_000_003 + row) for row in rows]
+
 
 def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
-    """The next token of each row: (B, V) logits -> (B,). `generators` has one entry per row, unused when greedy."""
+    """Choose the next token of each row.
+
+    Args:
+        logits: (B, V).
+        generators: one per row; unused when greedy.
+
+    Returns:
+        (B,) token ids.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
@@ -59,26 +76,31 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the likelier ones reach top_p already
-        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
-    # argmax(p / Exp(1)) draws from p, and needs no more than one row's own noise
+        excluded = ordered.cumsum(-1) - ordered >= sampling.top_p  # more likely tokens already reach top_p
+        probs = probs.masked_fill(torch.zeros_like(excluded).scatter(1, order, excluded), 0)
+    # argmax(p / Exp(1)) is a sample from p that uses only the row's own random numbers
     noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=g) for g in generators])
     return (probs / noise).argmax(-1)
 
 
 def length_groups(lengths: list[int]) -> list[list[int]]:
-    """Row numbers, in groups to be padded to their longest: none shorter than LEAST_FILLED of it, unless the group has
-    no more than GROUP_TOKENS tokens, which are computed about as fast as fewer.
+    """Group rows of similar length, so that padding each group to its longest row adds little work.
+
+    A row joins a group if it has at least `MIN_FILL` of the longest row's tokens, or if the padded group has at most
+    `GROUP_TOKENS` tokens, which take about as long as fewer.
 
     Args:
-        lengths: tokens of each prompt.
+        lengths: number of tokens of each prompt.
+
+    Returns:
+        Row numbers, ascending within each group.
     """
     first, *others = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups = [[first]]
     for row in others:
         group = groups[-1]
         longest = lengths[group[0]]
-        if lengths[row] >= LEAST_FILLED * longest or (len(group) + 1) * longest <= GROUP_TOKENS:
+        if lengths[row] >= MIN_FILL * longest or (len(group) + 1) * longest <= GROUP_TOKENS:
             group.append(row)
         else:
             groups.append([row])
@@ -87,9 +109,12 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 
 @torch.inference_mode()
 def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
-    """Runs the prompts through the model, those of similar length together: logits (B, V) after each row's last token.
+    """Run the prompts through the model and fill the cache.
 
-    Within a group they are padded on the right.
+    Prompts of similar length run together, padded on the right.
+
+    Returns:
+        (B, V) logits after each row's last token.
     """
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
@@ -102,17 +127,17 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
         if len(groups) == 1:
             return model(idx, cache=cache, last=last)
         length = model.n_virtual_tokens + idx.size(1)
-        own = KVCache(model.config, len(group), length, device, cache.k.dtype)
+        group_cache = KVCache(model.config, len(group), length, device, cache.k.dtype)
         with model.selecting(group):
-            logits.append(model(idx, cache=own, last=last))
-        cache.k[:, group, :, :length], cache.v[:, group, :, :length] = own.k, own.v
+            logits.append(model(idx, cache=group_cache, last=last))
+        cache.k[:, group, :, :length], cache.v[:, group, :, :length] = group_cache.k, group_cache.v
     order = torch.tensor([row for group in groups for row in group], device=device)
     return torch.cat(logits)[order.argsort()]
 
 
 @torch.inference_mode()
 def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """One more token per row: (B,) ids at (B,) positions -> logits (B, V)."""
+    """Run one more token of each row: (B,) ids at (B,) positions -> (B, V) logits."""
     cache.length = min(cache.length + 1, cache.k.size(3))
     return model(tokens.unsqueeze(1), cache=cache, positions=positions.unsqueeze(1))[:, -1]
 
@@ -121,45 +146,46 @@ def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor
 def decode(
     model: LLaMA, prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yields the next tokens (B,) of all rows, step by step, until `max_new_tokens` or every context is full.
+    """Yield the next token of every row, (B,), until `max_new_tokens` or until every row's context is full.
 
-    What a row yields after `remaining_context(model, prompt)` tokens, while shorter prompts still have room, means nothing.
+    Tokens of a row beyond its `remaining_context` are undefined; they appear while shorter prompts continue.
 
     Args:
         prompts: token ids, of any lengths.
-        rows: the prompts' numbers among all prompts of the caller, for the seeds (default: 0, 1, ...).
+        rows: numbers that seed each row's random numbers (default: 0, 1, ...). A caller that splits its prompts into
+            batches passes their numbers among all prompts, so that batching does not change the answers.
 
     Raises:
-        UserError: a prompt is empty or leaves no room in the context.
+        UserError: A prompt is empty or leaves no room in the context.
     """
     check_prompts(model, prompts)
-    vocab_size = model.config.vocab_size
-    n_new = min(sampling.max_new_tokens, max(remaining_context(model, prompt) for prompt in prompts))
     weight = model.transformer.wte.weight
-    generators = [
-        torch.Generator(weight.device).manual_seed(sampling.seed * 1_000_003 + row)
-        for row in rows or range(len(prompts))
-    ]
+    n_new = min(sampling.max_new_tokens, max(remaining_context(model, prompt) for prompt in prompts))
     max_length = min(max(map(len, prompts)) + n_new, model.max_tokens)
     cache = KVCache(model.config, len(prompts), model.n_virtual_tokens + max_length, weight.device, weight.dtype)
-    positions = torch.tensor([len(p) for p in prompts], device=weight.device)
+    generators = sampling.generators(range(len(prompts)) if rows is None else rows, weight.device)
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     with eval_mode(model), model.inference():
         logits = prefill(model, prompts, cache)
         for i in range(n_new):
-            tokens = sample(logits[:, :vocab_size], sampling, generators)  # never a row of the padding
+            tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without the padding
             yield tokens
             if i + 1 < n_new:
-                # a row that is full writes its last slot again
+                # a row whose context is full overwrites its last slot
                 logits = decode_one_token(model, tokens, (positions + i).clamp(max=model.max_tokens - 1), cache)
 
 
 def remaining_context(model: LLaMA, prompt: list[int]) -> int:
-    """New tokens that fit into the context behind a prompt."""
+    """Return how many new tokens fit into the context after a prompt."""
     return model.max_tokens - len(prompt)
 
 
 def check_prompts(model: LLaMA, prompts: list[list[int]]) -> None:
-    """Raises: UserError: a prompt is empty or leaves no room in the context; it is named by its number."""
+    """Raise an error that names the first prompt that cannot be answered.
+
+    Raises:
+        UserError: A prompt is empty or leaves no room in the context.
+    """
     for number, prompt in enumerate(prompts, 1):
         name = "The prompt" if len(prompts) == 1 else f"Prompt {number} of {len(prompts)}"
         if not prompt:
@@ -178,12 +204,12 @@ def generate(
     finished: Callable[[list[int]], bool] = lambda ids: False,
     rows: list[int] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt.
+    """Return the new tokens of each prompt.
 
     Args:
-        prompts, rows: as in `decode`.
+        prompts, rows: see `decode`.
         stop_ids: tokens that end an answer; they are not returned.
-        finished: told the new tokens of a row so far, whether the answer has ended with them.
+        finished: returns whether an answer ends with the new tokens that it is called with.
     """
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -206,31 +232,35 @@ def stream(
     prompt: str,
     sampling: Sampling,
     stop: tuple[str, ...] = (),
-    whole: bool = False,
+    echo: bool = False,
 ) -> Iterator[str]:
-    """The answer to one prompt, piece by piece, as soon as its text is certain; with `whole`, after the prompt."""
-    encoded = tokenizer.encode(prompt, bos=True)
-    ids: list[int] = encoded[:] if whole else []
-    said = 0
-    text = ""
-    for token in decode(model, [encoded], sampling):
+    """Yield the answer to one prompt in pieces, each as soon as its text is final.
+
+    Args:
+        stop: texts that end the answer; they are not returned.
+        echo: yield the prompt too.
+    """
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    ids: list[int] = prompt_ids[:] if echo else []
+    text, n_yielded = "", 0
+    for token in decode(model, [prompt_ids], sampling):
         if token.item() in tokenizer.stop_ids:
             break
         ids.append(token.item())
         text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
         if stopped:
             break
-        # a character may still be incomplete, and the end may be the beginning of a stop text
-        certain = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        if not text.endswith("\ufffd") and certain > said:
-            yield text[said:certain]
-            said = certain
-    if len(text) > said:
-        yield text[said:]
+        # the last character may be incomplete, and the last characters may begin a stop text
+        final = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if not text.endswith("\ufffd") and final > n_yielded:
+            yield text[n_yielded:final]
+            n_yielded = final
+    if len(text) > n_yielded:
+        yield text[n_yielded:]
 
 
 def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """`text` before the first of the stop texts, and whether there was one."""
+    """Return `text` up to the first stop text, and whether it contains one."""
     ends = [text.find(s) for s in stop if s in text]
     return (text[: min(ends)], True) if ends else (text, False)
 
@@ -242,62 +272,46 @@ def answer(
     sampling: Sampling,
     stop: tuple[str, ...] = (),
     batch_size: int = 16,
-    whole: bool = False,
+    echo: bool = False,
     rows: list[int] | None = None,
-    adapters: list[str | None] | None = None,
+    adapters: Sequence[Any] | None = None,
 ) -> list[str]:
-    """The answers to whole prompt texts, in their order; prompts of similar length share a batch.
-
-    With `whole`, each text with its continuation, unstripped, instead of the answer alone.
+    """Return the answers to complete prompt texts, in their order. Prompts of similar length share a batch.
 
     Args:
-        rows: as in `decode`.
-        adapters: for a model with a bank (lit_llama/bank.py), the name of each prompt's adapter; None is the base.
+        stop: texts that end an answer; they are not returned.
+        echo: return each prompt with its continuation, unstripped.
+        rows: see `decode`.
+        adapters: each prompt's adapters, for a model whose rows may differ; see `lit_llama.compose.LLaMA.using`.
 
     Raises:
-        UserError: a prompt is longer than the context, or there is no such adapter.
+        UserError: A prompt is empty or longer than the context, or there is no such adapter.
     """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    check_prompts(model, encoded)  # before the first answer, not in the middle
-    for name in filter(None, adapters or []):
-        model.bank.slot(name)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    check_prompts(model, encoded)  # before the first answer
+    if adapters is not None:
+        model.check_rows(adapters)
+    rows = list(range(len(prompts))) if rows is None else rows
     answers = [""] * len(prompts)
 
     def finished(ids: list[int]) -> bool:
         return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
 
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        numbers = [rows[i] for i in batch] if rows else batch
-        with model.using([adapters[i] for i in batch]) if adapters else nullcontext():
-            new = generate(model, [encoded[i] for i in batch], sampling, tokenizer.stop_ids, finished, numbers)
+        with nullcontext() if adapters is None else model.using([adapters[i] for i in batch]):
+            new = generate(
+                model, [encoded[i] for i in batch], sampling, tokenizer.stop_ids, finished, [rows[i] for i in batch]
+            )
         for i, ids in zip(batch, new, strict=True):
-            if whole:
-                answers[i] = tokenizer.decode(encoded[i] + ids)
-            else:
-                answers[i] = cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
+            text = tokenizer.decode(encoded[i] + ids) if echo else cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
+            answers[i] = text
     return answers
-
-
-@contextmanager
-def gates_scaled(model: LLaMA, strength: float) -> Iterator[None]:
-    """Inside, the adapter counts `strength` times: 0 is the base model bit for bit, 1 the adapter as trained.
-
-    What is multiplied are the gates, LoRA's B or BitFit's biases; see each method's `scaled_parameter`.
-
-    Raises:
-        UserError: the method knows no such strength.
-    """
-    trained = {name: p.data for name, p in model.named_parameters() if model.is_adapter_parameter(name)}
-    with swapped_parameters(
-        model, {name: model.scaled_parameter(name, value, strength) for name, value in trained.items()}
-    ):
-        yield
 
 
 def instruct(
     model: LLaMA, tokenizer: Tokenizer, instructions: list[str], style: PromptStyle, sampling: Sampling, **kwargs: Any
 ) -> list[str]:
-    """`answer` for instructions in a prompt style."""
+    """Return the answers to instructions in a prompt style; `kwargs` are those of `answer`."""
     return answer(model, tokenizer, [style.render(i) for i in instructions], sampling, style.stop, **kwargs)

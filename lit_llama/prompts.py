@@ -1,4 +1,4 @@
-"""Prompt styles: how an instruction becomes the text the model continues."""
+"""Prompt styles: templates that turn an instruction into the text that the model continues."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,15 @@ from lit_llama.utils import UserError
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """A template with `{instruction}`, and another for when there is an `{input}`.
+    """A prompt template.
 
     Args:
-        name: what `--prompt_style` calls it.
-        template: without an input.
-        template_with_input: with one; None joins instruction and input with a newline.
-        stop: texts that end an answer: the model has begun the next turn by itself.
-        continues: the prompt is a text to be continued, and belongs to the answer.
+        name: for `--prompt_style`.
+        template: text with `{instruction}`.
+        template_with_input: text with `{instruction}` and `{input}`, for instructions with an input; None joins the two
+            with a newline and uses `template`.
+        stop: texts that end an answer, because they begin the next turn.
+        continues: the prompt is a text to continue, and is shown with its continuation.
     """
 
     name: str
@@ -24,13 +25,13 @@ class PromptStyle:
     continues: bool = False
 
     def render(self, instruction: str, input: str = "") -> str:
-        """The prompt's text.
+        """Return the prompt.
 
         Raises:
-            UserError: the instruction is empty.
+            UserError: The instruction is empty.
         """
         if not instruction.strip():
-            raise UserError("The prompt is empty; say what the model should do.")
+            raise UserError("The prompt is empty; write what the model should do.")
         if not input:
             return self.template.replace("{instruction}", instruction)
         if self.template_with_input is None:
@@ -39,7 +40,7 @@ class PromptStyle:
         return before + instruction + after.replace("{input}", input)
 
 
-# Alpaca's two texts are those of tatsu-lab/stanford_alpaca; the others are those of the authors' generate script.
+# Alpaca's templates are those of tatsu-lab/stanford_alpaca, the others those of the authors' generate script.
 PROMPT_STYLES: dict[str, PromptStyle] = {
     style.name: style
     for style in (
@@ -62,10 +63,10 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
 
 
 def get_prompt_style(name: str) -> PromptStyle:
-    """The style of that name.
+    """Return the prompt style of that name.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     if name not in PROMPT_STYLES:
         raise UserError(f"There is no prompt style {name!r}; known are {', '.join(PROMPT_STYLES)}.")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions, write_text
-from lit_llama.compose import load_composed
+from lit_llama.compose import load_adapted
 from lit_llama.tokenizer import Tokenizer
 from microworld.scorer import draw_questions, score_model
 from microworld.world import UNSEEN, World
@@ -50,7 +50,7 @@ def score(args: Settings, adapters: list[Path], strengths: list[float] | None = 
     said in the form adapter's form."""
     world, tokenizer = World(), Tokenizer(args.checkpoint_dir)
     read = [read_adapter(path) for path in adapters]
-    model = load_composed(args.checkpoint_dir, read, strengths or [1.0]) if read else load_model(args.checkpoint_dir)
+    model = load_adapted(args.checkpoint_dir, read, strengths or [1.0]) if read else load_model(args.checkpoint_dir)
     pools = {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
     pools["fact"] = world.questions(UNSEEN)
     each = []

@@ -8,7 +8,8 @@ import torch
 import toys
 
 from lit_llama import aligner
-from lit_llama.generation import Sampling, gates_scaled, generate
+from lit_llama.compose import scaled_adapter
+from lit_llama.generation import Sampling, generate
 from lit_llama.utils import UserError
 
 LENGTHS = (1, 3, 10)
@@ -226,11 +227,11 @@ def test_strength_scales_the_gates_and_gives_them_back(length):
     base = toys.base(n_kv_head=2)
     base.load_state_dict({n: t for n, t in network.state_dict().items() if not network.is_adapter_parameter(n)})
     trained = network(idx)
-    with gates_scaled(network, 0.0):
+    with scaled_adapter(network, 0.0):
         assert torch.equal(network(idx), base(idx))
-    with gates_scaled(network, 1.0):
+    with scaled_adapter(network, 1.0):
         assert torch.equal(network(idx), trained)
-    with pytest.raises(ZeroDivisionError), gates_scaled(network, 0.5):
+    with pytest.raises(ZeroDivisionError), scaled_adapter(network, 0.5):
         half = reference.logits(reference.double(network.state_dict()), network.config, idx[0].tolist())
         torch.testing.assert_close(network(idx)[0].double(), half, atol=5e-5, rtol=5e-5)
         assert not torch.allclose(network(idx), trained, atol=1e-2)

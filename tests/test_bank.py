@@ -9,8 +9,9 @@ import torch
 from toys import aligned, base, prompts, token_ids
 
 from lit_llama import generation
-from lit_llama.bank import Bank, load_with_bank, open_bank
+from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, save_adapter, save_base
+from lit_llama.compose import load_with_bank
 from lit_llama.generation import Sampling, answer, generate, instruct
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
@@ -234,7 +235,7 @@ def test_many_adapters_in_many_blocks_stay_apart(monkeypatch):
     made = {f"user {i}": adapter(1 + i % 3, 1, i) for i in range(60)}
     for name, one in made.items():
         bank.add(name, one)
-    assert len(bank.blocks) > 20
+    assert sum(map(len, bank.blocks.values())) > 20
     for name in list(made)[::7]:
         bank.remove(name)
         del made[name]
@@ -343,7 +344,7 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="The bank is for a base of another shape"):
         load_with_bank(folders["gqa"], Bank.load(path))
     save_adapter(tmp_path / "a.safetensors", adapters_of("mha")["a"].state, {})
-    for name, sentence in (("a.safetensors", "is no bank"), ("none", "There is no file at")):
+    for name, sentence in (("a.safetensors", "is not a bank"), ("none", "There is no file at")):
         with pytest.raises(UserError, match=sentence):
             Bank.load(tmp_path / name)
     anonymous = Bank(base().config)
@@ -354,7 +355,7 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
 
 def test_a_batch_of_another_size_is_refused(folders):
     model = load_with_bank(folders["mha"], filled(folders["mha"], adapters_of("mha")))
-    with model.using(["a", "b"]), pytest.raises(UserError, match="2 names of adapters for a batch of 3 rows"):
+    with model.using(["a", "b"]), pytest.raises(UserError, match="adapters for 2 rows, and the batch has 3"):
         model(token_ids(3, 4))
     assert model(token_ids(3, 4)).shape == (3, 4, 50)
 
@@ -406,13 +407,34 @@ def test_a_banks_file_serves_the_command_line(run_script, base_dir, trained, tmp
     assert compared.count("aligned: ") == compared.count("base:") == 2
 
 
+def test_sums_strengths_and_the_chat_with_a_bank(run_script, base_dir, trained):
+    flags = ["--checkpoint_dir", base_dir, "--max_new_tokens", "8", "--prompt_style", "plain"]
+    bank, prompt = ["--bank", *trained.values()], ["--prompt", "the cat"]
+
+    def answers(*more: object, stdin: str = "") -> str:
+        code, out, err = run_script("generate/aligner.py", *flags, *more, stdin=stdin)
+        assert code == 0, err
+        return out
+
+    both = answers("--adapter", *trained.values(), "--strength", "1", "0.5", *prompt)
+    assert answers(*bank, "--use", "cat+dog:0.5", *prompt) == both
+    assert answers(*bank, "--use", "cat:2+dog", "--strength", "0.5", *prompt) == both
+    assert answers(*bank, "--use", "cat+dog:0.5", "--interactive", stdin="the cat\n") == both
+    base = answers(*bank, *prompt)
+    assert answers(*bank, "--use", "cat+dog", "--strength", "0", *prompt) == base != both
+    assert answers(*bank, "--interactive", stdin="the cat\n") == base
+    compared = answers(*bank, "--use", "cat+dog:0.5", "--compare_base", *prompt)
+    assert compared == f"> (cat+dog:0.5) the cat\nbase:    {base}aligned: {both}"
+
+
 def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, tmp_path):
     flags = ["--checkpoint_dir", base_dir, "--bank", *trained.values(), "--prompt", "the cat", "the dog", "a rat"]
     assert "no adapter named 'cot' among the 2 of the bank; near ones are 'cat'" in refused(
         "generate/aligner.py", *flags, "--use", "cot"
     )
     assert "3 prompts and 2 names in --use" in refused("generate/aligner.py", *flags, "--use", "cat", "dog")
-    assert "do not go together with --bank" in refused("generate/aligner.py", *flags, "--strength", "0.5")
+    assert "--strength takes one number for all" in refused("generate/aligner.py", *flags, "--strength", "0.5", "1")
+    assert "no adapter named 'dog:x' among the 2" in refused("generate/aligner.py", *flags, "--use", "cat+dog:x")
     assert "give --bank too" in refused("generate/aligner.py", "--use", "cat")
     twin = tmp_path / "twin" / "cat"
     shutil.copytree(trained["cat"], twin)
@@ -428,5 +450,5 @@ def test_prompts_that_name_adapters_need_a_bank(run_script, base_dir, trained, t
     file.write_text('{"prompt": "the cat", "adapter": "dog"}\n')
     flags = ["--checkpoint_dir", base_dir, "--adapter", trained["cat"], "--max_new_tokens", "4"]
     code, out, err = run_script("generate/aligner.py", *flags, "--prompt_file", file)
-    assert code == 0 and "count only with generate/aligner.py --bank" in err
+    assert code == 0 and "are ignored; they need generate/aligner.py --bank" in err
     assert out == run_script("generate/aligner.py", *flags, "--prompt", "the cat")[1]

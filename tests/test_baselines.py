@@ -16,8 +16,8 @@ import toys
 
 from lit_llama import adapter, aligner, bitfit, generation, lora, prompt_tuning
 from lit_llama.checkpoint import load_model, read_adapter, save_adapter
-from lit_llama.compose import load_composed
-from lit_llama.generation import Sampling, gates_scaled, generate
+from lit_llama.compose import load_adapted, scaled_adapter
+from lit_llama.generation import Sampling, generate
 from lit_llama.methods import METHODS
 from lit_llama.report import read_metrics
 from lit_llama.settings import describe
@@ -173,19 +173,19 @@ def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, 
     network.load_state_dict(own)
     trained, prompts, sampling = network(idx), toys.prompts(4, 7), Sampling(max_new_tokens=6, temperature=1.0)
     assert not torch.allclose(trained, base(idx), atol=0.1)
-    with gates_scaled(network, 0.0):
+    with scaled_adapter(network, 0.0):
         assert torch.equal(network(idx), base(idx))
         assert generate(network, prompts, sampling) == generate(base, prompts, sampling)
-    with gates_scaled(network, 1.0):
+    with scaled_adapter(network, 1.0):
         assert torch.equal(network(idx), trained)
     assert torch.equal(network(idx), trained)
-    assert torch.equal(load_composed(base_dir, [file], [0.0])(idx), base(idx))
-    assert torch.equal(load_composed(base_dir, [file], [1.0])(idx), trained)
+    assert torch.equal(load_adapted(base_dir, [file], [0.0])(idx), base(idx))
+    assert torch.equal(load_adapted(base_dir, [file], [1.0])(idx), trained)
     if method == "prompt_tuning":
         with pytest.raises(UserError, match=r"is there \(1\) or not \(0\)"):
-            load_composed(base_dir, [file], [0.5])
+            load_adapted(base_dir, [file], [0.5])
     else:
-        half = load_composed(base_dir, [file], [0.5])(idx)
+        half = load_adapted(base_dir, [file], [0.5])(idx)
         assert not torch.allclose(half, trained, atol=0.1) and not torch.allclose(half, base(idx), atol=0.1)
 
 

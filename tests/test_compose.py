@@ -1,11 +1,14 @@
 import pytest
 import torch
-from toys import aligned, base, token_ids
+from toys import aligned, base, prompts, token_ids
 
+from lit_llama import generation
 from lit_llama.aligner import prefix_attention
+from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, load_model, save_adapter, save_base
-from lit_llama.compose import load_composed
-from lit_llama.generation import Sampling, gates_scaled, generate
+from lit_llama.compose import as_sum, load_adapted, load_with_bank, load_with_sum, parse_sum, scaled_adapter
+from lit_llama.generation import Sampling, generate
+from lit_llama.model import LLaMA
 from lit_llama.utils import UserError
 
 
@@ -43,29 +46,120 @@ def with_terms(folder, weights: dict[int, float]):
 @pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0), (0.0, 0.0)])
 def test_contributions_add_up_in_each_layer(folder, strengths):
     idx = token_ids(2, 12)
-    composed = load_composed(folder, [LATE, EARLY], list(strengths))
+    composed = load_adapted(folder, [LATE, EARLY], list(strengths))
     expected = with_terms(folder, dict(enumerate(strengths)))(idx)
     torch.testing.assert_close(composed(idx), expected, atol=2e-5, rtol=1e-5)
-    swapped = load_composed(folder, [EARLY, LATE], list(strengths[::-1]))
+    swapped = load_adapted(folder, [EARLY, LATE], list(strengths[::-1]))
     torch.testing.assert_close(composed(idx), swapped(idx), atol=1e-5, rtol=1e-5)
     assert torch.equal(composed(idx), load_model(folder)(idx)) == (strengths == (0.0, 0.0))
 
 
 def test_one_adapter_is_that_adapter(folder):
     idx = token_ids(2, 12)
-    assert torch.equal(load_composed(folder, [LATE], [1.0])(idx), load_model(folder, LATE)(idx))
+    assert torch.equal(load_adapted(folder, [LATE], [1.0])(idx), load_model(folder, LATE)(idx))
 
 
 def test_one_strength_is_for_all_and_the_base_comes_back(folder):
     idx = token_ids(2, 12)
-    composed = load_composed(folder, [LATE, EARLY], [0.5])
-    assert torch.equal(composed(idx), load_composed(folder, [LATE, EARLY], [0.5, 0.5])(idx))
-    with gates_scaled(composed, 0.0):
+    composed = load_adapted(folder, [LATE, EARLY], [0.5])
+    assert torch.equal(composed(idx), load_adapted(folder, [LATE, EARLY], [0.5, 0.5])(idx))
+    with scaled_adapter(composed, 0.0):
         assert torch.equal(composed(idx), load_model(folder)(idx))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aligners_of_one_token_become_a_plain_model(folder, dtype):
+    """It has the biases that the layers would add, and no adapter code."""
+    idx, adapters = token_ids(2, 12), [EARLY, adapter(1, 2, seed=3)]
+    merged = load_adapted(folder, adapters, [0.5, 2.0], dtype=dtype)
+    composed = load_adapted(folder, adapters, [0.5, 2.0], dtype=dtype, merge=False)
+    assert type(merged) is LLaMA and type(composed) is not LLaMA
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 0.2}[dtype]
+    torch.testing.assert_close(merged(idx), composed(idx), atol=tolerance, rtol=tolerance)
+    assert torch.equal(load_adapted(folder, adapters, [0.0], dtype=dtype)(idx), load_model(folder, dtype=dtype)(idx))
+    with pytest.raises(ValueError, match="no adapter that could be scaled"), scaled_adapter(merged, 0.0):
+        raise AssertionError
+
+
+# == A sum for each row ==
+
+SUMS = [
+    "late",
+    (("late", 0.5), ("early", 2.0)),
+    None,
+    (("late", 1.0), ("other", -1.0)),
+    (("early", 1.0), ("single", 0.5), ("early", 0.25)),
+    (("late", 0.5),),
+    (("other", 0.0),),
+]
+
+
+@pytest.fixture(scope="module")
+def bank(folder):
+    adapters = {"late": LATE, "early": EARLY, "other": adapter(3, 1, seed=3), "single": adapter(1, 2, seed=4)}
+    return make_bank(folder, list(adapters.items()))
+
+
+def test_each_row_has_its_own_sum(folder, bank):
+    model, idx = load_with_bank(folder, bank), token_ids(len(SUMS), 12)
+    with model.using(SUMS):
+        together = model(idx)
+        with scaled_adapter(model, 0.5):
+            halved = model(idx)
+        with scaled_adapter(model, 0.0):
+            assert torch.equal(model(idx), load_model(folder)(idx))
+        assert torch.equal(model(idx), together)
+    for row, terms in enumerate(SUMS):
+        for scale, batch in ((1.0, together), (0.5, halved)):
+            names, strengths = zip(*as_sum(terms), strict=True) if as_sum(terms) else (["late"], [0.0])
+            alone = load_adapted(folder, [bank.adapter(name) for name in names], [scale * s for s in strengths])
+            torch.testing.assert_close(batch[row], alone(idx[row : row + 1])[0], atol=3e-5, rtol=1e-5)
+    unadapted = load_model(folder)(idx)
+    assert [row for row in range(len(SUMS)) if torch.equal(together[row], unadapted[row])] == [2, 6]
+
+
+@pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1], ids=["one prefill", "a prefill for each length"])
+def test_generation_with_a_sum_for_each_row(folder, bank, group_tokens, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
+    model, asked, sampling = load_with_bank(folder, bank), prompts(5, 20, 1, 9, 3, 14, 7), Sampling(8, 1.0)
+    with model.using(SUMS):
+        together = generate(model, asked, sampling)
+    for row, terms in enumerate(SUMS):
+        alone = load_with_sum(folder, bank, terms, merge=row % 2 == 0)
+        assert together[row] == generate(alone, [asked[row]], sampling, rows=[row])[0]
+
+
+def test_one_sum_is_for_batches_of_any_size(folder, bank):
+    model, idx = load_with_bank(folder, bank), token_ids(4, 9)
+    terms = (("late", 0.5), ("early", 2.0), ("other", 1.0))
+    model.use([terms])
+    expected = model(idx)
+    torch.testing.assert_close(model(idx[:3]), expected[:3], atol=2e-5, rtol=1e-5)
+    with model.using([terms] * 4):
+        assert torch.equal(model(idx), expected)
+    with model.using([None]):
+        assert torch.equal(model(idx), load_model(folder)(idx))
+    assert torch.equal(model(idx), expected)
+
+
+def test_sums_as_text(folder):
+    one = adapter(1, 1, seed=1)
+    bank = make_bank(folder, [(name, one) for name in ("pirate", "polite", "c++", "v:2", "2")])
+    assert parse_sum("pirate", bank) == (("pirate", 1.0),)
+    assert parse_sum("pirate:0.5+polite", bank) == (("pirate", 0.5), ("polite", 1.0))
+    assert parse_sum("pirate:-1+base+2:1e-1", bank) == (("pirate", -1.0), ("2", 0.1))
+    assert parse_sum("base", bank) == parse_sum("base:2", bank) == ()
+    assert parse_sum("c++", bank) == (("c++", 1.0),)
+    assert parse_sum("v:2+v:2:3", bank) == (("v:2", 1.0), ("v:2", 3.0))
+    for text, unknown in (("pirat:2", "pirat"), ("pirate:x", "pirate:x"), ("pirate:nan", "pirate:nan"), ("a+2", "a"),
+                          ("", ""), ("pirate+", "")):  # fmt: skip
+        with pytest.raises(UserError, match=f"no adapter named '{unknown}' among the 5"):
+            parse_sum(text, bank)
+    assert as_sum("pirate") == (("pirate", 1.0),) and as_sum(None) == () == as_sum([("pirate", 0.0)])
+
+
 def test_generation_with_its_cache_is_greedy_decoding_without_one(folder):
-    composed = load_composed(folder, [LATE, EARLY], [1.0])
+    composed = load_adapted(folder, [LATE, EARLY], [1.0])
     prompt = token_ids(1, 5)[0].tolist()
     (cached,) = generate(composed, [prompt], Sampling(8))
     ids = list(prompt)
@@ -76,16 +170,16 @@ def test_generation_with_its_cache_is_greedy_decoding_without_one(folder):
 
 def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"There are 2 adapters and 3 strengths; give each its own\."):
-        load_composed(folder, [LATE, EARLY], [1.0, 1.0, 1.0])
+        load_adapted(folder, [LATE, EARLY], [1.0, 1.0, 1.0])
     wide = AdapterFile(
         {**LATE.state, "global_value_embedding.weight": torch.randn(3, 64)}, LATE.meta, tmp_path / "wide.safetensors"
     )
     save_adapter(wide.path, wide.state, wide.meta)
     with pytest.raises(UserError, match="is 64 wide"):
-        load_composed(folder, [EARLY, wide], [1.0])
+        load_adapted(folder, [EARLY, wide], [1.0])
 
 
 def test_only_aligners_add_up(folder):
     foreign = AdapterFile(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
     with pytest.raises(UserError, match=r"lora\.safetensors was made by the method 'lora'; only Aligners add up"):
-        load_composed(folder, [LATE, foreign], [1.0])
+        load_adapted(folder, [LATE, foreign], [1.0])

@@ -15,7 +15,7 @@ import finetune.aligner
 import finetune.alignerDPO
 from lit_llama import aligner, dpo, lora
 from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_adapter, save_adapter, save_base
-from lit_llama.compose import load_composed
+from lit_llama.compose import load_adapted
 from lit_llama.generation import Sampling, generate
 from lit_llama.quantize import Quantize, check_quantize, projections
 from lit_llama.utils import UserError
@@ -144,7 +144,7 @@ def dequantised(layer: torch.nn.Module) -> torch.Tensor:
 @needs_bitsandbytes
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
-    composed = load_composed(wide_dir, [adapter(), adapter(1)], [1.0], quantize=mode)
+    composed = load_adapted(wide_dir, [adapter(), adapter(1)], [1.0], quantize=mode)
     answers = generate(composed, toys.prompts(3, 7), Sampling(5), set())
     alone = [generate(composed, [prompt], Sampling(5), set())[0] for prompt in toys.prompts(3, 7)]
     # int8 chooses the columns it leaves unquantised for a batch together

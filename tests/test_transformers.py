@@ -121,7 +121,7 @@ def test_stories260k(shared, tmp_path, run_script):
     assert run_script(SCRIPT, "--checkpoint_dir", source, "--output_dir", tmp_path / "ours")[0] == 0
     ours = Tokenizer(tmp_path / "ours")
     prompt = "Once upon a time"
-    text = answer(load_model(tmp_path / "ours"), ours, [prompt], Sampling(max_new_tokens=80), whole=True)[0]
+    text = answer(load_model(tmp_path / "ours"), ours, [prompt], Sampling(max_new_tokens=80), echo=True)[0]
     flags = ("--reverse", "--checkpoint_dir", tmp_path / "ours", "--output_dir", tmp_path / "back")
     assert run_script(SCRIPT, *flags)[0] == 0
     for folder in (source, tmp_path / "back"):
