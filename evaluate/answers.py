@@ -131,11 +131,11 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     Raises:
         UserError: a row lacks a field, or the answers are to other questions.
     """
-    known = {item.id: item for item in items}
+    known, by_text = {item.id: item for item in items}, {item.text: item.id for item in items}
     answers = Answers(Path(path).stem, {}, made_by={"file": str(path)})
     for number, row in enumerate(read_rows(path), 1):
         try:
-            id, text = answer_of_row(row, number)
+            id, text = answer_of_row(row, number, by_text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if id not in known:
@@ -153,13 +153,15 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     return answers
 
 
-def answer_of_row(row: Any, number: int) -> tuple[int | str, str]:
-    """Return the question's id and the answer of one row.
+def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple[int | str, str]:
+    """Return the question's id and the answer of one row; a row without an id may have the question as `prompt`.
 
     Raises:
         UserError: the row lacks them.
     """
-    if not isinstance(row, dict) or not ({"question_id", "id"} & row.keys()):
+    if isinstance(row, dict) and not {"question_id", "id"} & row.keys() and row.get("prompt") in by_text:
+        row = {**row, "id": by_text[row["prompt"]]}
+    if not isinstance(row, dict) or not {"question_id", "id"} & row.keys():
         text_field(row, number, "question_id")
     id = row.get("question_id", row.get("id"))
     if "choices" in row:
@@ -194,3 +196,14 @@ def describe(answers: Answers, asked: list[Item]) -> dict[str, Any]:
         "statistics": answers.statistics,
         "made_by": answers.made_by,
     }
+
+
+def render_answers(side: dict[str, Any]) -> str:
+    """Return a sentence about a set of answers, from `describe`."""
+    text = f"{side['name']}: {side['n']} answers, {side['mean_words']:.1f} words on average"
+    if statistics := side["statistics"]:
+        text += (
+            f" or {statistics['mean_tokens']:.1f} tokens; {statistics['ended_share']:.1%} ended by themselves, at "
+            f"{statistics['tokens_per_second']:.0f} tokens/s"
+        )
+    return text + ".\n"

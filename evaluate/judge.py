@@ -154,6 +154,14 @@ class Judge:
         }
 
 
+def open_judge(settings: JudgeSettings, output_dir: Path) -> Judge | None:
+    """Return the judge, or None if there is neither an endpoint nor a file of replies."""
+    if settings.judge_url or (settings.judge_cache or Path(output_dir) / JUDGEMENTS).exists():
+        return Judge(settings, output_dir)
+    log("note: there is no judge; set --judge_url to have the answers judged.")
+    return None
+
+
 def check_settings(settings: JudgeSettings) -> None:
     """Refuse settings that are out of range.
 

@@ -228,12 +228,17 @@ def length_controlled(points: list[float], differences: list[float], resamples: 
         differences: length of the first answer minus that of the second.
 
     Returns:
-        first_longer: share of the questions; length_controlled_rate and _interval (95 % bootstrap), or None.
+        first_longer, second_longer: questions; length_controlled_rate and _interval (95 % bootstrap), or None.
     """
     y, x = np.asarray(points, float), np.asarray(differences, float)
-    first_longer, second_longer = float(np.mean(x > 0)) if len(x) else 0.0, float(np.mean(x < 0)) if len(x) else 0.0
-    result = {"first_longer": first_longer, "length_controlled_rate": None, "length_controlled_interval": None}
-    if min(first_longer, second_longer) < MIN_OVERLAP or len(x) < 20:
+    first_longer, second_longer = int((x > 0).sum()), int((x < 0).sum())
+    result = {
+        "first_longer": first_longer,
+        "second_longer": second_longer,
+        "length_controlled_rate": None,
+        "length_controlled_interval": None,
+    }
+    if min(first_longer, second_longer) < max(MIN_OVERLAP * len(x), 5):
         return result
     x = np.tanh(x / x.std())  # as a few very long answers should not decide
     rng = np.random.default_rng(0)
@@ -296,12 +301,13 @@ def render_pairs(summary: dict[str, Any], first: str, second: str) -> str:
         )
     if length:
         lines.append(render_length(length))
-    if summary["unparsed"]:
-        lines.append(
-            f"Unparsed, and in no count: {len(summary['unparsed'])} questions "
-            f"({', '.join(map(str, summary['unparsed']))}).\n"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines) + render_unparsed(summary["unparsed"])
+
+
+def render_unparsed(ids: list[Any]) -> str:
+    """Return a sentence about the questions whose replies were not understood."""
+    listed = ", ".join(map(str, ids[:30])) + (", ..." if len(ids) > 30 else "")
+    return f"\nUnparsed, and in no count: {len(ids)} questions ({listed}).\n" if ids else ""
 
 
 def render_length(length: dict[str, Any]) -> str:
@@ -310,10 +316,12 @@ def render_length(length: dict[str, Any]) -> str:
         f"Mean length: {length['mean_characters']:.0f} against {length['mean_characters_against']:.0f} characters. "
         f"The longer answer won {fixed(length['longer_won'], 3)} of the {length['decided']} decided questions.\n"
     )
+    if not length["decided"]:
+        return text
     if length["length_controlled_rate"] is None:
         return text + (
-            f"No length-controlled rate: the first answer is the longer one in {length['first_longer']:.1%} of the "
-            "questions, so too little is known about answers of equal length.\n"
+            f"No length-controlled rate: the first answer is the longer one to {length['first_longer']} and the second "
+            f"to {length['second_longer']} questions, so too little is known about answers of equal length.\n"
         )
     low, high = length["length_controlled_interval"]
     return text + f"Length-controlled rate: {length['length_controlled_rate']:.3f} (95 % {low:.3f}–{high:.3f}).\n"
@@ -345,4 +353,17 @@ def plot_pairs(axes: Any, summary: dict[str, Any], title: str) -> None:
     axes.axvline(0.5, color="black", lw=0.8, ls="--")
     axes.invert_yaxis()
     axes.set(title=title, xlabel="share of the questions", xlim=(0, 1))
+    axes.legend(loc="lower right")
+
+
+def plot_bars(
+    axes: Any, summary: dict[str, Any], fields: tuple[str, str], names: tuple[str, str], label: str, limit: float
+) -> None:
+    """Draw a number of both sides, for all questions and for each category."""
+    parts = {"all": summary["all"], **summary["by_category"]}
+    places = np.arange(len(parts))
+    for shift, field, name in zip((-0.2, 0.2), fields, names, strict=True):
+        axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=name)
+    axes.set(yticks=places, yticklabels=list(parts), xlim=(0, limit), xlabel=label)
+    axes.invert_yaxis()
     axes.legend(loc="lower right")

@@ -26,9 +26,10 @@ from evaluate.answers import (
     describe,
     fetch,
     read_answers,
+    render_answers,
 )
 from evaluate.common import bootstrap_interval, markdown_table
-from evaluate.judge import JUDGEMENTS, Judge, Request
+from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
     Comparison,
     by_category,
@@ -37,10 +38,12 @@ from evaluate.pairs import (
     fixed,
     judge_pairs,
     list_verdicts,
+    plot_bars,
     plot_pairs,
     reference_block,
     render_judge,
     render_pairs,
+    render_unparsed,
 )
 from evaluate.replies import parse_score, parse_scores
 from lit_llama import cli
@@ -154,9 +157,8 @@ def main(settings: Settings) -> dict[str, Any]:
     first, second = answers_of_both(settings, items, asked)
     n_asked, asked = len(asked), answered_by_both(asked, first, second)
     summary |= {"skipped": n_asked - len(asked), "first": describe(first, asked), "second": describe(second, asked)}
-    judge = Judge(settings, settings.output_dir) if settings.judge_url or cache_path(settings).exists() else None
+    judge = open_judge(settings, settings.output_dir)
     if judge is None:
-        log("note: there is no judge; set --judge_url to have the answers compared.")
         return report(settings, summary)
     records = []
     if settings.judging in ("both", "pair"):
@@ -169,10 +171,6 @@ def main(settings: Settings) -> dict[str, Any]:
         summary["single"] = grade_summary(grades)
     summary["judge"] = {**judge.describe(records), "prompts": {"pair": PAIR_PROMPT, "single": SINGLE_PROMPT}}
     return report(settings, summary)
-
-
-def cache_path(settings: Settings) -> Path:
-    return settings.judge_cache or settings.output_dir / JUDGEMENTS
 
 
 def count_reviews(settings: Settings, items: list[Item], asked: list[Item]) -> dict[str, Any]:
@@ -303,26 +301,14 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def render_answers(side: dict[str, Any]) -> str:
-    text = f"{side['name']}: {side['n']} answers, {side['mean_words']:.1f} words on average"
-    if side["statistics"]:
-        text += "; {ended_share:.1%} ended by themselves, {mean_tokens:.1f} tokens on average".format(
-            **side["statistics"]
-        )
-        text += ", {tokens_per_second:.0f} tokens/s".format(**side["statistics"])
-    return text + ".\n"
-
-
 def render_grades(single: dict[str, Any]) -> str:
     rows = []
     for name, part in {"all": single["all"], **single["by_category"]}.items():
         interval = "–" if part["interval"] is None else "{:.2f} to {:.2f}".format(*part["interval"])
         numbers = [fixed(part[field], 2) for field in ("grade", "grade_against", "difference")]
         rows.append([name, part["n"], *numbers, interval])
-    text = markdown_table(["category", "n", "grade", "against", "difference", "95 %"], rows)
-    if single["unparsed"]:
-        text += f"\nUnparsed, and in no mean: {len(single['unparsed'])} questions ({single['unparsed']}).\n"
-    return text
+    table = markdown_table(["category", "n", "grade", "against", "difference", "95 %"], rows)
+    return table + render_unparsed(single["unparsed"])
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -334,13 +320,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         if kind == "pairs":
             plot_pairs(axes, summary["pairs"], f"{first}\nagainst {second}")
             continue
-        parts = {"all": summary["single"]["all"], **summary["single"]["by_category"]}
-        places = np.arange(len(parts))
-        for shift, field, name in ((-0.2, "grade", first), (0.2, "grade_against", second)):
-            axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=name)
-        axes.set(yticks=places, yticklabels=list(parts), xlim=(0, 10), xlabel="mean grade", title="Each answer alone")
-        axes.invert_yaxis()
-        axes.legend(loc="lower right")
+        plot_bars(axes, summary["single"], ("grade", "grade_against"), (first, second), "mean grade", 10)
     save_figure(figure, path)
 
 
