@@ -1,0 +1,274 @@
+"""Run scripts of this repository by the thousand, each in a process of its own, and judge how they end.
+
+    with Harness() as harness:
+        ended = harness.run("generate/base.py", "--prompt", "x", cwd=folder)
+        assert not ended.problem
+
+A server process imports the heavy modules once and forks for each run; `fresh=True` starts a new interpreter instead.
+What a script may do: exit with 0, or with 1 or 2 and one line `error: ...` on stderr.
+"""
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACES = (b"Traceback (most recent call last)", b"Exception ignored", b"Fatal Python error", b"Segmentation fault")
+
+
+@dataclass
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        code: Exit code, negative for a signal, None if the time limit was reached.
+        out, err: What it printed.
+        calls: Calls that changed the watched folder, if there was one.
+    """
+
+    command: list[str]
+    code: int | None
+    out: bytes
+    err: bytes
+    seconds: float
+    killed: bool = False
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with how it ended; empty if nothing."""
+        if self.code is None:
+            return "hang"
+        if self.killed:
+            return "" if self.code == -signal.SIGKILL else "was not killed"
+        if self.code < 0:
+            return f"abort by signal {-self.code}"
+        if any(trace in self.err for trace in TRACES):
+            return "traceback"
+        errors = [line for line in self.err.split(b"\n") if line.startswith(b"error: ")]
+        if self.code in (1, 2) and len(errors) != 1:
+            return f"{len(errors)} sentences for exit code {self.code}"
+        if self.code not in (0, 1, 2):
+            return f"exit code {self.code}"
+        return ""
+
+    def describe(self) -> str:
+        lines = self.err.decode(errors="backslashreplace").strip().splitlines()
+        return f"{' '.join(self.command)}\n    exit code {self.code} after {self.seconds:.1f} s\n    " + "\n    ".join(
+            line[:300] for line in lines[-12:]
+        )
+
+
+class Harness:
+    """A server that runs scripts.
+
+    Args:
+        modules: Modules that the server imports once for all runs.
+    """
+
+    def __init__(self, modules: tuple[str, ...] = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece",
+                                                   "jsonargparse", "matplotlib.figure")) -> None:  # fmt: skip
+        self.folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+                       "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}  # fmt: skip
+        self.environment = environment
+        command = [sys.executable, __file__, "serve", *modules]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def __enter__(self) -> "Harness":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+        shutil.rmtree(self.folder)
+
+    def run(
+        self,
+        script: str,
+        *args: object,
+        cwd: Path,
+        stdin: bytes = b"",
+        env: dict[str, str] | None = None,
+        limit: float = 120,
+        watch: Path | None = None,
+        kill_at: int | None = None,
+        after: bool = False,
+        user: int | None = None,
+        fresh: bool = False,
+    ) -> Ended:
+        """Run a script to its end.
+
+        Args:
+            script: Path in the repository.
+            args: Arguments; str, bytes or anything with a str.
+            cwd: Working directory.
+            limit: Seconds after which the run is killed and counts as a hang.
+            watch: Folder in which changes are counted.
+            kill_at: Number of the change, from 1, at which the process kills itself.
+            after: Kill after the change instead of before it.
+            user: Run with this user id (only as root).
+            fresh: Start a new interpreter.
+        """
+        (self.folder / "in").write_bytes(stdin)
+        (self.folder / "calls").unlink(missing_ok=True)
+        words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
+        request = {"script": script, "args": words, "cwd": str(cwd), "env": env or {}, "limit": limit, "user": user,
+                   "watch": watch and str(watch), "kill_at": kill_at, "after": after, "folder": str(self.folder)}  # fmt: skip
+        began = time.perf_counter()
+        if fresh:
+            code = self._run_fresh(request)
+        else:
+            self.server.stdin.write(json.dumps(request).encode() + b"\n")
+            self.server.stdin.flush()
+            code = json.loads(self.server.stdout.readline())
+        calls = self.folder / "calls"
+        return Ended(
+            [script, *words],
+            code,
+            (self.folder / "out").read_bytes(),
+            (self.folder / "err").read_bytes(),
+            time.perf_counter() - began,
+            kill_at is not None,
+            calls.read_text().splitlines() if calls.exists() else [],
+        )
+
+    def _run_fresh(self, request: dict[str, Any]) -> int | None:
+        (self.folder / "request").write_text(json.dumps(request))
+        process = subprocess.Popen(
+            [sys.executable, __file__, "one", str(self.folder / "request")], env=self.environment
+        )
+        return wait(process.pid, request["limit"])
+
+
+# == in the server ==
+
+
+def serve(modules: list[str]) -> None:
+    """Answer requests on stdin until it ends. Returns in the forked children, with a request to execute."""
+    sys.path.insert(0, str(ROOT))
+    for module in modules:
+        __import__(module)
+    gc.freeze()  # children end five times as fast
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            replies.close()
+            execute(request)
+            return
+        print(json.dumps(wait(pid, request["limit"])), file=replies, flush=True)
+
+
+def wait(pid: int, limit: float) -> int | None:
+    """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed."""
+    deadline, asked = time.monotonic() + limit, False
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return None if asked else os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL if asked else signal.SIGABRT)  # faulthandler prints where it is
+            deadline, asked = deadline + 5, True
+        time.sleep(0.005)
+
+
+def execute(request: dict[str, Any]) -> None:
+    """Become a script: redirect, set up and run it as `__main__`; the interpreter then ends as usual."""
+    os.setsid()
+    folder = Path(request["folder"])
+    for number, name, flags in ((0, "in", os.O_RDONLY), (1, "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+                                (2, "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):  # fmt: skip
+        opened = os.open(folder / name, flags)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, encoding="utf-8", errors="strict", closefd=False)
+    faulthandler.enable()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = [str(ROOT / request["script"]), *request["args"]]
+    sys.path[0] = str(ROOT / Path(request["script"]).parent)
+    if request["watch"]:
+        sys.path.append(str(ROOT / "tests" / "campaign"))
+        from faults import Faults
+
+        Faults(request["watch"], request["kill_at"], request["after"], folder / "calls").install()
+    if request["user"] is not None:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+# == for campaigns ==
+
+
+def snapshot(root: Path) -> dict[str, tuple]:
+    """Return kind, permissions and content (or target) of everything below a folder, by relative name."""
+    found = {}
+    for folder, folders, names in os.walk(root):
+        for path in (Path(folder, name) for name in folders + names):
+            about = path.lstat()
+            content: Any = None
+            if stat.S_ISLNK(about.st_mode):
+                content = os.readlink(path)
+            elif stat.S_ISREG(about.st_mode):
+                content = path.read_bytes()
+            found[path.relative_to(root).as_posix()] = (about.st_mode, content)
+    return found
+
+
+def changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
+    """Return what is gone or changed, as sentences."""
+    return [f"{name} {'is gone' if name not in after else 'changed'}"
+            for name in before if after.get(name) != before[name]]  # fmt: skip
+
+
+def run_campaign(check: Callable[[Harness, random.Random, Path], str], description: str) -> None:
+    """Run a campaign's cases from the command line, and exit with 1 if one of them fails.
+
+    Args:
+        check: Function of the harness, a case's random numbers and an empty folder. It returns what is wrong, or "".
+        description: Help text.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cases", type=int, default=20, help="how many cases to run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case; case i has seed + i")
+    args = parser.parse_args()
+    failed, began = 0, time.perf_counter()
+    with Harness() as harness:
+        for seed in range(args.seed, args.seed + args.cases):
+            folder = Path(tempfile.mkdtemp(prefix="campaign-case-"))
+            try:
+                if wrong := check(harness, random.Random(seed), folder):
+                    failed += 1
+                    print(f"seed {seed}: {wrong}\n", flush=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    print(f"{args.cases} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2:])
+    else:
+        execute(json.loads(Path(sys.argv[2]).read_text()))
