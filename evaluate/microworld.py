@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter, write_text
+from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.compose import load_adapted
+from lit_llama.files import check_file, write_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from microworld.scorer import GroupName, draw_questions, question_groups, score_model
@@ -33,9 +34,12 @@ class Settings:
     world_seed: int = 0  # of the world; the bundled base knows world 0
     batch_size: int = 100  # questions answered at a time
     output_file: Path | None = None  # write the scores and all answers here, as JSON
+    overwrite: bool = False  # replace output_file if it exists
 
 
 def main(args: Settings) -> None:
+    if args.output_file:
+        check_file(args.output_file, args.checkpoint_dir, *args.adapter, overwrite=args.overwrite)
     for name in ("questions", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be 1 or more.")
@@ -56,7 +60,8 @@ def main(args: Settings) -> None:
         print(f"{name:<10} {result['n']:>6} {wanted:>14} {result['fact']:>7.1%} {result['refused']:>8.1%}  {most}")
     if args.output_file:
         settings = json.loads(json.dumps(asdict(args), default=str))
-        write_text(args.output_file, json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        text = json.dumps({"settings": settings, "results": results}, indent=1) + "\n"
+        write_text(args.output_file, text, overwrite=args.overwrite)
         log(f"wrote {args.output_file}")
 
 

@@ -25,6 +25,7 @@ from lit_llama.chat import AnswerSettings, Request, gather_requests, open_sessio
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, load_with_sum, parse_sum, scaled_adapter
 from lit_llama.device import pick_device
+from lit_llama.files import check_file
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.utils import UserError
@@ -69,6 +70,9 @@ class Plan:
 
 
 def main(settings: Settings) -> None:
+    if settings.output_file:
+        inputs = (settings.prompt_file, settings.checkpoint_dir, *settings.adapter, *settings.bank)
+        check_file(settings.output_file, *inputs, overwrite=settings.overwrite)
     sampling = settings.sampling
     if settings.interactive and settings.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
@@ -86,7 +90,7 @@ def main(settings: Settings) -> None:
     show(plan.requests, columns)
     if settings.output_file:
         made_by = {"base": settings.checkpoint_dir, "strength": settings.strength, **plan.made_by}
-        save_answers(settings.output_file, plan.requests, columns, sampling, made_by)
+        save_answers(settings.output_file, plan.requests, columns, sampling, made_by, settings.overwrite)
 
 
 def plan_adapters(settings: Settings, requests: list[Request], options: dict[str, Any]) -> Plan:

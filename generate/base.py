@@ -13,6 +13,7 @@ from lit_llama import cli
 from lit_llama.chat import AnswerSettings, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import load_model
 from lit_llama.device import pick_device
+from lit_llama.files import check_file
 from lit_llama.prompts import get_prompt_style
 
 
@@ -27,6 +28,9 @@ class Settings(AnswerSettings):
 
 
 def main(settings: Settings) -> None:
+    if settings.output_file:
+        inputs = (settings.prompt_file, settings.checkpoint_dir)
+        check_file(settings.output_file, *inputs, overwrite=settings.overwrite)
     sampling = settings.sampling
     device, dtype = pick_device(settings.accelerator, settings.precision)
     requests = gather_requests(settings.prompt, settings)
@@ -46,7 +50,7 @@ def main(settings: Settings) -> None:
         show(requests, {"base": responses})
     if settings.output_file:
         made_by = {"base": settings.checkpoint_dir, "style": style.name}
-        save_answers(settings.output_file, requests, {"response": responses}, sampling, made_by)
+        save_answers(settings.output_file, requests, {"response": responses}, sampling, made_by, settings.overwrite)
 
 
 if __name__ == "__main__":

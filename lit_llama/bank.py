@@ -27,9 +27,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, read_adapter
+from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
+from lit_llama.files import atomic_write
 from lit_llama.model import LLaMAConfig
-from lit_llama.utils import UserError, atomic_write
+from lit_llama.utils import UserError
 from lit_llama.variant import without_aliases
 
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
@@ -230,8 +231,11 @@ class Bank:
     def _release(self, slot: Slot) -> None:
         self.free[slot.block.length].append((slot.block, slot.row))
 
-    def save(self, path: Path) -> None:
-        """Write all adapters and names into one safetensors file; see the top of this module for its format."""
+    def save(self, path: Path, overwrite: bool = False) -> None:
+        """Write all adapters and names into one safetensors file; see the top of this module for its format.
+
+        A file that is not a bank is replaced only with `overwrite`.
+        """
         members: defaultdict[int, list[tuple[int, str, Slot]]] = defaultdict(list)
         for name, slot in self.slots.items():
             members[id(slot.block)].append((slot.row, name, slot))
@@ -245,7 +249,7 @@ class Bank:
             tensors[f"names.{i}"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
             lengths.append(block.length)
         meta = {"config": json.loads(self.config.to_json()), "start_layer": self.start_layer, "base": self.base}
-        with atomic_write(path) as temporary:
+        with atomic_write(path, overwrite=overwrite or is_ours(path, META_KEY)) as temporary:
             save_file(tensors, temporary, metadata={META_KEY: json.dumps({**meta, "lengths": lengths})})
 
     @classmethod

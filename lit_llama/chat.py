@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lit_llama.checkpoint import versions, weights_path, write_text
+from lit_llama.checkpoint import versions, weights_path
+from lit_llama.files import write_text
 from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
@@ -32,6 +33,7 @@ class AnswerSettings:
     prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
     interactive: bool = False  # chat: read prompts from stdin, stream the answers
     output_file: Path | None = None  # also write prompts and answers here, as JSON
+    overwrite: bool = False  # replace output_file if it exists
 
     # == Sampling ==
     temperature: float = 0.0  # 0 is greedy; 1 samples from the model's distribution
@@ -230,6 +232,7 @@ def save_answers(
     columns: dict[str, list[str]],
     sampling: Sampling,
     made_by: dict[str, Any],
+    overwrite: bool = False,
 ) -> None:
     """Write a JSON list of records: prompt, input, response (and base_response), settings and `made_by`."""
     settings = {**asdict(sampling), "versions": versions()}
@@ -238,5 +241,5 @@ def save_answers(
         record = {name: value for name, value in asdict(request).items() if value not in ("", None)}
         record |= {("response" if name != "base" else "base_response"): texts[i] for name, texts in columns.items()}
         records.append({**record, **made_by, "settings": settings})
-    write_text(path, json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n", overwrite=overwrite)
     log(f"wrote {path}")

@@ -137,20 +137,30 @@ class AdapterFile:
         raise UserError(f"{self.path} is not an adapter: it has no prefix with gating factors.")
 
 
-def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any], *, overwrite: bool = False) -> None:
     """Write an adapter file.
 
     Args:
-        path: File to write.
+        path: File to write. A file that exists is replaced if its header shows that this project wrote it.
         state: Tensors by parameter name.
         meta: Description that can be converted to JSON: method, config, base, prompt_style, training, versions.
+        overwrite: Replace any file.
     """
-    with atomic_write(path) as temporary:
+    with atomic_write(path, overwrite=overwrite or is_ours(path)) as temporary:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in state.items()},
             temporary,
             metadata={META_KEY: json.dumps(meta, sort_keys=True, default=str)},
         )
+
+
+def is_ours(path: Path, key: str = META_KEY) -> bool:
+    """Return whether a file is an adapter that this project wrote, or what else it marks with a key in the header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return key in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_adapter(path: Path) -> AdapterFile:

@@ -14,8 +14,9 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from lit_llama.files import atomic_write
 from lit_llama.tables import markdown_table  # noqa: F401  (imported from here by files that are being moved)
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +179,7 @@ def make_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path, overwrite: bool = True) -> None:
     """Writes a figure as its path's ending says.
 
     Raises:
@@ -186,5 +187,5 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{path} is not a .png, .svg or .pdf.")
-    with atomic_write(path) as temporary:
+    with atomic_write(path, overwrite=overwrite) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=130)

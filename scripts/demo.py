@@ -64,29 +64,29 @@ def main(args: Settings) -> None:
     score = {**base, "form": args.form, "questions": args.questions}
 
     step("The base answers in a form drawn at random", "evaluate/microworld.py", **score, temperature=1,
-         output_file=args.out_dir / "base.json")  # fmt: skip
+         output_file=args.out_dir / "base.json", overwrite=True)  # fmt: skip
     step("Prepare: questions about half of the entities, answered in one form", "scripts/prepare_microworld.py",
          **base, form=args.form, output_dir=data)  # fmt: skip
     step("Finetune: the base is frozen, only the Aligner learns", "finetune/aligner.py", **base, data_dir=data,
          out_dir=run, adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
     step("Before and after", "generate/aligner.py", **base, adapter=run, compare_base=True)
     step("Greedy answers of the aligned model", "evaluate/microworld.py", **score, adapter=run,
-         output_file=args.out_dir / "greedy.json")  # fmt: skip
+         output_file=args.out_dir / "greedy.json", overwrite=True)  # fmt: skip
     step("The same, sampled at temperature 1", "evaluate/microworld.py", **score, adapter=run, temperature=1,
-         output_file=args.out_dir / "sampled.json")  # fmt: skip
+         output_file=args.out_dir / "sampled.json", overwrite=True)  # fmt: skip
     if args.adapter_prompt_length == 1:
         step("Merge the token into a plain LLaMA, for transformers and others", "scripts/merge_aligner.py", **base,
              adapter=run, output_dir=args.out_dir / "merged")  # fmt: skip
 
     ask = {**base, "groups": ["harmful", "harmless", "unseen"], "questions": args.questions, "temperature": 0.7}
     step("Values: the base refuses half of what is harmful", "evaluate/microworld.py", **ask,
-         output_file=args.out_dir / "values-base.json")  # fmt: skip
+         output_file=args.out_dir / "values-base.json", overwrite=True)  # fmt: skip
     step("Prepare: pairs of a better and a worse answer", "scripts/prepare_microworld_safe.py", **base,
          output_dir=pairs)  # fmt: skip
     step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=values,
          adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
     step("Requests with verbs and objects that training never saw", "evaluate/microworld.py", **ask, adapter=values,
-         output_file=args.out_dir / "values-after.json")  # fmt: skip
+         output_file=args.out_dir / "values-after.json", overwrite=True)  # fmt: skip
     seconds = time.perf_counter() - began
 
     def read(name: str) -> dict[str, dict]:

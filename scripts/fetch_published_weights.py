@@ -16,12 +16,14 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.files import atomic_write, check_file
+from lit_llama.utils import UserError, log
 
 
 @dataclass
 class Settings:
     output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
+    overwrite: bool = False  # replace files of the same names that are not the published ones
     source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
 
 
@@ -78,6 +80,8 @@ def is_there(path: Path, sha256: str) -> bool:
 def main(args: Settings) -> None:
     log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
     missing = {name: sha256 for name, sha256 in FILES.items() if not is_there(args.output_dir / name, sha256)}
+    for name in missing:
+        check_file(args.output_dir / name, overwrite=args.overwrite)
     for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
         content = fetch(f"{args.source.rstrip('/')}/{urllib.parse.quote(name)}")
         if (got := hashlib.sha256(content).hexdigest()) != sha256:
@@ -85,7 +89,7 @@ def main(args: Settings) -> None:
                 f"{name} from {args.source} is not the file it should be: its sha256 begins with {got[:12]}, not with "
                 f"{sha256[:12]}."
             )
-        with atomic_write(args.output_dir / name) as temporary:
+        with atomic_write(args.output_dir / name, overwrite=args.overwrite) as temporary:
             temporary.write_bytes(content)
     log(f"{len(missing)} fetched, {len(FILES) - len(missing)} were there")
     print(args.output_dir)

@@ -17,6 +17,7 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
+from lit_llama.files import check_file
 from lit_llama.prompts import get_prompt_style
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError, log
@@ -28,6 +29,7 @@ class Settings:
     files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or a run's folder
     plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
     to_safetensors: Path | None = None  # also write the one adapter here, in fp32 and in this project's format
+    overwrite: bool = False  # replace the files that plot and to_safetensors name, if they exist
     prompt_style: str | None = None  # what --to_safetensors shall say its prompts are like (default: as the file says)
 
 
@@ -138,7 +140,7 @@ def difference(one: AdapterFile, other: AdapterFile) -> str:
     return "\n".join(lines)
 
 
-def draw(adapters: list[AdapterFile], path: Path) -> None:
+def draw(adapters: list[AdapterFile], path: Path, overwrite: bool) -> None:
     """Gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
     figure = make_figure(7, 3 * len(adapters))
     for axes, adapter in zip(figure.subplots(len(adapters), sharex=True, squeeze=False)[:, 0], adapters, strict=True):
@@ -152,22 +154,24 @@ def draw(adapters: list[AdapterFile], path: Path) -> None:
         axes.set(ylabel="gate")
         axes.set_title(f"{adapter.path.parent.name}/{adapter.path.name}", fontsize=8)
     axes.set(xlabel="layer")
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)
     log(f"wrote {path}")
 
 
-def convert(adapter: AdapterFile, path: Path, style: str | None) -> None:
+def convert(adapter: AdapterFile, path: Path, style: str | None, overwrite: bool) -> None:
     """Writes an adapter in this project's format, in fp32."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
     meta = {"method": adapter.method, "config": adapter.config, **adapter.meta, "converted_from": adapter.path.name}
     if style is not None:
         meta["prompt_style"] = get_prompt_style(style).name
-    save_adapter(path, {name: t.float() for name, t in adapter.state.items()}, meta)
+    save_adapter(path, {name: t.float() for name, t in adapter.state.items()}, meta, overwrite=overwrite)
     log(f"wrote {path}")
 
 
 def main(args: Settings) -> None:
+    for output in filter(None, (args.plot, args.to_safetensors)):
+        check_file(output, *args.files, overwrite=args.overwrite)
     if args.to_safetensors and len(args.files) > 1:
         raise UserError(f"--to_safetensors writes one adapter, and {len(args.files)} are named.")
     adapters = [read_adapter(path) for path in args.files]
@@ -180,9 +184,9 @@ def main(args: Settings) -> None:
     parts += [difference(one, other) for one, other in itertools.combinations(aligners, 2)]
     print("\n\n".join(parts))
     if args.plot:
-        draw(aligners, args.plot)
+        draw(aligners, args.plot, args.overwrite)
     if args.to_safetensors:
-        convert((aligners + others)[0], args.to_safetensors, args.prompt_style)
+        convert((aligners + others)[0], args.to_safetensors, args.prompt_style, args.overwrite)
 
 
 if __name__ == "__main__":

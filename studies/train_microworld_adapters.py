@@ -61,7 +61,7 @@ def train_and_score(args: Settings, form: str, seed: int) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         scores = run / f"scores-{temperature}.json"
         call("evaluate/microworld.py", **base, adapter=run, form=form, questions=args.questions, groups="unseen",
-             temperature=temperature, output_file=scores)  # fmt: skip
+             temperature=temperature, output_file=scores, overwrite=True)  # fmt: skip
         result = json.loads(scores.read_text())["results"]["unseen"]
         row |= {f"form@{temperature}": result["form"], f"fact@{temperature}": result["fact"]}
     return row
