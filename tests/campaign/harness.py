@@ -130,7 +130,8 @@ class Harness:
         (self.folder / "calls").unlink(missing_ok=True)
         words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
         request = {"script": script, "args": words, "cwd": str(cwd), "env": env or {}, "limit": limit, "user": user,
-                   "watch": watch and str(watch), "kill_at": kill_at, "after": after, "folder": str(self.folder)}  # fmt: skip
+                   "watch": watch and str(watch), "kill_at": kill_at, "after": after,
+                   "folder": str(self.folder)}  # fmt: skip
         began = time.perf_counter()
         if fresh:
             code = self._run_fresh(request)
