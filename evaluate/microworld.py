@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # before this folder, which also has a microworld
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter

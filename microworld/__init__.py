@@ -1,0 +1,1 @@
+"""A small synthetic world: questions whose answers a program can score exactly."""
