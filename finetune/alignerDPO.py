@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 
 from lit_llama import cli
+from lit_llama.cache import cache_folder
 from lit_llama.data import plan_fixed_epoch
 from lit_llama.dpo import (
     DPOData,
@@ -112,7 +113,7 @@ def set_reference(args: Settings, trainer: Trainer, start: dict[str, torch.Tenso
             continue
         if args.precompute_reference:
             key = reference_key(data, args.checkpoint_dir, adapter, batches, fabric, args.quantize)
-            cache_dir = args.data_dir.parent / ".cache"
+            cache_dir = cache_folder(args.data_dir)
             data.reference_logps = cached_reference(data, fabric, model, batches, name, key, cache_dir)
         else:
             data.reference_state = start

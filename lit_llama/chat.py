@@ -18,7 +18,7 @@ from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
 from lit_llama.quantize import Quantize
-from lit_llama.rows import read_rows, text_field
+from lit_llama.rows import read_rows, read_text, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -79,13 +79,10 @@ def read_requests(path: Path) -> list[Request]:
         UserError: There is no such file, it has no prompt, or a row has none (with its number).
     """
     path = Path(path)
-    if path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
+    if path.suffix.lower() in (".json", ".jsonl", ".gz", ".parquet"):
         requests = [request_of(row, number, path) for number, row in enumerate(read_rows(path), 1)]
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as text ({error}).") from None
+        lines = read_text(path).split("\n")  # not splitlines, which also splits at U+2028
         requests = [Request(line.strip()) for line in lines if line.strip()]
     if not requests:
         raise UserError(f"{path} holds no prompt.")

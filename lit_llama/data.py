@@ -48,6 +48,27 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
     return meta
 
 
+def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Check that a dataset was prepared with a tokenizer. Older datasets do not name their BOS and EOS.
+
+    Raises:
+        UserError: The file, or the tokens that begin and end a text, are others.
+    """
+    now = tokenizer.identity
+    then = {name: meta.get(name, value) for name, value in now.items()}
+    if then["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        raise UserError(
+            f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
+            "base model's --checkpoint_dir."
+        )
+    if then != now:
+        before, after = (f"token {i['bos_id']} at the beginning and {i['eos_id']} at the end" for i in (then, now))
+        raise UserError(
+            f"{data_dir} was prepared with {before} of texts (-1: none), and {tokenizer.path.parent} now has {after}; "
+            "prepare it again."
+        )
+
+
 class Split:
     """One split of a prepared folder: its rows as numpy arrays, and its `meta`.
 
@@ -65,11 +86,8 @@ class Split:
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         self.meta = read_meta(data_dir, self.format)
-        if tokenizer is not None and tokenizer.sha256 != self.meta["tokenizer_sha256"]:
-            raise UserError(
-                f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
-                "base model's --checkpoint_dir."
-            )
+        if tokenizer is not None:
+            check_tokenizer(data_dir, self.meta, tokenizer)
         try:
             rows = load_from_disk(str(Path(data_dir) / split))
         except (OSError, ValueError, pa.ArrowException) as error:

@@ -58,23 +58,29 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         write_text(folder / "generation_config.json", json.dumps(token_ids(tokenizer), indent=2) + "\n")
     if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
         return
-    if engine := as_tokenizer_json(tokenizer.path):
+    if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
         write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": block_size,
-            "bos_token": engine.id_to_token(tokenizer.bos_id),
             "eos_token": engine.id_to_token(tokenizer.eos_id),
             "unk_token": engine.model.unk_token,
+            "add_bos_token": tokenizer.bos_id >= 0,
         }
+        if tokenizer.bos_id >= 0:
+            about["bos_token"] = engine.id_to_token(tokenizer.bos_id)
         write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 
-def as_tokenizer_json(path: Path) -> tokenizers.Tokenizer | None:
+def as_tokenizer_json(path: Path, add_bos: bool = True) -> tokenizers.Tokenizer | None:
     """Convert a SentencePiece model of LLaMA's kind for the `tokenizers` library, with the same ids for every text.
 
     The conversion in transformers omits the space that SentencePiece adds to a text which begins with a space.
+
+    Args:
+        path: The `tokenizer.model`.
+        add_bos: Whether a text begins with BOS.
 
     Returns:
         None for models of another kind: not BPE, without byte fallback, or with a normalization of texts.
@@ -98,7 +104,7 @@ def as_tokenizer_json(path: Path) -> tokenizers.Tokenizer | None:
     engine.add_special_tokens([tokenizers.AddedToken(piece, normalized=False, special=True) for piece in control])
     engine.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in added])
     bos = trained.bos_piece
-    if trained.bos_id >= 0:
+    if add_bos and trained.bos_id >= 0:
         engine.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
         )

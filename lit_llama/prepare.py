@@ -5,13 +5,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
 
+from lit_llama.cache import cache_folder
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.files import atomic_folder, check_folder, unwritable, write_text
 from lit_llama.manifest import DATASET, MANIFEST, make_manifest
@@ -136,6 +137,7 @@ def prepare_dataset(
     seed: int,
     num_proc: int,
     about: dict[str, Any],
+    split_by: Literal["draw", "hash"] = "draw",
 ) -> dict[str, Any]:
     """Tokenize texts, split the rows, write the dataset folder and log what was dropped or truncated.
 
@@ -153,6 +155,8 @@ def prepare_dataset(
         seed: Seed of the split.
         num_proc: Number of processes that tokenize.
         about: Entries of `meta.json` that describe the data, such as its source and prompt style.
+        split_by: "draw" holds out the share exactly. With "hash", whether a prompt is held out depends only on the
+            prompt, the share and the seed: datasets for SFT and DPO from one source hold out the same prompts.
 
     Returns:
         The content of `meta.json`.
@@ -169,20 +173,20 @@ def prepare_dataset(
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
     _check_count(len(texts), counts, max_seq_length)
 
-    encoded = _tokenize(texts, encode, [*key, tokenizer.sha256, texts], num_proc, Path(output_dir).parent / ".cache")
+    encoded = _tokenize(texts, encode, [*key, tokenizer.identity, texts], num_proc, cache_folder(output_dir))
     reasons = np.array(encoded["dropped"][:])
     counts |= {reason: int(np.sum(reasons == reason)) for reason in drops}
     keep = np.flatnonzero(reasons == "")
     _check_count(len(keep), counts, max_seq_length)
 
     kept, prompts = encoded.select(keep), [texts[i][0] for i in keep]
-    in_test = held_out(prompts, test_fraction, seed)
+    in_test = (held_out_by_hash if split_by == "hash" else held_out)(prompts, test_fraction, seed)
     columns = kept.remove_columns(["dropped", "cut"])
     splits = {"train": columns.select(np.flatnonzero(~in_test)), "test": columns.select(np.flatnonzero(in_test))}
     counts |= {"cut": int(np.sum(kept["cut"][:])), "prompts": len(set(prompts))}
     counts |= {name: len(split) for name, split in splits.items()}
-    meta = {**settings, **about, "tokenizer_sha256": tokenizer.sha256, "counts": counts}
-    meta |= {"test_fraction": test_fraction, "seed": seed}
+    meta = {**settings, **about, **tokenizer.identity, "counts": counts}
+    meta |= {"test_fraction": test_fraction, "seed": seed, "split_by": split_by}
     write_dataset(output_dir, splits, meta)
     log(
         f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} responses truncated to "
@@ -214,21 +218,40 @@ def _describe_drops(counts: dict[str, int]) -> str:
     return ", ".join(f"{counts[name]} {phrase}" for name, phrase in phrases.items() if name in counts)
 
 
-def held_out(prompts: list[Hashable], test_fraction: float, seed: int) -> np.ndarray:
+def held_out(prompts: Sequence[Hashable], test_fraction: float, seed: int) -> np.ndarray:
     """Return which rows are for validation, (rows,) bool: prompts are drawn until the share is reached.
 
     Raises:
         UserError: All prompts are equal.
     """
+    _check_prompts(prompts)
     numbers: dict[Hashable, int] = {}
     prompt = np.array([numbers.setdefault(text, len(numbers)) for text in prompts])
-    if len(numbers) < 2:
-        raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
     order = np.random.default_rng(seed).permutation(len(prompts))
     drawn = np.array(list(dict.fromkeys(prompt[order])))  # the prompts in random order
     rows = np.cumsum(np.bincount(prompt)[drawn])
     count = 1 + np.searchsorted(rows, max(1, round(test_fraction * len(prompts))))
     return np.isin(prompt, drawn[: min(count, len(numbers) - 1)])
+
+
+def held_out_by_hash(prompts: Sequence[str], test_fraction: float, seed: int) -> np.ndarray:
+    """Return which rows are for validation, (rows,) bool: those whose prompt has a hash below the share.
+
+    The other rows do not matter, except that each split gets at least one prompt.
+
+    Raises:
+        UserError: All prompts are equal.
+    """
+    _check_prompts(prompts)
+    digests = (hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts)
+    hashes = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
+    distinct = np.unique(hashes)
+    return hashes < np.clip(test_fraction, distinct[1], distinct[-1])
+
+
+def _check_prompts(prompts: Sequence[Hashable]) -> None:
+    if len(set(prompts)) < 2:
+        raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
 
 
 def _tokenize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,4 +107,6 @@ def text_field(row: Any, number: int, name: str, default: str | None = None) -> 
         return default
     if not isinstance(value, str):
         raise UserError(f"Row {number}: {name!r} is not text but {'null' if value is None else type(value).__name__}.")
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"Row {number}: {name!r} holds one half of a surrogate pair, which is not a character.")
     return value

@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer: SentencePiece's or Hugging Face's."""
+"""The tokenizer of a checkpoint, SentencePiece's or Hugging Face's."""
 
 import hashlib
 import json
@@ -10,19 +10,31 @@ from sentencepiece import SentencePieceProcessor
 
 from lit_llama.utils import UserError
 
-NAMES = ("tokenizer.model", "tokenizer.json")  # the first that a folder has
+NAMES = ("tokenizer.model", "tokenizer.json")  # if a folder has both, the first is used
 
 
 class SentencePiece:
-    """A `tokenizer.model`: `bos_id` begins a text and `eos_id` ends it, -1 for none; `size` is one past the last id."""
+    """A `tokenizer.model`.
 
-    def __init__(self, content: bytes) -> None:
+    Attributes:
+        size: Number of tokens.
+        bos_id: Token that begins a text, -1 for none.
+        eos_id: Token that ends a text, -1 for none.
+        stop_ids: Tokens that end generation.
+
+    Args:
+        content: Content of the file.
+        config: Content of `tokenizer_config.json`. A text begins with BOS unless `add_bos_token` is false.
+    """
+
+    def __init__(self, content: bytes, config: dict[str, Any]) -> None:
         if not content:
             raise RuntimeError("empty")
         self.processor = SentencePieceProcessor(model_proto=content)
         self.size = self.processor.vocab_size()
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
-        self.stop_ids = (self.eos_id, self.bos_id)
+        bos, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        self.bos_id = -1 if config.get("add_bos_token") is False else bos
+        self.stop_ids = (self.eos_id, bos)
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -32,26 +44,29 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A `tokenizer.json`, whose special tokens are named in the `tokenizer_config.json` beside it.
+    """A `tokenizer.json`, with the attributes of `SentencePiece`.
 
-    A text begins with the bos token only if the checkpoint's files say so: SmolLM2's and Qwen2's do not.
+    Args:
+        content: Content of the file.
+        config: Content of `tokenizer_config.json`, which names the special tokens. Whether a text begins with BOS is
+            `add_bos_token`, or follows from the tokenizer's template: SmolLM2 and Qwen2 have none.
     """
 
-    def __init__(self, content: bytes, named: dict[str, Any]) -> None:
+    def __init__(self, content: bytes, config: dict[str, Any]) -> None:
         self.engine = tokenizers.Tokenizer.from_buffer(content)
         self.engine.encode_special_tokens = True  # as text
         self.engine.no_truncation()
         self.engine.no_padding()
         self.size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        bos, self.eos_id = (self._id(named.get(f"{name}_token")) for name in ("bos", "eos"))
-        begins = named.get("add_bos_token")
-        if not isinstance(begins, bool):
-            begins = self.engine.encode("").ids[:1] == [bos]
-        self.bos_id = bos if begins else -1
+        bos, self.eos_id = (self._find(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        add_bos = config.get("add_bos_token")
+        if not isinstance(add_bos, bool):
+            add_bos = self.engine.encode("").ids[:1] == [bos]
+        self.bos_id = bos if add_bos else -1
         self.stop_ids = (self.eos_id, bos)
 
-    def _id(self, token: Any) -> int:
-        """The id of a token's text, or of {"content": text}."""
+    def _find(self, token: Any) -> int:
+        """Return the id of a token given as text or as {"content": text}, -1 for none."""
         found = self.engine.token_to_id(token["content"] if isinstance(token, dict) else token or "")
         return -1 if found is None else found
 
@@ -63,13 +78,16 @@ class HuggingFace:
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, `tokenizer.model` if it has both kinds; or that of a file.
+    """The tokenizer of a checkpoint folder.
 
-    Special tokens written out in a text stay text: only `bos=True` and `eos=True` add them, where the checkpoint has
-    them. What its `generation_config.json` lists as eos ends an answer too.
+    Special tokens that are written in a text are encoded as text; only `bos=True` and `eos=True` add them. The tokens
+    that `generation_config.json` lists as EOS also end generation.
+
+    Args:
+        path: The folder, or one of its files `tokenizer.model` and `tokenizer.json`.
 
     Raises:
-        UserError: there is no such file, it is damaged, or nothing says what ends a text.
+        UserError: The file is missing or damaged, or no token ends a text.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +101,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.engine = self._open(content)
         self.bos_id, self.eos_id, self.vocab_size = self.engine.bos_id, self.engine.eos_id, self.engine.size
-        listed = self._beside("generation_config.json").get("eos_token_id")
+        listed = self._read_beside("generation_config.json").get("eos_token_id")
         listed = [i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)]
         if self.eos_id < 0 and listed:
             self.eos_id = listed[0]
@@ -94,21 +112,26 @@ class Tokenizer:
         stop = (self.eos_id, *listed, *self.engine.stop_ids)
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that token ids depend on: the file, and the tokens that begin and end a text."""
+        return {"tokenizer_sha256": self.sha256, "bos_id": self.bos_id, "eos_id": self.eos_id}
+
     def _open(self, content: bytes) -> SentencePiece | HuggingFace:
+        config = self._read_beside("tokenizer_config.json")
         if self.path.suffix == ".json":
-            named = self._beside("tokenizer_config.json")
             try:
-                return HuggingFace(content, named)
-            except Exception as error:  # the library raises nothing more special
+                return HuggingFace(content, config)
+            except Exception as error:  # the library raises nothing more specific
                 raise UserError(f"{self.path} is not a tokenizer of Hugging Face ({error}).") from None
         try:
-            return SentencePiece(content)
+            return SentencePiece(content, config)
         except RuntimeError:
-            other = " A checkpoint's tokenizer.json is read where there is no tokenizer.model." * bool(content)
-            raise UserError(f"{self.path} is not a SentencePiece model.{other}") from None
+            hint = " A checkpoint's tokenizer.json is read if there is no tokenizer.model." * bool(content)
+            raise UserError(f"{self.path} is not a SentencePiece model.{hint}") from None
 
-    def _beside(self, name: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, empty if it has none."""
+    def _read_beside(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file of the checkpoint, empty if there is none."""
         path = self.path.parent / name
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -117,8 +140,15 @@ class Tokenizer:
         return content if isinstance(content, dict) else {}
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: The text.
+            bos: Begin with BOS, if texts of this checkpoint do.
+            eos: End with EOS.
+        """
         return [self.bos_id] * (bos and self.bos_id >= 0) + self.engine.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        """Ids beyond the vocabulary (a padded model can emit them) decode to nothing."""
+        """Return the text of token ids. Ids beyond the vocabulary, which a padded model can emit, are ignored."""
         return self.engine.decode([i for i in ids if i < self.vocab_size])

@@ -51,6 +51,7 @@ def main(args: Settings) -> None:
         test_fraction=args.test_fraction,
         seed=args.seed,
         num_proc=args.num_proc,
+        split_by="hash",
         about={"source": str(args.data_file or args.repo_id), "prompt_style": style.name},
     )
     print(args.output_dir)

@@ -142,7 +142,8 @@ def main(args: Settings) -> None:
     if args.data_format == "pku":
         about |= {"keep": args.keep, "prefer": args.prefer}
     common = dict(output_dir=output_dir, tokenizer=tokenizer, max_seq_length=args.max_seq_length,
-                  test_fraction=args.test_fraction, seed=args.seed, num_proc=args.num_proc, about=about)  # fmt: skip
+                  test_fraction=args.test_fraction, seed=args.seed, num_proc=args.num_proc, about=about,
+                  split_by="hash")  # fmt: skip
     if args.stage == "dpo":
         prepare_preferences(pairs, lambda pair, number: pair, **common)
     else:

@@ -1,6 +1,5 @@
 """Reading rows, preparing folders, batches and epochs."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -12,101 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 from datasets import load_from_disk
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
 from lit_llama.manifest import MANIFEST
-from lit_llama.prepare import prepare_sft
+from lit_llama.prepare import held_out_by_hash, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rows import read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
-ROWS = [{"instruction": "Say é", "output": "line one\nline two\u2028\x85"}, {"instruction": "", "output": "{braces}"}]
-
-
-# == read_rows ==
-
-
-def test_every_format_gives_the_same_rows(tmp_path):
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-    (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    (tmp_path / "marked.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
-    (tmp_path / "lines.jsonl").write_text(f"\n{lines}\n\n", encoding="utf-8")
-    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table.parquet")
-    for path in tmp_path.iterdir():
-        assert read_rows(path) == ROWS, path
-
-
-json_values = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(), max_size=2)
-
-
-json_rows = st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_size=1, max_size=4)
-
-
-@given(rows=json_rows, ascii=st.booleans(), lines=st.booleans())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@example(rows=[{"\u2028": "\u2029\x0b\x0c\x1c\x85"}], ascii=False, lines=True)
-def test_json_survives(tmp_path, rows, ascii, lines):
-    def dump(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=ascii)
-
-    path = tmp_path / "rows"
-    path.write_text("\n".join(map(dump, rows)) if lines else dump(rows), encoding="utf-8")
-    assert read_rows(path) == rows
-
-
-MALFORMED: dict[str, tuple[str, bytes]] = {
-    "line 2 is not JSON": ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}\n'),
-    "in line 3": ("a.json", b'[{"a": 1},\n{"a": 2},\n{"a" 3}]'),
-    "one JSON list, or one object per line": ("a.json", b'{\n"data": []\n}'),
-    "cannot be read as text": ("a.json", b'[{"a": "\xff\xfe"}]'),
-    "cannot be read as text (Not a gzipped file": ("a.jsonl.gz", b'{"a": 1}'),
-    "cannot be read as text (Compressed file ended": ("b.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-12]),
-    "cannot be read as text (Error -3": ("c.jsonl.gz", gzip.compress(b'{"a": 1}')[:10] + b"\xff" * 30),
-    "is not a parquet file": ("a.parquet", b"PAR1 or not"),
-}
-
-
-@pytest.mark.parametrize("sentence", MALFORMED)
-def test_malformed_files(sentence, tmp_path):
-    name, content = MALFORMED[sentence]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_rows(tmp_path / name)
-    assert sentence in str(error.value) and name in str(error.value)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"There is no data file at .*rows\.json"):
-        read_rows(tmp_path / "rows.json")
-
-
-def test_text_field():
-    row = {"a": "text", "empty": "", "null": None, "zero": 0, "list": []}
-    assert [text_field(row, 1, name) for name in ("a", "empty")] == ["text", ""]
-    assert [text_field(row, 1, name, default="-") for name in ("a", "empty", "null", "absent")] == [
-        "text",
-        "",
-        "-",
-        "-",
-    ]
-    for bad, name, default, sentence in (
-        (row, "absent", None, "Row 7 has no field 'absent'; it has 'a', 'empty', 'null', 'zero', 'list'."),
-        ({}, "a", None, "Row 7 has no field 'a'; it has none."),
-        (row, "null", None, "Row 7: 'null' is not text but null."),
-        (row, "zero", "", "Row 7: 'zero' is not text but int."),
-        (row, "list", "", "Row 7: 'list' is not text but list."),
-        ([1], "a", None, "Row 7 is not an object with named fields but list."),
-    ):
-        with pytest.raises(UserError) as error:
-            text_field(bad, 7, name, default)
-        assert str(error.value) == sentence
 
 
 # == prepare_sft ==
@@ -135,7 +54,7 @@ def test_a_prepared_row_is_prompt_response_and_one_eos(tmp_path, tokenizer):
     assert meta == json.loads((tmp_path / "out/meta.json").read_text())
     assert meta == {
         "format": "lit-llama-sft-1", "source": "a test", "max_seq_length": 40, "mask_prompt": True, "seed": 1,
-        "test_fraction": 0.25, "tokenizer_sha256": tokenizer.sha256,
+        "test_fraction": 0.25, "split_by": "draw", "tokenizer_sha256": tokenizer.sha256, "bos_id": 1, "eos_id": 2,
         "counts": {"rows": 2, "empty": 0, "too_long": 0, "cut": 0, "prompts": 2, "train": 1, "test": 1},
     }  # fmt: skip
 
@@ -196,6 +115,33 @@ def test_the_split_is_seeded_and_whole(tmp_path, tokenizer):
     assert splits["a"] == splits["b"] != splits["c"]
 
 
+few_texts = st.lists(st.text(st.sampled_from("abc"), min_size=1), min_size=2)
+
+
+@given(prompts=few_texts, others=few_texts, share=st.floats(0.01, 0.99))
+def test_a_hash_splits_prompts_whatever_the_other_rows_are(prompts, others, share):
+    splits = []
+    for rows in (prompts, others):
+        if len(set(rows)) < 2:
+            with pytest.raises(UserError, match="have the same prompt"):
+                held_out_by_hash(rows, share, seed=3)
+            return
+        in_test = held_out_by_hash(rows, share, seed=3)
+        splits.append({row: test for row, test in zip(rows, in_test.tolist(), strict=True)})
+        assert all(splits[-1][row] == test for row, test in zip(rows, in_test.tolist(), strict=True))
+        assert 0 < sum(in_test) < len(rows)
+    both = {row for row in splits[0] if splits[1].get(row, splits[0][row]) != splits[0][row]}
+    assert len(both) <= 2  # those that fill an empty split: at most one for validation and one for training
+
+
+def test_a_hash_holds_out_about_the_share():
+    prompts = [f"prompt {i}" for i in range(20_000)]
+    in_test = held_out_by_hash(prompts, 0.1, seed=1)
+    assert 0.09 < in_test.mean() < 0.11
+    assert 0.05 < held_out_by_hash(prompts, 0.1, seed=2)[in_test].mean() < 0.15  # another seed, other prompts
+    assert held_out_by_hash(prompts, 0.2, seed=1)[in_test].all()
+
+
 def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
     out = tmp_path / "data/out"
     prepare(out, tokenizer, many(4))
@@ -207,7 +153,7 @@ def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     prepare(out, tokenizer, many(5))  # a good one replaces it
     assert len(all_rows(out)) == 5
-    assert sorted(path.name for path in out.parent.iterdir()) == [".cache", "out"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [".aligner-cache", "out"]
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path, tokenizer):
@@ -249,10 +195,39 @@ def test_tokenizing_is_cached(tmp_path, tokenizer_path, monkeypatch):
 def test_processes_change_nothing(tmp_path, tokenizer):
     for name, num_proc in (("one", 1), ("two", 2)):
         prepare(tmp_path / name / "out", tokenizer, many(2000), num_proc=num_proc)
-    assert (tmp_path / "two/.cache").exists() and len(list((tmp_path / "two/.cache").rglob("*.arrow"))) == 2
+    assert len(list((tmp_path / "two/.aligner-cache").rglob("*.arrow"))) == 2
     for split in ("train", "test"):
         one, two = (load_from_disk(str(tmp_path / name / "out" / split)) for name in ("one", "two"))
         assert one.to_dict() == two.to_dict()
+
+
+def test_tokenizing_is_cached_for_one_end_of_text_only(tmp_path):
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "<a>": 2, "<b>": 3}, "the"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    for eos in ("<a>", "<b>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        tokenizer = Tokenizer(tmp_path)
+        prepare(tmp_path / "out", tokenizer, [{"p": "the", "r": "cat"}, {"p": "cat", "r": "the"}])
+        assert {ids[-1] for ids, _ in all_rows(tmp_path / "out")} == {tokenizer.eos_id}
+    SFTData(tmp_path / "out", "train", tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<a>"}))
+    sentence = "with token -1 at the beginning and 3 at the end of texts .* now has token -1 at the beginning and 2 at"
+    with pytest.raises(UserError, match=sentence):
+        SFTData(tmp_path / "out", "train", Tokenizer(tmp_path))
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    del meta["bos_id"], meta["eos_id"]  # as in datasets of earlier versions
+    (tmp_path / "out/meta.json").write_text(json.dumps(meta))
+    SFTData(tmp_path / "out", "train", Tokenizer(tmp_path))
+
+
+def test_the_cache_is_marked_as_one(tmp_path, tokenizer):
+    (tmp_path / ".cache").mkdir()
+    prepare(tmp_path / "out", tokenizer, many(4))
+    assert list((tmp_path / ".cache").iterdir()) == []  # it may be the user's
+    cache = tmp_path / ".aligner-cache"
+    assert (cache / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    assert "may be deleted" in (cache / "README").read_text()
 
 
 # == SFTData ==

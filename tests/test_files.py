@@ -356,7 +356,8 @@ for write in (lambda: save_base(out, config, state),
         print("written")
     except UserError as error:
         print(error)
-left = [path for path in out.rglob("*") if path not in before and path.is_file()]
+marks = {"CACHEDIR.TAG", "README"}  # they say what the cache folder is
+left = [path for path in out.rglob("*") if path not in before and path.is_file() and path.name not in marks]
 print("left:", *left)
 """
 

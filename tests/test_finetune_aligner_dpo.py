@@ -186,7 +186,7 @@ def test_the_reference_is_computed_again_when_an_input_changes(
 def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
     flags = settings(tmp_path / "run")
     assert len(computed(flags, monkeypatch)) == 2
-    for file in (tmp_path / "data/.cache").glob("reference-*"):
+    for file in (tmp_path / "data/.aligner-cache").glob("reference-*"):
         file.write_bytes(b"not this")
     assert len(computed(flags, monkeypatch)) == 2
     assert computed(flags, monkeypatch) == []
@@ -258,7 +258,7 @@ def test_a_run_resumes_to_the_same_numbers(settings, trained_adapter, tmp_path):
 def test_two_processes_give_the_numbers_of_one(settings, trained_adapter, tmp_path, precompute):
     changes = dict(init_adapter=trained_adapter, precompute_reference=precompute, sample_prompts=0, drift_prompts=0)
     train(settings(tmp_path / "one", **changes))
-    shutil.rmtree(tmp_path / "data/.cache", ignore_errors=True)  # two processes compute the reference themselves
+    shutil.rmtree(tmp_path / "data/.aligner-cache", ignore_errors=True)  # both processes compute it
     command = [sys.executable, script.__file__, "--devices=2", "--strategy=ddp", *settings(tmp_path / "two", **changes)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
@@ -273,7 +273,7 @@ def test_without_a_reference(settings, tmp_path):
     train(settings(tmp_path / "run", reference_free=True))
     row = read_metrics(tmp_path / "run/metrics.csv")[0]
     assert row["val/chosen_reward"] == pytest.approx(0.3 * row["val/chosen_logp"], rel=1e-5)
-    assert not (tmp_path / "data/.cache").exists()
+    assert not (tmp_path / "data/.aligner-cache").exists()
 
 
 def test_answers_that_degenerate_are_warned_of(settings, tmp_path, monkeypatch, capsys):

@@ -105,6 +105,18 @@ def test_pairs_of_one_prompt_stay_in_one_split(prepare, tokenizer):
         assert (counts["prompts"], counts["train"], counts["test"]) == (10, 28, 12)
 
 
+def test_no_prompt_held_out_for_dpo_is_trained_on_before(prepare, tokenizer):
+    """The stages keep different rows: DPO drops pairs with equal responses, and here those with two safe ones."""
+    rows = [pku(f"cat {i}", "no", "no" if i % 3 else "yes", (True, i % 5 == 0), 0, 0) for i in range(90)]
+    prompts = {}
+    for stage, keep, read in (("sft", "any_safe", SFTData), ("dpo", "one_safe", DPOData)):
+        folder = prepare(rows, stage=stage, test_fraction=0.3, keep=keep)
+        for split in ("train", "test"):
+            prompts[stage, split] = {tuple(p) for p, _ in read(folder, split, tokenizer).prompts(90)}
+    assert len(prompts["dpo", "test"]) > 3 and not prompts["dpo", "test"] & prompts["sft", "train"]
+    assert len(prompts["sft", "test"]) > 9 and not prompts["sft", "test"] & prompts["dpo", "train"]
+
+
 def test_a_single_prompt_cannot_be_split(prepare):
     with pytest.raises(UserError, match="All 4 rows have the same prompt"):
         prepare([pku("the cat", "good", f"bad {i}", (True, False), 0, 0) for i in range(4)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from lit_llama.hf_tokenizer import as_tokenizer_json
+from lit_llama.hf_tokenizer import as_tokenizer_json, write_hf_tokenizer
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -179,3 +179,20 @@ def test_the_real_tokenizer(shared, tmp_path):
         ids = reference.encode(text, bos=True, eos=True)
         assert tokenizer.encode(text, bos=True, eos=True) == ids
         assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_a_sentencepiece_checkpoint_can_have_texts_without_bos(tokenizer_path, tmp_path):
+    shutil.copy(tokenizer_path, tmp_path)
+    ids = Tokenizer(tmp_path).encode("the cat")
+    for add, first in ((True, [1]), (False, [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add, "legacy": True}))
+        tokenizer = Tokenizer(tmp_path)
+        assert tokenizer.encode("the cat", bos=True, eos=True) == [*first, *ids, 2]
+        assert tokenizer.stop_ids == (2, 1)
+        folder = tmp_path / str(add)
+        folder.mkdir()
+        write_hf_tokenizer(folder, tokenizer, block_size=64)
+        assert Tokenizer(folder / "tokenizer.json").encode("the cat", bos=True) == [*first, *ids]
+        assert Tokenizer(folder).identity == tokenizer.identity
+        transformers = pytest.importorskip("transformers")
+        assert transformers.AutoTokenizer.from_pretrained(folder)("the cat")["input_ids"] == [*first, *ids]
