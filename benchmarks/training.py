@@ -1,63 +1,67 @@
-"""How fast and how small a training step is, beside PEFT, LitGPT and the bare base: a Markdown table and a plot.
+"""Speed and memory of a training step, beside PEFT, LitGPT and the bare base.
 
 All take turns on the same model with random weights and the same random tokens of Alpaca's lengths. The bare base,
-forward and backward through the frozen layers alone, is the limit. Each is a process of its own, so its memory is its
-own. The peers are installed from PyPI into a throw-away environment inside the out folder.
+forward and backward through the frozen layers alone, is the limit. Each contestant is a process of its own, so that its
+memory can be told apart. The peers are installed from PyPI into the output folder.
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
-import torch
 
 from benchmarks import harness as b
+from benchmarks.material import alpaca_lengths, padding_share, training_flops, write_data
+from benchmarks.measure import compare, matmul_rate, number, with_interval
+from benchmarks.report import plot_bars, plot_lines, publish
 from lit_llama import cli
 from lit_llama.data import plan_epoch
-from lit_llama.model import LLaMAConfig
+from lit_llama.device import DTYPES
 from lit_llama.report import markdown_table
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError
 
 
 @dataclass
-class Settings:
+class Settings(b.PeerSettings):
     # == What to measure ==
-    size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
     max_length: int = 512  # tokens; longer rows are cut
     micro_batch_size: int = 8  # rows of a forward pass
     micro_batches: int = 2  # of a step
-    rounds: int = 5  # every contestant has so many turns of one step
-    peers: bool = True  # install and measure PEFT and LitGPT
     dpo: bool = True  # DPO against SFT at equal tokens
     growth: bool = True  # cost against length, N, layers and batch
-    out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' environment
-
-    # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-    threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
-    clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
+SFT_PAIRS, DPO_PAIRS = "SFT on the pairs", "DPO, cached reference"
 PEERS = {
     "PEFT LoRA r = 8": dict(kind="transformers", method="lora"),
     "PEFT adaption_prompt": dict(kind="transformers", method="adaption_prompt"),
     "LitGPT adapter": dict(kind="litgpt", method="adapter"),
 }
-PARTS = ("data", "forward", "backward", "optimiser")
+PARTS = ("data", "forward", "backward", "optimizer")
+GROWTH = {
+    "tokens of a row": (64, 128, 256, 512, 1024),
+    "prefix tokens N": (1, 10, 100, 200, 300),
+    "layers": (4, 6, 8, 12),
+    "rows of a batch": (1, 2, 4, 8),
+}
+Growth = dict[str, dict[str, list[tuple[float, float]]]]  # cause -> curve -> (value, seconds)
+
+
+Steps = dict[str, list[dict[str, Any]]]  # contestant -> answers of `benchmarks.worker.Worker.step`
 
 
 def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndarray]]:
-    """Micro-batches that stand for an epoch of ours, and for one in random order: the middle ones of `count` parts.
+    """Return micro-batches that stand for an epoch of ours ("grouped"), and for one in random order ("random").
 
-    An epoch's own order would be a matter of luck in so few; ours are taken evenly by length, the random ones evenly
-    by the tokens they compute.
+    They are the middle ones of `count` equal parts of an epoch, sorted by their longest rows. So few from an epoch's
+    beginning would be a matter of luck.
     """
     ours = [rows for step in plan_epoch(lengths, size * 8, size, 0, 0) for rows in step if len(rows) == size]
     order = np.random.default_rng(0).permutation(len(lengths))
@@ -69,185 +73,150 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def specs(args: Settings, settings: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The settings of every contestant's process."""
-    found: dict[str, dict[str, Any]] = {
-        name: {**settings, "kind": "ours", "n": n} for name, n in ((BARE, 0), (N1, 1), (N10, 10))
-    }
-    if settings["precision"] == "32":
-        found[BF16] = {**settings, "kind": "ours", "n": 1, "precision": "bf16"}
-    if args.peers:
-        python = b.make_peers(args.out_dir / "peers")
-        notes.append(b.peer_versions(python))
-        found |= {name: {**settings, "python": python, **own} for name, own in PEERS.items()}
+def measure(settings: Settings, run: b.Run, notes: list[str]) -> tuple[dict[str, dict[str, Any]], Steps]:
+    """Return the first step and the measured steps of every contestant; of a peer, on its own batches too."""
+    prompts, lengths = alpaca_lengths(1024, min(settings.max_length, run.config.block_size))
+    data = settings.out_dir / "data"
+    write_data(data, prompts, lengths, run.config.vocab_size)
+    ours = {**run.shared, "data": data, "kind": "ours"}
+    specs: dict[str, dict[str, Any]] = {name: {**ours, "n": n} for name, n in ((BARE, 0), (N1, 1), (N10, 10))}
+    if run.shared["precision"] == "32":
+        specs[BF16] = {**ours, "n": 1, "precision": "bf16"}
+    if settings.peers:
+        path = b.install_peers(settings.out_dir / "peers", notes)
+        specs |= {name: {**ours, **peer, "path": path} for name, peer in PEERS.items()}
+    if settings.dpo:
+        specs |= {name: {**ours, "n": 1} for name in (SFT_PAIRS, DPO_PAIRS)}
+    contestants = b.start_all(specs, notes)
+
+    batches = choose(lengths, settings.micro_batch_size, settings.micro_batches)
+    half = [rows[: max(1, len(rows) // 2)] for rows in batches["grouped"]]
+    turns = {}
+    for name, contestant in contestants.items():
+        if name in (SFT_PAIRS, DPO_PAIRS):
+            loss = "sft" if name == SFT_PAIRS else "dpo"
+            turns[name] = partial(contestant, "step", batches=half, data="pairs", loss=loss)
+            continue
+        turns[name] = partial(contestant, "step", batches=batches["grouped"])
+        if name in PEERS:
+            turns[f"{name}, own batches"] = partial(contestant, "step", batches=batches["random"])
+    found = b.take_turns(turns, settings.rounds, notes)
+    for contestant in contestants.values():
+        contestant.close()
     return found
 
 
-def measure(args: Settings, config: LLaMAConfig, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """{turn: {"contestant", "batches", "steps": [answers], "peak": {...}}}; a turn is a contestant on some batches."""
-    prompts, lengths = b.alpaca_lengths(1024, min(args.max_length, config.block_size))
-    b.write_data(Path(settings["data"]), prompts, lengths, config.vocab_size)
-    chosen = choose(lengths, args.micro_batch_size, args.micro_batches)
-    contestants = b.start_all(specs(args, settings, notes), notes)
-    turns = {}
-    for name in contestants:
-        turns[name] = {"contestant": name, "batches": chosen["grouped"], "kind": "sft"}
-        if name in PEERS:
-            turns[f"{name}, own batches"] = {"contestant": name, "batches": chosen["random"], "kind": "sft"}
-    if args.dpo:
-        half = [rows[: max(1, len(rows) // 2)] for rows in chosen["grouped"]]
-        pair_specs = {
-            "SFT on the pairs": {**settings, "kind": "ours", "n": 1},
-            "DPO, cached reference": {**settings, "kind": "ours", "n": 1},
-        }
-        contestants |= b.start_all(pair_specs, notes)
-        for name, kind in zip(pair_specs, ("sft of pairs", "dpo"), strict=True):
-            turns[name] = {"contestant": name, "batches": half, "kind": kind}
-    for round in range(-1, args.rounds):  # the first is not counted
-        for name, turn in turns.items():
-            contestant = contestants[turn["contestant"]]
-            contestant("forget_peak")
-            answer = contestant("step", micro_batches=[rows.tolist() for rows in turn["batches"]], kind=turn["kind"])
-            turn.setdefault("steps", []).append(answer)
-            turn["memory"] = contestant("peak")
-            log(f"round {round + 1} of {args.rounds}, {name}: {sum(answer['seconds'].values()):.2f} s")
-    for turn in turns.values():
-        turn["first_loss"] = turn["steps"][0]["loss"]
-        turn["steps"] = turn["steps"][1:]
-        turn["seconds"] = [sum(step["seconds"].values()) for step in turn["steps"]]
-        sequences = 1 if turn["kind"] == "sft" else 2
-        turn["lengths"] = np.concatenate([lengths[rows] for rows in turn["batches"]] * sequences)
-        turn["tokens"] = int(turn["lengths"].sum())
-        turn["waste"] = b.padding_waste(lengths, turn["batches"])
-        turn["rate"] = [turn["tokens"] / s for s in turn["seconds"]]
-    for contestant in contestants.values():
-        contestant.close()
-    return turns
+def tokens_per_second(steps: list[dict[str, Any]]) -> list[float]:
+    return [step["lengths"].sum() / sum(step["seconds"].values()) for step in steps]
 
 
-def tables(args: Settings, config: LLaMAConfig, turns: dict[str, Any], peak: dict[str, float]) -> list[str]:
-    """The report's parts."""
+def step_table(settings: Settings, run: b.Run, found: Steps, peak: dict[str, float]) -> str:
     rows = []
-    for name, turn in turns.items():
-        precision = "bf16" if name == BF16 else args.precision
-        used = b.training_flops(config, turn["lengths"])
-        parts = [np.median([step["seconds"][part] for step in turn["steps"]]) for part in PARTS]
+    for name, steps in found.items():
+        last, rates = steps[-1], tokens_per_second(steps)
+        flops = np.median(rates) / last["lengths"].sum() * training_flops(run.config, last["lengths"])
         rows.append([
             name,
-            b.with_spread(turn["rate"]),
-            f"{turn['waste']:.1%}",
-            b.number(turn["memory"]["beyond"] / 1e6),
-            f"{used / np.median(turn['seconds']) / peak[precision]:.0%}",
-            *(b.number(1000 * part) for part in parts),
+            with_interval(rates),
+            f"{last['padding']:.1%}",
+            number(last["beyond"] / 1e6),
+            f"{flops / peak['bf16' if name == BF16 else run.shared['precision']]:.0%}",
+            *(number(1000 * np.median([step["seconds"][part] for step in steps])) for part in PARTS),
         ])  # fmt: skip
-    header = ["", "tokens/s", "padding", "MB beyond the weights", "MFU", *(f"{part}, ms" for part in PARTS)]
-    parts = [f"## A step of {args.micro_batches} × {args.micro_batch_size} rows\n", markdown_table(header, rows)]
+    heads = ["", "tokens/s", "padding", "MB beyond the weights", "MFU", *(f"{part}, ms" for part in PARTS)]
+    table = markdown_table(heads, rows)
+    return f"## A step of {settings.micro_batches} × {settings.micro_batch_size} rows\n\n{table}"
 
-    comparisons = []
 
-    def compare(what: str, one: str, other: str, target: str, inverse: bool = False) -> None:
-        if one in turns and other in turns:
-            key = "rate" if inverse else "per_token"
-            for turn in (turns[one], turns[other]):
-                turn["per_token"] = [1 / rate for rate in turn["rate"]]
-            middle, spread = b.ratio(turns[one][key], turns[other][key])
-            comparisons.append([what, target, f"{middle:.3f} ± {spread:.3f}"])
+def ratio_table(settings: Settings, run: b.Run, found: Steps) -> str:
+    rates, rows = {name: tokens_per_second(steps) for name, steps in found.items()}, []
 
-    compare("time per token, N = 1 over the bare base", N1, BARE, "≤ 1.01")
-    compare("time per token, N = 10 over the bare base", N10, BARE, "≤ 1.05")
-    on_gpu = args.device.type == "cuda"
-    aim = "≥ 1.3" if on_gpu else "≥ 1.2"
+    def ratio(what: str, target: str, one: str, other: str) -> None:
+        if one in rates and other in rates:
+            rows.append([what, target, *compare(rates[one], rates[other])])
+
+    def memory(what: str, target: str, one: str, other: str, key: str) -> None:
+        rows.append([what, target, f"{found[one][-1][key] / found[other][-1][key]:.2f}", ""])
+
+    ratio("time per token, N = 1 over the bare base", "≤ 1.01", BARE, N1)
+    ratio("time per token, N = 10 over the bare base", "≤ 1.05", BARE, N10)
+    target = "≥ 1.3" if run.device.type == "cuda" else "≥ 1.2"
     for suffix, what in (("", "on the same batches"), (", own batches", "on its own batches")):
-        found = [name + suffix for name in PEERS if name + suffix in turns]
-        if found:
-            fastest = max(found, key=lambda name: np.median(turns[name]["rate"]))
-            compare(f"tokens/s, N = 1 over {fastest.removesuffix(suffix)} {what}", N1, fastest, aim, inverse=True)
-            leanest = min(found, key=lambda name: turns[name]["memory"]["beyond"])
-            share = turns[N1]["memory"]["beyond"] / turns[leanest]["memory"]["beyond"]
-            comparisons.append([f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", f"{share:.2f}"])
-    compare("tokens/s, bf16 base over fp32 base", BF16, N1, "≥ 1.8", inverse=True)
-    sft, dpo_turn = turns.get("SFT on the pairs"), turns.get("DPO, cached reference")
-    if sft and dpo_turn:
-        compare("time, DPO over SFT", "DPO, cached reference", "SFT on the pairs", "≤ 1.05")
-        comparisons.append([
-            "peak memory, DPO over SFT", "≤ 1.1", f"{dpo_turn['memory']['peak'] / sft['memory']['peak']:.3f}",
-        ])  # fmt: skip
-    _, lengths = b.alpaca_lengths(51760, min(2048, args.max_length), seed=1)
-    epoch = [rows for step in plan_epoch(lengths, 64, args.micro_batch_size, 0, 0) for rows in step]
+        if peers := [name + suffix for name in PEERS if name + suffix in rates]:
+            fastest = max(peers, key=lambda name: np.median(rates[name]))
+            leanest = min(peers, key=lambda name: found[name][-1]["beyond"])
+            ratio(f"tokens/s, N = 1 over {fastest.removesuffix(suffix)} {what}", target, N1, fastest)
+            memory(f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", N1, leanest, "beyond")
+    ratio("tokens/s, bf16 base over fp32 base", "≥ 1.8", BF16, N1)
+    if settings.dpo:
+        ratio("time, DPO over SFT", "≤ 1.05", SFT_PAIRS, DPO_PAIRS)
+        memory("peak memory, DPO over SFT", "≤ 1.1", DPO_PAIRS, SFT_PAIRS, "peak")
+    _, lengths = alpaca_lengths(51760, min(2048, settings.max_length), seed=1)
+    epoch = [rows for step in plan_epoch(lengths, 64, settings.micro_batch_size, 0, 0) for rows in step]
     random = np.array_split(np.random.default_rng(0).permutation(len(lengths)), len(epoch))
-    waste = b.padding_waste(lengths, epoch)
-    comparisons.append(["padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", f"{waste:.1%}"])
-    comparisons.append(["the same in random order", "", f"{b.padding_waste(lengths, random):.1%}"])
-    return [*parts, "## Ratios\n", markdown_table(["what", "target", "measured"], comparisons)]
+    for what, target, batches in (
+        ("padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", epoch),
+        ("the same in random order", "", random),
+    ):
+        rows.append([what, target, f"{padding_share(lengths, batches):.1%}", ""])
+    return "## Ratios\n\n" + markdown_table(["what", "target", "measured (interval)", "verdict"], rows)
 
 
-def measure_growth(args: Settings, settings: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """{cause: {curve: [(value, seconds of a forward and backward pass)]}} on narrower models of random weights."""
-    contestant = b.Contestant("growth", **{**settings, "kind": "ours", "n": 1})
-    large = args.device.type == "cuda"
-    config = dict(block_size=4096, vocab_size=4096, n_layer=8, n_head=16 if large else 4, n_embd=2048 if large else 256)
-    steps = {
-        "tokens of a row": [("T", t) for t in (64, 128, 256, 512, 1024)],
-        "prefix tokens N": [("N", n) for n in (1, 10, 100, 200, 300)],
-        "layers": [("layers", n) for n in (4, 6, 8, 12)],
-        "rows of a batch": [("B", n) for n in (1, 2, 4, 8)],
-    }
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for cause, values in steps.items():
-        found[cause] = {}
-        for curve, own in {"bare base": 0, "N = 1": 1}.items():
-            if cause == "prefix tokens N" and curve != "N = 1":
-                continue
-            points = []
-            for what, value in values:
-                n = value if what == "N" else own
-                layers = value if what == "layers" else 8
-                contestant("build", n=n, config={**config, "n_layer": layers})
-                rows, length = (value if what == "B" else 2), (value if what == "T" else 256)
-                points.append((value, contestant("random_step", rows=rows, length=length)["seconds"]))
-            found[cause]["Aligner" if cause == "prefix tokens N" else curve] = points
+def measure_growth(run: b.Run) -> Growth:
+    """Return the seconds of a forward and backward pass against one cause at a time, on narrower random models."""
+    contestant = b.Contestant("growth", **run.shared, kind="ours", n=1)
+    large = run.device.type == "cuda"
+    config = dict(block_size=4096, vocab_size=4096, n_head=16 if large else 4, n_embd=2048 if large else 256)
+
+    def seconds(n: int, cause: str, value: int) -> float:
+        usual = {"tokens of a row": 256, "layers": 8, "rows of a batch": 2, "prefix tokens N": n}
+        length, layers, rows, n = {**usual, cause: value}.values()
+        contestant("build", n=n, config={**config, "n_layer": layers})
+        steps = [contestant("step", batches=[(rows, length, length // 2)], data="random") for _ in range(2)]
+        return min(step["seconds"]["forward"] + step["seconds"]["backward"] for step in steps)
+
+    found: Growth = {}
+    for cause, values in GROWTH.items():
+        curves = {"Aligner": 1} if cause == "prefix tokens N" else {"bare base": 0, "N = 1": 1}
+        found[cause] = {name: [(x, seconds(n, cause, x)) for x in values] for name, n in curves.items()}
     contestant.close()
     return found
 
 
-def growth_table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
+def growth_table(found: Growth) -> str:
     rows = [
         [f"{cause}: {', '.join(str(value) for value, _ in points)}", curve,
-         ", ".join(b.number(1000 * seconds) for _, seconds in points)]
+         ", ".join(number(1000 * seconds) for _, seconds in points)]
         for cause, curves in found.items() for curve, points in curves.items()
     ]  # fmt: skip
-    return markdown_table(["cause", "", "ms"], rows)
+    return "## Growth\n\n" + markdown_table(["cause", "", "ms"], rows)
 
 
-def main(args: Settings) -> None:
-    if args.micro_batch_size < 2:
-        raise UserError(f"micro_batch_size is {args.micro_batch_size}; two rows make a pair, so it must be 2 or more.")
-    config, settings = b.set_up(args)
-    settings["data"] = args.out_dir / "data"
-    notes: list[str] = []
-    peak = {
-        "32": b.matmul_rate(args.device, torch.float32, args.clock),
-        "bf16": b.matmul_rate(args.device, torch.bfloat16, args.clock),
-    }
-    turns = measure(args, config, settings, notes)
-    parts = tables(args, config, turns, peak)
-    losses = {name: turn["first_loss"] for name, turn in turns.items() if turn["kind"] == "sft"}
-    notes.append(
-        "MFU counts 4 FLOPs per weight and token and causal attention, of the rate of a large matrix product in the "
-        f"same run: {peak['32'] / 1e9:,.0f} GFLOP/s in fp32, {peak['bf16'] / 1e9:,.0f} in bf16."
-    )
-    notes.append("Loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + ".")
-    path = args.out_dir / f"training-{args.size}"
-    b.plot_bars(path.with_suffix(".png"), {
-        "tokens/s": {name: turn["rate"] for name, turn in turns.items()},
-        "MB beyond the weights": {name: [turn["memory"]["beyond"] / 1e6] for name, turn in turns.items()},
+def main(settings: Settings) -> None:
+    if settings.micro_batch_size < 2:
+        raise UserError(f"micro_batch_size is {settings.micro_batch_size}; it must be 2 or more: two rows make a pair.")
+    run, notes = b.start_run(settings), []
+    peak = {name: matmul_rate(run.device, DTYPES[name], settings.clock) for name in ("32", "bf16")}
+    first, found = measure(settings, run, notes)
+    parts = [step_table(settings, run, found, peak), ratio_table(settings, run, found)]
+    path = settings.out_dir / f"training-{settings.size}.md"
+    plot_bars(path.with_suffix(".png"), {
+        "tokens/s": {name: tokens_per_second(steps) for name, steps in found.items()},
+        "MB beyond the weights": {name: [steps[-1]["beyond"] / 1e6] for name, steps in found.items()},
     })  # fmt: skip
-    if args.growth:
-        found = measure_growth(args, settings)
-        parts += ["## Growth\n", growth_table(found)]
-        b.plot_lines(path.with_name(f"growth-{args.size}.png"), found, "seconds, forward and backward")
-    b.write_report(path.with_suffix(".md"), f"Training, {args.size}", [*parts, *(f"{n}\n" for n in notes)], args.device)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
+    if settings.growth:
+        growth = measure_growth(run)
+        parts.append(growth_table(growth))
+        plot_lines(path.with_name(f"growth-{settings.size}.png"), growth, "seconds, forward and backward")
+    losses = ", ".join(
+        f"{name} {step['loss']:.4f}" for name, step in first.items() if name not in (SFT_PAIRS, DPO_PAIRS)
+    )
+    notes += [
+        "MFU counts 4 FLOPs per weight and token and causal attention, of the rate of a large matrix product in the "
+        f"same run: {peak['32'] / 1e9:,.0f} GFLOP/s in fp32, {peak['bf16'] / 1e9:,.0f} in bf16.",
+        f"Loss of the first step: {losses}.",
+    ]
+    publish(path, f"Training, {settings.size}, {run.shared['precision']}", [*parts, *notes], run.device)
 
 
 if __name__ == "__main__":

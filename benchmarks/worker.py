@@ -1,169 +1,164 @@
-"""One contestant of a benchmark, in a process of its own: reads calls from stdin, answers each with one line of JSON.
+"""The contestants of the benchmarks: this project's model and the peers', loaded, trained and asked to generate.
 
-Started by `benchmarks.harness.Contestant`; the peers' run with the Python of their own environment.
+Each runs in its own process (`benchmarks.harness.Contestant`).
 """
 
-import json
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
 import torch
 
-from benchmarks.harness import CLOCKS, synchronize, timed
+from benchmarks.measure import CLOCKS, Memory, synchronize, timed
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
-from lit_llama.data import SFTData
-from lit_llama.dpo import DPOData
+from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.device import DTYPES
+from lit_llama.dpo import DPOData, dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+Batch = dict[str, torch.Tensor]
+PEERS_IGNORE = -100  # label of tokens that the peers' losses leave out
 
 
-def memory(field: str, process: str = "self") -> int:
-    """Bytes of this process from /proc, "VmRSS" now or "VmHWM" at most; 0 where there is no /proc."""
-    status = Path(f"/proc/{process}/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+class Side:
+    """A library's model. `settings` are those of the contestant."""
+
+    imports: tuple[str, ...] = ()  # modules that loading needs; importing them is not measured
+
+    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+        self.settings, self.device, self.dtype = settings, device, DTYPES[settings["precision"]]
+        self.weights = settings["weights"]
+        for name in self.imports:
+            importlib.import_module(name)
 
 
-class Ours:
-    """The base with an Aligner of `n` prefix tokens; n = 0 is the bare base.
+class Ours(Side):
+    """This project's model with an Aligner of `n` prefix tokens; n = 0 is the bare base.
 
-    The bare base is the limit of training: a gradient begins where the first aligned layer adds its term, and
+    The bare base is the limit of training: a gradient starts where the first aligned layer would add its term, and
     nothing is added.
     """
 
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        self.n, self.start = settings["n"], settings.get("start", 2)
-        self.device, self.dtype = device, DTYPES[settings["precision"]]
-        self.weights, self.learning_rate = Path(settings["weights"]), 1e-3
+    start = 2  # first aligned layer
 
     def load(self) -> None:
-        own = dict(adapter_prompt_length=self.n, adapter_start_layer=self.start)
-        method = dict(method="aligner", method_config=own) if self.n else {}
-        self.take(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
+        n = self.settings["n"]
+        config = dict(adapter_prompt_length=n, adapter_start_layer=self.start)
+        method = dict(method="aligner", method_config=config) if n else {}
+        self.use(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
+        if self.settings.get("generates"):
+            pack_(self.model)
 
-    def build(self, config: dict[str, Any]) -> None:
-        """As `load`, of any shape, with random weights."""
+    def build(self, n: int, config: dict[str, Any]) -> None:
+        """Make a model of any shape with random weights."""
         torch.manual_seed(0)
-        own = dict(adapter_prompt_length=self.n, adapter_start_layer=self.start)
+        aligned = dict(adapter_prompt_length=n, adapter_start_layer=self.start)
         with self.device:
-            model = aligner.LLaMA(aligner.LLaMAConfig(**config, **own)) if self.n else LLaMA(LLaMAConfig(**config))
-        self.take(model.to(self.dtype))
+            model = aligner.LLaMA(aligner.LLaMAConfig(**config, **aligned)) if n else LLaMA(LLaMAConfig(**config))
+        self.use(model.to(self.dtype))
 
-    def take(self, model: LLaMA) -> None:
+    def use(self, model: LLaMA) -> None:
         self.model = model
         aligner.mark_only_adapter_as_trainable(model)
         for name, p in model.named_parameters():
-            if name.endswith("gating_factor"):  # a closed gate would cost the same; an open one is no special case
+            if name.endswith("gating_factor"):  # random gates, so that no shortcut for closed ones is measured
                 torch.nn.init.normal_(p, std=0.1)
-        if not self.n:
+        if not any(p.requires_grad for p in model.parameters()):
             model.transformer.h[self.start].attn.c_proj.register_forward_pre_hook(
                 lambda module, args: args[0].detach().requires_grad_() if torch.is_grad_enabled() else None
             )
 
-    def trainable(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def loss(self, batch: Batch, kind: str) -> torch.Tensor:
+        idx, labels = batch["idx"], batch["labels"]
+        logps = self.model(idx, labels=labels)
+        if kind == "sft":
+            return -logps.mean()
+        reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
+        if kind == "dpo, two models":
+            if not hasattr(self, "reference"):
+                self.reference = load_model(self.weights, device=self.device, dtype=self.dtype)
+            with torch.no_grad():
+                reference = sum_logps_by_row(self.reference(idx, labels=labels), labels)
+        return dpo_loss(*sum_logps_by_row(logps, labels).chunk(2), *reference.chunk(2))[0].mean()
 
-    def mean_loss(self, data: SFTData | DPOData, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-        if kind == "sft of pairs":
-            return -self.model(batch["idx"], labels=batch["labels"]).mean()
-        count = len(batch["idx"]) / 2 if kind == "dpo" else (batch["labels"][:, 1:] != -1).sum()
-        return data.losses(self.model, batch)["loss"] / count
-
-    def tokens(self, prompts: list[list[int]], n_new: int) -> Iterator[Any]:
+    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         for tokens in decode(self.model, prompts, Sampling(n_new)):
-            yield tokens.tolist()
+            tokens.tolist()
+            on_token()
 
 
-class Transformers:
-    """transformers' LLaMA, with one of PEFT's methods ("lora", "adaption_prompt") or alone ("")."""
+class Transformers(Side):
+    """transformers' LLaMA, with PEFT's "lora" or "adaption_prompt" or alone."""
 
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        self.method, self.learning_rate = settings["method"], 1e-3
-        self.device, self.dtype = device, DTYPES[settings["precision"]]
-        self.weights = Path(settings["weights"]) / "hf"
+    imports = ("transformers", "peft")
+
+    def load(self) -> None:
+        import peft
         import transformers
 
         transformers.logging.set_verbosity_error()
-        self.library = transformers
-        if self.method:
-            import peft
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.weights / "hf", dtype=self.dtype)
+        self.model = model.to(self.device)
+        layers = model.config.num_hidden_layers - Ours.start
+        if self.settings["method"] == "lora":
+            self.model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
+        elif self.settings["method"] == "adaption_prompt":
+            config = peft.AdaptionPromptConfig(adapter_len=10, adapter_layers=layers, task_type="CAUSAL_LM")
+            self.model = peft.get_peft_model(model, config)
 
-            self.peft = peft
-
-    def load(self) -> None:
-        model = self.library.AutoModelForCausalLM.from_pretrained(self.weights, dtype=self.dtype).to(self.device)
-        if self.method == "lora":
-            config = self.peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
-        elif self.method == "adaption_prompt":
-            layers = model.config.num_hidden_layers - 2
-            config = self.peft.AdaptionPromptConfig(adapter_len=10, adapter_layers=layers, task_type="CAUSAL_LM")
-        self.model = self.peft.get_peft_model(model, config) if self.method else model
-
-    def trainable(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def mean_loss(self, data: SFTData, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-        idx, labels = batch["idx"], batch["labels"]
-        lengths = torch.as_tensor(batch["lengths"], device=idx.device).unsqueeze(1)
+    def loss(self, batch: Batch, kind: str) -> torch.Tensor:
+        idx, lengths = batch["idx"], batch["lengths"].unsqueeze(1)
         mask = (torch.arange(idx.size(1), device=idx.device) < lengths).long()
-        return self.model(input_ids=idx, attention_mask=mask, labels=labels.masked_fill(labels == -1, -100)).loss
+        labels = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, PEERS_IGNORE)
+        return self.model(input_ids=idx, attention_mask=mask, labels=labels).loss
 
-    def tokens(self, prompts: list[list[int]], n_new: int) -> Iterator[Any]:
+    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         idx = torch.tensor(prompts, device=self.device)
-        times: list[float] = []
 
-        def stopping(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            if len(times) in (0, n_new - 1):
-                synchronize(self.device)
-            times.append(self.now())
+        def never_stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            on_token()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         self.model.eval().generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=n_new, do_sample=False, eos_token_id=None,
-            pad_token_id=0, cache_implementation="static", stopping_criteria=[stopping],
+            pad_token_id=0, cache_implementation="static", stopping_criteria=[never_stop],
         )  # fmt: skip
-        yield from times
 
 
-class LitGPT:
-    """LitGPT's adapter with its defaults (10 tokens per layer, from layer 2)."""
+class LitGPT(Side):
+    """LitGPT's model, with its "adapter" in the default settings (10 tokens per layer, from layer 2) or alone."""
 
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        from litgpt import adapter, utils
-        from litgpt.generate.base import batched_generate_fn, generate_fn
-        from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-
-        self.adapter, self.cross_entropy, self.copy = adapter, utils.chunked_cross_entropy, copy_weights_hf_llama
-        self.generate, self.generate_batch = generate_fn, batched_generate_fn
-        self.device, self.dtype, self.learning_rate = device, DTYPES[settings["precision"]], 1e-3
-        self.weights, self.aligned = Path(settings["weights"]), settings["method"] == "adapter"
+    imports = ("litgpt.adapter", "litgpt.generate.base", "litgpt.scripts.convert_hf_checkpoint", "litgpt.utils")
 
     def load(self) -> None:
-        ours = LLaMAConfig.from_json(self.weights / "lit_config.json")
-        own = {} if self.aligned else {"adapter_start_layer": ours.n_layer}
-        config = self.adapter.Config(
-            block_size=ours.block_size, vocab_size=ours.vocab_size, padded_vocab_size=ours.vocab_size,
-            n_layer=ours.n_layer, n_head=ours.n_head, n_query_groups=ours.n_kv_head, n_embd=ours.n_embd,
-            head_size=ours.head_size, intermediate_size=ours.intermediate_size, rotary_percentage=1.0,
-            parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=ours.norm_eps,
-            mlp_class_name="LLaMAMLP", rope_base=int(ours.rope_base), **own,
-        )  # fmt: skip
+        from litgpt import adapter
+        from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
         from safetensors.torch import load_file
 
+        ours = LLaMAConfig.from_json(self.weights / "lit_config.json")
+        same = ("block_size", "vocab_size", "padded_vocab_size", "n_layer", "n_head", "n_embd", "head_size",
+                "intermediate_size", "norm_eps")  # fmt: skip
+        config = adapter.Config(
+            **{name: getattr(ours, name) for name in same},
+            n_query_groups=ours.n_kv_head,
+            rope_base=int(ours.rope_base),
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            adapter_start_layer=Ours.start if self.settings["method"] else ours.n_layer,
+        )
         state: dict[str, torch.Tensor] = {}
-        self.copy(config, {}, state, load_file(self.weights / "hf" / "model.safetensors"), dtype=self.dtype)
+        copy_weights_hf_llama(config, {}, state, load_file(self.weights / "hf" / "model.safetensors"), dtype=self.dtype)
         with torch.device("meta"):
-            model = self.adapter.GPT(config)
+            model = adapter.GPT(config)
         model.load_state_dict(state, strict=False, assign=True)
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
@@ -171,170 +166,139 @@ class LitGPT:
                     setattr(module, name, torch.nn.Parameter(0.1 * torch.randn(p.shape)))
         model.cos, model.sin = model.rope_cache(self.device)
         self.model = model.to(self.device, self.dtype)
-        self.adapter.mark_only_adapter_as_trainable(self.model)
+        adapter.mark_only_adapter_as_trainable(self.model)
 
-    def trainable(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def loss(self, batch: Batch, kind: str) -> torch.Tensor:
+        from litgpt.utils import chunked_cross_entropy
 
-    def mean_loss(self, data: SFTData, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
         for block in self.model.transformer.h:
-            block.attn.adapter_kv_cache = None  # kept from an earlier step it would stop the second backward pass
-        labels = batch["labels"].masked_fill(batch["labels"] == -1, -100)
+            block.attn.adapter_kv_cache = None  # one kept from an earlier step stops the second backward pass
+        labels = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, PEERS_IGNORE)
         logits = self.model(batch["idx"], lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
-        return self.cross_entropy(logits, labels[..., 1:])
+        return chunked_cross_entropy(logits, labels[..., 1:])
 
-    def tokens(self, prompts: list[list[int]], n_new: int) -> Iterator[Any]:
+    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
+        from litgpt.generate.base import batched_generate_fn, generate_fn
+
         self.model.eval()
         idx = torch.tensor(prompts, device=self.device)
-        length = idx.size(1) + n_new
-        self.model.max_seq_length = length
+        length = self.model.max_seq_length = idx.size(1) + n_new
         self.model.set_kv_cache(len(idx), device=self.device, dtype=self.dtype)
         common = dict(include_prompt=False, include_eos=False)
         if len(prompts) == 1:
-            yield from self.generate(self.model, idx[0], length, temperature=0.0, **common)
+            steps = generate_fn(self.model, idx[0], length, temperature=0.0, **common)
         else:
-            yield from self.generate_batch(self.model, idx, length, sample_args={"temperature": 0.0}, **common)
+            steps = batched_generate_fn(self.model, idx, length, sample_args={"temperature": 0.0}, **common)
+        for _ in steps:
+            on_token()
 
 
-KINDS = {"ours": Ours, "transformers": Transformers, "litgpt": LitGPT}
+SIDES = {"ours": Ours, "transformers": Transformers, "litgpt": LitGPT}
 
 
 class Worker:
-    """Answers the calls; each method below `load` is one."""
+    """Answers the calls: each public method is one."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
-        self.device = torch.device(settings["device"])
-        self.clock = settings.get("clock", "wall")
-        self.side = KINDS[settings["kind"]](settings, self.device)
-        self.side.now = CLOCKS[self.clock]
-        self.data: dict[str, SFTData | DPOData] = {}
-        self.data_dir = Path(settings["data"]) if "data" in settings else None
+        self.device, self.clock = settings["device"], settings.get("clock", "wall")
+        self.side = SIDES[settings["kind"]](settings, self.device)
+        self.data_dir, self.data = settings.get("data"), {}
         self.optimizer: torch.optim.Optimizer | None = None
-        self.weight_bytes = 0
-        self.packs = settings.get("generates", False)  # only ours: as the generate scripts do
 
     def load(self) -> dict[str, Any]:
-        """Loads the model and starts to count memory."""
-        self.before = memory("VmRSS")
-        sizes = self.load_side()
-        self.forget_peak()
-        return sizes
-
-    def load_side(self) -> dict[str, Any]:
-        self.side.load()
-        sizes = self.size()
-        if self.packs:
-            pack_(self.side.model)
-        return sizes
+        """Load the model; memory is counted from here on."""
+        self.memory = Memory(self.device)
+        return {"seconds": timed(self.side.load, self.device, self.clock)}
 
     def build(self, n: int, config: dict[str, Any]) -> dict[str, Any]:
-        """A model of ours of another shape."""
-        self.side.n = n
-        self.side.build(config)
-        self.optimizer = None
-        return self.size()
-
-    def size(self) -> dict[str, Any]:
-        parameters = list(self.side.model.parameters())
-        self.weight_bytes = sum(p.nbytes for p in parameters if not p.requires_grad)
-        sizes = {"trainable": sum(p.numel() for p in self.side.trainable()), "bytes": sum(p.nbytes for p in parameters)}
-        return sizes
-
-    def forget_peak(self) -> dict[str, Any]:
-        """Begins to watch for the most memory anew."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
+        """Make a model of ours of another shape."""
+        self.memory, self.optimizer = Memory(self.device), None
+        self.side.build(n, config)
         return {}
 
-    def peak(self) -> dict[str, Any]:
-        """Bytes held at most since the model was loaded, with and without the frozen weights."""
-        cuda = self.device.type == "cuda"
-        most = torch.cuda.max_memory_allocated() if cuda else memory("VmHWM") - self.before
-        return {"peak": most, "beyond": most - self.weight_bytes}
+    def step(self, batches: list[Any], data: str = "sft", loss: str = "sft") -> dict[str, Any]:
+        """Take an optimizer step, on a GPU after a smaller one that does not count.
 
-    def rows_of(self, kind: str) -> SFTData | DPOData:
-        if kind not in self.data:
-            if kind == "sft":
-                self.data[kind] = SFTData(self.data_dir / "sft", "train")
-            else:
-                data = DPOData(self.data_dir / "pairs", "train")
-                data.reference_logps = torch.full((len(data), 2), -100.0)  # as if computed beforehand
-                self.data[kind] = data
-        return self.data[kind]
+        Args:
+            batches: micro-batches; rows of the data, or (rows, length, length of the responses) of random tokens.
+            data: "sft", "pairs" or "random".
+            loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
 
-    def step(self, micro_batches: list[list[int]], kind: str = "sft") -> dict[str, Any]:
-        """One optimiser step, on a GPU after one that is not counted: seconds of its parts, and the mean loss."""
-        data = self.rows_of(kind)
+        Returns:
+            seconds: of its parts; loss: mean; lengths: of all sequences; padding: share of the tokens computed; peak:
+            most bytes held; beyond: of these, beyond the frozen weights.
+        """
+        self.memory.reset_peak()
         if self.device.type == "cuda":
-            self.time_step(data, [np.array(rows) for rows in micro_batches[:1]], kind)
-        answer = self.time_step(data, [np.array(rows) for rows in micro_batches], kind)
+            self._step(batches[:1], data, loss)
+        answer = self._step(batches, data, loss)
+        peak, frozen = self.memory.peak(), sum(p.nbytes for p in self.side.model.parameters() if not p.requires_grad)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the others need the room
-        return answer
+            torch.cuda.empty_cache()  # the others need the memory
+        return {**answer, "peak": peak, "beyond": peak - frozen}
 
-    def time_step(self, data: Any, micro_batches: list[np.ndarray], kind: str) -> dict[str, Any]:
-        seconds = dict.fromkeys(("data", "forward", "backward", "optimiser"), 0.0)
-        found: dict[str, Any] = {}
+    def _step(self, micro_batches: list[Any], data: str, loss: str) -> dict[str, Any]:
+        seconds, losses = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0), []
         self.side.model.train()
 
         def part(name: str, work: Callable[[], Any]) -> Any:
-            def keep() -> None:
-                found[name] = work()
+            result = []
+            seconds[name] += timed(lambda: result.append(work()), self.device, self.clock)
+            return result[0]
 
-            seconds[name] += timed(keep, self.device, self.clock)
-            return found[name]
+        batches = [part("data", lambda rows=rows: self._batch(rows, data)) for rows in micro_batches]
+        for batch in batches:
+            mean = part("forward", lambda batch=batch: self.side.loss(batch, loss))
+            part("backward", lambda mean=mean: (mean / len(batches)).backward())
+            losses.append(mean.item())
+        part("optimizer", self._update)
+        lengths = torch.cat([batch["lengths"] for batch in batches]).cpu().numpy()
+        padding = 1 - lengths.sum() / sum(batch["idx"].numel() for batch in batches)
+        return {"seconds": seconds, "loss": float(np.mean(losses)), "lengths": lengths, "padding": padding}
 
-        losses = []
-        for rows in micro_batches:
-            batch = part("data", lambda rows=rows: {k: t.to(self.device) for k, t in data.batch(rows).items()})
-            batch["lengths"] = data.lengths[rows]
-            loss = part("forward", lambda batch=batch: self.side.mean_loss(data, batch, kind))
-            part("backward", lambda loss=loss: (loss / len(micro_batches)).backward())
-            losses.append(loss.item())
-        part("optimiser", self.update)
-        return {"seconds": seconds, "loss": float(np.mean(losses))}
+    def _batch(self, rows: Any, data: str) -> Batch:
+        if data == "random":
+            count, length, response = rows
+            idx = torch.randint(3, self.side.model.config.vocab_size, (count, length), device=self.device)
+            prompt = torch.arange(length, device=self.device) < length - response
+            return {
+                "idx": idx,
+                "labels": idx.masked_fill(prompt, IGNORE_INDEX),
+                "lengths": torch.full((count,), length),
+            }
+        if data not in self.data:
+            self.data[data] = (SFTData if data == "sft" else DPOData)(self.data_dir / data, "train")
+        source = self.data[data]
+        batch = {name: tensor.to(self.device) for name, tensor in source.batch(rows).items()}
+        sequences = len(batch["idx"]) // len(rows)  # a pair has two, equally long
+        return {**batch, "lengths": torch.as_tensor(source.lengths[rows], device=self.device).repeat(sequences)}
 
-    def update(self) -> None:
-        trainable = self.side.trainable()
+    def _update(self) -> None:
+        trainable = [p for p in self.side.model.parameters() if p.requires_grad]
         if trainable:
-            if self.optimizer is None:
-                self.optimizer = torch.optim.AdamW(trainable, lr=self.side.learning_rate)
+            self.optimizer = self.optimizer or torch.optim.AdamW(trainable, lr=1e-3)
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def random_step(self, rows: int, length: int) -> dict[str, Any]:
-        """Seconds of a forward and a backward pass on random tokens, half of them predicted; the better of two."""
-        idx = torch.randint(3, self.side.model.config.vocab_size, (rows, length), device=self.device)
-        labels = idx.clone()
-        labels[:, : length // 2] = -1
-
-        def once() -> None:
-            (-self.side.model(idx, labels=labels).mean()).backward()
-
-        return {"seconds": min(timed(once, self.device, self.clock) for _ in range(2))}
-
     def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
-        """Seconds to the first token, and from there to the last."""
-        if self.device.type == "cuda":
-            list(self.side.tokens(prompts, 2))
-        synchronize(self.device)
-        began = self.side.now()
-        times = []
+        """Return the seconds to the first token and from there to the last, and the most bytes held since loading."""
+        times = [CLOCKS[self.clock]()]
+
+        def on_token() -> None:
+            if len(times) in (1, n_new):
+                synchronize(self.device)
+            times.append(CLOCKS[self.clock]())
+
         with torch.no_grad():
-            for token in self.side.tokens(prompts, n_new):
-                if len(times) in (0, n_new - 1):
-                    synchronize(self.device)
-                times.append(token if isinstance(token, float) else self.side.now())
-        assert len(times) == n_new, f"{len(times)} tokens instead of {n_new}"
-        return {"prefill": times[0] - began, "decode": times[-1] - times[0]}
+            self.side.generate(prompts, n_new, on_token)
+        assert len(times) == 1 + n_new, f"{len(times) - 1} tokens instead of {n_new}"
+        return {"prefill": times[1] - times[0], "decode": times[-1] - times[1], "peak": self.memory.peak()}
 
     def answer_all(self, prompts: list[list[int]], n_new: int, batch_size: int) -> dict[str, Any]:
-        """Seconds for all prompts, so many at a time."""
+        """Return the seconds for all prompts, `batch_size` at a time; ours only."""
 
         def work() -> None:
             for i in range(0, len(prompts), batch_size):
@@ -342,37 +306,18 @@ class Worker:
 
         return {"seconds": timed(work, self.device, self.clock)}
 
-    def first_token(self, prompt: list[int]) -> dict[str, Any]:
-        """Loads the model and makes one token: the seconds, and the bytes held at most."""
-        self.before = memory("VmRSS")
-        self.forget_peak()
-        began = self.side.now()
-        sizes = self.load_side()
-        with torch.no_grad():
-            next(iter(self.side.tokens([prompt], 1)))
-        synchronize(self.device)
-        seconds = self.side.now() - began
-        return {"seconds": seconds, **sizes, **self.peak()}
+
+_workers: list[Worker] = []  # of this process: none or one
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+def call(settings: dict[str, Any], method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Call a method of this process's worker, which the first call makes.
 
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-    worker: Worker | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            worker = worker or Worker(json.loads(sys.argv[1]))
-            say(getattr(worker, request.pop("call"))(**request))
-        except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            say({"error": first.rstrip(".")})
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        settings: of the worker; `path` is where the peers' packages are.
+    """
+    if not _workers:
+        os.dup2(2, 1)  # what libraries print goes to stderr
+        sys.path.append(str(settings.get("path", "")))
+        _workers.append(Worker(settings))
+    return getattr(_workers[0], method)(**arguments)

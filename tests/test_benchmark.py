@@ -1,6 +1,6 @@
 """The arithmetic of the benchmarks' reports, and our own side of them on a toy."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 import benchmarks.generation as generation
 import benchmarks.loading as loading
 import benchmarks.training as training
-from benchmarks import harness as benchmark
+from benchmarks import harness, material, measure
 from benchmarks.worker import Worker
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
@@ -22,70 +22,121 @@ SMALL = LLaMAConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=4, i
 
 
 def test_flops_of_a_training_step_by_hand():
-    assert benchmark.matmul_parameters(SMALL) == 48 + 96 + 256
+    assert material.matmul_parameters(SMALL) == 48 + 96 + 256
     # row of 3: 4·400·3; it sees 1 + 2 + 3 = 6 tokens, each 2·2·4 FLOPs forward and twice that backward
-    assert benchmark.training_flops(SMALL, [3]) == 4 * 400 * 3 + 6 * 16 * 3
-    assert benchmark.training_flops(SMALL, [3, 3]) == 2 * benchmark.training_flops(SMALL, [3])
-    assert benchmark.training_flops(LLaMAConfig.from_name("Llama-2-7B"), [512]) / 512 / 4 == pytest.approx(6.7e9, 0.02)
+    assert material.training_flops(SMALL, [3]) == 4 * 400 * 3 + 6 * 16 * 3
+    assert material.training_flops(SMALL, [3, 3]) == 2 * material.training_flops(SMALL, [3])
+    assert material.training_flops(LLaMAConfig.from_name("Llama-2-7B"), [512]) / 512 / 4 == pytest.approx(6.7e9, 0.02)
 
 
 def test_bytes_of_a_decoding_step_by_hand():
     # weights once, and 2·2 numbers of keys and values for each of 10 tokens in 3 rows
-    assert benchmark.decode_bytes(SMALL, torch.float32, 3, 10) == 4 * (400 + 4 * 10 * 3)
-    assert benchmark.decode_bytes(SMALL, torch.bfloat16, 3, 10) == 2 * (400 + 4 * 10 * 3)
+    assert material.decode_bytes(SMALL, torch.float32, 3, 10) == 4 * (400 + 4 * 10 * 3)
+    assert material.decode_bytes(SMALL, torch.bfloat16, 3, 10) == 2 * (400 + 4 * 10 * 3)
 
 
 def test_padding_by_hand():
     lengths = np.array([2, 4, 5, 5])
     batches = [np.array([0, 1]), np.array([2, 3])]
-    assert benchmark.padding_waste(lengths, batches) == pytest.approx(1 - 16 / 18)
-    assert benchmark.padding_waste(lengths, [np.array([i]) for i in range(4)]) == 0
+    assert material.padding_share(lengths, batches) == pytest.approx(1 - 16 / 18)
+    assert material.padding_share(lengths, [np.array([i]) for i in range(4)]) == 0
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 8])
 def test_little_of_an_epoch_on_alpacas_lengths_is_padding(micro_batch_size):
-    prompts, lengths = benchmark.alpaca_lengths(20_000, 512)
+    prompts, lengths = material.alpaca_lengths(20_000, 512)
     assert prompts.min() >= 40 and lengths.max() == 512 and (lengths > prompts).all()
     assert np.median(prompts) == pytest.approx(53, abs=2) and np.median(lengths - prompts) == pytest.approx(120, abs=5)
     plan = plan_epoch(lengths, 64, micro_batch_size, 0, 0)
-    assert benchmark.padding_waste(lengths, [rows for step in plan for rows in step]) < 0.05
+    assert material.padding_share(lengths, [rows for step in plan for rows in step]) < 0.05
+
+
+def test_the_interval_of_a_median():
+    # of n values the range misses the median with probability 2 / 2^n; from n = 9 on, 2 · (1 + 9) / 2^9 = 3.9 % is left
+    # when the outermost values are dropped too
+    assert measure.median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert measure.median_interval([float(i) for i in range(8)]) == (3.5, 0.0, 7.0)
+    assert measure.median_interval([float(i) for i in range(9)]) == (4.0, 1.0, 7.0)
+
+
+def test_the_interval_of_a_median_covers_it():
+    rng, n = np.random.default_rng(0), 12
+    intervals = np.array([measure.median_interval(rng.exponential(size=n).tolist()) for _ in range(2000)])
+    covered = (intervals[:, 1] <= np.log(2)) & (np.log(2) <= intervals[:, 2])
+    assert 0.95 <= covered.mean() <= 0.98  # 96.1 %: 1 - 2 · (1 + 12 + 66) / 2^12
 
 
 def test_ratios_compare_within_a_round():
-    assert benchmark.ratio([2.0, 20.0, 6.0], [1.0, 10.0, 3.0]) == (2.0, 0.0)
-    assert benchmark.median_and_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 1.0)
+    assert measure.compare([2.0, 20.0, 6.0] * 2, [1.0, 10.0, 3.0] * 2) == ["2.000 (2.000 to 2.000)", "more"]
+    assert measure.compare([1.0, 2.0, 3.0] * 2, [2.0, 4.0, 5.0] * 2) == ["0.500 (0.500 to 0.600)", "less"]
+    assert measure.compare([1.1, 0.9, 1.0] * 2, [1.0] * 6, 2) == ["1.00 (0.90 to 1.10)", "no difference"]
+    assert measure.compare([1.1, 1.2], [1.0, 1.0], 1) == ["1.1 (1.1 to 1.2)", "too few rounds"]
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count():
+    calls: list[str] = []
+
+    def turn(name: str):
+        return lambda: calls.append(name) or len(calls)
+
+    notes: list[str] = []
+    first, found = harness.take_turns({name: turn(name) for name in "abc"}, 2, notes)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert first == {"a": 1, "b": 2, "c": 3}
+    assert found == {"a": [6, 8], "b": [4, 9], "c": [5, 7]} and not notes
+
+
+def test_a_peer_that_becomes_unavailable_is_left_out_and_our_side_is_not():
+    def fail(error: type[UserError]):
+        def turn():
+            raise error("x: no such thing.")
+
+        return turn
+
+    notes: list[str] = []
+    _, found = harness.take_turns({"a": lambda: 1, "x": fail(harness.Unavailable)}, 2, notes)
+    assert found == {"a": [1, 1]} and notes == ["Without x: no such thing."]
+    with pytest.raises(UserError, match="no such thing"):
+        harness.take_turns({"a": lambda: 1, "x": fail(UserError)}, 2, notes)
+
+
+def test_memory_sees_what_is_held_and_what_was():
+    memory = measure.Memory(torch.device("cpu"))
+    memory.reset_peak()
+    held = np.ones(2**23)  # 64 MiB
+    assert memory.now() > 60e6
+    del held
+    assert memory.peak() > 60e6
+    memory.reset_peak()
+    assert memory.now() < 30e6 and memory.peak() < 30e6
 
 
 def test_numbers_and_tables_as_text():
-    assert [benchmark.number(x) for x in (0, 0.01234, 1.5, 123.4, 12345.6)] == ["0", "0.0123", "1.50", "123", "12,346"]
+    assert [measure.number(x) for x in (0, 0.01234, 1.5, 123.4, 12345.6)] == ["0", "0.0123", "1.50", "123", "12,346"]
     table = markdown_table(["", "ms"], [["a", 1], ["b", 22]])
     assert table == "|  | ms |\n| --- | ---: |\n| a | 1 |\n| b | 22 |"
 
 
 def test_an_unknown_size_is_refused():
     with pytest.raises(UserError, match="no size 'huge'; known are 110M, 7B"):
-        benchmark.shape("huge")
+        material.shape("huge")
 
 
-def test_processor_seconds_need_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+def test_processor_seconds_need_one_thread(toy):
     with pytest.raises(UserError, match="needs --accelerator cpu and --threads 1"):
-        benchmark.check_clock("cpu", torch.device("cpu"))
-    torch.set_num_threads(1)
-    benchmark.check_clock("cpu", torch.device("cpu"))
-    assert benchmark.timed(lambda: sum(range(10**5)), torch.device("cpu"), "cpu") > 0
-    torch.set_num_threads(threads)
+        harness.start_run(generation.Settings(**{**toy, "threads": 2}, clock="cpu"))
+    assert harness.start_run(generation.Settings(**toy, clock="cpu")).shared["clock"] == "cpu"
+    assert measure.timed(lambda: sum(range(10**5)), torch.device("cpu"), "cpu") > 0
 
 
 class InProcess:
     """A contestant of this process."""
 
-    def __init__(self, name, python=None, **settings):
-        self.name, self.worker = name, Worker(json.loads(json.dumps(settings, default=str)))
+    def __init__(self, name, **settings):
+        self.name, self.worker = name, Worker(settings)
 
-    def __call__(self, call, **arguments):
-        return json.loads(json.dumps(getattr(self.worker, call)(**arguments)))
+    def __call__(self, method, **arguments):
+        return getattr(self.worker, method)(**arguments)
 
     def close(self):
         pass
@@ -97,7 +148,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setitem(llama_configs, "toy", dict(
         block_size=64, vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48,
     ))  # fmt: skip
-    monkeypatch.setattr(benchmark, "Contestant", InProcess)
+    monkeypatch.setattr(harness, "Contestant", InProcess)
     threads = torch.get_num_threads()
     yield dict(size="toy", rounds=2, peers=False, threads=1, accelerator="cpu", precision="32", out_dir=tmp_path)
     torch.set_num_threads(threads)
@@ -114,29 +165,43 @@ def test_a_report_on_training(toy, capsys):
     assert (toy["out_dir"] / "training-toy.png").stat().st_size > 5000
 
 
-def test_growth(toy):
-    llama = dict(weights=".", device="cpu", precision="32", threads=1)
-    worker = InProcess("growth", **llama, kind="ours", n=1)
+def trainable(contestant: InProcess) -> list[torch.nn.Parameter]:
+    return [p for p in contestant.worker.side.model.parameters() if p.requires_grad]
+
+
+def test_growth(toy, monkeypatch):
+    worker = InProcess("growth", weights=".", device=measure.CPU, precision="32", threads=1, kind="ours", n=1)
     worker("build", n=0, config=dict(llama_configs["toy"]))
-    assert worker("random_step", rows=2, length=16)["seconds"] > 0
-    assert worker("build", n=3, config=dict(llama_configs["toy"]))["trainable"] == 3 * 32 + 4
+    assert not trainable(worker)
+    assert worker("step", batches=[[2, 16, 8]], data="random")["seconds"]["backward"] > 0
+    worker("build", n=3, config=dict(llama_configs["toy"]))
+    assert sum(p.numel() for p in trainable(worker)) == 3 * 32 + 4
+
+    monkeypatch.setattr(training, "GROWTH", {"layers": (3, 4), "prefix tokens N": (1, 2)})
+    found = training.measure_growth(harness.start_run(training.Settings(**toy)))
+    assert found.keys() == {"layers", "prefix tokens N"}
+    assert [value for value, _ in found["layers"]["N = 1"]] == [3, 4] and "bare base" in found["layers"]
+    assert all(seconds > 0 for _, seconds in found["prefix tokens N"]["Aligner"])
+    assert "| layers: 3, 4 | N = 1 | " in training.growth_table(found)
 
 
 def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
-    config = benchmark.shape("toy")
-    benchmark.write_weights(tmp_path / "weights", config, torch.float32)
-    benchmark.write_data(tmp_path / "data", *benchmark.alpaca_lengths(8, 64), config.vocab_size)
-    common = dict(weights=tmp_path / "weights", data=tmp_path / "data", precision="32", device="cpu", threads=1)
+    config = material.shape("toy")
+    material.write_weights(tmp_path / "weights", config, torch.float32)
+    material.write_data(tmp_path / "data", *material.alpaca_lengths(8, 64), config.vocab_size)
+    common = dict(weights=tmp_path / "weights", data=tmp_path / "data", precision="32", device=measure.CPU, threads=1)
     bare, aligned = (InProcess("", **common, kind="ours", n=n) for n in (0, 1))
-    assert (bare("load")["trainable"], aligned("load")["trainable"]) == (0, 32 + 4)
+    for contestant, parameters in ((bare, 0), (aligned, 32 + 4)):
+        contestant("load")
+        assert sum(p.numel() for p in trainable(contestant)) == parameters
     with torch.no_grad():
-        for p in aligned.worker.side.trainable():
+        for p in trainable(aligned):
             p.zero_()
-    first, second = (side("step", micro_batches=[[0, 1], [2, 5]]) for side in (bare, aligned))
+    first, second = (side("step", batches=[[0, 1], [2, 5]]) for side in (bare, aligned))
     assert first["loss"] == second["loss"]
     assert all(p.grad is None for p in bare.worker.side.model.parameters())
     assert set(first["seconds"]) == set(training.PARTS) and min(first["seconds"].values()) > 0
-    sft, dpo = (aligned("step", micro_batches=[[0, 1]], kind=kind)["loss"] for kind in ("sft of pairs", "dpo"))
+    sft, dpo = (aligned("step", batches=[[0, 1]], data="pairs", loss=loss)["loss"] for loss in ("sft", "dpo"))
     assert sft == pytest.approx(np.log(64), rel=0.1)
     assert np.isfinite(dpo) and dpo != sft
 
@@ -150,12 +215,20 @@ def test_reports_on_generation_and_loading(toy, capsys):
     assert "| Aligner N = 1 | " in capsys.readouterr().out
 
 
-def test_a_contestant_in_its_own_process_says_what_went_wrong():
-    contestant = benchmark.Contestant(
-        "ours", kind="ours", n=1, weights="nowhere", device="cpu", precision="32", threads=1
-    )
-    with pytest.raises(UserError, match="ours: There is no model configuration at nowhere"):
+@pytest.mark.parametrize(("kind", "error"), [("ours", UserError), ("transformers", harness.Unavailable)])
+def test_a_contestant_in_its_own_process_says_what_went_wrong(kind, error):
+    settings = dict(kind=kind, n=1, method="", weights=Path("nowhere"), device=measure.CPU, precision="32", threads=1)
+    contestant = harness.Contestant("one", **settings)
+    with pytest.raises(error, match=r"^one: "):
+        contestant("load")
+    with pytest.raises(error, match="one: "):
+        contestant("no such call")
+    contestant.close()
+
+
+def test_our_contestants_error_is_its_sentence():
+    settings = dict(kind="ours", n=1, weights=Path("nowhere"), device=measure.CPU, precision="32", threads=1)
+    contestant = harness.Contestant("ours", **settings)
+    with pytest.raises(UserError, match=r"^ours: There is no model configuration at nowhere"):
         contestant("load")
     contestant.close()
-    with pytest.raises((UserError, ValueError)):
-        contestant("load")
