@@ -1,10 +1,15 @@
 """The folder for results that can be computed again: tokenized rows, and log-probabilities of a DPO reference."""
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.files import unwritable
+from lit_llama.files import atomic_folder, unwritable
+from lit_llama.manifest import MANIFEST
 
-NAME = ".aligner-cache"
+NAME, CHECKSUMS = ".aligner-cache", "sha256.json"
 FILES = {
     # https://bford.info/cachedir: backup programs skip folders with this file
     "CACHEDIR.TAG": "Signature: 8a477f597d28d172789f06886806bc55\n",
@@ -27,3 +32,46 @@ def cache_folder(data_dir: Path) -> Path:
     except OSError as error:
         raise unwritable(folder, error) or error from None
     return folder
+
+
+def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder in the cache unless it exists and its files have their checksums.
+
+    Args:
+        folder: Folder to create.
+        fill: Function that writes the files to the folder it is given.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    if _is_intact(folder):
+        return
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise unwritable(folder, error) or error from None
+    with atomic_folder(folder, "cache") as new:
+        fill(new)
+        (new / CHECKSUMS).write_text(json.dumps(_checksums(new)), encoding="utf-8")
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (CHECKSUMS, MANIFEST))
+    return {name: checksum(folder / name) for name in names}
+
+
+def checksum(path: Path) -> str:
+    """Return the sha256 of a file; `hashlib.file_digest` needs Python 3.11."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

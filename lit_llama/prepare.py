@@ -4,17 +4,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, enable_progress_bars
 
-from lit_llama.cache import cache_folder
+from lit_llama.cache import cache_folder, fill_once
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
-from lit_llama.files import atomic_folder, check_folder, unwritable, write_text
+from lit_llama.files import atomic_folder, check_folder, write_text
 from lit_llama.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -263,27 +262,27 @@ def _tokenize(
         rows = [encode(*row) for row in zip(*(batch[name] for name in names), strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
+    def fill(folder: Path) -> None:
+        enable_progress_bars()
+        try:
+            dataset.map(
+                encode_batch,
+                batched=True,
+                remove_columns=names,
+                num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
+                cache_file_name=str(folder / "rows.arrow"),
+                new_fingerprint=digest,
+                desc="Tokenizing",
+            )
+        finally:
+            disable_progress_bars()
+
     names = [f"text {i}" for i in range(len(texts[0]))]
-    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    cache_dir = cache_dir / f"tokenized-{key}"
     dataset = Dataset.from_dict({name: [row[i] for row in texts] for i, name in enumerate(names)})
-    enable_progress_bars()
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        return dataset.map(
-            encode_batch,
-            batched=True,
-            remove_columns=names,
-            num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
-            cache_file_name=str(cache_dir / "rows.arrow"),
-            new_fingerprint=key,
-            desc="Tokenizing",
-        )
-    except OSError as error:
-        shutil.rmtree(cache_dir, ignore_errors=True)
-        raise unwritable(cache_dir, error) or error from None
-    finally:
-        disable_progress_bars()
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = cache_dir / f"tokenized-{digest}"
+    fill_once(folder, fill)
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
 
 
 def write_dataset(output_dir: Path, splits: dict[str, Dataset], meta: dict[str, Any]) -> None:

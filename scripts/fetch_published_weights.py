@@ -78,10 +78,10 @@ def is_there(path: Path, sha256: str) -> bool:
 
 
 def main(args: Settings) -> None:
-    log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
     missing = {name: sha256 for name, sha256 in FILES.items() if not is_there(args.output_dir / name, sha256)}
     for name in missing:
         check_file(args.output_dir / name, overwrite=args.overwrite)
+    log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
     for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
         content = fetch(f"{args.source.rstrip('/')}/{urllib.parse.quote(name)}")
         if (got := hashlib.sha256(content).hexdigest()) != sha256:

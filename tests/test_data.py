@@ -192,6 +192,27 @@ def test_tokenizing_is_cached(tmp_path, tokenizer_path, monkeypatch):
         prepare(tmp_path / "c", tokenizer, many(8), max_seq_length=30)
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_bit, Path.unlink, lambda path: (path.parent / "sha256.json").unlink()]
+)
+def test_a_damaged_cache_is_computed_again(damage, tmp_path, tokenizer):
+    prepare(tmp_path / "a", tokenizer, many(8))
+    (rows,) = (tmp_path / ".aligner-cache").rglob("*.arrow")
+    damage(rows)
+    prepare(tmp_path / "b", tokenizer, many(8))
+    assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
+
+
 def test_processes_change_nothing(tmp_path, tokenizer):
     for name, num_proc in (("one", 1), ("two", 2)):
         prepare(tmp_path / name / "out", tokenizer, many(2000), num_proc=num_proc)

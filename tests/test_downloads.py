@@ -131,7 +131,8 @@ def test_published_weights(shared, run_script, refused, tmp_path):
     assert all((tmp_path / "out" / path).read_bytes() == (source / path).read_bytes() for path in fetched)
 
     (tmp_path / "out" / min(fetched)).write_bytes(b"spoilt")
-    assert "1 fetched, 8 were there" in run_script(FETCH, *flags)[2]
+    assert "exists; replace it with --overwrite true" in refused(FETCH, *flags)
+    assert "1 fetched, 8 were there" in run_script(FETCH, *flags, "--overwrite", "true")[2]
     assert (tmp_path / "out" / min(fetched)).read_bytes() == (source / min(fetched)).read_bytes()
 
 
