@@ -1,0 +1,293 @@
+"""Nothing is deleted or replaced that is not ours: strangers in, around and behind the outputs of every script.
+
+    python tests/campaign/deletion.py --cases 200
+
+Each case draws a script that writes and a situation: strangers in the output folder before or after, links planted in
+it or in its place, an output that is an input, a kill at a random change. After each run, no file that the script did
+not write may have changed, a refusal may have changed nothing, and after a kill the next run must succeed.
+"""
+
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import ROOT, Ended, Harness, changes, run_campaign, snapshot
+from material import make_material
+
+sys.path.append(str(ROOT))
+
+from lit_llama.files import TEMPORARY
+from lit_llama.manifest import MANIFEST, find_strangers
+
+CACHE = ".cache"  # beside prepared datasets
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A script that writes.
+
+    Attributes:
+        script: Its path.
+        flags: Its flags but that of the output, with names in the sandbox's folder `in`.
+        output: The flag of the output.
+        name: Name of the output; one with a suffix is a file.
+        inputs: What it reads, in the sandbox.
+    """
+
+    script: str
+    flags: str
+    output: str = "--output_dir"
+    name: str = "out"
+    inputs: tuple[str, ...] = ("in/base",)
+
+    @property
+    def writes_file(self) -> bool:
+        return bool(Path(self.name).suffix)
+
+
+PREPARE = "--checkpoint_dir in/base --num_proc 1 --max_seq_length 64 --test_fraction 0.3"
+ANSWER = "--checkpoint_dir in/base --prompt_file in/prompts.json --max_new_tokens 2"
+WRITERS = (
+    Writer("scripts/prepare_alpaca.py", f"--data_file in/rows.json {PREPARE}", inputs=("in/base", "in/rows.json")),
+    Writer("scripts/prepare_beaver_safe.py", f"--data_format preference --data_file in/pairs.jsonl {PREPARE}",
+           inputs=("in/base", "in/pairs.jsonl")),
+    Writer("scripts/prepare_beaver_safe.py", f"--stage sft --data_format preference --data_file in/pairs.jsonl {PREPARE}",
+           inputs=("in/base", "in/pairs.jsonl")),
+    Writer("scripts/prepare_microworld.py", f"--split train {PREPARE}"),
+    Writer("scripts/prepare_microworld_safe.py", f"--pairs 20 {PREPARE}"),
+    Writer("scripts/convert_hf_checkpoint.py", "--checkpoint_dir in/hf", inputs=("in/hf",)),
+    Writer("scripts/convert_hf_checkpoint.py", "--reverse --checkpoint_dir in/base --max_shard_size 4MB"),
+    Writer("scripts/convert_checkpoint.py", "--checkpoint_dir in/meta", inputs=("in/meta",)),
+    Writer("scripts/merge_aligner.py", "--checkpoint_dir in/base --adapter in/adapter.safetensors",
+           inputs=("in/base", "in/adapter.safetensors")),
+    Writer("scripts/merge_aligner.py", "--format lit --checkpoint_dir in/base --adapter in/adapter.safetensors",
+           inputs=("in/base", "in/adapter.safetensors")),
+    Writer("generate/base.py", ANSWER, "--output_file", "out.json", ("in/base", "in/prompts.json")),
+    Writer("generate/aligner.py", f"{ANSWER} --adapter in/adapter.safetensors", "--output_file", "out.json",
+           ("in/base", "in/prompts.json", "in/adapter.safetensors")),
+    Writer("evaluate/microworld.py", "--checkpoint_dir in/base --questions 2 --groups unseen", "--output_file",
+           "out.json"),
+    Writer("scripts/inspect_aligner.py", "in/adapter.safetensors", "--to_safetensors", "out.safetensors",
+           ("in/adapter.safetensors",)),
+    Writer("scripts/inspect_aligner.py", "in/adapter.safetensors", "--plot", "out.png", ("in/adapter.safetensors",)),
+)  # fmt: skip
+
+# names that strangers' files may have; many are those of our own
+NAMES = ("thesis.tex", "sub/photo.jpg", "meta.json", "lit_config.json", "aligner.json", "config.json",
+         "lit_model.safetensors", "model.safetensors", "tokenizer.model", "train/state.json", "rows.json",
+         "dataset_dict.json", "best.safetensors", ".hidden", "a b/ü.txt", ".out.tmp/x", "train/data-00000-of-00001.arrow",
+         f"{TEMPORARY}notes/x", MANIFEST)  # fmt: skip
+
+
+class Sandbox:
+    """A folder with inputs, strangers, and runs of a writer whose effects are checked.
+
+    Raises:
+        AssertionError: A run ended badly or changed what it must not.
+    """
+
+    def __init__(self, harness: Harness, rng: random.Random, folder: Path) -> None:
+        self.harness, self.rng, self.folder = harness, rng, folder
+        self.writer = rng.choice(WRITERS)
+        self.out = folder / rng.choice(("", "deep/er/")) / self.writer.name
+        shutil.copytree(make_material(harness), folder / "in")
+        for name in rng.sample(NAMES[:-1], 3):
+            self.plant(folder / "around" / name)
+            if not folder.joinpath(name).exists():
+                self.plant(folder / name)
+
+    def plant(self, path: Path) -> None:
+        """Write a stranger's file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.rng.choice(("years of work", "{}", "", '{"format": "mine"}', "x" * 2_000)))
+
+    def link(self, path: Path, target: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target if self.rng.random() < 0.5 else os.path.relpath(target, path.parent))
+
+    def run(self, output: object = None, flags: tuple[str, ...] = (), **options: object) -> Ended:
+        """Run the writer, and check what became of everything but its own output."""
+        mine = self.out if self.is_ours() else None
+        before = snapshot(self.folder)
+        output = self.out if output is None else output
+        words = [*self.writer.flags.split(), self.writer.output, output, *flags]
+        ended = self.harness.run(self.writer.script, *words, cwd=self.folder, **options)
+        after = snapshot(self.folder)
+        assert not ended.problem, f"{ended.problem}: {ended.describe()}"
+        lost = changes(before, after)
+        new = sorted(name for name in after.keys() - before.keys() if CACHE not in Path(name).parts)
+        if ended.code == 0 or ended.killed:
+            own = os.path.relpath(self.out, self.folder)
+            lost = [text for text in lost if mine is None or not (text.startswith((f"{own} ", f"{own}/")))]
+        assert not lost, f"{lost[0]}: {ended.describe()}"
+        if not ended.killed:
+            left = [name for name in new if TEMPORARY in name and "notes" not in name]
+            assert not left, f"{left[0]} was left: {ended.describe()}"
+            assert ended.code == 0 or not new, f"a refusal left {new[0]}: {ended.describe()}"
+        return ended
+
+    def is_ours(self) -> bool:
+        """Return whether the output exists and may be replaced."""
+        if self.writer.writes_file:
+            return True  # with --overwrite; without it, `refused` checks that it stays
+        return (self.out / MANIFEST).is_file() and not self.strangers()
+
+    def strangers(self) -> list[str]:
+        return find_strangers(self.out)
+
+    def succeeds(self, *args: object, **options: object) -> None:
+        flags = ("--overwrite",) if self.writer.writes_file and self.out.exists() else ()
+        ended = self.run(*args, flags=flags, **options)
+        assert ended.code == 0, f"was refused: {ended.describe()}"
+        assert self.out.exists() and (self.writer.writes_file or not self.strangers()), f"bad: {ended.describe()}"
+
+    def refused(self, *args: object, **options: object) -> None:
+        before = snapshot(self.folder)
+        ended = self.run(*args, **options)
+        assert ended.code == 1, f"was not refused: {ended.describe()}"
+        lost = changes(before, snapshot(self.folder))
+        assert not lost, f"{lost[0]}: {ended.describe()}"
+
+
+# == situations ==
+
+
+def fresh(box: Sandbox) -> None:
+    """A new output, then again, then refused without --overwrite."""
+    box.succeeds()
+    box.succeeds()
+    if box.writer.writes_file:
+        box.refused()
+
+
+def strangers_before(box: Sandbox) -> None:
+    """Strangers where the output is to be."""
+    if box.writer.writes_file:
+        box.plant(box.out)
+    else:
+        for name in box.rng.sample(NAMES, box.rng.randint(1, 6)):
+            if not (box.out / name).parent.is_file() and not (box.out / name).is_dir():
+                box.plant(box.out / name)
+    box.refused()
+
+
+def strangers_after(box: Sandbox) -> None:
+    """Strangers that join, or replace, what was written."""
+    box.succeeds()
+    if box.writer.writes_file:
+        box.plant(box.out)
+        return box.refused()
+    own = sorted(path for path in box.out.rglob("*") if path.is_file() and path.name != MANIFEST)
+    kind = box.rng.choice(("join", "edit", "link", "folder link", "empty folder"))
+    if kind == "join":
+        box.plant(box.out / box.rng.choice(("notes.txt", "sub/photo.jpg", "train/notes.txt")))
+    elif kind == "edit":
+        with box.rng.choice(own).open("ab") as file:
+            file.write(b" ")
+    elif kind == "empty folder":
+        (box.out / "empty").mkdir()
+    elif kind == "link":
+        box.plant(box.folder / "victim")
+        (path := box.rng.choice(own)).unlink()
+        box.link(path, box.folder / "victim")
+    else:
+        box.plant(box.folder / "victim/file")
+        box.link(box.out / "link", box.folder / "victim")
+    box.refused()
+
+
+def link_in_place(box: Sandbox) -> None:
+    """A link where the output is to be: to a file, to a folder with strangers, to nothing, or to an own folder."""
+    kind = box.rng.choice(("file", "folder", "nothing", "own folder"))
+    box.plant(box.folder / "victim/file")
+    if kind == "own folder" and not box.writer.writes_file:
+        box.succeeds()
+        box.link(box.folder / "link", box.out)
+        return box.succeeds(box.folder / "link")
+    target = {"file": "victim/file", "folder": "victim", "nothing": "nothing"}.get(kind, "victim")
+    box.link(box.out, box.folder / target)
+    box.refused()
+    if box.writer.writes_file:
+        box.refused(flags=("--overwrite",))
+
+
+def planted_temporaries(box: Sandbox) -> None:
+    """Links and folders at names that temporaries could have."""
+    box.plant(box.folder / "victim/file")
+    box.out.parent.mkdir(parents=True, exist_ok=True)
+    for pid in range(os.getpid(), os.getpid() + 300):
+        box.link(box.out.parent / f".{box.out.name}.{pid}.tmp", box.folder / "victim/file")
+    box.link(box.out.parent / f"{TEMPORARY}1-{os.uname().nodename}-{'0' * 16}", box.folder / "victim")
+    box.succeeds()
+
+
+def overlap(box: Sandbox) -> None:
+    """An output that is an input, or holds one, spelled in several ways."""
+    source = box.folder / box.rng.choice(box.writer.inputs)
+    if box.writer.writes_file:
+        source = source if source.is_file() else next(path for path in source.iterdir() if path.is_file())
+    else:
+        source = box.rng.choice((source, source.parent, box.folder))
+    if box.rng.random() < 0.5:
+        box.link(box.folder / "way", source.parent)
+        source = box.folder / "way" / source.name
+    spelled = box.rng.choice(
+        (source, os.path.relpath(source, box.folder), f"in/../{os.path.relpath(source, box.folder)}")
+    )
+    box.refused(spelled)
+    if box.writer.writes_file and (source.is_symlink() or source.name in {Path(i).name for i in box.writer.inputs}):
+        box.refused(spelled, flags=("--overwrite",))
+
+
+def no_place(box: Sandbox) -> None:
+    """An output that is or is below something else, or whose name is too long."""
+    (box.folder / "file").write_text("a file")
+    places = ["file/x", "file/x/y", "n" * 300, f"{'n' * 300}/x", "/dev/full", "/dev/null/x", "/proc/x", "."]
+    places += ["/dev/null", "in", ".."] if box.writer.writes_file else ["file", "in"]
+    box.refused(box.rng.choice(places), flags=("--overwrite",) if box.writer.writes_file else ())
+
+
+def long_name(box: Sandbox) -> None:
+    """A name as long as the file system allows."""
+    box.out = box.out.with_name("n" * (250 - len(box.out.suffix)) + box.out.suffix)
+    box.succeeds()
+
+
+def killed(box: Sandbox) -> None:
+    """A kill at a random change, of the first write or of a replacement; then another run."""
+    replacing = box.rng.random() < 0.7
+    if replacing:
+        box.succeeds()
+    flags = ("--overwrite",) if box.writer.writes_file else ()
+    calls = box.run(flags=flags, watch=box.folder).calls
+    kill_at, after = box.rng.randint(1, len(calls)), box.rng.random() < 0.5
+    if not replacing:
+        shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()
+    shutil.rmtree(box.out.parent / CACHE, ignore_errors=True)
+    box.run(flags=flags, watch=box.folder, kill_at=min(kill_at, len(calls)), after=after)
+    box.succeeds()
+    left = [path for path in box.folder.rglob(f"{TEMPORARY}*") if path.name != f"{TEMPORARY}notes"]
+    assert not left, f"{left[0]} was left after a kill at {calls[kill_at - 1]}"
+
+
+SITUATIONS: tuple[Callable[[Sandbox], None], ...] = (
+    fresh, strangers_before, strangers_after, link_in_place, planted_temporaries, overlap, no_place, long_name, killed,
+)  # fmt: skip
+
+
+def check(harness: Harness, rng: random.Random, folder: Path) -> str:
+    situation = rng.choice(SITUATIONS)
+    box = Sandbox(harness, rng, folder)
+    try:
+        situation(box)
+    except AssertionError as error:
+        return f"{situation.__name__}: {error}"
+    return ""
+
+
+if __name__ == "__main__":
+    run_campaign(check, __doc__)
