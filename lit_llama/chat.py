@@ -20,7 +20,7 @@ from lit_llama.prompts import PromptStyle
 from lit_llama.quantize import Quantize
 from lit_llama.rows import read_rows, read_text, text_field
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, check_text, log
 
 
 @dataclass
@@ -181,6 +181,8 @@ class Session:
 
     def chat(self, style: PromptStyle) -> None:
         """Answer stdin line by line until it ends. Questions are independent of each other."""
+        if sys.stdin is None:
+            raise UserError("--interactive reads standard input, which is closed.")
         log("Ask something; end with Ctrl-D.")
         while True:
             if sys.stdin.isatty():
@@ -190,8 +192,8 @@ class Session:
                 return
             if not line.strip():
                 continue
-            prompt = style.render(line.strip())
             try:
+                prompt = style.render(check_text(line.strip(), "The line"))
                 for piece in stream(self.model, self.tokenizer, prompt, self.sampling, style.stop, style.continues):
                     print(piece, end="", flush=True)
             except UserError as error:

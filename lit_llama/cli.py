@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error
 from lit_llama.settings import Setting, describe
-from lit_llama.utils import log
+from lit_llama.utils import check_text, log
 
 S = TypeVar("S")
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
@@ -41,6 +41,10 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except ArgumentError as error:
         usage_error(parser, explain(error.message, settings))
+    for name, setting in settings.items():
+        for value in values[name] or () if setting.several else (values[name],):
+            if isinstance(value, str):
+                check_text(value, f"--{name}")
     return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
 
 

@@ -1,20 +1,64 @@
-"""What a user sees of a mistake: one clear sentence, a hint at the near name, and an exit code."""
+"""What a user sees: text that cannot control the terminal, one clear sentence for a mistake, and an exit code."""
 
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
+from typing import Any, TextIO
 
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, log, printable
+
+CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: a near name, if there is one, and a full stop."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else "."
+
+
+class Output:
+    """Standard output or standard error.
+
+    To a pipe or a file, text goes as it is, in UTF-8. On a terminal, standard output shows control characters as escape
+    sequences: prompts, answers and headers of files may come from strangers. (`log` does the same for standard error,
+    where progress bars move the cursor.) A pipe that nobody reads ends the process quietly; a full disk is an error if
+    it stops standard output, and no reason to stop for standard error.
+    """
+
+    def __init__(self, stream: TextIO | None, is_result: bool) -> None:
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        self.is_result = is_result
+        self.escapes = is_result and self.stream.isatty()
+        if hasattr(self.stream, "reconfigure"):
+            encoding = self.stream.encoding if self.stream.isatty() else "utf-8"
+            self.stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._explained():
+            self.stream.write(printable(text) if self.escapes else text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._explained():
+            self.stream.flush()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered goes nowhere
+            if isinstance(error, BrokenPipeError):
+                sys.exit(CLOSED_PIPE)
+            if self.is_result:
+                raise UserError(f"Cannot write to standard output ({os.strerror(error.errno)}).") from None
 
 
 @contextmanager
@@ -28,20 +72,27 @@ def exit_on_user_error() -> Iterator[None]:
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional parts that are only faster
-    try:
-        yield
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake
-            log(f"error: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        log("interrupted")
-        sys.exit(130)
-    except Exception as error:
-        if "Connection closed by peer" in str(error):  # gloo's message; that process has printed why, or was killed
-            log("error: Another process of this run ended.")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # refused where it is used as text
+    with redirect_stdout(Output(sys.stdout, True)), redirect_stderr(Output(sys.stderr, False)):
+        try:
+            yield
+            sys.stdout.flush()
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake
+                log(f"error: {error}")
             sys.exit(1)
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")
-        sys.exit(1)
+        except KeyboardInterrupt:
+            log("interrupted")
+            sys.exit(130)
+        except Exception as error:
+            if "Connection closed by peer" in str(error):  # gloo's message; that process printed why, or was killed
+                log("error: Another process of this run ended.")
+                sys.exit(1)
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")
+            sys.exit(1)
+        finally:
+            with suppress(UserError, SystemExit):  # the exit code is decided
+                sys.stdout.flush()

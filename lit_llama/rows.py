@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import enable_progress_bars, load_dataset
 
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, check_text
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -107,6 +106,4 @@ def text_field(row: Any, number: int, name: str, default: str | None = None) -> 
         return default
     if not isinstance(value, str):
         raise UserError(f"Row {number}: {name!r} is not text but {'null' if value is None else type(value).__name__}.")
-    if re.search("[\ud800-\udfff]", value):
-        raise UserError(f"Row {number}: {name!r} holds one half of a surrogate pair, which is not a character.")
-    return value
+    return check_text(value, f"Row {number}: {name!r}")

@@ -1,5 +1,6 @@
 """Small things every part uses: errors for users, names of files, parameters that stay fp32."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,31 @@ def find_multiple(n: int, k: int) -> int:
     return -(-n // k) * k
 
 
+# C0 (without tab and newline) and C1 controls, marks that reorder text, halves of surrogate pairs
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text that cannot control a terminal: control characters as escape sequences such as "\\x1b"."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def log(text: str = "") -> None:
     """To stderr: stdout carries only what was asked for."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def check_text(text: str, source: str) -> str:
+    """Return a text that can be encoded: no invalid UTF-8 from a command line, no "\\ud800" from JSON.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if halves := re.search("[\ud800-\udfff]", text):
+        is_byte = "\udc80" <= halves[0] <= "\udcff"  # how Python represents a byte that it cannot decode
+        wrong = "a byte that is not UTF-8" if is_byte else "one half of a surrogate pair, which is not a character"
+        raise UserError(f"{source} holds {wrong}.")
+    return text
 
 
 def plain_name(name: Any, source: Path) -> str:

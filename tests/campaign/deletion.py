@@ -55,7 +55,8 @@ WRITERS = (
     Writer("scripts/prepare_alpaca.py", f"--data_file in/rows.json {PREPARE}", inputs=("in/base", "in/rows.json")),
     Writer("scripts/prepare_beaver_safe.py", f"--data_format preference --data_file in/pairs.jsonl {PREPARE}",
            inputs=("in/base", "in/pairs.jsonl")),
-    Writer("scripts/prepare_beaver_safe.py", f"--stage sft --data_format preference --data_file in/pairs.jsonl {PREPARE}",
+    Writer("scripts/prepare_beaver_safe.py",
+           f"--stage sft --data_format preference --data_file in/pairs.jsonl {PREPARE}",
            inputs=("in/base", "in/pairs.jsonl")),
     Writer("scripts/prepare_microworld.py", f"--split train {PREPARE}"),
     Writer("scripts/prepare_microworld_safe.py", f"--pairs 20 {PREPARE}"),
@@ -79,8 +80,14 @@ WRITERS = (
 # names that strangers' files may have; many are those of our own
 NAMES = ("thesis.tex", "sub/photo.jpg", "meta.json", "lit_config.json", "aligner.json", "config.json",
          "lit_model.safetensors", "model.safetensors", "tokenizer.model", "train/state.json", "rows.json",
-         "dataset_dict.json", "best.safetensors", ".hidden", "a b/ü.txt", ".out.tmp/x", "train/data-00000-of-00001.arrow",
-         f"{TEMPORARY}notes/x", MANIFEST)  # fmt: skip
+         "dataset_dict.json", "best.safetensors", ".hidden", "a b/ü.txt", ".out.tmp/x",
+         "train/data-00000-of-00001.arrow", f"{TEMPORARY}notes/x", MANIFEST)  # fmt: skip
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a relative path belongs to a temporary folder of the script (and not to one that was planted)."""
+    return any(part.startswith(TEMPORARY) and not part.startswith((f"{TEMPORARY}notes", f"{TEMPORARY}1-"))
+               for part in Path(name).parts)  # fmt: skip
 
 
 class Sandbox:
@@ -112,7 +119,7 @@ class Sandbox:
     def run(self, output: object = None, flags: tuple[str, ...] = (), **options: object) -> Ended:
         """Run the writer, and check what became of everything but its own output."""
         mine = self.out if self.is_ours() else None
-        before = snapshot(self.folder)
+        before = {name: what for name, what in snapshot(self.folder).items() if not is_temporary(name)}
         output = self.out if output is None else output
         words = [*self.writer.flags.split(), self.writer.output, output, *flags]
         ended = self.harness.run(self.writer.script, *words, cwd=self.folder, **options)
@@ -125,7 +132,7 @@ class Sandbox:
             lost = [text for text in lost if mine is None or not (text.startswith((f"{own} ", f"{own}/")))]
         assert not lost, f"{lost[0]}: {ended.describe()}"
         if not ended.killed:
-            left = [name for name in new if TEMPORARY in name and "notes" not in name]
+            left = [name for name in new if is_temporary(name)]
             assert not left, f"{left[0]} was left: {ended.describe()}"
             assert ended.code == 0 or not new, f"a refusal left {new[0]}: {ended.describe()}"
         return ended
@@ -270,7 +277,7 @@ def killed(box: Sandbox) -> None:
     shutil.rmtree(box.out.parent / CACHE, ignore_errors=True)
     box.run(flags=flags, watch=box.folder, kill_at=min(kill_at, len(calls)), after=after)
     box.succeeds()
-    left = [path for path in box.folder.rglob(f"{TEMPORARY}*") if path.name != f"{TEMPORARY}notes"]
+    left = [name for name in snapshot(box.folder) if is_temporary(name)]
     assert not left, f"{left[0]} was left after a kill at {calls[kill_at - 1]}"
 
 

@@ -1,0 +1,107 @@
+"""What reaches a terminal, a pipe, a full disk and nobody."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_llama.utils import UserError, check_text, printable
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = "\x1b]0;title\x07 \x9b31m \u202egnp.exe \r over\ttab\nline \x7f ü 🙂 \ud800"
+ESCAPED = "\\x1b]0;title\\x07 \\x9b31m \\u202egnp.exe \\r over\ttab\nline \\x7f ü 🙂 \\ud800"
+PROGRAM = f"""
+import sys
+from lit_llama.console import exit_on_user_error
+from lit_llama.utils import UserError, log
+with exit_on_user_error():
+    print({FOREIGN!a})
+    log({FOREIGN!a})
+    if "many" in sys.argv:
+        for i in range(100_000):
+            print(i)
+    if "fail" in sys.argv:
+        raise UserError({FOREIGN!a} + ".")
+"""
+
+
+def start(*args: str, **streams) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "", "LC_ALL": "C.UTF-8"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *args], env=environment | streams.pop("env", {}), **streams)
+
+
+def read_terminal(*args: str) -> str:
+    """Return what a program shows on a terminal that is both its stdout and its stderr."""
+    master, slave = pty.openpty()
+    process = start(*args, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # the program has ended
+            break
+        shown += part
+    process.wait(60)
+    os.close(master)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_controls_are_escaped():
+    assert printable(FOREIGN) == ESCAPED
+    assert printable("plain, Ünïcode, 日本語, ⁇, █") == "plain, Ünïcode, 日本語, ⁇, █"
+
+
+def test_a_terminal_gets_escapes():
+    assert read_terminal("fail") == f"{ESCAPED}\n{ESCAPED}\nerror: {ESCAPED}.\n"
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+def test_a_pipe_gets_the_bytes(locale):
+    process = start(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0"})
+    out, err = process.communicate(timeout=60)
+    exact = FOREIGN.replace("\ud800", "\\ud800").encode()
+    assert (process.returncode, out, err) == (0, exact + b"\n", exact + b"\n")
+
+
+def test_a_closed_pipe_ends_quietly():
+    for streams in ({"stderr": subprocess.PIPE}, {"stderr": subprocess.STDOUT}):
+        process = start("many", stdout=subprocess.PIPE, **streams)
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read() if process.stderr else b""
+        assert process.wait(60) == 141 and b"Traceback" not in err and b"Broken" not in err
+        if process.stderr:
+            process.stderr.close()
+
+
+def test_a_full_disk_is_an_error_of_stdout_only():
+    with open("/dev/full", "w") as full:
+        process = start(stdout=full, stderr=subprocess.PIPE)
+        err = process.communicate(timeout=60)[1].decode(errors="backslashreplace")
+        assert process.returncode == 1
+        assert err.endswith("error: Cannot write to standard output (No space left on device).\n")
+        process = start(stdout=subprocess.PIPE, stderr=full)
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 0 and out
+
+
+def test_closed_streams():
+    for number in (1, 2):
+        script = f'"$0" -c "$1" fail {number}>&-'
+        command = ["sh", "-c", script, sys.executable, PROGRAM]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+        assert done.returncode == 1 and b"Traceback" not in done.stderr
+
+
+def test_halves_of_surrogate_pairs_are_no_text(refused):
+    assert check_text("ü 🙂", "x") == "ü 🙂"
+    with pytest.raises(
+        UserError, match="^Row 3: 'prompt' holds one half of a surrogate pair, which is not a character"
+    ):
+        check_text("a\ud800b", "Row 3: 'prompt'")
+    sentence = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert sentence == "--prompt holds a byte that is not UTF-8."
