@@ -16,7 +16,7 @@ HASHED = 2**20  # bytes at the beginning of a file by which, with its size, a ma
 
 def make_manifest(folder: Path, kind: str) -> str:
     """Return the manifest of everything in a folder, as JSON."""
-    files = {name: _identify(folder / name) for name in _contents(folder)}
+    files = {name: _identify(folder / name) for name in _contents(folder) if name != MANIFEST}
     return json.dumps({"format": FORMAT, "kind": kind, "files": files}, indent=1) + "\n"
 
 
@@ -27,32 +27,37 @@ def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
         kind: If given, a manifest of another kind records nothing.
     """
     recorded = _read_files(folder, kind)
-    return [n for n in _contents(folder) if n not in recorded or recorded[n] != _identify(folder / n)]
+    if recorded is None:
+        return _contents(folder)
+    names = [name for name in _contents(folder) if name != MANIFEST]
+    return [name for name in names if name not in recorded or recorded[name] != _identify(folder / name)]
 
 
 def remove_recorded(folder: Path) -> None:
     """Remove the files of a folder that its manifest records, and the manifest last; anything else stays."""
-    for name in set(_contents(folder)) - set(find_strangers(folder)):
+    for name in set(_contents(folder)) - set(find_strangers(folder)) - {MANIFEST}:
         (folder / name).unlink()
     for root, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             os.rmdir(root)
-    if folder.exists() and os.listdir(folder) == [MANIFEST]:
+    if folder.exists() and os.listdir(folder) == [MANIFEST] and not find_strangers(folder):
         (folder / MANIFEST).unlink()
         folder.rmdir()
 
 
-def _read_files(folder: Path, kind: str | None) -> dict[str, Any]:
-    """Return what the manifest of a folder records by name: nothing if it is missing, damaged or of another kind."""
+def _read_files(folder: Path, kind: str | None) -> dict[str, Any] | None:
+    """Return what the manifest of a folder records by name; None if it is missing, damaged or of another kind."""
     try:
+        if not stat.S_ISREG((folder / MANIFEST).lstat().st_mode):
+            return None
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return dict(manifest["files"]) if manifest["format"] == FORMAT and kind in (None, manifest["kind"]) else {}
+        return dict(manifest["files"]) if manifest["format"] == FORMAT and kind in (None, manifest["kind"]) else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
+        return None
 
 
 def _contents(folder: Path) -> list[str]:
-    """Return the relative names of all files and links in a folder, and of empty folders, without the manifest."""
+    """Return the relative names of all files and links in a folder, and of empty folders."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -62,7 +67,7 @@ def _contents(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         found += [Path(root, name) for name in names + links]
         found += [Path(root)] if not folders and not names and Path(root) != folder else []
-    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _identify(path: Path) -> list[Any] | None:

@@ -99,9 +99,7 @@ def test_closed_streams():
 
 def test_halves_of_surrogate_pairs_are_no_text(refused):
     assert check_text("ü 🙂", "x") == "ü 🙂"
-    with pytest.raises(
-        UserError, match="Row 3: 'prompt' holds one half of a surrogate pair"
-    ):
+    with pytest.raises(UserError, match="Row 3: 'prompt' holds one half of a surrogate pair"):
         check_text("a\ud800b", "Row 3: 'prompt'")
     sentence = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
     assert sentence == "--prompt holds a byte that is not UTF-8."

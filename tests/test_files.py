@@ -200,13 +200,26 @@ def test_a_stranger_that_appears_during_the_work_is_kept(tmp_path):
 def test_a_manifest_that_is_none_records_nothing(tmp_path, text):
     fill(tmp_path / "out", a="1")
     (tmp_path / "out" / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match="holds a, which is not part"):
+    with pytest.raises(UserError, match=r"holds \.aligner-manifest\.json, which is not part"):
         check_folder(tmp_path / "out", KIND)
+    (tmp_path / "out/a").unlink()
+    with pytest.raises(UserError, match=r"holds \.aligner-manifest\.json, which is not part"):
+        check_folder(tmp_path / "out", KIND)
+
+
+def test_a_manifest_is_a_regular_file(tmp_path):
+    fill(tmp_path / "out", a="1")
+    (tmp_path / "out" / MANIFEST).rename(tmp_path / "manifest")
+    for plant in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "manifest")):
+        plant(tmp_path / "out" / MANIFEST)
+        with pytest.raises(UserError, match=r"holds \.aligner-manifest\.json, which is not part"):
+            check_folder(tmp_path / "out", KIND)
+        (tmp_path / "out" / MANIFEST).unlink()
 
 
 def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
     fill(tmp_path / "out", a="1")
-    with pytest.raises(UserError, match="holds a, which is not part of a base model"):
+    with pytest.raises(UserError, match="which is not part of a base model"):
         check_folder(tmp_path / "out", "base model")
 
 
