@@ -196,7 +196,7 @@ class Bank:
             check_base(adapter, self.checkpoint_dir, config)
         start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
         if start < self.start_layer:
-            raise UserError(f"{adapter.path} begins at layer {start} and the bank at {self.start_layer}.")
+            raise UserError(f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}.")
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
             shapes[f"transformer.h.{layer}.attn.gating_factor"] = (1, config.n_head, 1, 1)

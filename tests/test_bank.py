@@ -314,7 +314,7 @@ def test_foreign_adapters_are_refused_and_change_nothing(folders):
         "made by the method 'lora'; a bank holds Aligners": AdapterFile(
             {}, {"method": "lora", "config": {}}, good.path
         ),
-        "begins at layer 0 and the bank at 1": adapter(1, 0, 1),
+        "starts at layer 0, below the bank's start layer 1": adapter(1, 0, 1),
         r"transformer\.h\.2\.attn\.gating_factor is missing, not \(1, 4, 1, 1\)": AdapterFile(
             short, good.meta, good.path
         ),
