@@ -44,22 +44,19 @@ def pack_(model: LLaMA) -> LLaMA:
     Nothing is packed if it would fill more than half of the machine's memory: what is mapped from a file can be dropped
     and read again, a copy cannot.
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each layer: composed adapters share them
-    nbytes = 0
-    for parent in model.modules():
-        for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and packs(layer.weight):
-                nbytes += 0 if id(layer) in places else layer.weight.nbytes
-                places.setdefault(id(layer), []).append((parent, name))
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if type(layer) is nn.Linear and packs(layer.weight)
+    ]
     tied = model.lm_head is None and packs(model.output_weight)
-    nbytes += tied * model.output_weight.nbytes
+    nbytes = sum(getattr(*place).weight.nbytes for place in places) + tied * model.output_weight.nbytes
     if nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         return model
-    for own in places.values():
-        layer = getattr(*own[0])
-        packed = PackedLinear(layer.weight, layer.bias)
-        for parent, name in own:
-            setattr(parent, name, packed)
+    for parent, name in places:
+        layer = getattr(parent, name)
+        setattr(parent, name, PackedLinear(layer.weight, layer.bias))
     if tied:
         model.lm_head = PackedLinear(model.output_weight)
     return model
