@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.files import atomic_folder, unwritable
+from lit_llama.files import atomic_folder, unwritable, write_text
 from lit_llama.manifest import MANIFEST
 
 NAME, CHECKSUMS = ".aligner-cache", "sha256.json"
@@ -28,7 +28,7 @@ def cache_folder(data_dir: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in FILES.items():
             if not (folder / name).is_file():
-                (folder / name).write_text(text, encoding="utf-8")
+                write_text(folder / name, text)
     except OSError as error:
         raise unwritable(folder, error) or error from None
     return folder

@@ -23,7 +23,7 @@ import torch
 from datasets import load_from_disk
 
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, plain_name
 
 IGNORE_INDEX = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
@@ -89,8 +89,11 @@ class Split:
         if tokenizer is not None:
             check_tokenizer(data_dir, self.meta, tokenizer)
         try:
+            state = json.loads((Path(data_dir) / split / "state.json").read_text(encoding="utf-8"))
+            for file in state["_data_files"]:
+                plain_name(file["filename"], Path(data_dir) / split / "state.json")
             rows = load_from_disk(str(Path(data_dir) / split))
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
             raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")

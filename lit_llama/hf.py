@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_llama.checkpoint import write_text
+from lit_llama.files import write_text
 from lit_llama.hf_config import has_attention_bias, hf_config
 from lit_llama.hf_tokenizer import fitting_tokenizer, write_hf_tokenizer
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, write_tensors
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, plain_name
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -84,7 +84,8 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     weight_map = read_json(found).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{found} is not an index of weight files: it has no weight_map.")
-    files = [checkpoint_dir / name for name in sorted(set(map(str, weight_map.values())))]
+    names = [plain_name(name, found) for name in weight_map.values()]
+    files = [checkpoint_dir / name for name in sorted(set(names))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise UserError(f"{found} names {', '.join(missing)}, which is not in the folder; download it again.")
     return files

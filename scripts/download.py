@@ -37,6 +37,7 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     Raises:
         UserError: there are no weights or no configuration.
     """
+    names = [name for name in names if "/" not in name]  # the pattern of shards would match paths too
     chosen = [name for name in ("config.json", *TOKENIZER_FILES) if name in names]
     for whole, index, shards in ((*WEIGHTS[:2], SHARDS["safetensors"]), (*WEIGHTS[2:], SHARDS["bin"])):
         if weights := [whole] if whole in names else [index] * (index in names) + fnmatch.filter(names, shards):
@@ -44,6 +45,20 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     if not weights or "config.json" not in names:
         raise UserError(f"{repo_id} holds no model to convert: it needs config.json and one of {', '.join(WEIGHTS)}.")
     return chosen + weights
+
+
+def check_strangers(folder: Path, names: list[str]) -> None:
+    """Check that the files to download are new, or that huggingface_hub records that it wrote them.
+
+    Raises:
+        UserError: One exists that was not downloaded.
+    """
+    for name in names:
+        record = folder / ".cache/huggingface/download" / f"{name}.metadata"
+        if os.path.lexists(folder / name) and not record.is_file():
+            raise UserError(
+                f"{folder / name} exists and was not downloaded by this script; choose another --output_dir."
+            )
 
 
 def main(args: Settings) -> None:
@@ -54,6 +69,7 @@ def main(args: Settings) -> None:
         info = HfApi(endpoint=endpoint).model_info(args.repo_id, revision=args.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         names = wanted(list(sizes), args.repo_id)
+        check_strangers(folder, names)
         needed = sum(sizes[name] for name in names if not (folder / name).is_file())
         existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
         if needed > (free := shutil.disk_usage(existing).free):

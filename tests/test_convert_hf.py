@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,22 @@ def empty_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
+def point_elsewhere(name: str) -> Callable[[Path], object]:
+    """Return a function that lets an index name a file outside its folder, which is there."""
+
+    def point(folder: Path) -> None:
+        shutil.copy(folder / "model-00002-of-00002.safetensors", folder.parent / "secret")
+        index = folder / "model.safetensors.index.json"
+        text = index.read_text().replace("model-00002-of-00002.safetensors", name.format(folder.parent))
+        index.write_text(text)
+
+    return point
+
+
 BAD_FOLDERS = {
+    "names '../secret' where the name of a file in its folder belongs": point_elsewhere("../secret"),
+    "/secret' where the name of a file in its folder belongs": point_elsewhere("{}/secret"),
+    "names 'x/../../secret' where the name of a file": point_elsewhere("x/../../secret"),
     "There is no config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": damage_config,
     "config.json holds a JSON list": config_list,

@@ -297,6 +297,18 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
         SFTData(tmp_path / "out", "train", Tokenizer(other))
 
 
+def test_rows_in_another_folder_are_not_read(tmp_path, tokenizer):
+    prepare(tmp_path / "out", tokenizer, many(4))
+    (tmp_path / "out/train/data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
+    state = tmp_path / "out/train/state.json"
+    for name in ("../../secret.arrow", str(tmp_path / "secret.arrow")):
+        content = json.loads(state.read_text())
+        content["_data_files"] = [{"filename": name}]
+        state.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="where the name of a file in its folder belongs"):
+            SFTData(tmp_path / "out", "train")
+
+
 def test_damaged_folders(tmp_path, tokenizer):
     with pytest.raises(UserError, match="There is no prepared dataset at"):
         SFTData(tmp_path, "train")

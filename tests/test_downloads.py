@@ -88,6 +88,20 @@ def test_only_what_the_conversion_needs(hub, run_script, tmp_path):
     assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # all is there
 
 
+def test_files_that_were_not_downloaded_are_kept(hub, refused, tmp_path):
+    hub.files = {name: b"theirs" for name in ("config.json", "model.safetensors")}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("mine")
+    sentence = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
+    assert "config.json exists and was not downloaded here" in sentence
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_names_with_folders_are_left_out():
+    names = ["config.json", "model-1-of-1.safetensors", "model-/../../x-of-y.safetensors"]
+    assert wanted(names, "x") == ["config.json", "model-1-of-1.safetensors"]
+
+
 def test_weights_are_taken_once():
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     other = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf"]

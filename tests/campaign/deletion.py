@@ -23,7 +23,7 @@ sys.path.append(str(ROOT))
 from lit_llama.files import TEMPORARY
 from lit_llama.manifest import MANIFEST, find_strangers
 
-CACHE = ".cache"  # beside prepared datasets
+CACHE = ".aligner-cache"  # beside prepared datasets
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Ended:
     Attributes:
         code: Exit code, negative for a signal, None if the time limit was reached.
         out, err: What it printed.
+        killed: Whether it killed itself at the change that it was asked to.
         calls: Calls that changed the watched folder, if there was one.
     """
 
@@ -55,7 +56,7 @@ class Ended:
         if self.code is None:
             return "hang"
         if self.killed:
-            return "" if self.code == -signal.SIGKILL else "was not killed"
+            return ""
         if self.code < 0:
             return f"abort by signal {-self.code}"
         if any(trace in self.err for trace in TRACES):
@@ -146,7 +147,7 @@ class Harness:
             (self.folder / "out").read_bytes(),
             (self.folder / "err").read_bytes(),
             time.perf_counter() - began,
-            kill_at is not None,
+            kill_at is not None and code == -signal.SIGKILL,
             calls.read_text().splitlines() if calls.exists() else [],
         )
 

@@ -1,0 +1,16 @@
+"""The campaigns, each with a few cases; `python tests/campaign/NAME.py --cases N` runs more."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = {"deletion": 12}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_campaign(name):
+    command = [sys.executable, Path(__file__).with_name(f"{name}.py"), "--cases", str(CASES[name])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
