@@ -56,9 +56,7 @@ def check_strangers(folder: Path, names: list[str]) -> None:
     for name in names:
         record = folder / ".cache/huggingface/download" / f"{name}.metadata"
         if os.path.lexists(folder / name) and not record.is_file():
-            raise UserError(
-                f"{folder / name} exists and was not downloaded by this script; choose another --output_dir."
-            )
+            raise UserError(f"{folder / name} exists and was not downloaded here; choose another --output_dir.")
 
 
 def main(args: Settings) -> None:
