@@ -164,6 +164,8 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
     if not isinstance(row, dict) or not {"question_id", "id"} & row.keys():
         text_field(row, number, "question_id")
     id = row.get("question_id", row.get("id"))
+    if not isinstance(id, int | str):
+        raise UserError(f"Row {number}: the question's id is {id!r}; it must be a number or a text.")
     if "choices" in row:
         try:
             row = {**row, "text": row["choices"][0]["turns"][0]}

@@ -353,7 +353,7 @@ def plot_pairs(axes: Any, summary: dict[str, Any], title: str) -> None:
     axes.axvline(0.5, color="black", lw=0.8, ls="--")
     axes.invert_yaxis()
     axes.set(title=title, xlabel="share of the questions", xlim=(0, 1))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
 
 
 def plot_bars(
@@ -366,4 +366,4 @@ def plot_bars(
         axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=name)
     axes.set(yticks=places, yticklabels=list(parts), xlim=(0, limit), xlabel=label)
     axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -148,61 +148,58 @@ def main(settings: Settings) -> dict[str, Any]:
     """Compare both sides, and return what summary.json holds."""
     if settings.limit is not None and settings.limit < 1:
         raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
-    path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
-    items = read_items(path, settings.reference_file)
-    asked = items[: settings.limit]
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:
-        return report(settings, {**summary, **count_reviews(settings, items, asked)})
-    first, second = answers_of_both(settings, items, asked)
-    n_asked, asked = len(asked), answered_by_both(asked, first, second)
-    summary |= {"skipped": n_asked - len(asked), "first": describe(first, asked), "second": describe(second, asked)}
+        return report(settings, {**summary, **count_reviews(settings)})
+    path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
+    items = read_items(path, settings.reference_file)
+    first, second = answers_of_both(settings, items, items[: settings.limit])
+    asked = answered_by_both(items[: settings.limit], first, second)
+    skipped = len(items[: settings.limit]) - len(asked)
+    summary |= {"skipped": skipped, "first": describe(first, asked), "second": describe(second, asked)}
     judge = open_judge(settings, settings.output_dir)
-    if judge is None:
-        return report(settings, summary)
-    records = []
-    if settings.judging in ("both", "pair"):
-        comparisons, pair_records = judge_pairs(judge, PAIR_PROMPT, asked, first, second)
-        records += pair_records
-        summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
-    if settings.judging in ("both", "single"):
-        grades, single_records = judge_single(judge, asked, first, second)
-        records += single_records
-        summary["single"] = grade_summary(grades)
-    summary["judge"] = {**judge.describe(records), "prompts": {"pair": PAIR_PROMPT, "single": SINGLE_PROMPT}}
+    if judge:
+        summary |= judge_all(judge, settings.judging, asked, first, second)
     return report(settings, summary)
 
 
-def count_reviews(settings: Settings, items: list[Item], asked: list[Item]) -> dict[str, Any]:
-    """Count reviews in FastChat's format: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
+def judge_all(judge: Judge, judging: str, asked: list[Item], first: Answers, second: Answers) -> dict[str, Any]:
+    """Compare the pairs and grade each answer alone, or one of the two; return what the summary states about it."""
+    summary, records = {}, []
+    if judging in ("both", "pair"):
+        comparisons, pair_records = judge_pairs(judge, PAIR_PROMPT, asked, first, second)
+        records += pair_records
+        summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
+    if judging in ("both", "single"):
+        grades, single_records = judge_single(judge, asked, first, second)
+        records += single_records
+        summary["single"] = grade_summary(grades)
+    prompts = {"pairs": PAIR_PROMPT, "single": SINGLE_PROMPT}
+    prompts = {name: prompt for name, prompt in prompts.items() if name in summary}
+    return {**summary, "judge": {**judge.describe(records), "prompts": prompts}}
+
+
+def count_reviews(settings: Settings) -> dict[str, Any]:
+    """Count reviews in FastChat's format. Without the questions, all are of one category.
 
     Raises:
         UserError: a row lacks a field, a question has no review, or the reviews are of other answers.
     """
+    reviews = read_reviews(settings.review_file)
+    items = [Item(id, "", "unknown") for id in reviews]
+    if path := settings.data_file or existing(settings.data_dir / "question.jsonl"):
+        items = read_items(path)
+    asked = items[: settings.limit]
+    known = {item.id for item in items}
+    if other := [id for id in reviews if id not in known]:
+        raise UserError(f"{settings.review_file} reviews another benchmark's answers, to question {other[0]!r}.")
+    if missing := [item.id for item in asked if item.id not in reviews]:
+        raise UserError(f"{settings.review_file} lacks {len(missing)} of {len(asked)} reviews, such as {missing[0]!r}.")
     first = second = None
     if settings.answer_file and settings.against != "base":
         first = read_answers(settings.answer_file, items, asked)
         second = read_answers(Path(settings.against), items, asked)
-    known, reviews = {item.id for item in items}, {}
-    for number, row in enumerate(read_rows(settings.review_file), 1):
-        try:
-            text_field(row, number, "text")
-        except UserError as error:
-            raise UserError(f"{settings.review_file}: {error}") from None
-        id = row.get("question_id")
-        if id not in known or id in reviews:
-            what = "a second review of" if id in reviews else "a review of another benchmark's"
-            raise UserError(f"{settings.review_file}, row {number} is {what} question {id!r}.")
-        for side, answers in (("answer1_id", first), ("answer2_id", second)):
-            if answers and row.get(side, answers.answer_ids[id]) != answers.answer_ids[id]:
-                raise UserError(
-                    f"{settings.review_file}, row {number} reviews other answers: its {side} is {row[side]}, that of "
-                    f"{answers.name} is {answers.answer_ids[id]}."
-                )
-        reviews[id] = row
-    missing = [item.id for item in asked if item.id not in reviews]
-    if missing:
-        raise UserError(f"{settings.review_file} lacks {len(missing)} of {len(asked)} reviews, such as {missing[0]!r}.")
+        check_reviewed(settings.review_file, reviews, {"answer1_id": first, "answer2_id": second})
     comparisons = [Comparison(item, parse_scores(reviews[item.id]["text"]), None, one_order=True) for item in asked]
     stored = [(c, reviews[c.item.id]["score"]) for c in comparisons if "score" in reviews[c.item.id]]
     return {
@@ -215,6 +212,47 @@ def count_reviews(settings: Settings, items: list[Item], asked: list[Item]) -> d
         },
         "pairs": {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)},
     }
+
+
+def existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
+    """Read reviews: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
+
+    Raises:
+        UserError: a row lacks one of the first two, a question has two reviews, or there is no review.
+    """
+    reviews: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            text_field(row, number, "text")
+            id = row["question_id"] if "question_id" in row else text_field(row, number, "question_id")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if id in reviews:
+            raise UserError(f"{path}, row {number} is a second review of question {id!r}.")
+        reviews[id] = row
+    if not reviews:
+        raise UserError(f"{path} holds no review.")
+    return reviews
+
+
+def check_reviewed(path: Path, reviews: dict[Any, dict[str, Any]], sides: dict[str, Answers]) -> None:
+    """Refuse reviews of other answers than the given ones, as far as they name answers.
+
+    Raises:
+        UserError: a review names another answer.
+    """
+    for id, review in reviews.items():
+        for field, answers in sides.items():
+            own = answers.answer_ids.get(id)
+            if own and review.get(field, own) != own:
+                raise UserError(
+                    f"{path} reviews other answers: its {field} for question {id!r} is {review[field]}, that of "
+                    f"{answers.name} is {own}."
+                )
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,9 @@ def test_replay_of_published_reviews(shared, tmp_path, capsys):
     assert [counts[name] for name in ("win", "loss", "tie", "unparsed")] == [44, 14, 22, 0]
     assert counts["adjusted_rate"] == 0.6875
     out = capsys.readouterr().out
+    alone = main(Settings(review_file=data / "review/review_gpt35_vicuna-13b.jsonl", data_dir=tmp_path,
+                          output_dir=tmp_path / "alone"))  # fmt: skip
+    assert {**alone["pairs"]["all"]} == {**counts, "interval": tuple(counts["interval"])}
     assert out == (tmp_path / "summary.md").read_text() and "| all | 80 | 44 | 22 | 14 | 0 |" in out
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -303,15 +306,16 @@ def test_answers_of_models(toy, tmp_path, base_dir, capsys):
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
         ({"answers": {"question_id": 1}}, "Row 11 has no field 'text'"),
         ({"answers": {"text": "x"}}, "Row 11 has no field 'question_id'"),
+        ({"answers": {"text": "x", "question_id": [1]}}, "the question's id is [1]"),
         ({"answers": {"question_id": 1, "choices": []}}, "'choices' holds no answer"),
         ({"answers": None}, "lacks answers to 1 of 10 questions, such as 10"),
         ({"question": {"question_id": 11, "turns": ["x"]}}, "Row 11 has no field 'category'"),
         ({"question": {"question_id": 1, "category": "c", "turns": ["x"]}}, "question 1 is there already"),
         ({"question": {"category": "c", "turns": ["x"]}}, "Row 11 has no field 'question_id'"),
-        ({"review": {"question_id": 99, "text": "1 2"}}, "a review of another benchmark's question 99"),
+        ({"review": {"question_id": 99, "text": "1 2"}}, "reviews another benchmark's answers, to question 99"),
         ({"review": {"question_id": 1}}, "Row 1 has no field 'text'"),
         ({"review": {"question_id": 1, "text": "1 2"}}, "lacks 9 of 10 reviews, such as 2"),
-        ({"review": {"question_id": 1, "text": "1 2", "answer1_id": "other"}}, "reviews other answers"),
+        ({"review": {"question_id": 1, "text": "1 2", "answer1_id": "other"}, "limit": 1}, "reviews other answers"),
     ],
 )
 def test_mistakes_get_one_sentence(toy, tmp_path, change, words):
