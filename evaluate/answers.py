@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluate.common import ModelSettings, Question, Results, answer_questions, answer_statistics, drop_long, load
 from evaluate.judge import JudgeSettings
+from lit_llama.checkpoint import read_adapter
 from lit_llama.generation import Sampling
 from lit_llama.rows import read_rows, text_field
 from lit_llama.utils import UserError, atomic_write, log
@@ -92,20 +93,23 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     Raises:
         UserError: a file has answers to other questions, a model cannot be loaded, or both sides are the base.
     """
-    against_file = Path(settings.against).suffix in (".json", ".jsonl", ".gz")
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
+    second, other = None, None  # files are read first, as generating takes long
+    if Path(settings.against).suffix in (".json", ".jsonl", ".gz"):
+        second = read_answers(Path(settings.against), items, asked)
+    elif settings.against != "base":
+        other = read_adapter(Path(settings.against)).path
     style = settings.prompt_style
     if settings.answer_file:
         first = read_answers(settings.answer_file, items, asked)
     else:
         first = generate_answers(settings, asked, settings.output_dir / "answers")
-        style = first.made_by["prompt_style"]  # a base model is asked in the adapter's style
-    if against_file:
-        return first, read_answers(Path(settings.against), items, asked)
-    adapter = None if settings.against == "base" else Path(settings.against)
-    other = replace(settings, adapter=adapter, strength=1.0, prompt_style=settings.prompt_style if adapter else style)
-    return first, generate_answers(other, asked, settings.output_dir / "answers_against")
+        style = style if other else first.made_by["prompt_style"]  # a base model is asked in the adapter's style
+    if second is None:
+        settings = replace(settings, adapter=other, strength=1.0, prompt_style=style)
+        second = generate_answers(settings, asked, settings.output_dir / "answers_against")
+    return first, second
 
 
 def generate_answers(settings: CompareSettings, items: list[Item], folder: Path) -> Answers:
@@ -146,7 +150,8 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
             raise UserError(f"{path} has several answers to question {id!r}; it must have one to each.")
         answers.texts[id] = text
         answers.answer_ids[id] = str(row.get("answer_id", ""))
-        answers.name = str(row.get("model_id", answers.name))
+        made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
+        answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
     missing = [item.id for item in asked if item.id not in answers.texts]
     if missing:
         raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")

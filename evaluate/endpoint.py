@@ -111,10 +111,10 @@ class Endpoint:
         """Return what an HTTP status means."""
         code = error.code
         if code in (401, 403):  # the text may quote parts of the key
-            state = "holds" if self.key else "would hold"
+            remedy = "replace the key in" if self.key else "set"
             return UserError(
-                f"The judge at {self.name} refused the API key (HTTP {code}); check the environment variable "
-                f"{self.key_env}, which {state} it."
+                f"The judge at {self.name} refused the API key (HTTP {code}); {remedy} the environment variable "
+                f"{self.key_env}."
             )
         try:
             text = self.excerpt(error.read())

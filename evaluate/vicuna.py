@@ -151,13 +151,13 @@ def main(settings: Settings) -> dict[str, Any]:
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:
         return report(settings, {**summary, **count_reviews(settings)})
+    judge = open_judge(settings, settings.output_dir)
     path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
     items = read_items(path, settings.reference_file)
     first, second = answers_of_both(settings, items, items[: settings.limit])
     asked = answered_by_both(items[: settings.limit], first, second)
     skipped = len(items[: settings.limit]) - len(asked)
     summary |= {"skipped": skipped, "first": describe(first, asked), "second": describe(second, asked)}
-    judge = open_judge(settings, settings.output_dir)
     if judge:
         summary |= judge_all(judge, settings.judging, asked, first, second)
     return report(settings, summary)

@@ -294,7 +294,7 @@ def test_answers_of_models(toy, tmp_path, base_dir, capsys):
     captured = capsys.readouterr()
     assert "set --judge_url" in captured.err and "## Pairs" not in captured.out
     again = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
-    assert again.texts == {1: record["answer"]}
+    assert again.texts == {1: record["answer"]} and again.name == str(base_dir)
 
 
 @pytest.mark.parametrize(
