@@ -3,29 +3,25 @@
 - A file or folder is written in a private temporary folder beside its place, synchronized with the disk and renamed.
 - A file is never written through a symbolic link, and never replaces a folder, a device or a write-protected file. One
   that a flag names is replaced only with --overwrite.
-- A folder is replaced only if a manifest, written with it, records everything in it as it is now.
+- A folder is replaced only if a manifest, written with it, records everything in it as it is now. In a folder that a
+  program keeps writing to, such as a run's, it replaces and deletes only the names that it has claimed.
 - Nothing else is ever deleted. What a killed process left behind is rolled back by the next write into the same folder.
 """
 
 import errno
+import json
 import os
-import platform
-import re
-import secrets
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lit_llama.manifest import MANIFEST, find_strangers, make_manifest, remove_recorded
+from lit_llama.manifest import FORMAT, MANIFEST, OUTPUTS, find_strangers, make_manifest, read_manifest
+from lit_llama.staging import TEMPORARY, settle, staged, synchronize
 from lit_llama.utils import UserError
 
-TEMPORARY = ".aligner-tmp-"  # then the process id, the host and random characters
 NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
-_in_use: set[str] = set()  # names of this process's temporary folders
 
 
 def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> None:
@@ -62,12 +58,12 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     check_file(path, overwrite=overwrite)
-    with _staged(path) as new:
+    with _explained(path), staged(path) as new:
         yield new
-        _settle(new)
+        settle(new)
         check_file(path, overwrite=overwrite)
         os.replace(new, path)
-        _synchronize(path.parent)
+        synchronize(path.parent)
 
 
 def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
@@ -115,18 +111,18 @@ def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
     """
     check_folder(path, kind)
     path = Path(path).resolve()
-    with _staged(path) as new:
+    with _explained(path), staged(path) as new:
         new.mkdir()
         yield new
         (new / MANIFEST).write_text(make_manifest(new, kind), encoding="utf-8")
-        _settle(new)
+        settle(new)
         check_folder(path, kind)
         if path.exists():
             old = new.parents[1] / "old" / path.name
             old.parent.mkdir()
             os.rename(path, old)
         os.rename(new, path)
-        _synchronize(path.parent)
+        synchronize(path.parent)
 
 
 def check_separate(output: Path, *inputs: Path | None) -> None:
@@ -141,85 +137,32 @@ def check_separate(output: Path, *inputs: Path | None) -> None:
             raise UserError(f"Writing {output} would replace {source}, which is read; choose another output.")
 
 
-# == temporary folders ==
+def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
+    """Claim names in a folder for files that a program writes, replaces and deletes there; the manifest records them.
 
+    Args:
+        folder: Folder, which is made if it does not exist. It may hold other files.
+        names: Names of files.
+        adopt: Whether files of these names are known to be this project's without a record.
 
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a new temporary folder beside `path`, and remove that folder afterwards."""
-    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{platform.node()}-{secrets.token_hex(8)}"
-    with _explained(path):
-        made = [folder for folder in path.parents if not folder.exists()]
-        _in_use.add(temporary.name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _recover(path.parent)
-            temporary.mkdir(0o700)
-            (temporary / "new").mkdir()
-            yield temporary / "new" / path.name
-        finally:
-            _close(temporary)
-            _in_use.discard(temporary.name)
-            with suppress(OSError):
-                for folder in made:  # stays if something was written to it
-                    folder.rmdir()
-
-
-def _close(temporary: Path) -> None:
-    """Put back a folder that was renamed aside and not replaced, and remove the temporary folder."""
-    for old in (temporary / "old").glob("*"):
-        if os.path.lexists(place := temporary.parent / old.name):
-            remove_recorded(old)
-        else:
-            os.rename(old, place)
-    shutil.rmtree(temporary / "new", ignore_errors=True)
-    for folder in (temporary / "old", temporary):
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _recover(folder: Path) -> None:
-    """Do the same with the temporary folders in a folder that killed processes of this user left."""
-    for temporary in folder.glob(f"{TEMPORARY}*"):
-        with suppress(OSError):
-            about = temporary.lstat()
-            private = about.st_uid == os.geteuid() and about.st_mode & 0o077 == 0
-            if stat.S_ISDIR(about.st_mode) and private and _is_abandoned(temporary.name):
-                _close(temporary)
-
-
-def _is_abandoned(name: str) -> bool:
-    """Return whether the process that made a temporary folder on this host has ended."""
-    match = re.fullmatch(re.escape(TEMPORARY) + r"(\d{1,9})-(.*)-[0-9a-f]{16}", name)
-    if match is None or match[2] != platform.node():
-        return False
-    if int(match[1]) == os.getpid():
-        return name not in _in_use
-    try:
-        os.kill(int(match[1]), 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False
-
-
-def _settle(path: Path) -> None:
-    """Give a new file, or all files of a new folder, the usual permissions, and write them to the disk."""
-    mode = path.parent.stat().st_mode & 0o666  # that of a folder just made; safetensors makes its files private
-    for item in (path, *path.rglob("*")):
-        if item.is_file():
-            item.chmod(mode)
-        _synchronize(item)
-
-
-def _synchronize(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems cannot synchronize folders
-            raise
-    finally:
-        os.close(handle)
+    Raises:
+        UserError: There is such a file and no record of it, or the folder is of another kind or cannot be written.
+    """
+    folder = Path(folder)
+    with _explained(folder):
+        recorded = read_manifest(folder, OUTPUTS)
+        claimed = recorded or {}
+        new = [name for name in names if name not in claimed]
+        foreign = [name for name in new if _exists(folder / name)] if not adopt else []
+        if recorded is None and _exists(folder / MANIFEST):
+            foreign.append(MANIFEST)
+        if foreign:
+            raise UserError(
+                f"{folder / foreign[0]} was not written by this program: it is not replaced; choose another folder."
+            )
+        if new:
+            manifest = {"format": FORMAT, "kind": OUTPUTS, "files": {**claimed, **dict.fromkeys(new)}}
+            write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 # == errors ==

@@ -11,6 +11,7 @@ from typing import Any
 MANIFEST, FORMAT = ".aligner-manifest.json", "aligner-manifest-1"
 # kinds of folders
 DATASET, BASE_MODEL, HF_MODEL, MERGED_MODEL = "prepared dataset", "base model", "Hugging Face model", "merged model"
+OUTPUTS = "output folder"  # that a program keeps writing to
 HASHED = 2**20  # bytes at the beginning of a file by which, with its size, a manifest recognizes it
 
 
@@ -26,7 +27,7 @@ def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
     Args:
         kind: If given, a manifest of another kind records nothing.
     """
-    recorded = _read_files(folder, kind)
+    recorded = read_manifest(folder, kind)
     if recorded is None:
         return _contents(folder)
     names = [name for name in _contents(folder) if name != MANIFEST]
@@ -45,7 +46,7 @@ def remove_recorded(folder: Path) -> None:
         folder.rmdir()
 
 
-def _read_files(folder: Path, kind: str | None) -> dict[str, Any] | None:
+def read_manifest(folder: Path, kind: str | None) -> dict[str, Any] | None:
     """Return what the manifest of a folder records by name; None if it is missing, damaged or of another kind."""
     try:
         if not stat.S_ISREG((folder / MANIFEST).lstat().st_mode):

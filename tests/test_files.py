@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lit_llama.checkpoint import save_adapter
-from lit_llama.files import TEMPORARY, atomic_folder, atomic_write, check_file, check_folder, write_text
+from lit_llama.files import atomic_folder, atomic_write, check_file, check_folder, claim, write_text
 from lit_llama.manifest import MANIFEST, find_strangers
+from lit_llama.staging import TEMPORARY
 from lit_llama.utils import UserError, plain_name
 
 ROOT = Path(__file__).parents[1]
@@ -247,13 +248,44 @@ def test_input_and_output_do_not_overlap(tmp_path, monkeypatch):
     check_folder(Path("out/sub/new"), KIND, Path("out"))  # a new folder replaces nothing
 
 
+# == claims ==
+
+
+def test_claimed_names_may_be_replaced_later(tmp_path):
+    run = tmp_path / "new/run"
+    claim(run, ["a", "b"])
+    write_text(run / "a", "1")
+    write_text(run / "notes", "mine")
+    claim(run, ["b", "a"])
+    claim(run, ["c"])
+    with pytest.raises(UserError, match="notes was not written by this program"):
+        claim(run, ["a", "notes"])
+    assert json.loads((run / MANIFEST).read_text())["files"].keys() == {"a", "b", "c"}
+
+
+def test_what_others_wrote_is_not_claimed(tmp_path):
+    for name, plant in {"a": Path.touch, "b": Path.mkdir, "c": lambda path: path.symlink_to("nothing")}.items():
+        plant(tmp_path / name)
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=rf"/{name} was not written by this program"):
+            claim(tmp_path, ["x", name])
+        assert snapshot(tmp_path) == before
+    claim(tmp_path, ["a"], adopt=True)  # known to be ours
+    claim(tmp_path, ["a"])
+    fill(tmp_path / "collection", a="1")
+    with pytest.raises(UserError, match=r"manifest\.json was not written by this program"):
+        claim(tmp_path / "collection", ["b"])
+    with pytest.raises(UserError, match="which is not part of a collection"):
+        check_folder(tmp_path, KIND)
+
+
 # == kills ==
 
 
 def killed(root: Path, code: str) -> None:
     """Run code in a process that kills itself by `die()`."""
     source = (
-        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files\nroot = Path(sys.argv[1])\n"
+        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files, staging\nroot = Path(sys.argv[1])\n"
         "def die(*args): os.kill(os.getpid(), signal.SIGKILL)\n" + code
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -271,7 +303,7 @@ POINTS = {
     "before the old is renamed aside": "files.os.rename = die" + REPLACE,
     "between the renames": "rename, n = os.rename, []\nfiles.os.rename = lambda *a: die() if n else "
                            "(n.append(1), rename(*a))" + REPLACE,
-    "before the old is removed": "files.remove_recorded = die" + REPLACE,
+    "before the old is removed": "staging.remove_recorded = die" + REPLACE,
     "while the old is removed": "unlink, n = Path.unlink, []\nPath.unlink = lambda *a: die() if n else "
                                 "(n.append(1), unlink(*a))" + REPLACE,
 }  # fmt: skip

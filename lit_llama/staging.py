@@ -1,0 +1,100 @@
+"""Temporary folders: what is written appears as a unit, and what a killed process leaves behind is cleaned up.
+
+    .aligner-tmp-PID-HOST-RANDOM/new/NAME       the file or folder NAME until it is complete
+    .aligner-tmp-PID-HOST-RANDOM/old/NAME       the folder that NAME replaces, until its files are removed
+
+They lie beside the file or folder, can be opened by their user alone, and have names that cannot be predicted.
+"""
+
+import errno
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lit_llama.manifest import remove_recorded
+
+TEMPORARY = ".aligner-tmp-"
+_in_use: set[str] = set()  # names of this process's temporary folders
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a new temporary folder beside `path`, and remove that folder afterwards."""
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{platform.node()}-{secrets.token_hex(8)}"
+    made = [folder for folder in path.parents if not folder.exists()]
+    _in_use.add(temporary.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path.parent)
+        temporary.mkdir(0o700)
+        (temporary / "new").mkdir()
+        yield temporary / "new" / path.name
+    finally:
+        _close(temporary)
+        _in_use.discard(temporary.name)
+        with suppress(OSError):
+            for folder in made:  # stays if something was written to it
+                folder.rmdir()
+
+
+def _close(temporary: Path) -> None:
+    """Put back a folder that was renamed aside and not replaced, and remove the temporary folder."""
+    for old in (temporary / "old").glob("*"):
+        if os.path.lexists(place := temporary.parent / old.name):
+            remove_recorded(old)
+        else:
+            os.rename(old, place)
+    shutil.rmtree(temporary / "new", ignore_errors=True)
+    for folder in (temporary / "old", temporary):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _recover(folder: Path) -> None:
+    """Do the same with the temporary folders in a folder that killed processes of this user left."""
+    for temporary in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            about = temporary.lstat()
+            private = about.st_uid == os.geteuid() and about.st_mode & 0o077 == 0
+            if stat.S_ISDIR(about.st_mode) and private and _is_abandoned(temporary.name):
+                _close(temporary)
+
+
+def _is_abandoned(name: str) -> bool:
+    """Return whether the process that made a temporary folder on this host has ended."""
+    match = re.fullmatch(re.escape(TEMPORARY) + r"(\d{1,9})-(.*)-[0-9a-f]{16}", name)
+    if match is None or match[2] != platform.node():
+        return False
+    if int(match[1]) == os.getpid():
+        return name not in _in_use
+    try:
+        os.kill(int(match[1]), 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+def settle(path: Path) -> None:
+    """Give a new file, or all files of a new folder, the usual permissions, and write them to the disk."""
+    mode = path.parent.stat().st_mode & 0o666  # that of a folder just made; safetensors makes its files private
+    for item in (path, *path.rglob("*")):
+        if item.is_file():
+            item.chmod(mode)
+        synchronize(item)
+
+
+def synchronize(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems cannot synchronize folders
+            raise
+    finally:
+        os.close(handle)
