@@ -139,15 +139,15 @@ class Judge:
     def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Return what a report states about the judge and the replies that it rests on, as JSON."""
         used = {record["key"]: record for record in records if record}.values()
-        times = sorted(record["time"] for record in used)
+        times = sorted(record["time"] for record in used if "time" in record)
         return {
             "model": self.settings.judge_model,
-            "served_models": sorted({str(record["served_model"]) for record in used if record["served_model"]}),
-            "endpoints": sorted({record["endpoint"] for record in used}),
+            "served_models": sorted({str(record["served_model"]) for record in used if record.get("served_model")}),
+            "endpoints": sorted({record["endpoint"] for record in used if "endpoint" in record}),
             "max_tokens": self.settings.judge_max_tokens,
             "body": self.settings.judge_body,
             "replies": len(used),
-            "cut_replies": sum(record["finish_reason"] == "length" for record in used),
+            "cut_replies": sum(record.get("finish_reason") == "length" for record in used),
             "first_reply": times[0] if times else None,
             "last_reply": times[-1] if times else None,
             "failed_requests": sorted(self.failed.values()),

@@ -12,7 +12,7 @@ import pytest
 from judge_server import Fault, serving
 
 from evaluate import judge, vicuna
-from evaluate.answers import read_answers
+from evaluate.answers import fetch, read_answers
 from evaluate.pairs import combine, length_controlled, tally
 from evaluate.replies import parse_score, parse_scores
 from evaluate.vicuna import Settings, main
@@ -148,6 +148,17 @@ def test_replay_of_published_reviews(shared, tmp_path, capsys):
     assert {**alone["pairs"]["all"]} == {**counts, "interval": tuple(counts["interval"])}
     assert out == (tmp_path / "summary.md").read_text() and "| all | 80 | 44 | 22 | 14 | 0 |" in out
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_questions_are_downloaded_once(tmp_path):
+    source, target = tmp_path / "source.jsonl", tmp_path / "data/question.jsonl"
+    source.write_text("one")
+    assert fetch(source.as_uri(), target).read_text() == "one"
+    source.unlink()
+    assert fetch(source.as_uri(), target).read_text() == "one"
+    target.unlink()
+    with pytest.raises(UserError, match="Cannot download .* --data_file"):
+        fetch(source.as_uri(), target)
 
 
 @pytest.fixture
