@@ -70,7 +70,7 @@ def test_another_mode_or_device_is_refused(base_dir, run_script):
     with pytest.raises(UserError, match="CUDA and CPU, not on mps"):
         check_quantize("nf4", toys.base(), torch.device("mps"))
     code, _, err = run_script("generate/base.py", "--quantize", "nf5")
-    assert code == 2 and "--quantize: Expected one of 'nf4', 'nf4-dq', 'fp4', 'fp4-dq', 'int8'." in err
+    assert code == 2 and "--quantize: expected {nf4,nf4-dq,fp4,fp4-dq,int8}, got 'nf5'" in err
 
 
 def test_what_is_quantised():
