@@ -15,9 +15,9 @@ import torch
 from benchmarks.measure import CLOCKS, Memory, synchronize, timed
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
-from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.device import DTYPES
-from lit_llama.dpo import DPOData, dpo_loss, sum_logps_by_row
+from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
@@ -269,7 +269,7 @@ class Worker:
                 "lengths": torch.full((count,), length),
             }
         if data not in self.data:
-            self.data[data] = (SFTData if data == "sft" else DPOData)(self.data_dir / data, "train")
+            self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.data_dir / data, "train")
         source = self.data[data]
         batch = {name: tensor.to(self.device) for name, tensor in source.batch(rows).items()}
         sequences = len(batch["idx"]) // len(rows)  # a pair has two, equally long

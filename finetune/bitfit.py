@@ -1,30 +1,28 @@
-"""Supervised finetuning with BitFit: a bias on every layer's attention output (lit_llama/bitfit.py).
+"""Supervised finetuning with BitFit: a bias on the attention output of every layer (lit_llama/bitfit.py).
 
-The loop and all other settings are those of finetune/aligner.py.
+The data, the loop and all other settings are those of finetune/aligner.py.
 """
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from finetune import aligner
+from finetune.aligner import SFTSettings, main
 from lit_llama import cli
 
 
 @dataclass
-class Settings(aligner.SFTSettings):
+class Settings(SFTSettings):
+    method = "bitfit"
+
     # == What to train on ==
-    init_adapter: Path | None = None  # start from this adapter, with its settings
-    out_dir: Path = Path("out/bitfit/microworld-pirate")  # everything the run writes
+    out_dir: Path = Path("out/bitfit/microworld-pirate")  # folder for all files of the run
 
-    # == Optimisation (a step is always an optimiser step) ==
-    learning_rate: float = 1e-1  # peak of AdamW's learning rate
+    # == Optimization (a step is always an optimizer step) ==
+    learning_rate: float = 1e-1  # peak learning rate of AdamW
 
-
-main = partial(aligner.main, method="bitfit")
 
 if __name__ == "__main__":
     cli.run(main, Settings)

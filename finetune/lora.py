@@ -1,35 +1,33 @@
 """Supervised finetuning with LoRA: low-rank updates of the query and value projections (lit_llama/lora.py).
 
-The loop and all other settings are those of finetune/aligner.py.
+The data, the loop and all other settings are those of finetune/aligner.py.
 """
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from finetune import aligner
+from finetune.aligner import SFTSettings, main
 from lit_llama import cli
 
 
 @dataclass
-class Settings(aligner.SFTSettings):
+class Settings(SFTSettings):
+    method = "lora"
+
     # == What to train on ==
-    init_adapter: Path | None = None  # start from this adapter, with its settings
-    out_dir: Path = Path("out/lora/microworld-pirate")  # everything the run writes
+    out_dir: Path = Path("out/lora/microworld-pirate")  # folder for all files of the run
 
     # == LoRA ==
     lora_r: int = 8  # rank of each update
     lora_alpha: int = 16  # α: an update is multiplied by α / r
-    lora_dropout: float = 0.05  # share of the inputs of an update that training leaves out
+    lora_dropout: float = 0.05  # dropout probability of the inputs of an update
 
-    # == Optimisation (a step is always an optimiser step) ==
-    learning_rate: float = 3e-3  # peak of AdamW's learning rate
+    # == Optimization (a step is always an optimizer step) ==
+    learning_rate: float = 3e-3  # peak learning rate of AdamW
 
-
-main = partial(aligner.main, method="lora")
 
 if __name__ == "__main__":
     cli.run(main, Settings)

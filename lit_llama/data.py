@@ -13,9 +13,10 @@ and a row of a preference dataset has
 so a training script never guesses a format, a template or a mask from a path.
 """
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,17 +29,42 @@ from lit_llama.utils import UserError, plain_name
 IGNORE_INDEX = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
+# the commands that write the default datasets of the finetuning scripts
+DEFAULT_COMMANDS = {
+    SFT_FORMAT: "python scripts/prepare_microworld.py",
+    PREFERENCE_FORMAT: "python scripts/prepare_microworld_safe.py",
+}
+
+
+class Data(Protocol):
+    """What the training loop needs from the rows of a split.
+
+    Attributes:
+        lengths: (rows,) tokens of each row, of its longest sequence if it has several.
+        tokens: (rows,) tokens of all sequences of each row.
+        weights: (rows,) weight of each row in the mean loss: label tokens for SFT, 1 for a pair.
+    """
+
+    lengths: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return rows as tensors on the CPU."""
 
 
 def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
-    """What a prepared folder says of itself.
+    """Return meta.json of a dataset folder.
 
     Raises:
-        UserError: there is no prepared folder, or it is of another format.
+        UserError: There is no dataset folder, or its rows have another format.
     """
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
-        raise UserError(f"There is no prepared dataset at {data_dir}; write one with a script of scripts/prepare_*.py.")
+        raise UserError(
+            f"There is no prepared dataset at {data_dir}; write one with a scripts/prepare_*.py (the default one: "
+            f"{DEFAULT_COMMANDS[format]})."
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -103,7 +129,10 @@ class Split:
 
 
 class SFTData(Split):
-    """One split of a prepared SFT folder, as the training loop wants it (`lit_llama.train.Task`)."""
+    """One split of a prepared SFT folder (`Data`): a row is a prompt with a response.
+
+    `weights` is the number of labels of each row.
+    """
 
     format = SFT_FORMAT
 
@@ -115,7 +144,7 @@ class SFTData(Split):
         self.tokens = self.lengths
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """idx and labels, (B, T) int64, padded on the right to the longest row."""
+        """Return idx and labels, (B, T) int64, padded on the right; labels are -1 where nothing is predicted."""
         ids = [torch.from_numpy(row).long() for row in self.rows[indices]["input_ids"]]
         labels = [row.clone() for row in ids]
         for row, n_masked in zip(labels, self.n_masked[indices], strict=True):
@@ -124,26 +153,75 @@ class SFTData(Split):
         return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """The first rows as (prompt, response) token ids."""
+        """Return the first rows as (prompt, response) token ids."""
         rows = self.rows[:count]
         pairs = zip(rows["input_ids"], rows["prompt_length"], strict=True)
         return [(ids[:n].tolist(), ids[n:].tolist()) for ids, n in pairs]
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The negative log-likelihood of the labels, summed over them, in nats."""
-        return {"loss": -model(batch["idx"], labels=batch["labels"]).sum()}
+
+class PreferenceData(Split):
+    """One split of a prepared preference folder (`Data`): a row is a prompt with two responses.
+
+    `weights` is 1 for each pair.
+    """
+
+    format = PREFERENCE_FORMAT
+
+    def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
+        super().__init__(data_dir, split, tokenizer, max_rows)
+        columns = (self.rows["prompt"], self.rows["chosen"], self.rows["rejected"])
+        n_prompt, n_chosen, n_rejected = (np.array([len(ids) for ids in column], int) for column in columns)
+        self.lengths = n_prompt + np.maximum(n_chosen, n_rejected)
+        self.tokens = 2 * n_prompt + n_chosen + n_rejected
+        self.weights = np.ones(len(self))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all token ids and of the boundaries between them."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for name in ("prompt", "chosen", "rejected"):
+                ids = np.asarray(row[name], np.int32)
+                digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
+        return digest.hexdigest()
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return B pairs as a batch of 2B sequences: first all chosen, then all rejected ones.
+
+        Returns:
+            idx, labels: (2B, T) int64, padded on the right; labels are -1 in the prompt and the padding.
+            rows: (B,) int64, the row number of each pair.
+        """
+        rows = self.rows[indices]
+        ids, labels = [], []
+        for side in ("chosen", "rejected"):
+            for prompt, response in zip(rows["prompt"], rows[side], strict=True):
+                prompt, response = torch.tensor(prompt).long(), torch.tensor(response).long()
+                ids.append(torch.cat((prompt, response)))
+                labels.append(torch.cat((torch.full((len(prompt),), IGNORE_INDEX), response)))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "idx": pad(ids, batch_first=True),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "rows": torch.as_tensor(indices),
+        }
+
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Return the first rows as (prompt, chosen response) token ids."""
+        rows = self.rows[:count]
+        return [(p.tolist(), c.tolist()) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
 
 
 def plan_epoch(
     lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
 ) -> list[list[np.ndarray]]:
-    """Every row once, in random order, in micro-batches of rows of similar length.
+    """Return the micro-batches of an epoch: every row once, in random order, next to rows of similar length.
 
-    Rows are shuffled, sorted by length within groups of 16 batches, cut into micro-batches, and those shuffled again
+    Rows are shuffled, sorted by length within groups of 16 batches and cut into micro-batches, which are shuffled
     within their group. A pure function of its arguments, so that a resumed run sees the same batches.
 
     Returns:
-        One list of micro-batches (row numbers) per optimiser step; the last step and its last micro-batch may be
+        One list of micro-batches (row numbers) per optimizer step; the last step and its last micro-batch can be
         smaller.
     """
     rng = np.random.default_rng((seed, epoch))
@@ -152,7 +230,7 @@ def plan_epoch(
     for group in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
         group = group[np.argsort(lengths[group], kind="stable")]
         full = len(group) // batch_size * batch_size
-        # what does not fill a step is drawn at random, so that the short step is no special one
+        # the rows of a short step are drawn at random, so that they are not always the longest
         rest = np.sort(rng.choice(len(group), len(group) - full, replace=False))
         short, group = group[rest], np.delete(group, rest)
         micro = np.array_split(group, range(micro_batch_size, len(group), micro_batch_size)) if full else []
@@ -167,12 +245,41 @@ def plan_epoch(
 def plan_fixed_epoch(
     lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
 ) -> list[list[np.ndarray]]:
-    """As `plan_epoch`, but the micro-batches are the same in every epoch and for every seed; their order is random.
+    """Return the micro-batches of an epoch like `plan_epoch`, but always the same ones, in random order.
 
-    What is computed once per row in such a micro-batch (a reference's log-probabilities) is then rounded exactly as
-    it will be in training.
+    Precomputed reference log-probabilities depend on the micro-batch by rounding. With fixed micro-batches they are
+    rounded exactly like those of the policy in training.
     """
     fixed = [micro for step in plan_epoch(lengths, batch_size, micro_batch_size, 0, 0) for micro in step]
     order = np.random.default_rng((seed, epoch)).permutation(len(fixed))
     per_step = batch_size // micro_batch_size
     return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
+
+
+def plan_validation(lengths: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
+    """Return all rows, sorted by length, as micro-batches (row numbers)."""
+    order = np.argsort(lengths, kind="stable")
+    return np.array_split(order, range(micro_batch_size, len(order), micro_batch_size))
+
+
+def check_rows(data: Data, split: str, max_tokens: int) -> None:
+    """Check that data can be trained on.
+
+    Raises:
+        UserError: There are no rows, or a row is longer than the model's context of `max_tokens`.
+    """
+    if len(data.lengths) == 0:
+        raise UserError(f"There are no {split} rows.")
+    if data.lengths.max() > max_tokens:
+        raise UserError(
+            f"A {split} row has {data.lengths.max()} tokens and the model's context is {max_tokens}; prepare the data "
+            "with a smaller --max_seq_length."
+        )
+
+
+def rows_sha256(*splits: Data) -> str:
+    """Return a hash of the lengths and the weights of all rows."""
+    digest = hashlib.sha256()
+    for data in splits:
+        digest.update(np.asarray(data.lengths, np.int64).tobytes() + np.asarray(data.weights, np.float64).tobytes())
+    return digest.hexdigest()

@@ -1,52 +1,48 @@
-"""What a training run shows and records: the bar on the terminal, metrics.csv, the loss curve, the closing lines."""
+"""Progress, metrics, plots and tables of a training run."""
 
 import csv
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from lit_llama.files import atomic_write
 from lit_llama.tables import markdown_table  # noqa: F401  (imported from here by files that are being moved)
+from lit_llama.train_settings import FinetuneSettings
 from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class MetricsLog(Logger):
-    """`metrics.csv` as a Fabric logger: one row per step, numbers unrounded.
+class MetricsLog:
+    """metrics.csv: one row per step, numbers unrounded.
 
-    The file is written whole under a temporary name every few seconds and at every saved state, so that a kill leaves
-    a readable one, and what was logged before a state is there when that state is.
+    The file is replaced as a whole, every few seconds and by `save`, so that a killed process leaves a readable one.
     """
 
-    name, version = "metrics", ""
     interval = 10  # seconds between writes
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = path
         self.rows: dict[int, dict[str, float]] = {}
         self.written = time.monotonic()
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.rows.setdefault(step, {}).update(metrics)
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the row of a step."""
+        self.rows.setdefault(step, {}).update(values)
         if time.monotonic() - self.written > self.interval:
             self.save()
 
-    def log_hyperparams(self, params: Any) -> None:
-        """They are in config.yaml."""
+    def first(self, name: str) -> float | None:
+        """Return the earliest value of a metric, None if there is none."""
+        return next((row[name] for _, row in sorted(self.rows.items()) if name in row), None)
 
-    @rank_zero_only
     def save(self) -> None:
         columns = ["step", *sorted({name for row in self.rows.values() for name in row})]
         with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -55,16 +51,15 @@ class MetricsLog(Logger):
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
         self.written = time.monotonic()
 
-    def take_up(self, step: int) -> None:
-        """Reads what an earlier process logged before it saved the state of `step`: that step's validation, not its
-        training."""
+    def resume(self, step: int) -> None:
+        """Read what was logged before the state of `step` was saved: of that step the validation, not the training."""
         rows = {n: row for n, row in read_metrics(self.path).items() if n <= step}
         rows[step] = {name: value for name, value in rows.get(step, {}).items() if name.startswith("val/")}
         self.rows = {n: row for n, row in rows.items() if row}
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """A run's metrics.csv as {step: {name: value}}; empty where there is none."""
+    """Return a metrics.csv as {step: {name: value}}, empty if there is no such file."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -75,24 +70,27 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, a line now and then in a log file.
+    """Progress of a run on stderr, as a context manager: a bar on a terminal, a line every few seconds in a log file.
 
     Args:
-        done, total: steps.
-        enabled: whether this process shows anything.
+        done, total: Steps.
+        enabled: Whether this process shows anything.
     """
 
     interval = 15  # seconds between lines in a log file
 
     def __init__(self, done: int, total: int, enabled: bool) -> None:
         self.first, self.done, self.total, self.enabled = done, done, total, enabled
-        self.bar: tqdm | None = None
-
-    def start(self) -> None:
-        """The clock of the remaining time starts."""
         self.began = self.shown = time.monotonic()
-        if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True)
+        on_terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def advance(self, loss: float, lr: float, tokens_per_s: float) -> None:
         self.done += 1
@@ -105,44 +103,42 @@ class Progress:
             left = (self.shown - self.began) / (self.done - self.first) * (self.total - self.done)
             log(f"step {self.done} of {self.total}: {status}, {duration(left)} left")
 
-    def write(self, text: str) -> None:
-        """A message above the bar."""
-        if self.enabled:
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def write_above_bar(text: str) -> None:
+    """Write a message to stderr without breaking a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss"""
+    """Format seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
 
 
-def print_summary(summary: dict[str, Any], out_dir: Path, generate_command: Iterable[str]) -> None:
-    """The closing lines of a run, on stdout."""
+def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
+    """Print the result of a finetuning run to stdout, and the command that generates with it."""
+    command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
+    command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps in "
         f"{duration(summary['seconds'])}\n"
         f"validation   loss {summary['val_loss_before']:.4f} before, {summary['best_val_loss']:.4f} at best "
         f"(step {summary['best_step']}), {summary['last_val_loss']:.4f} at the end\n"
-        f"in {out_dir}{os.sep}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"
-        f"generate     {shlex.join(generate_command)}"
+        f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"
+        f"generate     {shlex.join([*command, '--prompt', 'your instruction'])}"
     )
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and validation loss over steps, from a run's metrics.csv."""
+    """Plot the training and the validation loss over steps, from a metrics.csv."""
     plot_metrics(metrics, image, {"loss (nats per target)": ["loss"]})
 
 
 def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> None:
-    """Curves over steps, from a run's metrics.csv.
+    """Plot metrics over steps, from a metrics.csv.
 
     Args:
-        panels: what the axis of each panel says -> the metrics in it, drawn where they are in training and validation.
+        panels: The label of each panel's y-axis -> its metrics, each drawn for training and validation if logged.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -165,7 +161,7 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
                 if points:
                     color = f"C{2 * i + column.startswith('val/')}"
                     axes.plot(*zip(*points, strict=True), label=which + what, color=color, **style)
-        axes.set(xlabel="optimiser step", ylabel=label)
+        axes.set(xlabel="optimizer step", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -173,17 +169,17 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
 
 
 def make_figure(width: float, height: float) -> "Figure":
-    """An empty figure of that many inches, which needs no display and belongs to no session of pyplot."""
+    """Return an empty figure, sizes in inches, that needs neither a display nor pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path, overwrite: bool = True) -> None:
-    """Writes a figure as its path's ending says.
+    """Write a figure in the format of the path's suffix.
 
     Raises:
-        UserError: that is not .png, .svg or .pdf.
+        UserError: The suffix is not .png, .svg or .pdf.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{path} is not a .png, .svg or .pdf.")

@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
@@ -24,14 +24,20 @@ from lit_llama.data import SFTData
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
+from lit_llama.run_folder import RunFolder
+from lit_llama.samples import answer_samples
+from lit_llama.setup import Setup, make_fabric
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import TrainConfig, Trainer, answer_samples, make_fabric
+from lit_llama.train import SFTLoss, Trainer
+from lit_llama.train_settings import Precision, TrainSettings
 from lit_llama.utils import atomic_write, log
 from microworld.world import World, pretraining_sample
 
 
 @dataclass
-class Settings:
+class Settings(TrainSettings):
+    may_change = (*TrainSettings.may_change, "output_dir")
+
     # == What to make ==
     output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
     out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
@@ -46,29 +52,22 @@ class Settings:
     vocab_size: int = 2048  # pieces of the tokenizer
     block_size: int = 256  # longest sequence, in tokens
 
-    # == Optimisation (a step is always an optimiser step) ==
+    # == Optimization (a step is always an optimizer step) ==
     epochs: float = 1.0  # passes over the corpus
-    max_steps: int | None = None  # stop after so many steps even if the epochs are not over
     batch_size: int = 96  # documents per step, over all devices
     micro_batch_size: int = 96  # documents per forward pass on one device
-    learning_rate: float = 0.02  # peak, of Muon
-    adamw_scale: float = 0.15  # AdamW's learning rate as a share of Muon's
-    warmup_epochs: float = 0.03  # linear rise from 0 to the peak
-    weight_decay: float = 0.1  # on the matrices
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 for no clipping
-    seed: int = 0  # of the corpus, the initial weights and the order
+    learning_rate: float = 0.02  # peak learning rate of Muon
+    adamw_scale: float = 0.15  # learning rate of AdamW as a share of Muon's
+    warmup_epochs: float = 0.03  # length of the linear warmup
+    weight_decay: float = 0.1  # weight decay of the matrices
+    seed: int = 0  # seed of the corpus, the initial weights and the order of the data
 
     # == Reporting ==
     eval_interval: int = 250  # steps between validations
-    save_interval: int = 250  # steps between saved states, which --resume continues from
-    resume: bool = False  # continue the run in out_dir
-    overwrite: bool = False  # replace the run in out_dir
+    save_interval: int = 250  # steps between saved states, from which --resume continues
 
     # == Devices ==
-    devices: int | str = 1  # how many, or "auto" for all there are
-    num_nodes: int = 1  # machines
-    strategy: str = "auto"  # Fabric's: "auto", "ddp"
-    precision: str = "bf16-mixed"  # Fabric's
+    precision: Precision = "bf16-mixed"  # precision of the computations; the weights are fp32
 
 
 def corpus(args: Settings) -> Iterator[tuple[str, str]]:
@@ -112,27 +111,19 @@ def initialise(model: LLaMA) -> None:
             torch.nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02)
 
 
-def muon_and_adamw(model: LLaMA, config: TrainConfig, adamw_scale: float) -> list[torch.optim.Optimizer]:
+def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay)
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=settings.weight_decay)
     adamw = torch.optim.AdamW(
-        [{"params": others, "lr_scale": adamw_scale}], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+        [{"params": others, "lr_scale": settings.adamw_scale}], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
     )
     return [muon, adamw]
 
 
 def main(args: Settings) -> None:
-    fabric = make_fabric(
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        strategy=args.strategy,
-        precision=args.precision,
-        out_dir=args.out_dir,
-    )
-    config = TrainConfig(
-        lr_schedule="cosine", **{k: getattr(args, k) for k in TrainConfig.__dataclass_fields__ if k != "lr_schedule"}
-    )
+    run = RunFolder(args)
+    fabric = make_fabric(args)
     data_dir, tokenizer_path = args.out_dir / "corpus", args.out_dir / TOKENIZER_NAME
     if fabric.global_rank == 0 and not (args.resume and data_dir.is_dir()):
         log("Writing the tokenizer and the corpus.")
@@ -157,13 +148,11 @@ def main(args: Settings) -> None:
     own = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
     model = LLaMA(LLaMAConfig(tie_embeddings=True, **own))
     initialise(model)
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {int(train.lengths.sum()):,} tokens")
-    trainer = Trainer(
-        fabric, model, train, val, config, asdict(args),
-        adapter_meta={"method": "pretraining", "base": own},
-        sample_answers=answer_samples(val, tokenizer, 4, 40),
-        make_optimizers=lambda model, config: muon_and_adamw(model, config, args.adamw_scale),
-    )  # fmt: skip
+    log(f"{int(train.lengths.sum()):,} tokens")
+    meta = {"method": "pretraining", "base": own}
+    setup = Setup.wrap(fabric, model, muon_and_adamw(model, args), meta)
+    answer = answer_samples(val.prompts(4), tokenizer, max_new_tokens=40)
+    trainer = Trainer(setup, train, val, SFTLoss(), run, sample_answers=answer)
     # rows are short and equally long: on a CPU plain attention is twice as fast backwards as the fused kernel
     with sdpa_kernel([SDPBackend.MATH]):
         summary = trainer.fit()

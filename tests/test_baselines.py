@@ -502,7 +502,7 @@ def test_preferences_train_every_method(method, precompute, runs, tmp_path, base
 def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", preference_dir, "--out_dir", tmp_path / "x")
     said = refused("finetune/alignerDPO.py", *flags, "--method", "lora", "--method_config", '{"rank": 8}')
-    assert said.startswith("method_config: 'rank' is no setting of the method 'lora'; it has lora_r, lora_alpha,")
+    assert said.startswith("method_config: 'rank' is not a setting of the method 'lora'; it has lora_r, lora_alpha,")
     said = refused("finetune/alignerDPO.py", *flags, "--method", "bitfit", "--method_config", '{"rank": 8}')
     assert said.endswith("it has none.")
 
@@ -555,12 +555,12 @@ def test_inspection_of_every_method(method, runs, run_script, refused, tmp_path)
 def test_gates_and_biases_do_not_decay():
     from types import SimpleNamespace
 
-    from lit_llama.train import adamw
+    from lit_llama.setup import adamw
 
     config = SimpleNamespace(weight_decay=0.1)
     for method in BASELINES:
         network = adapted(method)
-        (optimizer,) = adamw(network, config)
+        optimizer = adamw(network, config)
         names = {id(p): name for name, p in network.named_parameters()}
         free = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
         assert free == {key for key in KEYS[method] if key.endswith(("gating_factor", "bias"))}
@@ -577,7 +577,9 @@ def test_a_script_inherits_settings_but_those_of_the_other_method():
         names = [s.name for s in settings]
         own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].config_class.__mro__[1]
                .__dataclass_fields__]  # fmt: skip
-        assert set(names) == set(parent) - {"adapter_prompt_length", "adapter_start_layer"} | set(own)
+        of_method = {"method", "method_config", "adapter_prompt_length", "adapter_start_layer"}
+        assert script.Settings.method == method
+        assert set(names) == set(parent) - of_method | set(own)
         assert len(names) == len(set(names))
         if own:
             assert len({s.group for s in settings if s.name in own}) == 1

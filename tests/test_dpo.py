@@ -7,9 +7,11 @@ import toys
 
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
-from lit_llama.dpo import DPOData, dpo_loss, sequence_logps, sum_logps_by_row, swapped_parameters
+from lit_llama.data import PreferenceData
+from lit_llama.dpo import DPOLoss, dpo_loss, sequence_logps, sum_logps_by_row
 from lit_llama.prepare import prepare_preferences
-from lit_llama.utils import UserError
+from lit_llama.reference import AdapterReference, StoredReference
+from lit_llama.utils import UserError, swapped_parameters
 
 # h = (-1 + 3) - (-2 + 2.5) = 1.5
 LOGPS = tuple(torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5))
@@ -122,23 +124,23 @@ def test_sequence_logps_sums_in_fp32():
 
 
 def test_the_models_label_logps_summed_by_row_are_the_sequence_logps(policy, preference_dir):
-    data = DPOData(preference_dir, "train")
+    data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.arange(len(data)))
     logps = sum_logps_by_row(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
     torch.testing.assert_close(logps, sequence_logps(policy(batch["idx"]), batch["labels"]), atol=1e-4, rtol=0)
 
 
 def test_padding_and_neighbours_add_nothing(policy, preference_dir):
-    data = DPOData(preference_dir, "train", reference_free=True)
-    together = data.losses(policy, data.batch(np.arange(len(data))))
-    each = [data.losses(policy, data.batch(np.array([row]))) for row in range(len(data))]
+    data, loss = PreferenceData(preference_dir, "train"), DPOLoss(None)
+    together = loss(policy, data.batch(np.arange(len(data))))
+    each = [loss(policy, data.batch(np.array([row]))) for row in range(len(data))]
     assert len(set(data.lengths)) > 5
     for name, value in together.items():
         assert value.item() == pytest.approx(sum(one[name].item() for one in each), abs=2e-3, rel=1e-5), name
 
 
 def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
-    data = DPOData(preference_dir, "train")
+    data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.arange(3))
     rows = data.rows[:3]
     for i, side in ((0, "chosen"), (3, "rejected")):
@@ -158,20 +160,19 @@ def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
     assert policy_logps[0].item() == pytest.approx(by_hand, abs=1e-4)
 
 
-# == the task ==
+# == the loss of a batch ==
 
 
 def test_losses_against_a_reference_that_is_another_model(policy, base_dir, preference_dir):
     """The sums, and the gradients, are those of two whole models run apart."""
-    data = DPOData(preference_dir, "train", beta=0.3, sft_weight=0.7)
+    data = PreferenceData(preference_dir, "train")
     reference = load_model(
         base_dir, method="aligner", method_config={"adapter_prompt_length": 2, "adapter_start_layer": 1}
     )
     state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
     reference.load_state_dict(state)
-    data.reference_state = state
     batch = data.batch(np.arange(len(data)))
-    sums = data.losses(policy, batch)
+    sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(policy, batch)
     sums["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     policy.zero_grad()
@@ -206,6 +207,16 @@ def test_losses_against_a_reference_that_is_another_model(policy, base_dir, pref
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-3)
 
 
+def test_stored_log_probabilities_are_those_of_the_rows_of_a_batch(policy, preference_dir):
+    data = PreferenceData(preference_dir, "train")
+    logps = torch.arange(2.0 * len(data)).view(-1, 2)
+    batch = data.batch(np.array([4, 0, 7]))
+    assert StoredReference(logps)(policy, batch).tolist() == [8, 0, 14, 9, 1, 15]
+    metrics = DPOLoss(StoredReference(logps), beta=0.3)(policy, batch)
+    expected = 0.3 * (metrics["chosen_logp"] - 22)
+    assert metrics["chosen_reward"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_the_policy_comes_back_from_the_references_weights(policy):
     before = adapter_state(policy)
     zeros = {name: torch.zeros_like(value) for name, value in before.items()}
@@ -224,12 +235,12 @@ def test_the_policy_comes_back_from_the_references_weights(policy):
         (dict(loss_type="hinge"), 1.0),
     ],
 )
-def test_the_loss_before_the_first_step(preference_dir, settings, start):
-    assert DPOData(preference_dir, "test", **settings).loss_at_start == pytest.approx(start)
+def test_the_loss_before_the_first_step(settings, start):
+    assert DPOLoss(None, **settings).loss_at_start == pytest.approx(start)
 
 
 def test_sizes_of_the_rows(preference_dir):
-    data = DPOData(preference_dir, "train")
+    data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.array([3]))
     assert batch["idx"].shape == (2, data.lengths[3])
     row = data.rows[3]
@@ -261,7 +272,7 @@ def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, token
     ) in capsys.readouterr().err
     rows = {}
     for split in ("train", "test"):
-        for row in DPOData(tmp_path / "out", split, tokenizer).rows:
+        for row in PreferenceData(tmp_path / "out", split, tokenizer).rows:
             rows[tokenizer.decode(row["prompt"].tolist())] = row
     assert rows.keys() == {"the cat", "the dog", "the rat"}
     eos = tokenizer.eos_id
@@ -282,4 +293,4 @@ def test_too_few_pairs_and_other_folders_are_refused(tmp_path, tokenizer, data_d
         write_pairs(tmp_path / "out", tokenizer, [("a", " b", "")] * 2)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-preference-1'"):
-        DPOData(data_dir, "train")
+        PreferenceData(data_dir, "train")

@@ -28,9 +28,11 @@ from lit_llama.checkpoint import (
     save_adapter,
     save_base,
 )
+from lit_llama.data import SFTData
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
 from lit_llama.tensor_files import read_state
+from lit_llama.train import SFTLoss
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,13 +125,16 @@ def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
     assert summary["best_val_loss"] == min(losses(out_dir)["val/loss"].values())
 
 
-def test_without_data_the_default_dataset_is_written_first(tmp_path, monkeypatch, capsys):
+def test_without_data_the_command_that_makes_it_is_named(tmp_path, monkeypatch, capsys):
     base = Path(__file__).parent.parent / "checkpoints" / "microworld"
     monkeypatch.chdir(tmp_path)
-    train([f"--checkpoint_dir={base}", "--max_steps=1", "--eval_rows=8", "--sample_prompts=0", "--accelerator=cpu"])
-    assert "Writing the default dataset" in capsys.readouterr().err
-    assert (tmp_path / script.Settings.data_dir / "meta.json").is_file()
-    assert (tmp_path / script.Settings.out_dir / "best.safetensors").is_file()
+    code, said = run_script([f"--checkpoint_dir={base}", "--accelerator=cpu"], monkeypatch, capsys)
+    assert code == 1
+    assert said == (
+        "error: There is no prepared dataset at data/microworld-pirate; write one with a scripts/prepare_*.py (the "
+        "default one: python scripts/prepare_microworld.py).\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_have_their_columns_and_every_step(finished):
@@ -166,9 +171,9 @@ def test_an_adapter_knows_itself(finished, base_dir):
 
 def test_the_saved_adapter_gives_the_validation_loss_it_names(finished, base_dir, data_dir):
     adapter = read_adapter(finished / "last.safetensors")
-    model, val = load_model(base_dir, adapter), script.SFTData(data_dir, "test")
+    model, val = load_model(base_dir, adapter), SFTData(data_dir, "test")
     with torch.no_grad():
-        total = val.losses(model, val.batch(range(len(val))))["loss"] / val.weights.sum()
+        total = SFTLoss()(model, val.batch(range(len(val))))["loss"] / val.weights.sum()
     assert total.item() == pytest.approx(adapter.meta["training"]["val_loss"], abs=1e-6)
 
 
@@ -267,7 +272,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
         cli.run(script.main, script.Settings)
     assert stopped.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"Interrupted in step \d+; what is saved goes on with: python finetune/aligner\.py --config ", last)
+    assert re.match(r"Interrupted\. To continue from step \d+: python finetune/aligner\.py --config ", last)
 
     arguments = shlex.split(last.partition("python finetune/aligner.py ")[2])
     train(arguments)
@@ -317,7 +322,7 @@ def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base
 def test_overwrite_starts_afresh_and_touches_no_other_file(flags, finished, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     train(flags(tmp_path, learning_rate=0.5, max_steps=16))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         train(flags(tmp_path))
     train(flags(tmp_path, overwrite=True))
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
@@ -392,8 +397,8 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
     code, said = run_script(arguments, monkeypatch, capsys)
     assert code == 1
     assert said.splitlines()[-1] == (
-        "error: The validation loss is nan after 0 steps: nothing is trained yet, so the base, the initial adapter or "
-        "the data are at fault."
+        "error: The validation loss is nan after 0 steps: nothing is trained yet, so the cause is the base, the "
+        "initial adapter or the data."
     )
 
 

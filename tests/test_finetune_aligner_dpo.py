@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 import finetune.alignerDPO as script
-from lit_llama import aligner, cli, dpo
+from lit_llama import aligner, cli, reference
 from lit_llama.checkpoint import (
     CONFIG_NAME,
     TOKENIZER_NAME,
@@ -21,8 +21,8 @@ from lit_llama.checkpoint import (
     save_adapter,
     save_base,
 )
-from lit_llama.data import plan_fixed_epoch
-from lit_llama.dpo import DPOData
+from lit_llama.data import PreferenceData, plan_fixed_epoch
+from lit_llama.dpo import sequence_logps
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
 from lit_llama.tensor_files import read_state
@@ -94,9 +94,9 @@ def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tm
 
 
 def test_a_reference_that_is_not_the_start_is_refused(settings, tmp_path, monkeypatch):
-    exact = dpo.compute_reference
-    monkeypatch.setattr(dpo, "compute_reference", lambda *args: exact(*args) + torch.tensor([0.0, 0.01]))
-    with pytest.raises(UserError, match=r"Before the first step the loss is 0.69\d+ and a margin 3.0e-03 where they"):
+    exact = reference.compute_reference
+    monkeypatch.setattr(reference, "compute_reference", lambda *args: exact(*args) + torch.tensor([0.0, 0.01]))
+    with pytest.raises(UserError, match=r"Before the first step the loss is 0.69\d+ and a margin 3.0e-03, but they"):
         train(settings(tmp_path / "run"))
     assert not (tmp_path / "run/state.pt").exists()
 
@@ -124,9 +124,9 @@ def test_micro_batches_stay_and_their_order_changes():
 
 def computed(flags: list[str], monkeypatch) -> list[str]:
     """The splits whose reference a run computes anew."""
-    names, exact = [], dpo.compute_reference
+    names, exact = [], reference.compute_reference
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "compute_reference", lambda *args: names.append(args[-1]) or exact(*args))
+        patch.setattr(reference, "compute_reference", lambda *args: names.append(args[-1]) or exact(*args))
         patch.setattr(script.Trainer, "fit", lambda self: exit())  # all that follows is tested elsewhere
         with pytest.raises(SystemExit):
             train(flags)
@@ -219,13 +219,13 @@ def test_every_metric_is_logged_and_plotted(finished):
 def test_validation_is_over_the_whole_split(finished, base_dir, preference_dir):
     """The last row against a computation pair by pair with two models."""
     out_dir, _ = finished
-    policy, reference = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), load_model(base_dir)
-    val = DPOData(preference_dir, "test")
+    policy, base = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), load_model(base_dir)
+    val = PreferenceData(preference_dir, "test")
     margins = []
     for i in range(len(val)):
         batch = val.batch(np.array([i]))
         with torch.no_grad():
-            p, r = (dpo.sequence_logps(m(batch["idx"]), batch["labels"]) for m in (policy, reference))
+            p, r = (sequence_logps(m(batch["idx"]), batch["labels"]) for m in (policy, base))
         margins.append(0.3 * ((p[0] - p[1]) - (r[0] - r[1])).item())
     row = read_metrics(out_dir / "metrics.csv")[7]
     assert row["val/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
@@ -252,6 +252,21 @@ def test_a_run_resumes_to_the_same_numbers(settings, trained_adapter, tmp_path):
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     with pytest.raises(UserError, match=r"other settings: beta \(0.3 then, 0.1 now\)"):
         train([*short, "--resume", "--beta=0.1"])
+
+
+def test_what_is_reported_can_change_when_a_run_resumes(settings, tmp_path, capsys):
+    train(settings(tmp_path / "run", max_steps=7, sample_prompts=4, drift_prompts=0, save_interval=3))
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    torch.save({**state, "step": 3, "val_losses": state["val_losses"][:2]}, tmp_path / "run/state.pt")
+    capsys.readouterr()
+    train(settings(tmp_path / "run", max_steps=7, sample_prompts=2, drift_prompts=4, resume=True))
+    assert list(column(tmp_path / "run", "val/kl")) == [6, 7]
+    records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0] * 4 + [3] * 4 + [6] * 2 + [7] * 2
+    said = capsys.readouterr().out
+    assert said.count("before: ") == 2
+    first = {record["prompt"]: record["answer"] for record in records[:4]}
+    assert all(f"> {r['prompt']}\nbefore: {first[r['prompt']]}\nafter:  {r['answer']}\n" in said for r in records[-2:])
 
 
 @pytest.mark.parametrize("precompute", [True, False])
@@ -289,16 +304,16 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
     policy = load_model(base_dir, read_adapter(trained_adapter))
     closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
-    monkeypatch.setattr(dpo, "generate", lambda *args: answers)
+    monkeypatch.setattr(reference, "generate", lambda *args: answers)
     prompts = [[1, 3], [1, 3, 4], [1, 5]]
-    result = dpo.sampled_kl(policy, closed, prompts, (2, 1), 20)
+    result = reference.sampled_kl(policy, closed, prompts, (2, 1), 20)
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
     for prompt, answer in zip(prompts, ([*answers[0], 2], answers[1], [*answers[2], 2]), strict=True):
         ids = torch.tensor([prompt + answer])
         labels = torch.tensor([[-1] * len(prompt) + answer])
         with torch.no_grad():
-            p, r = (dpo.sequence_logps(m(ids), labels) for m in (policy, base))
+            p, r = (sequence_logps(m(ids), labels) for m in (policy, base))
         kl += (p - r).item() / 3
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
 

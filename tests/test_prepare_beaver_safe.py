@@ -5,8 +5,7 @@ import pytest
 
 import scripts.prepare_beaver_safe as script
 from lit_llama import cli
-from lit_llama.data import SFTData, read_meta
-from lit_llama.dpo import DPOData
+from lit_llama.data import PreferenceData, SFTData, read_meta
 from lit_llama.utils import UserError
 
 
@@ -41,7 +40,7 @@ def prepare(tmp_path, base_dir):
 
 
 def pairs_in(folder: Path, tokenizer) -> set[tuple[str, ...]]:
-    rows = [row for split in ("train", "test") for row in DPOData(folder, split, tokenizer).rows]
+    rows = [row for split in ("train", "test") for row in PreferenceData(folder, split, tokenizer).rows]
     return {tuple(tokenizer.decode(row[k].tolist()) for k in ("prompt", "chosen", "rejected")) for row in rows}
 
 
@@ -69,7 +68,7 @@ def test_what_was_left_out_is_said_and_recorded(prepare, capsys):
         said.err
     )
     assert said.out == f"{folder}\n"
-    meta = read_meta(folder, DPOData.format)
+    meta = read_meta(folder, PreferenceData.format)
     assert meta["left_out"] == {"not wanted by --keep any_safe": 1, "with no safer response": 1}
     assert (meta["prompt_style"], meta["keep"], meta["prefer"]) == ("beaver", "any_safe", "safer")
 
@@ -84,7 +83,7 @@ def test_the_sft_stage_writes_the_preferred_responses(prepare, tokenizer):
 
 def test_a_cut_response_has_no_eos_in_either_stage(prepare, tokenizer):
     rows = [*ROWS, pku("the fat", "a b c d e f g h", "a b", (True, False), 0, 0)]
-    for stage, read in (("sft", SFTData), ("dpo", DPOData)):
+    for stage, read in (("sft", SFTData), ("dpo", PreferenceData)):
         folder = prepare(rows, stage=stage, max_seq_length=len(tokenizer.encode(CAT, bos=True)) + 3)
         assert read_meta(folder, read.format)["counts"]["cut"] >= 1
         responses = [
@@ -97,7 +96,7 @@ def test_a_cut_response_has_no_eos_in_either_stage(prepare, tokenizer):
 
 def test_pairs_of_one_prompt_stay_in_one_split(prepare, tokenizer):
     rows = [pku(f"the {i % 10}", f"good {i}", f"bad {i}", (True, False), 0, 0) for i in range(40)]
-    for stage, read in (("sft", SFTData), ("dpo", DPOData)):
+    for stage, read in (("sft", SFTData), ("dpo", PreferenceData)):
         folder = prepare(rows, stage=stage, test_fraction=0.25)
         train, test = ({tuple(p) for p, _ in read(folder, s, tokenizer).prompts(40)} for s in ("train", "test"))
         assert len(train) + len(test) == 10 and not train & test
@@ -109,7 +108,7 @@ def test_no_prompt_held_out_for_dpo_is_trained_on_before(prepare, tokenizer):
     """The stages keep different rows: DPO drops pairs with equal responses, and here those with two safe ones."""
     rows = [pku(f"cat {i}", "no", "no" if i % 3 else "yes", (True, i % 5 == 0), 0, 0) for i in range(90)]
     prompts = {}
-    for stage, keep, read in (("sft", "any_safe", SFTData), ("dpo", "one_safe", DPOData)):
+    for stage, keep, read in (("sft", "any_safe", SFTData), ("dpo", "one_safe", PreferenceData)):
         folder = prepare(rows, stage=stage, test_fraction=0.3, keep=keep)
         for split in ("train", "test"):
             prompts[stage, split] = {tuple(p) for p, _ in read(folder, split, tokenizer).prompts(90)}
@@ -183,10 +182,10 @@ def test_real_dialogues(shared, prepare, tokenizer, capsys):
     file = shared / "data/hh_rlhf_harmless_base_test.jsonl.gz"
     folder = prepare([], data_format="hh", data_file=file, checkpoint_dir=shared / "models/llama2-tokenizer",
                      prompt_style="hh")  # fmt: skip
-    meta = read_meta(folder, DPOData.format)
+    meta = read_meta(folder, PreferenceData.format)
     # counted with str.rsplit at the last "Assistant:": five pairs differ before it, four answers are empty
     assert meta["left_out"] == {"whose dialogues part before the last answer": 5}
-    rows = [row for split in ("train", "test") for row in DPOData(folder, split).rows]
+    rows = [row for split in ("train", "test") for row in PreferenceData(folder, split).rows]
     cut = [row for row in rows for side in ("chosen", "rejected") if row[side][-1] != 2]
     assert all(1024 in (len(r["prompt"]) + len(r["chosen"]), len(r["prompt"]) + len(r["rejected"])) for r in cut)
     counts = {k: meta["counts"][k] for k in ("rows", "empty", "too_long", "identical", "cut")}

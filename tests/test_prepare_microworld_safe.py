@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import scripts.prepare_microworld_safe as script
-from lit_llama.dpo import DPOData
+from lit_llama.data import PreferenceData
 from lit_llama.utils import UserError
 from microworld.world import REFUSAL, SEEN, UNSEEN, World, parse
 
@@ -18,7 +18,7 @@ def pairs(tmp_path_factory, base_dir, tokenizer) -> list[tuple[str, str, str]]:
     """(request, chosen, rejected) of all pairs, as text."""
     folder = tmp_path_factory.mktemp("values") / "pairs"
     prepare(base_dir, folder, pairs=120, harmless_share=0.25, fact_share=0.1)
-    rows = [row for split in ("train", "test") for row in DPOData(folder, split).rows]
+    rows = [row for split in ("train", "test") for row in PreferenceData(folder, split).rows]
     texts = [[tokenizer.decode(row[name].tolist()) for name in ("prompt", "chosen", "rejected")] for row in rows]
     return [(p.split("### Instruction:\n")[1].split("\n\n### Response:")[0], c, r) for p, c, r in texts]
 

@@ -9,15 +9,18 @@ from typing import get_args
 import pytest
 import torch
 import toys
+from lightning.fabric import Fabric
 from torch.nn import functional as F
 
 import finetune.aligner
 import finetune.alignerDPO
-from lit_llama import aligner, dpo, lora
+from lit_llama import aligner, lora
 from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_adapter, save_adapter, save_base
 from lit_llama.compose import load_adapted
+from lit_llama.data import PreferenceData
 from lit_llama.generation import Sampling, generate
 from lit_llama.quantize import Quantize, check_quantize, projections
+from lit_llama.reference import reference_key
 from lit_llama.utils import UserError
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
@@ -81,14 +84,10 @@ def test_what_is_quantised():
     assert list(projections(with_lora)) == [name for name in everything if not name.endswith("c_attn")]
 
 
-def test_a_cached_reference_belongs_to_one_kind_of_base(base_dir, preference_dir, tokenizer, tmp_path):
-    from lit_llama.train import make_fabric
-
-    settings = dict(beta=1.0, label_smoothing=0.0, loss_type="sigmoid", reference_free=False, sft_weight=0.0)
-    data = dpo.DPOData(preference_dir, "train", tokenizer, **settings)
-    fabric = make_fabric(devices=1, num_nodes=1, strategy="auto", precision="32-true", out_dir=tmp_path,
-                         accelerator="cpu")  # fmt: skip
-    keys = [dpo.reference_key(data, base_dir, "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
+def test_a_cached_reference_belongs_to_one_kind_of_base(base_dir, preference_dir, tokenizer):
+    data = PreferenceData(preference_dir, "train", tokenizer)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    keys = [reference_key(data, base_dir, "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
 

@@ -1,14 +1,16 @@
 import csv
 import fcntl
+import json
 import math
 import os
 import re
+import select
 import struct
+import subprocess
 import sys
 import termios
 import time
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,36 +21,35 @@ from torch.nn import functional as F
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
-from lit_llama.report import MetricsLog, Progress, read_metrics
-from lit_llama.train import TrainConfig, Trainer, lr_at, make_fabric
+from lit_llama.report import MetricsLog, Progress, read_metrics, write_above_bar
+from lit_llama.run_folder import RunFolder
+from lit_llama.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
+from lit_llama.train import SFTLoss, Trainer, lr_at
+from lit_llama.train_settings import TrainSettings
 from lit_llama.utils import UserError
 
-CONFIG = dict(
-    epochs=1.0,
-    max_steps=None,
-    batch_size=8,
-    micro_batch_size=4,
-    learning_rate=1.0,
-    warmup_epochs=0.0,
-    lr_schedule="constant",
-    weight_decay=0.0,
-    grad_clip=0.0,
-    eval_interval=100,
-    save_interval=100,
-    seed=0,
-    resume=False,
-    overwrite=False,
-)
+
+@dataclass
+class Settings(TrainSettings):
+    epochs: float = 1.0
+    batch_size: int = 8
+    micro_batch_size: int = 4
+    learning_rate: float = 1.0
+    warmup_epochs: float = 0.0
+    lr_schedule: str = "constant"
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    eval_interval: int = 100
+    save_interval: int = 100
+    seed: int = 0
+    accelerator: str = "cpu"
+    precision: str = "32-true"
 
 
-def fabric_for(out_dir: Path, **flags):
-    defaults = dict(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
-    return make_fabric(out_dir=out_dir, **{**defaults, **flags})
-
-
-def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizers=None, length=2, **settings):
+def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer=adamw, length=2, **changes):
     """A trainer of an Aligner with open gates."""
-    fabric = fabric_for(out_dir, precision=precision)
+    settings = Settings(out_dir=out_dir, precision=precision, **changes)
+    fabric = make_fabric(settings)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     own = {"adapter_prompt_length": length, "adapter_start_layer": 1}
     torch.manual_seed(0)
@@ -57,14 +58,13 @@ def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
     train, val = SFTData(data_dir, "train"), SFTData(data_dir, "test")
-    config = TrainConfig(out_dir=out_dir, **{**CONFIG, **settings})
-    more = {} if make_optimizers is None else {"make_optimizers": make_optimizers}
-    return Trainer(fabric, model, train, val, config, {}, {"method": "aligner", "base": {}}, **more)
+    setup = Setup.wrap(fabric, model, [make_optimizer(model, settings)], {"method": "aligner", "base": {}})
+    return Trainer(setup, train, val, SFTLoss(), RunFolder(settings))
 
 
-def plain_sgd(model, config):
+def plain_sgd(model, settings):
     """Steps of the learning rate times the gradient, so that a step shows its gradient."""
-    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)]
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
 # == the learning rate ==
@@ -120,47 +120,61 @@ def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
 )
 def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(UserError) as error:
-        TrainConfig(out_dir=tmp_path, **{**CONFIG, **changes})
+        Settings(out_dir=tmp_path, **changes)
     assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "state.pt"])
 def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match="holds a run already: continue it with --resume, replace it with"):
-        TrainConfig(out_dir=tmp_path, **CONFIG)
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume, replace it with"):
+        RunFolder(Settings(out_dir=tmp_path))
 
 
 def test_resuming_a_run_whose_state_was_deleted_is_refused(tmp_path):
     (tmp_path / "last.safetensors").touch()
     with pytest.raises(UserError, match=r"without its state\.pt"):
-        TrainConfig(out_dir=tmp_path, **{**CONFIG, "resume": True})
+        RunFolder(Settings(out_dir=tmp_path, resume=True))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "nonsense"])
 def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy):
     with pytest.raises(UserError, match=r"Fabric refuses these settings|is not supported"):
-        fabric_for(tmp_path, strategy=strategy, devices=2)
+        make_fabric(Settings(out_dir=tmp_path, strategy=strategy, devices=2))
 
 
 def test_half_precision_without_loss_scaling_is_refused(tmp_path):
     with pytest.raises(UserError, match="precision 16-true is not supported; use 32-true, bf16-true, bf16-mixed"):
-        fabric_for(tmp_path, precision="16-true")
+        make_fabric(Settings(out_dir=tmp_path, precision="16-true"))
+
+
+def test_fabric_run_still_passes_its_flags_in_these_variables(tmp_path):
+    script = tmp_path / "print_environment.py"
+    script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    flags = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "ddp", "precision": "bf16-mixed"}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    command = [sys.executable, "-m", "lightning.fabric.cli", *words, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    environment = json.loads(done.stdout)
+    assert environment[FABRIC_RUN] == "1"
+    assert {name: environment[variable] for name, variable in FABRIC_RUN_FLAGS.items()} == flags
 
 
 def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_DEVICES", "1")
     monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
-    fabric = fabric_for(tmp_path, devices=4, precision="32-true")
+    fabric = make_fabric(Settings(out_dir=tmp_path, devices=4))
     assert (fabric.world_size, fabric.strategy.precision.precision) == (1, "bf16-mixed")
 
 
 def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.unwrapped.config = replace(trainer.unwrapped.config, block_size=40)
+    setup = Setup(trainer.fabric, trainer.model, trainer.optimizers, {})
     with pytest.raises(UserError, match="A training row has 50 tokens and the model's context is 40"):
-        Trainer(trainer.fabric, trainer.unwrapped, trainer.train, trainer.val, trainer.config, {}, {})
+        Trainer(setup, trainer.train, trainer.val, trainer.loss, trainer.run)
 
 
 # == one step ==
@@ -183,7 +197,7 @@ def hand_computed_gradients(model, data: SFTData, rows: list[int]) -> dict[str, 
 def test_a_steps_gradient_is_the_mean_over_its_tokens_however_it_is_split(
     base_dir, data_dir, tmp_path, micro_batch_size
 ):
-    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizers=plain_sgd, micro_batch_size=micro_batch_size)
+    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=plain_sgd, micro_batch_size=micro_batch_size)
     rows = [3, 9, 18, 0, 32, 40, 23, 1]  # 11 to 30 labels each
     assert len({trainer.train.weights[row] for row in rows}) > 4
     expected = hand_computed_gradients(trainer.unwrapped, trainer.train, rows)
@@ -205,11 +219,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base_dir, data_dir, tmp_
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-1, reduction="sum"
         )
         counts += int((batch["labels"] != -1).sum())
-    assert trainer.train_step(micro_batches)["loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
+    assert trainer.train_step(micro_batches)["train/loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
 
 
 def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, tmp_path):
-    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizers=plain_sgd, grad_clip=0.01)
+    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=plain_sgd, grad_clip=0.01)
     before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
     metrics = trainer.train_step([np.arange(8)])
     moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in trainer.trainable.items()])
@@ -219,7 +233,9 @@ def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, t
 
 def test_gates_do_not_decay_and_the_prefix_does(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, weight_decay=0.02)
-    decay = {id(p): group["weight_decay"] for group in trainer.param_groups() for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for o in trainer.optimizers for group in o.param_groups for p in group["params"]
+    }
     names = {name: decay[id(p)] for name, p in trainer.trainable.items()}
     assert names == {
         "global_value_embedding.weight": 0.02,
@@ -232,7 +248,7 @@ def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir,
     trainer = trainer_for(base_dir, data_dir, tmp_path, precision="bf16-true", learning_rate=1e-4)
     frozen = [p for p in trainer.unwrapped.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
-    updated = [p for group in trainer.param_groups() for p in group["params"]]
+    updated = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
     assert {id(p) for p in updated} == {id(p) for p in trainer.trainable.values()}
     assert {p.dtype for p in updated} == {torch.float32}
     prefix = trainer.trainable["global_value_embedding.weight"]
@@ -250,12 +266,12 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.step = 7
     healthy = {name: p.detach().clone() for name, p in trainer.trainable.items()}
-    losses = trainer.train.losses
+    loss = trainer.loss
 
     def broken(model, batch):
-        return {"loss": losses(model, batch)["loss"] * (math.inf if batch["idx"].size(0) == 3 else 1.0)}
+        return {"loss": loss(model, batch)["loss"] * (math.inf if batch["idx"].size(0) == 3 else 1.0)}
 
-    trainer.train.losses = broken
+    trainer.loss = broken
     with pytest.raises(UserError, match=r"^The loss is inf in step 7, rows 20, 21, 22, at lr 1\.0e\+00: lower"):
         trainer.train_step([np.array([1, 2]), np.array([20, 21, 22])])
     assert all(torch.equal(p.detach(), healthy[name]) for name, p in trainer.trainable.items())
@@ -285,7 +301,7 @@ def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, da
     val = trainer.val
     with torch.no_grad():
         total = sum(
-            val.losses(trainer.unwrapped, val.batch(np.array([row])))["loss"].double() for row in range(len(val))
+            trainer.loss(trainer.unwrapped, val.batch(np.array([row])))["loss"].double() for row in range(len(val))
         )
     first = trainer.validate()["loss"]
     assert first == pytest.approx((total / val.weights.sum()).item(), rel=1e-6)
@@ -298,9 +314,9 @@ def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, da
 
 def test_metrics_are_one_row_per_step_and_unrounded(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
-    log.log_metrics({"val/loss": 1 / 3}, 0)
-    log.log_metrics({"train/loss": 0.1 + 0.2, "lr": 1e-30}, 0)
-    log.log_metrics({"train/loss": 2.0, "lr": 3.0}, 1)
+    log.log(0, {"val/loss": 1 / 3})
+    log.log(0, {"train/loss": 0.1 + 0.2, "lr": 1e-30})
+    log.log(1, {"train/loss": 2.0, "lr": 3.0})
     assert not log.path.exists()  # nothing is written for every step
     log.save()
     with log.path.open(newline="") as file:
@@ -314,20 +330,20 @@ def test_metrics_are_one_row_per_step_and_unrounded(tmp_path):
 def test_metrics_are_written_by_themselves_after_a_while(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
     log.written -= log.interval + 1
-    log.log_metrics({"lr": 1.0}, 0)
+    log.log(0, {"lr": 1.0})
     assert read_metrics(log.path) == {0: {"lr": 1.0}}
 
 
 def test_taking_up_metrics_drops_what_came_after_the_state(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
     for step in range(6):
-        log.log_metrics({"train/loss": float(step)}, step)
-    log.log_metrics({"val/loss": 9.0}, 3)  # validated, then saved, then trained on
+        log.log(step, {"train/loss": float(step)})
+    log.log(3, {"val/loss": 9.0})  # validated, then saved, then trained on
     log.save()
     later = MetricsLog(log.path)
-    later.take_up(3)
+    later.resume(3)
     assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}, 2: {"train/loss": 2.0}, 3: {"val/loss": 9.0}}
-    later.take_up(2)
+    later.resume(2)
     assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}}
 
 
@@ -336,14 +352,15 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     with open(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = Progress(2, 4, enabled=True)
-        progress.start()
-        time.sleep(0.11)  # a bar is drawn ten times a second at most
-        progress.advance(0.5, 1e-2, 1000.0)
-        progress.write("step 3: something")
-        progress.close()
-        shown = os.read(master, 10_000).decode()
+        with Progress(2, 4, enabled=True) as progress:
+            time.sleep(0.11)  # a bar is drawn ten times a second at most
+            progress.advance(0.5, 1e-2, 1000.0)
+            write_above_bar("step 3: something")
+        shown = b""
+        while select.select([master], [], [], 1.0)[0]:  # a terminal hands over its text in pieces
+            shown += os.read(master, 10_000)
     os.close(master)
+    shown = shown.decode()
     assert re.search(r"75%\|.*\| 3/4 \[00:00<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", shown)
     assert "\rstep 3: something\r\n" in shown
 
@@ -351,11 +368,9 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_log_file_gets_plain_lines_now_and_then(capsys):
     assert not sys.stderr.isatty()
     progress = Progress(2, 12, enabled=True)
-    progress.start()
     progress.advance(0.5, 1e-2, 1000.0)
     assert capsys.readouterr().err == ""  # too soon
     progress.began -= 20.0
     progress.shown -= 20.0
     progress.advance(0.25, 1e-2, 1234.0)
-    progress.close()
     assert capsys.readouterr().err == "step 4 of 12: loss 0.250, lr 1.00e-02, 1,234 tokens/s, 0:01:20 left\n"

@@ -1,0 +1,207 @@
+"""The reference of DPO: a frozen copy of the adapter that training starts from, on the same base.
+
+Its log-probabilities are either computed once before training and cached (`StoredReference`), or computed in each step
+by one more forward pass (`AdapterReference`).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from lit_llama.checkpoint import CONFIG_NAME, weights_path
+from lit_llama.data import IGNORE_INDEX, PreferenceData
+from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
+from lit_llama.files import atomic_write
+from lit_llama.generation import Sampling, generate, remaining_context
+from lit_llama.model import LLaMA
+from lit_llama.tensor_files import read_state
+from lit_llama.utils import UserError, eval_mode, log, swapped_parameters
+
+
+class StoredReference:
+    """Log-probabilities of a split that were computed before training.
+
+    Args:
+        logps: (rows, 2) of the chosen and the rejected response of each row.
+    """
+
+    def __init__(self, logps: torch.Tensor) -> None:
+        self.logps = logps
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return (2B,), see `pair_logps`."""
+        return self.logps[batch["rows"]].T.flatten()
+
+
+class AdapterReference:
+    """The base with other adapter weights, computed for each batch.
+
+    Args:
+        state: The adapter weights.
+    """
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return (2B,), see `pair_logps`."""
+        with torch.no_grad(), eval_mode(model), swapped_parameters(model, self.state):
+            return pair_logps(model, batch)
+
+
+def adapter_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Return a hash of adapter weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_key(
+    data: PreferenceData,
+    checkpoint_dir: Path,
+    adapter: str,
+    batches: list[np.ndarray],
+    fabric: Fabric,
+    quantize: str | None = None,
+) -> dict[str, str]:
+    """Return everything that the log-probabilities of the reference depend on, including their rounding.
+
+    Args:
+        checkpoint_dir: The base; its weight file is hashed completely.
+        adapter: `adapter_sha256` of the reference, or "none".
+        batches: The micro-batches in which they are computed.
+        quantize: The quantization of the base.
+    """
+    with weights_path(checkpoint_dir).open("rb") as file:
+        base = hashlib.file_digest(file, "sha256")
+    base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
+    layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
+    gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else ""
+    return {
+        "data": data.sha256,
+        "tokenizer": data.meta["tokenizer_sha256"],
+        "base": base.hexdigest(),
+        "adapter": adapter,
+        "batches": layout.hexdigest(),
+        "precision": str(fabric.strategy.precision.precision),
+        "quantize": str(quantize),
+        "device": fabric.device.type + gpu,
+        "torch": torch.__version__,
+    }
+
+
+@torch.no_grad()
+def compute_reference(
+    data: PreferenceData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray], name: str
+) -> torch.Tensor:
+    """Return the log-probabilities of the chosen and the rejected responses under the model, (rows, 2) fp32.
+
+    They are computed in the micro-batches of training, so that bf16 rounds them like those of the policy. Several
+    processes share the work.
+    """
+    logps = torch.zeros(len(data), 2, device=fabric.device)
+    mine = batches[fabric.global_rank :: fabric.world_size]
+    for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
+        batch = fabric.to_device(data.batch(rows))
+        with eval_mode(model):
+            logps[batch["rows"]] = pair_logps(model, batch).view(2, -1).T
+    return fabric.all_reduce(logps, reduce_op="sum").cpu()
+
+
+def cached_reference(
+    data: PreferenceData,
+    fabric: Fabric,
+    model: torch.nn.Module,
+    batches: list[np.ndarray],
+    name: str,
+    key: dict[str, str],
+    cache_dir: Path,
+) -> torch.Tensor:
+    """Return the result of `compute_reference`, cached in `cache_dir` in a file named after the hash of `key`."""
+    text = json.dumps(key, sort_keys=True)
+    path = Path(cache_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    logps = None
+    if fabric.global_rank == 0 and path.is_file():
+        try:
+            logps = read_state(path).get("logps")
+        except UserError:
+            log(f"{path} is damaged: computing it again.")
+    logps = fabric.broadcast(logps)
+    if logps is not None and logps.shape == (len(data), 2):
+        return logps
+    logps = compute_reference(data, fabric, model, batches, name)
+    if fabric.global_rank == 0:
+        try:
+            with atomic_write(path) as temporary:
+                save_file({"logps": logps.contiguous()}, temporary, metadata={"key": text})
+        except UserError as error:
+            log(f"note: the reference is not cached. {error}")
+    return logps
+
+
+def check_policy_equals_reference(
+    loss: DPOLoss, data: PreferenceData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray]
+) -> None:
+    """Check that training starts from the reference: all margins are 0, and the loss is ln 2 or that of its type.
+
+    Raises:
+        UserError: A margin or the loss is off by more than 1e-5.
+    """
+    if loss.reference is None:
+        return
+    for rows in batches:
+        batch = fabric.to_device(data.batch(rows))
+        with fabric.no_backward_sync(model), eval_mode(model):  # with gradients, as in training
+            policy, reference = (logps.detach() for logps in loss.logps(model, batch))
+        chosen, rejected = (policy - reference).chunk(2)
+        margin = loss.beta * (chosen - rejected).abs().max().item()
+        value = dpo_loss(*policy.chunk(2), *reference.chunk(2), **loss.settings)[0].mean().item()
+        if not margin <= 1e-5 or not abs(value - loss.loss_at_start) <= 1e-5:
+            raise UserError(
+                f"Before the first step the loss is {value:.6f} and a margin {margin:.1e}, but they must be "
+                f"{loss.loss_at_start:.6f} and 0: policy and reference have the same weights but are rounded "
+                "differently on this device. Use --precompute_reference false, or --precision 32-true."
+            )
+
+
+@torch.no_grad()
+def sampled_kl(
+    model: LLaMA,
+    reference_state: dict[str, torch.Tensor],
+    prompts: list[list[int]],
+    stop_ids: tuple[int, ...],
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """Sample one answer of the policy to each prompt at temperature 1 and compare it with the reference.
+
+    Args:
+        model: The policy, not wrapped by Fabric.
+        reference_state: Adapter weights of the reference.
+        prompts: Token ids.
+
+    Returns:
+        kl: The estimate Σ (log π - log π_ref) / answers of the KL divergence, in nats per answer.
+        degenerate: The share of answers that are empty, do not end within `max_new_tokens`, or mostly repeat
+            themselves.
+    """
+    answers = generate(model, prompts, Sampling(max_new_tokens, temperature=1.0), stop_ids)
+    kl, degenerate = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ended = len(answer) < min(max_new_tokens, remaining_context(model, prompt))
+        ids = torch.tensor([prompt + answer + [stop_ids[0]] * ended], device=model.transformer.wte.weight.device)
+        labels = ids.clone()
+        labels[:, : len(prompt)] = IGNORE_INDEX
+        with eval_mode(model):
+            policy = model(ids, labels=labels).sum()
+            with swapped_parameters(model, reference_state):
+                kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
+        fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
+        degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)
+    return {"kl": kl, "degenerate": degenerate / len(prompts)}

@@ -1,0 +1,175 @@
+"""What a training run is set up with: Fabric, the model, the optimizers and the metadata of its adapter."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, get_args
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lit_llama.aligner import mark_only_adapter_as_trainable
+from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter
+from lit_llama.device import computes_bf16
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
+from lit_llama.utils import UserError
+
+S = TypeVar("S", bound=FinetuneSettings)
+
+# `fabric run` starts all processes and passes its flags in environment variables
+FABRIC_RUN = "LT_CLI_USED"
+FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devices", "num_nodes", "strategy",
+                                                            "precision")}  # fmt: skip
+
+
+@dataclass
+class Setup:
+    """What a run trains with.
+
+    Args:
+        fabric: Launched.
+        model: The model as Fabric wraps it; `model.module` is the `LLaMA`. Only what is trained requires a gradient.
+        optimizers: Of the parameters that are trained, as Fabric wraps them.
+        adapter_meta: What adapter files record about the adapter; a resumed run must have the same.
+    """
+
+    fabric: Fabric
+    model: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    adapter_meta: dict[str, Any]
+
+    @classmethod
+    def wrap(
+        cls, fabric: Fabric, model: LLaMA, optimizers: list[torch.optim.Optimizer], adapter_meta: dict[str, Any]
+    ) -> "Setup":
+        """Wrap a model and its optimizers with Fabric."""
+        wrapped, *optimizers = fabric.setup(model, *optimizers)
+        return cls(fabric, wrapped, optimizers, adapter_meta)
+
+
+def make_fabric(settings: TrainSettings) -> Fabric:
+    """Launch Fabric with the devices of the settings. The flags of `fabric run` take precedence.
+
+    `precision="auto"` is a bf16 base on a GPU that computes in bf16, and fp32 elsewhere.
+
+    Raises:
+        UserError: Fabric refuses the combination, or it is not supported here.
+    """
+    flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
+    launched = FABRIC_RUN in os.environ
+    given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
+    if flags["precision"] == "auto":
+        accelerator = given.get("accelerator", flags["accelerator"])
+        flags["precision"] = "bf16-true" if computes_bf16(accelerator) else "32-true"
+    try:
+        fabric = Fabric(**{name: value for name, value in flags.items() if name not in given})
+    except Exception as error:  # of many types, all about the flags
+        raise UserError(f"Fabric refuses these settings: {error}") from None
+    check_fabric(fabric, settings.strategy)
+    if not launched:
+        fabric.launch()
+    return fabric
+
+
+def check_fabric(fabric: Fabric, strategy: str) -> None:
+    """Refuse strategies and precisions that the training loop does not support."""
+    if type(fabric.strategy) not in (SingleDeviceStrategy, DDPStrategy) or "spawn" in strategy or "fork" in strategy:
+        raise UserError(
+            f"The strategy {strategy!r} ({type(fabric.strategy).__name__}) is not supported, because each device needs "
+            "its own process and the complete base; use 'ddp' for several devices."
+        )
+    supported, precision = get_args(Precision)[1:], fabric.strategy.precision.precision
+    if precision not in supported:
+        raise UserError(f"The precision {precision} is not supported; use {', '.join(supported)}.")
+
+
+def base_dtype(fabric: Fabric) -> torch.dtype:
+    """Return the dtype of the frozen base under the precision of the run."""
+    return torch.bfloat16 if fabric.strategy.precision.precision == "bf16-true" else torch.float32
+
+
+def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> Setup:
+    """Launch Fabric and load the base with the initial adapter, or with a fresh one drawn from the seed.
+
+    Args:
+        data_meta: `meta.json` of the dataset.
+
+    Raises:
+        UserError: A file is missing or does not fit, or Fabric refuses a setting.
+    """
+    adapter, config = initial_adapter(settings), method_config(settings)
+    fabric = make_fabric(settings)
+    fabric.seed_everything(settings.seed, verbose=False)
+    model = load_model(
+        settings.checkpoint_dir,
+        adapter,
+        method=settings.method,
+        method_config=config,
+        device=fabric.device,
+        dtype=base_dtype(fabric),
+        quantize=settings.quantize,
+    )
+    mark_only_adapter_as_trainable(model)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    meta = {
+        "method": settings.method,
+        "config": config if adapter is None else adapter.config,
+        "base": base_fingerprint(settings.checkpoint_dir),
+        "prompt_style": data_meta["prompt_style"],
+        "data": {name: data_meta[name] for name in ("source", "counts", "max_seq_length")},
+    }
+    return Setup.wrap(fabric, model, [adamw(model, settings)], meta)
+
+
+def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
+    """Return the adapter that training starts from, None for a fresh one.
+
+    Raises:
+        UserError: The file is missing, or its method is not that of the settings.
+    """
+    if settings.init_adapter is None:
+        return None
+    adapter = read_adapter(settings.init_adapter)
+    if adapter.method != settings.method:
+        raise UserError(
+            f"{adapter.path} was made by the method {adapter.method!r} and cannot start a training of "
+            f"{settings.method!r}."
+        )
+    return adapter
+
+
+def with_initial_config(settings: S) -> S:
+    """Return the settings with the configuration of the initial adapter in place of theirs."""
+    adapter = initial_adapter(settings)
+    config = {} if adapter is None else adapter.config
+    return replace(settings, **{f.name: config[f.name] for f in fields(settings) if f.name in config})
+
+
+def method_config(settings: FinetuneSettings) -> dict[str, Any]:
+    """Return the configuration of the method: settings of the same names, those in `method_config`, or defaults.
+
+    Raises:
+        UserError: There is no such method, or `method_config` has a name that is not in its configuration.
+    """
+    if settings.method not in METHODS:
+        raise UserError(f"There is no method {settings.method!r}; known are {', '.join(METHODS)}.")
+    of_base = {field.name for field in fields(LLaMAConfig)}
+    own = [field for field in fields(METHODS[settings.method].config_class) if field.name not in of_base]
+    config = {field.name: getattr(settings, field.name, field.default) for field in own}
+    further = getattr(settings, "method_config", None) or {}
+    if unknown := sorted(further.keys() - config.keys()):
+        known = f"it has {', '.join(config)}" if config else "it has none"
+        raise UserError(f"method_config: {unknown[0]!r} is not a setting of the method {settings.method!r}; {known}.")
+    return {**config, **further}
+
+
+def adamw(model: LLaMA, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Return AdamW on all parameters that require a gradient, without weight decay on gates and biases."""
+    decay, no_decay = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (no_decay if name.endswith(("gating_factor", "bias")) else decay).append(p)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=settings.weight_decay)
