@@ -14,9 +14,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
-from lit_llama.cache import cache_folder
 
 from lit_llama import cli
+from lit_llama.cache import cache_folder
 from lit_llama.data import PreferenceData, plan_fixed_epoch, plan_validation
 from lit_llama.dpo import DPOLoss, LossType, Reference
 from lit_llama.model import LLaMA

@@ -143,7 +143,7 @@ class Trainer:
     def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
         """Take one optimizer step and return its metrics; the losses are means over the targets of all processes."""
         fabric, settings, began = self.fabric, self.settings, time.perf_counter()
-        torch.manual_seed(settings.seed * 1_000_003 + self.step)  # of dropout, which some methods have
+        torch.manual_seed(settings.seed * 1_000_003 + self.step)  # for dropout, which some methods have
         lr = self.set_learning_rate()
         total = sum(float(self.train.weights[rows].sum()) for rows in micro_batches)
 
@@ -221,7 +221,7 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps")
         self.val_losses.append((self.step, metrics["loss"]))
-        if self.fabric.global_rank == 0:
+        if self.run.is_first:
             is_best = metrics["loss"] == min(loss for _, loss in self.val_losses)
             if is_best:
                 self.run.save_adapter("best", self.trainable, *self.val_losses[-1])
@@ -236,16 +236,15 @@ class Trainer:
 
     def save_state(self) -> None:
         """Save everything that a resumed run needs, between two steps."""
-        self.run.save_state(
-            {
-                "step": self.step,
-                "adapter": {name: p.detach() for name, p in self.trainable.items()},
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "val_losses": self.val_losses,
-                "seconds": self.seconds,
-                "tokens": self.tokens,
-            }
-        )
+        state = {
+            "step": self.step,
+            "adapter": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "val_losses": self.val_losses,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        self.run.save_state(state)
         self.run.save_adapter("last", self.trainable, self.step, self.val_losses[-1][1])
         self.fabric.barrier()
 
@@ -277,14 +276,13 @@ class Trainer:
     def diverged(self, problem: str) -> UserError:
         """Return the error for a value that is not finite."""
         if self.step == 0:
-            cause = "nothing is trained yet, so the cause is the base, the initial adapter or the data"
-            return UserError(f"{problem}: {cause}.")
+            return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
         best = self.run.path / "best.safetensors"
         return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")
 
     def print_plan(self) -> None:
         """Print the size of the run, and notes on settings that are allowed but probably not intended."""
-        if self.fabric.global_rank > 0:
+        if not self.run.is_first:
             return
         n_parameters, rows = sum(p.numel() for p in self.trainable.values()), len(self.train.lengths)
         log(f"{n_parameters:,} trainable parameters, {rows:,} rows, {self.max_steps} steps")

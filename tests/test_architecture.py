@@ -15,16 +15,13 @@ LEVELS = {"lit_llama": 0, "finetune": 1, "generate": 1, "microworld": 1, "evalua
 SOURCES = sorted(path.relative_to(ROOT) for room in LEVELS for path in (ROOT / room).rglob("*.py"))
 
 # what is not true yet; these lists shrink to nothing
-UPWARD_IMPORTS = {
-    "finetune/aligner.py imports scripts",
-    "finetune/alignerDPO.py imports scripts",
-}
+UPWARD_IMPORTS: set[str] = set()
 MOST_LINES = {"lit_llama/aligner.py": 130, "lit_llama/model.py": 300, "lit_llama/train.py": 300,
               "lit_llama/cli.py": 120}  # fmt: skip
 MOST_LINES_IN_LIT_LLAMA = 350
 TOO_LONG = {
     "lit_llama/aligner.py", "lit_llama/bank.py", "lit_llama/cli.py",
-    "lit_llama/dpo.py", "lit_llama/model.py", "lit_llama/train.py",
+    "lit_llama/model.py",
 }  # fmt: skip
 
 MOVED = sorted(

@@ -397,8 +397,8 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
     code, said = run_script(arguments, monkeypatch, capsys)
     assert code == 1
     assert said.splitlines()[-1] == (
-        "error: The validation loss is nan after 0 steps: nothing is trained yet, so the cause is the base, the "
-        "initial adapter or the data."
+        "error: The validation loss is nan after 0 steps: nothing is trained yet, so check the base, the initial "
+        "adapter and the data."
     )
 
 
