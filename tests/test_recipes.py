@@ -229,16 +229,14 @@ def test_commands_and_python_of_the_serving_page(workplace, capsys, run_script):
 
 
 def test_python_of_the_data_page(workplace, capsys):
-    look, whole_script = python_blocks("prepare_data.md")
+    look, prepare_sample = python_blocks("prepare_data.md")
     exec(compile(look, "prepare_data.md", "exec"), {})
     assert capsys.readouterr().out.count(" eat? => ") == 3
 
-    script = workplace / "scripts" / "prepare_metamath.py"
-    script.parent.mkdir()
-    script.write_text(whole_script, encoding="utf-8")
     rows = workplace / "rows.jsonl"
     rows.write_text("".join(f'{{"query": "{n} + 1?", "response": "2"}}\n' for n in range(3)), encoding="utf-8")
-    module = load_script(script)
+    module = load_script(ROOT / "scripts/prepare_metamath.py")
+    exec(compile(prepare_sample, "prepare_data.md", "exec"), vars(module))
     flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
     module.main(cli.parse(module.Settings, flags))
     ((prompt, response),) = SFTData("data/metamath", "test").prompts(1)
