@@ -1,6 +1,6 @@
 """Tokens per second of MMLU's scoring (evaluate/mmlu.py) beside a plain forward pass over the same padded batches.
 
-Both take turns on every batch. The plain pass computes the logits of all positions.
+The two take turns. The plain pass computes the logits of all positions.
 """
 
 import sys
@@ -11,11 +11,13 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import torch
 
-from benchmarks import harness as b
+from benchmarks.harness import take_turns
+from benchmarks.measure import Clock, compare, timed, with_interval
 from evaluate import mmlu
-from evaluate.common import load, markdown_table
+from evaluate.common import load
 from lit_llama import cli
-from lit_llama.utils import eval_mode
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError, eval_mode
 
 
 @dataclass
@@ -24,52 +26,46 @@ class Settings(mmlu.Settings):
     limit: int | None = 5  # use only the first questions of each subject, this many
     shots: int = 0  # worked examples before each question
     batch_tokens: int = 4096  # tokens of one forward pass, padding included
-    rounds: int = 5  # passes over all batches
+    rounds: int = 7  # passes over all batches
     threads: int = 1  # on a CPU
-    clock: b.Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+    clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
-def main(args: Settings) -> None:
-    torch.set_num_threads(args.threads)
-    evaluated = load(args)
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    evaluated = load(settings)
     model, tokenizer = evaluated.model, evaluated.tokenizer
     device = model.transformer.wte.weight.device
-    b.check_clock(args.clock, device)
+    if settings.clock == "cpu" and (device.type != "cpu" or settings.threads > 1):
+        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
     letters = mmlu.Letters.of(tokenizer)
-    prompts = {q.id: letters.prompt(tokenizer, q.prompt) for q in mmlu.make_questions(args, evaluated.style)}
-    prompts = {id: ids for id, ids in prompts.items() if len(ids) <= model.max_tokens}
-    lengths = {id: len(ids) for id, ids in prompts.items()}
-    batches = [[prompts[id] for id in batch] for batch in mmlu.length_batches(lengths, args.batch_tokens)]
-    padded = [
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True).to(device)
-        for batch in batches
-    ]
-    tokens = sum(lengths.values())
-    seconds: dict[str, list[float]] = {"letters' log-probabilities": [], "plain forward pass": []}
+    prompts = {q.id: letters.prompt(tokenizer, q.prompt) for q in mmlu.make_questions(settings, evaluated.style)}
+    lengths = {id: len(ids) for id, ids in prompts.items() if len(ids) <= model.max_tokens}
+    batches = [[prompts[id] for id in batch] for batch in mmlu.length_batches(lengths, settings.batch_tokens)]
+
+    def score() -> None:
+        for batch in batches:
+            mmlu.letter_logps(model, batch, letters)
+
+    def forward() -> None:
+        for batch in batches:
+            model(mmlu.pad(batch, device))
+
+    turns = {"letters' log-probabilities": score, "plain forward pass": forward}
     with eval_mode(model), torch.inference_mode():
-        for round in range(-1, args.rounds):  # the first is not counted
-            work = [
-                [lambda batch=batch: mmlu.letter_logps(model, batch, letters) for batch in batches],
-                [lambda idx=idx: model(idx) for idx in padded],
-            ]
-            sums = [0.0, 0.0]
-            for pair in zip(*work, strict=True):
-                for i, call in enumerate(pair):
-                    sums[i] += b.timed(call, device, args.clock)
-            if round >= 0:
-                for values, total in zip(seconds.values(), sums, strict=True):
-                    values.append(total)
-    print(f"{len(prompts)} questions, {tokens} tokens, {1 - tokens / sum(x.numel() for x in padded):.1%} padding\n")
-    plain = seconds["plain forward pass"]
+        _, seconds = take_turns(
+            {name: lambda work=work: timed(work, device, settings.clock) for name, work in turns.items()},
+            settings.rounds,
+            notes=[],
+        )
+    tokens, padded = sum(lengths.values()), sum(len(batch) * len(batch[0]) for batch in batches)
+    print(f"{len(lengths)} questions, {tokens} tokens, {1 - tokens / padded:.1%} padding\n")
+    scored, plain = ([tokens / s for s in seconds[name]] for name in turns)
     rows = [
-        [
-            name,
-            b.with_spread([tokens / s for s in values]),
-            b.with_spread([p / s for p, s in zip(plain, values, strict=True)]),
-        ]
-        for name, values in seconds.items()
+        ["letters' log-probabilities", with_interval(scored), *compare(scored, plain)],
+        ["plain forward pass", with_interval(plain), 1, ""],
     ]
-    print(markdown_table([str(args.checkpoint_dir), "tokens/s", "of the plain pass"], rows), end="")
+    print(markdown_table([str(settings.checkpoint_dir), "tokens/s", "ratio (95 %)", "is"], rows))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions, write_text
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
+from lit_llama.files import write_text
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
@@ -72,9 +74,11 @@ def load(settings: ModelSettings) -> EvaluatedModel:
     """
     made_by, style = identify(settings), pick_style(settings)
     device, dtype = pick_device(settings.accelerator, settings.precision)
-    adapter = read_adapter(settings.adapter) if settings.adapter else None
-    model = load_model(settings.checkpoint_dir, adapter, device=device, dtype=dtype, quantize=settings.quantize)
-    scale_adapter(model, settings.strength)
+    options = {"device": device, "dtype": dtype, "quantize": settings.quantize}
+    if settings.adapter is None:
+        model = load_model(settings.checkpoint_dir, **options)
+    else:
+        model = load_adapted(settings.checkpoint_dir, [read_adapter(settings.adapter)], (settings.strength,), **options)
     return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style, made_by)
 
 
@@ -118,13 +122,6 @@ def describe_adapter(settings: ModelSettings) -> dict[str, Any]:
         "adapter_config": adapter.config,
         "strength": settings.strength,
     }
-
-
-def scale_adapter(model: LLaMA, strength: float) -> None:
-    if strength != 1:
-        for name, p in model.named_parameters():
-            if model.is_adapter_parameter(name):
-                p.data = model.scaled_parameter(name, p.data, strength)
 
 
 class JsonLines:
@@ -181,7 +178,7 @@ class Results:
         overwrite: replace the results of other settings. Other files in the folder are never touched.
 
     Raises:
-        UserError: the folder has results of other settings, or an `answers.jsonl` that is not an evaluation's.
+        UserError: the folder has results of other settings, or files of these names that are not an evaluation's.
     """
 
     def __init__(self, output_dir: Path, made_by: dict[str, Any], overwrite: bool = False) -> None:
@@ -191,6 +188,9 @@ class Results:
         self.file = JsonLines(self.output_dir / ANSWERS)
         if any("made_by" not in record or "id" not in record for record in self.file.records):
             raise UserError(f"{self.file.path} was not written by an evaluation; choose another --output_dir.")
+        others = [name for name in (SUMMARY, TABLE) if (self.output_dir / name).exists()]
+        if others and not self.file.path.exists():
+            raise UserError(f"{self.output_dir} has a {others[0]} but no {ANSWERS}; choose another --output_dir.")
         for record in self.file.records:
             if differing := self._differing(record["made_by"]):
                 self._replace(differing)

@@ -35,7 +35,6 @@ from evaluate.common import (
     few_shot,
     identify,
     load,
-    markdown_table,
     percent,
     pick_style,
 )
@@ -44,6 +43,7 @@ from lit_llama.generation import Sampling
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode
 
@@ -317,6 +317,11 @@ def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]
     return batches
 
 
+def pad(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Return token ids (B, T), padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(device)
+
+
 @torch.inference_mode()
 def letter_logps(model: LLaMA, prompts: list[list[int]], letters: Letters) -> torch.Tensor:
     """Return the log-probabilities (B, 4), fp32, of the letters after each prompt, in one forward pass.
@@ -324,7 +329,7 @@ def letter_logps(model: LLaMA, prompts: list[list[int]], letters: Letters) -> to
     Prompts are padded on the right, where causal attention does not see the padding.
     """
     device = model.transformer.wte.weight.device
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(device)
+    idx = pad(prompts, device)
     last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
     n_space, rows = len(letters.space), torch.arange(len(prompts), device=device)
     if n_space == 0:
@@ -467,7 +472,7 @@ def show(summary: dict[str, Any], shots: int) -> str:
         notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
     else:
         notes += f". {summary['prompt_tokens_per_second']:.0f} prompt tokens/s"
-    return f"{table}\n{notes}.\n"
+    return f"{table}\n\n{notes}.\n"
 
 
 def main(settings: Settings) -> dict[str, Any]:

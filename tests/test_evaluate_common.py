@@ -1,14 +1,19 @@
 """What the evaluations share: results that survive a stopped run, answers, statistics."""
 
 import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evaluate import common
 from evaluate.common import JsonLines, ModelSettings, Question, Results, answer_questions, bootstrap_interval
+from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.generation import Sampling
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError
 
 
@@ -72,6 +77,9 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
     with pytest.raises(UserError, match="line 1 is not a JSON object"):
         answers(evaluated, tmp_path, overwrite=True)
     assert path.read_text() == "mine\n"
+    path.rename(tmp_path / common.TABLE)
+    with pytest.raises(UserError, match=r"has a summary.md but no answers.jsonl"):
+        answers(evaluated, tmp_path, overwrite=True)
 
 
 def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
@@ -100,3 +108,26 @@ def test_the_interval_is_the_bootstrap_of_the_mean():
 def test_a_strength_needs_an_adapter(base_dir):
     with pytest.raises(UserError, match="give --adapter"):
         common.load(ModelSettings(checkpoint_dir=base_dir, strength=0.5))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_adapters_of_every_method_are_loaded(method, base_dir, tmp_path):
+    network, generator = load_model(base_dir, method=METHODS[method]), torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(p.shape, generator=generator)
+        for name, p in network.named_parameters()
+        if network.is_adapter_parameter(name)
+    }
+    config = asdict(network.config)
+    config = {name: config[name] for name in config.keys() - {field.name for field in fields(LLaMAConfig)}}
+    meta = {"method": method, "config": config, "prompt_style": "orca"}
+    save_adapter(tmp_path / "adapter.safetensors", state, meta)
+    idx = torch.arange(3, 23).unsqueeze(0)
+    settings = ModelSettings(checkpoint_dir=base_dir, accelerator="cpu")
+    base = common.load(settings)
+    on = common.load(replace(settings, adapter=tmp_path))
+    off = common.load(replace(settings, adapter=tmp_path, strength=0.0))
+    assert (base.style.name, on.style.name) == ("alpaca", "orca")
+    assert on.made_by["method"] == method and on.made_by["adapter_sha256"] != base.made_by.get("adapter_sha256")
+    assert not torch.equal(on.model(idx), base.model(idx))
+    assert torch.equal(off.model(idx), base.model(idx))

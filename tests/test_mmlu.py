@@ -235,6 +235,14 @@ def test_an_adapter_at_strength_zero_is_the_base(folder, tmp_path):
     assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
 
 
+def test_the_benchmark_measures_both(folder, run_script):
+    arguments = ["--data_file", folder, "--rounds", 1, "--clock", "cpu", "--accelerator", "cpu"]
+    code, out, err = run_script("benchmarks/mmlu.py", *arguments)
+    assert code == 0, err
+    assert out.startswith("12 questions, ")
+    assert "| letters' log-probabilities | " in out and "| plain forward pass | " in out
+
+
 def test_mistakes_are_named(folder, tmp_path, refused):
     def message(*arguments) -> str:
         return refused(SCRIPT, "--data_file", folder, "--output_dir", tmp_path / "out", *arguments)

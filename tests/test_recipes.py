@@ -245,6 +245,15 @@ def test_python_of_the_data_page(workplace, capsys):
     assert decode(response) == "2"
 
 
+def test_python_of_the_evaluation_page(workplace, capsys):
+    (block,) = python_blocks("evaluate.md")
+    row = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+    Path("gsm8k_test.jsonl").write_text(3 * row, encoding="utf-8")
+    exec(compile(block, "evaluate.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0.0 ")
+    assert len(Path("out/gsm8k-pirate/answers.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
 def test_python_of_the_customising_page(workplace, monkeypatch):
     method, loss = python_blocks("customize.md")
     (workplace / "head_bias.py").write_text(method, encoding="utf-8")
