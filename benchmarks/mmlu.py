@@ -15,6 +15,7 @@ from benchmarks.harness import take_turns
 from benchmarks.measure import Clock, compare, timed, with_interval
 from evaluate import mmlu
 from evaluate.common import load
+from evaluate.letters import Letters, length_batches, letter_logps, pad
 from lit_llama import cli
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, eval_mode
@@ -38,18 +39,18 @@ def main(settings: Settings) -> None:
     device = model.transformer.wte.weight.device
     if settings.clock == "cpu" and (device.type != "cpu" or settings.threads > 1):
         raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
-    letters = mmlu.Letters.of(tokenizer)
+    letters = Letters.of(tokenizer)
     prompts = {q.id: letters.prompt(tokenizer, q.prompt) for q in mmlu.make_questions(settings, evaluated.style)}
     lengths = {id: len(ids) for id, ids in prompts.items() if len(ids) <= model.max_tokens}
-    batches = [[prompts[id] for id in batch] for batch in mmlu.length_batches(lengths, settings.batch_tokens)]
+    batches = [[prompts[id] for id in batch] for batch in length_batches(lengths, settings.batch_tokens)]
 
     def score() -> None:
         for batch in batches:
-            mmlu.letter_logps(model, batch, letters)
+            letter_logps(model, batch, letters)
 
     def forward() -> None:
         for batch in batches:
-            model(mmlu.pad(batch, device))
+            model(pad(batch, device))
 
     turns = {"letters' log-probabilities": score, "plain forward pass": forward}
     with eval_mode(model), torch.inference_mode():

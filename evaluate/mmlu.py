@@ -5,22 +5,17 @@ rows with `question`, `subject`, `choices` and `answer` (0 to 3). By default, th
 highest log-probability after the prompt, so each question takes one forward pass.
 """
 
-import csv
-import difflib
-import io
 import re
 import sys
 import time
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
 from tqdm import tqdm
 
 from evaluate.common import (
@@ -38,43 +33,13 @@ from evaluate.common import (
     percent,
     pick_style,
 )
+from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
+from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
 from lit_llama import cli
 from lit_llama.generation import Sampling
-from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
-from lit_llama.rows import download_rows, read_rows, text_field
 from lit_llama.tables import markdown_table
-from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode
-
-LETTERS = "ABCD"
-
-# fmt: off
-CATEGORIES = {
-    "STEM": (
-        "abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
-        "college_mathematics", "college_physics", "computer_security", "conceptual_physics", "electrical_engineering",
-        "elementary_mathematics", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
-        "high_school_mathematics", "high_school_physics", "high_school_statistics", "machine_learning",
-    ),
-    "humanities": (
-        "formal_logic", "high_school_european_history", "high_school_us_history", "high_school_world_history",
-        "international_law", "jurisprudence", "logical_fallacies", "moral_disputes", "moral_scenarios", "philosophy",
-        "prehistory", "professional_law", "world_religions",
-    ),
-    "social sciences": (
-        "econometrics", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics",
-        "high_school_microeconomics", "high_school_psychology", "human_sexuality", "professional_psychology",
-        "public_relations", "security_studies", "sociology", "us_foreign_policy",
-    ),
-    "other": (
-        "anatomy", "business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging",
-        "management", "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting",
-        "professional_medicine", "virology",
-    ),
-}
-# fmt: on
-CATEGORY = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects}
 
 
 @dataclass
@@ -101,135 +66,6 @@ class Settings(ModelSettings):
     overwrite: bool = False  # replace results of other settings in output_dir
 
 
-# == Data ==
-
-
-@dataclass(frozen=True)
-class Item:
-    """A multiple-choice question: `answer` is a letter."""
-
-    subject: str
-    question: str
-    choices: tuple[str, ...]
-    answer: str
-
-    def text(self) -> str:
-        return "\n".join([self.question.strip(), *map("{}. {}".format, LETTERS, self.choices)])
-
-
-def read_items(settings: Settings) -> dict[str, dict[str, list[Item]]]:
-    """Return the questions of the dev and test splits by subject: `items[split][subject]`.
-
-    Raises:
-        UserError: a file is missing or is not MMLU's, or a row is bad (with its number).
-    """
-    path = settings.data_file
-    if path is None:
-        rows = {split: download_rows(settings.repo_id, split=split, name="all") for split in ("dev", "test")}
-        found = [(split, item) for split in rows for item in from_rows(rows[split], f"{settings.repo_id} ({split})")]
-    elif path.suffix in (".json", ".jsonl", ".parquet", ".gz"):
-        found = [("test", item) for item in from_rows(read_rows(path), str(path))]
-    else:
-        found = [(split, item) for split, name, text in csv_files(path) for item in from_csv(text, name)]
-    items: dict[str, dict[str, list[Item]]] = {"dev": {}, "test": {}}
-    for split, item in found:
-        items[split].setdefault(item.subject, []).append(item)
-    if not items["test"]:
-        raise UserError(f"{path or settings.repo_id} holds no test questions of MMLU; they are in SUBJECT_test.csv.")
-    return items
-
-
-def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield split, name and text of each CSV file in a zip file or folder; of a single file also its dev questions.
-
-    Raises:
-        UserError: the path is missing or cannot be read.
-    """
-
-    def split(name: str) -> str | None:
-        match = re.fullmatch(r"[a-z_]+_(dev|test)\.csv", name.split("/")[-1])
-        return match and match[1]
-
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for name in sorted(filter(split, archive.namelist())):
-                    yield split(name), f"{path}/{name}", archive.read(name).decode("utf-8-sig")
-            return
-        if path.is_dir():
-            files = sorted(path.rglob("*.csv"))
-        else:
-            dev = path.name.replace("_test.", "_dev.")
-            files = [path, *filter(Path.is_file, (path.with_name(dev), path.parent.parent / "dev" / dev))][:2]
-        if not path.is_dir() and not split(path.name):
-            raise UserError(f"{path} is not named like MMLU's files: SUBJECT_test.csv.")
-        for file in files:
-            if split(file.name):
-                yield split(file.name), str(file), file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as MMLU's files ({error}).") from None
-
-
-def from_csv(text: str, name: str) -> Iterator[Item]:
-    """Yield the questions of a CSV file; its rows are question, four choices and a letter.
-
-    Raises:
-        UserError: a row has other columns (with its number).
-    """
-    subject = re.split(r"_(?:dev|test)\.csv$", name.split("/")[-1])[0]
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, 1):
-            if len(row) != 6:
-                raise UserError(
-                    f"Row {number} of {name} has {len(row)} columns instead of 6: question, four choices, letter."
-                )
-            yield checked(Item(subject, row[0], tuple(row[1:5]), row[5].strip()), number, name)
-    except csv.Error as error:
-        raise UserError(f"Row {number + 1} of {name} is not CSV: {error}.") from None
-
-
-def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
-    """Yield the questions of rows in the hub's schema.
-
-    Raises:
-        UserError: a row lacks a field or has another type there (with its number).
-    """
-    for number, row in enumerate(rows, 1):
-        question, subject = text_field(row, number, "question"), text_field(row, number, "subject")
-        choices, answer = row.get("choices"), row.get("answer")
-        if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
-            raise UserError(f"Row {number} of {name}: 'choices' is not a list of four texts.")
-        letter = LETTERS[answer] if type(answer) is int and answer in range(4) else str(answer)
-        yield checked(Item(subject, question, tuple(choices), letter), number, name)
-
-
-def checked(item: Item, number: int, name: str) -> Item:
-    if item.subject not in CATEGORY:
-        raise UserError(f"Row {number} of {name}: {item.subject!r} is not one of MMLU's 57 subjects.")
-    if item.answer not in tuple(LETTERS):
-        raise UserError(f"Row {number} of {name}: the answer is {item.answer!r} instead of one of A, B, C, D.")
-    return item
-
-
-def pick_subjects(wanted: tuple[str, ...], available: Iterable[str]) -> list[str]:
-    """Return the subjects to evaluate, in alphabetical order.
-
-    Raises:
-        UserError: MMLU or the data has no such subject.
-    """
-    available = sorted(available)
-    for name in wanted:
-        if name not in CATEGORY:
-            near = difflib.get_close_matches(name.replace(" ", "_"), CATEGORY, n=1)
-            hint = f"the nearest name is {near[0]!r}" if near else f"examples are {', '.join(available[:3])}"
-            raise UserError(f"MMLU has no subject {name!r}; {hint}.")
-        if name not in available:
-            raise UserError(f"The data has no questions of the subject {name!r}; it has {', '.join(available)}.")
-    return sorted(set(wanted)) or available
-
-
 # == Prompts ==
 
 
@@ -241,7 +77,7 @@ def make_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     """
     if settings.limit is not None and settings.limit < 1:
         raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
-    items = read_items(settings)
+    items = read_items(settings.data_file, settings.repo_id)
     questions = []
     for subject in pick_subjects(settings.subjects, items["test"]):
         examples = items["dev"].get(subject, [])[: settings.shots]
@@ -267,80 +103,6 @@ def render(item: Item, examples: list[Item], style: PromptStyle) -> str:
 
 
 # == Scoring by the letters' log-probabilities ==
-
-
-@dataclass(frozen=True)
-class Letters:
-    """How a tokenizer encodes " A", " B", " C" and " D" after a prompt.
-
-    Args:
-        space: tokens that are appended to the prompt: those before the letters, which some tokenizers split off.
-        tokens: for each letter, its token and how many of `space` precede it. "▁B" may be one token while "▁", "A"
-            are two.
-    """
-
-    space: tuple[int, ...]
-    tokens: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Letters":
-        """Encode the letters.
-
-        Raises:
-            UserError: the letters cannot be compared in one forward pass.
-        """
-        encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
-        shared = next(i for i, ids in enumerate(zip(*encoded, strict=False)) if len(set(ids)) > 1)
-        encoded = [ids[shared:] for ids in encoded]
-        space = max((ids[:-1] for ids in encoded), key=len)
-        if any(ids[:-1] != space[: len(ids) - 1] for ids in encoded):
-            raise UserError(f"{tokenizer.path} splits the letters A to D unevenly; use --scoring generate.")
-        return cls(tuple(space), tuple((ids[-1], len(ids) - 1) for ids in encoded))
-
-    def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Return the tokens of a prompt, to which `space` is appended."""
-        count = self.tokens[0][1] + 1  # tokens of the first letter
-        return [*tokenizer.encode(f"{text} {LETTERS[0]}", bos=True)[:-count], *self.space]
-
-
-def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]]:
-    """Group ids of similar length, longest first, so that a padded batch has at most `batch_tokens` tokens.
-
-    A longer prompt makes a batch of its own.
-    """
-    batches: list[list[str]] = []
-    for id in sorted(lengths, key=lambda id: -lengths[id]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(id)
-        else:
-            batches.append([id])
-    return batches
-
-
-def pad(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Return token ids (B, T), padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(device)
-
-
-@torch.inference_mode()
-def letter_logps(model: LLaMA, prompts: list[list[int]], letters: Letters) -> torch.Tensor:
-    """Return the log-probabilities (B, 4), fp32, of the letters after each prompt, in one forward pass.
-
-    Prompts are padded on the right, where causal attention does not see the padding.
-    """
-    device = model.transformer.wte.weight.device
-    idx = pad(prompts, device)
-    last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
-    n_space, rows = len(letters.space), torch.arange(len(prompts), device=device)
-    if n_space == 0:
-        logits = model(idx, last=last).unsqueeze(1)
-    else:
-        logits = model(idx)[rows[:, None], last[:, None] + torch.arange(-n_space, 1, device=device)]
-    logps = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # (B, n_space + 1, V)
-    before = torch.zeros(len(prompts), n_space + 1, device=device)  # of the tokens of `space` so far
-    for i, token in enumerate(letters.space):
-        before[:, i + 1] = before[:, i] + logps[:, i, token]
-    return torch.stack([before[:, n] + logps[:, n, token] for token, n in letters.tokens], dim=1).cpu()
 
 
 def score_letters(

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from evaluate import mmlu
 from evaluate.common import ModelSettings, load
-from evaluate.mmlu import CATEGORIES, CATEGORY, LETTERS, Item, Letters, Settings, letter_logps, read_items, read_letter
+from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
+from evaluate.mmlu import Settings, read_letter
+from evaluate.mmlu_data import CATEGORIES, CATEGORY, Item, read_items
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
@@ -76,16 +79,21 @@ def test_every_source_gives_the_same_questions(folder, repository, tmp_path):
             file.write(path, f"data/{path.relative_to(folder)}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(hub_rows("test"))
-    assert read_items(Settings(data_file=folder)) == TOYS
-    assert read_items(Settings(data_file=archive)) == TOYS
-    assert read_items(Settings(repo_id=str(repository))) == TOYS
-    assert read_items(Settings(data_file=rows)) == {"dev": {}, "test": TOYS["test"]}
-    one = read_items(Settings(data_file=folder / "test/anatomy_test.csv"))
+    parquet = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([json.loads(r) for r in hub_rows("test").splitlines()]), parquet
+    )
+    assert read_items(folder, "") == TOYS
+    assert read_items(archive, "") == TOYS
+    assert read_items(None, str(repository)) == TOYS
+    assert read_items(rows, "") == {"dev": {}, "test": TOYS["test"]}
+    assert read_items(parquet, "") == read_items(rows, "")
+    one = read_items(folder / "test/anatomy_test.csv", "")
     assert one == {split: {"anatomy": TOYS[split]["anatomy"]} for split in TOYS}
 
 
 def test_the_real_archive_is_complete(shared):
-    items = read_items(Settings(data_file=shared / "data/benchmarks/mmlu/mmlu.zip"))
+    items = read_items(shared / "data/benchmarks/mmlu/mmlu.zip", "")
     assert {split: sum(map(len, subjects.values())) for split, subjects in items.items()} == {"dev": 285, "test": 14042}
     assert set(items["test"]) == set(items["dev"]) == set(CATEGORY)
     assert {name: len(subjects) for name, subjects in CATEGORIES.items()} == {
@@ -143,7 +151,7 @@ def test_log_probabilities_are_those_of_each_letter_alone(name, request, tmp_pat
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
 def test_batches_hold_every_question_once_and_fit(lengths, batch_tokens):
     lengths = {f"q{i}": length for i, length in enumerate(lengths)}
-    batches = mmlu.length_batches(lengths, batch_tokens)
+    batches = length_batches(lengths, batch_tokens)
     assert sorted(id for batch in batches for id in batch) == sorted(lengths)
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[id] for id in batch) <= batch_tokens
@@ -272,7 +280,7 @@ def test_bad_csv_rows_are_named(folder, refused, line, message):
     with (folder / "test/anatomy_test.csv").open("a") as file:
         file.write(line)
     with pytest.raises(ValueError, match=message):
-        read_items(Settings(data_file=folder))
+        read_items(folder, "")
 
 
 @pytest.mark.parametrize(
@@ -291,4 +299,4 @@ def test_bad_rows_are_named(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
-        read_items(Settings(data_file=path))
+        read_items(path, "")
