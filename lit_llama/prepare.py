@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,41 @@ from lit_llama.cache import cache_folder, fill_once
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.files import atomic_folder, check_folder, write_text
 from lit_llama.manifest import DATASET, MANIFEST, make_manifest
+from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 EARLIER_FILES = re.compile(
     r"meta\.json|dataset_dict\.json|(train|test)/(state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow)"
 )
+
+
+def default_num_proc() -> int:
+    """Return the number of processes that tokenize by default."""
+    return min(8, os.cpu_count() or 1)
+
+
+@dataclass
+class PrepareSettings:
+    """Settings that all prepare scripts have; a script adds its own and sets other defaults."""
+
+    # == What to write ==
+    output_dir: Path = Path("data/my_dataset")  # folder to write
+    checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
+    max_seq_length: int = 512  # most tokens of prompt and response; longer responses are truncated
+    test_fraction: float = 0.04  # share of the rows held out for validation
+    seed: int = 42  # seed of the split
+    num_proc: int = default_num_proc()  # processes that tokenize
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of `prepare_sft` and `prepare_preferences` that follow from the settings."""
+        names = ("output_dir", "max_seq_length", "test_fraction", "seed", "num_proc")
+        return {"tokenizer": Tokenizer(self.checkpoint_dir), **{name: getattr(self, name) for name in names}}
+
+
+def render_prompt(style: PromptStyle, text: str, input: str = "") -> str:
+    """Return the prompt in a style. An empty text gives an empty prompt, so that its row is dropped."""
+    return style.render(text, input) if text.strip() else ""
 
 
 def prepare_sft(
@@ -303,8 +333,3 @@ def adopt_dataset(folder: Path) -> None:
         return
     if made_by in (SFT_FORMAT, PREFERENCE_FORMAT):
         write_text(folder / MANIFEST, make_manifest(folder, DATASET))
-
-
-def default_num_proc() -> int:
-    """Return the number of processes that tokenize by default."""
-    return min(8, os.cpu_count() or 1)

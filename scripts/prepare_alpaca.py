@@ -1,60 +1,51 @@
-"""Prepares an instruction dataset in Alpaca's schema (`instruction`, `input`, `output`) for supervised finetuning.
+"""Prepare an instruction dataset with Alpaca's fields (`instruction`, `input`, `output`) for supervised finetuning.
 
-Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON lines or parquet. Expect of the full dataset:
+Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON Lines or Parquet. Expect of the full dataset:
 52,002 rows, 28 of them with an empty output.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import default_num_proc, prepare_sft
+from lit_llama.prepare import PrepareSettings, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rows import download_rows, read_rows, text_field
-from lit_llama.tokenizer import Tokenizer
 
 
 @dataclass
-class Settings:
-    data_file: Path | None = None  # rows to prepare; default: download --repo_id
+class Settings(PrepareSettings):
+    # == What to read ==
+    data_file: Path | None = None  # rows to prepare (default: download --repo_id)
     repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
-    output_dir: Path = Path("data/alpaca")  # the folder to write
-    checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-    prompt_style: Literal["alpaca", "orca", "beaver", "hh", "plain"] = "alpaca"  # template of the prompts
-    max_seq_length: int = 512  # tokens of prompt and response; longer responses are cut
-    mask_prompt: bool = True  # learn the responses only
-    test_fraction: float = 0.04  # share of the rows kept for validation
-    seed: int = 42  # of the split
-    num_proc: int = default_num_proc()  # processes that tokenize
+
+    # == What to write ==
+    output_dir: Path = Path("data/alpaca")  # folder to write
+    prompt_style: str = "alpaca"  # template of the prompts: alpaca, orca, beaver, hh or plain
+    mask_prompt: bool = True  # train on the responses only
 
 
-def prepare_sample(row: dict[str, str], number: int, style: PromptStyle) -> tuple[str, str]:
-    """One row as (prompt, response); an empty instruction makes an empty prompt, which is dropped."""
+def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
+    """Return (prompt, response) of a row."""
     instruction, output = text_field(row, number, "instruction"), text_field(row, number, "output")
-    prompt = style.render(instruction, text_field(row, number, "input", default="")) if instruction.strip() else ""
-    return prompt, output
+    return render_prompt(style, instruction, text_field(row, number, "input", default="")), output
 
 
-def main(args: Settings) -> None:
-    style, tokenizer = get_prompt_style(args.prompt_style), Tokenizer(args.checkpoint_dir)
+def main(settings: Settings) -> None:
+    style = get_prompt_style(settings.prompt_style)
     prepare_sft(
-        read_rows(args.data_file) if args.data_file else download_rows(args.repo_id),
+        read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id),
         lambda row, number: prepare_sample(row, number, style),
-        output_dir=args.output_dir,
-        tokenizer=tokenizer,
-        max_seq_length=args.max_seq_length,
-        mask_prompt=args.mask_prompt,
-        test_fraction=args.test_fraction,
-        seed=args.seed,
-        num_proc=args.num_proc,
+        mask_prompt=settings.mask_prompt,
         split_by="hash",
-        about={"source": str(args.data_file or args.repo_id), "prompt_style": style.name},
+        about={"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name},
+        **settings.options(),
     )
-    print(args.output_dir)
+    print(settings.output_dir)
 
 
 if __name__ == "__main__":

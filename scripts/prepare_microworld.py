@@ -1,49 +1,39 @@
-"""Prepares a finetuning set of the micro-world: questions about the seen half of its entities, answered in one form.
+"""Prepare a finetuning dataset of the micro-world: questions about the seen half of its entities, answered in one form.
 
-The other half is held out, so `evaluate/microworld.py` can tell a learnt form from learnt answers.
+The other half is held out, so that `evaluate/microworld.py` can tell a learned form from learned answers.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import default_num_proc
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.prepare import PrepareSettings
 from microworld.datasets import write_answers
 from microworld.world import FormName, World
 
 
 @dataclass
-class Settings:
-    form: FormName = "pirate"  # how every answer is said; the base knows all but telegram
-    split: Literal["seen", "train"] = "seen"  # "train" leaves entities aside to choose settings by
-    output_dir: Path | None = None  # the folder to write (default: data/microworld-FORM)
+class Settings(PrepareSettings):
+    # == What to write ==
+    form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
+    split: Literal["seen", "train"] = "seen"  # "train" omits entities by which settings are chosen
+    world_seed: int = 0  # seed of the world; the bundled base model knows world 0
+    output_dir: Path | None = None  # folder to write (default: data/microworld-FORM)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-    max_seq_length: int = 256  # tokens of prompt and response
-    test_fraction: float = 0.1  # share of the rows kept for validation
-    world_seed: int = 0  # of the world; the bundled base knows world 0
-    seed: int = 42  # of the split
-    num_proc: int = default_num_proc()  # processes that tokenize
+    max_seq_length: int = 256  # most tokens of prompt and response
+    test_fraction: float = 0.1  # share of the rows held out for validation
 
 
-def main(args: Settings) -> None:
-    output_dir = args.output_dir or Path(f"data/microworld-{args.form}")
-    write_answers(
-        World(args.world_seed).questions(args.split),
-        args.form,
-        output_dir,
-        source=f"micro-world {args.world_seed}, form {args.form}",
-        tokenizer=Tokenizer(args.checkpoint_dir),
-        max_seq_length=args.max_seq_length,
-        test_fraction=args.test_fraction,
-        seed=args.seed,
-        num_proc=args.num_proc,
-    )
-    print(output_dir)
+def main(settings: Settings) -> None:
+    settings = replace(settings, output_dir=settings.output_dir or Path(f"data/microworld-{settings.form}"))
+    questions = World(settings.world_seed).questions(settings.split)
+    source = f"micro-world {settings.world_seed}, form {settings.form}"
+    write_answers(questions, settings.form, source=source, **settings.options())
+    print(settings.output_dir)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def prepare(args: Settings, task: str, part: Part) -> None:
         train, groups = questions_of(task, part)
         prepare_answers(args, task, train, folders["train"])
         prepare_answers(args, task, [q for group in groups.values() for q in group], folders["test"])
-    splits = {split: concatenate_datasets([*load_from_disk(str(folder)).values()]).shuffle(seed=0)
+    splits = {split: concatenate_datasets([*load_from_disk(str(folder)).values()]).shuffle(seed=0, keep_in_memory=True)
               for split, folder in folders.items()}  # fmt: skip
     meta = json.loads((folders["train"] / "meta.json").read_text(encoding="utf-8"))
     counts = {split: len(rows) for split, rows in splits.items()}

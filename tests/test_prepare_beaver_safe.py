@@ -64,12 +64,11 @@ def test_what_was_left_out_is_said_and_recorded(prepare, capsys):
     undecided = pku("a", "b", "c", (True, True), 0, -1)
     folder = prepare([*ROWS, undecided])
     said = capsys.readouterr()
-    assert "1 rows not wanted by --keep any_safe left out. 1 rows with no safer response left out. 3 rows kept." in (
-        said.err
-    )
+    sentence = "Omitted 1 rows excluded by --keep any_safe. Omitted 1 rows without a safer response. Kept 3 rows."
+    assert sentence in said.err
     assert said.out == f"{folder}\n"
     meta = read_meta(folder, PreferenceData.format)
-    assert meta["left_out"] == {"not wanted by --keep any_safe": 1, "with no safer response": 1}
+    assert meta["left_out"] == {"excluded by --keep any_safe": 1, "without a safer response": 1}
     assert (meta["prompt_style"], meta["keep"], meta["prefer"]) == ("beaver", "any_safe", "safer")
 
 
@@ -152,8 +151,8 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
     two_turns = "[User] the cat [Assistant] sat [User] and the dog [Assistant] "
     assert found == {(CAT, "sat", "ate"), (two_turns, "a", "b")}
     said = capsys.readouterr().err
-    assert "1 rows whose dialogues part before the last answer left out." in said
-    assert "1 rows that do not end with an answer left out. 3 rows kept." in said
+    assert "Omitted 1 rows with dialogues that differ before the last answer." in said
+    assert "Omitted 1 rows that do not end with an answer. Kept 3 rows." in said
     assert "3 rows. Dropped: 1 with an empty text" in said
 
 
@@ -165,7 +164,7 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
         ("pku", ROWS[0] | {"is_response_1_safe": "no"}, "Row 3: 'is_response_1_safe' is 'no'; it must be true or"),
         ("pku", ROWS[0] | {"safer_response_id": 2}, "Row 3: 'safer_response_id' is 2; it must be 0 or 1"),
         ("pku", {k: v for k, v in ROWS[0].items() if k != "safer_response_id"}, "Row 3 has no field 'safer_res"),
-        ("hh", hh("hello", "there"), "Row 3: 'chosen' is no dialogue of blank lines, 'Human:' and 'Assistant:'."),
+        ("hh", hh("hello", "there"), "Row 3: 'chosen' is not a dialogue of blank lines, 'Human:' and 'Assistant:'."),
         ("hh", {"chosen": TALK}, "Row 3 has no field 'rejected'; it has 'chosen'."),
         ("preference", ["a"], "Row 3 is not an object with named fields but list."),
     ],
@@ -184,7 +183,7 @@ def test_real_dialogues(shared, prepare, tokenizer, capsys):
                      prompt_style="hh")  # fmt: skip
     meta = read_meta(folder, PreferenceData.format)
     # counted with str.rsplit at the last "Assistant:": five pairs differ before it, four answers are empty
-    assert meta["left_out"] == {"whose dialogues part before the last answer": 5}
+    assert meta["left_out"] == {"with dialogues that differ before the last answer": 5}
     rows = [row for split in ("train", "test") for row in PreferenceData(folder, split).rows]
     cut = [row for row in rows for side in ("chosen", "rejected") if row[side][-1] != 2]
     assert all(1024 in (len(r["prompt"]) + len(r["chosen"]), len(r["prompt"]) + len(r["rejected"])) for r in cut)
