@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_llama.files import atomic_folder, unwritable, write_text
 from lit_llama.manifest import MANIFEST
@@ -65,13 +66,13 @@ def _is_intact(folder: Path) -> bool:
 
 def _checksums(folder: Path) -> dict[str, str]:
     names = sorted(path.name for path in folder.iterdir() if path.name not in (CHECKSUMS, MANIFEST))
-    return {name: checksum(folder / name) for name in names}
+    return {name: hash_file(folder / name).hexdigest() for name in names}
 
 
-def checksum(path: Path) -> str:
-    """Return the sha256 of a file; `hashlib.file_digest` needs Python 3.11."""
+def hash_file(path: Path) -> Any:
+    """Return the sha256 object of a file. (`hashlib.file_digest` needs Python 3.11.)"""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+    return digest

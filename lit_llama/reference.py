@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lit_llama.cache import hash_file
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
@@ -79,8 +80,7 @@ def reference_key(
         batches: The micro-batches in which they are computed.
         quantize: The quantization of the base.
     """
-    with weights_path(checkpoint_dir).open("rb") as file:
-        base = hashlib.file_digest(file, "sha256")
+    base = hash_file(weights_path(checkpoint_dir))
     base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
     layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
     gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else ""
