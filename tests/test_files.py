@@ -285,7 +285,8 @@ def test_what_others_wrote_is_not_claimed(tmp_path):
 def killed(root: Path, code: str) -> None:
     """Run code in a process that kills itself by `die()`."""
     source = (
-        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files, staging\nroot = Path(sys.argv[1])\n"
+        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files, staging\n"
+        "root = Path(sys.argv[1])\n"
         "def die(*args): os.kill(os.getpid(), signal.SIGKILL)\n" + code
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
