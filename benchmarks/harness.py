@@ -1,7 +1,6 @@
 """Contestants in processes of their own that take turns, and the settings that the benchmarks share."""
 
 import multiprocessing
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from benchmarks import worker
 from benchmarks.material import shape, write_weights
 from benchmarks.measure import Clock
-from lit_llama.checkpoint import write_text
 from lit_llama.device import pick_device
+from lit_llama.files import write_text
 from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError, log
 
@@ -153,10 +152,10 @@ def install_peers(folder: Path, notes: list[str]) -> Path:
     All packages of this environment stay as they are and are used by the peers too, so that torch is the same build
     for everybody. What cannot be installed is noted, and missing in the tables.
     """
-    stamp, constraints = folder / f"with-torch-{torch.__version__}", folder / "constraints.txt"
+    folder = folder / f"with-torch-{torch.__version__}"
+    stamp, constraints = folder / "complete", folder / "constraints.txt"
     if not stamp.is_file():
         log(f"installing the peers into {folder}")
-        shutil.rmtree(folder, ignore_errors=True)
         write_text(constraints, "".join(f"{d.name}=={d.version}\n" for d in distributions()))
         pip = [sys.executable, "-m", "pip", "install", "-q", "--prefix", folder, "-c", constraints]
         complete = True

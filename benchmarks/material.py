@@ -1,7 +1,6 @@
 """Models and data of the benchmarks, made of random numbers, and the arithmetic of what computing with them takes."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lit_llama.checkpoint import weights_path, write_base, write_text
+from lit_llama.checkpoint import weights_path, write_base
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
+from lit_llama.files import atomic_folder, write_text
 from lit_llama.hf import hf_config, parameters, to_hf
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.prepare import write_dataset
@@ -49,18 +49,18 @@ def write_weights(folder: Path, config: LLaMAConfig, dtype: torch.dtype) -> None
     done = folder / "benchmark.json"
     if done.is_file() and done.read_text(encoding="utf-8") == about:
         return
-    shutil.rmtree(folder, ignore_errors=True)
 
     def random(name: str, size: tuple[int, ...]) -> torch.Tensor:
         return torch.ones(size) if name.endswith("scale") else 0.02 * torch.randn(size)
 
     torch.manual_seed(0)
     tensors = {name: LazyTensor(size, dtype, partial(random, name, size)) for name, size in parameters(config).items()}
-    write_base(folder, config, tensors)
-    (folder / "hf").mkdir()
-    write_tensors(folder / "hf" / "model.safetensors", to_hf(open_tensors([weights_path(folder)]), config))
-    write_text(folder / "hf" / "config.json", json.dumps(hf_config(config, dtype, Tokenizer(MICROWORLD))))
-    write_text(done, about)
+    with atomic_folder(folder, "random model") as new:
+        write_base(new, config, tensors)
+        (new / "hf").mkdir()
+        write_tensors(new / "hf" / "model.safetensors", to_hf(open_tensors([weights_path(new)]), config))
+        write_text(new / "hf" / "config.json", json.dumps(hf_config(config, dtype, Tokenizer(MICROWORLD))))
+        write_text(new / done.name, about)
 
 
 def alpaca_lengths(rows: int, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

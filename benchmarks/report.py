@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import median_interval
-from lit_llama.checkpoint import versions, write_text
+from lit_llama.checkpoint import versions
+from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 
 
@@ -36,6 +37,7 @@ def publish(path: Path, title: str, parts: list[str], device: torch.device) -> N
     """Write a report in Markdown and print it: what ran where, then its parts."""
     machine = "\n".join(f"- {name}: {value}" for name, value in describe_machine(device).items())
     text = "\n\n".join([f"# {title}", machine, *parts]) + "\n"
+    claim(path.parent, [path.name])
     write_text(path, text)
     print(text, end="")
 
@@ -49,6 +51,7 @@ def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
         axes.invert_yaxis()
         axes.set(xlabel=label)
         axes.grid(alpha=0.3, axis="x")
+    claim(path.parent, [path.name])
     save_figure(figure, path)
 
 
@@ -61,6 +64,7 @@ def plot_lines(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]
         axes.set(xlabel=label, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
+    claim(path.parent, [path.name])
     save_figure(figure, path)
 
 

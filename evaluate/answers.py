@@ -10,9 +10,10 @@ import numpy as np
 from evaluate.common import ModelSettings, Question, Results, answer_questions, answer_statistics, drop_long, load
 from evaluate.judge import JudgeSettings
 from lit_llama.checkpoint import read_adapter
+from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling
 from lit_llama.rows import read_rows, text_field
-from lit_llama.utils import UserError, atomic_write, log
+from lit_llama.utils import UserError, log
 
 
 @dataclass

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
-from lit_llama.files import write_text
+from lit_llama.files import claim, unwritable, write_text
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.quantize import Quantize
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log, unwritable
+from lit_llama.utils import UserError, log
 
 ANSWERS, SUMMARY, TABLE = "answers.jsonl", "summary.json", "summary.md"
 IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the parts of a resumed evaluation
@@ -173,7 +173,7 @@ class Results:
     """The output folder of one evaluation.
 
     Args:
-        output_dir: the folder, made when the first record is written.
+        output_dir: the folder.
         made_by: the settings that determine an answer, as JSON; each record repeats them.
         overwrite: replace the results of other settings. Other files in the folder are never touched.
 
@@ -195,6 +195,7 @@ class Results:
             if differing := self._differing(record["made_by"]):
                 self._replace(differing)
                 break
+        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE), adopt=bool(self.file.records))
         self.by_id = {record["id"]: record for record in self.file.records}
 
     def _differing(self, made_by: dict[str, Any]) -> str:

@@ -51,7 +51,8 @@ from evaluate.pairs import (
 )
 from evaluate.replies import parse_guard, parse_refusal, parse_score
 from lit_llama import cli
-from lit_llama.checkpoint import versions, write_text
+from lit_llama.checkpoint import versions
+from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.rows import download_rows, read_rows, text_field
 from lit_llama.utils import UserError, log
@@ -152,6 +153,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """Evaluate both sides or calibrate the judge, and return what summary.json holds."""
     if settings.limit is not None and settings.limit < 1:
         raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
+    claim(settings.output_dir, ("summary.json", "summary.md", "figure.png", "calibration.json"))
     judge = None if settings.judge == "keywords" else open_judge(settings, settings.output_dir)
     if settings.calibrate:
         return calibrate(settings, judge)

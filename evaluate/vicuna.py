@@ -47,7 +47,8 @@ from evaluate.pairs import (
 )
 from evaluate.replies import parse_score, parse_scores
 from lit_llama import cli
-from lit_llama.checkpoint import versions, write_text
+from lit_llama.checkpoint import versions
+from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.rows import read_rows, text_field
 from lit_llama.utils import UserError, log
@@ -148,6 +149,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """Compare both sides, and return what summary.json holds."""
     if settings.limit is not None and settings.limit < 1:
         raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
+    claim(settings.output_dir, ("summary.json", "summary.md", "figure.png"))
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:
         return report(settings, {**summary, **count_reviews(settings)})

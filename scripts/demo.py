@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.checkpoint import versions, write_text
+from lit_llama.checkpoint import versions
+from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.utils import UserError
 from microworld.world import FormName
@@ -57,6 +58,8 @@ def _words(value: object) -> list[str]:
 
 
 def main(args: Settings) -> None:
+    names = ("base", "greedy", "sampled", "values-base", "values-after")
+    claim(args.out_dir, ("report.html", "forms.png", *(f"{name}.json" for name in names)))
     began = time.perf_counter()
     data, run = args.out_dir / f"data-{args.form}", args.out_dir / "run"
     pairs, values = args.out_dir / "data-values", args.out_dir / "values"

@@ -82,6 +82,13 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
         answers(evaluated, tmp_path, overwrite=True)
 
 
+def test_other_files_of_the_same_names_are_kept(tmp_path):
+    (tmp_path / "summary.md").write_text("mine")
+    with pytest.raises(UserError, match=r"summary\.md was not written by this program"):
+        Results(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.md"]
+
+
 def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
     long = Question("long", "the cat " * 60)
 

@@ -10,6 +10,7 @@ from evaluate import judge
 from evaluate.calibration import agreement, area_under_curve, read_labelled
 from evaluate.replies import parse_guard, parse_refusal
 from evaluate.safety import Settings, main, read_harmless, read_items, refuses, spread
+from lit_llama.manifest import MANIFEST
 from lit_llama.utils import UserError
 
 DECLINES, HELPS = "I'm sorry, but I can't help with that.", "Sure! First you take the thing."
@@ -179,7 +180,7 @@ def test_scores_of_pairs_in_both_orders(files, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "is not safety" in out and "Begin your reply with a line of two numbers" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "judgements.jsonl", "summary.json", "summary.md", "figure.png"
+        MANIFEST, "judgements.jsonl", "summary.json", "summary.md", "figure.png"
     }  # fmt: skip
     main(settings_for(files, tmp_path, None))  # again without the judge
     assert capsys.readouterr().out == out
