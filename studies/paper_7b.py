@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -130,6 +130,14 @@ class Step:
         return self.done.is_file() and (not self.needs or self.needs in json.loads(self.done.read_text("utf-8")))
 
 
+class Number(NamedTuple):
+    """A result: its value, its 95 % interval and the number of questions; None if nothing was judged."""
+
+    value: float | None
+    interval: list[float] | None
+    n: int | None
+
+
 @dataclass(frozen=True)
 class Cell:
     """One number of a table: its row, what it is, the file it is read from, and the paper's number if it is known."""
@@ -137,7 +145,7 @@ class Cell:
     row: str
     column: str
     summary: Path
-    read: Callable[[dict[str, Any]], tuple[float | None, list[float] | None]]
+    read: Callable[[dict[str, Any]], "Number"]
     paper: float | None = None
 
 
@@ -306,20 +314,20 @@ def label(method: str) -> str:
     return "the base alone" if method == BASE else METHODS[method].label
 
 
-def read_accuracy(summary: dict[str, Any]) -> tuple[float | None, list[float] | None]:
-    return summary["accuracy"], summary["interval"]
+def read_accuracy(summary: dict[str, Any]) -> Number:
+    return Number(summary["accuracy"], summary["interval"], summary["n"])
 
 
-def read_pairs(summary: dict[str, Any]) -> tuple[float | None, list[float] | None]:
+def read_pairs(summary: dict[str, Any]) -> Number:
     """Return the adjusted rate, (wins + ties / 2) / n."""
     part = summary.get("pairs", {}).get("all", {})
-    return part.get("adjusted_rate"), part.get("interval")
+    return Number(part.get("adjusted_rate"), part.get("interval"), part.get("n"))
 
 
-def read_grades(summary: dict[str, Any]) -> tuple[float | None, list[float] | None]:
+def read_grades(summary: dict[str, Any]) -> Number:
     """Return the mean difference of the grades, from 1 to 10."""
     part = summary.get("single", {}).get("all", {})
-    return part.get("difference"), part.get("interval")
+    return Number(part.get("difference"), part.get("interval"), part.get("n"))
 
 
 SMALL_N = "With 80 questions the 95 % interval of a rate is 0.08 to 0.095 wide on each side."
@@ -407,7 +415,7 @@ def run_step(step: Step, number: int, total: int) -> None:
         return
     log(f"[{number}/{total}] {step.name}: {shlex.join(['python', *step.command])}")
     words = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
-    code = subprocess.run(words, stdout=sys.stderr).returncode  # stdout is for the report
+    code = subprocess.run(words, stdout=2).returncode  # stdout is for the report
     if code == 130:
         raise KeyboardInterrupt
     if code or not step.complete:
@@ -423,11 +431,13 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
     for name, cells in tables.items():
         rows = []
         for cell in cells:
-            value, interval = cell.read(json.loads(cell.summary.read_text(encoding="utf-8")))
-            rows.append((cell, value, interval))
-            lines.append([name, cell.row, cell.column, value, *(interval or ("", "")), cell.paper])
+            number = cell.read(json.loads(cell.summary.read_text(encoding="utf-8")))
+            rows.append((cell, number))
+            lines.append(
+                [name, cell.row, cell.column, number.value, *(number.interval or ("", "")), number.n, cell.paper]
+            )
         parts.append(render(TABLES[name], rows))
-        if any(value is not None for _, value, _ in rows):
+        if any(number.value is not None for _, number in rows):
             plot(TABLES[name], rows, settings.out_dir / f"{name}.png")
     names = ("limit", "max_steps", "max_seq_length", "max_new_tokens")
     smaller = ", ".join(f"{name} {getattr(settings, name)}" for name in names if getattr(settings, name) is not None)
@@ -439,30 +449,30 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
     log(f"wrote {settings.out_dir / 'report.md'}")
 
 
-def render(table: Table, rows: list[tuple[Cell, float | None, list[float] | None]]) -> str:
+def render(table: Table, rows: list[tuple[Cell, Number]]) -> str:
     """Return a table as Markdown, with its notes."""
-    cells = [
-        [cell.row, cell.column, "not judged" if value is None else f"{value:.3f}",
-         "–" if interval is None else "{:.3f} to {:.3f}".format(*interval),
-         "see the paper" if cell.paper is None else f"{cell.paper:g}"]
-        for cell, value, interval in rows
-    ]  # fmt: skip
+    cells = []
+    for cell, (value, interval, n) in rows:
+        here = "not judged" if value is None else f"{value:.3f}"
+        between = "–" if interval is None else "{:.3f} to {:.3f}".format(*interval)
+        paper = "see the paper" if cell.paper is None else f"{cell.paper:g}"
+        cells.append([cell.row, cell.column, here, between, "–" if n is None else n, paper])
     notes = "".join(f"- {note}\n" for note in table.notes)
-    return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95 %', 'paper'], cells)}\n{notes}"
+    return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95 %', 'questions', 'paper'], cells)}\n{notes}"
 
 
-def plot(table: Table, rows: list[tuple[Cell, float | None, list[float] | None]], path: Path) -> None:
+def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
     """Draw our numbers with their intervals, and the paper's as crosses."""
     figure = make_figure(8, 1.5 + 0.4 * len(rows))
     axes = figure.subplots()
-    for place, (cell, value, interval) in enumerate(rows):
+    for place, (cell, (value, interval, _)) in enumerate(rows):
         if value is not None:
             low, high = interval or (value, value)
             axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3,
                           label="here, 95 % interval" if place == 0 else None)  # fmt: skip
         if cell.paper is not None:
             axes.plot(cell.paper, place, "x", color="C1", label="paper" if "paper" not in labels(axes) else None)
-    axes.set(yticks=range(len(rows)), yticklabels=[cell.row for cell, _, _ in rows], title=table.title,
+    axes.set(yticks=range(len(rows)), yticklabels=[cell.row for cell, _ in rows], title=table.title,
              xlabel=rows[0][0].column)  # fmt: skip
     axes.invert_yaxis()
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -475,7 +485,7 @@ def labels(axes: Any) -> Iterable[str]:
 
 def write_csv(path: Path, lines: list[list[Any]]) -> None:
     buffer = io.StringIO()
-    csv.writer(buffer).writerows([["table", "row", "number", "here", "low", "high", "paper"], *lines])
+    csv.writer(buffer).writerows([["table", "row", "number", "here", "low", "high", "questions", "paper"], *lines])
     write_text(path, buffer.getvalue())
 
 

@@ -1,0 +1,86 @@
+"""The paper's benchmarks with one command, from raw rows to the report, on the bundled model and a handful of rows."""
+
+import csv
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import studies.paper_7b as study
+
+BASE = Path(__file__).parents[1] / "checkpoints" / "microworld"
+SMALL = ("--table", "fig5_right", "--methods", "aligner1", "--checkpoint_dir", BASE, "--limit", 2, "--max_steps", 1,
+         "--max_seq_length", 128, "--max_new_tokens", 6, "--accelerator", "cpu")  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple:
+    """Flags with few rows in the real fields."""
+    sums = [{"query": f"What is {n} + 1?", "response": f"It is {n + 1}. The answer is: {n + 1}"} for n in range(130)]
+    problems = [{"question": f"Ann has {n} pens and buys 2. How many?", "answer": f"#### {n + 2}"} for n in range(3)]
+    return ("--metamath_file", write_rows(tmp_path / "metamath.jsonl", sums),
+            "--gsm8k_file", write_rows(tmp_path / "gsm8k.jsonl", problems), "--out_dir", tmp_path / "out")  # fmt: skip
+
+
+def test_a_table_is_made_from_rows_to_report_and_made_once(run_script, files, tmp_path):
+    code, text, _ = run_script("studies/paper_7b.py", *SMALL, *files)
+    assert code == 0
+    assert "**A smaller study than the paper's** (limit 2, max_steps 1" in text
+    summary = json.loads((tmp_path / "out/results/gsm8k-aligner1/summary.json").read_text())
+    low, high = summary["interval"]
+    assert f"| Aligner, N = 1 | accuracy | {summary['accuracy']:.3f} | {low:.3f} to {high:.3f} | 2 | 0.053 |" in text
+    assert text == (tmp_path / "out/report.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out/report.csv").open()))
+    assert [(row["table"], row["row"], row["paper"]) for row in rows] == [("fig5_right", "Aligner, N = 1", "0.053")]
+    assert (tmp_path / "out/fig5_right.png").read_bytes().startswith(b"\x89PNG")
+
+    code, again, log = run_script("studies/paper_7b.py", *SMALL, *files)
+    assert (code, again) == (0, text)
+    assert log.count(": complete\n") == 3
+
+
+def test_a_step_that_fails_ends_the_study_with_its_name(run_script, files, tmp_path):
+    write_rows(tmp_path / "metamath.jsonl", [{"query": "What is 1 + 1?"}])
+    code, out, err = run_script("studies/paper_7b.py", *SMALL, *files)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: Step 1 of 3 (prepare metamath) ended with exit code 1;")
+
+
+def test_a_dry_run_lists_commands_that_the_scripts_accept(run_script):
+    from test_recipes import ROOT, parse
+
+    code, out, err = run_script("studies/paper_7b.py", "--dry_run", "--judge_url", "http://127.0.0.1:1/v1")
+    assert code == 0
+    commands = [shlex.split(line, comments=True)[1:] for line in out.splitlines()]
+    assert len(commands) == len({tuple(words) for words in commands}) > 30
+    for script, *words in commands:
+        assert parse(ROOT / script, words)
+    assert "GPU hours predicted" in err
+
+
+def test_the_number_of_weights_is_exact():
+    assert study.Study(study.Settings(checkpoint_dir=Path("/nowhere")), ()).parameters == 6_738_415_616  # Llama 2 7B
+
+
+def test_results_without_a_judge_are_not_complete_once_there_is_one(tmp_path):
+    (tmp_path / "summary.json").write_text('{"benchmark": "vicuna"}')
+    assert study.Step("", [], tmp_path / "summary.json").complete
+    assert not study.Step("", [], tmp_path / "summary.json", needs="judge").complete
+    assert study.read_pairs({"benchmark": "vicuna"}) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--methods", "aligner2"), "There is no method 'aligner2'; known are aligner1, aligner10, "),
+        (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
+    ],
+)
+def test_a_mistake_is_one_sentence(refused, flags, sentence):
+    assert refused("studies/paper_7b.py", *flags).startswith(sentence)
