@@ -27,11 +27,11 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import torch
 
-from evaluate.common import markdown_table
 from lit_llama import cli
-from lit_llama.checkpoint import write_text
+from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import make_figure, save_figure
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -378,6 +378,7 @@ def main(settings: Settings) -> None:
     steps = list({tuple(step.command): step for plan, _ in plans.values() for step in plan}.values())
     if settings.dry_run:
         return show_plan(steps)
+    claim(settings.out_dir, ["report.md", "report.csv", *(f"{name}.png" for name in TABLES)])
     for number, step in enumerate(steps, 1):
         run_step(step, number, len(steps))
     report(settings, {name: cells for name, (_, cells) in plans.items()})
