@@ -157,7 +157,7 @@ def test_questions_are_downloaded_once(tmp_path):
     source.unlink()
     assert fetch(source.as_uri(), target).read_text() == "one"
     target.unlink()
-    with pytest.raises(UserError, match="Cannot download .* --data_file"):
+    with pytest.raises(UserError, match=r"Cannot download .* --data_file"):
         fetch(source.as_uri(), target)
 
 
