@@ -188,14 +188,11 @@ class Results:
         self.file = JsonLines(self.output_dir / ANSWERS)
         if any("made_by" not in record or "id" not in record for record in self.file.records):
             raise UserError(f"{self.file.path} was not written by an evaluation; choose another --output_dir.")
-        others = [name for name in (SUMMARY, TABLE) if (self.output_dir / name).exists()]
-        if others and not self.file.path.exists():
-            raise UserError(f"{self.output_dir} has a {others[0]} but no {ANSWERS}; choose another --output_dir.")
+        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE), adopt=bool(self.file.records))
         for record in self.file.records:
             if differing := self._differing(record["made_by"]):
                 self._replace(differing)
                 break
-        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE), adopt=bool(self.file.records))
         self.by_id = {record["id"]: record for record in self.file.records}
 
     def _differing(self, made_by: dict[str, Any]) -> str:

@@ -78,15 +78,8 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
         answers(evaluated, tmp_path, overwrite=True)
     assert path.read_text() == "mine\n"
     path.rename(tmp_path / common.TABLE)
-    with pytest.raises(UserError, match=r"has a summary.md but no answers.jsonl"):
-        answers(evaluated, tmp_path, overwrite=True)
-
-
-def test_other_files_of_the_same_names_are_kept(tmp_path):
-    (tmp_path / "summary.md").write_text("mine")
     with pytest.raises(UserError, match=r"summary\.md was not written by this program"):
-        Results(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.md"]
+        answers(evaluated, tmp_path, overwrite=True)
 
 
 def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
