@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from lit_llama import tables
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
@@ -387,9 +388,8 @@ def bootstrap_interval(
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table; the first column is aligned left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+    """Return a Markdown table with a final line break."""
+    return tables.markdown_table(header, rows) + "\n"
 
 
 def percent(share: float) -> str:

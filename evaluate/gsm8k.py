@@ -26,6 +26,7 @@ from evaluate.common import (
     few_shot,
     identify,
     load,
+    markdown_table,
     percent,
     pick_style,
 )
@@ -33,7 +34,6 @@ from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
 from lit_llama.rows import download_rows, read_rows, text_field
-from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
 
@@ -260,7 +260,7 @@ def show(summary: dict[str, Any], shots: int) -> str:
         "mean tokens": f"{summary['mean_tokens']:.1f}",
         "tokens/s": f"{summary['tokens_per_second']:.0f}",
     }
-    return markdown_table(list(columns), [list(columns.values())]) + "\n"
+    return markdown_table(list(columns), [list(columns.values())])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from evaluate.common import (
     few_shot,
     identify,
     load,
+    markdown_table,
     percent,
     pick_style,
 )
@@ -38,7 +39,6 @@ from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
 from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
-from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, eval_mode
 
 
@@ -234,7 +234,7 @@ def show(summary: dict[str, Any], shots: int) -> str:
         notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
     else:
         notes += f". {summary['prompt_tokens_per_second']:.0f} prompt tokens/s"
-    return f"{table}\n\n{notes}.\n"
+    return f"{table}\n{notes}.\n"
 
 
 def main(settings: Settings) -> dict[str, Any]:
