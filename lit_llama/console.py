@@ -61,6 +61,11 @@ class Output:
                 raise UserError(f"Cannot write to standard output ({os.strerror(error.errno)}).") from None
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Return whether an error of torch.distributed means that another process ended: gloo has no type for it."""
+    return type(error).__name__ == "DistBackendError" or "/gloo/transport/" in str(error)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, Ctrl-C or a full GPU into one line on stderr and a non-zero exit code.
@@ -86,8 +91,8 @@ def exit_on_user_error() -> Iterator[None]:
             log("interrupted")
             sys.exit(130)
         except Exception as error:
-            if "Connection closed by peer" in str(error):  # gloo's message; that process printed why, or was killed
-                log("error: Another process of this run ended.")
+            if is_lost_connection(error):
+                log("error: Another process of this run ended, for the reason that it printed or because it was killed.")
                 sys.exit(1)
             if type(error).__name__ != "OutOfMemoryError":
                 raise

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,34 @@ def test_halves_of_surrogate_pairs_are_no_text(refused):
         check_text("a\ud800b", "Row 3: 'prompt'")
     sentence = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
     assert sentence == "--prompt holds a byte that is not UTF-8."
+
+
+DISTRIBUTED = """
+import os, sys, torch
+from torch import distributed
+from lit_llama.console import exit_on_user_error
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], RANK=sys.argv[2], WORLD_SIZE="2")
+with exit_on_user_error():
+    distributed.init_process_group("gloo")
+    distributed.barrier()
+    if sys.argv[2] == "1":
+        os._exit(3)
+    for _ in range(3):
+        distributed.all_reduce(torch.ones(2))
+"""
+
+
+def test_a_process_that_lost_another_one_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, port, rank], env=environment, stderr=subprocess.PIPE)
+        for rank in "01"
+    )
+    _, said = first.communicate(timeout=100)
+    second.communicate(timeout=100)
+    assert (first.returncode, second.returncode) == (1, 3)
+    assert said.decode() == (
+        "error: Another process of this run ended, for the reason that it printed or because it was killed.\n"
+    )
