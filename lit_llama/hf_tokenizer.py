@@ -8,7 +8,8 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, processors
 
-from lit_llama.checkpoint import TOKENIZER_NAME, write_text
+from lit_llama.checkpoint import TOKENIZER_NAME
+from lit_llama.files import write_text
 from lit_llama.model import LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError

@@ -61,14 +61,6 @@ def plain_name(name: Any, source: Path) -> str:
     return name
 
 
-def __getattr__(name: str) -> Any:  # the former place, until all imports are adapted
-    if name in ("atomic_write", "unwritable"):
-        from lit_llama import files
-
-        return getattr(files, name)
-    raise AttributeError(name)
-
-
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, a model has no dropout."""

@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lit_llama import cli
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.data import SFTData
+from lit_llama.files import atomic_folder, atomic_write, check_folder, claim
+from lit_llama.manifest import BASE_MODEL
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
@@ -30,7 +32,7 @@ from lit_llama.setup import Setup, make_fabric
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
 from lit_llama.train_settings import Precision, TrainSettings
-from lit_llama.utils import atomic_write, log
+from lit_llama.utils import log
 from microworld.world import World, pretraining_sample
 
 
@@ -39,7 +41,7 @@ class Settings(TrainSettings):
     may_change = (*TrainSettings.may_change, "output_dir")
 
     # == What to make ==
-    output_dir: Path = Path("checkpoints/microworld")  # the checkpoint folder to write
+    output_dir: Path = Path("out/pretrain/base")  # the checkpoint folder to write
     out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
     world_seed: int = 0  # of the world
     documents: int = 240_000  # questions with answers in the corpus, each drawn at random
@@ -122,10 +124,12 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
 
 
 def main(args: Settings) -> None:
+    check_folder(args.output_dir, BASE_MODEL)
     run = RunFolder(args)
     fabric = make_fabric(args)
     data_dir, tokenizer_path = args.out_dir / "corpus", args.out_dir / TOKENIZER_NAME
     if fabric.global_rank == 0 and not (args.resume and data_dir.is_dir()):
+        claim(args.out_dir, [TOKENIZER_NAME])
         log("Writing the tokenizer and the corpus.")
         train_tokenizer(args, tokenizer_path)
         prepare_sft(
@@ -158,10 +162,12 @@ def main(args: Settings) -> None:
         summary = trainer.fit()
     if fabric.global_rank == 0:
         state = {name: p.detach().to(torch.bfloat16).cpu() for name, p in model.state_dict().items()}
-        save_base(args.output_dir, model.config, state)
-        shutil.copy(tokenizer_path, args.output_dir / TOKENIZER_NAME)
+        with atomic_folder(args.output_dir, BASE_MODEL) as folder:
+            save_base(folder, model.config, state)
+            shutil.copyfile(tokenizer_path, folder / TOKENIZER_NAME)
+        score = f"python evaluate/microworld.py --checkpoint_dir {args.output_dir} --temperature 1"
         print(f"{args.output_dir}: validation loss {summary['last_val_loss']:.4f} after {summary['seconds']:.0f} s; "
-              f"score it with: python evaluate/microworld.py --temperature 1")  # fmt: skip
+              f"score it with: {score}")  # fmt: skip
 
 
 if __name__ == "__main__":
