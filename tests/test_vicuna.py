@@ -293,6 +293,13 @@ def test_real_reviews_as_judge(shared, tmp_path, monkeypatch):
     assert summary["pairs"]["order"]["consistent"] == 1 and summary["judge"]["replies"] == 160
 
 
+def test_files_of_others_are_not_replaced(toy, tmp_path):
+    (tmp_path / "summary.md").write_text("my notes")
+    with pytest.raises(UserError, match=r"summary\.md was not written by this program"):
+        main(toy_settings(toy, tmp_path))
+    assert (tmp_path / "summary.md").read_text() == "my notes"
+
+
 def test_answers_of_models(toy, tmp_path, base_dir, capsys):
     """The base and itself at another temperature; without a judge, there are answers only."""
     questions = write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "category": "c", "turns": ["the cat?"]}])
