@@ -7,9 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.common import ModelSettings, Question, Results, answer_questions, answer_statistics, drop_long, load
+from evaluate.common import (
+    ModelSettings,
+    Question,
+    Results,
+    answer_questions,
+    answer_statistics,
+    drop_long,
+    identify,
+    load,
+    pick_style,
+)
 from evaluate.judge import JudgeSettings
-from lit_llama.checkpoint import read_adapter
 from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling
 from lit_llama.rows import read_rows, text_field
@@ -96,36 +105,47 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     """
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
-    second, other = None, None  # files are read first, as generating takes long
-    if Path(settings.against).suffix in (".json", ".jsonl", ".gz"):
-        second = read_answers(Path(settings.against), items, asked)
-    elif settings.against != "base":
-        other = read_adapter(Path(settings.against)).path
-    style = settings.prompt_style
+    first = second = None  # files and settings are read first, as generating takes long
     if settings.answer_file:
         first = read_answers(settings.answer_file, items, asked)
     else:
-        first = generate_answers(settings, asked, settings.output_dir / "answers")
-        style = style if other else first.made_by["prompt_style"]  # a base model is asked in the adapter's style
-    if second is None:
-        settings = replace(settings, adapter=other, strength=1.0, prompt_style=style)
-        second = generate_answers(settings, asked, settings.output_dir / "answers_against")
-    return first, second
+        results = open_results(settings, settings.output_dir / "answers")
+    if Path(settings.against).suffix in (".json", ".jsonl", ".gz"):
+        second = read_answers(Path(settings.against), items, asked)
+    else:
+        other = other_side(settings)
+        other_results = open_results(other, settings.output_dir / "answers_against")
+    return first or generate_answers(settings, asked, results), second or generate_answers(other, asked, other_results)
 
 
-def generate_answers(settings: CompareSettings, items: list[Item], folder: Path) -> Answers:
-    """Answer the questions with the model of the settings; continues what is in the folder."""
-    evaluated = load(settings)
+def other_side(settings: CompareSettings) -> CompareSettings:
+    """Return the settings of the model `against`; a base is asked in the prompt style of the first side."""
+    if settings.against != "base":
+        return replace(settings, adapter=Path(settings.against), strength=1.0)
+    style = settings.prompt_style if settings.answer_file else pick_style(settings).name
+    return replace(settings, adapter=None, strength=1.0, prompt_style=style)
+
+
+def open_results(settings: CompareSettings, folder: Path) -> Results:
+    """Return the folder of a model's answers.
+
+    Raises:
+        UserError: it holds answers of other settings, or the model's files are missing or do not fit.
+    """
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    questions = [
-        Question(item.id, evaluated.style.render(item.text), {"question": item.text, "category": item.category})
-        for item in items
-    ]
-    questions = drop_long(evaluated, questions, skip=settings.skip_long)
-    results = Results(folder, {**evaluated.made_by, "sampling": asdict(sampling)}, settings.overwrite)
-    name = str(settings.adapter or settings.checkpoint_dir)
-    records = answer_questions(evaluated, questions, sampling, results, stop=evaluated.style.stop,
-                               batch_size=settings.batch_size, desc=f"Answering with {name}")  # fmt: skip
+    return Results(folder, {**identify(settings), "sampling": asdict(sampling)}, settings.overwrite)
+
+
+def generate_answers(settings: CompareSettings, items: list[Item], results: Results) -> Answers:
+    """Answer the questions that have no answer yet; the model is loaded only if there are any."""
+    style, name = pick_style(settings), str(settings.adapter or settings.checkpoint_dir)
+    questions = [Question(i.id, style.render(i.text), {"question": i.text, "category": i.category}) for i in items]
+    if len(results.answered({question.id: question.prompt for question in questions})) < len(questions):
+        evaluated = load(settings)
+        questions = drop_long(evaluated, questions, skip=settings.skip_long)
+        answer_questions(evaluated, questions, Sampling(**results.made_by["sampling"]), results, stop=style.stop,
+                         batch_size=settings.batch_size, desc=f"Answering with {name}")  # fmt: skip
+    records = [results.by_id[question.id] for question in questions]
     texts = {record["id"]: record["answer"] for record in records}
     return Answers(name, texts, {}, answer_statistics(records), results.made_by)
 

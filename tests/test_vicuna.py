@@ -311,8 +311,17 @@ def test_answers_of_models(toy, tmp_path, base_dir, capsys):
     assert record["question"] == "the cat?" and record["made_by"]["adapter"] is None
     captured = capsys.readouterr()
     assert "set --judge_url" in captured.err and "## Pairs" not in captured.out
+    main(settings)  # the answers are there, so no model is loaded
+    assert "Answering" not in capsys.readouterr().err
     again = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
     assert again.texts == {1: record["answer"]} and again.name == str(base_dir)
+
+
+def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy, tmp_path, base_dir, capsys):
+    for against in ("nowhere.jsonl", "nowhere"):
+        with pytest.raises(UserError, match="nowhere"):
+            main(toy_settings(toy, tmp_path / "out", answer_file=None, against=against, checkpoint_dir=base_dir))
+    assert "Answering" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
