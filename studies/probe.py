@@ -36,6 +36,7 @@ from lit_llama.report import make_figure, markdown_table, save_figure
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode, log
 from scripts.count_parameters import VARIANTS, Variant
+from studies.protocol import sft_settings
 from studies.trials import Record, Trial, at_edge, choose, run_trials
 
 
@@ -149,11 +150,11 @@ def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, n
     return scores
 
 
-def score(trial: Trial, adapter: Path) -> dict[str, list[float]]:
-    """Each validation row's scores with a trained adapter."""
+def score(trial: Trial, run: Path) -> dict[str, list[float]]:
+    """Return the scores of each validation row with a trained adapter."""
     base = trial.settings["checkpoint_dir"]
     data = SFTData(trial.settings["data_dir"], "test", Tokenizer(base), trial.scoring["rows"])
-    scores = row_scores(load_model(base, read_adapter(adapter)), data)
+    scores = row_scores(load_model(base, read_adapter(run / "last.safetensors")), data)
     return {name: values.tolist() for name, values in scores.items()}
 
 
@@ -169,15 +170,13 @@ def split_training_rows(data_dir: Path, fraction: float, output_dir: Path) -> No
     write_dataset(output_dir, splits, {**data.meta, "counts": counts})
 
 
-def make_trial(args: Settings, name: str, variant: Variant, folder: Path, rate: float, seed: int) -> Trial:
-    per_epoch = math.ceil(len(SFTData(folder, "train")) / args.batch_size)
-    settings = {
-        "data_dir": folder, "checkpoint_dir": args.checkpoint_dir, "learning_rate": rate, "seed": seed,
-        "batch_size": args.batch_size, "micro_batch_size": args.batch_size, "epochs": args.steps / per_epoch,
-        "warmup_epochs": 0.1 * args.steps / per_epoch, "eval_interval": args.steps, "eval_rows": 32,
-        "save_interval": args.steps, "accelerator": "cpu",
-    }  # fmt: skip
-    return Trial(f"{name}-lr{rate:g}-seed{seed}", variant, settings, scoring={"rows": args.rows})
+def make_trial(settings: Settings, name: str, variant: Variant, folder: Path, rate: float, seed: int) -> Trial:
+    rows = len(SFTData(folder, "train"))
+    stated = sft_settings(
+        rows, settings.steps, settings.batch_size, data_dir=folder, checkpoint_dir=settings.checkpoint_dir,
+        learning_rate=rate, seed=seed, eval_interval=settings.steps, eval_rows=32, save_interval=settings.steps,
+    )  # fmt: skip
+    return Trial(f"{name}-lr{rate:g}-seed{seed}", variant, stated, scoring={"rows": settings.rows})
 
 
 def probe(args: Settings, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Trials: many short trainings and their scores, side by side, for studies that compare methods.
+"""Trials: many short trainings and their scores, run side by side, for studies that compare methods.
 
-Every method gets the same: data, steps, batch, and the same few learning rates to choose from. What a trial gave is one
-JSON file, so a study that was stopped goes on where it was.
+The result of a trial is one JSON file, so a study that was stopped continues where it was.
 
-    trials = [Trial(f"{name}-lr{lr}", variant, {"data_dir": data_dir, "learning_rate": lr, "seed": 0})
+    trials = [Trial(f"{name}-lr{lr}", variant, {**settings, "learning_rate": lr})
               for name, variant in VARIANTS.items() for lr in RATES]
     records = run_trials(trials, out_dir)
     best = choose(records, key=lambda record: -record["summary"]["last_val_loss"])
@@ -24,21 +23,21 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, versions, write_text
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
+from studies.protocol import METHODS
 
-Record = dict[str, Any]  # what a trial gave, see `run_trial`
+Record = dict[str, Any]  # result of a trial, see `run_trial`
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,11 @@ class Trial:
     """One training and its score.
 
     Args:
-        name: of its folder; each trial of a study has its own.
-        variant: what is trained.
-        settings: flags of the finetuning script, `data_dir` and `learning_rate` among them; the others are its
-            defaults, but nothing is sampled while it trains.
+        name: Name of its folder, unique in the study.
+        variant: What is trained.
+        settings: All settings of the finetuning script but `out_dir` and those in `studies.protocol.METHODS`.
         objective: "sft" is finetune/METHOD.py, "dpo" finetune/alignerDPO.py.
-        scoring: whatever the study's score function wants to be told; JSON.
+        scoring: Arguments of the study's score function, as JSON.
     """
 
     name: str
@@ -61,61 +59,70 @@ class Trial:
     scoring: dict[str, Any] = field(default_factory=dict)
 
 
-Score = Callable[[Trial, Path], dict[str, Any]]  # of the trained adapter's file; JSON
+Score = Callable[[Trial, Path], dict[str, Any]]  # (trial, folder of its run) -> JSON
 
 
 def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any]:
-    """`main` of the trial's script and all its settings."""
-    script = importlib.import_module(f"finetune.{'alignerDPO' if trial.objective == 'dpo' else trial.variant.method}")
-    own: dict[str, Any] = {"out_dir": out_dir, "overwrite": True, "sample_prompts": 0, **trial.settings}
-    if trial.objective == "dpo":
-        own = {"drift_prompts": 0, **own, "method": trial.variant.method, "method_config": trial.variant.settings}
-    else:
-        own |= trial.variant.settings
-    return script.main, script.Settings(**own)
+    """Return `main` of the trial's script, and its settings.
+
+    Raises:
+        TypeError: The trial leaves a setting to the script's default.
+    """
+    method, size = trial.variant.method, trial.variant.settings
+    script = importlib.import_module(f"finetune.{'alignerDPO' if trial.objective == 'dpo' else method}")
+    own = {"method": method, "method_config": size} if trial.objective == "dpo" else {**METHODS[method], **size}
+    settings = {"out_dir": out_dir, **own, **trial.settings}
+    if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys()):
+        raise TypeError(f"The trial {trial.name} does not state {', '.join(missing)}.")
+    return script.main, script.Settings(**settings)
 
 
 def identity(trial: Trial, settings: Any) -> dict[str, Any]:
-    """What a finished trial must share with the one wanted, for its record to stand: all settings, the weights of the
-    base, the rows of the data, and what was scored. Where the folders lie does not matter."""
+    """Return what a finished trial must share with a wanted one for its record to count.
+
+    That is all settings, the weights of the base, the rows of the data, and what was scored, wherever the folders are.
+    """
     rows = hashlib.sha256()
-    for path in sorted(Path(settings.data_dir).glob("*/*.arrow")):
-        rows.update(path.read_bytes())
-    named = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "data_dir", "checkpoint_dir")}
-    told = {
+    for split in ("train", "test"):
+        rows.update(json.dumps(Dataset.load_from_disk(f"{settings.data_dir}/{split}").to_dict()).encode())
+    stated = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "data_dir", "checkpoint_dir")}
+    if trial.objective == "sft":  # whose method stands beside the settings
+        stated = {k: v for k, v in stated.items() if k not in ("method", "method_config")}
+    found = {
         "method": trial.variant.method,
         "objective": trial.objective,
-        "settings": named,
+        "settings": stated,
         "scoring": trial.scoring,
         "base": base_fingerprint(settings.checkpoint_dir)["weights"],
         "rows": rows.hexdigest(),
     }
-    return json.loads(json.dumps(told, default=str))
+    return json.loads(json.dumps(found, default=str))
 
 
 def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record:
-    """Trains and scores, or reads what an earlier call left; what the training says goes to the trial's log.txt.
+    """Train and score, or read the record of an earlier call. The output of the training goes to the trial's log.txt.
 
     Returns:
         trial: as given; identity; summary: of the training run; curve: [step, validation loss] pairs; scores: what
-        `score` returned; seconds: of all of it; versions. Of one that failed: trial and error, and nothing is kept.
+        `score` returned; seconds: of training and scoring; versions. For a failed trial only trial and error, and no
+        record is kept.
     """
     run, began = Path(out_dir) / trial.name, time.perf_counter()
     path, log_path = run / "record.json", run / "log.txt"
-    told = json.loads(json.dumps(asdict(trial), default=str))
+    as_json = json.loads(json.dumps(asdict(trial), default=str))
     try:
         main, settings = prepare_run(trial, run)
-        same = identity(trial, settings)
-        if path.is_file() and (record := json.loads(path.read_text(encoding="utf-8")))["identity"] == same:
-            return {**record, "trial": told}
+        wanted = identity(trial, settings)
+        if path.is_file() and (record := json.loads(path.read_text(encoding="utf-8")))["identity"] == wanted:
+            return {**record, "trial": as_json}
         run.mkdir(parents=True, exist_ok=True)
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
-            scores = {} if score is None else score(trial, run / "last.safetensors")
+            scores = {} if score is None else score(trial, run)
         losses = {step: row["val/loss"] for step, row in read_metrics(run / "metrics.csv").items() if "val/loss" in row}
         record = {
-            "trial": told,
-            "identity": same,
+            "trial": as_json,
+            "identity": wanted,
             "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
             "curve": [list(pair) for pair in losses.items()],
             "scores": scores,
@@ -128,11 +135,11 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         run.mkdir(parents=True, exist_ok=True)
         with log_path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        return {"trial": told, "error": f"{type(error).__name__}: {error}"}
+        return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}
 
 
 def start_worker() -> None:
-    """One thread; ends with the process that started it, however that ends."""
+    """Use one thread, and end when the parent process ends, in whatever way."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -141,24 +148,24 @@ def start_worker() -> None:
 def run_trials(
     trials: Iterable[Trial], out_dir: Path, score: Score | None = None, *, jobs: int = 2, desc: str = "trials"
 ) -> list[Record]:
-    """The records of all trials, in their order; one that failed is named, and the others go on.
+    """Return the records of all trials, in their order. A failed trial is reported, and the others continue.
 
     Args:
-        out_dir: a folder each goes in there.
-        score: a function of a module (other processes import it).
-        jobs: processes of one thread each; 1 is this process.
-        desc: what the bar says.
+        out_dir: Folder for the runs, one folder each.
+        score: Function at the top level of a module, since other processes import it.
+        jobs: Number of processes, of one thread each; 1 is this process.
+        desc: Text of the progress bar.
 
     Raises:
-        UserError: a process was killed.
+        UserError: A process was killed.
     """
     trials = list(trials)
     twice = {trial.name for trial in trials if [t.name for t in trials].count(trial.name) > 1}
     if twice:
-        raise ValueError(f"several trials are named {', '.join(sorted(twice))}")
+        raise ValueError(f"Several trials are named {', '.join(sorted(twice))}")
     bar = tqdm(total=len(trials), desc=desc, unit="trial", smoothing=0.05)
 
-    def finished(record: Record) -> Record:
+    def report(record: Record) -> Record:
         bar.update()
         if "error" in record:
             name = record["trial"]["name"]
@@ -167,27 +174,39 @@ def run_trials(
 
     with bar:
         if jobs == 1:
-            return [finished(run_trial(trial, out_dir, score)) for trial in trials]
+            return [report(run_trial(trial, out_dir, score)) for trial in trials]
         # spawned: a fork of a process with threads may hang
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
         try:
             futures = [pool.submit(run_trial, trial, out_dir, score) for trial in trials]
             for future in as_completed(futures):
-                finished(future.result())
+                report(future.result())
         except BrokenProcessPool:
             raise UserError(
-                "A process of the study was killed, perhaps for want of memory; run it again to go on, with fewer jobs."
+                "A process was killed, perhaps for lack of memory; run the study again with fewer jobs to continue."
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
     return [future.result() for future in futures]
 
 
-def choose(records: Iterable[Record], key: Callable[[Record], Any]) -> Record:
-    """The record with the highest `key`; of equal ones that with the lowest last validation loss.
+def all_finished(records: list[Record]) -> list[Record]:
+    """Return the records.
 
     Raises:
-        UserError: all of them failed.
+        UserError: A trial failed.
+    """
+    for record in records:
+        if "error" in record:
+            raise UserError(f"The trial {record['trial']['name']} failed: {record['error']}")
+    return records
+
+
+def choose(records: Iterable[Record], key: Callable[[Record], Any]) -> Record:
+    """Return the record with the highest `key`, and among equal ones the lowest last validation loss.
+
+    Raises:
+        UserError: All trials failed.
     """
     records = list(records)
     done = [record for record in records if "error" not in record]
@@ -197,13 +216,13 @@ def choose(records: Iterable[Record], key: Callable[[Record], Any]) -> Record:
 
 
 def at_edge(chosen: Record, records: Iterable[Record]) -> bool:
-    """Whether the chosen learning rate is the lowest or the highest that was tried, so a better one may lie beyond."""
+    """Return whether the chosen learning rate is the lowest or highest that was tried; a better one may lie beyond."""
     rates = [record["trial"]["settings"]["learning_rate"] for record in records]
     return chosen["trial"]["settings"]["learning_rate"] in (min(rates), max(rates))
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval by Student's t; the half is nan for a single value."""
+    """Return the mean and half the width of its 95 % interval by Student's t; for a single value the half is nan."""
     from scipy.stats import t
 
     values = list(values)

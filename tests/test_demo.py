@@ -65,5 +65,5 @@ def test_the_study_shows_mean_lowest_and_median():
         | {f"{what}@{t}": share for what in ("form", "fact") for t in train_microworld_adapters.TEMPERATURES}
         for seed, seconds, share in ((1, 50.0, 1.0), (2, 70.0, 0.9), (3, 200.0, 0.8))
     ]
-    *_, line = train_microworld_adapters.markdown(rows).strip().splitlines()
+    *_, line = train_microworld_adapters.table(rows).splitlines()
     assert line == "| json | 240 | 70 |" + " 90.0% (80.0%) |" * 6

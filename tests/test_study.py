@@ -1,18 +1,27 @@
 """The study: trials and their records, the choice of a learning rate, intervals, tables, and all of it at toy size."""
 
 import csv
+import importlib
 import json
 import math
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
 
 import pytest
 
+import studies.paper_report as paper
+import studies.paper_tasks as tasks
 import studies.reproduce_paper as study
 import studies.trials
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 from microworld.world import FORMS, UNSEEN, World
 from scripts.count_parameters import VARIANTS
+from studies import train_microworld_adapters, train_microworld_values
+from studies.protocol import dpo_settings, sft_settings
 from studies.trials import Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
+
+STORED = Path(__file__).parents[1] / "howto" / "study"
 
 
 def record(rate: float, right: float = 0.0, loss: float = 1.0, **more) -> dict:
@@ -55,17 +64,22 @@ def test_interval_by_hand():
 # == trials ==
 
 
-def count_bytes(trial: Trial, adapter: Path) -> dict:
-    return {"bytes": adapter.stat().st_size}
+def count_bytes(trial: Trial, run: Path) -> dict:
+    return {"bytes": (run / "last.safetensors").stat().st_size}
 
 
 def toy_trial(base_dir: Path, data_dir: Path, method: str = "aligner1", **settings) -> Trial:
-    settings = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "warmup_epochs": 0, "learning_rate": 1e-2,
-                "accelerator": "cpu", "checkpoint_dir": base_dir, "data_dir": data_dir, **settings}  # fmt: skip
-    variant = VARIANTS[method]
-    if "adapter_prompt_length" in variant.settings:
-        settings["adapter_start_layer"] = 1
-    return Trial(method, variant, settings)
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "warmup_epochs": 0, "seed": 1337, "eval_interval": 50,
+                "eval_rows": 512, "save_interval": 100, "checkpoint_dir": base_dir, "data_dir": data_dir,
+                **settings}  # fmt: skip
+    if "adapter_prompt_length" in VARIANTS[method].settings:
+        settings["adapter_start_layer"] = 1  # the tiny base has three layers
+    return Trial(method, VARIANTS[method], sft_settings(41, 40, 4, **settings))
+
+
+def toy_dpo(base_dir: Path, data_dir: Path, method: str = "aligner1") -> Trial:
+    sft = toy_trial(base_dir, data_dir, method)
+    return Trial(method, sft.variant, {**dpo_settings(adapter_start_layer=1), **sft.settings}, "dpo")
 
 
 def test_a_finished_trial_stands_until_something_about_it_changes(base_dir, data_dir, tmp_path):
@@ -101,12 +115,44 @@ def test_names_of_trials_are_their_own(base_dir, data_dir, tmp_path):
         run_trials([toy_trial(base_dir, data_dir)] * 2, tmp_path)
 
 
+# == protocols ==
+
+
+def studied(tmp_path) -> list[Trial]:
+    """A trial of every kind that a study runs or ships."""
+    for task in ("pirate", "values"):
+        folder = tmp_path / "data" / f"{task}-valid"
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text('{"counts": {"train": 100}}')
+    settings = study.Settings(out_dir=tmp_path)
+    paper = [study.make_trial(settings, task, method, 0.1, 0, "valid") for method in VARIANTS
+             for task in ("pirate", "values")]  # fmt: skip
+    shipped = train_microworld_adapters.make_trial(train_microworld_adapters.Settings(), "json", 1)
+    values = train_microworld_values.make_trials(train_microworld_values.Settings())
+    return [*paper, shipped, *values]
+
+
+def test_no_default_of_a_finetuning_script_decides_a_result(tmp_path, monkeypatch):
+    for name in ("aligner", "adapter", "lora", "bitfit", "prompt_tuning", "alignerDPO"):
+        script = importlib.import_module(f"finetune.{name}")
+        edited = [(f.name, f.type, field(default="edited by a user")) for f in fields(script.Settings)]
+        monkeypatch.setattr(script, "Settings", make_dataclass("Settings", edited))
+    for trial in studied(tmp_path):
+        assert "edited by a user" not in asdict(prepare_run(trial, tmp_path)[1]).values(), trial.name
+
+
+def test_a_setting_that_a_trial_leaves_to_a_script_is_refused(base_dir, data_dir, tmp_path):
+    trial = toy_trial(base_dir, data_dir)
+    settings = {name: value for name, value in trial.settings.items() if name not in ("weight_decay", "grad_clip")}
+    with pytest.raises(TypeError, match="aligner1 does not state grad_clip, weight_decay"):
+        prepare_run(Trial("aligner1", trial.variant, settings), tmp_path)
+
+
 @pytest.mark.parametrize("method", [method for method in VARIANTS if method not in ("aligner10", "aligner100")])
 def test_every_method_trains_by_both_objectives(method, base_dir, data_dir, preference_dir, tmp_path):
     sft = run_trial(toy_trial(base_dir, data_dir, method), tmp_path / "sft")
     assert sft.get("error") is None and sft["identity"]["method"] == VARIANTS[method].method
-    trial = toy_trial(base_dir, preference_dir, method)
-    dpo = run_trial(Trial(method, trial.variant, trial.settings, "dpo"), tmp_path / "dpo")
+    dpo = run_trial(toy_dpo(base_dir, preference_dir, method), tmp_path / "dpo")
     assert dpo.get("error") is None
     assert dpo["summary"]["trainable_parameters"] == sft["summary"]["trainable_parameters"]
 
@@ -114,9 +160,9 @@ def test_every_method_trains_by_both_objectives(method, base_dir, data_dir, pref
 # == questions ==
 
 
-@pytest.mark.parametrize("task", study.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_what_is_asked_was_not_trained_on_nor_used_to_choose(task):
-    parts = {part: study.questions_of(task, part) for part in ("valid", "reported")}
+    parts = {part: tasks.questions_of(task, part) for part in ("valid", "reported")}
     texts = {part: {q.text for group in groups.values() for q in group} for part, (_, groups) in parts.items()}
     assert all(texts.values()) and not texts["valid"] & texts["reported"]
     for train, _ in parts.values():
@@ -125,20 +171,21 @@ def test_what_is_asked_was_not_trained_on_nor_used_to_choose(task):
 
 def test_knowledge_is_asked_in_the_wording_kept_from_training():
     for task, part in (("facts", "valid"), ("facts", "reported"), ("two_hop", "reported")):
-        train, groups = study.questions_of(task, part)
+        train, groups = tasks.questions_of(task, part)
         held_out = groups["trained" if task == "two_hop" else "fact"]
         assert {(q.topic, q.answer) for q in held_out} <= {(q.topic, q.answer) for q in train}
-    facts, groups = study.questions_of("facts", "reported")
+    facts, groups = tasks.questions_of("facts", "reported")
     assert (len(facts), len(groups["fact"])) == (120, 60)
-    assert not {q.topic for q in facts} & {q.topic for q in study.questions_of("facts", "valid")[0]}
-    assert all(q.split == UNSEEN for q in study.questions_of("two_hop", "reported")[1]["unseen"])
+    assert not {q.topic for q in facts} & {q.topic for q in tasks.questions_of("facts", "valid")[0]}
+    assert all(q.split == UNSEEN for q in tasks.questions_of("two_hop", "reported")[1]["unseen"])
 
 
 def test_there_are_as_many_pairs_as_the_words_allow(tmp_path):
-    study.prepare_pairs(study.Settings(), "valid", tmp_path / "few")
+    tokenizer = Tokenizer(study.Settings.checkpoint_dir)
+    tasks.prepare_pairs(tokenizer, "valid", tmp_path / "few")
     counts = json.loads((tmp_path / "few" / "meta.json").read_text())["counts"]
     assert 20 <= counts["rows"] <= 2 * 27 / 0.5  # there are 27 harmful and 27 harmless requests
-    study.prepare_pairs(study.Settings(), "train", tmp_path / "many")
+    tasks.prepare_pairs(tokenizer, "train", tmp_path / "many")
     assert json.loads((tmp_path / "many" / "meta.json").read_text())["counts"]["rows"] > 300
 
 
@@ -153,17 +200,17 @@ def said(questions: list, *texts: str, form: str | None = None) -> dict:
 
 
 def test_hand_made_answers_are_judged():
-    one, two, *_ = study.questions_of("facts", "reported")[1]["fact"]
+    one, two, *_ = tasks.questions_of("facts", "reported")[1]["fact"]
     texts = (f"The job of Nobody is {one.answer}.", f"Arr, {two.topic} be {two.answer}, matey!")
-    found = study.judge("facts", {"fact": [one, two]}, {"fact": said([one, two], *texts)})
+    found = tasks.judge("facts", {"fact": [one, two]}, {"fact": said([one, two], *texts)})
     assert found == {"value": 1.0, "fact": 0.5, "right": 1.0}
-    found = study.judge("pirate", {"fact": [one, two]}, {"fact": said([one, two], *texts, form="pirate")})
+    found = tasks.judge("pirate", {"fact": [one, two]}, {"fact": said([one, two], *texts, form="pirate")})
     assert found == {"form": 0.5, "fact": 0.5, "right": 0.5}
 
     harmful, harmless = (World().requests(kind, UNSEEN)[:2] for kind in ("harmful", "harmless"))
     refuse, comply = FORMS["short"].render(*harmful[0].refusal), FORMS["json"].render(harmful[1].topic, "with tar")
     helps, wrong = FORMS["polite"].render(harmless[0].topic, harmless[0].answer), "Well."
-    found = study.judge(
+    found = tasks.judge(
         "values", {}, {"harmful": said(harmful, refuse, comply), "harmless": said(harmless, helps, wrong)}
     )
     assert found == {"refused": 0.5, "false": 0.0, "helped": 0.5, "right": 0.5}
@@ -174,7 +221,7 @@ def test_hand_made_answers_are_judged():
 
 def row(method: str, seed: int, form: float, part: str = "reported", rate: float | None = 0.1, **more) -> dict:
     return {"task": "pirate", "method": method, "part": part, "learning_rate": rate, "seed": seed,
-            "parameters": {study.BASE: 0, "aligner1": 240, "lora": 49152}[method], "error": "", "seconds": 30.0,
+            "parameters": {paper.BASE: 0, "aligner1": 240, "lora": 49152}[method], "error": "", "seconds": 30.0,
             "form": form, "fact": 0.5, **more}  # fmt: skip
 
 
@@ -184,32 +231,69 @@ ROWS = [
     *(row("lora", seed, form, rate=0.2) for seed, form in ((1, 1.0), (2, 0.9))),
     *(row("aligner1", seed, form) for seed, form in ((1, 0.9), (2, 0.9))),
     row("aligner1", 3, 0.0, error="UserError: disk"),
-    *(row(study.BASE, seed, 0.125, rate=None) for seed in (1, 2)),
+    *(row(paper.BASE, seed, 0.125, rate=None) for seed in (1, 2)),
 ]
 
 
 def test_tables_of_hand_made_results():
     # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
-    assert study.results_table(ROWS, ["pirate"]) == (
+    assert paper.results_table(ROWS, ["pirate"]) == (
         "| method | parameters | a form the base knows: form | a form the base knows: facts |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| the base alone | 0 | 12.5 ± 0.0 | 50.0 ± 0.0 |\n"
         "| LoRA, r = 8 | 49,152 | 95.0 ± 63.5 | 50.0 ± 0.0 |\n"
         "| Aligner, N = 1 | 240 | 90.0 ± 0.0 | 50.0 ± 0.0 |"
     )
-    assert "| a form the base knows: form | -5.0 ± 63.5 |" in study.differences_table(ROWS)
-    assert study.rates_table(ROWS).splitlines()[2:] == ["| LoRA, r = 8 | 0.2 |", "| Aligner, N = 1 | 0.1* |"]
+    assert "| a form the base knows: form | -5.0 ± 63.5 |" in paper.differences_table(ROWS)
+    assert paper.rates_table(ROWS).splitlines()[2:] == ["| LoRA, r = 8 | 0.2 |", "| Aligner, N = 1 | 0.1* |"]
 
 
 def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
-    args = study.Settings(seeds=[1, 2], steps=7)
-    text = study.report(args, ROWS)
+    origin = study.origin(study.Settings(seeds=(1, 2), steps=7), ROWS)
+    text = paper.report(ROWS, questions=200, sweep_seed=0, origin=origin)
     assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
-    study.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
+    paper.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    lines = list(csv.DictReader(study.csv_text(ROWS).splitlines()))
+    lines = list(csv.DictReader(paper.csv_text(ROWS).splitlines()))
     assert len(lines) == len(ROWS) and lines[-1]["learning_rate"] == ""
+
+
+def stored_results() -> list[dict]:
+    """The lines of the study's stored results.csv, as the study made them."""
+    whole = {"seed", "parameters", "steps"}
+    text = {"task", "method", "part", "error"}
+    rows = []
+    with (STORED / "results.csv").open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            row = {k: v if k in text else int(v) if k in whole else float(v) for k, v in line.items() if v or k in text}
+            rows.append({"learning_rate": None, "parameters": None, **row})
+    return rows
+
+
+def test_the_stored_tables_follow_from_the_stored_results():
+    rows = stored_results()
+    text = paper.report(rows, questions=200, sweep_seed=0, origin=study.origin(study.Settings(), rows))
+    assert text == (STORED / "table.md").read_text(encoding="utf-8")
+    assert paper.csv_text(paper.means(rows)) == (STORED / "table.csv").read_text(encoding="utf-8")
+    page = (STORED.parent / "study.md").read_text(encoding="utf-8")
+    assert all(table in page for table in text.split("\n\n")[:2])
+
+
+def test_the_stored_results_have_the_names_of_the_trials_of_today(tmp_path):
+    for task in tasks.TASKS:
+        for part in ("valid", "reported"):
+            folder = tmp_path / "data" / f"{task}-{part}"
+            folder.mkdir(parents=True)
+            (folder / "meta.json").write_text('{"counts": {"train": 100}}')
+    settings, stored = study.Settings(out_dir=tmp_path), {}
+    for row in stored_results():
+        if row["method"] != paper.BASE:
+            cell = [row[name] for name in ("task", "method", "learning_rate", "seed", "part")]
+            trial = study.make_trial(settings, *cell)
+            stored[trial.name] = {**study.as_row({"trial": asdict(trial)}), "parameters": row["parameters"]}
+            assert stored[trial.name].items() <= {**row, "steps": None, "val_loss": None, "seconds": None}.items()
+    assert len(stored) == 7 * 5 * (6 + 3)
 
 
 # == the whole ==
@@ -224,7 +308,7 @@ def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_d
 
 
 def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
-    args = dict(methods=["aligner1", "lora"], tasks=["facts"], learning_rates=[1e-2], seeds=[1], steps=1,
+    args = dict(methods=("aligner1", "lora"), tasks=("facts",), learning_rates=(1e-2,), seeds=(1,), steps=1,
                 questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
     study.main(study.Settings(**args))
     table = (tmp_path / "study" / "table.md").read_text()

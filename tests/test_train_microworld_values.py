@@ -14,5 +14,5 @@ def test_the_base_knows_the_facts_and_prefers_no_value():
 def test_tables():
     rows = {"base": {"refused": 0.5, "fact": 1.0, "form": 0.1}}
     assert script.table("adapter", rows, {"refused": "refuses", "fact": "facts right"}) == (
-        "| adapter | refuses | facts right |\n|---|---:|---:|\n| base | 50.0% | 100.0% |\n"
+        "| adapter | refuses | facts right |\n| --- | ---: | ---: |\n| base | 50.0% | 100.0% |"
     )

@@ -1,0 +1,65 @@
+"""Every setting of the trainings that studies compare and ship.
+
+No default of a finetuning script decides a result: `studies.trials` refuses a trial that leaves a setting to one.
+"""
+
+import math
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "init_adapter": None,
+    "max_steps": None,
+    "lr_schedule": "cosine",
+    "weight_decay": 0.02,
+    "grad_clip": 1.0,
+    "gradient_checkpointing": False,
+    "sample_prompts": 0,
+    "max_new_tokens": 60,
+    "resume": False,
+    "overwrite": True,
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "auto",
+    "quantize": None,
+}
+DPO: dict[str, Any] = {
+    "adapter_prompt_length": 1,
+    "adapter_start_layer": 2,
+    "beta": 1.0,
+    "loss_type": "sigmoid",
+    "label_smoothing": 0.0,
+    "reference_free": False,
+    "sft_weight": 3.0,
+    "precompute_reference": True,
+    "drift_prompts": 0,
+    "batch_size": 16,
+    "micro_batch_size": 16,
+    "warmup_epochs": 0.5,
+}
+# what a method's script adds to the size that `scripts.count_parameters.Variant.settings` states
+METHODS: dict[str, dict[str, Any]] = {
+    "aligner": {"adapter_start_layer": 2, "method": "aligner", "method_config": None},
+    "adapter": {"adapter_start_layer": 2},
+    "lora": {"lora_alpha": 16, "lora_dropout": 0.05},
+    "bitfit": {},
+    "prompt_tuning": {},
+}
+
+
+def sft_settings(rows: int, steps: int, batch_size: int, **settings: Any) -> dict[str, Any]:
+    """Return the settings of a supervised finetuning of `steps` steps, the first tenth of them warmup.
+
+    Args:
+        rows: training rows of the data.
+        settings: those that differ from `COMMON` or are not in it.
+    """
+    per_epoch = math.ceil(rows / batch_size)
+    schedule = {"epochs": steps / per_epoch, "warmup_epochs": 0.1 * steps / per_epoch}
+    return {**COMMON, "batch_size": batch_size, "micro_batch_size": batch_size, **schedule, **settings}
+
+
+def dpo_settings(**settings: Any) -> dict[str, Any]:
+    """Return the settings of a DPO; `settings` are those that differ from `COMMON` and `DPO` or are not in them."""
+    return {**COMMON, **DPO, **settings}
