@@ -1,16 +1,17 @@
-"""Prepared datasets: written once by a prepare script, memory-mapped in training.
+"""Prepared datasets, which are memory-mapped in training, and the order in which their rows are trained on.
 
-A folder holds Arrow files (`datasets` reads them without loading them) and `meta.json`, which says what made it. A
-row of an SFT dataset is
+A dataset folder, written by `lit_llama.prepare`, holds Arrow files and `meta.json`, which describes them. The columns
+of a dataset for supervised finetuning are
 
-    input_ids        prompt and response, one EOS at the end
-    prompt_length    how many of them are the prompt's; `mask_prompt` in meta.json says whether those are trained on
+    input_ids        prompt and response, with EOS at the end
+    prompt_length    number of tokens of the prompt; they are labels unless meta.json sets `mask_prompt`
 
-and a row of a preference dataset has
+and those of a preference dataset are
 
-    prompt, chosen, rejected        both responses follow the same prompt; EOS at the end of each that was not cut
+    prompt           token ids of the prompt
+    chosen, rejected token ids of the two responses, each with EOS at the end unless it was truncated
 
-so a training script never guesses a format, a template or a mask from a path.
+The format, the prompt style and the mask are read from meta.json, never guessed from a path.
 """
 
 import hashlib
@@ -96,19 +97,23 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
 
 
 class Split:
-    """One split of a prepared folder: its rows as numpy arrays, and its `meta`.
+    """One split of a dataset folder.
+
+    Attributes:
+        rows: The rows, as numpy arrays.
+        meta: The content of meta.json.
 
     Args:
-        data_dir: the prepared folder.
+        data_dir: The dataset folder.
         split: "train" or "test".
-        tokenizer: if given, the folder must have been made with it.
-        max_rows: use the first rows only.
+        tokenizer: If given, the tokenizer that the dataset must have been prepared with.
+        max_rows: If given, only the first rows are used.
 
     Raises:
-        UserError: not such a folder, or made with another tokenizer.
+        UserError: The folder is missing, damaged or of another format, or was prepared with another tokenizer.
     """
 
-    format: str  # what meta.json must say
+    format: str  # format that meta.json must name
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         self.meta = read_meta(data_dir, self.format)
@@ -129,7 +134,7 @@ class Split:
 
 
 class SFTData(Split):
-    """One split of a prepared SFT folder (`Data`): a row is a prompt with a response.
+    """One split of a dataset for supervised finetuning (`Data`): a row is a prompt with a response.
 
     `weights` is the number of labels of each row.
     """
@@ -160,7 +165,7 @@ class SFTData(Split):
 
 
 class PreferenceData(Split):
-    """One split of a prepared preference folder (`Data`): a row is a prompt with two responses.
+    """One split of a preference dataset (`Data`): a row is a prompt with two responses.
 
     `weights` is 1 for each pair.
     """

@@ -189,10 +189,19 @@ def check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
     Raises:
         UserError: There is less free space than the tensors take.
     """
+    check_free(folder, sum(t.nbytes for t in tensors.values()))
+
+
+def check_free(folder: Path, nbytes: int) -> None:
+    """Check that a folder's disk has space for a number of bytes. The folder need not exist yet.
+
+    Raises:
+        UserError: There is less free space.
+    """
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(existing).free
-    if needed > free:
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
         raise UserError(
-            f"The weights take {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; choose "
+            f"The files take {nbytes / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; choose "
             "another --output_dir or free some space."
         )

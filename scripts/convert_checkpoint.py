@@ -1,7 +1,7 @@
-"""Converts a LLaMA checkpoint as Meta distributes it: params.json, one or several consolidated.*.pth, a tokenizer.
+"""Convert a LLaMA checkpoint in Meta's layout: params.json, one or several consolidated.*.pth, and a tokenizer.
 
-One tensor after the other is joined from its shards and written, so memory never holds the model. Nothing is
-downloaded.
+Tensors are concatenated from their shards and written one at a time, so that memory never holds the complete model.
+Nothing is downloaded.
 """
 
 import sys
@@ -27,12 +27,12 @@ from lit_llama.utils import UserError, log
 
 @dataclass
 class Settings:
-    checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # the folder with params.json and consolidated.*.pth
-    tokenizer_dir: Path | None = None  # the folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
-    output_dir: Path = Path("checkpoints/Llama-2-7B")  # the folder to write
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as they are
-    block_size: int = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
-    rope_factor: float | None = None  # of Llama 3.1's rope scaling (default: 32 for tied embeddings, as in 3.2, else 8)
+    checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # folder with params.json and consolidated.*.pth
+    tokenizer_dir: Path | None = None  # folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
+    output_dir: Path = Path("checkpoints/Llama-2-7B")  # folder to write
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
+    block_size: int = 4096  # maximum sequence length: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
+    rope_factor: float | None = None  # factor of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
 
 
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
@@ -45,31 +45,31 @@ LAYER_MODULES = {
     "mlp.c_fc2": ["feed_forward.w3"],
     "mlp.c_proj": ["feed_forward.w2"],
 }
-# the dimension that shards split; of the norms every shard has the whole
+# dimension along which a tensor is split into shards; norms are complete in every shard
 SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
-IGNORED = "rope.freqs"  # a table that LLaMA 1 and 2 carry; it follows from the configuration
+IGNORED = "rope.freqs"  # a table in the files of LLaMA 1 and 2, which follows from the configuration
 
 
 def meta_names(name: str) -> list[str]:
-    """Meta's tensors whose rows make up one of our parameters, in order."""
+    """Return Meta's tensors whose rows make up one of our parameters, in order."""
     module = name.rpartition(".")[0]
     if module in MODULES:
-        return [f"{theirs}.weight" for theirs in MODULES[module]]
+        return [f"{meta_module}.weight" for meta_module in MODULES[module]]
     layer, _, part = module.removeprefix("transformer.h.").partition(".")
-    return [f"layers.{layer}.{theirs}.weight" for theirs in LAYER_MODULES[part]]
+    return [f"layers.{layer}.{meta_module}.weight" for meta_module in LAYER_MODULES[part]]
 
 
 def open_shards(checkpoint_dir: Path) -> list[dict[str, LazyTensor]]:
-    """The tensors of each shard by name.
+    """Return the tensors of each shard by name.
 
     Raises:
-        UserError: there is none, one is missing or damaged, or they hold different tensors.
+        UserError: A shard is missing or damaged, or the shards hold different tensors.
     """
     paths = sorted(checkpoint_dir.glob("consolidated.*.pth"))
     numbers = [path.name.split(".")[1] for path in paths]
     if not paths or numbers != [f"{i:02}" for i in range(len(paths))]:
         found = ", ".join(path.name for path in paths) or "none"
-        raise UserError(f"{checkpoint_dir} needs consolidated.00.pth and all that follow it; there is {found}.")
+        raise UserError(f"{checkpoint_dir} needs consolidated.00.pth and all that follow it; found: {found}.")
     shards = [open_tensors([path]) for path in paths]
     shards = [{name: tensor for name, tensor in shard.items() if name != IGNORED} for shard in shards]
     for path, shard in zip(paths, shards, strict=True):
@@ -79,42 +79,43 @@ def open_shards(checkpoint_dir: Path) -> list[dict[str, LazyTensor]]:
 
 
 def join_shards(shards: list[dict[str, LazyTensor]], width: int) -> dict[str, LazyTensor]:
-    """Each tensor whole, of all shards together.
+    """Return the complete tensors.
 
     Args:
-        width: of the model; an embedding as wide is split by vocabulary, as since Llama 3.
+        shards: Tensors of each shard by name.
+        width: Width of the model. An embedding of this width is split along the vocabulary, as since Llama 3.
 
     Raises:
-        UserError: the parts of a tensor do not fit together.
+        UserError: The parts of a tensor do not fit together.
     """
-    whole = {}
+    complete = {}
     for name, first in shards[0].items():
         parts = [shard[name] for shard in shards]
         dim = SPLIT.get(name.split(".")[-2] if "." in name else name)
         if name == "tok_embeddings.weight" and first.shape[-1] == width:
             dim = 0
         if dim is None or len(parts) == 1:
-            whole[name] = first
+            complete[name] = first
             continue
         if any(len(p.shape) != 2 or p.shape[1 - dim] != first.shape[1 - dim] for p in parts):
             raise UserError(f"The shards do not fit together: {name} is {' and '.join(str(p.shape) for p in parts)}.")
         size = sum(part.shape[dim] for part in parts)
         shape = (size, first.shape[1]) if dim == 0 else (first.shape[0], size)
-        whole[name] = LazyTensor(shape, first.dtype, partial(joined, parts, dim))
-    return whole
+        complete[name] = LazyTensor(shape, first.dtype, partial(concatenate, parts, dim))
+    return complete
 
 
-def joined(parts: list[LazyTensor], dim: int) -> torch.Tensor:
+def concatenate(parts: list[LazyTensor], dim: int) -> torch.Tensor:
     return torch.cat([part.read() for part in parts], dim)
 
 
 def convert_params(
     params: dict[str, Any], tensors: dict[str, LazyTensor], block_size: int, rope_factor: float | None
 ) -> LLaMAConfig:
-    """A params.json as our configuration; what it leaves out is read off the tensors.
+    """Convert the content of a params.json. Sizes that it lacks are taken from the tensors.
 
     Raises:
-        UserError: a number or a tensor is missing.
+        UserError: A number or a tensor is missing.
     """
     if missing := [name for name in ("dim", "n_layers", "n_heads") if not isinstance(params.get(name), int)]:
         raise UserError(f"params.json has no number for {', '.join(missing)}.")
@@ -127,7 +128,7 @@ def convert_params(
     scaling = None
     if params.get("use_scaled_rope"):
         factor = rope_factor or params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
-        log(f"rope scaling of Llama 3.1 by the factor {factor:g}")
+        log(f"rope scaling of Llama 3.1 with factor {factor:g}")
         scaling = {**LLAMA3_SCALING, "factor": float(factor)}
     return LLaMAConfig(
         block_size=block_size,
@@ -145,23 +146,23 @@ def convert_params(
     )
 
 
-def main(args: Settings) -> None:
-    check_folder(args.output_dir, BASE_MODEL, args.checkpoint_dir, args.tokenizer_dir)
-    params = read_json(args.checkpoint_dir / "params.json")
-    tensors = join_shards(open_shards(args.checkpoint_dir), params.get("dim", 0))
-    config = convert_params(params, tensors, args.block_size, args.rope_factor)
-    tokenizer_dir = args.tokenizer_dir or args.checkpoint_dir
+def main(settings: Settings) -> None:
+    check_folder(settings.output_dir, BASE_MODEL, settings.checkpoint_dir, settings.tokenizer_dir)
+    params = read_json(settings.checkpoint_dir / "params.json")
+    tensors = join_shards(open_shards(settings.checkpoint_dir), params.get("dim", 0))
+    config = convert_params(params, tensors, settings.block_size, settings.rope_factor)
+    tokenizer_dir = settings.tokenizer_dir or settings.checkpoint_dir
     fitting_tokenizer(tokenizer_dir, config)
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     state = to_lit(tensors, config, dtype, names=meta_names, source="params.json", half_split=False)
-    check_space(args.output_dir, state)
-    with atomic_folder(args.output_dir, BASE_MODEL) as folder:
+    check_space(settings.output_dir, state)
+    with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(tokenizer_dir, folder)
     log(f"{sum(torch.Size(t.shape).numel() for t in state.values()):,} parameters, {len(state)} tensors")
-    print(args.output_dir)
+    print(settings.output_dir)
 
 
 if __name__ == "__main__":

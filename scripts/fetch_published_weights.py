@@ -1,6 +1,6 @@
-"""Downloads the authors' published adapters for Llama 2 and checks each file against its known sha256.
+"""Download the authors' published adapters for Llama 2 and compare each file with its known sha256.
 
-Files that are there already are kept. One of the published files is not a checkpoint and is left out.
+Files that exist already are kept. One of the published files is not a checkpoint and is skipped.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from lit_llama.utils import UserError, log
 
 @dataclass
 class Settings:
-    output_dir: Path = Path("aligner_weights/published")  # where the files go, in the authors' folders
+    output_dir: Path = Path("aligner_weights/published")  # folder to write; it gets the authors' subfolders
     overwrite: bool = False  # replace files of the same names that are not the published ones
     source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
 
@@ -58,10 +58,10 @@ LARGEST = 10_000_000  # bytes; the files have up to 2.5 MB
 
 
 def fetch(url: str) -> bytes:
-    """The content behind a URL.
+    """Return the content at a URL.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: It cannot be downloaded.
     """
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
@@ -73,26 +73,26 @@ def fetch(url: str) -> bytes:
         raise UserError(f"Cannot read {url} ({reason}); check the network and run again.") from None
 
 
-def is_there(path: Path, sha256: str) -> bool:
+def is_complete(path: Path, sha256: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def main(args: Settings) -> None:
-    missing = {name: sha256 for name, sha256 in FILES.items() if not is_there(args.output_dir / name, sha256)}
+def main(settings: Settings) -> None:
+    missing = {name: sha256 for name, sha256 in FILES.items() if not is_complete(settings.output_dir / name, sha256)}
     for name in missing:
-        check_file(args.output_dir / name, overwrite=args.overwrite)
-    log(f"left out: {BROKEN}, which is not a checkpoint but a text of questions and answers")
+        check_file(settings.output_dir / name, overwrite=settings.overwrite)
+    log(f"skipped: {BROKEN}, which is not a checkpoint but a text of questions and answers")
     for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
-        content = fetch(f"{args.source.rstrip('/')}/{urllib.parse.quote(name)}")
+        content = fetch(f"{settings.source.rstrip('/')}/{urllib.parse.quote(name)}")
         if (got := hashlib.sha256(content).hexdigest()) != sha256:
             raise UserError(
-                f"{name} from {args.source} is not the file it should be: its sha256 begins with {got[:12]}, not with "
-                f"{sha256[:12]}."
+                f"{name} from {settings.source} is not the published file: its sha256 begins with {got[:12]}, not "
+                f"with {sha256[:12]}."
             )
-        with atomic_write(args.output_dir / name, overwrite=args.overwrite) as temporary:
+        with atomic_write(settings.output_dir / name, overwrite=settings.overwrite) as temporary:
             temporary.write_bytes(content)
-    log(f"{len(missing)} fetched, {len(FILES) - len(missing)} were there")
-    print(args.output_dir)
+    log(f"{len(missing)} fetched, {len(FILES) - len(missing)} existed")
+    print(settings.output_dir)
 
 
 if __name__ == "__main__":

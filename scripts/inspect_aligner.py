@@ -1,8 +1,8 @@
-"""Says what an adapter file is and shows its gates by layer; with several files, how they differ.
+"""Describe an adapter file and its gates by layer; for several files, also their differences.
 
-It reads our .safetensors, a run's folder, and the authors' .pth files. A gate is one number per layer and head that
-multiplies what the layer reads from the prefix: a layer whose gates are near zero does not use the Aligner. Of other
-methods' files it shows the root mean square of each layer's tensors.
+Reads this project's .safetensors, the folder of a run, and the authors' .pth files. A gate is one number per layer and
+head that multiplies the attention to the prefix: a layer with gates near zero does not use the Aligner. For adapters of
+other methods, the root mean square of each layer's tensors is shown.
 """
 
 import itertools
@@ -26,22 +26,22 @@ from lit_llama.variant import without_aliases
 
 @dataclass
 class Settings:
-    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or a run's folder
-    plot: Path | None = None  # also draw the gates by layer, as this picture (.png, .svg or .pdf)
-    to_safetensors: Path | None = None  # also write the one adapter here, in fp32 and in this project's format
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
+    plot: Path | None = None  # also plot the gates by layer to this file (.png, .svg or .pdf)
+    to_safetensors: Path | None = None  # also write the only adapter to this file, in fp32 and this project's format
     overwrite: bool = False  # replace the files that plot and to_safetensors name, if they exist
-    prompt_style: str | None = None  # what --to_safetensors shall say its prompts are like (default: as the file says)
+    prompt_style: str | None = None  # with --to_safetensors: the prompt style to record (default: that of the file)
 
 
 PREFIX = "global_value_embedding.weight"
-BAR = 30  # characters of the longest bar
+BAR = 30  # length of the longest bar, in characters
 
 
 def open_adapter(path: Path) -> AdapterFile:
-    """An Aligner's file, its prefix under one name.
+    """Return the content of an Aligner's file, with the prefix under one name.
 
     Raises:
-        UserError: it is none.
+        UserError: The file is not an Aligner.
     """
     adapter = read_adapter(path)
     adapter.state = without_aliases(adapter.state)
@@ -51,13 +51,13 @@ def open_adapter(path: Path) -> AdapterFile:
 
 
 def gates(adapter: AdapterFile) -> dict[int, torch.Tensor]:
-    """Each layer's gates, (nh,) in fp32, by its number."""
+    """Return the gates (nh,) in fp32 by layer."""
     named = {name: t for name, t in adapter.state.items() if name.endswith(".gating_factor")}
     return dict(sorted((int(name.split(".")[2]), t.float().flatten()) for name, t in named.items()))
 
 
 def kinds(adapter: AdapterFile) -> dict[str, dict[int, torch.Tensor]]:
-    """Tensors in fp32 by their kind, such as `c_attn.lora_A`, and layer; those of no layer count as of layer 0."""
+    """Return the tensors in fp32 by kind, such as `c_attn.lora_A`, and layer; 0 for tensors outside the layers."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for name, t in adapter.state.items():
         _, _, layer, _, kind = name.split(".", 4) if name.startswith("transformer.h.") else ("", "", "0", "", name)
@@ -66,7 +66,7 @@ def kinds(adapter: AdapterFile) -> dict[str, dict[int, torch.Tensor]]:
 
 
 def describe_other(adapter: AdapterFile) -> str:
-    """What an adapter of another method is, and the size of its tensors by layer."""
+    """Return a description of an adapter of another method: settings, and the size of its tensors by layer."""
     count = sum(t.numel() for t in adapter.state.values())
     settings = "".join(f", {name} {value}" for name, value in adapter.config.items())
     lines = [f"{adapter.path}", f"  {adapter.method}{settings}: {count:,} parameters"]
@@ -80,7 +80,7 @@ def describe_other(adapter: AdapterFile) -> str:
 
 
 def describe(adapter: AdapterFile, largest: float) -> str:
-    """What an Aligner is, and a line per layer; a bar of full length is a mean |gate| of `largest`."""
+    """Return a description of an Aligner with a line for each layer; a full bar is a mean |gate| of `largest`."""
     prefix, by_layer = adapter.state[PREFIX].float(), gates(adapter)
     count = sum(t.numel() for t in adapter.state.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.state.values()})
@@ -100,9 +100,9 @@ def describe(adapter: AdapterFile, largest: float) -> str:
 
 
 def about(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a header says, in a few words each; the authors' files have none."""
+    """Return the entries of a header to show; the authors' files have none."""
     training, data, base = (meta.get(name) or {} for name in ("training", "data", "base"))
-    said = {
+    entries = {
         "prompt style": meta.get("prompt_style"),
         "data": data.get("source"),
         "base": base.get("weights"),
@@ -110,21 +110,21 @@ def about(meta: dict[str, Any]) -> dict[str, Any]:
         "validation loss": training.get("val_loss"),
         "converted from": meta.get("converted_from"),
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def agreement(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
-    """How many values of two tensors of one shape are equal, and their cosine."""
+    """Return the number of equal values of two tensors of the same shape, and their cosine similarity."""
     return int((a == b).sum()), torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
 
 
 def difference(one: AdapterFile, other: AdapterFile) -> str:
-    """How two Aligners differ, the layers that both have compared."""
-    ours, theirs = gates(one), gates(other)
-    layers = [layer for layer in ours if layer in theirs]
+    """Return a comparison of two Aligners on the layers that both have."""
+    gates_of = gates(one), gates(other)
+    layers = [layer for layer in gates_of[0] if layer in gates_of[1]]
     pairs = {
         "prefix": (one.state[PREFIX].float().flatten(), other.state[PREFIX].float().flatten()),
-        "gates": tuple(torch.cat([by_layer[i] for i in layers] or [torch.empty(0)]) for by_layer in (ours, theirs)),
+        "gates": tuple(torch.cat([by_layer[i] for i in layers] or [torch.empty(0)]) for by_layer in gates_of),
     }
     lines = [f"{one.path}", f"{other.path}"]
     if one.state[PREFIX].shape != other.state[PREFIX].shape:
@@ -141,7 +141,7 @@ def difference(one: AdapterFile, other: AdapterFile) -> str:
 
 
 def draw(adapters: list[AdapterFile], path: Path, overwrite: bool) -> None:
-    """Gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
+    """Plot the gates by layer: a dot per head, the mean as a line, and one standard deviation around it."""
     figure = make_figure(7, 3 * len(adapters))
     for axes, adapter in zip(figure.subplots(len(adapters), sharex=True, squeeze=False)[:, 0], adapters, strict=True):
         by_layer = gates(adapter)
@@ -159,7 +159,7 @@ def draw(adapters: list[AdapterFile], path: Path, overwrite: bool) -> None:
 
 
 def convert(adapter: AdapterFile, path: Path, style: str | None, overwrite: bool) -> None:
-    """Writes an adapter in this project's format, in fp32."""
+    """Write an adapter in this project's format, in fp32."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path} must end in .safetensors.")
     meta = {"method": adapter.method, "config": adapter.config, **adapter.meta, "converted_from": adapter.path.name}
@@ -169,24 +169,24 @@ def convert(adapter: AdapterFile, path: Path, style: str | None, overwrite: bool
     log(f"wrote {path}")
 
 
-def main(args: Settings) -> None:
-    for output in filter(None, (args.plot, args.to_safetensors)):
-        check_file(output, *args.files, overwrite=args.overwrite)
-    if args.to_safetensors and len(args.files) > 1:
-        raise UserError(f"--to_safetensors writes one adapter, and {len(args.files)} are named.")
-    adapters = [read_adapter(path) for path in args.files]
+def main(settings: Settings) -> None:
+    for output in filter(None, (settings.plot, settings.to_safetensors)):
+        check_file(output, *settings.files, overwrite=settings.overwrite)
+    if settings.to_safetensors and len(settings.files) > 1:
+        raise UserError(f"--to_safetensors writes one adapter, and {len(settings.files)} are named.")
+    adapters = [read_adapter(path) for path in settings.files]
     others = [adapter for adapter in adapters if adapter.method != "aligner"]
-    if others and args.plot:
+    if others and settings.plot:
         raise UserError(f"--plot draws an Aligner's gates, and {others[0].path} is of the method {others[0].method!r}.")
     aligners = [open_adapter(adapter.path) for adapter in adapters if adapter.method == "aligner"]
     largest = max((gate.abs().mean().item() for a in aligners for gate in gates(a).values()), default=0.0)
     parts = [describe(adapter, largest) for adapter in aligners] + [describe_other(adapter) for adapter in others]
     parts += [difference(one, other) for one, other in itertools.combinations(aligners, 2)]
     print("\n\n".join(parts))
-    if args.plot:
-        draw(aligners, args.plot, args.overwrite)
-    if args.to_safetensors:
-        convert((aligners + others)[0], args.to_safetensors, args.prompt_style, args.overwrite)
+    if settings.plot:
+        draw(aligners, settings.plot, settings.overwrite)
+    if settings.to_safetensors:
+        convert((aligners + others)[0], settings.to_safetensors, settings.prompt_style, settings.overwrite)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,8 @@ BAD: dict[str, Any] = {
     "There is no params.json": lose("params.json"),
     "no number for n_layers": change("params.json", n_layers=None),
     "needs its tokenizer.model or tokenizer.json": lose("tokenizer.model"),
-    "there is consolidated.01.pth": lose("consolidated.00.pth"),
-    "there is none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
+    "found: consolidated.01.pth": lose("consolidated.00.pth"),
+    "found: none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
     "consolidated.01.pth is not a checkpoint: it is damaged or cut short": cut,
     "is not a checkpoint: it would run code when loaded": lambda folder: torch.save(
         {"norm.weight": RunsCode()}, folder / "consolidated.01.pth"

@@ -122,7 +122,7 @@ def test_download_refusals(hub, refused, tmp_path, monkeypatch):
     assert "accept it at https://huggingface.co/me/locked, then log in with `hf auth login`" in sentence("me/locked")
     assert "There is no model me/nothing that you may see" in sentence("me/nothing")
     assert "The download of me/down failed" in sentence("me/down")
-    assert "no name of a model" in sentence("a/b/c")
+    assert "not the name of a model" in sentence("a/b/c")
     assert "has no branch, tag or commit 'v9'" in sentence("me/model", "--revision", "v9")
     hub.files = {"README.md": b"words"}
     assert "me/model holds no model to convert: it needs config.json and one of model.safetensors" in sentence(
@@ -138,7 +138,7 @@ def test_published_weights(shared, run_script, refused, tmp_path):
     flags = ("--source", source.as_uri(), "--output_dir", tmp_path / "out")
     code, stdout, err = run_script(FETCH, *flags)
     assert (code, stdout) == (0, f"{tmp_path / 'out'}\n")
-    assert "left out" in err and "aligner10Tokens-llama2-7B" in err and "9 fetched, 0 were there" in err
+    assert "skipped" in err and "aligner10Tokens-llama2-7B" in err and "9 fetched, 0 existed" in err
     fetched = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
     published = {path.relative_to(source) for path in source.rglob("*.pth")}
     assert [path.name[:25] for path in published - fetched] == ["aligner10Tokens-llama2-7B"]
@@ -146,7 +146,7 @@ def test_published_weights(shared, run_script, refused, tmp_path):
 
     (tmp_path / "out" / min(fetched)).write_bytes(b"spoilt")
     assert "exists; replace it with --overwrite true" in refused(FETCH, *flags)
-    assert "1 fetched, 8 were there" in run_script(FETCH, *flags, "--overwrite", "true")[2]
+    assert "1 fetched, 8 existed" in run_script(FETCH, *flags, "--overwrite", "true")[2]
     assert (tmp_path / "out" / min(fetched)).read_bytes() == (source / min(fetched)).read_bytes()
 
 
@@ -159,5 +159,5 @@ def test_published_weights_of_another_content(run_script, tmp_path):
     assert code == 1 and "error: Cannot read file:" in err
     (folder / name).write_bytes(b"something else")
     code, _, err = run_script(FETCH, *flags, (tmp_path / "source").as_uri())
-    assert code == 1 and f"{name} from file:" in err and "is not the file it should be: its sha256 begins with" in err
+    assert code == 1 and f"{name} from file:" in err and "is not the published file: its sha256 begins with" in err
     assert not (tmp_path / "out").exists()
