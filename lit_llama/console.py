@@ -92,9 +92,7 @@ def exit_on_user_error() -> Iterator[None]:
             sys.exit(130)
         except Exception as error:
             if is_lost_connection(error):
-                log(
-                    "error: Another process of this run ended, for the reason that it printed or because it was killed."
-                )
+                log("error: Another process of this run ended; it printed the reason, or it was killed.")
                 sys.exit(1)
             if type(error).__name__ != "OutOfMemoryError":
                 raise

@@ -132,6 +132,4 @@ def test_a_process_that_lost_another_one_says_so():
     _, said = first.communicate(timeout=100)
     second.communicate(timeout=100)
     assert (first.returncode, second.returncode) == (1, 3)
-    assert said.decode() == (
-        "error: Another process of this run ended, for the reason that it printed or because it was killed.\n"
-    )
+    assert said.decode() == "error: Another process of this run ended; it printed the reason, or it was killed.\n"
