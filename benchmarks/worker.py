@@ -76,7 +76,7 @@ class Ours(Side):
 
     def loss(self, batch: Batch, kind: str) -> torch.Tensor:
         idx, labels = batch["idx"], batch["labels"]
-        logps = self.model(idx, labels=labels)
+        logps = self.model.label_logps(idx, labels)
         if kind == "sft":
             return -logps.mean()
         reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
@@ -84,7 +84,7 @@ class Ours(Side):
             if not hasattr(self, "reference"):
                 self.reference = load_model(self.weights, device=self.device, dtype=self.dtype)
             with torch.no_grad():
-                reference = sum_logps_by_row(self.reference(idx, labels=labels), labels)
+                reference = sum_logps_by_row(self.reference.label_logps(idx, labels), labels)
         return dpo_loss(*sum_logps_by_row(logps, labels).chunk(2), *reference.chunk(2))[0].mean()
 
     def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:

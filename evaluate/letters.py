@@ -75,7 +75,7 @@ def letter_logps(model: LLaMA, prompts: list[list[int]], letters: Letters) -> to
     last = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
     n_space, rows = len(letters.space), torch.arange(len(prompts), device=device)
     if n_space == 0:
-        logits = model(idx, last=last).unsqueeze(1)
+        logits = model.unembed(model.hidden(idx)[rows, last]).unsqueeze(1)
     else:
         logits = model(idx)[rows[:, None], last[:, None] + torch.arange(-n_space, 1, device=device)]
     logps = logits[..., : model.config.vocab_size].float().log_softmax(-1)  # (B, n_space + 1, V)

@@ -139,7 +139,7 @@ def main(settings: Settings) -> None:
     train = PreferenceData(settings.data_dir, "train", tokenizer)
     val = PreferenceData(settings.data_dir, "test", tokenizer, settings.eval_rows)
     setup = set_up_finetuning(settings, train.meta)
-    model: LLaMA = setup.model.module
+    model = setup.unwrapped
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     # a fresh adapter does not change the base, except for the learned vectors of prompt tuning
     is_base = settings.init_adapter is None and not model.n_virtual_tokens

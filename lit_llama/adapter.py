@@ -1,13 +1,14 @@
-"""LLaMA-Adapter v1 (arXiv 2303.16199): a prefix of its own for every layer from the start layer on.
+"""LLaMA-Adapter v1 (arXiv 2303.16199): each layer from the start layer on has a prefix of its own.
 
-Its attention is the Aligner's (see the picture in lit_llama/aligner.py) with `attn.adapter_wte` in place of the one
-prefix of all layers. As in Lit-LLaMA the gate is a raw number per head; the authors' own code takes its tanh.
+The attention is the Aligner's (see the picture in lit_llama/aligner.py), with `attn.adapter_wte` in place of the prefix
+shared by all layers. As in Lit-LLaMA the gate is used as it is; the authors' code applies tanh to it.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lit_llama.model as llama
 from lit_llama import aligner
@@ -16,11 +17,11 @@ from lit_llama.variant import layers_of
 
 @dataclass
 class LLaMAConfig(aligner.LLaMAConfig):
-    """The base's fields and the method's two.
+    """The configuration of a base model with a LLaMA-Adapter.
 
     Args:
-        adapter_prompt_length: prefix tokens of each layer, 1 or more.
-        adapter_start_layer: the first layer that has a prefix, counted from 0.
+        adapter_prompt_length: number of prefix tokens of each layer, 1 or more.
+        adapter_start_layer: first layer that has a prefix, counted from 0.
     """
 
     adapter_prompt_length: int = 10
@@ -42,9 +43,9 @@ class LLaMA(llama.LLaMA):
         return name.endswith((".gating_factor", ".adapter_wte.weight"))
 
     @staticmethod
-    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-        """Length and start layer; an Aligner's file may repeat its prefix under the same names."""
+    def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         layers = layers_of(state_dict, ".adapter_wte.weight")
+        # the authors' Aligner files repeat the prefix under these names
         if not layers or "global_value_embedding.weight" in state_dict:
             return None
         prefix = state_dict[f"transformer.h.{min(layers)}.attn.adapter_wte.weight"]
@@ -52,6 +53,8 @@ class LLaMA(llama.LLaMA):
 
 
 class CausalSelfAttention(aligner.CausalSelfAttention):
+    """Attention to the text plus gated attention to the layer's own prefix."""
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
         self.adapter_wte = aligner.Prefix(config.adapter_prompt_length, config.n_embd, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""BitFit (arXiv 2106.10199) on one projection: a bias on the attention's output, in every layer.
+"""BitFit (arXiv 2106.10199) on one projection: a bias on the attention output, in every layer.
 
 x ──► frozen attention ──► c_proj ──► + adapter_bias (C,), zero at the start
 
-With one prefix token an Aligner adds c_proj.weight × (gate × V_p), a constant too, but one whose values all layers make
-from the same C numbers and a gate per head: it is this method with tied weights.
+An Aligner of one token also adds a constant to each layer, c_proj.weight × (gate × V_p). Its constants are all made of
+the same C numbers and a gate per head, so it is this method with tied weights.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 import lit_llama.model as llama
+from lit_llama.kv_cache import LayerCache
 from lit_llama.utils import Fp32Parameters
 
 
 @dataclass
 class LLaMAConfig(llama.LLaMAConfig):
-    """The base's fields; the method has none of its own."""
+    """The configuration of the base model; the method adds nothing to it."""
 
 
 class LLaMA(llama.LLaMA):
+    """LLaMA with trained biases."""
+
     config_class = LLaMAConfig
 
     @staticmethod
@@ -33,31 +37,26 @@ class LLaMA(llama.LLaMA):
         return name.endswith(".attn.adapter_bias")
 
     @staticmethod
-    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
-        """Scales the biases."""
+    def scaled_parameter(name: str, value: Tensor, strength: float) -> Tensor:
         return value * strength
 
     @staticmethod
-    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         return {} if any(map(LLaMA.is_adapter_parameter, state_dict)) else None
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
+    """Attention with a trained bias on its output, beside the base's own bias if there is one."""
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
-        # what is added to the base's own bias, where it has one
         self.adapter_bias = nn.Parameter(torch.zeros(config.n_embd, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Adds nothing."""
         nn.init.zeros_(self.adapter_bias)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: llama.RoPE,
-        mask: torch.Tensor | None = None,
-        kv: llama.LayerCache | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, kv: LayerCache | None = None
+    ) -> Tensor:
         y = super().forward(x, rope, mask, kv)  # (B, T, C)
         return y + self.adapter_bias.to(y.dtype)

@@ -24,10 +24,10 @@ import pyarrow as pa
 import torch
 from datasets import load_from_disk
 
+from lit_llama.logps import IGNORE_INDEX
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, plain_name
 
-IGNORE_INDEX = -1  # label of a position that is not trained on
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
 # the commands that write the default datasets of the finetuning scripts

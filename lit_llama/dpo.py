@@ -41,7 +41,7 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def sum_logps_by_row(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.forward(idx, labels=labels)`."""
+    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps`."""
     predicts = labels[:, 1:] != IGNORE_INDEX
     # index_add would add in an order that varies from call to call on a GPU
     return logps.new_zeros(predicts.shape).masked_scatter(predicts, logps).sum(-1)
@@ -99,7 +99,7 @@ def dpo_loss(
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probabilities of a batch of B pairs, (2B,): of the chosen, then of the rejected responses."""
-    return sum_logps_by_row(model(batch["idx"], labels=batch["labels"]), batch["labels"])
+    return sum_logps_by_row(model(batch["idx"], batch["labels"]), batch["labels"])
 
 
 class DPOLoss:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lit_llama.model import KVCache, LLaMA
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode
@@ -125,14 +126,20 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         if len(groups) == 1:
-            return model(idx, cache=cache, last=last)
+            return last_logits(model, idx, last, cache)
         length = model.n_virtual_tokens + idx.size(1)
         group_cache = KVCache(model.config, len(group), length, device, cache.k.dtype)
         with model.selecting(group):
-            logits.append(model(idx, cache=group_cache, last=last))
+            logits.append(last_logits(model, idx, last, group_cache))
         cache.k[:, group, :, :length], cache.v[:, group, :, :length] = group_cache.k, group_cache.v
     order = torch.tensor([row for group in groups for row in group], device=device)
     return torch.cat(logits)[order.argsort()]
+
+
+def last_logits(model: LLaMA, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Return the logits (B, V) at position `last` (B,) of each row of idx (B, T)."""
+    x = model.hidden(idx, cache)  # (B, T, C)
+    return model.unembed(x[torch.arange(len(x), device=x.device), last])
 
 
 @torch.inference_mode()

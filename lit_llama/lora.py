@@ -3,8 +3,8 @@
 x ──► c_attn ────────────────────────────────► q, k, v ──► + ──► attention
   └─► dropout ─► lora_A (2r, C) ─► lora_B ─► × α / r ──────┘     nothing is added to k
 
-lora_A holds the r rows of the query above the r rows of the value; lora_B (nh·hs + ng·hs, r) likewise, and is zero at
-the start. Names and shapes are Lit-LLaMA's.
+lora_A holds r rows for the query and below them r rows for the value, lora_B (nh·hs + ng·hs, r) likewise. lora_B is
+zero at the start. Names and shapes are those of Lit-LLaMA.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import lit_llama.model as llama
@@ -21,12 +22,12 @@ from lit_llama.utils import Fp32Parameters, UserError
 
 @dataclass
 class LLaMAConfig(llama.LLaMAConfig):
-    """The base's fields and LoRA's three.
+    """The configuration of a base model with LoRA.
 
     Args:
         lora_r: rank r of each update, 1 or more.
         lora_alpha: α; the update is multiplied by α / r.
-        lora_dropout: share of the update's inputs that training leaves out, 0 to below 1.
+        lora_dropout: probability of zeroing an input of the update in training, from 0 to below 1.
     """
 
     lora_r: int = 8
@@ -43,6 +44,8 @@ class LLaMAConfig(llama.LLaMAConfig):
 
 
 class LLaMA(llama.LLaMA):
+    """LLaMA with LoRA."""
+
     config_class = LLaMAConfig
 
     @staticmethod
@@ -54,15 +57,13 @@ class LLaMA(llama.LLaMA):
         return name.endswith((".lora_A", ".lora_B"))
 
     @staticmethod
-    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
-        """Scales B."""
+    def scaled_parameter(name: str, value: Tensor, strength: float) -> Tensor:
         return value * strength if name.endswith(".lora_B") else value
 
     @staticmethod
-    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-        """Raises: UserError: these are LoRA's tensors, and they say the rank, but not α."""
+    def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         if any(map(LLaMA.is_adapter_parameter, state_dict)):
-            raise UserError("These are LoRA's tensors without a header, and nothing says their alpha.")
+            raise UserError("These are LoRA's tensors without a header, which would tell their lora_alpha.")
         return None
 
     def reset_adapter(self) -> None:
@@ -70,27 +71,29 @@ class LLaMA(llama.LLaMA):
             block.attn.c_attn.reset_lora()
 
     def merge(self) -> None:
-        """Adds the updates to the frozen weights, in the weights' dtype: the same function with less to compute."""
+        """Add the updates to the frozen weights, in the dtype of the weights."""
         for block in self.transformer.h:
             block.attn.c_attn.merge()
 
     def unmerge(self) -> None:
-        """Puts the frozen weights back as they were, bit for bit."""
+        """Restore the frozen weights, bit for bit."""
         for block in self.transformer.h:
             block.attn.c_attn.unmerge()
 
 
 class CausalSelfAttention(llama.CausalSelfAttention):
+    """Attention whose c_attn is a `LoRALinear`."""
+
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
         self.c_attn = LoRALinear(config, self.widths)
 
 
 class LoRALinear(Fp32Parameters, nn.Linear):
-    """c_attn with an update of low rank on its query and value rows.
+    """c_attn with low-rank updates of its query and value rows.
 
     Args:
-        widths: rows of queries, keys and values.
+        widths: numbers of rows for queries, keys and values.
     """
 
     of_base = ("weight", "bias")
@@ -101,16 +104,16 @@ class LoRALinear(Fp32Parameters, nn.Linear):
         self.scaling, self.dropout = config.lora_alpha / config.lora_r, config.lora_dropout
         self.lora_A = nn.Parameter(torch.empty(2 * config.lora_r, config.n_embd, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(widths[0] + widths[2], config.lora_r, dtype=torch.float32))
-        self.frozen_weight: torch.Tensor | None = None  # while merged: the weight without the update
+        self.frozen_weight: Tensor | None = None  # while merged: the weight without the update
         self.reset_lora()
 
     def reset_lora(self) -> None:
-        """Draws A as a linear layer's weight, and makes B zero: the update is zero."""
+        """Draw A like the weight of a linear layer and set B to zero, so that the update is zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, sum of widths)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the queries, keys and values of x (B, T, C), (B, T, sum of widths)."""
         y = super().forward(x)
         if self.frozen_weight is not None:
             return y
@@ -133,8 +136,8 @@ class LoRALinear(Fp32Parameters, nn.Linear):
             self.frozen_weight = None
 
 
-def update(lora_A: torch.Tensor, lora_B: torch.Tensor, widths: list[int], scaling: float) -> torch.Tensor:
-    """α / r × B·A as rows of c_attn, (sum of widths, C) in fp32; those of the keys are zero."""
+def update(lora_A: Tensor, lora_B: Tensor, widths: list[int], scaling: float) -> Tensor:
+    """Return α / r × B·A as rows of c_attn, (sum of widths, C) fp32; those of the keys are zero."""
     of_query, of_value = lora_B.float().split([widths[0], widths[2]])
     query, value = lora_A.float().chunk(2)
     return scaling * torch.cat((of_query @ query, lora_A.new_zeros(widths[1], lora_A.size(1)), of_value @ value))

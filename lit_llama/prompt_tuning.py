@@ -1,29 +1,31 @@
-"""Prompt tuning (arXiv 2104.08691): learnt vectors in front of the embedded tokens, and nothing else.
+"""Prompt tuning (arXiv 2104.08691): trained vectors before the embedded tokens, and nothing else.
 
 prompt_embedding (P, C) ─┐
-                         ├──► P + T places ──► frozen model ──► the last T
+                         ├──► P + T positions ──► frozen model ──► the last T
 tokens, BOS first ──► wte ┘
 
-As in the paper the vectors stand before everything, so before BOS too, and are counted in the rotary positions and in
-the context: P fewer tokens fit. They start as embeddings of tokens drawn from the vocabulary.
+As in the paper the vectors come before everything, BOS included. They count in the rotary positions and in the context,
+which holds P tokens fewer. They are initialized with the embeddings of random tokens.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lit_llama.model as llama
 from lit_llama.aligner import Prefix
+from lit_llama.kv_cache import KVCache
 from lit_llama.utils import UserError
 
 
 @dataclass
 class LLaMAConfig(llama.LLaMAConfig):
-    """The base's fields and the method's one.
+    """The configuration of a base model with a trained prompt.
 
     Args:
-        prompt_length: learnt vectors P, from 1 to below `block_size`.
+        prompt_length: number of vectors P, from 1 to `block_size` - 1.
     """
 
     prompt_length: int = 10
@@ -35,6 +37,8 @@ class LLaMAConfig(llama.LLaMAConfig):
 
 
 class LLaMA(llama.LLaMA):
+    """LLaMA with a trained prompt."""
+
     config_class = LLaMAConfig
 
     def __init__(self, config: LLaMAConfig) -> None:
@@ -46,20 +50,13 @@ class LLaMA(llama.LLaMA):
         return name == "prompt_embedding.weight"
 
     @staticmethod
-    def scaled_parameter(name: str, value: torch.Tensor, strength: float) -> torch.Tensor:
-        """All vectors at 1, none at 0.
-
-        Raises:
-            UserError: another strength, which vectors among tokens do not have.
-        """
+    def scaled_parameter(name: str, value: Tensor, strength: float) -> Tensor:
         if strength not in (0, 1):
-            raise UserError(
-                f"The strength is {strength}, and a learnt prompt is there (1) or not (0), nothing between."
-            )
+            raise UserError(f"The strength is {strength}, but a trained prompt can only be used (1) or left out (0).")
         return value if strength else value[:0]
 
     @staticmethod
-    def config_from_state(state_dict: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         prompt = state_dict.get("prompt_embedding.weight")
         return None if prompt is None else {"prompt_length": len(prompt)}
 
@@ -69,15 +66,11 @@ class LLaMA(llama.LLaMA):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Draws tokens, none of the padding, and takes their embeddings."""
-        tokens = torch.randint(self.config.vocab_size, (self.config.prompt_length,))
+        tokens = torch.randint(self.config.vocab_size, (self.config.prompt_length,))  # none of the padding
         wte = self.transformer.wte
         self.prompt_embedding.weight.copy_(wte(tokens.to(wte.weight.device)))
 
-    def hidden(
-        self, idx: torch.Tensor, cache: llama.KVCache | None = None, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(B, T, C), of the tokens alone; in a cache they stand behind the prompt."""
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         x = self.transformer.wte(idx)  # (B, T, C)
         if positions is not None:
             return self.run_blocks(x, cache, positions + self.n_virtual_tokens)

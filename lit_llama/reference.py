@@ -199,9 +199,9 @@ def sampled_kl(
         labels = ids.clone()
         labels[:, : len(prompt)] = IGNORE_INDEX
         with eval_mode(model):
-            policy = model(ids, labels=labels).sum()
+            policy = model.label_logps(ids, labels).sum()
             with swapped_parameters(model, reference_state):
-                kl += (policy - model(ids, labels=labels).sum()).item() / len(prompts)
+                kl += (policy - model.label_logps(ids, labels).sum()).item() / len(prompts)
         fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
         degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)
     return {"kl": kl, "degenerate": degenerate / len(prompts)}

@@ -11,6 +11,7 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter
 from lit_llama.device import computes_bf16
+from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
@@ -30,7 +31,7 @@ class Setup:
 
     Args:
         fabric: Launched.
-        model: The model as Fabric wraps it; `model.module` is the `LLaMA`. Only what is trained requires a gradient.
+        model: A `LabelLogps` as Fabric wraps it. Only what is trained requires a gradient.
         optimizers: Of the parameters that are trained, as Fabric wraps them.
         adapter_meta: What adapter files record about the adapter; a resumed run must have the same.
     """
@@ -40,12 +41,17 @@ class Setup:
     optimizers: list[torch.optim.Optimizer]
     adapter_meta: dict[str, Any]
 
+    @property
+    def unwrapped(self) -> LLaMA:
+        """The model itself."""
+        return self.model.module.module
+
     @classmethod
     def wrap(
         cls, fabric: Fabric, model: LLaMA, optimizers: list[torch.optim.Optimizer], adapter_meta: dict[str, Any]
     ) -> "Setup":
         """Wrap a model and its optimizers with Fabric."""
-        wrapped, *optimizers = fabric.setup(model, *optimizers)
+        wrapped, *optimizers = fabric.setup(LabelLogps(model), *optimizers)
         return cls(fabric, wrapped, optimizers, adapter_meta)
 
 

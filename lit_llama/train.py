@@ -25,14 +25,18 @@ from lit_llama.utils import UserError, log
 
 class Loss(Protocol):
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return sums over the batch, fp32 scalars: "loss" is minimized, the others are logged."""
+        """Return sums over the batch, fp32 scalars: "loss" is minimized, the others are logged.
+
+        Args:
+            model: Returns the log-probabilities of labels, see `lit_llama.logps.LabelLogps`.
+        """
 
 
 class SFTLoss:
     """The negative log-likelihood of the labels, in nats."""
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"loss": -model(batch["idx"], labels=batch["labels"]).sum()}
+        return {"loss": -model(batch["idx"], batch["labels"]).sum()}
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str = "constant") -> float:
@@ -85,7 +89,7 @@ class Trainer:
         self.train, self.val, self.loss, self.val_loss = train, val, loss, val_loss or loss
         self.run, self.settings, self.adapter_meta = run, run.settings, setup.adapter_meta
         self.val_metrics, self.sample_answers, self.plan = val_metrics, sample_answers, plan
-        self.unwrapped: LLaMA = setup.model.module
+        self.unwrapped = setup.unwrapped
         self.trainable = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
         assert not wrong, f"trainable parameters must be fp32: {wrong}"

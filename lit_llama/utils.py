@@ -75,7 +75,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def swapped_parameters(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
     """Inside, some parameters of a model, wrapped by Fabric or not, hold other values; not for use under autograd."""
-    parameters = dict(getattr(model, "module", model).named_parameters())
+    while hasattr(model, "module"):
+        model = model.module
+    parameters = dict(model.named_parameters())
     own = {name: parameters[name].data for name in state}
     for name, values in state.items():
         parameters[name].data = values

@@ -9,6 +9,7 @@ from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, sequence_logps, sum_logps_by_row
+from lit_llama.logps import LabelLogps
 from lit_llama.prepare import prepare_preferences
 from lit_llama.reference import AdapterReference, StoredReference
 from lit_llama.utils import UserError, swapped_parameters
@@ -63,7 +64,7 @@ def test_each_loss_is_what_a_hand_computes(settings, loss):
 
 def test_rewards_are_beta_times_policy_minus_reference_without_gradient():
     policy = torch.tensor([-1.0], requires_grad=True)
-    _, chosen, rejected = dpo_loss(policy, *LOGPS[1:], beta=0.5)
+    _, chosen, rejected = dpo_loss(LabelLogps(policy), *LOGPS[1:], beta=0.5)
     assert (chosen.item(), rejected.item()) == (0.5, -0.25)
     assert not chosen.requires_grad
     _, chosen, rejected = dpo_loss(*LOGPS, beta=0.5, reference_free=True)
@@ -126,14 +127,14 @@ def test_sequence_logps_sums_in_fp32():
 def test_the_models_label_logps_summed_by_row_are_the_sequence_logps(policy, preference_dir):
     data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.arange(len(data)))
-    logps = sum_logps_by_row(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    logps = sum_logps_by_row(policy.label_logps(batch["idx"], batch["labels"]), batch["labels"])
     torch.testing.assert_close(logps, sequence_logps(policy(batch["idx"]), batch["labels"]), atol=1e-4, rtol=0)
 
 
 def test_padding_and_neighbours_add_nothing(policy, preference_dir):
     data, loss = PreferenceData(preference_dir, "train"), DPOLoss(None)
-    together = loss(policy, data.batch(np.arange(len(data))))
-    each = [loss(policy, data.batch(np.array([row]))) for row in range(len(data))]
+    together = loss(LabelLogps(policy), data.batch(np.arange(len(data))))
+    each = [loss(LabelLogps(policy), data.batch(np.array([row]))) for row in range(len(data))]
     assert len(set(data.lengths)) > 5
     for name, value in together.items():
         assert value.item() == pytest.approx(sum(one[name].item() for one in each), abs=2e-3, rel=1e-5), name
@@ -156,7 +157,7 @@ def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
     by_hand = 0.0
     for i, token in enumerate(response):
         by_hand += policy(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token].item()
-    policy_logps = sum_logps_by_row(policy(batch["idx"], labels=batch["labels"]), batch["labels"])
+    policy_logps = sum_logps_by_row(policy.label_logps(batch["idx"], batch["labels"]), batch["labels"])
     assert policy_logps[0].item() == pytest.approx(by_hand, abs=1e-4)
 
 
@@ -172,7 +173,7 @@ def test_losses_against_a_reference_that_is_another_model(policy, base_dir, pref
     state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
     reference.load_state_dict(state)
     batch = data.batch(np.arange(len(data)))
-    sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(policy, batch)
+    sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
     sums["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     policy.zero_grad()
@@ -211,8 +212,8 @@ def test_stored_log_probabilities_are_those_of_the_rows_of_a_batch(policy, prefe
     data = PreferenceData(preference_dir, "train")
     logps = torch.arange(2.0 * len(data)).view(-1, 2)
     batch = data.batch(np.array([4, 0, 7]))
-    assert StoredReference(logps)(policy, batch).tolist() == [8, 0, 14, 9, 1, 15]
-    metrics = DPOLoss(StoredReference(logps), beta=0.3)(policy, batch)
+    assert StoredReference(logps)(LabelLogps(policy), batch).tolist() == [8, 0, 14, 9, 1, 15]
+    metrics = DPOLoss(StoredReference(logps), beta=0.3)(LabelLogps(policy), batch)
     expected = 0.3 * (metrics["chosen_logp"] - 22)
     assert metrics["chosen_reward"].item() == pytest.approx(expected.item(), rel=1e-5)
 

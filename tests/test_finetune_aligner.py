@@ -29,6 +29,7 @@ from lit_llama.checkpoint import (
     save_base,
 )
 from lit_llama.data import SFTData
+from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
 from lit_llama.tensor_files import read_state
@@ -173,7 +174,7 @@ def test_the_saved_adapter_gives_the_validation_loss_it_names(finished, base_dir
     adapter = read_adapter(finished / "last.safetensors")
     model, val = load_model(base_dir, adapter), SFTData(data_dir, "test")
     with torch.no_grad():
-        total = SFTLoss()(model, val.batch(range(len(val))))["loss"] / val.weights.sum()
+        total = SFTLoss()(LabelLogps(model), val.batch(range(len(val))))["loss"] / val.weights.sum()
     assert total.item() == pytest.approx(adapter.meta["training"]["val_loss"], abs=1e-6)
 
 

@@ -25,7 +25,7 @@ from lit_llama.generation import (
     sample,
     stream,
 )
-from lit_llama.model import KVCache
+from lit_llama.kv_cache import KVCache
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -127,7 +127,7 @@ def test_a_model_that_has_generated_can_be_trained(kind):
     generate(network, toys.prompts(4), GREEDY)
     for model in (network, expected):
         model.requires_grad_()
-        (-model(toys.token_ids(2, 9), labels=toys.token_ids(2, 9)).mean()).backward()
+        (-model.label_logps(toys.token_ids(2, 9), toys.token_ids(2, 9)).mean()).backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
 
@@ -257,8 +257,8 @@ def test_finished_is_told_the_tokens_so_far():
 
 def test_decoding_ends_with_the_last_running_row():
     network, calls = toys.base(), []
-    forward = network.forward
-    network.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    hidden = network.hidden
+    network.hidden = lambda *args, **kwargs: calls.append(1) or hidden(*args, **kwargs)
     generate(network, toys.prompts(4, 7), GREEDY, finished=lambda ids: len(ids) == 3)
     assert len(calls) == 3  # a prefill and two single tokens: the third token ends it
 
@@ -344,18 +344,18 @@ def test_a_stream_says_no_half_of_a_stop_text_or_of_a_character():
 
     text = "né## ok ### Inst".encode()
     network = toys.base(vocab_size=256, padded_vocab_size=256)
-    network.forward = lambda idx, **kwargs: scripted_logits(text, kwargs)
+    network.hidden = lambda idx, cache, positions=None: scripted_logits(text, positions)
+    network.unembed = lambda x: x
     pieces = list(stream(network, Scripted(), "", Sampling(max_new_tokens=len(text)), stop=("### Inst",)))
     assert pieces == ["n", "é", "## ", "o", "k", " "]
 
 
-def scripted_logits(text, kwargs):
+def scripted_logits(text, positions):
     """Logits of the byte that follows the (one-token) prompt and what has been said."""
-    positions = kwargs.get("positions")
     said = 0 if positions is None else int(positions)
-    logits = torch.zeros(1, 256)
-    logits[0, text[said]] = 1
-    return logits if positions is None else logits.unsqueeze(1)
+    logits = torch.zeros(1, 1, 256)
+    logits[0, 0, text[said]] = 1
+    return logits
 
 
 def test_cut_at_stop_cuts_before_the_first():

@@ -6,10 +6,9 @@ import pytest
 import reference
 import torch
 import toys
-from torch.nn import functional as F
 
-from lit_llama import model as llama
-from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, RoPE, llama_configs, rope_frequencies, token_logps
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, RoPE, llama_configs, rope_frequencies, rotate
 from lit_llama.utils import UserError
 
 
@@ -25,18 +24,20 @@ def test_output_layer_sees_only_the_positions_asked_for():
     network, idx = toys.base(), toys.token_ids(3, 12)
     whole = network(idx)
     last = torch.tensor([11, 0, 5])
-    torch.testing.assert_close(network(idx, last=last), whole[torch.arange(3), last])
+    torch.testing.assert_close(
+        network.unembed(network.hidden(idx)[torch.arange(3), last]), whole[torch.arange(3), last]
+    )
     labels = idx.clone()
     labels[0, :4] = labels[1, 2:] = labels[2, 7] = -1
     expected = [whole[b, t - 1].log_softmax(-1)[idx[b, t]] for b in range(3) for t in range(1, 12) if labels[b, t] >= 0]
-    logps = network(idx, labels)
+    logps = network.label_logps(idx, labels)
     assert logps.dtype == torch.float32 and len(logps) == (12 - 4) + 1 + (11 - 1)
     torch.testing.assert_close(logps, torch.stack(expected))
 
 
 def test_no_label_gives_an_empty_result_that_can_be_summed():
     network, idx = toys.base(), toys.token_ids(2, 5)
-    logps = network(idx, torch.full_like(idx, -1))
+    logps = network.label_logps(idx, torch.full_like(idx, -1))
     assert logps.shape == (0,)
     logps.sum().backward()
 
@@ -47,70 +48,44 @@ def test_padding_on_the_right_changes_nothing():
     torch.testing.assert_close(network(padded)[:, :10], network(idx))
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen output layer", "trained"])
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
-def test_token_logps_in_chunks_equal_direct_ones(count, trained, monkeypatch):
-    monkeypatch.setattr(llama, "LOGP_CHUNK", 8)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(count, 6, generator=generator), torch.randn(11, 6, generator=generator)
-    targets = torch.randint(11, (count,), generator=generator)
-    factors = torch.randn(count, generator=generator)
-    results = []
-    for function in (token_logps, lambda h, w, t: F.linear(h, w).log_softmax(-1).gather(1, t.unsqueeze(1))[:, 0]):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
-        logps = function(h, w, targets)
-        (logps * factors).sum().backward()
-        results.append((logps, h.grad) + (w.grad,) * trained)
-    torch.testing.assert_close(*results)
-    with torch.no_grad():
-        assert torch.equal(token_logps(hidden, weight, targets), results[0][0])
-
-
-def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
-    kept = []
-    hidden, weight = torch.randn(40, 4, requires_grad=True), torch.randn(1000, 4)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        token_logps(hidden, weight, torch.arange(40)).sum()
-    assert 0 < sum(kept) < 40 * 1000 / 10
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_token_logps_are_fp32_and_their_gradient_is_as_exact_as_the_dtype(dtype):
-    hidden, weight, targets = torch.randn(4, 16).to(dtype), torch.randn(30, 16).to(dtype), torch.tensor([1, 2, 3, 4])
-    logps = token_logps(hidden.requires_grad_(), weight, targets)
-    (logps * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
-    exact = hidden.detach().double().requires_grad_()
-    direct = F.linear(exact, weight.double()).log_softmax(-1)[range(4), targets]
-    (direct * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
-    assert logps.dtype == torch.float32 and hidden.grad.dtype == dtype
-    rounded = F.linear(hidden, weight).double().log_softmax(-1)[range(4), targets]  # of logits in `dtype`
-    torch.testing.assert_close(logps.double(), rounded, atol=1e-5, rtol=0)
-    assert (hidden.grad - exact.grad).norm() < {torch.bfloat16: 0.02, torch.float32: 1e-6}[dtype] * exact.grad.norm()
-
-
 # == Precision ==
 
 
 def test_rope_angles_are_those_of_the_formula_up_to_the_end_of_the_context():
     config = LLaMAConfig(**{**toys.SIZES, "block_size": 4096})
-    rope = RoPE(config)
     x = torch.zeros(1, 1, 4096, 8)
     x[..., 0::2] = 1
-    turned = rope.apply(x)[0, 0].double()
+    rotated = rotate(x, *RoPE(config)(slice(4096)))[0, 0].double()
     expected = reference.rotate(x[0, 0].double(), config)
-    torch.testing.assert_close(turned, expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(rotated, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("head_size", [6, 64])
+def test_rotation_and_its_gradient_are_a_complex_product(head_size, by_row):
+    config = LLaMAConfig(**{**toys.SIZES, "head_size": head_size})
+    positions = torch.randint(64, (3, 12)) if by_row else slice(12)
+    angles = torch.outer(torch.arange(64.0), rope_frequencies(config))[positions]
+    turns = torch.polar(torch.ones_like(angles), angles)
+    x = torch.randn(3, 12, 5, head_size, requires_grad=True)
+    heads, grad = x.transpose(1, 2), torch.randn(3, 5, 12, head_size)
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+    expected = torch.view_as_real(pairs * (turns.unsqueeze(1) if by_row else turns)).flatten(-2)
+    rotated = rotate(heads, *RoPE(config)(positions))
+    torch.testing.assert_close(rotated, expected, atol=1e-6, rtol=1e-6)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (rotated, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-6)
 
 
 def test_positions_above_256_stay_distinct_in_a_bf16_model():
     network = toys.base(block_size=1024).to(torch.bfloat16)
-    idx = toys.token_ids(1, 1024)
-    network(idx)
     x = torch.zeros(1, 1, 1024, 8, dtype=torch.bfloat16)
     x[..., 0::2] = 1
-    turned = network._rope.apply(x)[0, 0]
-    assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, RoPE(network.config).apply(x.float())[0, 0].bfloat16())  # tables never rounded
-    assert len(turned[256:].unique(dim=0)) == 1024 - 256
+    rotated = rotate(x, *network.rope(slice(1024)))[0, 0]
+    assert rotated.dtype == torch.bfloat16
+    exact = rotate(x.float(), *RoPE(network.config)(slice(1024)))[0, 0]
+    assert torch.equal(rotated, exact.bfloat16())  # the tables were not rounded
+    assert len(rotated[256:].unique(dim=0)) == 1024 - 256
     # the tables of the authors' fork: above 256 a bf16 position is even, above 512 a multiple of 4
     assert len(torch.arange(256, 1024).bfloat16().unique()) < 260
 
@@ -146,6 +121,22 @@ def test_llama3_scaling_keeps_blends_and_slows():
     assert ((ratio > 1.01) & (ratio < 7.9)).sum() == 6  # pairs with a wavelength between 8192/4 and 8192 tokens
 
 
+# == Compilation ==
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_forward_pass_compiles_without_graph_breaks(method):
+    variant = LLaMA if method is None else METHODS[method]
+    network, idx = variant(variant.config_class(**toys.SIZES)), toys.token_ids(2, 12)
+    toys.randomize(network)
+    network.eval()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(idx), network(idx))
+    compiled(idx).sum().backward()
+    assert network.transformer.wte.weight.grad.norm() > 0
+    torch.compiler.reset()
+
+
 # == Memory ==
 
 
@@ -154,7 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for network.gradient_checkpointing in (False, True):
         network.zero_grad()
-        network(idx, idx).sum().backward()
+        network.label_logps(idx, idx).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
     torch.testing.assert_close(*gradients)
 
@@ -210,7 +201,7 @@ def test_config_survives_its_file(tmp_path):
         (dict(n_kv_head=3), r"n_head \(4\) is not a multiple of n_kv_head \(3\)"),
         (dict(padded_vocab_size=49), r"padded_vocab_size \(49\) is below vocab_size \(50\)"),
         (dict(head_size=7), r"head_size \(7\) is odd"),
-        (dict(n_layer=0), "n_layer is 0; it must be a whole number, 1 or more"),
+        (dict(n_layer=0), "n_layer is 0; it must be an integer, 1 or more"),
         (dict(n_kv_head=0), "n_kv_head is 0"),
         (dict(n_layer="3"), "n_layer is '3'"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported; known are llama3 and linear"),

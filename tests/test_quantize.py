@@ -119,7 +119,7 @@ def test_a_quantised_base_is_the_base_with_rounded_weights(mode, dtype, wide_dir
     with torch.no_grad():  # and a validation must not change what a step computes
         torch.testing.assert_close(quantised(idx), rounded(idx), **tolerance)
     for network in (quantised, rounded):
-        (-network(idx, labels=idx).mean()).backward()
+        (-network.label_logps(idx, idx).mean()).backward()
     for name, p in quantised.named_parameters():
         expected = rounded.get_parameter(name).grad
         assert (p.grad is None) == (expected is None) == (not quantised.is_adapter_parameter(name)), name
@@ -153,7 +153,7 @@ def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
     assert type(network.transformer.h[0].attn.c_attn) is lora.LoRALinear
     assert type(network.transformer.h[0].attn.c_proj) is not torch.nn.Linear
     aligner.mark_only_adapter_as_trainable(network)
-    network(toys.token_ids(1, 9), labels=toys.token_ids(1, 9)).sum().backward()
+    network.label_logps(toys.token_ids(1, 9), toys.token_ids(1, 9)).sum().backward()
     assert network.transformer.h[0].attn.c_attn.lora_B.grad.norm() > 0
 
 

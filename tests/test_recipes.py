@@ -16,6 +16,7 @@ from lit_llama import checkpoint, cli
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.data import SFTData
+from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import lr_at
@@ -268,8 +269,8 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     data = names["RowMeanData"](Path("data/microworld-pirate"), "test")
     mark_only_adapter_as_trainable(model)
     assert data.weights.tolist() == [1.0] * len(data)
-    total = names["RowMeanLoss"]()(model, data.batch(np.arange(len(data))))["loss"]
-    each = [-model(**data.batch(np.array([row]))).mean() for row in range(len(data))]
+    total = names["RowMeanLoss"]()(LabelLogps(model), data.batch(np.arange(len(data))))["loss"]
+    each = [-LabelLogps(model)(**data.batch(np.array([row]))).mean() for row in range(len(data))]
     torch.testing.assert_close(total, torch.stack(each).sum())
     total.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

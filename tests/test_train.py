@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
+from lit_llama.logps import LabelLogps
 from lit_llama.report import MetricsLog, Progress, read_metrics, write_above_bar
 from lit_llama.run_folder import RunFolder
 from lit_llama.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
@@ -298,11 +299,9 @@ def test_every_row_is_seen_once_per_epoch_and_resuming_skips_what_was_done(base_
 
 def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
-    val = trainer.val
+    val, model = trainer.val, LabelLogps(trainer.unwrapped)
     with torch.no_grad():
-        total = sum(
-            trainer.loss(trainer.unwrapped, val.batch(np.array([row])))["loss"].double() for row in range(len(val))
-        )
+        total = sum(trainer.loss(model, val.batch(np.array([row])))["loss"].double() for row in range(len(val)))
     first = trainer.validate()["loss"]
     assert first == pytest.approx((total / val.weights.sum()).item(), rel=1e-6)
     assert trainer.validate()["loss"] == first

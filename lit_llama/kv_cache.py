@@ -1,0 +1,68 @@
+"""Keys and values of earlier tokens, for generation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_llama.config import LLaMAConfig
+
+
+class KVCache:
+    """Keys and values of every layer, in buffers that are allocated once.
+
+    The rows of a batch may hold different numbers of tokens. Prompts are padded on the right, and the next token of a
+    row is written at its own position, over the padding.
+
+    Args:
+        batch_size: number of rows.
+        max_length: number of tokens a row can hold.
+    """
+
+    def __init__(
+        self, config: LLaMAConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # of the longest row; slots from there on are not read
+        self.even = False  # whether all rows have the same length
+        rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
+        self.starts = rows.view(batch_size, config.n_kv_head, 1)  # index of each head's first slot in a layer's buffer
+
+    def layers(self, positions: Tensor | None) -> "list[LayerCache]":
+        """Return a view of each layer, for tokens at `positions` (B, T), or at 0 … T-1 of an empty cache if None."""
+        slots = None if positions is None else (self.starts + positions.unsqueeze(1)).flatten()  # (B·ng·T,)
+        return [LayerCache(self, k, v, slots) for k, v in zip(self.k, self.v, strict=True)]
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """Return (B, 1, T, S), True for the slots up to a token's position; None if every token attends to all."""
+        if self.even and positions.size(1) == 1:
+            return None
+        slots = torch.arange(self.length, device=positions.device)
+        return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
+
+
+@dataclass
+class LayerCache:
+    """One layer of a `KVCache`.
+
+    Args:
+        k, v: (B, ng, max_length, hs).
+        slots: (B·ng·T,) where the next tokens are written in k and v as (B·ng·max_length, hs); None for a prefill.
+    """
+
+    cache: KVCache
+    k: Tensor
+    v: Tensor
+    slots: Tensor | None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, ng, T, hs) and return those to attend to, (B, ng, S, hs)."""
+        if self.slots is None:
+            T = k.size(2)
+            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            return k, v
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer.view(-1, buffer.size(-1)).index_copy_(0, self.slots, new.reshape(-1, buffer.size(-1)))
+        return self.k[:, :, : self.cache.length], self.v[:, :, : self.cache.length]
