@@ -98,16 +98,27 @@ class Judge:
         if settings.judge_url:
             key = os.environ.get(settings.judge_key_env, "").strip() or None
             self.endpoint = Endpoint(settings.judge_url, key, settings.judge_key_env, settings.judge_timeout)
-        self.settings = replace(settings, judge_model=settings.judge_model or self.only_model())
+        self.settings = settings if self.endpoint else self.cached_settings(settings)
+        if self.settings.judge_model is None:
+            held = sorted({str(record.get("model")) for record in self.records.values()})
+            held = f"; {self.file.path} has replies by {', '.join(held)}" if held else ""
+            raise UserError(f"Name the judge with --judge_model{held}.")
         self.failed: dict[str, str] = {}  # key -> why the request has no reply
 
-    def only_model(self) -> str:
-        """Return the model that all replies of the cache are by, for scoring them again."""
-        models = sorted({str(record.get("model")) for record in self.records.values()})
-        if self.endpoint or len(models) != 1:
-            held = f"; {self.file.path} has replies by {', '.join(models)}" if models else ""
-            raise UserError(f"Name the judge with --judge_model{held}.")
-        return models[0]
+    def cached_settings(self, settings: JudgeSettings) -> JudgeSettings:
+        """Return the model and the sampling settings that all replies of the cache have; `settings` if they differ."""
+        bodies = [{**record.get("request", {}), "messages": None} for record in self.records.values()]
+        if not bodies or bodies.count(bodies[0]) < len(bodies):
+            return settings
+        body = {"max_tokens": None, "temperature": None, **bodies[0]}
+        model = body.pop("model", None)
+        if settings.judge_model not in (None, model):
+            return settings
+        del body["messages"]
+        if body["temperature"] == 0:
+            del body["temperature"]
+        max_tokens = settings.judge_max_tokens if body["max_tokens"] is None else body.pop("max_tokens")
+        return replace(settings, judge_model=model, judge_max_tokens=max_tokens, judge_body=body)
 
     def store(self, record: dict[str, Any]) -> None:
         self.file.append(record)

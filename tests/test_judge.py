@@ -83,15 +83,37 @@ def test_every_reply_is_cached_and_no_request_is_sent_twice(tmp_path, capfd):
     assert KEY not in (tmp_path / "judgements.jsonl").read_text() + "".join(capfd.readouterr())
 
 
-def test_a_finished_run_is_replayed_without_an_endpoint(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"judge_max_tokens": 7},
+        {"judge_body": {"seed": 1, "temperature": 0.5}},
+        {"judge_body": {"max_tokens": None, "temperature": None}},
+    ],
+    ids=str,
+)
+def test_a_finished_run_is_replayed_without_an_endpoint(tmp_path, settings):
+    """The model and its settings are read from the cache."""
     with serving(echo) as server:
-        records = open_judge(server, tmp_path).ask(requests(8))
+        opened = open_judge(server, tmp_path, **settings)
+        records = opened.ask(requests(8))
     again = open_judge(None, tmp_path, judge_model=None)
     assert again.ask(requests(8)) == records
-    assert again.describe(again.ask(requests(8)))["replies"] == 8
+    assert again.describe(records) == opened.describe(records) and again.describe(records)["replies"] == 8
     with pytest.raises(UserError) as error:
         again.ask(requests(10))
     assert "lacks 2 of 10 judgements by gpt-test" in message(error)
+
+
+def test_a_cache_with_replies_of_several_settings(tmp_path):
+    with serving(echo) as server:
+        records = [open_judge(server, tmp_path, judge_max_tokens=n).ask(requests(2)) for n in (5, 6)]
+    assert open_judge(None, tmp_path, judge_max_tokens=6).ask(requests(2)) == records[1]
+    with pytest.raises(UserError, match=r"Name the judge with --judge_model; .* has replies by gpt-test"):
+        open_judge(None, tmp_path, judge_model=None)
+    with pytest.raises(UserError, match="lacks 2 of 2 judgements by other"):
+        open_judge(None, tmp_path, judge_model="other").ask(requests(2))
 
 
 @pytest.mark.parametrize("name", FAULTS)
