@@ -64,7 +64,7 @@ def test_each_loss_is_what_a_hand_computes(settings, loss):
 
 def test_rewards_are_beta_times_policy_minus_reference_without_gradient():
     policy = torch.tensor([-1.0], requires_grad=True)
-    _, chosen, rejected = dpo_loss(LabelLogps(policy), *LOGPS[1:], beta=0.5)
+    _, chosen, rejected = dpo_loss(policy, *LOGPS[1:], beta=0.5)
     assert (chosen.item(), rejected.item()) == (0.5, -0.25)
     assert not chosen.requires_grad
     _, chosen, rejected = dpo_loss(*LOGPS, beta=0.5, reference_free=True)
