@@ -19,7 +19,7 @@ from benchmarks.material import alpaca_lengths, decode_bytes
 from benchmarks.measure import compare, copy_bandwidth, with_interval
 from benchmarks.report import plot_bars, publish
 from lit_llama import cli
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
 

@@ -17,7 +17,7 @@ from benchmarks.measure import with_interval
 from benchmarks.report import plot_bars, publish
 from lit_llama import cli
 from lit_llama.checkpoint import weights_path
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 
 
 @dataclass

@@ -33,7 +33,7 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
 

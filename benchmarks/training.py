@@ -22,7 +22,7 @@ from benchmarks.report import plot_bars, plot_lines, publish
 from lit_llama import cli
 from lit_llama.data import plan_epoch
 from lit_llama.device import DTYPES
-from lit_llama.report import markdown_table
+from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
 

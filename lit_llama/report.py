@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lit_llama.files import atomic_write
-from lit_llama.tables import markdown_table  # noqa: F401  (imported from here by files that are being moved)
 from lit_llama.train_settings import FinetuneSettings
 from lit_llama.utils import UserError, log
 

@@ -26,7 +26,8 @@ from lit_llama import aligner, cli
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
 from lit_llama.files import atomic_write
-from lit_llama.report import make_figure, markdown_table, save_figure
+from lit_llama.report import make_figure, save_figure
+from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter

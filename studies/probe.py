@@ -32,7 +32,8 @@ from lit_llama.checkpoint import load_model, read_adapter, write_text
 from lit_llama.data import IGNORE_INDEX, SFTData
 from lit_llama.model import LLaMA
 from lit_llama.prepare import held_out, write_dataset
-from lit_llama.report import make_figure, markdown_table, save_figure
+from lit_llama.report import make_figure, save_figure
+from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, eval_mode, log
 from scripts.count_parameters import VARIANTS, Variant
