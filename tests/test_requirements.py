@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_llama", "finetune", "generate", "microworld", "pretrain", "evaluate", "scripts", "studies", "benchmarks")
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module's name differs
 OPTIONAL = {"transformers", "bitsandbytes"}  # a flag or a benchmark that needs one names it; the tests need them
-PEERS = {"peft", "litgpt"}  # compared with in benchmarks, if they are installed
+PEERS = {"peft", "litgpt", "lm-eval"}  # compared with in benchmarks or evaluated by, if they are installed
 USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files", "tensorboard": "Lightning's TensorBoardLogger"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 

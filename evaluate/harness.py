@@ -1,0 +1,380 @@
+"""Run tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model with any adapter.
+
+The harness is installed with requirements-harness.txt. --tasks names tasks of --include_path, a folder of task files;
+without it they are those that come with the harness, whose index takes half a minute to read.
+
+From Python, with this folder on sys.path, `harness.HarnessModel(harness.load(settings))` is a model for
+`lm_eval.simple_evaluate` and `lm_eval.evaluate`; `settings` are a `harness.ModelSettings`.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+# lm_eval installs a package that is named like this folder: let `evaluate` find the modules of both
+import evaluate
+
+if str(Path(__file__).parent.resolve()) not in evaluate.__path__:
+    evaluate.__path__.append(str(Path(__file__).parent.resolve()))
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from evaluate.common import EvaluatedModel, ModelSettings, Results, answer_statistics, few_shot, identify, load, percent
+from evaluate.letters import length_batches, pad
+from lit_llama import cli
+from lit_llama.console import did_you_mean
+from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
+from lit_llama.model import LLaMA
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError, eval_mode, log
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError:
+    lm_eval, TemplateLM = None, object
+
+CHUNK = 2048  # predicted tokens whose logits are in memory at a time
+
+
+@dataclass
+class Settings(ModelSettings):
+    # == Model ==
+    prompt_style: str = "plain"  # plain continues the tasks' texts; alpaca, orca, ... ask them as instructions
+
+    # == Tasks ==
+    tasks: tuple[str, ...] = ()  # names of tasks, groups or tags
+    include_path: Path | None = None  # folder of task files (default: the tasks that come with lm_eval)
+    limit: int | None = None  # only the first questions of each task, this many
+    num_fewshot: int | None = None  # worked examples before each question (default: the task's)
+
+    # == Batches ==
+    batch_tokens: int = 16384  # scored texts: tokens of one forward pass, padding included
+    batch_size: int = 32  # generated texts: this many at a time
+
+    # == Output ==
+    output_dir: Path = Path("out/evaluate/harness")  # receives answers.jsonl, summary.json and summary.md
+    overwrite: bool = False  # replace results of other settings in output_dir
+
+
+# == The model class ==
+
+
+class HarnessModel(TemplateLM):
+    """A base model, alone or with an adapter, as a model of lm-evaluation-harness.
+
+    Requests that are longer than the model's context lose tokens at their beginning, as in the harness's models;
+    `truncated` counts them. With a prompt style other than plain, `apply_chat_template` renders the tasks in it.
+
+    Args:
+        evaluated: the model.
+        batch_tokens: tokens of one forward pass, padding included.
+        batch_size: texts generated at a time.
+    """
+
+    def __init__(self, evaluated: EvaluatedModel, *, batch_tokens: int = 16384, batch_size: int = 32) -> None:
+        if batch_tokens < 1 or batch_size < 1:
+            raise UserError(f"batch_tokens is {batch_tokens} and batch_size {batch_size}; they must be 1 or more.")
+        super().__init__()
+        self.evaluated, self.batch_tokens, self.batch_size = evaluated, batch_tokens, batch_size
+        self.truncated = 0
+        self.generated: list[dict[str, Any]] = []  # tokens, ended and seconds of each answer
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.evaluated.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: BOS, or EOS where texts have no BOS."""
+        bos_id = self.evaluated.tokenizer.bos_id
+        return bos_id if bos_id >= 0 else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests is keyed by."""
+        return f"{self.evaluated.tokenizer.sha256}-{self.evaluated.style.name}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return token ids, which begin with BOS unless `add_special_tokens` is False."""
+        return self.evaluated.tokenizer.encode(string, bos=add_special_tokens is not False)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation in the prompt style. A system message becomes part of the first instruction."""
+        system = "\n\n".join(m["content"] for m in chat_history if m["role"] == "system")
+        texts = [m["content"] for m in chat_history if m["role"] != "system"]
+        if system:
+            texts[0] = f"{system}\n\n{texts[0]}"
+        begun = "" if add_generation_prompt else f" {texts.pop()}"  # an answer to continue
+        examples = list(zip(texts[:-1:2], texts[1::2], strict=True))
+        return few_shot(self.evaluated.style, examples, texts[-1]) + begun
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether greedy decoding would write it.
+
+        Requests whose tokens begin alike share a row of a batch: the four letters of a question take one row.
+
+        Args:
+            requests: texts, which may be None, tokens of the context and of the continuation.
+        """
+        inputs = [self._fit(context, continuation) for _, context, continuation in requests]
+        rows = shared_rows(inputs)
+        lengths = {row: len(row) for row in rows}
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        with (
+            eval_mode(self.evaluated.model),
+            tqdm(
+                total=sum(lengths.values()), unit="token", unit_scale=True, desc="Scoring", disable=disable_tqdm
+            ) as bar,
+        ):
+            for batch in length_batches(lengths, self.batch_tokens):
+                members = [(place, i) for place, row in enumerate(batch) for i in rows[row]]
+                spans = [(place, len(inputs[i]) - len(requests[i][2]), requests[i][2]) for place, i in members]
+                scores = span_logps(self.evaluated.model, batch, spans)
+                for (_, i), score in zip(members, scores, strict=True):
+                    answers[i] = score
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+                bar.update(sum(lengths[row] for row in batch))
+        return answers
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
+        """Return the tokens that the model reads: all but the last, cut at their beginning to fit its context.
+
+        Raises:
+            UserError: the continuation alone does not fit.
+        """
+        limit = self.evaluated.model.max_tokens
+        if len(continuation) > limit:
+            raise UserError(f"A continuation has {len(continuation)} tokens and the model's context {limit}.")
+        context = context or [self.prefix_token_id]
+        tokens = (context + continuation)[: len(context) + max(len(continuation) - 1, 0)]
+        self.truncated += len(tokens) > limit
+        return tuple(tokens[-limit:])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of each text; a long one is read in windows of the model's context."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.evaluated.model.max_tokens, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logp, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += logp
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuation of each context up to the first of its `until` texts."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        answers = [""] * len(requests)
+        with tqdm(total=len(requests), unit="text", desc="Generating", disable=disable_tqdm) as bar:
+            for members in groups.values():
+                contexts = {i: requests[i].args[0] for i in members}
+                for i, answer in self._generate(contexts, requests[members[0]].args[1]):
+                    answers[i] = answer
+                    self.cache_hook.add_partial("generate_until", requests[i].args, answer)
+                    bar.update()
+        return answers
+
+    def _generate(self, contexts: dict[int, str], options: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """Yield the number and continuation of contexts that share their options, the longest contexts first."""
+        model, tokenizer = self.evaluated.model, self.evaluated.tokenizer
+        sampling, stop = read_options(options)
+        stop += self.evaluated.style.stop
+        room = model.max_tokens - min(sampling.max_new_tokens, model.max_tokens // 2)
+        encoded = {i: self.tok_encode(text) or [self.prefix_token_id] for i, text in contexts.items()}
+        self.truncated += sum(len(ids) > room for ids in encoded.values())
+        encoded = {i: ids[-room:] for i, ids in encoded.items()}
+
+        def finished(ids: list[int]) -> bool:
+            return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
+
+        order = sorted(encoded, key=lambda i: -len(encoded[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch, began = order[start : start + self.batch_size], time.perf_counter()
+            new = generate(model, [encoded[i] for i in batch], sampling, tokenizer.stop_ids, finished, batch)
+            seconds = (time.perf_counter() - began) / len(batch)
+            for i, ids in zip(batch, new, strict=True):
+                text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
+                limit = min(sampling.max_new_tokens, remaining_context(model, encoded[i]))
+                ended = stopped or len(ids) < limit
+                self.generated.append({"tokens": len(ids), "ended": ended, "seconds": seconds})
+                yield i, text
+
+
+def shared_rows(inputs: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Return the distinct rows to run, each with the numbers of the inputs that it begins with.
+
+    In alphabetical order, what begins with an input follows it directly.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    row: tuple[int, ...] = ()
+    for i in sorted(range(len(inputs)), key=lambda i: inputs[i], reverse=True):
+        if row[: len(inputs[i])] != inputs[i]:
+            row = inputs[i]
+        rows.setdefault(row, []).append(i)
+    return rows
+
+
+@torch.inference_mode()
+def span_logps(
+    model: LLaMA, rows: list[tuple[int, ...]], spans: list[tuple[int, int, list[int]]]
+) -> list[tuple[float, bool]]:
+    """Return the log-probability of each span, and whether all of its tokens are the most likely ones.
+
+    Args:
+        rows: token ids, padded on the right here.
+        spans: row, position whose logits predict the first token, and tokens.
+    """
+    device = model.transformer.wte.weight.device
+    hidden = model.hidden(pad([list(row) for row in rows], device))
+    targets = [(row, start + k, token) for row, start, tokens in spans for k, token in enumerate(tokens)]
+    logps, greedy = [], []
+    for start in range(0, len(targets), CHUNK):
+        row, position, token = torch.tensor(targets[start : start + CHUNK], device=device).T
+        x = hidden[row, position]
+        logits = F.linear(x, model.output_weight) if model.lm_head is None else model.lm_head(x)
+        logits = logits[:, : model.config.vocab_size].float()
+        logps += logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+        greedy += (logits.argmax(-1) == token).tolist()
+    scores, end = [], 0
+    for _, _, tokens in spans:
+        begin, end = end, end + len(tokens)
+        scores.append((sum(logps[begin:end]), all(greedy[begin:end])))
+    return scores
+
+
+def read_options(options: dict[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
+    """Return the sampling and the stop texts of a task's generation settings."""
+    until = options.get("until") or ()
+    lengths = (options.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens"))
+    temperature = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
+    if options.get("do_sample") is False:
+        temperature = 0.0
+    sampling = Sampling(
+        max_new_tokens=next(filter(None, lengths), 256),
+        temperature=temperature,
+        top_k=options.get("top_k") or 0,
+        top_p=options.get("top_p") or 1.0,
+    )
+    return sampling, (until,) if isinstance(until, str) else tuple(until)
+
+
+# == The script ==
+
+
+def open_tasks(settings: Settings) -> "TaskManager":
+    """Read the index of tasks.
+
+    Raises:
+        UserError: there is no such folder or task.
+    """
+    if not settings.tasks:
+        raise UserError("There is nothing to evaluate; name tasks with --tasks.")
+    if settings.include_path is None:
+        log("note: reading the index of all tasks of lm_eval takes half a minute; --include_path reads one folder.")
+    elif not settings.include_path.is_dir():
+        raise UserError(f"There is no folder {settings.include_path}; --include_path is a folder of task files.")
+    manager = TaskManager(include_path=settings.include_path, include_defaults=settings.include_path is None)
+    for name in settings.tasks:
+        if name not in manager.all_tasks:
+            place = settings.include_path or "lm_eval"
+            raise UserError(f"There is no task {name!r} in {place}{did_you_mean(name, manager.all_tasks)}")
+    return manager
+
+
+def make_records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the answers of all tasks; one with several filters has a record for each."""
+    records = []
+    for task, rows in samples.items():
+        for row in rows:
+            suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
+            record = {
+                "id": f"{task}/{row['doc_id']}{suffix}",
+                "prompt": row["arguments"][0][0],
+                "arguments": [list(arguments[1:]) for arguments in row["arguments"]],
+                **{name: row[name] for name in ("doc", "target", "resps", "filtered_resps", *row["metrics"])},
+            }
+            records.append(json.loads(json.dumps(record, default=str)))
+    return records
+
+
+def show(summary: dict[str, Any]) -> str:
+    """Return the summary as Markdown."""
+    rows = []
+    for task, scores in summary["tasks"].items():
+        for name, value in scores.items():
+            metric, _, filter = name.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float | int) or not filter:
+                continue
+            error = scores.get(f"{metric}_stderr,{filter}")
+            error = f"{error:.4f}" if isinstance(error, float) else "-"
+            rows.append([task, metric, filter, summary["n"].get(task, "-"), f"{value:.4f}", error])
+    table = markdown_table(["task", "metric", "filter", "questions", "value", "standard error"], rows)
+    notes = f"{summary['truncated']} requests were longer than the model's context and lost their beginning"
+    if "ended_share" in summary:
+        notes += f". {percent(summary['ended_share'])} of the answers ended by themselves, after "
+        notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
+    return f"{table}\n\n{notes}.\n"
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Evaluate one model and return the content of summary.json."""
+    if lm_eval is None:
+        raise UserError("The package lm_eval is missing; install it with pip install -r requirements-harness.txt.")
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
+    names = ("tasks", "include_path", "limit", "num_fewshot")
+    made_by = {name: getattr(settings, name) for name in names} | identify(settings)
+    results = Results(
+        settings.output_dir, {"benchmark": "lm_eval", "lm_eval": lm_eval.__version__, **made_by}, settings.overwrite
+    )
+    manager = open_tasks(settings)
+    model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
+    found = lm_eval.simple_evaluate(
+        model,
+        tasks=list(settings.tasks),
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        task_manager=manager,
+        apply_chat_template=model.evaluated.style.name != "plain",
+    )
+    records = make_records(found["samples"])
+    done = results.answered({record["id"]: record["prompt"] for record in records})
+    results.add(*(record for record in records if record["id"] not in done))
+    summary = {
+        "tasks": found["results"],
+        "n": {task: counts["effective"] for task, counts in found["n-samples"].items()},
+        "truncated": model.truncated,
+        **(answer_statistics(model.generated) if model.generated else {}),
+    }
+    summary = json.loads(json.dumps(summary, default=str))
+    table = show(summary)
+    print(table, end="")
+    return results.finish(summary, table)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

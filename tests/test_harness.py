@@ -1,0 +1,184 @@
+"""lm-evaluation-harness: its answers to MMLU and GSM8K are those of this project, question by question."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+
+ROOT = Path(__file__).parents[1]
+evaluate.__path__.append(str(ROOT / "evaluate"))  # lm_eval installs a package of the same name
+
+from evaluate import gsm8k, harness, mmlu
+from evaluate.common import ModelSettings, load
+from evaluate.harness import HarnessModel, read_options, shared_rows
+from lit_llama.model import LLaMA
+from lit_llama.tokenizer import Tokenizer
+
+SCRIPT = "evaluate/harness.py"
+MICROWORLD = ROOT / "checkpoints/microworld"
+SHORT = ROOT / "aligner_weights/microworld-short-n1"
+MAX_NEW_TOKENS = 12
+
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed; see requirements-harness.txt")
+
+
+def write_task(folder: Path, name: str, rows: list[dict], **task: object) -> None:
+    """Write a task file and its rows, with `prompt` as the question."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **source, "doc_to_text": "{{prompt}}", **task}))
+
+
+def run(folder: Path, task: str, **settings: object) -> list[dict]:
+    """Evaluate a task and return the records in the order of the rows."""
+    output_dir = folder / f"out-{task}"
+    harness.main(
+        harness.Settings(
+            tasks=(task,), include_path=folder, output_dir=output_dir, checkpoint_dir=MICROWORLD, **settings
+        )
+    )
+    records = [json.loads(line) for line in (output_dir / "answers.jsonl").read_text().splitlines()]
+    return sorted(records, key=lambda record: int(record["id"].split("/")[1]))
+
+
+@needs_lm_eval
+def test_mmlu_agrees(shared, tmp_path, monkeypatch):
+    subjects = ("abstract_algebra", "global_facts")
+    data_file = shared / "data/benchmarks/mmlu/mmlu.zip"
+    settings = mmlu.Settings(
+        checkpoint_dir=MICROWORLD, data_file=data_file, subjects=subjects, shots=0, output_dir=tmp_path / "ours"
+    )
+    summary = mmlu.main(settings)
+    ours = [json.loads(line) for line in (tmp_path / "ours/answers.jsonl").read_text().splitlines()]
+    assert len(ours) == summary["n"] > 190
+    rows = [{"prompt": r["prompt"], "gold": "ABCD".index(r["gold"])} for r in ours]
+    metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    write_task(
+        tmp_path, "mmlu_two", rows,
+        output_type="multiple_choice", doc_to_choice=list("ABCD"), doc_to_target="gold", metric_list=[metric],
+    )  # fmt: skip
+    n_rows = []
+    span_logps = harness.span_logps
+    monkeypatch.setattr(harness, "span_logps", lambda m, rows, s: n_rows.append(len(rows)) or span_logps(m, rows, s))
+    theirs = run(tmp_path, "mmlu_two")
+    assert sum(n_rows) == len({r["prompt"] for r in ours})  # one row per question serves the four letters
+    for a, b in zip(ours, theirs, strict=True):
+        logps = [float(response[0][0]) for response in b["resps"]]
+        assert a["prompt"] == b["prompt"]
+        assert logps == pytest.approx(list(a["logps"].values()), abs=1e-4)
+        assert (a["predicted"] == a["gold"]) == (b["acc"] == 1)
+    found = json.loads((tmp_path / "out-mmlu_two/summary.json").read_text())
+    assert found["tasks"]["mmlu_two"]["acc,none"] == pytest.approx(summary["accuracy"])
+    assert found["n"] == {"mmlu_two": len(ours)} and found["truncated"] == 0
+    assert f"| mmlu_two | acc | none | {len(ours)} |" in (tmp_path / "out-mmlu_two/summary.md").read_text()
+
+
+@needs_lm_eval
+def test_gsm8k_with_an_adapter_agrees(shared, tmp_path):
+    tokenizer, lines = Tokenizer(MICROWORLD), (shared / "data/gsm8k_test.jsonl").read_text().splitlines()
+    short = [line for line in lines if len(tokenizer.encode(json.loads(line)["question"])) < 180][:50]
+    (tmp_path / "rows.jsonl").write_text("\n".join(short))
+    settings = gsm8k.Settings(
+        checkpoint_dir=MICROWORLD, adapter=SHORT, data_file=tmp_path / "rows.jsonl", max_new_tokens=MAX_NEW_TOKENS,
+        output_dir=tmp_path / "ours",
+    )  # fmt: skip
+    summary = gsm8k.main(settings)
+    ours = [json.loads(line) for line in (tmp_path / "ours/answers.jsonl").read_text().splitlines()]
+    ours.sort(key=lambda record: record["id"])
+    assert len(ours) == 50
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    write_task(
+        tmp_path, "gsm8k_50", [{"prompt": r["prompt"], "gold": r["gold"]} for r in ours],
+        output_type="generate_until", doc_to_target="{{gold}}", metric_list=[metric],
+        generation_kwargs={"until": ["### Instruction"], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False},
+    )  # fmt: skip
+    theirs = run(tmp_path, "gsm8k_50", adapter=SHORT, batch_size=8)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["prompt"] == b["prompt"]
+        assert b["resps"][0][0].strip() == a["answer"]
+        assert gsm8k.extract_answer(b["resps"][0][0]) == a["extracted"]
+    assert len({record["answer"] for record in ours}) > 5
+    found = json.loads((tmp_path / "out-gsm8k_50/summary.json").read_text())
+    assert found["mean_tokens"] == summary["mean_tokens"] and found["ended_share"] == summary["ended_share"]
+
+
+def sequence_logp(network: LLaMA, tokens: list[int], n_new: int) -> float:
+    """Return the log-probability of the last `n_new` tokens, by a plain forward pass."""
+    with torch.no_grad():
+        logps = network(torch.tensor([tokens[:-1]]))[0, :, : network.config.vocab_size].log_softmax(-1)
+    return logps.gather(1, torch.tensor(tokens[1:])[:, None])[-n_new:].sum().item()
+
+
+@needs_lm_eval
+def test_long_texts_and_long_contexts(base_dir):
+    Instance = pytest.importorskip("lm_eval.api.instance").Instance
+    model = HarnessModel(load(ModelSettings(checkpoint_dir=base_dir)))
+    tokenizer, network = model.evaluated.tokenizer, model.evaluated.model
+    text = "the cat sat on the mat and the dog ate the hat" * 4
+    ids, limit = tokenizer.encode(text), network.max_tokens
+    assert limit < len(ids) <= 2 * limit
+    parts = [([tokenizer.bos_id, *ids[:limit]], limit), (ids[-limit - 1 :], len(ids) - limit)]  # tokens, new ones
+    expected = sum(sequence_logp(network, tokens, n_new) for tokens, n_new in parts)
+    (rolling,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    assert rolling == pytest.approx(expected, rel=1e-5)
+
+    requests = [Instance("loglikelihood", {}, (text, " the cat"), 0), Instance("loglikelihood", {}, ("the", " cat"), 1)]
+    (cut, _), (fitting, _) = model.loglikelihood(requests, disable_tqdm=True)
+    assert model.truncated == 1
+    n_new = len(tokenizer.encode(f"{text} the cat")) - len(ids)
+    assert cut == pytest.approx(sequence_logp(network, tokenizer.encode(f"{text} the cat")[-limit - 1 :], n_new))
+    the, the_cat = (tokenizer.encode(t, bos=True) for t in ("the", "the cat"))
+    assert fitting == pytest.approx(sequence_logp(network, the_cat, len(the_cat) - len(the)))
+
+
+def test_rows_are_shared_by_what_they_begin_with():
+    rows = shared_rows([(1, 2), (1, 2, 3), (1, 2), (1, 4), (2,), (1,)])
+    assert {row: sorted(members) for row, members in rows.items()} == {(2,): [4], (1, 4): [3], (1, 2, 3): [0, 1, 2, 5]}
+
+
+def test_options_of_generation():
+    sampling, stop = read_options({"until": "\n", "do_sample": False, "temperature": 0.7, "max_gen_toks": 5})
+    assert (sampling.temperature, sampling.max_new_tokens, stop) == (0, 5, ("\n",))
+    sampling, stop = read_options({"until": ["a", "b"], "do_sample": True, "top_p": 0.9})
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, stop) == (1, 0.9, 256, ("a", "b"))
+
+
+@needs_lm_eval
+def test_tasks_in_a_prompt_style():
+    style_model = HarnessModel(load(ModelSettings(checkpoint_dir=MICROWORLD, prompt_style="hh")))
+    turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "1"), ("user", "Two?")]
+    history = [{"role": role, "content": text} for role, text in turns]
+    asked = "Human: Be kind.\n\nOne? Assistant: 1\n\nHuman: Two? Assistant: "
+    assert style_model.apply_chat_template(history) == asked
+    history.append({"role": "assistant", "content": "It"})
+    assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{asked} It"
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((), "There is nothing to evaluate; name tasks with --tasks."),
+        (("--tasks", "toys", "--include_path", "nowhere"), "There is no folder nowhere"),
+        (("--tasks", "toys", "--include_path", "."), "There is no task 'toys' in .; did you mean toy?"),
+        (("--tasks", "toy", "--include_path", ".", "--limit", "0"), "limit is 0; it must be 1 or more."),
+    ],
+)
+def test_mistakes_are_one_sentence(flags, sentence, run_script, tmp_path, monkeypatch):
+    write_task(tmp_path, "toy", [], output_type="multiple_choice")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_script(SCRIPT, "--checkpoint_dir", MICROWORLD, *flags)
+    assert code == 1 and f"error: {sentence}" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")
+def test_without_lm_eval_the_requirements_are_named(run_script):
+    code, _, err = run_script(SCRIPT, "--tasks", "arc_easy")
+    assert code == 1
+    assert err == "error: The package lm_eval is missing; install it with pip install -r requirements-harness.txt.\n"
