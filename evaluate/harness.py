@@ -25,7 +25,6 @@ if str(Path(__file__).parent.resolve()) not in evaluate.__path__:
     evaluate.__path__.append(str(Path(__file__).parent.resolve()))
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluate.common import EvaluatedModel, ModelSettings, Results, answer_statistics, few_shot, identify, load, percent
@@ -119,6 +118,12 @@ class HarnessModel(TemplateLM):
         begun = "" if add_generation_prompt else f" {texts.pop()}"  # an answer to continue
         examples = list(zip(texts[:-1:2], texts[1::2], strict=True))
         return few_shot(self.evaluated.style, examples, texts[-1]) + begun
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both. An answer to an instruction begins with a space, which the harness omits."""
+        if self.evaluated.style.name != "plain" and not context[-1:].isspace() and not continuation[:1].isspace():
+            continuation = f" {continuation}"
+        return super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self,
@@ -254,9 +259,7 @@ def span_logps(
     logps, greedy = [], []
     for start in range(0, len(targets), CHUNK):
         row, position, token = torch.tensor(targets[start : start + CHUNK], device=device).T
-        x = hidden[row, position]
-        logits = F.linear(x, model.output_weight) if model.lm_head is None else model.lm_head(x)
-        logits = logits[:, : model.config.vocab_size].float()
+        logits = model.unembed(hidden[row, position])[:, : model.config.vocab_size].float()
         logps += logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
         greedy += (logits.argmax(-1) == token).tolist()
     scores, end = [], 0

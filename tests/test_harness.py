@@ -158,6 +158,8 @@ def test_tasks_in_a_prompt_style():
     assert style_model.apply_chat_template(history) == asked
     history.append({"role": "assistant", "content": "It"})
     assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{asked} It"
+    pairs = [("Assistant:", "It"), ("Assistant:", " It"), ("Assistant: ", "It")]
+    assert len({tuple(map(tuple, style_model._encode_pair(*pair))) for pair in pairs}) == 1
 
 
 @needs_lm_eval
