@@ -209,7 +209,7 @@ def test_python_of_the_page_on_many_aligners(workplace, capsys):
     (block,) = python_blocks("many_aligners.md")
     exec(compile(block, "many_aligners.md", "exec"), {})
     said, ids = capsys.readouterr().out.splitlines()
-    assert len(eval(said)) == 3 and [len(new) for new in eval(ids)] == [5, 5]
+    assert len(eval(said)) == 4 and [len(new) for new in eval(ids)] == [5, 5]
 
 
 def test_python_of_the_weights_page(workplace, capsys):
