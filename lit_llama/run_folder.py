@@ -42,7 +42,7 @@ class RunFolder:
     """The files of one training run.
 
     Args:
-        settings: all settings of the script.
+        settings: All settings of the script.
 
     Raises:
         UserError: The folder holds a run that is neither resumed nor overwritten, or one that cannot be resumed.

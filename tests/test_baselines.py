@@ -498,6 +498,25 @@ def test_preferences_train_every_method(method, precompute, runs, tmp_path, base
     assert metrics[0]["val/dpo_loss"] == pytest.approx(0.693147, abs=1e-5) and metrics[0]["val/kl"] == 0
 
 
+@each_method
+def test_one_script_trains_every_method(method, runs, tmp_path, base_dir, data_dir, run_script):
+    own = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
+    rate = script_of(method).Settings.learning_rate
+    flags = {**SHORT, "checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "run", "method": method,
+             "method_config": json.dumps(own), "learning_rate": rate}  # fmt: skip
+    code, _, err = run_script("finetune/aligner.py", *(f"--{k}={v}" for k, v in flags.items()))
+    assert code == 0, err
+    ours, theirs = (read_adapter(folder / "last.safetensors") for folder in (tmp_path / "run", runs[method]))
+    assert (ours.method, ours.config) == (theirs.method, theirs.config)
+    assert all(torch.equal(ours.state[name], t) for name, t in theirs.state.items())
+
+
+def test_unknown_methods_are_named(refused, base_dir, data_dir, tmp_path):
+    flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x", "--method", "lorra")
+    said = refused("finetune/aligner.py", *flags)
+    assert said == "There is no method 'lorra'; known are aligner, adapter, lora, bitfit, prompt_tuning."
+
+
 def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", preference_dir, "--out_dir", tmp_path / "x")
     said = refused("finetune/alignerDPO.py", *flags, "--method", "lora", "--method_config", '{"rank": 8}')
