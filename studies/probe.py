@@ -1,16 +1,15 @@
-"""Form or knowledge? Where a task falls between the two, by how much of LoRA's gain one token recovers.
+"""Form or knowledge? Where a task lies between the two, by how much of LoRA's gain one token recovers.
 
-One token adds the same vector to every token of a layer, whatever is asked, so it can choose among what the base
-model does already and has no room for facts (section 5.2 of the paper proposes it as a probe). For every dataset this
+One token adds the same vector to every token of a layer, whatever is asked. So it can select among what the base model
+does already, but cannot store facts (section 5.2 of the paper proposes this as a probe). For each dataset this study
 trains Aligner with one token, with many, and LoRA with the same data, steps and learning rates to choose from, and
-reports
+reports on held-out rows
 
     share = (loss of the base - loss with one token) / (loss of the base - loss with LoRA)
 
-on held-out rows: 1 is form, 0 is knowledge. The same share is reported of the label tokens that are the model's first
-choice: a loss also falls when the model becomes less sure of what it does not know, and that takes no knowledge. The
-rate is chosen by the loss on a part of the training rows. Finished trainings are kept in out_dir, so a probe that was
-stopped goes on where it was.
+1 is form, 0 is knowledge. The same share is reported for the number of label tokens that are not the model's first
+choice: a loss also falls when the model becomes less certain of what it does not know, which takes no knowledge. The
+rate is chosen by the loss on a part of the training rows. A probe that was stopped continues where it was.
 """
 
 import json
@@ -44,24 +43,18 @@ from studies.trials import Record, Trial, at_edge, choose, run_trials
 @dataclass
 class Settings:
     # == What is probed ==
-    data_dir: tuple[Path, ...] = (Path("data/microworld-pirate"),)  # prepared folders, each a task of its own
+    data_dir: tuple[Path, ...] = (Path("data/microworld-pirate"),)  # prepared folders, one task each
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.png
 
     # == Every training ==
     many: int = 100  # prefix tokens of the larger Aligner
-    steps: int = 120  # optimiser steps
+    steps: int = 120  # optimizer steps
     batch_size: int = 16  # rows of a step
-    learning_rates: tuple[float, ...] = (
-        4e-3,
-        1.6e-2,
-        6.4e-2,
-        2.56e-1,
-        1.024,
-    )  # every method chooses one of these for each task
-    valid_fraction: float = 0.2  # share of the training rows to choose it by
+    learning_rates: tuple[float, ...] = (4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024)  # the best for each method and task
+    valid_fraction: float = 0.2  # share of the training rows that chooses it
     seeds: tuple[int, ...] = (1, 2, 3)  # of the trainings at the chosen rate
-    rows: int = 256  # held-out rows to read at most
+    rows: int = 256  # read at most this many held-out rows
 
     # == Running ==
     resamples: int = 10_000  # draws of the rows for the interval
@@ -77,7 +70,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share and its 95 % interval, which is nan where LoRA's gain may be none."""
+    """A share and its 95 % interval; the interval is nan if LoRA may gain nothing."""
 
     value: float
     low: float
@@ -90,22 +83,22 @@ class Share:
         return f"{value} ({'no interval' if math.isnan(self.low) else f'{low} to {high}'})"
 
 
-# == the scale ==
+# == shares ==
 
 
 def recovered(
     base: np.ndarray, other: np.ndarray, lora: np.ndarray, tokens: np.ndarray, *, resamples: int, seed: int = 0
 ) -> Share:
-    """The share of LoRA's gain over the base that another method has, per token of the held-out rows.
+    """Return the share of LoRA's gain over the base that another method has, per token of the held-out rows.
 
-    The interval is a bootstrap: rows are drawn with replacement, the same for base and methods, and the mean over a
-    method's trainings is moved by its standard error times a draw from Student's t with S - 1 degrees of freedom. With
-    one training each it covers the rows alone.
+    The interval is a bootstrap: rows are drawn with replacement, the same for all methods, and the mean over the
+    trainings of a method is shifted by its standard error times a draw from Student's t with S - 1 degrees of freedom.
+    With one training each it covers only the rows.
 
     Args:
-        base: (n,) what each row loses without an adapter, a sum over its tokens (nats, or wrong tokens).
-        other, lora: (S, n) the same with each of S trained adapters.
-        tokens: (n,) label tokens of each row.
+        base: Loss of each row without an adapter (n,), summed over its tokens (nats, or wrong tokens).
+        other, lora: The same with each of S trained adapters (S, n).
+        tokens: Number of label tokens of each row (n,).
     """
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=resamples)  # (R, n)
@@ -117,8 +110,8 @@ def recovered(
             error = drawn.std(1, ddof=1) / math.sqrt(len(losses))
             gain = gain + rng.standard_t(len(losses) - 1, resamples) * error
         gains.append(gain)
-    whole = (base - lora).sum(1).mean()
-    value = (base - other).sum(1).mean() / whole if whole else math.nan
+    full = (base - lora).sum(1).mean()
+    value = (base - other).sum(1).mean() / full if full else math.nan
     if (gains[1] <= 0).mean() > 0.025:
         return Share(float(value), math.nan, math.nan)
     low, high = np.quantile(gains[0] / gains[1], [0.025, 0.975])
@@ -130,14 +123,16 @@ def recovered(
 
 @torch.no_grad()
 def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, np.ndarray]:
-    """For each row, summed over its label tokens, given those before: "loss", the negative log-likelihood in nats, and
-    "wrong", how many are not the likeliest."""
+    """Return the scores (rows,) of each row, summed over its label tokens, given the right tokens before each.
+
+    "loss" is the negative log-likelihood in nats, "wrong" the number of tokens that are not the likeliest.
+    """
     scores = {name: np.zeros(len(data)) for name in MEASURES}
     order = np.argsort(data.lengths, kind="stable")
     with eval_mode(model):
         for start in range(0, len(order), batch_size):
-            own = order[start : start + batch_size]
-            batch = data.batch(own)
+            rows = order[start : start + batch_size]
+            batch = data.batch(rows)
             targets = batch["labels"][:, 1:]
             predicts = targets != IGNORE_INDEX
             logits = F.linear(model.hidden(batch["idx"])[:, :-1][predicts], model.output_weight).float()  # (labels, V)
@@ -147,7 +142,7 @@ def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, n
                 "wrong": (logits.argmax(-1) != targets).float(),
             }
             for name, values in found.items():
-                scores[name][own] = [part.sum().item() for part in values.split(counts)]
+                scores[name][rows] = [part.sum().item() for part in values.split(counts)]
     return scores
 
 
@@ -160,8 +155,7 @@ def score(trial: Trial, run: Path) -> dict[str, list[float]]:
 
 
 def split_training_rows(data_dir: Path, fraction: float, output_dir: Path) -> None:
-    """A folder whose rows are the training rows of another one, some of them for validation; those of one prompt stay
-    together."""
+    """Write a dataset of the training rows of another one, with a share of the prompts held out for validation."""
     data = SFTData(data_dir, "train")
     prompts = [ids[:n].tobytes() for ids, n in zip(data.rows["input_ids"], data.rows["prompt_length"], strict=True)]
     in_test = held_out(prompts, fraction, seed=0)
@@ -180,54 +174,74 @@ def make_trial(settings: Settings, name: str, variant: Variant, folder: Path, ra
     return Trial(f"{name}-lr{rate:g}-seed{seed}", variant, stated, scoring={"rows": settings.rows})
 
 
-def probe(args: Settings, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:
-    """Chooses the rates, trains all seeds and compares, for one dataset.
+def by_method(records: list[Record], name: str) -> dict[str, list[Record]]:
+    """Return the records of a dataset's trials by the method that their names state."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["trial"]["name"].removeprefix(f"{name}-").partition("-")[0], []).append(record)
+    return groups
+
+
+def train(
+    settings: Settings, folder: Path, name: str, variants: dict[str, Variant]
+) -> tuple[dict[str, list[Record]], dict[str, list[Record]], dict[str, Record]]:
+    """Choose the learning rate of each method, and train all seeds at it.
+
+    Returns:
+        The trials that choose, those at the chosen rates, and the chosen one of each method.
+    """
+    runs, chosen_by = settings.out_dir / "runs", settings.out_dir / "data" / name
+    split_training_rows(folder, settings.valid_fraction, chosen_by)
+    grid = [
+        make_trial(settings, f"{name}-{method}-choosing", variant, chosen_by, rate, SWEEP_SEED)
+        for method, variant in variants.items()
+        for rate in settings.learning_rates
+    ]
+    swept = by_method(run_trials(grid, runs, score, jobs=settings.jobs, desc=f"{name}, choosing rates"), name)
+    best = {method: choose(own, key=lambda record: -sum(record["scores"]["loss"])) for method, own in swept.items()}
+    final = [
+        make_trial(settings, f"{name}-{m}", variants[m], folder, best[m]["trial"]["settings"]["learning_rate"], seed)
+        for m in variants
+        for seed in settings.seeds
+    ]
+    trained = by_method(run_trials(final, runs, score, jobs=settings.jobs, desc=f"{name}, seeds"), name)
+    return swept, trained, best
+
+
+def probe(settings: Settings, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:
+    """Train all methods on one dataset and compare them.
 
     Returns:
         For each of `MEASURES` its mean per token (method, and "base" -> number) and shares (method -> `Share`); rates;
         edges: methods whose rate is the lowest or highest tried; rows; seconds.
     """
-    chosen_by = args.out_dir / "data" / name
-    split_training_rows(folder, args.valid_fraction, chosen_by)
-    runs, rates = args.out_dir / "runs", {}
-    grid = [
-        make_trial(args, f"{name}-{method}-choosing", variant, chosen_by, rate, SWEEP_SEED)
-        for method, variant in variants.items()
-        for rate in args.learning_rates
-    ]
-    swept = run_trials(grid, runs, score, jobs=args.jobs, desc=f"{name}, choosing rates")
-    edges, final = [], []
-    for i, (method, variant) in enumerate(variants.items()):
-        own = swept[i * len(args.learning_rates) : (i + 1) * len(args.learning_rates)]
-        best = choose(own, key=lambda record: -sum(record["scores"]["loss"]))
-        rates[method] = best["trial"]["settings"]["learning_rate"]
-        edges += [method] * at_edge(best, own)
-        final += [make_trial(args, f"{name}-{method}", variant, folder, rates[method], seed) for seed in args.seeds]
-    trained = run_trials(final, runs, score, jobs=args.jobs, desc=f"{name}, seeds")
-
-    data = SFTData(folder, "test", Tokenizer(args.checkpoint_dir), args.rows)
-    base, measures = row_scores(load_model(args.checkpoint_dir), data), {}
-    for name in MEASURES:
-        scores = {"base": base[name][None]}  # (S, n) each
-        for i, method in enumerate(variants):
-            scores[method] = scores_of(trained[i * len(args.seeds) : (i + 1) * len(args.seeds)], name)
-        measures[name] = {
-            "mean": {method: float(rows.sum(1).mean() / data.weights.sum()) for method, rows in scores.items()},
-            "shares": {
-                method: recovered(scores["base"][0], rows, scores["lora"], data.weights, resamples=args.resamples)
-                for method, rows in scores.items()
-                if method not in ("base", "lora")
-            },
-        }
-    seconds = round(sum(record.get("seconds", 0) for record in [*swept, *trained]))
-    return {**measures, "rates": rates, "edges": edges, "rows": len(data), "seconds": seconds}
+    swept, trained, best = train(settings, folder, name, variants)
+    data = SFTData(folder, "test", Tokenizer(settings.checkpoint_dir), settings.rows)
+    base, found = row_scores(load_model(settings.checkpoint_dir), data), {}
+    tokens = data.weights
+    for measure in MEASURES:
+        scores = {method: scores_of(own, measure) for method, own in trained.items()}  # (S, n) each
+        everyone = {"base": base[measure][None], **scores}
+        found[measure] = {
+            "mean": {method: float(rows.sum(1).mean() / tokens.sum()) for method, rows in everyone.items()},
+            "shares": {m: recovered(base[measure], rows, scores["lora"], tokens, resamples=settings.resamples)
+                       for m, rows in scores.items() if m != "lora"},
+        }  # fmt: skip
+    records = [record for group in (swept, trained) for own in group.values() for record in own]
+    return {
+        **found,
+        "rates": {method: record["trial"]["settings"]["learning_rate"] for method, record in best.items()},
+        "edges": [method for method, record in best.items() if at_edge(record, swept[method])],
+        "rows": len(data),
+        "seconds": round(sum(record.get("seconds", 0) for record in records)),
+    }
 
 
 def scores_of(records: list[Record], name: str) -> np.ndarray:
-    """(S, n) held-out scores of the trainings that did not fail.
+    """Return the held-out scores (S, n) of the trainings that did not fail.
 
     Raises:
-        UserError: all did.
+        UserError: All failed.
     """
     done = [record["scores"][name] for record in records if "error" not in record]
     if not done:
@@ -239,7 +253,7 @@ def scores_of(records: list[Record], name: str) -> np.ndarray:
 
 
 def report(found: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> str:
-    """A Markdown table for each measure; a line for each dataset, from form to knowledge."""
+    """Return a Markdown table for each measure, with a line for each dataset, from form to knowledge."""
     small, parts = [method for method in variants if method != "lora"], []
     for measure, (title, digits) in MEASURES.items():
         heads = ["data", "held-out rows", "base", *(v.label for v in variants.values())]
@@ -256,7 +270,7 @@ def report(found: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> st
 
 
 def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: Path) -> None:
-    """The scale of each measure: a line for each dataset, a point with its interval for each Aligner."""
+    """Plot the shares of each measure: a line for each dataset, a point with its interval for each Aligner."""
     small, first = [method for method in variants if method != "lora"], next(iter(MEASURES))
     names = sorted(found, key=lambda name: found[name][first]["shares"][small[0]].value)
     figure = make_figure(10, 1.8 + 0.5 * len(names))
@@ -277,32 +291,35 @@ def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: P
     save_figure(figure, path)
 
 
-def main(args: Settings) -> None:
-    names = [folder.resolve().name for folder in args.data_dir]
+def check(settings: Settings) -> None:
+    """Raises: UserError: A setting is out of range."""
+    if not 0 < settings.valid_fraction < 1:
+        raise UserError(f"valid_fraction is {settings.valid_fraction}; it must be between 0 and 1.")
+    for name in ("rows", "steps", "batch_size", "resamples", "jobs"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be 1 or more.")
+    if len(set(settings.seeds)) < len(settings.seeds) or SWEEP_SEED in settings.seeds:
+        raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
+
+
+def main(settings: Settings) -> None:
+    names = [folder.resolve().name for folder in settings.data_dir]
     if len(set(names)) < len(names):
         raise UserError(f"Two data folders have the same name: {', '.join(names)}.")
-    if not 0 < args.valid_fraction < 1 or min(args.rows, args.steps, args.batch_size, args.resamples, args.jobs) < 1:
-        raise UserError(
-            "valid_fraction must be between 0 and 1, and rows, steps, batch_size, resamples, jobs 1 or more."
-        )
-    if len(set(args.seeds)) < len(args.seeds) or SWEEP_SEED in args.seeds:
-        raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
-    large = Variant(f"Aligner, N = {args.many}", "aligner", {"adapter_prompt_length": args.many})
+    check(settings)
+    large = Variant(f"Aligner, N = {settings.many}", "aligner", {"adapter_prompt_length": settings.many})
     variants = {"aligner1": VARIANTS["aligner1"], "many": large, "lora": VARIANTS["lora"]}
-    found = {}
-    for name, folder in zip(names, args.data_dir, strict=True):
-        SFTData(folder, "test", Tokenizer(args.checkpoint_dir))  # refuses what does not fit before anything is trained
-        found[name] = probe(args, folder, name, variants)
+    for folder in settings.data_dir:
+        SFTData(folder, "test", Tokenizer(settings.checkpoint_dir))  # a UserError before anything is trained
+    datasets = dict(zip(names, settings.data_dir, strict=True))
+    found = {name: probe(settings, folder, name, variants) for name, folder in datasets.items()}
     table = report(found, variants)
     print(table)
-    write_text(args.out_dir / "probe.md", table + "\n")
-    settings = json.loads(json.dumps(asdict(args), default=str))
-    write_text(
-        args.out_dir / "probe.json",
-        json.dumps({"settings": settings, "results": found}, default=asdict, indent=1) + "\n",
-    )
-    plot(found, variants, args.out_dir / "probe.png")
-    log(f"wrote probe.md, probe.json and probe.png in {args.out_dir}")
+    write_text(settings.out_dir / "probe.md", table + "\n")
+    about = {"settings": json.loads(json.dumps(asdict(settings), default=str)), "results": found}
+    write_text(settings.out_dir / "probe.json", json.dumps(about, default=asdict, indent=1) + "\n")
+    plot(found, variants, settings.out_dir / "probe.png")
+    log(f"wrote probe.md, probe.json and probe.png in {settings.out_dir}")
 
 
 if __name__ == "__main__":
