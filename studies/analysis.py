@@ -1,10 +1,11 @@
-"""Looks inside trained Aligners: their gates, how far their prefixes went from where they began, what layers get.
+"""Look inside trained Aligners: their gates, how far their prefixes moved from the start, and what layers receive.
 
     python studies/analysis.py aligner_weights/microworld-json-n1 aligner_weights/microworld-pirate-n1
 
-It reads our files and the authors' .pth. The gates and the prefixes need no base model; with --checkpoint_dir it also
-shows which pieces of the vocabulary the one token's constant pushes in each layer, and with --data_dir how large what
-is added is beside the attention's own output. Tables go to stdout; out_dir gets gates.png, prefixes.png and layers.csv.
+Reads adapters of this project and the authors' .pth files. Gates and prefixes need no base model. With
+--checkpoint_dir it also lists the pieces of the vocabulary that the constant of a one-token Aligner pushes in each
+layer, and with --data_dir the size of the added term beside the attention's own output. Tables go to stdout;
+gates.png, prefixes.png and layers.csv go to out_dir.
 """
 
 import csv
@@ -35,29 +36,29 @@ from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
 @dataclass
 class Settings:
-    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or a run's folder
-    checkpoint_dir: Path | None = None  # the base all of them were trained on
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
+    checkpoint_dir: Path | None = None  # the base model that all of them were trained on
     data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
-    rows: int = 32  # validation rows of them to read
+    rows: int = 32  # validation rows to read
     within: float = 0.1  # values that differ by no more than this count as near
-    top: int = 6  # pieces of the vocabulary to show, pushed up most and pushed down most
+    top: int = 6  # pieces of the vocabulary to list in each direction
     seed: int = 0  # of t-SNE
     out_dir: Path = Path("out/analysis")  # figures and layers.csv
 
 
 AUTHORS_SEED = 1337
-AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once; an RTX A6000's number
+AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once, as an RTX A6000 does
 SIZES = (0.0, 0.25, 0.5, 1.0, 2.0, float("inf"))
 
 
-# == where a prefix began ==
+# == the start of a prefix ==
 
 
 def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
-    """The prefix before the first step, (P, C) fp32; None if training began from another adapter, or nothing says.
+    """Return the prefix before the first step (P, C) in fp32; None if it is unknown or was another adapter's.
 
-    Ours is drawn on the CPU in fp32 from the seed in the header. Files without a header are taken for the authors',
-    drawn on a GPU in bf16 from seed 1337.
+    This project draws it on the CPU in fp32 from the seed in the header. Files without a header are taken to be the
+    authors', who drew it on a GPU in bf16 from seed 1337.
     """
     shape = adapter.state[PREFIX].shape
     if "training" not in adapter.meta:
@@ -72,13 +73,13 @@ def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
 
 
 def cuda_normal(count: int, seed: int, threads: int) -> np.ndarray:
-    """The first `count` numbers that torch's `normal_` draws on a GPU after `torch.manual_seed(seed)`, fp32.
+    """Return the first `count` numbers that torch's `normal_` draws on a GPU after `torch.manual_seed(seed)`, in fp32.
 
-    Element i is the (i // threads)-th number of thread i % threads. A thread has a stream of Philox (Salmon et al.,
-    SC 2011) of its own, and makes four normals of four words by Box and Muller's formula, as cuRAND does.
+    Element i is number i // threads of thread i % threads. Each thread has its own stream of Philox (Salmon et al.,
+    SC 2011) and makes four normals of four words by the Box-Muller transform, as cuRAND does.
 
     Args:
-        threads: that the GPU runs at once: multiprocessors × resident threads of each.
+        threads: Threads that the GPU runs at once: multiprocessors × resident threads of each.
     """
     turn, thread = np.divmod(np.arange(count, dtype=np.uint64), np.uint64(threads))
     counter = np.stack([turn // 4, np.zeros_like(turn), thread, np.zeros_like(turn)])
@@ -91,7 +92,7 @@ def cuda_normal(count: int, seed: int, threads: int) -> np.ndarray:
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32 with ten rounds: (4, n) counters -> (4, n) random words, 32 bits each in uint64."""
+    """Return the random words (4, n), 32 bits each in uint64, of Philox4x32 with ten rounds for counters (4, n)."""
     a, b, c, d = counter
     low = np.uint64(0xFFFFFFFF)
     for i in range(10):
@@ -102,7 +103,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def equal_by_size(prefix: torch.Tensor, start: torch.Tensor) -> list[tuple[float, float, int, int]]:
-    """(from, to, values, equal values) for each range of |start|: bf16's steps double with each power of two."""
+    """Return (from, to, values, equal values) for ranges of |start|; bf16's steps double with each power of two."""
     size, equal = start.abs(), prefix == start
     found = []
     for low, high in itertools.pairwise(SIZES):
@@ -111,20 +112,19 @@ def equal_by_size(prefix: torch.Tensor, start: torch.Tensor) -> list[tuple[float
     return found
 
 
-# == what a layer gets ==
+# == what a layer receives ==
 
 
 @torch.no_grad()
 def layer_effects(model: aligner.LLaMA, texts: list[torch.Tensor]) -> dict[int, float]:
-    """‖added term‖ / ‖attention output‖ of each layer that has an Aligner, both over all heads and before c_proj;
-    the mean over the tokens.
+    """Return ‖added term‖ / ‖attention output‖ of each aligned layer, both over all heads and before c_proj.
 
     Args:
-        texts: (T,) token ids each.
+        texts: Token ids (T,) of each text; the ratio is the mean over all tokens.
     """
     ratios: dict[int, list[torch.Tensor]] = {}
 
-    def measured(layer: int, attn: aligner.CausalSelfAttention):
+    def measure(layer: int, attn: aligner.CausalSelfAttention):
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             y = llama.CausalSelfAttention.attend(attn, q, k, v, mask)  # (B, nh, T, hs)
             added = aligner.prefix_attention(q, *attn.constants(q.dtype)).expand_as(y)
@@ -138,7 +138,7 @@ def layer_effects(model: aligner.LLaMA, texts: list[torch.Tensor]) -> dict[int, 
     ]
     try:
         for layer, attn in aligned:
-            attn.attend = measured(layer, attn)  # hides the method
+            attn.attend = measure(layer, attn)  # hides the method
         for ids in texts:
             model(ids.unsqueeze(0))
     finally:
@@ -148,16 +148,16 @@ def layer_effects(model: aligner.LLaMA, texts: list[torch.Tensor]) -> dict[int, 
 
 
 def norms(heads: torch.Tensor) -> torch.Tensor:
-    """(B, nh, T, hs) -> (B, T) in fp32."""
+    """Return the norms (B, T) over all heads (B, nh, T, hs), in fp32."""
     return heads.float().square().sum(dim=(1, 3)).sqrt()
 
 
 @torch.no_grad()
 def token_shifts(model: aligner.LLaMA) -> dict[int, torch.Tensor]:
-    """What one token adds to the residual stream in each layer: gate × V_p through c_proj, (C,).
+    """Return what one token adds to the residual stream in each layer (C,): gate × V_p through c_proj.
 
     Raises:
-        UserError: the prefix has more tokens, whose mixture depends on the query.
+        UserError: The prefix has more tokens, whose weights depend on the query.
     """
     config, shifts = model.config, {}
     if config.adapter_prompt_length > 1:
@@ -173,7 +173,7 @@ def token_shifts(model: aligner.LLaMA) -> dict[int, torch.Tensor]:
 
 @torch.no_grad()
 def lens(model: aligner.LLaMA, shift: torch.Tensor, top: int, vocab_size: int) -> tuple[list[int], list[int]]:
-    """The ids that a residual vector (C,), read by the last norm and the output layer, pushes up and down most."""
+    """Return the ids that a residual vector (C,), read by the last norm and the output layer, pushes up and down."""
     logits = F.linear(model.transformer.ln_f(shift), model.output_weight)[:vocab_size].float()
     order = logits.argsort(descending=True).tolist()
     return order[:top], order[::-1][:top]
@@ -183,7 +183,7 @@ def lens(model: aligner.LLaMA, shift: torch.Tensor, top: int, vocab_size: int) -
 
 
 def label(adapter: AdapterFile) -> str:
-    """Its folder's name where the file's own says nothing."""
+    """Return the name of the file, or of its folder if all files of that kind have the same name."""
     path = adapter.path.resolve()
     if path.stem in ("adapter", "best", "last"):
         return path.parent.name
@@ -191,21 +191,25 @@ def label(adapter: AdapterFile) -> str:
 
 
 def compare(name: str, a: torch.Tensor, b: torch.Tensor, near: float) -> list[str]:
-    """A line of a table about two tensors of one shape."""
+    """Return a line of a table about two tensors of one shape."""
     equal, cosine = agreement(a, b)
     distance = (a - b).abs().flatten()
     shares = [f"{count / a.numel():.1%}" for count in (equal, int((distance <= near).sum()))]
     return [name, f"{a.numel():,}", *shares, f"{distance.median():.4f}", f"{cosine:.4f}"]
 
 
-def prefix_tables(labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None],
-                  near: float) -> list[str]:  # fmt: skip
-    """Prefixes against where they began, by size too, and against each other in the tokens that both have."""
+def section(title: str, header: list[str], rows: list[list[str]]) -> str:
+    return f"{title}\n\n{markdown_table(header, rows)}"
+
+
+def prefix_tables(
+    labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], near: float
+) -> list[str]:
+    """Return tables of prefixes beside their start, also by size, and beside each other in the tokens of both."""
     columns = ["values", "equal", f"within {near:g}", "median distance", "cosine"]
     known = [parts for parts in zip(labels, prefixes, starts, strict=True) if parts[2] is not None]
-    sizes = [
-        f"{low:g} to {high:g}" if high < SIZES[-1] else f"above {low:g}" for low, high in itertools.pairwise(SIZES)
-    ]
+    ranges = [f"{low:g} to {high:g}" if high < SIZES[-1] else f"above {low:g}"
+              for low, high in itertools.pairwise(SIZES)]  # fmt: skip
     by_size = [
         [name, *(f"{equal / count:.1%}" if count else "" for _, _, count, equal in equal_by_size(prefix, start))]
         for name, prefix, start in known
@@ -220,20 +224,16 @@ def prefix_tables(labels: list[str], prefixes: list[torch.Tensor], starts: list[
             pairs.append([*line, f"{agreement(*moves)[1]:.4f}" if len(moves) == 2 else ""])
     parts = []
     if known:
-        lines = [compare(name, prefix, start, near) for name, prefix, start in known]
-        parts.append("Prefixes beside their random start\n\n" + markdown_table(["adapter", *columns], lines))
-        parts.append(
-            "Values equal to the start, by the start's size\n\n" + markdown_table(["adapter", *sizes], by_size)
-        )
+        beside = [compare(name, prefix, start, near) for name, prefix, start in known]
+        parts.append(section("Prefixes and their random start", ["adapter", *columns], beside))
+        parts.append(section("Values equal to the start, by the start's size", ["adapter", *ranges], by_size))
     if pairs:
-        parts.append(
-            "Pairs of prefixes\n\n" + markdown_table(["adapters", *columns, "cosine of the ways from the start"], pairs)
-        )
+        parts.append(section("Pairs of prefixes", ["adapters", *columns, "cosine of the moves from the start"], pairs))
     return parts
 
 
 def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> None:
-    """Standard deviation and mean of each layer's gates."""
+    """Plot the standard deviation and the mean of each layer's gates."""
     figure = make_figure(11, 4.6)
     panels = figure.subplots(1, 2, sharex=True)
     for name, adapter in zip(labels, adapters, strict=True):
@@ -248,15 +248,16 @@ def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> No
     log(f"wrote {path}")
 
 
-def plot_prefixes(labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], seed: int,
-                  path: Path) -> None:  # fmt: skip
-    """t-SNE of all prefix tokens, and of their ways from the start, for each width that has four tokens or more."""
-    panels, colours = [], {name: f"C{i % 10}" for i, name in enumerate(labels)}
+def plot_prefixes(
+    labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], seed: int, path: Path
+) -> None:
+    """Plot t-SNE of all prefix tokens and of their moves from the start, for each width with four tokens or more."""
+    panels, colors = [], {name: f"C{i % 10}" for i, name in enumerate(labels)}
     for width in sorted({prefix.size(1) for prefix in prefixes}):
         own = [i for i, prefix in enumerate(prefixes) if prefix.size(1) == width]
         panels.append((f"prefix tokens, width {width}", [(labels[i], prefixes[i]) for i in own]))
         moves = [(labels[i], prefixes[i] - starts[i]) for i in own if starts[i] is not None]
-        panels.append((f"their ways from the start, width {width}", moves))
+        panels.append((f"their moves from the start, width {width}", moves))
     panels = [(title, groups) for title, groups in panels if sum(len(tokens) for _, tokens in groups) >= 4]
     if not panels:
         log("No prefixes.png: t-SNE needs four tokens of one width.")
@@ -267,79 +268,90 @@ def plot_prefixes(labels: list[str], prefixes: list[torch.Tensor], starts: list[
         points = iter(tsne(torch.cat([tokens for _, tokens in groups]), seed))
         for name, tokens in groups:
             x, y = zip(*itertools.islice(points, len(tokens)), strict=True)
-            axes.scatter(x, y, s=60 if len(tokens) == 1 else 10, color=colours[name])
+            axes.scatter(x, y, s=60 if len(tokens) == 1 else 10, color=colors[name])
         axes.set(title=f"t-SNE: {title}", xticks=[], yticks=[])
-    for name, colour in colours.items():
-        axes.scatter([], [], color=colour, label=name)
+    for name, color in colors.items():
+        axes.scatter([], [], color=color, label=name)
     figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     save_figure(figure, path)
     log(f"wrote {path}")
 
 
 def tsne(points: torch.Tensor, seed: int) -> np.ndarray:
-    """(n, C) -> (n, 2), n at least 4."""
+    """Return points in the plane (n, 2) for points (n, C); n is at least 4."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
 
 
-def inside_base(args: Settings, labels: list[str], adapters: list[AdapterFile]) -> tuple[list[str], dict[str, dict]]:
-    """Tables of what needs the base, and each adapter's effect by layer."""
-    tokenizer, parts = Tokenizer(args.checkpoint_dir), []
+def lens_table(model: aligner.LLaMA, name: str, tokenizer: Tokenizer, top: int) -> str:
+    shifts, rows = token_shifts(model), []
+    for layer, shift in [*shifts.items(), ("sum", sum(shifts.values()))]:
+        pushed = lens(model, shift, top, tokenizer.vocab_size)
+        pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids) for ids in pushed]
+        rows.append([str(layer), f"{shift.norm():.3f}", *pieces])
+    return section(f"{name}: what the token's constant pushes", ["layer", "norm", "up", "down"], rows)
+
+
+def effects_table(effects: dict[str, dict[int, float]], title: str) -> str:
+    layers = sorted({layer for by_layer in effects.values() for layer in by_layer})
+    rows = [[n, *(f"{e[i]:.3f}" if i in e else "" for i in layers)] for n, e in effects.items()]
+    return section(title, ["adapter", *map(str, layers)], rows)
+
+
+def inside_base(
+    settings: Settings, labels: list[str], adapters: list[AdapterFile]
+) -> tuple[list[str], dict[str, dict[int, float]]]:
+    """Return the tables that need the base, and each adapter's effect by layer."""
+    tokenizer, parts = Tokenizer(settings.checkpoint_dir), []
     effects: dict[str, dict[int, float]] = {}
     for name, adapter in zip(labels, adapters, strict=True):
-        model = load_model(args.checkpoint_dir, adapter)
-        if args.data_dir:
-            data = SFTData(args.data_dir, "test", tokenizer, args.rows)
+        model = load_model(settings.checkpoint_dir, adapter)
+        if settings.data_dir:
+            data = SFTData(settings.data_dir, "test", tokenizer, settings.rows)
             effects[name] = layer_effects(model, [torch.from_numpy(ids).long() for ids in data.rows["input_ids"]])
         if model.config.adapter_prompt_length > 1:
-            log(f"No lens for {name}: what a prefix of several tokens adds is no constant.")
-            continue
-        shifts = token_shifts(model)
-        lines = []
-        for layer, shift in [*shifts.items(), ("sum", sum(shifts.values()))]:
-            found = lens(model, shift, args.top, tokenizer.vocab_size)
-            pieces = [" ".join(repr(tokenizer.decode([i])) for i in ids) for ids in found]
-            lines.append([str(layer), f"{shift.norm():.3f}", *pieces])
-        parts.append(
-            f"{name}: what the token's constant pushes\n\n" + markdown_table(["layer", "norm", "up", "down"], lines)
-        )
+            log(f"No lens for {name}: a prefix of several tokens adds no constant.")
+        else:
+            parts.append(lens_table(model, name, tokenizer, settings.top))
     if effects:
-        layers = sorted({layer for by_layer in effects.values() for layer in by_layer})
-        lines = [[n, *(f"{e[i]:.3f}" if i in e else "" for i in layers)] for n, e in effects.items()]
-        head = f"Norm of the added term over the attention output's, {len(data)} rows of {args.data_dir}, by layer"
-        parts.insert(0, f"{head}\n\n" + markdown_table(["adapter", *map(str, layers)], lines))
+        where = f"{len(data)} rows of {settings.data_dir}, by layer"
+        parts.insert(0, effects_table(effects, f"Norm of the added term over the attention output's, {where}"))
     return parts, effects
 
 
-def main(args: Settings) -> None:
-    if args.data_dir and not args.checkpoint_dir:
-        raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
-    if args.rows < 1 or args.top < 1 or args.within < 0:
-        raise UserError("rows and top must be 1 or more, and within 0 or more.")
-    adapters = [open_adapter(path) for path in args.files]
-    labels = [label(adapter) for adapter in adapters]
-    count = Counter(name.lower() for name in labels)
-    labels = [f"{i}: {name}" if count[name.lower()] > 1 else name for i, name in enumerate(labels, 1)]
-    prefixes = [adapter.state[PREFIX].float() for adapter in adapters]
-    starts = [initial_prefix(adapter) for adapter in adapters]
-    parts = prefix_tables(labels, prefixes, starts, args.within)
-    effects: dict[str, dict[int, float]] = {}
-    if args.checkpoint_dir:
-        more, effects = inside_base(args, labels, adapters)
-        parts += more
-    print("\n\n".join(parts))
-
-    with atomic_write(args.out_dir / "layers.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+def write_layers(
+    path: Path, labels: list[str], adapters: list[AdapterFile], effects: dict[str, dict[int, float]]
+) -> None:
+    with atomic_write(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["adapter", "layer", "gate_mean", "gate_std", "effect"])
         for name, adapter in zip(labels, adapters, strict=True):
             for layer, gate in gates(adapter).items():
                 effect = effects.get(name, {}).get(layer, "")
                 writer.writerow([name, layer, gate.mean().item(), gate.std(correction=0).item(), effect])
-    plot_gates(labels, adapters, args.out_dir / "gates.png")
-    plot_prefixes(labels, prefixes, starts, args.seed, args.out_dir / "prefixes.png")
+
+
+def main(settings: Settings) -> None:
+    if settings.data_dir and not settings.checkpoint_dir:
+        raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
+    if settings.rows < 1 or settings.top < 1 or settings.within < 0:
+        raise UserError("rows and top must be 1 or more, and within 0 or more.")
+    adapters = [open_adapter(path) for path in settings.files]
+    labels = [label(adapter) for adapter in adapters]
+    count = Counter(name.lower() for name in labels)
+    labels = [f"{i}: {name}" if count[name.lower()] > 1 else name for i, name in enumerate(labels, 1)]
+    prefixes = [adapter.state[PREFIX].float() for adapter in adapters]
+    starts = [initial_prefix(adapter) for adapter in adapters]
+    parts, effects = prefix_tables(labels, prefixes, starts, settings.within), {}
+    if settings.checkpoint_dir:
+        more, effects = inside_base(settings, labels, adapters)
+        parts += more
+    print("\n\n".join(parts))
+    write_layers(settings.out_dir / "layers.csv", labels, adapters, effects)
+    plot_gates(labels, adapters, settings.out_dir / "gates.png")
+    plot_prefixes(labels, prefixes, starts, settings.seed, settings.out_dir / "prefixes.png")
 
 
 if __name__ == "__main__":

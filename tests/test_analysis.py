@@ -1,4 +1,4 @@
-"""What studies/analysis.py says of an adapter, on cases worked out by hand and on the authors' files."""
+"""What studies/analysis.py finds in an adapter, on cases worked out by hand and on the authors' files."""
 
 import csv
 import math
@@ -239,7 +239,7 @@ def test_with_a_base(two, run_script, tmp_path, base_dir, data_dir):
     code, out, err = run_script(SCRIPT, *two, *flags)
     assert code == 0
     assert f"Norm of the added term over the attention output's, 3 rows of {data_dir}, by layer" in out
-    assert "No lens for a: what a prefix of several tokens adds is no constant." in err
+    assert "No lens for a: a prefix of several tokens adds no constant." in err
     layers = [line for line in out.partition("b: what the token's constant pushes")[2].splitlines() if "|" in line]
     assert [line.split(" | ")[0] for line in layers] == ["| layer", "| ---", "| 1", "| 2", "| sum"]
     with (tmp_path / "o/layers.csv").open(newline="") as file:
