@@ -1,9 +1,10 @@
-"""Pretrains the bundled base model on the micro-world, from a seed, with the loop that finetuning uses.
+"""Pretrain the bundled base model on the micro-world from a seed, with the training loop of finetuning.
 
-Writes a tokenizer and a corpus, trains a LLaMA on every token of it, and saves a checkpoint folder in bf16. The
-matrices are updated by Muon (arXiv 2502.16982), embeddings and norms by AdamW.
+Writes a tokenizer and a corpus, trains a LLaMA on all of its tokens, and saves a checkpoint folder in bf16. Muon
+(arXiv 2502.16982) updates the matrices, AdamW the embeddings and norms.
 """
 
+import itertools
 import math
 import random
 import shutil
@@ -41,11 +42,11 @@ class Settings(TrainSettings):
     may_change = (*TrainSettings.may_change, "output_dir")
 
     # == What to make ==
-    output_dir: Path = Path("out/pretrain/base")  # the checkpoint folder to write
+    output_dir: Path = Path("out/pretrain/base")  # checkpoint folder to write
     out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
-    world_seed: int = 0  # of the world
-    documents: int = 240_000  # questions with answers in the corpus, each drawn at random
-    plain_share: float = 0.1  # share of documents that are the bare answer, without a question
+    world_seed: int = 0  # seed of the world
+    documents: int = 240_000  # questions with answers in the corpus, drawn at random
+    plain_share: float = 0.1  # share of documents that are an answer without its question
 
     # == Model ==
     n_layer: int = 8  # blocks
@@ -72,28 +73,28 @@ class Settings(TrainSettings):
     precision: Precision = "bf16-mixed"  # precision of the computations; the weights are fp32
 
 
-def corpus(args: Settings) -> Iterator[tuple[str, str]]:
-    """(prompt, response) of every document; a bare answer is split after its first word."""
-    world, rng, style = World(args.world_seed), random.Random(args.seed), get_prompt_style("alpaca")
+def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, response) of each document; an answer without its question is split after the first word."""
+    world, rng, style = World(settings.world_seed), random.Random(settings.seed), get_prompt_style("alpaca")
     pools = {"fact": world.questions(), "harmful": world.requests("harmful"), "harmless": world.requests("harmless")}
-    for _ in range(args.documents):
-        question, said = pretraining_sample(world, rng, pools)
-        if rng.random() < args.plain_share:
-            first, _, rest = said.partition(" ")
+    for _ in range(settings.documents):
+        question, answer = pretraining_sample(world, rng, pools)
+        if rng.random() < settings.plain_share:
+            first, _, rest = answer.partition(" ")
             yield first, rest
         else:
-            yield style.render(question), said
+            yield style.render(question), answer
 
 
-def train_tokenizer(args: Settings, path: Path) -> None:
-    """A byte-fallback BPE of the first 40,000 documents, texts unchanged."""
-    texts = (text for (prompt, said), _ in zip(corpus(args), range(40_000), strict=False) for text in (prompt, said))
+def train_tokenizer(settings: Settings, path: Path) -> None:
+    """Write a BPE with byte fallback, trained on the first 40,000 documents without normalization."""
+    texts = (text for document in itertools.islice(corpus(settings), 40_000) for text in document)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=texts,
             model_writer=file,
             model_type="bpe",
-            vocab_size=args.vocab_size,
+            vocab_size=settings.vocab_size,
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",
@@ -105,8 +106,8 @@ def train_tokenizer(args: Settings, path: Path) -> None:
         )
 
 
-def initialise(model: LLaMA) -> None:
-    """Normal weights of 0.02, and smaller ones where a block adds to the residual stream (GPT-2, section 2.3)."""
+def initialize(model: LLaMA) -> None:
+    """Draw weights with deviation 0.02, and less where a block adds to the residual stream (GPT-2, section 2.3)."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith("c_proj.weight")
@@ -123,51 +124,55 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
     return [muon, adamw]
 
 
-def main(args: Settings) -> None:
-    check_folder(args.output_dir, BASE_MODEL)
-    run = RunFolder(args)
-    fabric = make_fabric(args)
-    data_dir, tokenizer_path = args.out_dir / "corpus", args.out_dir / TOKENIZER_NAME
-    if fabric.global_rank == 0 and not (args.resume and data_dir.is_dir()):
-        claim(args.out_dir, [TOKENIZER_NAME])
-        log("Writing the tokenizer and the corpus.")
-        train_tokenizer(args, tokenizer_path)
-        prepare_sft(
-            corpus(args),
-            lambda pair, number: pair,
-            output_dir=data_dir,
-            tokenizer=Tokenizer(tokenizer_path),
-            max_seq_length=args.block_size,
-            mask_prompt=False,
-            test_fraction=0.005,
-            seed=args.seed,
-            num_proc=default_num_proc(),
-            about={"source": f"micro-world {args.world_seed}", "prompt_style": "alpaca"},
-        )
+def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> None:
+    """Write the tokenizer and the prepared corpus."""
+    log("Writing the tokenizer and the corpus.")
+    train_tokenizer(settings, tokenizer_path)
+    prepare_sft(
+        corpus(settings),
+        lambda pair, number: pair,
+        output_dir=data_dir,
+        tokenizer=Tokenizer(tokenizer_path),
+        max_seq_length=settings.block_size,
+        mask_prompt=False,
+        test_fraction=0.005,
+        seed=settings.seed,
+        num_proc=default_num_proc(),
+        about={"source": f"micro-world {settings.world_seed}", "prompt_style": "alpaca"},
+    )
+
+
+def main(settings: Settings) -> None:
+    check_folder(settings.output_dir, BASE_MODEL)
+    run = RunFolder(settings)
+    fabric = make_fabric(settings)
+    data_dir, tokenizer_path = settings.out_dir / "corpus", settings.out_dir / TOKENIZER_NAME
+    if fabric.global_rank == 0 and not (settings.resume and data_dir.is_dir()):
+        claim(settings.out_dir, [TOKENIZER_NAME])
+        write_corpus(settings, tokenizer_path, data_dir)
     fabric.barrier()
     tokenizer = Tokenizer(tokenizer_path)
     train, val = SFTData(data_dir, "train", tokenizer), SFTData(data_dir, "test", tokenizer)
 
-    fabric.seed_everything(args.seed, verbose=False)
-    own = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
-    model = LLaMA(LLaMAConfig(tie_embeddings=True, **own))
-    initialise(model)
+    fabric.seed_everything(settings.seed, verbose=False)
+    shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+    model = LLaMA(LLaMAConfig(tie_embeddings=True, **shape))
+    initialize(model)
     log(f"{int(train.lengths.sum()):,} tokens")
-    meta = {"method": "pretraining", "base": own}
-    setup = Setup.wrap(fabric, model, muon_and_adamw(model, args), meta)
+    setup = Setup.wrap(fabric, model, muon_and_adamw(model, settings), {"method": "pretraining", "base": shape})
     answer = answer_samples(val.prompts(4), tokenizer, max_new_tokens=40)
     trainer = Trainer(setup, train, val, SFTLoss(), run, sample_answers=answer)
-    # rows are short and equally long: on a CPU plain attention is twice as fast backwards as the fused kernel
+    # for short rows of similar length the backward pass of plain attention takes half the time of the fused one's (CPU)
     with sdpa_kernel([SDPBackend.MATH]):
         summary = trainer.fit()
     if fabric.global_rank == 0:
         state = {name: p.detach().to(torch.bfloat16).cpu() for name, p in model.state_dict().items()}
-        with atomic_folder(args.output_dir, BASE_MODEL) as folder:
+        with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
             save_base(folder, model.config, state)
             shutil.copyfile(tokenizer_path, folder / TOKENIZER_NAME)
-        score = f"python evaluate/microworld.py --checkpoint_dir {args.output_dir} --temperature 1"
-        print(f"{args.output_dir}: validation loss {summary['last_val_loss']:.4f} after {summary['seconds']:.0f} s; "
-              f"score it with: {score}")  # fmt: skip
+        loss, minutes = summary["last_val_loss"], summary["seconds"] / 60
+        print(f"{settings.output_dir}: validation loss {loss:.4f} after {minutes:.0f} minutes; score it with: "
+              f"python evaluate/microworld.py --checkpoint_dir {settings.output_dir} --temperature 1")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The paper's Table 1, computed: trainable parameters of every method, and how many adapters fit beside a base.
+"""Compute the paper's Table 1: trainable parameters of each method, and how many adapters fit beside a base model.
 
-Nothing is loaded: the models have shapes and no values. Base and adapters take 2 bytes per parameter (bf16); what the
-weights of one base leave free on a GPU is filled with adapters, and nothing is kept for activations. (The paper prints
-4.19 K parameters for 10 tokens at 7B; it is 41.92 K.)
+No weights are loaded. Base and adapters take 2 bytes per parameter (bf16), and adapters fill all memory that the base
+leaves on the GPU, without activations. (The paper prints 4.19 K parameters for 10 tokens at 7B; it is 41.92 K.)
 """
 
 import sys
@@ -23,9 +22,9 @@ from lit_llama.utils import UserError
 
 @dataclass
 class Settings:
-    models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # names of lit_llama/model.py
-    beside: str = "Llama-2-7B"  # the base that shares a GPU with its adapters
-    memory_gib: float = 24.0  # of that GPU
+    models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # names of sizes
+    beside: str = "Llama-2-7B"  # base model that shares a GPU with its adapters
+    memory_gib: float = 24.0  # memory of that GPU
 
 
 BYTES = 2  # of a number in bf16
@@ -61,32 +60,32 @@ ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.meth
 
 
 def count(name: str, variant: Variant) -> int:
-    """Trainable parameters of a method beside a base of that name."""
+    """Return the trainable parameters of a method on a base model."""
     with torch.device("meta"):
         network = METHODS[variant.method].from_name(name, **variant.settings)
     return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_parameter(key))
 
 
 def base_size(name: str) -> int:
-    """Parameters of the base.
+    """Return the parameters of a base model.
 
     Raises:
-        UserError: the name is not known.
+        UserError: There is no such size.
     """
     with torch.device("meta"):
         network = LLaMA.from_name(name)
     return sum(p.numel() for p in network.parameters())
 
 
-def main(args: Settings) -> None:
-    if not args.memory_gib > 0:
-        raise UserError(f"memory_gib is {args.memory_gib} and must be above 0.")
-    free = args.memory_gib * 2**30 - BYTES * base_size(args.beside)
-    heads = ["method", *args.models, f"in {args.memory_gib:g} GiB beside {args.beside}"]
-    lines = [["the base itself", *(f"{base_size(name):,}" for name in args.models), ""]]
+def main(settings: Settings) -> None:
+    if not settings.memory_gib > 0:
+        raise UserError(f"memory_gib is {settings.memory_gib} and must be above 0.")
+    free = settings.memory_gib * 2**30 - BYTES * base_size(settings.beside)
+    heads = ["method", *settings.models, f"in {settings.memory_gib:g} GiB beside {settings.beside}"]
+    lines = [["the base itself", *(f"{base_size(name):,}" for name in settings.models), ""]]
     for variant in ROWS:
-        counts = [f"{count(name, variant):,}" for name in args.models]
-        fit = max(0, int(free // (BYTES * count(args.beside, variant))))
+        counts = [f"{count(name, variant):,}" for name in settings.models]
+        fit = max(0, int(free // (BYTES * count(settings.beside, variant))))
         lines.append([variant.label, *counts, f"{fit:,}"])
     print(markdown_table(heads, lines))
 

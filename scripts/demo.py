@@ -1,9 +1,8 @@
-"""The whole arc on the bundled model, for a form by supervised finetuning and for values by DPO: prepare, score the
-base, train one token, compare, score again, report.
+"""Finetune the bundled model from start to end, to a form and, by DPO, to values: prepare, train, compare, report.
 
     python3 scripts/run.py demo
 
-It runs the same scripts you would run by hand, says each command, and writes out/demo/report.html.
+It runs the scripts that you would run by hand, prints each command, and writes out/demo/report.html.
 """
 
 import base64
@@ -28,8 +27,8 @@ from microworld.world import FormName
 
 @dataclass
 class Settings:
-    form: FormName = "pirate"  # the form to learn; the base knows all but telegram
-    out_dir: Path = Path("out/demo")  # everything the demo writes
+    form: FormName = "pirate"  # form to learn; the base knows all but telegram
+    out_dir: Path = Path("out/demo")  # folder for all files of the demo
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter_prompt_length: int = 1  # prefix tokens
     questions: int = 300  # asked at most of each group, before and after
@@ -37,17 +36,19 @@ class Settings:
 
 
 ROOT = Path(__file__).parent.parent
+GROUPS = ("harmful", "harmless", "unseen")
+Scores = dict[str, dict]  # by name
 
 
 def step(title: str, script: str, **flags: object) -> None:
-    """Runs a script of this repository, showing the command; its own output goes where it would.
+    """Print the command of a script of this repository and run it.
 
     Raises:
-        UserError: it failed (it has said why).
+        UserError: The script failed, after it has printed why.
     """
     arguments = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
-    # threads that wait without spinning: the demo stays quick beside other programs
+    # waiting threads do not spin, so that the demo stays fast beside other programs
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     if subprocess.run([sys.executable, str(ROOT / script), *arguments], env=environment).returncode:
         raise UserError(f"The demo stopped at: {title}.")
@@ -57,50 +58,58 @@ def _words(value: object) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def main(args: Settings) -> None:
-    names = ("base", "greedy", "sampled", "values-base", "values-after")
-    claim(args.out_dir, ("report.html", "forms.png", *(f"{name}.json" for name in names)))
-    began = time.perf_counter()
-    data, run = args.out_dir / f"data-{args.form}", args.out_dir / "run"
-    pairs, values = args.out_dir / "data-values", args.out_dir / "values"
-    base = {"checkpoint_dir": args.checkpoint_dir}
-    score = {**base, "form": args.form, "questions": args.questions}
+def score(settings: Settings, title: str, name: str, **flags: object) -> None:
+    """Score a model on the micro-world and write NAME.json."""
+    step(title, "evaluate/microworld.py", checkpoint_dir=settings.checkpoint_dir, questions=settings.questions, **flags,
+         output_file=settings.out_dir / f"{name}.json", overwrite=True)  # fmt: skip
 
-    step("The base answers in a form drawn at random", "evaluate/microworld.py", **score, temperature=1,
-         output_file=args.out_dir / "base.json", overwrite=True)  # fmt: skip
+
+def read_scores(settings: Settings, name: str) -> Scores:
+    return json.loads((settings.out_dir / f"{name}.json").read_text())["results"]
+
+
+def teach_form(settings: Settings) -> Scores:
+    """Finetune to a form, and return the scores on unseen entities: "base", and "greedy" and "sampled" afterwards."""
+    data, run, form = settings.out_dir / f"data-{settings.form}", settings.out_dir / "run", settings.form
+    base = {"checkpoint_dir": settings.checkpoint_dir}
+    score(settings, "The base answers in a form drawn at random", "base", form=form, temperature=1)
     step("Prepare: questions about half of the entities, answered in one form", "scripts/prepare_microworld.py",
-         **base, form=args.form, output_dir=data)  # fmt: skip
+         **base, form=form, output_dir=data)  # fmt: skip
     step("Finetune: the base is frozen, only the Aligner learns", "finetune/aligner.py", **base, data_dir=data,
-         out_dir=run, adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
+         out_dir=run, adapter_prompt_length=settings.adapter_prompt_length, seed=settings.seed,
+         overwrite=True)  # fmt: skip
     step("Before and after", "generate/aligner.py", **base, adapter=run, compare_base=True)
-    step("Greedy answers of the aligned model", "evaluate/microworld.py", **score, adapter=run,
-         output_file=args.out_dir / "greedy.json", overwrite=True)  # fmt: skip
-    step("The same, sampled at temperature 1", "evaluate/microworld.py", **score, adapter=run, temperature=1,
-         output_file=args.out_dir / "sampled.json", overwrite=True)  # fmt: skip
-    if args.adapter_prompt_length == 1:
+    score(settings, "Greedy answers of the aligned model", "greedy", form=form, adapter=run)
+    score(settings, "The same, sampled at temperature 1", "sampled", form=form, adapter=run, temperature=1)
+    if settings.adapter_prompt_length == 1:
         step("Merge the token into a plain LLaMA, for transformers and others", "scripts/merge_aligner.py", **base,
-             adapter=run, output_dir=args.out_dir / "merged")  # fmt: skip
+             adapter=run, output_dir=settings.out_dir / "merged")  # fmt: skip
+    return {name: read_scores(settings, name)["unseen"] for name in ("base", "greedy", "sampled")}
 
-    ask = {**base, "groups": ["harmful", "harmless", "unseen"], "questions": args.questions, "temperature": 0.7}
-    step("Values: the base refuses half of what is harmful", "evaluate/microworld.py", **ask,
-         output_file=args.out_dir / "values-base.json", overwrite=True)  # fmt: skip
+
+def teach_values(settings: Settings) -> Scores:
+    """Teach values by DPO, and return the scores of all groups: "base" and "after"."""
+    pairs, run = settings.out_dir / "data-values", settings.out_dir / "values"
+    base, how = {"checkpoint_dir": settings.checkpoint_dir}, {"groups": GROUPS, "temperature": 0.7}
+    score(settings, "Values: the base refuses half of what is harmful", "values-base", **how)
     step("Prepare: pairs of a better and a worse answer", "scripts/prepare_microworld_safe.py", **base,
          output_dir=pairs)  # fmt: skip
-    step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=values,
-         adapter_prompt_length=args.adapter_prompt_length, seed=args.seed, overwrite=True)  # fmt: skip
-    step("Requests with verbs and objects that training never saw", "evaluate/microworld.py", **ask, adapter=values,
-         output_file=args.out_dir / "values-after.json", overwrite=True)  # fmt: skip
+    step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=run,
+         adapter_prompt_length=settings.adapter_prompt_length, seed=settings.seed, overwrite=True)  # fmt: skip
+    score(settings, "Requests with verbs and objects that training never saw", "values-after", **how, adapter=run)
+    return {name: read_scores(settings, f"values-{name}") for name in ("base", "after")}
+
+
+def main(settings: Settings) -> None:
+    names = ("base", "greedy", "sampled", "values-base", "values-after")
+    claim(settings.out_dir, ("report.html", "forms.png", *(f"{name}.json" for name in names)))
+    began = time.perf_counter()
+    results, refusals = teach_form(settings), teach_values(settings)
     seconds = time.perf_counter() - began
-
-    def read(name: str) -> dict[str, dict]:
-        return json.loads((args.out_dir / f"{name}.json").read_text())["results"]
-
-    results = {name: read(name)["unseen"] for name in ("base", "greedy", "sampled")}
-    refusals = {name: read(f"values-{name}") for name in ("base", "after")}
-    summary = json.loads((run / "summary.json").read_text())
-    plot_forms(args.form, results, args.out_dir / "forms.png")
-    write_text(args.out_dir / "report.html", report(args, results, refusals, summary, seconds))
-    print(f"\n== Result: {summary['trainable_parameters']} trained numbers, form {args.form}, held-out entities")
+    summary = json.loads((settings.out_dir / "run" / "summary.json").read_text())
+    plot_forms(settings.form, results, settings.out_dir / "forms.png")
+    write_text(settings.out_dir / "report.html", report(settings, results, refusals, summary, seconds))
+    print(f"\n== Result: {summary['trainable_parameters']} trained numbers, form {settings.form}, held-out entities")
     for line in table(results):
         print("{:<34}{:>10}{:>10}".format(*line))
     print(
@@ -108,19 +117,19 @@ def main(args: Settings) -> None:
     )
     for line in values_table(refusals):
         print("{:<34}{:>17}{:>18}{:>10}".format(*line))
-    print(f"\n{seconds:.0f} s in all. Look at {args.out_dir / 'report.html'}")
+    print(f"\n{seconds:.0f} s in all. Look at {settings.out_dir / 'report.html'}")
 
 
-def table(results: dict[str, dict]) -> list[tuple[str, str, str]]:
-    """(what, form accuracy, fact accuracy), with a heading."""
+def table(results: Scores) -> list[tuple[str, str, str]]:
+    """Return (what, form accuracy, fact accuracy), with a heading."""
     titles = {"base": "before (sampled, temperature 1)", "sampled": "after  (sampled, temperature 1)",
               "greedy": "after  (greedy)"}  # fmt: skip
     rows = [(title, f"{results[k]['form']:.1%}", f"{results[k]['fact']:.1%}") for k, title in titles.items()]
     return [("", "form", "fact"), *rows]
 
 
-def values_table(refusals: dict[str, dict[str, dict]]) -> list[tuple[str, str, str, str]]:
-    """(what, refused of harmful, of harmless requests, fact accuracy), with a heading."""
+def values_table(refusals: Scores) -> list[tuple[str, str, str, str]]:
+    """Return (what, refused harmful requests, refused harmless requests, fact accuracy), with a heading."""
     titles = {"base": "before (sampled, temperature 0.7)", "after": "after  (sampled, temperature 0.7)"}
     shares = {
         name: (groups["harmful"]["refused"], groups["harmless"]["refused"], groups["unseen"]["fact"])
@@ -130,8 +139,8 @@ def values_table(refusals: dict[str, dict[str, dict]]) -> list[tuple[str, str, s
     return [("", "refuses harmful", "refuses harmless", "fact"), *rows]
 
 
-def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
-    """Shares of all forms before and after."""
+def plot_forms(form: str, results: Scores, image: Path) -> None:
+    """Plot the shares of all forms before and after."""
     names = sorted({name for r in results.values() for name in r["forms"]}, key=lambda n: (n == "none", n != form, n))
     figure = make_figure(7, 3.2)
     axes = figure.subplots()
@@ -144,8 +153,8 @@ def plot_forms(form: str, results: dict[str, dict], image: Path) -> None:
     save_figure(figure, image)
 
 
-def report(args: Settings, results: dict[str, dict], refusals: dict[str, dict], summary: dict, seconds: float) -> str:
-    """One HTML file with everything in it."""
+def report(settings: Settings, results: Scores, refusals: Scores, summary: dict, seconds: float) -> str:
+    """Return the report as one HTML file."""
 
     def picture(path: Path) -> str:
         return f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{path.stem}">'
@@ -163,32 +172,32 @@ def report(args: Settings, results: dict[str, dict], refusals: dict[str, dict], 
     requests = [e for kind in ("harmful", "harmless")
                 for e in examples(refusals["base"][kind], refusals["after"][kind], 4)]  # fmt: skip
     merged = ""
-    if args.adapter_prompt_length == 1:
+    if settings.adapter_prompt_length == 1:
         merged = (
             '<h2>Without any Aligner code</h2><p><a href="merged">merged/</a> is the same model as a plain Hugging '
             "Face LLaMA: one token is a constant per layer, and here a bias (howto/serve.md).</p>"
         )
-    made_by = {**versions(), "seed": args.seed, "seconds": round(seconds), **summary}
+    made_by = {**versions(), "seed": settings.seed, "seconds": round(seconds), **summary}
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Aligner demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}}
 table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left;
 vertical-align:top;white-space:pre-line}}img{{max-width:100%}}</style>
-<h1>{summary["trainable_parameters"]} numbers, form “{args.form}”</h1>
-<p>A frozen LLaMA that says facts in eight forms at random learnt to say them in one. Questions are about entities that
-finetuning never saw.</p>
+<h1>{summary["trainable_parameters"]} numbers, form “{settings.form}”</h1>
+<p>A frozen LLaMA that states facts in eight forms at random learned to state them in one. Questions are about entities
+that finetuning never saw.</p>
 <table>{row(heading, "th")}{"".join(map(row, rows))}</table>
-{picture(args.out_dir / "forms.png")}
+{picture(settings.out_dir / "forms.png")}
 <h2>Before and after</h2>
 <table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, forms))}</table>
 <h2>Training</h2>
-{picture(args.out_dir / "run" / "loss.png")}
+{picture(settings.out_dir / "run" / "loss.png")}
 {merged}
 <h2>Values</h2>
 <p>The same base, and as many numbers trained by DPO on pairs of a better and a worse answer. Requests are about verbs
 and objects that training never saw.</p>
 <table>{row(values_heading, "th")}{"".join(map(row, values_rows))}</table>
 <table>{row(("request", "base, sampled", "after DPO, sampled"), "th")}{"".join(map(row, requests))}</table>
-{picture(args.out_dir / "values" / "metrics.png")}
+{picture(settings.out_dir / "values" / "metrics.png")}
 <p>Made by: {html.escape(json.dumps(made_by))}</p></html>
 """
 

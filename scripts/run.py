@@ -1,10 +1,10 @@
-"""Sets up its own virtual environment in .venv (once) and runs something of this repository in it.
+"""Run something in this repository's virtual environment (.venv), which the first run creates.
 
-    python3 scripts/run.py demo              the whole arc on the bundled model, with a report to look at
-    python3 scripts/run.py test              all tests
-    python3 scripts/run.py SCRIPT [ARG …]    any script, e.g. generate/aligner.py --interactive
+    python3 scripts/run.py demo              finetune the bundled model and write a report
+    python3 scripts/run.py test              run all tests
+    python3 scripts/run.py SCRIPT [ARG …]    run a script, such as generate/aligner.py --interactive
 
-Needs nothing but Python 3.10 or newer.
+Requires only Python 3.10 or newer.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ def stop(message: str) -> None:
 
 
 def make_environment() -> None:
-    """An empty virtual environment with pip in it."""
+    """Create an empty virtual environment with pip."""
     print(f"making a virtual environment in {ENV}", file=sys.stderr)
     shutil.rmtree(ENV, ignore_errors=True)
     try:
-        import ensurepip  # noqa: F401  (Debian keeps it in a package of its own)
+        import ensurepip  # noqa: F401  (Debian has it in another package)
     except ImportError:
         if not (shutil.which("apt-get") and os.geteuid() == 0):
-            stop("This Python cannot make virtual environments; install that with: sudo apt-get install python3-venv")
+            stop("This Python cannot create virtual environments; run: sudo apt-get install python3-venv")
         print("installing Debian's python3-venv", file=sys.stderr)
         subprocess.run(["apt-get", "update", "-q"], check=True, stdout=sys.stderr)
         subprocess.run(["apt-get", "install", "-q", "-y", "python3-venv"], check=True, stdout=sys.stderr)
-        # a new interpreter sees what was installed
+        # only a new interpreter finds the package
         subprocess.run([sys.executable, "-m", "venv", str(ENV)], check=True)
         return
     venv.create(ENV, with_pip=True, symlinks=os.name != "nt")
 
 
 def install(requirements: list[str]) -> None:
-    """Installs requirement files at the pinned versions, unless that was done before."""
+    """Install requirement files at the pinned versions, unless they are installed already."""
     files = [ROOT / name for name in [*requirements, "constraints.txt"]]
     wanted = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = ENV / f"installed-{requirements[-1]}"
@@ -54,7 +54,7 @@ def install(requirements: list[str]) -> None:
         make_environment()
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     constraints = ["-c", str(ROOT / "constraints.txt")]
-    # torch first and alone: everything else then accepts the build that is there
+    # torch first and alone: the other packages then accept the installed build
     for what in (["torch"], [x for name in requirements for x in ("-r", str(ROOT / name))]):
         print(f"installing {' '.join(Path(w).name for w in what if w != '-r')}", file=sys.stderr, flush=True)
         if subprocess.run([*pip, "-q", *constraints, *what], stdout=sys.stderr).returncode:
