@@ -273,7 +273,7 @@ def test_merging_in_memory_is_exact(architecture, strengths):
 @torch.no_grad()
 def test_a_merged_model_can_be_packed_and_answers_the_same_again(dtype, proj_bias, monkeypatch):
     # the model used to change while it generated, fail on a packed base with an output bias, and stay changed
-    monkeypatch.setattr(onednn, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     sizes = dict(n_kv_head=2, proj_bias=proj_bias)
     plain, _ = merged_and_aligned(dtype, **sizes)
@@ -288,7 +288,7 @@ def test_a_merged_model_can_be_packed_and_answers_the_same_again(dtype, proj_bia
 
 
 def test_an_aligner_generates_on_a_packed_base_with_an_output_bias(monkeypatch):
-    monkeypatch.setattr(onednn, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     network, prompts = toys.aligned(1, proj_bias=True), toys.prompts(3, 9)
     expected = generate(network, prompts, Sampling(8))

@@ -1,16 +1,16 @@
-"""Packed layers give what the plain ones give, under every method."""
+"""Packed linear layers compute what plain ones compute, with every method."""
 
 import pytest
 import torch
 import toys
 from test_baselines import BASELINES, adapted
 
-from lit_llama import onednn as packed
+from lit_llama import onednn
 from lit_llama.chat import open_session
 from lit_llama.checkpoint import AdapterFile, load_model, save_base
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate
-from lit_llama.onednn import PackedLinear, pack_, packs
+from lit_llama.onednn import PRIVATE_OPERATORS, PackedLinear, gains, pack_
 
 MODELS = {
     "base": toys.base,
@@ -31,15 +31,24 @@ def cast(network, dtype=torch.bfloat16):
 
 
 needs_bf16 = pytest.mark.skipif(
-    not packs(torch.ones(2, 2).bfloat16()), reason="this CPU, or this PyTorch, does not multiply in bf16 through oneDNN"
+    not gains(torch.ones(2, 2).bfloat16()), reason="this CPU, or this PyTorch, does not multiply in bf16 through oneDNN"
 )
 each_dtype = pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=needs_bf16)])
 
 
 @pytest.fixture(autouse=True)
 def small_layers_on_two_threads(monkeypatch):
-    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_pytorch_still_has_the_private_operators():
+    missing = [name for name in PRIVATE_OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    assert not missing, (
+        f"PyTorch {torch.__version__} has no torch.ops.mkldnn.{missing[0]}, so lit_llama/onednn.py leaves every model "
+        "unpacked and generation on a CPU is slow: call the operator's successor there, or delete the file."
+    )
 
 
 @each_dtype
@@ -98,7 +107,7 @@ def test_composed_adapters_use_packed_layers(tmp_path):
 @pytest.mark.parametrize("cause", ["small layers", "one thread", "no oneDNN", "no such call", "little memory"])
 def test_others_are_left_alone(cause, monkeypatch):
     if cause == "small layers":
-        monkeypatch.setattr(packed, "LEAST_WEIGHTS", 10_000)
+        monkeypatch.setattr(onednn, "MIN_WEIGHTS", 10_000)
     elif cause == "one thread":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     elif cause == "no oneDNN":
@@ -106,7 +115,7 @@ def test_others_are_left_alone(cause, monkeypatch):
     elif cause == "no such call":
         monkeypatch.setattr(torch.ops, "mkldnn", object())
     else:
-        monkeypatch.setattr(packed.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
+        monkeypatch.setattr(onednn.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
     network = pack_(toys.base())
     assert not any(isinstance(layer, PackedLinear) for layer in network.modules())
 
