@@ -33,6 +33,7 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
     """Return the settings of a command line (default: `sys.argv`); a wrong one ends the process with exit code 2."""
     parser, settings = make_parser(settings_class), {setting.name: setting for setting in describe(settings_class)}
     args = list(sys.argv[1:] if args is None else args)
+    check_text(" ".join(args), "The command line")
     flags = [f"--{name}" for name in (*settings, "config", "print_config", "help")]
     for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         if flag not in flags:
@@ -41,10 +42,8 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except ArgumentError as error:
         usage_error(parser, explain(error.message, settings))
-    for name, setting in settings.items():
-        for value in values[name] or () if setting.several else (values[name],):
-            if isinstance(value, str):
-                check_text(value, f"--{name}")
+    for name, value in values.items():
+        check_text("".join(map(str, value)) if isinstance(value, list) else str(value), f"--{name}")
     return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
 
 

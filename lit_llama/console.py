@@ -81,7 +81,11 @@ def exit_on_user_error() -> Iterator[None]:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # refused where it is used as text
     with redirect_stdout(Output(sys.stdout, True)), redirect_stderr(Output(sys.stderr, False)):
         try:
-            yield
+            try:
+                yield
+            except SystemExit:
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake

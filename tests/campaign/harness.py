@@ -39,6 +39,7 @@ class Ended:
         code: Exit code, negative for a signal, None if the time limit was reached.
         out, err: What it printed.
         killed: Whether it killed itself at the change that it was asked to.
+        streams: What its standard streams were.
         calls: Calls that changed the watched folder, if there was one.
     """
 
@@ -49,6 +50,7 @@ class Ended:
     seconds: float
     killed: bool = False
     calls: list[str] = field(default_factory=list)
+    streams: dict[str, str] = field(default_factory=dict)
 
     @property
     def problem(self) -> str:
@@ -59,10 +61,12 @@ class Ended:
             return ""
         if self.code < 0:
             return f"abort by signal {-self.code}"
+        if self.code == 141 and "broken" in self.streams.values():
+            return ""
         if any(trace in self.err for trace in TRACES):
             return "traceback"
         errors = [line for line in self.err.split(b"\n") if line.startswith(b"error: ")]
-        if self.code in (1, 2) and len(errors) != 1:
+        if self.code in (1, 2) and len(errors) != 1 and "stderr" not in self.streams:
             return f"{len(errors)} sentences for exit code {self.code}"
         if self.code not in (0, 1, 2):
             return f"exit code {self.code}"
@@ -112,6 +116,7 @@ class Harness:
         kill_at: int | None = None,
         after: bool = False,
         user: int | None = None,
+        streams: dict[str, str] | None = None,
         fresh: bool = False,
     ) -> Ended:
         """Run a script to its end.
@@ -125,6 +130,8 @@ class Harness:
             kill_at: Number of the change, from 1, at which the process kills itself.
             after: Kill after the change instead of before it.
             user: Run with this user id (only as root).
+            streams: What "stdin", "stdout" and "stderr" are instead of files: "closed", "broken" (a pipe that nobody
+                reads) or "full" (/dev/full).
             fresh: Start a new interpreter.
         """
         (self.folder / "in").write_bytes(stdin)
@@ -132,7 +139,7 @@ class Harness:
         words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
         request = {"script": script, "args": words, "cwd": str(cwd), "env": env or {}, "limit": limit, "user": user,
                    "watch": watch and str(watch), "kill_at": kill_at, "after": after,
-                   "folder": str(self.folder)}  # fmt: skip
+                   "folder": str(self.folder), "streams": streams or {}}  # fmt: skip
         began = time.perf_counter()
         if fresh:
             code = self._run_fresh(request)
@@ -149,6 +156,7 @@ class Harness:
             time.perf_counter() - began,
             kill_at is not None and code == -signal.SIGKILL,
             calls.read_text().splitlines() if calls.exists() else [],
+            streams or {},
         )
 
     def _run_fresh(self, request: dict[str, Any]) -> int | None:
@@ -197,13 +205,10 @@ def execute(request: dict[str, Any]) -> None:
     """Become a script: redirect, set up and run it as `__main__`; the interpreter then ends as usual."""
     os.setsid()
     folder = Path(request["folder"])
-    for number, name, flags in ((0, "in", os.O_RDONLY), (1, "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-                                (2, "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):  # fmt: skip
-        opened = os.open(folder / name, flags)
-        os.dup2(opened, number)
-        os.close(opened)
-    sys.stdin = open(0, encoding="utf-8", errors="strict", closefd=False)
-    faulthandler.enable()
+    for number, name in enumerate(("in", "out", "err")):
+        redirect(number, folder / name, request["streams"].get(f"std{name}"))
+    if sys.stderr is not None:
+        faulthandler.enable()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = [str(ROOT / request["script"]), *request["args"]]
@@ -218,6 +223,27 @@ def execute(request: dict[str, Any]) -> None:
         os.setgid(request["user"])
         os.setuid(request["user"])
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def redirect(number: int, path: Path, what: str | None) -> None:
+    """Replace a standard stream by a file, or by what `Harness.run` describes, as Python finds it when it starts."""
+    stream = ("stdin", "stdout", "stderr")[number]
+    write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    opened = os.open(path, write if number else os.O_RDONLY)
+    if what == "broken":
+        reader, opened = os.pipe()
+        os.close(reader)
+    elif what == "full":
+        opened = os.open("/dev/full", os.O_RDWR)
+    os.dup2(opened, number)
+    os.close(opened)
+    if what == "closed":
+        os.close(number)
+        setattr(sys, stream, None)
+    else:
+        errors = "backslashreplace" if number == 2 else "strict"
+        opened = open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)
+        setattr(sys, stream, opened)
 
 
 # == for campaigns ==
