@@ -42,8 +42,6 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except ArgumentError as error:
         usage_error(parser, explain(error.message, settings))
-    for name, value in values.items():
-        check_text("".join(map(str, value)) if isinstance(value, list) else str(value), f"--{name}")
     return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
 
 
