@@ -51,15 +51,12 @@ def make_parser(settings_class: type) -> ArgumentParser:
     script = Path(inspect.getfile(settings_class))
     prog = f"python {script.parent.name}/{script.name}"
     settings = describe(settings_class)
-    usage = (
-        f"{prog} {'FILE ... ' if any(s.name == 'files' for s in settings) else ''}[--config FILE] [--NAME VALUE ...]"
-    )
+    files = "FILE ... " if any(setting.name == "files" for setting in settings) else ""
+    usage = f"{prog} {files}[--config FILE] [--NAME VALUE ...]"
     parser = ArgumentParser(prog=prog, usage=usage, description=module.__doc__, exit_on_error=False, allow_abbrev=False,
                             formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", metavar="FILE", action=ActionConfigFile, help="YAML file with any settings below")
-    groups = {setting.group: None for setting in settings}
-    for group in groups:
-        groups[group] = parser.add_argument_group(group)
+    groups = {group: parser.add_argument_group(group) for group in dict.fromkeys(s.group for s in settings)}
     for setting in settings:
         add_setting(groups[setting.group], setting)
     return parser

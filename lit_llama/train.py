@@ -25,11 +25,7 @@ from lit_llama.utils import UserError, log
 
 class Loss(Protocol):
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return sums over the batch, fp32 scalars: "loss" is minimized, the others are logged.
-
-        Args:
-            model: Returns the log-probabilities of labels, see `lit_llama.logps.LabelLogps`.
-        """
+        """Return sums over the batch, fp32: "loss" is minimized, the others are logged. `model` is a `LabelLogps`."""
 
 
 class SFTLoss:
