@@ -17,8 +17,9 @@ from evaluate import mmlu
 from evaluate.common import load
 from evaluate.letters import Letters, length_batches, letter_logps, pad
 from lit_llama import cli
+from lit_llama.modules import eval_mode
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, eval_mode
+from lit_llama.utils import UserError
 
 
 @dataclass

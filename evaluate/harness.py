@@ -33,8 +33,9 @@ from lit_llama import cli
 from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, eval_mode, log
+from lit_llama.utils import UserError, log
 
 try:
     import lm_eval

@@ -38,8 +38,9 @@ from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
 from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
 from lit_llama import cli
 from lit_llama.generation import Sampling
+from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
-from lit_llama.utils import UserError, eval_mode
+from lit_llama.utils import UserError
 
 
 @dataclass

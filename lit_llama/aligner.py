@@ -6,8 +6,8 @@
                       │                             ▲
     prefix (P, C) ────┴────────────────────────► K_p, V_p, without norm and rotary
 
-Trained are the prefix (`global_value_embedding`) and a gate for each head of each layer (`gating_factor`), zero at the
-start. With one token the softmax is 1 and a layer adds a constant, gate × V_p: see lit_llama/merge.py.
+The trained parameters are the prefix (`global_value_embedding`) and a gate per head and layer (`gating_factor`), zero
+at the start. With one token the softmax is 1, and a layer adds the constant gate × V_p: see lit_llama/merge.py.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lit_llama.model as llama
-from lit_llama.utils import Fp32Parameters, UserError
+from lit_llama.modules import Fp32Parameters
+from lit_llama.utils import UserError
 from lit_llama.variant import layers_of, mark_only_adapter_as_trainable, without_aliases  # noqa: F401
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lit_llama.model as llama
 from lit_llama.kv_cache import LayerCache
-from lit_llama.utils import Fp32Parameters
+from lit_llama.modules import Fp32Parameters
 
 
 @dataclass

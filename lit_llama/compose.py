@@ -25,7 +25,8 @@ from lit_llama.aligner import prefix_attention, prefix_kv
 from lit_llama.bank import BASE, Bank, make_bank
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.merge import merge_aligners_
-from lit_llama.utils import UserError, swapped_parameters
+from lit_llama.modules import swapped_parameters
+from lit_llama.utils import UserError
 
 Sum = tuple[tuple[str, float], ...]  # names in a bank, and their strengths
 Row = Sum | str | None  # a name stands for ((name, 1.0),), None for ()

@@ -14,9 +14,10 @@ import torch
 
 from lit_llama.kv_cache import KVCache
 from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, eval_mode
+from lit_llama.utils import UserError
 
 GROUP_TOKENS = 256  # prompts of any lengths share a prefill of up to this many tokens, padding included
 MIN_FILL = 0.75  # in a larger prefill, each prompt has at least this fraction of the longest prompt's tokens

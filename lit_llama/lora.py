@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lit_llama.model as llama
-from lit_llama.utils import Fp32Parameters, UserError
+from lit_llama.modules import Fp32Parameters
+from lit_llama.utils import UserError
 
 
 @dataclass

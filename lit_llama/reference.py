@@ -21,8 +21,9 @@ from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
 from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode, swapped_parameters
 from lit_llama.tensor_files import read_state
-from lit_llama.utils import UserError, eval_mode, log, swapped_parameters
+from lit_llama.utils import UserError, log
 
 
 class StoredReference:

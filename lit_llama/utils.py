@@ -1,26 +1,16 @@
-"""Small things every part uses: errors for users, names of files, parameters that stay fp32."""
+"""Errors for users, messages, and checks of text that comes from outside."""
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn as nn
-
 
 class UserError(ValueError):
-    """Something the user can mend. Its text is one sentence or two: what is wrong, where, and what to do.
+    """An error that the user can fix. The message is a sentence or two: what is wrong, where, and what to do.
 
-    The command-line scripts print it without a traceback and exit with 1 (see `lit_llama.cli.run`).
+    Scripts print it without a traceback and exit with status 1 (see `lit_llama.cli.run`).
     """
-
-
-def find_multiple(n: int, k: int) -> int:
-    """The smallest multiple of k that is not below n."""
-    return -(-n // k) * k
 
 
 # C0 (without tab and newline) and C1 controls, marks that reorder text, halves of surrogate pairs
@@ -33,7 +23,7 @@ def printable(text: str) -> str:
 
 
 def log(text: str = "") -> None:
-    """To stderr: stdout carries only what was asked for."""
+    """Print a message to stderr; stdout is for results."""
     print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
@@ -59,49 +49,3 @@ def plain_name(name: Any, source: Path) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         raise UserError(f"{source} names {name!r} where the name of a file in its folder belongs.")
     return name
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, a model has no dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def swapped_parameters(model: nn.Module, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Inside, some parameters of a model, wrapped by Fabric or not, hold other values; not for use under autograd."""
-    while hasattr(model, "module"):
-        model = model.module
-    parameters = dict(model.named_parameters())
-    own = {name: parameters[name].data for name in state}
-    for name, values in state.items():
-        parameters[name].data = values
-    try:
-        yield
-    finally:
-        for name, values in own.items():
-            parameters[name].data = values
-
-
-class Fp32Parameters:
-    """Mixin for a module whose own parameters stay fp32 when the model is cast.
-
-    bf16 has 8 bits of precision: an AdamW step of 1e-4 on a value of 1 is rounded away. `model.to(torch.bfloat16)`
-    and Fabric's `bf16-true` cast every parameter of a module; this puts the unrounded values back.
-    """
-
-    of_base: tuple[str, ...] = ()  # parameters of the module that belong to the base, and are cast
-
-    def _apply(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
-        masters = {name: p.data for name, p in self.named_parameters(recurse=False) if name not in self.of_base}
-        super()._apply(fn, recurse)
-        for name, master in masters.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
-                parameter.data = master.to(parameter.device)
-        return self

@@ -30,11 +30,12 @@ from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, write_text
 from lit_llama.data import IGNORE_INDEX, SFTData
 from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
 from lit_llama.prepare import held_out, write_dataset
 from lit_llama.report import make_figure, save_figure
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, eval_mode, log
+from lit_llama.utils import UserError, log
 from scripts.count_parameters import VARIANTS, Variant
 from studies.protocol import sft_settings
 from studies.trials import Record, Trial, at_edge, choose, run_trials

@@ -10,9 +10,10 @@ from lit_llama.checkpoint import load_model
 from lit_llama.data import PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, sequence_logps, sum_logps_by_row
 from lit_llama.logps import LabelLogps
+from lit_llama.modules import swapped_parameters
 from lit_llama.prepare import prepare_preferences
 from lit_llama.reference import AdapterReference, StoredReference
-from lit_llama.utils import UserError, swapped_parameters
+from lit_llama.utils import UserError
 
 # h = (-1 + 3) - (-2 + 2.5) = 1.5
 LOGPS = tuple(torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5))

@@ -1,0 +1,59 @@
+"""Tools for PyTorch modules: evaluation mode, temporary parameter values, parameters that stay fp32."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Temporarily put a model into evaluation mode, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def swapped_parameters(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
+    """Temporarily replace parameter values. Gradients must not be computed across the change.
+
+    Args:
+        model: a `LLaMA`, also within a `LabelLogps` or as wrapped by Fabric.
+        state: new values by parameter name.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in state}
+    for name, values in state.items():
+        parameters[name].data = values
+    try:
+        yield
+    finally:
+        for name, values in own.items():
+            parameters[name].data = values
+
+
+class Fp32Parameters:
+    """Mixin for a module whose parameters stay fp32 when the model is cast.
+
+    bf16 has 8 bits of precision: an AdamW step of 1e-4 on a value of 1 is rounded away. `model.to(torch.bfloat16)` and
+    Fabric's `bf16-true` cast every parameter of a module; this mixin restores the unrounded values.
+    """
+
+    of_base: tuple[str, ...] = ()  # names of parameters that belong to the base and are cast
+
+    def _apply(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
+        in_fp32 = {name: p.data for name, p in self.named_parameters(recurse=False) if name not in self.of_base}
+        super()._apply(fn, recurse)
+        for name, values in in_fp32.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = values.to(parameter.device)
+        return self
