@@ -11,6 +11,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,12 @@ def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
     """Write a text file in UTF-8."""
     with atomic_write(path, overwrite=overwrite) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, path: Path, *, overwrite: bool = True) -> None:
+    """Copy the content of a file."""
+    with atomic_write(path, overwrite=overwrite) as new:
+        shutil.copyfile(source, new)
 
 
 def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:

@@ -26,7 +26,7 @@ import lit_llama.model as llama
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
-from lit_llama.files import atomic_write
+from lit_llama.files import atomic_write, claim
 from lit_llama.report import make_figure, save_figure
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
@@ -338,6 +338,7 @@ def main(settings: Settings) -> None:
         raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
     if settings.rows < 1 or settings.top < 1 or settings.within < 0:
         raise UserError("rows and top must be 1 or more, and within 0 or more.")
+    claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
     adapters = [open_adapter(path) for path in settings.files]
     labels = [label(adapter) for adapter in adapters]
     count = Counter(name.lower() for name in labels)

@@ -27,8 +27,9 @@ from datasets import disable_progress_bars
 from torch.nn import functional as F
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter, write_text
+from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prepare import held_out, write_dataset
@@ -308,6 +309,7 @@ def main(settings: Settings) -> None:
     if len(set(names)) < len(names):
         raise UserError(f"Two data folders have the same name: {', '.join(names)}.")
     check(settings)
+    claim(settings.out_dir, ("probe.md", "probe.json", "probe.png"))
     large = Variant(f"Aligner, N = {settings.many}", "aligner", {"adapter_prompt_length": settings.many})
     variants = {"aligner1": VARIANTS["aligner1"], "many": large, "lora": VARIANTS["lora"]}
     for folder in settings.data_dir:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
-from lit_llama.files import write_text
+from lit_llama.files import claim, write_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.count_parameters import VARIANTS
@@ -170,13 +170,15 @@ def main(settings: Settings) -> None:
         given = getattr(settings, name)
         if not given or not set(given) <= set(known):
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
+    folder = settings.report_dir or settings.out_dir
+    claim(folder, ("table.md", "table.csv", "results.csv", "accuracy.png", "curves.png"))
     for task in settings.tasks:
         for part in get_args(Part):
             prepare(Tokenizer(settings.checkpoint_dir), settings.out_dir / "data", task, part)
     base = score_base(settings)
     swept, final = run_study(settings)
     rows = base + [as_row(record) for record in swept + final]
-    folder, caption = settings.report_dir or settings.out_dir, origin(settings, rows)
+    caption = origin(settings, rows)
     text = report(rows, questions=settings.questions, sweep_seed=settings.sweep_seed, origin=caption)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", csv_text(means(rows)))

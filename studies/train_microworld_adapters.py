@@ -5,7 +5,6 @@ Writes a table (CSV and Markdown) and puts the first seed's adapters, each with 
 
 import csv
 import json
-import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
-from lit_llama.files import atomic_write, write_text
+from lit_llama.files import atomic_write, check_file, claim, copy_file, write_text
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_answers
@@ -36,6 +35,7 @@ class Settings:
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/microworld-adapters")  # data, runs and tables
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
+    overwrite: bool = False  # replace files in weights_dir
     jobs: int = 2  # trainings side by side, one thread each
 
 
@@ -144,17 +144,24 @@ def write_results(settings: Settings, rows: list[dict[str, Any]]) -> None:
 
 def ship(settings: Settings, rows: list[dict[str, Any]]) -> None:
     """Put the first seed's adapters and the scores of all into `weights_dir`."""
-    write_text(settings.weights_dir / "README.md", overview(settings, rows))
-    shutil.copy(settings.out_dir / "scores.csv", settings.weights_dir / "scores.csv")
+    overwrite = settings.overwrite
+    write_text(settings.weights_dir / "README.md", overview(settings, rows), overwrite=overwrite)
+    copy_file(settings.out_dir / "scores.csv", settings.weights_dir / "scores.csv", overwrite=overwrite)
     for row in rows:
         if row["seed"] == settings.seeds[0]:
             folder = settings.weights_dir / folder_name(settings, row["form"])
-            write_text(folder / "README.md", card(settings, row))
+            write_text(folder / "README.md", card(settings, row), overwrite=overwrite)
             run = settings.out_dir / make_trial(settings, row["form"], row["seed"]).name
-            shutil.copy(run / "best.safetensors", folder / "adapter.safetensors")
+            copy_file(run / "best.safetensors", folder / "adapter.safetensors", overwrite=overwrite)
 
 
 def main(settings: Settings) -> None:
+    claim(settings.out_dir, ("scores.csv", "scores.md", "environment.json"))
+    if settings.weights_dir:
+        folders = [settings.weights_dir / folder_name(settings, form) for form in settings.forms]
+        shipped = [settings.weights_dir / name for name in ("README.md", "scores.csv")]
+        for path in shipped + [folder / name for folder in folders for name in ("README.md", "adapter.safetensors")]:
+            check_file(path, overwrite=settings.overwrite)
     for form in settings.forms:
         write_answers(World().questions(SEEN), form, settings.out_dir / f"data-{form}",
                       source=f"micro-world 0, form {form}", tokenizer=Tokenizer(settings.checkpoint_dir),

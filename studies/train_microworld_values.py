@@ -5,7 +5,6 @@ first seed's adapter, with a card, into aligner_weights/.
 """
 
 import random
-import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
-from lit_llama.files import write_text
+from lit_llama.files import check_file, claim, copy_file, write_text
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import draw_requests, write_preferences
@@ -39,6 +38,7 @@ class Settings:
     out_dir: Path = Path("out/microworld-values")  # data, runs and tables
     jobs: int = 2  # trainings side by side, one thread each
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
+    overwrite: bool = False  # replace files in weights_dir
 
 
 NAME = "microworld-safe-n1"
@@ -126,6 +126,10 @@ Made with:
 
 
 def main(settings: Settings) -> None:
+    claim(settings.out_dir, ["scores.md"])
+    if settings.weights_dir:
+        for name in ("README.md", "adapter.safetensors"):
+            check_file(settings.weights_dir / NAME / name, overwrite=settings.overwrite)
     prepare(settings)
     records = all_finished(run_trials(make_trials(settings), settings.out_dir, jobs=settings.jobs, desc="training"))
     runs = {seed: settings.out_dir / f"seed{seed}" for seed in settings.seeds}
@@ -146,8 +150,8 @@ def main(settings: Settings) -> None:
     if settings.weights_dir:
         folder, summary = settings.weights_dir / NAME, records[0]["summary"]
         text = card(settings, scores, composed, summary["seconds"], summary["trainable_parameters"])
-        write_text(folder / "README.md", text)
-        shutil.copy(runs[values] / "best.safetensors", folder / "adapter.safetensors")
+        write_text(folder / "README.md", text, overwrite=settings.overwrite)
+        copy_file(runs[values] / "best.safetensors", folder / "adapter.safetensors", overwrite=settings.overwrite)
 
 
 if __name__ == "__main__":

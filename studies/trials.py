@@ -31,7 +31,8 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, versions, write_text
+from lit_llama.checkpoint import base_fingerprint, versions
+from lit_llama.files import write_text
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
