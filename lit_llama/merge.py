@@ -37,18 +37,16 @@ def merge_aligners_(model: LLaMA, aligners: Iterable[tuple[dict[str, Tensor], fl
     Raises:
         UserError: An Aligner has more than one prefix token.
     """
-    weight = model.transformer.wte.weight
-    aligners = [(model.normalize_state_dict(state), strength) for state, strength in aligners]
+    weight, aligners = model.transformer.wte.weight, list(aligners)
+    for state, _ in aligners:
+        if (length := len(state["global_value_embedding.weight"])) > 1:
+            raise UserError(f"An Aligner of N = {length} prefix tokens cannot be merged, only one of N = 1.")
     for layer, block in enumerate(model.transformer.h):
         terms = []
         for state, strength in aligners:
-            prefix, gate = (
-                state["global_value_embedding.weight"],
-                state.get(f"transformer.h.{layer}.attn.gating_factor"),
-            )
-            if len(prefix) > 1:
-                raise UserError(f"An Aligner of N = {len(prefix)} prefix tokens cannot be merged, only one of N = 1.")
+            gate = state.get(f"transformer.h.{layer}.attn.gating_factor")  # layers below the start layer have none
             if gate is not None:
-                terms.append((prefix.to(weight), strength * gate.float().to(weight.device)))
+                prefix = state["global_value_embedding.weight"].to(weight)
+                terms.append((prefix, strength * gate.float().to(weight.device)))
         if terms:
             block.attn.c_proj.bias = nn.Parameter(output_bias(block.attn, terms), requires_grad=False)
