@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from benchmarks import harness as b
-from benchmarks.material import shape, write_weights
+from benchmarks.material import START, random_adapter, shape, write_weights
 from benchmarks.measure import Memory, compare, number, timed, with_interval
 from benchmarks.report import plot_bars, plot_lines, publish
 from lit_llama import cli
 from lit_llama.bank import Bank
-from lit_llama.checkpoint import AdapterFile, load_model
-from lit_llama.compose import load_with_bank
+from lit_llama.checkpoint import load_model
+from lit_llama.compose import load_adapted, load_with_bank
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -53,63 +53,50 @@ class Settings(b.BenchmarkSettings):
     samples: int = 2000  # repetitions of gathering, swapping and removing one
 
 
-START = 2  # first aligned layer
 NAME_BYTES = 400  # of the main memory, at most, for a name and its entry
 SAVED_BYTES = 1e9  # banks up to this size are also written to a file and opened
-Names = list[str | None]
+Batch = tuple[LLaMA, list[str | None] | None]  # a model, and the adapters of the rows if it has a bank
 
 
-def random_adapter(config: LLaMAConfig, length: int) -> AdapterFile:
-    """Return an adapter with open gates."""
-    state = {"global_value_embedding.weight": torch.randn(length, config.n_embd)}
-    for layer in range(START, config.n_layer):
-        state[f"transformer.h.{layer}.attn.gating_factor"] = 0.1 * torch.randn(1, config.n_head, 1, 1)
-    about = {"adapter_prompt_length": length, "adapter_start_layer": START}
-    return AdapterFile(state, {"method": "aligner", "config": about}, Path("random"))
-
-
-# == speed ==
+def make_batches(settings: Settings, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, Batch]:
+    """Return all kinds of batches on random weights."""
+    rows, config = settings.batch_size, shape(size)
+    base = settings.out_dir / f"weights-{size}-{b.precision_name(dtype)}"
+    write_weights(base, config, dtype)
+    bank, options = Bank(config, start_layer=START, dtype=torch.bfloat16), {"device": device, "dtype": dtype}
+    many = pack_(load_with_bank(base, bank, **options))
+    batches: dict[str, Batch] = {
+        "base": (pack_(load_model(base, **options)), None),
+        "base, through the bank's model": (many, [None] * rows),
+    }
+    for n in settings.lengths:
+        for i in range(rows):
+            bank.add(f"{n}-{i}", random_adapter(config, n))
+        batches[without_bank(n)] = (pack_(load_adapted(base, [bank.adapter(f"{n}-0")], **options)), None)
+        for different in sorted({1, min(64, rows), rows}):
+            names = [f"{n}-{i % different}" for i in range(rows)]
+            batches[f"N = {n}, bank, {different} in the batch"] = (many, names)
+    cycle = [*settings.lengths, None]
+    mixed = [n and f"{n}-{i}" for i, n in enumerate(cycle * rows)][:rows]
+    batches[f"bank, N = {', '.join(map(str, settings.lengths))} and the base mixed"] = (many, mixed)
+    return batches
 
 
 def without_bank(n: int) -> str:
     return f"N = {n}, one adapter, no bank"
 
 
-def make_batches(
-    settings: Settings, base: Path, config: LLaMAConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[LLaMA, Names | None]]:
-    """Return a model for each kind of batch, and the adapters of its rows if it has a bank."""
-    size, load = settings.batch_size, partial(load_model, base, device=device, dtype=dtype)
-    bank = Bank(config, start_layer=START, dtype=torch.bfloat16)
-    many = pack_(load_with_bank(base, bank, device=device, dtype=dtype))
-    batches = {"base": (pack_(load()), None), "base, through the bank's model": (many, [None] * size)}
-    for n in settings.lengths:
-        for i in range(size):
-            bank.add(f"{n}-{i}", random_adapter(config, n))
-        batches[without_bank(n)] = (pack_(load(bank.adapter(f"{n}-0"))), None)
-        for different in sorted({1, min(64, size), size}):
-            names = [f"{n}-{i % different}" for i in range(size)]
-            batches[f"N = {n}, bank, {different} in the batch"] = (many, names)
-    cycle = [*settings.lengths, None]
-    mixed = [n and f"{n}-{i}" for i, n in enumerate(cycle * size)][:size]
-    batches[f"bank, N = {', '.join(map(str, settings.lengths))} and the base mixed"] = (many, mixed)
-    return batches
-
-
 def measure_speed(
     settings: Settings, size: str, device: torch.device, dtype: torch.dtype, notes: list[str]
 ) -> dict[str, list[float]]:
     """Return the tokens/s of each kind of batch: gathering and projecting the adapters, prefill, decoding."""
-    config = shape(size)
-    base = settings.out_dir / f"weights-{size}-{b.precision_name(dtype)}"
-    write_weights(base, config, dtype)
-    prompts = torch.randint(3, config.vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
+    prompts = torch.randint(3, shape(size).vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
 
-    def answer(model: LLaMA, names: Names | None) -> None:
+    def answer(model: LLaMA, names: list[str | None] | None) -> None:
         with nullcontext() if names is None else model.using(names):
             generate(model, prompts, Sampling(settings.new_tokens))
 
-    batches = make_batches(settings, base, config, device, dtype)
+    batches = make_batches(settings, size, device, dtype)
     turns = {name: partial(timed, partial(answer, *batch), device) for name, batch in batches.items()}
     tokens = settings.batch_size * settings.new_tokens
     _, seconds = b.take_turns(turns, settings.rounds, notes)
@@ -122,9 +109,6 @@ def speed_table(settings: Settings, rates: dict[str, list[float]]) -> str:
         other = next((without_bank(n) for n in settings.lengths if name.startswith(f"N = {n},")), "base")
         rows.append([name, with_interval(values), *(["1", ""] if name == other else compare(values, rates[other]))])
     return markdown_table(["rows of the batch", "tokens/s", "of the same without a bank", "verdict"], rows)
-
-
-# == banks ==
 
 
 def seconds_each(work: Callable[[int], Any], count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lit_llama.checkpoint import weights_path, write_base
+from lit_llama.checkpoint import AdapterFile, weights_path, write_base
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.files import atomic_folder, write_text
 from lit_llama.hf import hf_config, parameters, to_hf
@@ -19,6 +19,7 @@ from lit_llama.tensor_files import LazyTensor, open_tensors, write_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
+START = 2  # first aligned layer
 MICROWORLD = Path(__file__).parent.parent / "checkpoints" / "microworld"
 
 # a LLaMA of 110M parameters: large enough to be limited by its matrix products, small enough for a CPU
@@ -61,6 +62,15 @@ def write_weights(folder: Path, config: LLaMAConfig, dtype: torch.dtype) -> None
         write_tensors(new / "hf" / "model.safetensors", to_hf(open_tensors([weights_path(new)]), config))
         write_text(new / "hf" / "config.json", json.dumps(hf_config(config, dtype, Tokenizer(MICROWORLD))))
         write_text(new / done.name, about)
+
+
+def random_adapter(config: LLaMAConfig, length: int) -> AdapterFile:
+    """Return an Aligner with open gates."""
+    state = {"global_value_embedding.weight": torch.randn(length, config.n_embd)}
+    for layer in range(START, config.n_layer):
+        state[f"transformer.h.{layer}.attn.gating_factor"] = 0.1 * torch.randn(1, config.n_head, 1, 1)
+    about = {"adapter_prompt_length": length, "adapter_start_layer": START}
+    return AdapterFile(state, {"method": "aligner", "config": about}, Path("random"))
 
 
 def alpaca_lengths(rows: int, max_length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

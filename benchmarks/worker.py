@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.material import START, random_adapter
 from benchmarks.measure import CLOCKS, Memory, synchronize, timed
 from lit_llama import aligner
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import CONFIG_NAME, load_model
+from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.device import DTYPES
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
@@ -45,20 +47,25 @@ class Ours(Side):
     nothing is added.
     """
 
-    start = 2  # first aligned layer
-
     def load(self) -> None:
-        n = self.settings["n"]
-        config = dict(adapter_prompt_length=n, adapter_start_layer=self.start)
-        method = dict(method="aligner", method_config=config) if n else {}
-        self.use(load_model(self.weights, **method, device=self.device, dtype=self.dtype))
-        if self.settings.get("generates"):
-            pack_(self.model)
+        n, options = self.settings["n"], {"device": self.device, "dtype": self.dtype}
+        if self.settings.get("generates"):  # as the generate scripts do
+            config = LLaMAConfig.from_json(self.weights / CONFIG_NAME)
+            model = load_adapted(self.weights, [random_adapter(config, n)], **options) if n else self.load_base()
+            self.model = pack_(model)
+        elif n:
+            config = dict(adapter_prompt_length=n, adapter_start_layer=START)
+            self.use(load_model(self.weights, method="aligner", method_config=config, **options))
+        else:
+            self.use(self.load_base())
+
+    def load_base(self) -> LLaMA:
+        return load_model(self.weights, device=self.device, dtype=self.dtype)
 
     def build(self, n: int, config: dict[str, Any]) -> None:
         """Make a model of any shape with random weights."""
         torch.manual_seed(0)
-        aligned = dict(adapter_prompt_length=n, adapter_start_layer=self.start)
+        aligned = dict(adapter_prompt_length=n, adapter_start_layer=START)
         with self.device:
             model = aligner.LLaMA(aligner.LLaMAConfig(**config, **aligned)) if n else LLaMA(LLaMAConfig(**config))
         self.use(model.to(self.dtype))
@@ -70,7 +77,7 @@ class Ours(Side):
             if name.endswith("gating_factor"):  # random gates, so that no shortcut for closed ones is measured
                 torch.nn.init.normal_(p, std=0.1)
         if not any(p.requires_grad for p in model.parameters()):
-            model.transformer.h[self.start].attn.c_proj.register_forward_pre_hook(
+            model.transformer.h[START].attn.c_proj.register_forward_pre_hook(
                 lambda module, args: args[0].detach().requires_grad_() if torch.is_grad_enabled() else None
             )
 
@@ -82,7 +89,7 @@ class Ours(Side):
         reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
         if kind == "dpo, two models":
             if not hasattr(self, "reference"):
-                self.reference = load_model(self.weights, device=self.device, dtype=self.dtype)
+                self.reference = self.load_base()
             with torch.no_grad():
                 reference = sum_logps_by_row(self.reference.label_logps(idx, labels), labels)
         return dpo_loss(*sum_logps_by_row(logps, labels).chunk(2), *reference.chunk(2))[0].mean()
@@ -105,7 +112,7 @@ class Transformers(Side):
         transformers.logging.set_verbosity_error()
         model = transformers.AutoModelForCausalLM.from_pretrained(self.weights / "hf", dtype=self.dtype)
         self.model = model.to(self.device)
-        layers = model.config.num_hidden_layers - Ours.start
+        layers = model.config.num_hidden_layers - START
         if self.settings["method"] == "lora":
             self.model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
         elif self.settings["method"] == "adaption_prompt":
@@ -141,19 +148,15 @@ class LitGPT(Side):
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
         from safetensors.torch import load_file
 
-        ours = LLaMAConfig.from_json(self.weights / "lit_config.json")
+        ours = LLaMAConfig.from_json(self.weights / CONFIG_NAME)
         same = ("block_size", "vocab_size", "padded_vocab_size", "n_layer", "n_head", "n_embd", "head_size",
                 "intermediate_size", "norm_eps")  # fmt: skip
-        config = adapter.Config(
+        config = adapter.Config.from_name(
+            "Llama-2-7b-hf",
             **{name: getattr(ours, name) for name in same},
             n_query_groups=ours.n_kv_head,
             rope_base=int(ours.rope_base),
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-            adapter_start_layer=Ours.start if self.settings["method"] else ours.n_layer,
+            adapter_start_layer=START if self.settings["method"] else ours.n_layer,
         )
         state: dict[str, torch.Tensor] = {}
         copy_weights_hf_llama(config, {}, state, load_file(self.weights / "hf" / "model.safetensors"), dtype=self.dtype)
@@ -263,11 +266,8 @@ class Worker:
             count, length, response = rows
             idx = torch.randint(3, self.side.model.config.vocab_size, (count, length), device=self.device)
             prompt = torch.arange(length, device=self.device) < length - response
-            return {
-                "idx": idx,
-                "labels": idx.masked_fill(prompt, IGNORE_INDEX),
-                "lengths": torch.full((count,), length),
-            }
+            labels, lengths = idx.masked_fill(prompt, IGNORE_INDEX), torch.full((count,), length)
+            return {"idx": idx, "labels": labels, "lengths": lengths}
         if data not in self.data:
             self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.data_dir / data, "train")
         source = self.data[data]
