@@ -85,3 +85,11 @@ def test_an_old_path_names_the_new_one_and_fails(path):
 
 def test_there_are_stubs():
     assert len(MOVED) >= 11
+
+
+def test_the_drawing_names_rooms_and_files_that_exist():
+    drawing = (ROOT / "howto" / "architecture.svg").read_text(encoding="utf-8")
+    assert set(re.findall(r'class="mid bold">(\w+)<', drawing)) >= set(LEVELS)
+    files = re.findall(r'class="mid small">(\w+)<', drawing.partition(">lit_llama<")[2])
+    assert len(files) > 40
+    assert not [name for name in files if not (ROOT / "lit_llama" / f"{name}.py").is_file()]
