@@ -32,7 +32,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, versions
-from lit_llama.files import write_text
+from lit_llama.files import claim, write_text
 from lit_llama.report import read_metrics
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
@@ -111,12 +111,12 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     run, began = Path(out_dir) / trial.name, time.perf_counter()
     path, log_path = run / "record.json", run / "log.txt"
     as_json = json.loads(json.dumps(asdict(trial), default=str))
+    claim(run, (path.name, log_path.name), adopt=path.is_file())
     try:
         main, settings = prepare_run(trial, run)
         wanted = identity(trial, settings)
         if path.is_file() and (record := json.loads(path.read_text(encoding="utf-8")))["identity"] == wanted:
             return {**record, "trial": as_json}
-        run.mkdir(parents=True, exist_ok=True)
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
             scores = {} if score is None else score(trial, run)
@@ -133,7 +133,6 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         write_text(path, json.dumps(record, indent=1) + "\n")
         return record
     except Exception as error:
-        run.mkdir(parents=True, exist_ok=True)
         with log_path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}

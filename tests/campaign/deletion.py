@@ -36,6 +36,7 @@ class Writer:
         output: The flag of the output.
         name: Name of the output; one with a suffix is a file.
         inputs: What it reads, in the sandbox.
+        claims: The names that it claims in the output, if that is a folder that may hold other files.
     """
 
     script: str
@@ -43,6 +44,7 @@ class Writer:
     output: str = "--output_dir"
     name: str = "out"
     inputs: tuple[str, ...] = ("in/base",)
+    claims: tuple[str, ...] = ()
 
     @property
     def writes_file(self) -> bool:
@@ -58,6 +60,8 @@ WRITERS = (
     Writer("scripts/prepare_beaver_safe.py",
            f"--stage sft --data_format preference --data_file in/pairs.jsonl {PREPARE}",
            inputs=("in/base", "in/pairs.jsonl")),
+    Writer("scripts/prepare_metamath.py", f"--data_file in/solved.json {PREPARE}",
+           inputs=("in/base", "in/solved.json")),
     Writer("scripts/prepare_microworld.py", f"--split train {PREPARE}"),
     Writer("scripts/prepare_microworld_safe.py", f"--pairs 20 {PREPARE}"),
     Writer("scripts/convert_hf_checkpoint.py", "--checkpoint_dir in/hf", inputs=("in/hf",)),
@@ -75,6 +79,10 @@ WRITERS = (
     Writer("scripts/inspect_aligner.py", "in/adapter.safetensors", "--to_safetensors", "out.safetensors",
            ("in/adapter.safetensors",)),
     Writer("scripts/inspect_aligner.py", "in/adapter.safetensors", "--plot", "out.png", ("in/adapter.safetensors",)),
+    Writer("evaluate/gsm8k.py", "--checkpoint_dir in/base --data_file in/problems.json --max_new_tokens 3",
+           claims=("answers.jsonl", "summary.json", "summary.md")),
+    Writer("studies/analysis.py", "in/adapter.safetensors", "--out_dir",
+           claims=("layers.csv", "gates.png", "prefixes.png")),
 )  # fmt: skip
 
 # names that strangers' files may have; many are those of our own
@@ -118,7 +126,7 @@ class Sandbox:
 
     def run(self, output: object = None, flags: tuple[str, ...] = (), **options: object) -> Ended:
         """Run the writer, and check what became of everything but its own output."""
-        mine = self.out if self.is_ours() else None
+        mine = self.own_paths()
         before = {name: what for name, what in snapshot(self.folder).items() if not is_temporary(name)}
         output = self.out if output is None else output
         words = [*self.writer.flags.split(), self.writer.output, output, *flags]
@@ -128,8 +136,7 @@ class Sandbox:
         lost = changes(before, after)
         new = sorted(name for name in after.keys() - before.keys() if CACHE not in Path(name).parts)
         if ended.code == 0 or ended.killed:
-            own = os.path.relpath(self.out, self.folder)
-            lost = [text for text in lost if mine is None or not (text.startswith((f"{own} ", f"{own}/")))]
+            lost = [text for text in lost if not text.startswith(mine)]
         assert not lost, f"{lost[0]}: {ended.describe()}"
         if not ended.killed:
             left = [name for name in new if is_temporary(name)]
@@ -137,14 +144,18 @@ class Sandbox:
             assert ended.code == 0 or not new, f"a refusal left {new[0]}: {ended.describe()}"
         return ended
 
-    def is_ours(self) -> bool:
-        """Return whether the output exists and may be replaced."""
+    def own_paths(self) -> tuple[str, ...]:
+        """Return how the descriptions begin of changes that a successful run may make."""
+        out = os.path.relpath(self.out, self.folder)
+        if self.writer.claims:
+            claimed = (self.out / MANIFEST).is_file()
+            return tuple(f"{out}/{name} " for name in (*self.writer.claims, MANIFEST)) if claimed else ()
         if self.writer.writes_file:
-            return True  # with --overwrite; without it, `refused` checks that it stays
-        return (self.out / MANIFEST).is_file() and not self.strangers()
+            return (f"{out} ",)  # with --overwrite; without it, `refused` checks that it stays
+        return (f"{out} ", f"{out}/") if (self.out / MANIFEST).is_file() and not self.strangers() else ()
 
     def strangers(self) -> list[str]:
-        return find_strangers(self.out)
+        return [] if self.writer.claims else find_strangers(self.out)
 
     def succeeds(self, *args: object, **options: object) -> None:
         flags = ("--overwrite",) if self.writer.writes_file and self.out.exists() else ()
@@ -175,10 +186,13 @@ def strangers_before(box: Sandbox) -> None:
     """Strangers where the output is to be."""
     if box.writer.writes_file:
         box.plant(box.out)
-    else:
-        for name in box.rng.sample(NAMES, box.rng.randint(1, 6)):
-            if not (box.out / name).parent.is_file() and not (box.out / name).is_dir():
-                box.plant(box.out / name)
+        return box.refused()
+    names = box.rng.sample((*NAMES, *box.writer.claims), box.rng.randint(1, 6))
+    for name in names:
+        if not (box.out / name).parent.is_file() and not (box.out / name).is_dir():
+            box.plant(box.out / name)
+    if box.writer.claims and not {MANIFEST, *box.writer.claims} & set(names):
+        return box.succeeds()
     box.refused()
 
 
@@ -188,6 +202,9 @@ def strangers_after(box: Sandbox) -> None:
     if box.writer.writes_file:
         box.plant(box.out)
         return box.refused()
+    if box.writer.claims:
+        box.plant(box.out / "notes/todo.txt")
+        return box.succeeds()
     own = sorted(path for path in box.out.rglob("*") if path.is_file() and path.name != MANIFEST)
     kind = box.rng.choice(("join", "edit", "link", "folder link", "empty folder"))
     if kind == "join":
@@ -211,12 +228,15 @@ def link_in_place(box: Sandbox) -> None:
     """A link where the output is to be: to a file, to a folder with strangers, to nothing, or to an own folder."""
     kind = box.rng.choice(("file", "folder", "nothing", "own folder"))
     box.plant(box.folder / "victim/file")
-    if kind == "own folder" and not box.writer.writes_file:
+    if kind == "own folder" and not box.writer.writes_file and not box.writer.claims:
         box.succeeds()
         box.link(box.folder / "link", box.out)
         return box.succeeds(box.folder / "link")
     target = {"file": "victim/file", "folder": "victim", "nothing": "nothing"}.get(kind, "victim")
-    box.link(box.out, box.folder / target)
+    if box.writer.claims:
+        box.link(box.out / box.rng.choice(box.writer.claims), box.folder / target)
+    else:
+        box.link(box.out, box.folder / target)
     box.refused()
     if box.writer.writes_file:
         box.refused(flags=("--overwrite",))
@@ -234,6 +254,8 @@ def planted_temporaries(box: Sandbox) -> None:
 
 def overlap(box: Sandbox) -> None:
     """An output that is an input, or holds one, spelled in several ways."""
+    if box.writer.claims:
+        return  # it may be
     source = box.folder / box.rng.choice(box.writer.inputs)
     if box.writer.writes_file:
         source = source if source.is_file() else next(path for path in source.iterdir() if path.is_file())
@@ -273,7 +295,7 @@ def killed(box: Sandbox) -> None:
     calls = box.run(flags=flags, watch=box.folder).calls
     kill_at, after = box.rng.randint(1, len(calls)), box.rng.random() < 0.5
     if not replacing:
-        shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()
+        shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()  # first the count, then the kill
     shutil.rmtree(box.out.parent / CACHE, ignore_errors=True)
     box.run(flags=flags, watch=box.folder, kill_at=min(kill_at, len(calls)), after=after)
     box.succeeds()

@@ -28,6 +28,10 @@ def make_material(harness: Harness) -> Path:
     pairs = [{"prompt": f"Name animal {i}.", "chosen": "A cat.", "rejected": "No."} for i in range(6)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "prompts.json").write_text(json.dumps([{"prompt": "Who?"}]))
+    problems = [{"question": f"What is 1 + {i}?", "answer": f"#### {1 + i}"} for i in range(3)]
+    (folder / "problems.json").write_text(json.dumps(problems))
+    solved = [{"query": f"What is 1 + {i}?", "response": f"The answer is: {1 + i}"} for i in range(6)]
+    (folder / "solved.json").write_text(json.dumps(solved))
     shutil.copy(ADAPTER, folder / "adapter.safetensors")
     return folder
 
