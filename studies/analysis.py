@@ -338,8 +338,8 @@ def main(settings: Settings) -> None:
         raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
     if settings.rows < 1 or settings.top < 1 or settings.within < 0:
         raise UserError("rows and top must be 1 or more, and within 0 or more.")
-    claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
     adapters = [open_adapter(path) for path in settings.files]
+    claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
     labels = [label(adapter) for adapter in adapters]
     count = Counter(name.lower() for name in labels)
     labels = [f"{i}: {name}" if count[name.lower()] > 1 else name for i, name in enumerate(labels, 1)]

@@ -309,11 +309,11 @@ def main(settings: Settings) -> None:
     if len(set(names)) < len(names):
         raise UserError(f"Two data folders have the same name: {', '.join(names)}.")
     check(settings)
-    claim(settings.out_dir, ("probe.md", "probe.json", "probe.png"))
     large = Variant(f"Aligner, N = {settings.many}", "aligner", {"adapter_prompt_length": settings.many})
     variants = {"aligner1": VARIANTS["aligner1"], "many": large, "lora": VARIANTS["lora"]}
     for folder in settings.data_dir:
         SFTData(folder, "test", Tokenizer(settings.checkpoint_dir))  # a UserError before anything is trained
+    claim(settings.out_dir, ("probe.md", "probe.json", "probe.png"))
     datasets = dict(zip(names, settings.data_dir, strict=True))
     found = {name: probe(settings, folder, name, variants) for name, folder in datasets.items()}
     table = report(found, variants)
