@@ -97,7 +97,9 @@ def exit_on_user_error() -> Iterator[None]:
         except Exception as error:
             if is_lost_connection(error):
                 log("error: Another process of this run ended; it printed the reason, or it was killed.")
-                sys.exit(1)
+                with suppress(UserError, SystemExit):
+                    sys.stdout.flush()
+                os._exit(1)  # the threads of torch.distributed would abort a usual exit
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")
