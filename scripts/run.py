@@ -3,8 +3,10 @@
     python3 scripts/run.py demo              finetune the bundled model and write a report
     python3 scripts/run.py test              run all tests
     python3 scripts/run.py SCRIPT [ARG …]    run a script, such as generate/aligner.py --interactive
+    python3 scripts/run.py --cpu demo        the same, with PyTorch's build without CUDA if this creates .venv
 
-Requires only Python 3.10 or newer.
+Requires only Python 3.10 or newer. On Linux the usual build of PyTorch brings 5 GB of CUDA libraries; the other one is
+not on every package index.
 """
 
 import hashlib
@@ -43,8 +45,13 @@ def make_environment() -> None:
     venv.create(ENV, with_pip=True, symlinks=os.name != "nt")
 
 
-def install(requirements: list[str]) -> None:
-    """Install requirement files at the pinned versions, unless they are installed already."""
+def install(requirements: list[str], cpu: bool = False) -> None:
+    """Install requirement files at the pinned versions, unless they are installed already.
+
+    Args:
+        requirements: Names of the files.
+        cpu: Install the build of torch without CUDA if torch is not installed yet.
+    """
     files = [ROOT / name for name in [*requirements, "constraints.txt"]]
     wanted = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = ENV / f"installed-{requirements[-1]}"
@@ -55,20 +62,47 @@ def install(requirements: list[str]) -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     constraints = ["-c", str(ROOT / "constraints.txt")]
     # torch first and alone: the other packages then accept the installed build
-    for what in (["torch"], [x for name in requirements for x in ("-r", str(ROOT / name))]):
+    torch = cpu_build() if cpu and sys.platform == "linux" else "torch"
+    for what in ([torch], [x for name in requirements for x in ("-r", str(ROOT / name))]):
         print(f"installing {' '.join(Path(w).name for w in what if w != '-r')}", file=sys.stderr, flush=True)
         if subprocess.run([*pip, "-q", *constraints, *what], stdout=sys.stderr).returncode:
+            if "+cpu" in what[0]:
+                stop(
+                    "pip finds no torch without CUDA; add PyTorch's own index to pip's extra-index-url, or omit --cpu."
+                )
             stop("pip could not install the requirements (see above); check the network and run again.")
     stamp.write_text(wanted)
+
+
+def cpu_build() -> str:
+    """Return the requirement of the pinned torch without CUDA."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith("torch==")) + "+cpu"
+
+
+def scripts() -> str:
+    """Return a list of all scripts with the first sentence of each."""
+    sys.path.append(str(ROOT))
+    from lit_llama.command import first_sentence
+
+    lines = []
+    for room in ("finetune", "generate", "scripts", "evaluate", "microworld", "studies", "benchmarks"):
+        for path in sorted((ROOT / room).glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if path.samefile(__file__) or "\n    cli.run(main" not in text:
+                continue
+            lines.append(f"    {room}/{path.name}\n        {first_sentence(path)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
         stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
+        print(f"{__doc__}\nScripts:\n\n{scripts()}")
         sys.exit(0 if len(sys.argv) > 1 else 2)
-    what, *arguments = sys.argv[1:]
+    cpu = sys.argv[1] == "--cpu"
+    what, *arguments = sys.argv[1 + cpu :] or ["demo"]
     requirements = ["requirements.txt"] + ["requirements-dev.txt"] * (what == "test")
     if what == "demo":
         command = ["scripts/demo.py", *arguments]
@@ -78,7 +112,7 @@ def main() -> None:
         command = [what, *arguments]
     else:
         stop(f"There is no script {what}; try demo, test, or a path like generate/aligner.py.")
-    install(requirements)
+    install(requirements, cpu)
     sys.exit(subprocess.run([str(PYTHON), *command], cwd=ROOT).returncode)
 
 

@@ -1,0 +1,56 @@
+"""The `aligner` command: a short name for each script, in an editable installation (`pip install -e .`).
+
+aligner finetune --help     is     python finetune/aligner.py --help
+"""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.resolve()
+COMMANDS = {
+    "demo": "scripts/demo.py",
+    "finetune": "finetune/aligner.py",
+    "dpo": "finetune/alignerDPO.py",
+    "rl": "finetune/alignerRL.py",
+    "generate": "generate/aligner.py",
+    "download": "scripts/download.py",
+    "convert": "scripts/convert_hf_checkpoint.py",
+    "inspect": "scripts/inspect_aligner.py",
+    "merge": "scripts/merge_aligner.py",
+}
+
+
+def main() -> None:
+    """Run the script of a command in this process's place."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if not ROOT.joinpath("finetune").is_dir():
+        sys.exit("error: The aligner command needs the repository; run pip install -e . in a clone.")
+    if name not in available():
+        sys.exit(f"error: There is no command {name}; choose one of {', '.join(available())}.")
+    os.execv(sys.executable, [sys.executable, str(ROOT / COMMANDS[name]), *arguments])
+
+
+def available() -> dict[str, Path]:
+    """Return the commands whose script is there."""
+    return {name: ROOT / script for name, script in COMMANDS.items() if (ROOT / script).is_file()}
+
+
+def overview() -> str:
+    """Return the list of commands with the first sentence of each script."""
+    lines = [f"    {name:<10}{first_sentence(path)}" for name, path in available().items()]
+    return "\n".join(["Usage: aligner COMMAND [--help] [--NAME VALUE ...]", "", *lines])
+
+
+def first_sentence(script: Path) -> str:
+    """Return the first sentence of a script's docstring."""
+    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The aligner command and the overview of scripts: they name what exists and start fast."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_llama import command
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_overview_names_each_command_with_a_sentence():
+    lines = command.overview().splitlines()[2:]
+    assert [line.split()[0] for line in lines] == list(command.available())
+    assert all(len(line.split()) > 4 for line in lines)
+    assert len(lines) >= len(command.COMMANDS) - 1
+
+
+def test_the_overview_does_not_import_torch():
+    program = "import sys; sys.argv = ['aligner', '--help']; from lit_llama.command import main; main()"
+    result = run("-c", f"{program}; assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    assert result.returncode == 0 and "finetune" in result.stdout, result.stderr
+
+
+def test_a_command_passes_its_arguments_on(tmp_path):
+    result = run("-m", "lit_llama.command", "inspect", str(tmp_path / "none.safetensors"))
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and "none.safetensors" in result.stderr
+
+
+def test_an_unknown_command_is_refused_with_the_others():
+    result = run("-m", "lit_llama.command", "fintune")
+    assert result.returncode == 1 and "fintune" in result.stderr and "finetune" in result.stderr
+
+
+def test_run_py_lists_every_script_with_its_first_sentence():
+    text = run("scripts/run.py", "--help").stdout
+    for script in ("finetune/aligner.py", "evaluate/gsm8k.py", "studies/paper_7b.py", "benchmarks/training.py"):
+        assert f"    {script}\n        " in text
+    assert "Moved to" not in text and "Replaced by" not in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is part of Python 3.11 and later")
+def test_the_entry_point_and_the_version_are_stated_once():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"aligner": "lit_llama.command:main"}
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
