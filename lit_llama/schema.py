@@ -1,0 +1,163 @@
+"""Read structured files of strangers: first size, encoding and nesting are checked, then the type and range of a field.
+
+    about = read_json(folder / "config.json")
+    layers = field(about, "num_hidden_layers", int, folder / "config.json", least=1, most=1024)
+
+Each failure is a `UserError` of one sentence that names the file, what is there and what belongs there.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+from lit_llama.utils import UserError, printable
+
+LARGEST = 2**26  # bytes of a JSON file; the largest known, indexes of weights and vocabularies, have some megabytes
+DEEPEST = 64  # levels of lists and objects
+REQUIRED: Any = object()  # default of a field that must be there
+NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list",
+         dict: "an object", type(None): "null"}  # fmt: skip
+
+
+def unreadable(path: Path, error: OSError, what: str = "file") -> UserError:
+    """Return a sentence for an error of the system while a file is read."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return UserError(f"There is no {what} at {path}.")
+    if isinstance(error, PermissionError):
+        return UserError(f"You have no permission to read {path}; change its owner or mode, or copy it.")
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a folder where a file belongs.")
+    return UserError(f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error}).")
+
+
+def read_bytes(path: Path, limit: int = LARGEST, what: str = "file") -> bytes:
+    """Return the content of a regular file; `what` it is stands in the sentence for a missing one.
+
+    Raises:
+        UserError: The file is missing, is not readable, or is larger than `limit` bytes.
+    """
+    try:
+        size = os.stat(path).st_size
+        if not Path(path).is_file():
+            raise UserError(f"{path} is {'a folder' if Path(path).is_dir() else 'a device or a pipe'}, not a file.")
+        if size > limit:
+            raise UserError(f"{path} has {size:,} bytes where a file of at most {limit:,} belongs.")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise unreadable(path, error, what) from None
+
+
+def read_json(path: Path, kind: type = dict, what: str = "file") -> Any:
+    """Return the content of a JSON file; see `read_bytes` and `parse_json`.
+
+    Raises:
+        UserError: As `read_bytes` and `parse_json`.
+    """
+    return parse_json(read_bytes(path, what=what), path, kind)
+
+
+def parse_json(content: bytes | str, source: Path | str, kind: type = dict) -> Any:
+    """Return the value of a JSON text. A byte order mark is ignored; of a name that occurs twice the last value counts.
+
+    Args:
+        content: The text, or its bytes in UTF-8.
+        source: Where it comes from, for the error message.
+        kind: Type of the value.
+
+    Raises:
+        UserError: The content is not UTF-8 or not JSON, holds halves of surrogate pairs, is nested too deeply, or is of
+            another type.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+        if depth(value) > DEEPEST:
+            raise RecursionError
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not text in UTF-8 (byte {error.start + 1}).") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{source} holds one half of a surrogate pair, which is not a character.") from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply: more than {DEEPEST} levels of lists and objects.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not JSON: {error.msg} in line {error.lineno}.") from None
+    except ValueError:  # Python reads at most 4,300 digits
+        raise UserError(f"{source} is not usable JSON: it holds a number of thousands of digits.") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{source} holds {shown(value)} where {NAMES[kind]} belongs.")
+    return value
+
+
+def depth(value: Any) -> int:
+    """Return how deeply lists and objects are nested: 0 for a number or text."""
+    levels, level = 0, [value]
+    while level := [v for v in level if isinstance(v, list | dict) and v]:
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+        levels += 1
+    return levels
+
+
+def field(
+    mapping: dict[str, Any],
+    name: str,
+    kind: Any,
+    source: Path | str,
+    default: Any = REQUIRED,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Return a field of an object that was read from a file.
+
+    Args:
+        mapping: The object.
+        name: Name of the field.
+        kind: Type such as `int` or `str | None`. An integer is a float too; true and false are no integers.
+        source: File, for the error message.
+        default: Value of a field that is missing or null. Without a default the field must be there.
+        least, most: Range of a number.
+
+    Raises:
+        UserError: The field is missing, or its value is of another type or out of range.
+    """
+    value = mapping.get(name)
+    if default is not REQUIRED and value is None:
+        return default
+    if name not in mapping:
+        raise UserError(f"{source} has no {name}.")
+    return check(value, kind, f"{source}: {name}", least=least, most=most)
+
+
+def check(value: Any, kind: Any, label: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """Return a value that has a type and lies in a range; see `field`. Numbers are finite.
+
+    Raises:
+        UserError: It has not or does not. The sentence begins with `label`.
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if fits and type(value) in (int, float):
+        finite = type(value) is int or math.isfinite(value)
+        fits = finite and (least is None or value >= least) and (most is None or value <= most)
+    if fits:
+        return value
+    bounds = [f" from {least:,}"] * (least is not None) + [f" up to {most:,}"] * (most is not None)
+    expected = " or ".join(NAMES[k] for k in kinds) + "".join(bounds)
+    raise UserError(f"{label} is {shown(value)} where {expected} belongs.")
+
+
+def shown(value: Any) -> str:
+    """Return a short description of a JSON value."""
+    if isinstance(value, list | dict):
+        return NAMES[type(value)]
+    try:
+        text = printable(json.dumps(value, ensure_ascii=False))
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text):,} characters)"
