@@ -147,8 +147,9 @@ def check(value: Any, kind: Any, label: str, *, least: float | None = None, most
         fits = finite and (least is None or value >= least) and (most is None or value <= most)
     if fits:
         return value
-    bounds = [f" from {least:,}"] * (least is not None) + [f" up to {most:,}"] * (most is not None)
-    expected = " or ".join(NAMES[k] for k in kinds) + "".join(bounds)
+    expected = " or ".join(NAMES[k] for k in kinds)
+    expected += "" if least is None else f" from {least:,}"
+    expected += "" if most is None else f" up to {most:,}"
     raise UserError(f"{label} is {shown(value)} where {expected} belongs.")
 
 
