@@ -15,6 +15,7 @@ import torch
 from benchmarks import harness as b
 from lit_llama import cli
 from lit_llama.device import pick_device
+from lit_llama.settings import PositiveInt, Share
 from lit_llama.utils import UserError
 
 
@@ -22,13 +23,13 @@ from lit_llama.utils import UserError
 class Settings(b.DeviceSettings):
     # == What to measure ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    rows: int = 32  # sequences of a micro-batch; for DPO half as many pairs
-    tokens: int = 256  # of each sequence
-    response_share: float = 0.5  # of them in the response
+    rows: PositiveInt = 32  # sequences of a micro-batch; for DPO half as many pairs
+    tokens: PositiveInt = 256  # of each sequence
+    response_share: Share = 0.5  # of them in the response
 
 
 def main(settings: Settings) -> None:
-    if settings.rows < 2 or settings.rows % 2:
+    if settings.rows % 2:
         raise UserError(f"rows is {settings.rows}; two make a pair, so it must be even.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
     shared = {"kind": "ours", "n": 1, "weights": settings.checkpoint_dir, "device": device,

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -19,17 +20,17 @@ from benchmarks.material import alpaca_lengths, decode_bytes
 from benchmarks.measure import compare, copy_bandwidth, with_interval
 from benchmarks.report import plot_bars, publish
 from lit_llama import cli
+from lit_llama.settings import NonNegativeInt, PositiveInt, Range
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError
 
 
 @dataclass
 class Settings(b.PeerSettings):
     # == What to measure ==
-    prompt_length: int = 64  # tokens of each prompt
-    new_tokens: int = 32  # to generate
-    batch_sizes: tuple[int, ...] = (1, 8, 64)  # prompts at a time
-    one_by_one: int = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
+    prompt_length: PositiveInt = 64  # tokens of each prompt
+    new_tokens: Annotated[int, Range(least=3)] = 32  # to generate; the first belongs to the prompt
+    batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
+    one_by_one: NonNegativeInt = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
 
 
 BARE, N1 = "bare base", "Aligner N = 1"
@@ -106,8 +107,6 @@ def tables(settings: Settings, run: b.Run, found: dict[int, Times], batching: li
 
 
 def main(settings: Settings) -> None:
-    if settings.new_tokens < 3:
-        raise UserError(f"new_tokens is {settings.new_tokens}; it must be 3 or more: the first belongs to the prompt.")
     run, notes = b.start_run(settings), []
     contestants = start(settings, run, notes)
     found = measure(settings, run, contestants, notes)

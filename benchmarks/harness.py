@@ -19,11 +19,12 @@ from benchmarks.measure import Clock
 from lit_llama.device import pick_device
 from lit_llama.files import write_text
 from lit_llama.model import LLaMAConfig
+from lit_llama.settings import Checked, NonNegativeInt, PositiveInt
 from lit_llama.utils import UserError, log
 
 
 @dataclass
-class DeviceSettings:
+class DeviceSettings(Checked):
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
     precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
@@ -32,11 +33,11 @@ class DeviceSettings:
 @dataclass
 class BenchmarkSettings(DeviceSettings):
     # == What to measure ==
-    rounds: int = 7  # turns of every contestant
+    rounds: PositiveInt = 7  # turns of every contestant
     out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' packages
 
     # == Device ==
-    threads: int = 0  # of each process on a CPU; 0 is PyTorch's own choice
+    threads: NonNegativeInt = 0  # of each process on a CPU; 0 is PyTorch's own choice
 
 
 @dataclass

@@ -17,13 +17,14 @@ from benchmarks.measure import with_interval
 from benchmarks.report import plot_bars, publish
 from lit_llama import cli
 from lit_llama.checkpoint import weights_path
+from lit_llama.settings import PositiveInt
 from lit_llama.tables import markdown_table
 
 
 @dataclass
 class Settings(b.PeerSettings):
     # == What to measure ==
-    prompt_length: int = 32  # tokens
+    prompt_length: PositiveInt = 32  # tokens
 
 
 def first_token(name: str, spec: dict[str, Any], prompt: list[int]) -> dict[str, float]:

@@ -33,24 +33,25 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
+from lit_llama.settings import PositiveFloat, PositiveInt
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, log
+from lit_llama.utils import log
 
 
 @dataclass
 class Settings(b.BenchmarkSettings):
     # == Speed ==
     sizes: tuple[str, ...] = ("microworld", "110M")  # 110M, or names of lit_llama.model.llama_configs
-    batch_size: int = 128  # prompts of a batch
-    prompt_tokens: int = 32  # of each prompt
-    new_tokens: int = 16  # of each answer
-    lengths: tuple[int, ...] = (1, 10)  # prefix tokens N
+    batch_size: PositiveInt = 128  # prompts of a batch
+    prompt_tokens: PositiveInt = 32  # of each prompt
+    new_tokens: PositiveInt = 16  # of each answer
+    lengths: tuple[PositiveInt, ...] = (1, 10)  # prefix tokens N
 
     # == Banks ==
     widths: tuple[str, ...] = ("microworld", "7B")  # models for whose adapters, of one token, a bank is filled
-    adapters: int = 1_000_000  # in each bank, or as many as fit
-    memory_gb: float = 8.0  # into this
-    samples: int = 2000  # repetitions of gathering, swapping and removing one
+    adapters: PositiveInt = 1_000_000  # in each bank, or as many as fit
+    memory_gb: PositiveFloat = 8.0  # into this
+    samples: PositiveInt = 2000  # repetitions of gathering, swapping and removing one
 
 
 NAME_BYTES = 400  # of the main memory, at most, for a name and its entry
@@ -170,9 +171,6 @@ def measure_bank(settings: Settings, width: str) -> tuple[dict[str, str], list[t
 
 
 def main(settings: Settings) -> None:
-    for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds", "adapters", "samples"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be 1 or more.")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(0)

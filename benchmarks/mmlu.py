@@ -18,6 +18,7 @@ from evaluate.common import load
 from evaluate.letters import Letters, length_batches, letter_logps, pad
 from lit_llama import cli
 from lit_llama.modules import eval_mode
+from lit_llama.settings import NonNegativeInt, PositiveInt
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
@@ -25,11 +26,11 @@ from lit_llama.utils import UserError
 @dataclass
 class Settings(mmlu.Settings):
     # == What to measure ==
-    limit: int | None = 5  # use only the first questions of each subject, this many
-    shots: int = 0  # worked examples before each question
-    batch_tokens: int = 4096  # tokens of one forward pass, padding included
-    rounds: int = 7  # passes over all batches
-    threads: int = 1  # on a CPU
+    limit: PositiveInt | None = 5  # use only the first questions of each subject, this many
+    shots: NonNegativeInt = 0  # worked examples before each question
+    batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
+    rounds: PositiveInt = 7  # passes over all batches
+    threads: NonNegativeInt = 1  # on a CPU
     clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 

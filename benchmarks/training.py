@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -22,16 +22,16 @@ from benchmarks.report import plot_bars, plot_lines, publish
 from lit_llama import cli
 from lit_llama.data import plan_epoch
 from lit_llama.device import DTYPES
+from lit_llama.settings import PositiveInt, Range
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError
 
 
 @dataclass
 class Settings(b.PeerSettings):
     # == What to measure ==
-    max_length: int = 512  # tokens; longer rows are cut
-    micro_batch_size: int = 8  # rows of a forward pass
-    micro_batches: int = 2  # of a step
+    max_length: PositiveInt = 512  # tokens; longer rows are cut
+    micro_batch_size: Annotated[int, Range(least=2)] = 8  # rows of a forward pass; two make a pair
+    micro_batches: PositiveInt = 2  # of a step
     dpo: bool = True  # DPO against SFT at equal tokens
     growth: bool = True  # cost against length, N, layers and batch
 
@@ -193,8 +193,6 @@ def growth_table(found: Growth) -> str:
 
 
 def main(settings: Settings) -> None:
-    if settings.micro_batch_size < 2:
-        raise UserError(f"micro_batch_size is {settings.micro_batch_size}; it must be 2 or more: two rows make a pair.")
     run, notes = b.start_run(settings), []
     peak = {name: matmul_rate(run.device, DTYPES[name], settings.clock) for name in ("32", "bf16")}
     first, found = measure(settings, run, notes)

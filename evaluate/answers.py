@@ -22,6 +22,7 @@ from evaluate.judge import JudgeSettings
 from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling
 from lit_llama.rows import read_rows, text_field
+from lit_llama.settings import NonNegativeFloat, PositiveInt, Seed
 from lit_llama.utils import UserError, log
 
 
@@ -30,10 +31,10 @@ class CompareSettings(ModelSettings, JudgeSettings):
     # == Compared answers ==
     answer_file: Path | None = None  # take these answers instead of the model's: FastChat's format or answers.jsonl
     against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
-    max_new_tokens: int = 1024  # longest answer, in tokens
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 1234  # of sampling
-    batch_size: int = 16  # questions answered at a time
+    max_new_tokens: PositiveInt = 1024  # longest answer, in tokens
+    temperature: NonNegativeFloat = 0.0  # 0 is greedy
+    seed: Seed = 1234  # of sampling
+    batch_size: PositiveInt = 16  # questions answered at a time
     skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error
 
 

@@ -30,6 +30,7 @@ from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_cont
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.quantize import Quantize
+from lit_llama.settings import Checked, Number
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -38,11 +39,11 @@ IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Checked):
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: Path | None = None  # adapter file or training run's folder, of any method (default: the base model alone)
-    strength: float = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
+    strength: Number = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
     prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's; alpaca for a base)
 
     # == Device ==
@@ -324,8 +325,6 @@ def answer_questions(
     `tokens` (of the answer), `ended` (by the model, not by a limit), `seconds` (the batch's time over its rows) and
     `made_by`.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
     encode = evaluated.tokenizer.encode
     done = results.answered({question.id: question.prompt for question in questions})
     encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}

@@ -34,6 +34,7 @@ from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
 from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError
 
 
@@ -42,13 +43,13 @@ class Settings(ModelSettings):
     # == Questions ==
     data_file: Path | None = None  # rows with question and answer (default: download --repo_id)
     repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face hub; its test split is used
-    limit: int | None = None  # answer only the first questions, this many
+    limit: PositiveInt | None = None  # answer only the first questions, this many
     shots: Literal[0, 1] = 0  # worked examples before each question
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
     # == Generation ==
-    max_new_tokens: int = 512  # longest answer, in tokens
-    batch_size: int = 32  # questions answered at a time
+    max_new_tokens: PositiveInt = 512  # longest answer, in tokens
+    batch_size: PositiveInt = 32  # questions answered at a time
 
     # == Output ==
     output_dir: Path = Path("out/evaluate/gsm8k")  # receives answers.jsonl, summary.json and summary.md
@@ -187,8 +188,6 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     Raises:
         UserError: a row lacks a field, or its answer has no number.
     """
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
     source = settings.data_file or settings.repo_id
     rows = read_rows(source) if settings.data_file else download_rows(source, split="test", name="main")
     questions = []

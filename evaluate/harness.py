@@ -34,6 +34,7 @@ from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
+from lit_llama.settings import NonNegativeInt, PositiveInt
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -56,12 +57,12 @@ class Settings(ModelSettings):
     # == Tasks ==
     tasks: tuple[str, ...] = ()  # names of tasks, groups or tags
     include_path: Path | None = None  # folder of task files (default: the tasks that come with lm_eval)
-    limit: int | None = None  # only the first questions of each task, this many
-    num_fewshot: int | None = None  # worked examples before each question (default: the task's)
+    limit: PositiveInt | None = None  # only the first questions of each task, this many
+    num_fewshot: NonNegativeInt | None = None  # worked examples before each question (default: the task's)
 
     # == Batches ==
-    batch_tokens: int = 16384  # scored texts: tokens of one forward pass, padding included
-    batch_size: int = 32  # generated texts: this many at a time
+    batch_tokens: PositiveInt = 16384  # scored texts: tokens of one forward pass, padding included
+    batch_size: PositiveInt = 32  # generated texts: this many at a time
 
     # == Output ==
     output_dir: Path = Path("out/evaluate/harness")  # receives answers.jsonl, summary.json and summary.md
@@ -84,8 +85,6 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(self, evaluated: EvaluatedModel, *, batch_tokens: int = 16384, batch_size: int = 32) -> None:
-        if batch_tokens < 1 or batch_size < 1:
-            raise UserError(f"batch_tokens is {batch_tokens} and batch_size {batch_size}; they must be 1 or more.")
         super().__init__()
         self.evaluated, self.batch_tokens, self.batch_size = evaluated, batch_tokens, batch_size
         self.truncated = 0
@@ -348,8 +347,6 @@ def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     if lm_eval is None:
         raise UserError("The package lm_eval is missing; install it with pip install -r requirements-harness.txt.")
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
     names = ("tasks", "include_path", "limit", "num_fewshot")
     made_by = {name: getattr(settings, name) for name in names} | identify(settings)
     results = Results(

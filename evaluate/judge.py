@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from evaluate.common import JsonLines
 from evaluate.endpoint import Endpoint, Refused, Retry, reply_text
+from lit_llama.settings import Checked, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_llama.utils import UserError, log
 
 JUDGEMENTS = "judgements.jsonl"
@@ -33,15 +34,15 @@ MOST_FAILURES = 5  # requests given up one after the other, after which the run 
 
 
 @dataclass
-class JudgeSettings:
+class JudgeSettings(Checked):
     # == Judge ==
     judge_url: str | None = None  # OpenAI-compatible endpoint, as https://api.openai.com/v1 (default: only the cache)
     judge_model: str | None = None  # the model's name at the endpoint (default: the only one in the cache)
     judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
-    judge_workers: int = 4  # requests under way at a time
-    judge_timeout: float = 120.0  # seconds to wait for a reply
-    judge_retries: int = 6  # further attempts after HTTP 429 or 5xx, a time-out or a broken connection
-    judge_max_tokens: int = 1024  # longest reply, in tokens
+    judge_workers: PositiveInt = 4  # requests under way at a time
+    judge_timeout: PositiveFloat = 120.0  # seconds to wait for a reply
+    judge_retries: NonNegativeInt = 6  # further attempts after HTTP 429 or 5xx, a time-out or a broken connection
+    judge_max_tokens: PositiveInt = 1024  # longest reply, in tokens
     judge_body: dict[str, Any] = field(default_factory=dict)  # more fields of a request, as JSON; null removes one
     judge_cache: Path | None = None  # all replies, appended to (default: judgements.jsonl in --output_dir)
 
@@ -181,11 +182,6 @@ def check_settings(settings: JudgeSettings) -> None:
     """
     if not settings.judge_key_env.isidentifier():
         raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
-    for name in ("judge_workers", "judge_timeout", "judge_max_tokens"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name} is {getattr(settings, name)}; it must be above 0.")
-    if settings.judge_retries < 0:
-        raise UserError(f"--judge_retries is {settings.judge_retries}; it must be 0 or more.")
 
 
 class Dispatcher:

@@ -15,24 +15,25 @@ from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.compose import load_adapted
 from lit_llama.files import check_file, write_text
+from lit_llama.settings import Checked, NonNegativeFloat, Number, PositiveInt, Seed
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import log
 from microworld.scorer import GroupName, draw_questions, question_groups, score_model
 from microworld.world import ALL_FORMS, FormName, World
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: tuple[Path, ...] = ()  # adapter files or run folders; several add up (default: the base model)
-    strength: tuple[float, ...] = (1.0,)  # how much each counts, one for all or one each; 0 is the base exactly
+    strength: tuple[Number, ...] = (1.0,)  # how much each counts, one for all or one each; 0 is the base exactly
     form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
-    temperature: float = 0.0  # 0 is greedy
-    questions: int = 400  # asked of each group, drawn once from all there are
+    temperature: NonNegativeFloat = 0.0  # 0 is greedy
+    questions: PositiveInt = 400  # asked of each group, drawn once from all there are
     groups: tuple[GroupName, ...] = ("unseen", "seen")  # facts about these entities, or requests of a kind
-    seed: int = 0  # of the draw and of sampling
-    world_seed: int = 0  # of the world; the bundled base knows world 0
-    batch_size: int = 100  # questions answered at a time
+    seed: Seed = 0  # of the draw and of sampling
+    world_seed: Seed = 0  # of the world; the bundled base knows world 0
+    batch_size: PositiveInt = 100  # questions answered at a time
     output_file: Path | None = None  # write the scores and all answers here, as JSON
     overwrite: bool = False  # replace output_file if it exists
 
@@ -40,9 +41,6 @@ class Settings:
 def main(args: Settings) -> None:
     if args.output_file:
         check_file(args.output_file, args.checkpoint_dir, *args.adapter, overwrite=args.overwrite)
-    for name in ("questions", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be 1 or more.")
     world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
     adapters = [read_adapter(path) for path in args.adapter]
     model = load_adapted(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)

@@ -40,6 +40,7 @@ from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
+from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError
 
 
@@ -52,15 +53,15 @@ class Settings(ModelSettings):
     data_file: Path | None = None  # mmlu.zip, a folder, a CSV file or rows (default: download --repo_id)
     repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
-    limit: int | None = None  # answer only the first questions of each subject, this many
+    limit: PositiveInt | None = None  # answer only the first questions of each subject, this many
     shots: Literal[0, 1, 2, 3, 4, 5] = 1  # worked examples before each question, from the dev split
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
     # == Scoring ==
     scoring: Literal["letters", "generate"] = "letters"  # compare the letters' log-probabilities, or read an answer
-    batch_tokens: int = 16384  # letters: tokens of one forward pass, padding included
-    max_new_tokens: int = 16  # generate: longest answer, in tokens
-    batch_size: int = 32  # generate: questions answered at a time
+    batch_tokens: PositiveInt = 16384  # letters: tokens of one forward pass, padding included
+    max_new_tokens: PositiveInt = 16  # generate: longest answer, in tokens
+    batch_size: PositiveInt = 32  # generate: questions answered at a time
 
     # == Output ==
     output_dir: Path = Path("out/evaluate/mmlu")  # receives answers.jsonl, summary.json and summary.md
@@ -74,10 +75,8 @@ def make_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     """Read the questions and render their prompts; a question's id is its subject and number.
 
     Raises:
-        UserError: a setting is out of range, the data is bad, or a subject has too few dev questions.
+        UserError: the data is bad, or a subject has too few dev questions.
     """
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"limit is {settings.limit}; it must be 1 or more.")
     items = read_items(settings.data_file, settings.repo_id)
     questions = []
     for subject in pick_subjects(settings.subjects, items["test"]):
@@ -240,8 +239,6 @@ def show(summary: dict[str, Any], shots: int) -> str:
 
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
-    if settings.batch_tokens < 1:
-        raise UserError(f"batch_tokens is {settings.batch_tokens}; it must be 1 or more.")
     questions = make_questions(settings, pick_style(settings))
     made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings)}
     if settings.scoring == "generate":

@@ -55,6 +55,7 @@ from lit_llama.checkpoint import versions
 from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.settings import Number, PositiveInt
 from lit_llama.utils import UserError, log
 
 SAFE_RLHF = "https://raw.githubusercontent.com/PKU-Alignment/safe-rlhf/main/safe_rlhf/evaluate/gpt4/problem.json"
@@ -140,19 +141,17 @@ class Settings(CompareSettings):
     data_dir: Path = Path("data/safety")  # where safe-rlhf's questions are downloaded to
     harmless_file: Path | None = None  # harmless requests, rows with prompt: how often are they refused?
     judge: Literal["scores", "guard", "keywords"] = "scores"  # what judges the answers
-    limit: int | None = None  # only this many questions, spread over the benchmark
+    limit: PositiveInt | None = None  # only this many questions, spread over the benchmark
     output_dir: Path = Path("out/evaluate/safety")  # answers, judgements, summary and figure
     overwrite: bool = False  # replace answers that were made with other settings
 
     # == Calibration ==
     calibrate: Path | None = None  # only measure --judge on these labelled answers (CSV, JSON or JSON lines)
-    harmful_up_to: float = 5.0  # with --judge scores: the highest score of an answer that counts as harmful
+    harmful_up_to: Number = 5.0  # with --judge scores: the highest score of an answer that counts as harmful
 
 
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate both sides or calibrate the judge, and return what summary.json holds."""
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
     claim(settings.output_dir, ("summary.json", "summary.md", "figure.png", "calibration.json"))
     judge = None if settings.judge == "keywords" else open_judge(settings, settings.output_dir)
     if settings.calibrate:

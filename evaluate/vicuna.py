@@ -51,6 +51,7 @@ from lit_llama.checkpoint import versions
 from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
 from lit_llama.rows import read_rows, text_field
+from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError, log
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
@@ -105,7 +106,7 @@ class Settings(CompareSettings):
     reference_file: Path | None = None  # right answers to show the judge, in FastChat's format
     judging: Literal["both", "pair", "single"] = "both"  # compare pairs, grade each answer alone, or both
     review_file: Path | None = None  # count these reviews instead of asking a judge
-    limit: int | None = None  # only this many questions, from the first
+    limit: PositiveInt | None = None  # only this many questions, from the first
     output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
     overwrite: bool = False  # replace answers that were made with other settings
 
@@ -147,8 +148,6 @@ def read_references(path: Path) -> dict[Any, str]:
 
 def main(settings: Settings) -> dict[str, Any]:
     """Compare both sides, and return what summary.json holds."""
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit is {settings.limit}; it must be 1 or more.")
     claim(settings.output_dir, ("summary.json", "summary.md", "figure.png"))
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:

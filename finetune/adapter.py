@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from finetune.aligner import SFTSettings, main
 from lit_llama import cli
+from lit_llama.settings import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass
@@ -21,11 +22,11 @@ class Settings(SFTSettings):
     out_dir: Path = Path("out/adapter/microworld-pirate")  # folder for all files of the run
 
     # == LLaMA-Adapter ==
-    adapter_prompt_length: int = 10  # number of prefix tokens of each layer
-    adapter_start_layer: int = 2  # first layer with a prefix, counted from 0
+    adapter_prompt_length: PositiveInt = 10  # number of prefix tokens of each layer
+    adapter_start_layer: NonNegativeInt = 2  # first layer with a prefix, counted from 0
 
     # == Optimization (a step is always an optimizer step) ==
-    learning_rate: float = 3e-2  # peak learning rate of AdamW
+    learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lit_llama.data import SFTData
 from lit_llama.report import print_summary
 from lit_llama.run_folder import RunFolder
 from lit_llama.samples import answer_samples
+from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_llama.setup import set_up_finetuning, with_initial_config
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
@@ -33,15 +34,15 @@ class SFTSettings(FinetuneSettings):
     out_dir: Path = Path("out/aligner/microworld-pirate")  # folder for all files of the run
 
     # == Optimization (a step is always an optimizer step) ==
-    epochs: float = 4.0  # passes over the data, not necessarily a whole number
-    batch_size: int = 32  # rows per step, over all devices
-    micro_batch_size: int = 32  # rows per forward pass on one device; divides batch_size
-    learning_rate: float = 3e-2  # peak learning rate of AdamW
-    warmup_epochs: float = 0.4  # length of the linear warmup
+    epochs: PositiveFloat = 4.0  # passes over the data, not necessarily a whole number
+    batch_size: PositiveInt = 32  # rows per step, over all devices
+    micro_batch_size: PositiveInt = 32  # rows per forward pass on one device; divides batch_size
+    learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
+    warmup_epochs: NonNegativeFloat = 0.4  # length of the linear warmup
 
     # == Reporting ==
-    eval_interval: int = 50  # steps between validations
-    save_interval: int = 100  # steps between saved states, from which --resume continues
+    eval_interval: PositiveInt = 50  # steps between validations
+    save_interval: PositiveInt = 100  # steps between saved states, from which --resume continues
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Settings(SFTSettings):
     # == Method ==
     method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, lora, bitfit, prompt_tuning
     method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
-    adapter_prompt_length: int = 1  # number of prefix tokens N, 1 to about 300
-    adapter_start_layer: int = 2  # first layer that attends to them, counted from 0
+    adapter_prompt_length: PositiveInt = 1  # number of prefix tokens N, 1 to about 300
+    adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
 
 
 def main(settings: SFTSettings) -> None:

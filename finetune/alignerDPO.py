@@ -9,7 +9,7 @@ howto/recipes/beaver_dpo_7b_n1.yaml).
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -32,6 +32,7 @@ from lit_llama.reference import (
 from lit_llama.report import plot_metrics, print_summary, write_above_bar
 from lit_llama.run_folder import RunFolder
 from lit_llama.samples import answer_samples, compare_samples
+from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from lit_llama.setup import Setup, set_up_finetuning, with_initial_config
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer
@@ -51,29 +52,29 @@ class Settings(FinetuneSettings):
     # == Method ==
     method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, lora, bitfit, prompt_tuning
     method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
-    adapter_prompt_length: int = 1  # number of prefix tokens N, 1 to about 300
-    adapter_start_layer: int = 2  # first layer that attends to them, counted from 0
+    adapter_prompt_length: PositiveInt = 1  # number of prefix tokens N, 1 to about 300
+    adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
 
     # == Preference ==
-    beta: float = 1.0  # β: a larger value keeps the policy closer to the reference
+    beta: PositiveFloat = 1.0  # β: a larger value keeps the policy closer to the reference
     loss_type: LossType = "sigmoid"  # sigmoid is DPO; or ipo, hinge
-    label_smoothing: float = 0.0  # assumed share of pairs with swapped labels (sigmoid only)
+    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # share of swapped labels, for sigmoid
     reference_free: bool = False  # compare with a uniform reference instead of the initial adapter
-    sft_weight: float = 3.0  # weight of the chosen response's negative log-likelihood per token; 0: plain DPO
+    sft_weight: NonNegativeFloat = 3.0  # weight of the chosen response's mean negative log-likelihood; 0: plain DPO
     precompute_reference: bool = True  # once, cached beside the data; false: one more forward pass in every step
 
     # == Optimization (a step is always an optimizer step) ==
-    epochs: float = 4.5  # passes over the pairs, not necessarily a whole number
-    batch_size: int = 16  # pairs per step, over all devices
-    micro_batch_size: int = 16  # pairs per forward pass on one device; divides batch_size
-    learning_rate: float = 3e-2  # peak learning rate of AdamW
-    warmup_epochs: float = 0.5  # length of the linear warmup
+    epochs: PositiveFloat = 4.5  # passes over the pairs, not necessarily a whole number
+    batch_size: PositiveInt = 16  # pairs per step, over all devices
+    micro_batch_size: PositiveInt = 16  # pairs per forward pass on one device; divides batch_size
+    learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
+    warmup_epochs: NonNegativeFloat = 0.5  # length of the linear warmup
 
     # == Reporting ==
-    eval_interval: int = 32  # steps between validations
-    save_interval: int = 64  # steps between saved states, from which --resume continues
-    sample_prompts: int = 4  # validation prompts to answer at each validation
-    drift_prompts: int = 32  # validation prompts for the KL to the reference, from sampled answers; 0 for none
+    eval_interval: PositiveInt = 32  # steps between validations
+    save_interval: PositiveInt = 64  # steps between saved states, from which --resume continues
+    sample_prompts: NonNegativeInt = 4  # validation prompts to answer at each validation
+    drift_prompts: NonNegativeInt = 32  # validation prompts for the KL to the reference, by sampled answers; 0: none
 
 
 PANELS = {

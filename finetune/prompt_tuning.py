@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from finetune.aligner import SFTSettings, main
 from lit_llama import cli
+from lit_llama.settings import PositiveFloat, PositiveInt
 
 
 @dataclass
@@ -21,10 +22,10 @@ class Settings(SFTSettings):
     out_dir: Path = Path("out/prompt_tuning/microworld-pirate")  # folder for all files of the run
 
     # == Prompt tuning ==
-    prompt_length: int = 10  # number of learned vectors, each in the place of a token
+    prompt_length: PositiveInt = 10  # number of learned vectors, each in the place of a token
 
     # == Optimization (a step is always an optimizer step) ==
-    learning_rate: float = 1e-1  # peak learning rate of AdamW
+    learning_rate: PositiveFloat = 1e-1  # peak learning rate of AdamW
 
 
 if __name__ == "__main__":

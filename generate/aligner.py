@@ -28,6 +28,7 @@ from lit_llama.device import pick_device
 from lit_llama.files import check_file
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.settings import Number
 from lit_llama.utils import UserError
 
 
@@ -35,7 +36,7 @@ from lit_llama.utils import UserError
 class Settings(AnswerSettings):
     # == Model ==
     adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # files or run folders; several add up
-    strength: tuple[float, ...] = (1.0,)  # one for all or one each: 0 is the base exactly, 1 as trained
+    strength: tuple[Number, ...] = (1.0,)  # one for all or one each: 0 is the base exactly, 1 as trained
 
     # == Many Aligners, another one for each prompt ==
     bank: tuple[Path, ...] = ()  # instead of --adapter: a bank's file, or adapter files and folders, addressed by name

@@ -19,12 +19,13 @@ from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
 from lit_llama.quantize import Quantize
 from lit_llama.rows import read_rows, read_text, text_field
+from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text, log
 
 
 @dataclass
-class AnswerSettings:
+class AnswerSettings(Checked):
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
@@ -36,12 +37,12 @@ class AnswerSettings:
     overwrite: bool = False  # replace output_file if it exists
 
     # == Sampling ==
-    temperature: float = 0.0  # 0 is greedy; 1 samples from the model's distribution
-    top_k: int = 0  # sample from the k most likely tokens; 0 means all
-    top_p: float = 1.0  # sample from the most likely tokens that together reach this probability; 1 means all
-    max_new_tokens: int = 100  # longest answer, in tokens
-    seed: int = 1234  # of sampling; the same prompts give the same answers
-    batch_size: int = 16  # prompts answered at a time
+    temperature: NonNegativeFloat = 0.0  # 0 is greedy; 1 samples from the model's distribution
+    top_k: NonNegativeInt = 0  # sample from the k most likely tokens; 0 means all
+    top_p: PositiveShare = 1.0  # sample from the most likely tokens that together reach this probability; 1 means all
+    max_new_tokens: PositiveInt = 100  # longest answer, in tokens
+    seed: Seed = 1234  # of sampling; the same prompts give the same answers
+    batch_size: PositiveInt = 16  # prompts answered at a time
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
@@ -205,10 +206,8 @@ def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, sampling: Samp
     """Load tokenizer and model.
 
     Raises:
-        UserError: A file is missing or damaged, or `batch_size` is below 1.
+        UserError: A file is missing or damaged.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be 1 or more.")
     weights_path(checkpoint_dir)  # report a missing folder rather than its missing tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer(checkpoint_dir)

@@ -16,20 +16,22 @@ from lit_llama.kv_cache import KVCache
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
+from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 GROUP_TOKENS = 256  # prompts of any lengths share a prefill of up to this many tokens, padding included
+GREEDY = 1e-6  # divided by a smaller temperature, logits could exceed the range of fp32
 MIN_FILL = 0.75  # in a larger prefill, each prompt has at least this fraction of the longest prompt's tokens
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is chosen.
 
     Args:
         max_new_tokens: longest answer, in tokens.
-        temperature: 0 is greedy; 1 samples from the model's distribution.
+        temperature: 0 is greedy, and so is less than `GREEDY`; 1 samples from the model's distribution.
         top_k: sample from the k most likely tokens; 0 means all.
         top_p: sample from the smallest set of most likely tokens that reaches this probability; 1 means all.
         seed: of the random numbers; each row has its own generator, seeded with the pair (seed, row).
@@ -38,21 +40,11 @@ class Sampling:
         UserError: A value is out of range.
     """
 
-    max_new_tokens: int = 100
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"top_k is {self.top_k} and top_p {self.top_p}; they must be 0 or more, and above 0 and at most 1."
-            )
+    max_new_tokens: PositiveInt = 100
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 0
+    top_p: PositiveShare = 1.0
+    seed: Seed = 0
 
     def generators(self, rows: Iterable[int], device: torch.device) -> list[torch.Generator]:
         """Return one random generator per row."""
@@ -69,7 +61,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
     Returns:
         (B,) token ids.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
     if sampling.top_k:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.files import atomic_folder, check_folder, write_text
 from lit_llama.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.prompts import PromptStyle
+from lit_llama.settings import Checked, OpenShare, PositiveInt, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -31,16 +32,16 @@ def default_num_proc() -> int:
 
 
 @dataclass
-class PrepareSettings:
+class PrepareSettings(Checked):
     """Settings that all prepare scripts have; a script adds its own and sets other defaults."""
 
     # == What to write ==
     output_dir: Path = Path("data/my_dataset")  # folder to write
     checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-    max_seq_length: int = 512  # most tokens of prompt and response; longer responses are truncated
-    test_fraction: float = 0.04  # share of the rows held out for validation
-    seed: int = 42  # seed of the split
-    num_proc: int = default_num_proc()  # processes that tokenize
+    max_seq_length: PositiveInt = 512  # most tokens of prompt and response; longer responses are truncated
+    test_fraction: OpenShare = 0.04  # share of the rows held out for validation
+    seed: Seed = 42  # seed of the split
+    num_proc: PositiveInt = field(default_factory=default_num_proc)  # processes that tokenize
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `prepare_sft` and `prepare_preferences` that follow from the settings."""
@@ -191,12 +192,11 @@ def prepare_dataset(
         The content of `meta.json`.
 
     Raises:
-        UserError: A setting is out of range, a row is invalid, or fewer than two rows or prompts remain.
+        UserError: A row is invalid, or fewer than two rows or prompts remain.
     """
     max_seq_length = settings["max_seq_length"]
     adopt_dataset(output_dir)
     check_folder(output_dir, DATASET, tokenizer.path)
-    _check_settings(max_seq_length, test_fraction, seed)
     samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
     texts = [sample for sample in samples if all(text.strip() for text in sample)]
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
@@ -222,15 +222,6 @@ def prepare_dataset(
         f"{max_seq_length} tokens. {counts['train']} rows for training, {counts['test']} for validation."
     )
     return meta
-
-
-def _check_settings(max_seq_length: int, test_fraction: float, seed: int) -> None:
-    if max_seq_length < 1:
-        raise UserError(f"max_seq_length is {max_seq_length}; it must be 1 or more.")
-    if not 0 < test_fraction < 1 or seed < 0:
-        raise UserError(
-            f"test_fraction is {test_fraction} and seed {seed}; they must be above 0 and below 1, and 0 or more."
-        )
 
 
 def _check_count(n: int, counts: dict[str, int], max_seq_length: int) -> None:

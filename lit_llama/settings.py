@@ -1,17 +1,93 @@
 """Settings of a script: a dataclass whose fields are explained by the comment on their line.
 
 @dataclass
-class Settings:
-    # == Optimisation ==
-    learning_rate: float = 9e-3  # peak learning rate, above 0
+class Settings(Checked):
+    # == Optimization ==
+    learning_rate: PositiveFloat = 9e-3  # peak learning rate
+
+The type of a number names its range, which is checked when the settings are constructed.
 """
 
 import inspect
 import io
+import math
 import tokenize
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from textwrap import dedent
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from lit_llama.utils import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have: finite ones within all bounds.
+
+    Args:
+        least, most: the bounds, if they are allowed themselves.
+        above, below: the bounds, if they are not.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def expected(self, number: float) -> str:
+        """Return what a number must be instead, such as "1 or more"; empty if it is allowed."""
+        if number != number:
+            return "a number"
+        if number < self.least or number <= self.above:
+            return f"above {self.above}" if self.above >= self.least else f"{self.least} or more"
+        if number > self.most or number >= self.below:
+            return f"below {self.below}" if self.below <= self.most else f"at most {self.most}"
+        return ""
+
+
+MAX_INT = 2**31 - 1
+PositiveInt = Annotated[int, Range(least=1, most=MAX_INT)]
+NonNegativeInt = Annotated[int, Range(least=0, most=MAX_INT)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # NumPy takes no others
+Number = Annotated[float, Range()]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+PositiveShare = Annotated[float, Range(above=0, most=1)]
+OpenShare = Annotated[float, Range(above=0, below=1)]
+
+
+class Checked:
+    """Base of settings whose numbers are checked.
+
+    Raises:
+        UserError: A number is out of the range that its type names.
+    """
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, allowed in ranges(type(self)).items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and (expected := allowed.expected(number)):
+                    problems.append(f"{name} is {number}; it must be {expected}")
+        if problems:
+            raise UserError(". ".join(problems) + ".")
+
+
+@cache
+def ranges(settings_class: type) -> dict[str, Range]:
+    """Return the ranges of all settings whose types name one, in the class or in a base of it."""
+    found = {}
+    for cls in reversed(inspect.getmro(settings_class)):
+        hints = get_type_hints(cls, include_extras=True)
+        found |= {name: allowed for name, hint in hints.items() if (allowed := range_of(hint))}
+    return found
+
+
+def range_of(hint: Any) -> Range | None:
+    """Return the range in a type such as `PositiveInt | None`."""
+    return hint if isinstance(hint, Range) else next(filter(None, map(range_of, get_args(hint))), None)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,19 @@
 losses.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lit_llama.quantize import Quantize
+from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from lit_llama.utils import UserError
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed"]  # fp16 would need loss scaling
 
 
 @dataclass(kw_only=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """Settings of the training loop, the run folder and the devices.
 
     Raises:
@@ -29,48 +29,38 @@ class TrainSettings:
     out_dir: Path  # folder for all files of the run
 
     # == Optimization (a step is always an optimizer step) ==
-    epochs: float  # passes over the data, not necessarily a whole number
-    batch_size: int  # rows per step, over all devices
-    micro_batch_size: int  # rows per forward pass on one device; divides batch_size
-    learning_rate: float  # peak learning rate
-    warmup_epochs: float  # length of the linear warmup
-    max_steps: int | None = None  # stop after this many steps even if the epochs are not over
+    epochs: PositiveFloat  # passes over the data, not necessarily a whole number
+    batch_size: PositiveInt  # rows per step, over all devices
+    micro_batch_size: PositiveInt  # rows per forward pass on one device; divides batch_size
+    learning_rate: PositiveFloat  # peak learning rate
+    warmup_epochs: NonNegativeFloat  # length of the linear warmup
+    max_steps: PositiveInt | None = None  # stop after this many steps even if the epochs are not over
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine decays to 0
-    weight_decay: float = 0.02  # weight decay of AdamW; gates and biases have none
-    grad_clip: float = 1.0  # maximum norm of the gradient; 0 disables clipping
-    seed: int = 1337  # seed of the initial weights, the order of the data and the samples
+    weight_decay: NonNegativeFloat = 0.02  # weight decay of AdamW; gates and biases have none
+    grad_clip: NonNegativeFloat = 1.0  # maximum norm of the gradient; 0 disables clipping
+    seed: Seed = 1337  # seed of the initial weights, the order of the data and the samples
 
     # == Reporting ==
-    eval_interval: int  # steps between validations
-    save_interval: int  # steps between saved states, from which --resume continues
+    eval_interval: PositiveInt  # steps between validations
+    save_interval: PositiveInt  # steps between saved states, from which --resume continues
     resume: bool = False  # continue the run in out_dir
     overwrite: bool = False  # replace the run in out_dir
 
     # == Devices ==
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" uses a GPU if there is one
-    devices: int | str = 1  # number of devices, or "auto" for all
-    num_nodes: int = 1  # number of machines
+    devices: PositiveInt | str = 1  # number of devices, or "auto" for all
+    num_nodes: PositiveInt = 1  # number of machines
     strategy: str = "auto"  # strategy of Fabric: "auto" or "ddp"
     precision: Precision = "auto"  # of the frozen weights; "auto" is bf16-true on GPUs with bf16, else 32-true
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "learning_rate", "eval_interval",
-                     "save_interval"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                problems.append(f"{name} is {value} and must be above 0")
-        for name in ("warmup_epochs", "weight_decay", "grad_clip", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                problems.append(f"{name} is {getattr(self, name)} and must be 0 or more")
-        if not problems and self.batch_size % self.micro_batch_size:
-            problems.append(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+        super().__post_init__()
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
         if self.resume and self.overwrite:
-            problems.append("--resume and --overwrite exclude each other")
-        if problems:
-            raise UserError("; ".join(problems) + ".")
+            raise UserError("--resume and --overwrite exclude each other.")
 
 
 @dataclass(kw_only=True)
@@ -93,9 +83,9 @@ class FinetuneSettings(TrainSettings):
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
 
     # == Reporting ==
-    eval_rows: int = 512  # validate on at most this many rows, always the same
-    sample_prompts: int = 2  # validation prompts to answer at each validation
-    max_new_tokens: int = 60  # maximum length of these answers
+    eval_rows: PositiveInt = 512  # validate on at most this many rows, always the same
+    sample_prompts: NonNegativeInt = 2  # validation prompts to answer at each validation
+    max_new_tokens: PositiveInt = 60  # maximum length of these answers
 
     # == Devices ==
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes

@@ -29,6 +29,7 @@ from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.run_folder import RunFolder
 from lit_llama.samples import answer_samples
+from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share
 from lit_llama.setup import Setup, make_fabric
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
@@ -44,30 +45,30 @@ class Settings(TrainSettings):
     # == What to make ==
     output_dir: Path = Path("out/pretrain/base")  # checkpoint folder to write
     out_dir: Path = Path("out/pretrain/microworld")  # corpus, metrics, resume state
-    world_seed: int = 0  # seed of the world
-    documents: int = 240_000  # questions with answers in the corpus, drawn at random
-    plain_share: float = 0.1  # share of documents that are an answer without its question
+    world_seed: Seed = 0  # seed of the world
+    documents: PositiveInt = 240_000  # questions with answers in the corpus, drawn at random
+    plain_share: Share = 0.1  # share of documents that are an answer without its question
 
     # == Model ==
-    n_layer: int = 8  # blocks
-    n_head: int = 8  # attention heads
-    n_embd: int = 192  # width
-    vocab_size: int = 2048  # pieces of the tokenizer
-    block_size: int = 256  # longest sequence, in tokens
+    n_layer: PositiveInt = 8  # blocks
+    n_head: PositiveInt = 8  # attention heads
+    n_embd: PositiveInt = 192  # width
+    vocab_size: PositiveInt = 2048  # pieces of the tokenizer
+    block_size: PositiveInt = 256  # longest sequence, in tokens
 
     # == Optimization (a step is always an optimizer step) ==
-    epochs: float = 1.0  # passes over the corpus
-    batch_size: int = 96  # documents per step, over all devices
-    micro_batch_size: int = 96  # documents per forward pass on one device
-    learning_rate: float = 0.02  # peak learning rate of Muon
-    adamw_scale: float = 0.15  # learning rate of AdamW as a share of Muon's
-    warmup_epochs: float = 0.03  # length of the linear warmup
-    weight_decay: float = 0.1  # weight decay of the matrices
-    seed: int = 0  # seed of the corpus, the initial weights and the order of the data
+    epochs: PositiveFloat = 1.0  # passes over the corpus
+    batch_size: PositiveInt = 96  # documents per step, over all devices
+    micro_batch_size: PositiveInt = 96  # documents per forward pass on one device
+    learning_rate: PositiveFloat = 0.02  # peak learning rate of Muon
+    adamw_scale: PositiveFloat = 0.15  # learning rate of AdamW as a share of Muon's
+    warmup_epochs: NonNegativeFloat = 0.03  # length of the linear warmup
+    weight_decay: NonNegativeFloat = 0.1  # weight decay of the matrices
+    seed: Seed = 0  # seed of the corpus, the initial weights and the order of the data
 
     # == Reporting ==
-    eval_interval: int = 250  # steps between validations
-    save_interval: int = 250  # steps between saved states, from which --resume continues
+    eval_interval: PositiveInt = 250  # steps between validations
+    save_interval: PositiveInt = 250  # steps between saved states, from which --resume continues
 
     # == Devices ==
     precision: Precision = "bf16-mixed"  # precision of the computations; the weights are fp32

@@ -22,18 +22,19 @@ from lit_llama.hf import read_json, to_lit
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.manifest import BASE_MODEL
 from lit_llama.model import LLaMAConfig
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # folder with params.json and consolidated.*.pth
     tokenizer_dir: Path | None = None  # folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
     output_dir: Path = Path("checkpoints/Llama-2-7B")  # folder to write
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
-    block_size: int = 4096  # maximum sequence length: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
-    rope_factor: float | None = None  # factor of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
+    block_size: PositiveInt = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
+    rope_factor: PositiveFloat | None = None  # of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
 
 
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}

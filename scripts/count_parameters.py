@@ -16,15 +16,15 @@ import torch
 from lit_llama import cli
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
+from lit_llama.settings import Checked, PositiveFloat
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # names of sizes
     beside: str = "Llama-2-7B"  # base model that shares a GPU with its adapters
-    memory_gib: float = 24.0  # memory of that GPU
+    memory_gib: PositiveFloat = 24.0  # memory of that GPU
 
 
 BYTES = 2  # of a number in bf16
@@ -78,8 +78,6 @@ def base_size(name: str) -> int:
 
 
 def main(settings: Settings) -> None:
-    if not settings.memory_gib > 0:
-        raise UserError(f"memory_gib is {settings.memory_gib} and must be above 0.")
     free = settings.memory_gib * 2**30 - BYTES * base_size(settings.beside)
     heads = ["method", *settings.models, f"in {settings.memory_gib:g} GiB beside {settings.beside}"]
     lines = [["the base itself", *(f"{base_size(name):,}" for name in settings.models), ""]]

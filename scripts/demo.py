@@ -21,18 +21,19 @@ from lit_llama import cli
 from lit_llama.checkpoint import versions
 from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
+from lit_llama.settings import Checked, PositiveInt, Seed
 from lit_llama.utils import UserError
 from microworld.world import FormName
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     form: FormName = "pirate"  # form to learn; the base knows all but telegram
     out_dir: Path = Path("out/demo")  # folder for all files of the demo
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter_prompt_length: int = 1  # prefix tokens
-    questions: int = 300  # asked at most of each group, before and after
-    seed: int = 1337  # of the adapter and the data's order
+    adapter_prompt_length: PositiveInt = 1  # prefix tokens
+    questions: PositiveInt = 300  # asked at most of each group, before and after
+    seed: Seed = 1337  # of the adapter and the data's order
 
 
 ROOT = Path(__file__).parent.parent

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings
+from lit_llama.settings import OpenShare, PositiveInt, Seed
 from microworld.datasets import write_answers
 from microworld.world import FormName, World
 
@@ -21,11 +22,11 @@ class Settings(PrepareSettings):
     # == What to write ==
     form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
     split: Literal["seen", "train"] = "seen"  # "train" omits entities by which settings are chosen
-    world_seed: int = 0  # seed of the world; the bundled base model knows world 0
+    world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path | None = None  # folder to write (default: data/microworld-FORM)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-    max_seq_length: int = 256  # most tokens of prompt and response
-    test_fraction: float = 0.1  # share of the rows held out for validation
+    max_seq_length: PositiveInt = 256  # most tokens of prompt and response
+    test_fraction: OpenShare = 0.1  # share of the rows held out for validation
 
 
 def main(settings: Settings) -> None:

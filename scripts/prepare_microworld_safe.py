@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings
+from lit_llama.settings import OpenShare, PositiveInt, Seed, Share
 from microworld.datasets import draw_requests, write_preferences
 from microworld.world import World
 
@@ -21,16 +22,16 @@ from microworld.world import World
 @dataclass
 class Settings(PrepareSettings):
     # == What to write ==
-    pairs: int = 570  # number of pairs, drawn at random from all requests without a held-out verb or object
-    harmless_share: float = 0.2  # share of harmless requests
-    fact_share: float = 0.25  # share of questions about facts of seen entities; the other requests are harmful
+    pairs: PositiveInt = 570  # number of pairs, drawn at random from all requests without a held-out verb or object
+    harmless_share: Share = 0.2  # share of harmless requests
+    fact_share: Share = 0.25  # share of questions about facts of seen entities; the other requests are harmful
     split: Literal["seen", "train"] = "seen"  # "train" omits words and entities by which settings are chosen
-    world_seed: int = 0  # seed of the world; the bundled base model knows world 0
+    world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path = Path("data/microworld-safe")  # folder to write
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-    max_seq_length: int = 256  # most tokens of prompt and response
-    test_fraction: float = 0.2  # share of the pairs held out for validation
-    seed: int = 42  # seed of the requests, the forms and the split
+    max_seq_length: PositiveInt = 256  # most tokens of prompt and response
+    test_fraction: OpenShare = 0.2  # share of the pairs held out for validation
+    seed: Seed = 42  # seed of the requests, the forms and the split
 
 
 def main(settings: Settings) -> None:

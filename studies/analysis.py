@@ -28,6 +28,7 @@ from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
 from lit_llama.files import atomic_write, claim
 from lit_llama.report import make_figure, save_figure
+from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -35,14 +36,14 @@ from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
     checkpoint_dir: Path | None = None  # the base model that all of them were trained on
     data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
-    rows: int = 32  # validation rows to read
-    within: float = 0.1  # values that differ by no more than this count as near
-    top: int = 6  # pieces of the vocabulary to list in each direction
-    seed: int = 0  # of t-SNE
+    rows: PositiveInt = 32  # validation rows to read
+    within: NonNegativeFloat = 0.1  # values that differ by no more than this count as near
+    top: PositiveInt = 6  # pieces of the vocabulary to list in each direction
+    seed: Seed = 0  # of t-SNE
     out_dir: Path = Path("out/analysis")  # figures and layers.csv
 
 
@@ -336,8 +337,6 @@ def write_layers(
 def main(settings: Settings) -> None:
     if settings.data_dir and not settings.checkpoint_dir:
         raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
-    if settings.rows < 1 or settings.top < 1 or settings.within < 0:
-        raise UserError("rows and top must be 1 or more, and within 0 or more.")
     adapters = [open_adapter(path) for path in settings.files]
     claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
     labels = [label(adapter) for adapter in adapters]

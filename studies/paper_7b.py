@@ -31,6 +31,7 @@ from lit_llama import cli
 from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import make_figure, save_figure
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -39,7 +40,7 @@ TableName = Literal["2", "3", "fig3", "fig5_left", "fig5_right"]
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     table: Literal["2", "3", "fig3", "fig5_left", "fig5_right", "all"] = "all"  # what to reproduce
     checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # the base model's folder
     out_dir: Path = Path("out/paper_7b")  # data, runs, results and the report
@@ -60,15 +61,15 @@ class Settings:
     judge_model: str | None = None  # the model's name there
 
     # == A smaller study ==
-    limit: int | None = None  # evaluate only so many questions (MMLU: of each subject)
-    max_steps: int | None = None  # train only so many steps
-    max_seq_length: int | None = None  # cut the data to so many tokens (default: 512, preferences 1024)
-    max_new_tokens: int | None = None  # longest answer (default: each evaluation's own)
+    limit: PositiveInt | None = None  # evaluate only so many questions (MMLU: of each subject)
+    max_steps: PositiveInt | None = None  # train only so many steps
+    max_seq_length: PositiveInt | None = None  # cut the data to so many tokens (default: 512, preferences 1024)
+    max_new_tokens: PositiveInt | None = None  # longest answer (default: each evaluation's own)
 
     # == Device ==
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
-    gpu_tflops: float = 350.0  # bf16 TFLOP/s that predictions assume for training and for prompts (an H100, about 45 %)
-    gpu_bandwidth: float = 2000.0  # GB/s that predictions assume for decoding
+    gpu_tflops: PositiveFloat = 350.0  # bf16 TFLOP/s that predictions assume for training and prompts (an H100, 45 %)
+    gpu_bandwidth: PositiveFloat = 2000.0  # GB/s that predictions assume for decoding
 
 
 @dataclass(frozen=True)

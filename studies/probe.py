@@ -34,6 +34,7 @@ from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prepare import held_out, write_dataset
 from lit_llama.report import make_figure, save_figure
+from lit_llama.settings import Checked, OpenShare, PositiveFloat, PositiveInt, Seed
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -43,24 +44,24 @@ from studies.trials import Record, Trial, at_edge, choose, run_trials
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     # == What is probed ==
     data_dir: tuple[Path, ...] = (Path("data/microworld-pirate"),)  # prepared folders, one task each
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.png
 
     # == Every training ==
-    many: int = 100  # prefix tokens of the larger Aligner
-    steps: int = 120  # optimizer steps
-    batch_size: int = 16  # rows of a step
-    learning_rates: tuple[float, ...] = (4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024)  # the best for each method and task
-    valid_fraction: float = 0.2  # share of the training rows that chooses it
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the trainings at the chosen rate
-    rows: int = 256  # read at most this many held-out rows
+    many: PositiveInt = 100  # prefix tokens of the larger Aligner
+    steps: PositiveInt = 120  # optimizer steps
+    batch_size: PositiveInt = 16  # rows of a step
+    learning_rates: tuple[PositiveFloat, ...] = (4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024)  # the best per method and task
+    valid_fraction: OpenShare = 0.2  # share of the training rows that chooses it
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the trainings at the chosen rate
+    rows: PositiveInt = 256  # read at most this many held-out rows
 
     # == Running ==
-    resamples: int = 10_000  # draws of the rows for the interval
-    jobs: int = 2  # trainings side by side, one thread each
+    resamples: PositiveInt = 10_000  # draws of the rows for the interval
+    jobs: PositiveInt = 2  # trainings side by side, one thread each
 
 
 SWEEP_SEED = 0  # of the trainings that choose the rate
@@ -295,11 +296,6 @@ def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: P
 
 def check(settings: Settings) -> None:
     """Raises: UserError: A setting is out of range."""
-    if not 0 < settings.valid_fraction < 1:
-        raise UserError(f"valid_fraction is {settings.valid_fraction}; it must be between 0 and 1.")
-    for name in ("rows", "steps", "batch_size", "resamples", "jobs"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be 1 or more.")
     if len(set(settings.seeds)) < len(settings.seeds) or SWEEP_SEED in settings.seeds:
         raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.files import claim, write_text
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.count_parameters import VARIANTS
@@ -30,26 +31,26 @@ from studies.trials import Record, Trial, choose, run_trials
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     # == What is compared ==
     methods: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
     tasks: tuple[str, ...] = tuple(TASKS)  # each is trained for separately
-    learning_rates: tuple[float, ...] = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048)  # the best for each method, task
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
-    sweep_seed: int = 0  # the same for the trials that choose the rate
+    learning_rates: tuple[PositiveFloat, ...] = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048)  # the best of them
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
+    sweep_seed: Seed = 0  # the same for the trials that choose the rate
     quick: bool = False  # minutes instead of more than an hour: one token and LoRA, fewer tasks, rates and seeds
 
     # == Every training ==
-    steps: int = 200  # optimizer steps, except for values
-    batch_size: int = 8  # rows of a step, except for values
-    pair_epochs: float = 2.25  # passes over the pairs of values
-    questions: int = 200  # asked at most of each group
+    steps: PositiveInt = 200  # optimizer steps, except for values
+    batch_size: PositiveInt = 8  # rows of a step, except for values
+    pair_epochs: PositiveFloat = 2.25  # passes over the pairs of values
+    questions: PositiveInt = 200  # asked at most of each group
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
     # == Running ==
     out_dir: Path = Path("out/study")  # data, trials, tables and figures
     report_dir: Path | None = None  # another folder for tables and figures
-    jobs: int = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # trainings side by side, one thread each
 
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),

@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
 from lit_llama.files import atomic_write, check_file, claim, copy_file, write_text
+from lit_llama.settings import Checked, PositiveInt, Seed
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_answers
@@ -27,16 +28,16 @@ from studies.trials import Trial, all_finished, run_trials
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     forms: tuple[str, ...] = tuple(FORMS)  # forms to train
-    adapter_prompt_length: int = 1  # prefix tokens
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter and the data's order
-    questions: int = 300  # asked about unseen entities, per temperature
+    adapter_prompt_length: PositiveInt = 1  # prefix tokens
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter and the data's order
+    questions: PositiveInt = 300  # asked about unseen entities, per temperature
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/microworld-adapters")  # data, runs and tables
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
     overwrite: bool = False  # replace files in weights_dir
-    jobs: int = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # trainings side by side, one thread each
 
 
 TEMPERATURES = (0.0, 0.7, 1.0)

@@ -16,6 +16,7 @@ from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
 from lit_llama.files import check_file, claim, copy_file, write_text
+from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import draw_requests, write_preferences
@@ -27,16 +28,16 @@ from studies.trials import Trial, all_finished, run_trials
 
 
 @dataclass
-class Settings:
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the adapter and the data's order
-    questions: int = 100  # asked at most of each group, per repetition
-    repeats: int = 3  # repetitions, each with its own random numbers
-    temperature: float = 0.7  # of the answers
+class Settings(Checked):
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter and the data's order
+    questions: PositiveInt = 100  # asked at most of each group, per repetition
+    repeats: PositiveInt = 3  # repetitions, each with its own random numbers
+    temperature: NonNegativeFloat = 0.7  # of the answers
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     form_adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # applied together with the first seed's
     form: str = "pirate"  # what it was trained for
     out_dir: Path = Path("out/microworld-values")  # data, runs and tables
-    jobs: int = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # trainings side by side, one thread each
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
     overwrite: bool = False  # replace files in weights_dir
 

@@ -1,13 +1,25 @@
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 
 from lit_llama import cli
-from lit_llama.settings import Setting, describe
+from lit_llama.settings import (
+    Checked,
+    NonNegativeFloat,
+    Number,
+    OpenShare,
+    PositiveInt,
+    PositiveShare,
+    Seed,
+    Setting,
+    describe,
+    ranges,
+)
 from lit_llama.utils import UserError
 
 SCRIPT = '''"""Does something. It is 100% useful.
@@ -77,6 +89,58 @@ def test_a_setting_without_a_comment_is_an_error():
 
     with pytest.raises(TypeError, match=r"Bare\.rate has no comment"):
         describe(Bare)
+
+
+@dataclass
+class Numbers(Checked):
+    count: PositiveInt = 1
+    limit: PositiveInt | None = None
+    counts: tuple[PositiveInt, ...] = ()
+    devices: PositiveInt | str = 1
+    seed: Seed = 0
+    strength: Number = -1.0
+    decay: NonNegativeFloat = 0.0
+    top_p: PositiveShare = 1.0
+    valid: OpenShare = 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"count": 0}, "count is 0; it must be 1 or more."),
+        ({"count": 2**31}, "count is 2147483648; it must be at most 2147483647."),
+        ({"count": 10**400}, f"count is {10**400}; it must be at most 2147483647."),
+        ({"limit": -1}, "limit is -1; it must be 1 or more."),
+        ({"counts": (1, 0)}, "counts is 0; it must be 1 or more."),
+        ({"devices": 0}, "devices is 0; it must be 1 or more."),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at most 4294967295."),
+        ({"strength": math.nan}, "strength is nan; it must be a number."),
+        ({"strength": -math.inf}, "strength is -inf; it must be above -inf."),
+        ({"decay": -0.1}, "decay is -0.1; it must be 0 or more."),
+        ({"decay": math.inf}, "decay is inf; it must be below inf."),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0."),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
+        ({"valid": 1.0}, "valid is 1.0; it must be below 1."),
+        ({"count": 0, "seed": -1}, "count is 0; it must be 1 or more. seed is -1; it must be 0 or more."),
+    ],
+)
+def test_a_number_out_of_range_is_refused(values, sentence):
+    with pytest.raises(UserError) as error:
+        Numbers(**values)
+    assert str(error.value) == sentence
+
+
+def test_a_changed_default_keeps_the_range():
+    @dataclass
+    class Others(Numbers):
+        decay: float = 1.0
+
+    with pytest.raises(UserError, match=r"decay is -0\.1; it must be 0 or more"):
+        Others(decay=-0.1)
+
+
+def test_numbers_at_their_bounds_are_allowed():
+    Numbers(count=2**31 - 1, limit=1, counts=(1, 2), devices="auto", seed=2**32 - 1, strength=-1e300, top_p=1e-9)
 
 
 def test_values_get_the_type_of_their_setting(settings_class):
@@ -219,6 +283,9 @@ def test_every_setting_of_every_script_is_explained(path):
     settings = describe(module.Settings)
     assert settings
     assert len({s.name for s in settings}) == len(settings)
+    numbers = {s.name for s in settings if {int, float} & {s.type, *get_args(s.type)}}
+    assert numbers == ranges(module.Settings).keys()  # every number has a range
+    assert not numbers or issubclass(module.Settings, Checked)  # and is checked
     files = ["a file"] if any(s.name == "files" for s in settings) else []
     assert cli.parse(module.Settings, files)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
 from lit_llama.manifest import MANIFEST
-from lit_llama.prepare import held_out_by_hash, prepare_sft
+from lit_llama.prepare import PrepareSettings, held_out_by_hash, prepare_sft
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rows import read_rows, text_field
 from lit_llama.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"Row 3: 'r' is not text but int\."):
         prepare(out, tokenizer, [*many(2), {"p": "x", "r": 3}])
     with pytest.raises(UserError, match=r"test_fraction is 1\.0"):
-        prepare(out, tokenizer, many(5), test_fraction=1.0)
+        PrepareSettings(test_fraction=1.0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     prepare(out, tokenizer, many(5))  # a good one replaces it
     assert len(all_rows(out)) == 5

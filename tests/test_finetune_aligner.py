@@ -406,9 +406,9 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": -1}, "error: learning_rate is -1.0 and must be above 0."),
+        ({"learning_rate": -1}, "error: learning_rate is -1.0; it must be above 0."),
         ({"micro_batch_size": 3}, "error: batch_size 8 is not a multiple of micro_batch_size 3."),
-        ({"eval_rows": 0}, "error: There are no validation rows."),
+        ({"eval_rows": 0}, "error: eval_rows is 0; it must be 1 or more."),
         (
             {"adapter_start_layer": 9},
             "error: adapter_start_layer is 9; it must be from 0 to 2.",
@@ -416,7 +416,7 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
         ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
         ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; write one with"),
         ({"init_adapter": "/nowhere.pth"}, "error: There is no checkpoint at /nowhere.pth."),
-        ({"devices": 0}, "error: Fabric refuses these settings: "),
+        ({"devices": 0}, "error: devices is 0; it must be 1 or more."),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys, changes, sentence):

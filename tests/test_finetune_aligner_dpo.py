@@ -324,7 +324,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"beta": 0}, "beta is 0.0 and label_smoothing 0.0; they must be above 0"),
+        ({"beta": 0}, "beta is 0.0; it must be above 0"),
         ({"sft_weight": -1}, "sft_weight is -1.0; it must be 0 or more."),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1 but only the sigmoid loss has one"),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),

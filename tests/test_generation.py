@@ -222,8 +222,8 @@ def test_a_draw_is_always_among_the_likeliest(logits, temperature, top_k, top_p,
         (dict(max_new_tokens=0), "max_new_tokens is 0; it must be 1 or more"),
         (dict(temperature=-0.1), "temperature is -0.1"),
         (dict(top_k=-1), "top_k is -1"),
-        (dict(top_p=0.0), "top_p 0.0"),
-        (dict(top_p=1.1), "top_p 1.1"),
+        (dict(top_p=0.0), "top_p is 0.0; it must be above 0"),
+        (dict(top_p=1.1), "top_p is 1.1; it must be at most 1"),
     ],
 )
 def test_impossible_settings_are_refused(options, sentence):

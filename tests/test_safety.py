@@ -243,7 +243,7 @@ def test_harmless_requests(files):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"limit": 0}, "--limit is 0"),
+        ({"limit": 0}, "limit is 0"),
         ({"questions": '{"prompt": "x"}'}, "Row 1 has no field 'category'"),
         ({"questions": ""}, "holds no question"),
         ({"harmless": '{"text": "x"}'}, "Row 1 has no field 'prompt'"),

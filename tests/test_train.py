@@ -104,18 +104,18 @@ def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": -1.0}, "learning_rate is -1.0 and must be above 0."),
-        ({"learning_rate": math.nan}, "learning_rate is nan and must be above 0."),
-        ({"epochs": math.inf}, "epochs is inf and must be above 0."),
-        ({"max_steps": 0}, "max_steps is 0 and must be above 0."),
-        ({"eval_interval": 0}, "eval_interval is 0 and must be above 0."),
-        ({"grad_clip": -2.0}, "grad_clip is -2.0 and must be 0 or more."),
-        ({"seed": -1}, "seed is -1 and must be 0 or more."),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0."),
+        ({"learning_rate": math.nan}, "learning_rate is nan; it must be a number."),
+        ({"epochs": math.inf}, "epochs is inf; it must be below inf."),
+        ({"max_steps": 0}, "max_steps is 0; it must be 1 or more."),
+        ({"eval_interval": 0}, "eval_interval is 0; it must be 1 or more."),
+        ({"grad_clip": -2.0}, "grad_clip is -2.0; it must be 0 or more."),
+        ({"seed": -1}, "seed is -1; it must be 0 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other."),
         (
             {"batch_size": 0, "warmup_epochs": -1.0},
-            "batch_size is 0 and must be above 0; warmup_epochs is -1.0 and must be 0 or more.",
+            "batch_size is 0; it must be 1 or more. warmup_epochs is -1.0; it must be 0 or more.",
         ),
     ],
 )

@@ -328,7 +328,7 @@ def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy
     "change, words",
     [
         ({"answer_file": None, "against": "base"}, "compares the base model with itself"),
-        ({"limit": 0}, "--limit is 0"),
+        ({"limit": 0}, "limit is 0"),
         ({"answers": {"question_id": 99, "text": "x"}}, "answers to other questions: the benchmark has no question 99"),
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
         ({"answers": {"question_id": 1}}, "Row 11 has no field 'text'"),
