@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+HERE = Path(__file__).parent.resolve()
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # whose datasets.py would hide the library
+sys.path.append(str(HERE.parent))  # run without installing
 
 import sentencepiece
 import torch

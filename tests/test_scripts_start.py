@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("script", ["evaluate/microworld.py", "generate/aligner.py"])
+@pytest.mark.parametrize("script", ["evaluate/microworld.py", "generate/aligner.py", "microworld/pretrain.py"])
 def test_a_script_named_like_a_package_or_module_imports_the_right_one(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, ROOT / script, "--help"]
