@@ -5,28 +5,39 @@ The folder of a base model holds `lit_config.json`, `lit_model.safetensors` (or 
 identifies its base. Files are written under a temporary name and renamed.
 """
 
+import dataclasses
 import hashlib
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lit_llama.config import CONFIG_NAME, MOST
 from lit_llama.files import atomic_write, write_text
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
-from lit_llama.tensor_files import LazyTensor, read_state, write_tensors
+from lit_llama.schema import field
+from lit_llama.tensor_files import LazyTensor, open_tensors, read_header, read_state, write_tensors
 from lit_llama.utils import UserError
 
-CONFIG_NAME, TOKENIZER_NAME = "lit_config.json", "tokenizer.model"
+TOKENIZER_NAME = "tokenizer.model"
 WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
 META_KEY = "lit_llama"  # the metadata entry in the header of an adapter file
+HEADER = {  # the fields of that entry that are used
+    "method": str,
+    "config": dict,
+    "base": dict | None,
+    "prompt_style": str | None,
+    "training": dict,
+    "data": dict,
+}
 
 
 # == base models ==
@@ -67,36 +78,48 @@ def write_base(checkpoint_dir: Path, config: LLaMAConfig, tensors: dict[str, Laz
 
 
 def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return what identifies a base model: its configuration and a hash of a few weights.
+    """Return what identifies a base model: its configuration, and two hashes of a part of its weights.
 
-    Hashed are the first four rows of the embedding and of the first and last `c_attn`, and the first four values of
-    every norm scale, so that 13 GB need not be read. They are converted to bf16 first: a conversion of the base to fp32
-    or bf16 keeps the hash. (A conversion from fp32 to fp16 does not, since values are then rounded twice.)
+    `tensors` is a hash of the name and shape of every tensor, of all norm scales and biases, and of eight rows of each
+    matrix, at equal distances; 13 GB are not read. `weights` is what versions before it recorded: a hash of the first
+    four rows of the embedding and of the first and last `c_attn`, and of the first four values of each norm scale.
+    Values are converted to bf16 first: a conversion of the base to fp32 or bf16 keeps the hashes. (A conversion from
+    fp32 to fp16 does not, since values are then rounded twice.)
 
     Raises:
         UserError: The folder is not a checkpoint.
     """
     config = LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
+    path = weights_path(checkpoint_dir)
     names = [f"transformer.h.{i}.rms_{n}.scale" for i in range(config.n_layer) for n in (1, 2)]
     names += ["transformer.ln_f.scale", "transformer.wte.weight"]
     names += [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, config.n_layer - 1)]
-    rows = _first_rows(weights_path(checkpoint_dir), names)
-    digest = hashlib.sha256()
+    rows = _open_rows(path)
+    if missing := [name for name in names if name not in rows]:
+        raise UserError(f"{path} does not hold the weights its {CONFIG_NAME} describes: {missing[0]} is missing.")
+    weights, tensors = hashlib.sha256(), hashlib.sha256()
     for name in names:
-        digest.update(rows[name].to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    return {"config": json.loads(config.to_json()), "weights": digest.hexdigest()[:16]}
+        weights.update(_bf16_bytes(rows[name][1][:4]))
+    for name, (shape, tensor) in sorted(rows.items()):
+        tensors.update(f"{name} {shape} ".encode())
+        sampled = sorted({i * (shape[0] - 1) // 7 for i in range(8)}) if len(shape) > 1 else []
+        for part in [slice(i, i + 1) for i in sampled] or [slice(None)]:
+            tensors.update(_bf16_bytes(tensor[part]))
+    hashes = {"weights": weights.hexdigest()[:16], "tensors": tensors.hexdigest()[:16]}
+    return {"config": json.loads(config.to_json()), **hashes}
 
 
-def _first_rows(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the first four rows of some tensors in a weight file, without reading the rest."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_slice(name)[:4] for name in names}
-        state = read_state(path)
-        return {name: state[name][:4] for name in names}
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} does not hold the weights its {CONFIG_NAME} describes ({error}).") from None
+def _open_rows(path: Path) -> dict[str, tuple[list[int], Any]]:
+    """Return the shape of each tensor in a weight file, and an object whose slices are its rows, without reading it."""
+    if path.suffix != ".safetensors":
+        return {name: (list(t.shape), t) for name, t in read_state(path).items()}
+    shapes = {name: list(tensor.shape) for name, tensor in open_tensors([path]).items()}
+    with safe_open(path, framework="pt") as file:
+        return {name: (shape, file.get_slice(name)) for name, shape in shapes.items()}
+
+
+def _bf16_bytes(rows: torch.Tensor) -> bytes:
+    return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # == adapters ==
@@ -113,7 +136,7 @@ class AdapterFile:
     """
 
     state: dict[str, torch.Tensor]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     path: Path | None = None
 
     @property
@@ -157,9 +180,8 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any
 def is_ours(path: Path, key: str = META_KEY) -> bool:
     """Return whether a file is an adapter that this project wrote, or what else it marks with a key in the header."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return key in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        return read_header(path, key) is not None
+    except UserError:
         return False
 
 
@@ -178,23 +200,39 @@ def read_adapter(path: Path) -> AdapterFile:
         if not found:
             raise UserError(f"There is no adapter in the folder {path}.")
         path = found[0]
-    adapter = AdapterFile(read_state(path), _read_meta(path), path)
-    if adapter.method not in METHODS:
-        raise UserError(f"{path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
-    assert adapter.config is not None  # raises UserError if it cannot be inferred
+    adapter = AdapterFile(read_state(path), path=path)
+    if path.suffix == ".safetensors":
+        adapter.meta = read_header(path, META_KEY) or {}
+    _check_adapter(adapter)
     return adapter
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    """Return the description in an adapter's header."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(META_KEY, "{}")
+def _check_adapter(adapter: AdapterFile) -> None:
+    """Check the types of a header's fields, the method's configuration, and that all numbers are finite."""
+    source, of_base = f"The header of {adapter.path}", {f.name for f in fields(LLaMAConfig)}
+    for name, kind in HEADER.items():
+        if name in adapter.meta:
+            field(adapter.meta, name, kind, source)
+    if (base := adapter.meta.get("base")) is not None:
+        field(base, "config", dict, f"{source}: base")
+        field(base, "weights", str, f"{source}: base")
+    for name, t in adapter.state.items():
+        if t.dim() == 0 or t.numel() == 0:
+            raise UserError(f"{adapter.path} is not an adapter: {name} has the shape {tuple(t.shape)}.")
+    if adapter.method not in METHODS:
+        raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
+    config_class = METHODS[adapter.method].config_class
+    if unknown := sorted(adapter.config.keys() - ({f.name for f in fields(config_class)} - of_base)):
+        raise UserError(f"{source}: config has {unknown[0]!r}, which is no setting of {adapter.method!r}.")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise UserError(f"{path} has a damaged header: its entry {META_KEY!r} is not JSON.") from None
+        config_class(n_layer=MOST["n_layer"], block_size=MOST["block_size"], **adapter.config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    for name, t in adapter.state.items():
+        if not t.isfinite().all():
+            raise UserError(
+                f"{adapter.path} cannot be used: {name} holds numbers that are not finite (NaN or infinity)."
+            )
 
 
 # == models ==
@@ -251,22 +289,25 @@ def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtyp
     Projections to be quantized stay mapped to the file, one of them is read at a time.
     """
     later = {f"{name}.weight" for name in projections(model)} if quantized else set()
-    state = read_state(path)
-    for name in state.keys() - later:
-        state[name] = state[name].to(device, dtype)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(read_state(path), assign=True)  # checks the shapes before anything is allocated
+    for name, p in model.named_parameters():
+        if not p.is_meta and name not in later:
+            p.data = p.data.to(device, dtype)
     missing = [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]
     if missing:
         raise UserError(f"{path} holds no base model: {missing[0]} is missing.")
 
 
-def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig) -> None:
+def check_base(
+    adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig, base: dict[str, Any] | None = None
+) -> None:
     """Check that an adapter was trained on a base model.
 
     Args:
         adapter: The adapter. Only its width can be checked if its header does not name a base.
         checkpoint_dir: Folder of the base model.
         config: Configuration of the base model.
+        base: Its fingerprint, if known.
 
     Raises:
         UserError: The configurations or the weights differ.
@@ -280,16 +321,17 @@ def check_base(adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig) 
     trained_on = adapter.meta.get("base")
     if trained_on is None:
         return
-    base = base_fingerprint(checkpoint_dir)
+    base = base_fingerprint(checkpoint_dir) if base is None else base
     differing = [k for k, v in trained_on["config"].items() if base["config"].get(k) != v]
     if differing:
         was, now = ({k: c["config"].get(k) for k in differing} for c in (trained_on, base))
         raise UserError(f"The adapter {adapter.path} was trained on a base with {was}; {checkpoint_dir} has {now}.")
-    if trained_on["weights"] != base["weights"]:
-        raise UserError(
-            f"The adapter {adapter.path} was trained on a base of this shape but with other weights than "
-            f"{checkpoint_dir} (fingerprint {trained_on['weights']}, here {base['weights']})."
-        )
+    for name in ("weights", "tensors"):  # adapters of earlier versions have no `tensors`
+        if trained_on.get(name, base[name]) != base[name]:
+            raise UserError(
+                f"The adapter {adapter.path} was trained on a base of this shape but with other weights than "
+                f"{checkpoint_dir} (fingerprint {trained_on[name]}, here {base[name]})."
+            )
 
 
 def versions() -> dict[str, str]:

@@ -5,13 +5,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lit_llama.schema import check, field, read_json
 from lit_llama.utils import UserError
 
+CONFIG_NAME = "lit_config.json"
 LLAMA3_SCALING = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 LLAMA32_SCALING = {**LLAMA3_SCALING, "factor": 32.0}
 ROPE_SCALINGS = {"llama3": set(LLAMA3_SCALING), "linear": {"rope_type", "factor"}}  # the fields of each type
+MOST = {"n_layer": 1024, "block_size": 2**20, "n_embd": 2**17, "intermediate_size": 2**20, "norm_eps": 1.0}
+MOST_INT, MOST_FLOAT = 2**24, 10**12  # of all other fields
+MOST_ANGLES = 2**27  # block_size × head_size: the rotary table of a million tokens
 
 # fmt: off
 llama_configs: dict[str, dict[str, Any]] = {
@@ -63,7 +68,8 @@ class LLaMAConfig:
         qkv_bias, proj_bias, mlp_bias: whether the q/k/v, the attention output and the MLP projections have biases.
 
     Raises:
-        UserError: A size is not a positive integer or does not divide another, or the rope scaling is not supported.
+        UserError: A field has another type or is out of range, a size does not divide another, or the rope scaling is
+            not supported.
     """
 
     block_size: int = 2048
@@ -84,10 +90,10 @@ class LLaMAConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in fields(LLaMAConfig) if f.type in (int, int | None)}
-        for name, size in sizes.items():
-            if size is not None and (type(size) is not int or size < 1):
-                raise UserError(f"{name} is {size!r}; it must be an integer, 1 or more.")
+        for f in fields(self):
+            least = 1 if f.name in LLaMAConfig.__dataclass_fields__ and f.name != "norm_eps" else 0
+            most = MOST.get(f.name, MOST_INT if f.type in (int, int | None) else MOST_FLOAT)
+            check(getattr(self, f.name), f.type, f.name, least=least, most=most)
         if self.head_size is None:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
@@ -104,13 +110,18 @@ class LLaMAConfig:
             raise UserError(f"padded_vocab_size ({self.padded_vocab_size}) is below vocab_size ({self.vocab_size}).")
         if self.intermediate_size is None:
             self.intermediate_size = round_up(int(8 * self.n_embd / 3), 256)
+        if self.block_size * self.head_size > MOST_ANGLES:
+            sizes = f"block_size ({self.block_size:,}) × head_size ({self.head_size:,})"
+            raise UserError(f"{sizes} is above {MOST_ANGLES:,}.")
         if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
+            kind = field(self.rope_scaling, "rope_type", str | None, "rope_scaling", None)
             if kind not in ROPE_SCALINGS:
                 raise UserError(f"Rope scaling {kind!r} is not supported; known are {' and '.join(ROPE_SCALINGS)}.")
             missing = sorted(ROPE_SCALINGS[kind] - self.rope_scaling.keys())
             if missing:
                 raise UserError(f"Rope scaling {kind!r} lacks {', '.join(missing)}.")
+            for name in ROPE_SCALINGS[kind] - {"rope_type"}:
+                field(self.rope_scaling, name, float, "rope_scaling", least=1e-6, most=MOST_FLOAT)
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "LLaMAConfig":
@@ -128,18 +139,15 @@ class LLaMAConfig:
         """Read a file written by `to_json`; `overrides` add or replace fields.
 
         Raises:
-            UserError: The file is missing, is not JSON, or has fields that this class lacks.
+            UserError: The file is missing, is not JSON, has fields that this class lacks, or values out of range.
         """
+        values = read_json(path, what="model configuration")
+        if unknown := sorted(values.keys() - {f.name for f in fields(LLaMAConfig)}):
+            raise UserError(f"{path} is not a model configuration of this project: it has {unknown}.")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"There is no model configuration at {path}.") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is not JSON ({error}).") from None
-        known = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) - known:
-            left_over = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-            raise UserError(f"{path} is not a model configuration of this project: it has {left_over}.")
+            LLaMAConfig(**values)
+        except UserError as error:
+            raise UserError(f"{path} cannot be used: {error}") from None
         return cls(**{**values, **overrides})
 
     def to_json(self) -> str:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from lit_llama.files import write_text
 from lit_llama.hf_config import has_attention_bias, hf_config
 from lit_llama.hf_tokenizer import fitting_tokenizer, write_hf_tokenizer
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.schema import field, read_json
 from lit_llama.tensor_files import LazyTensor, check_space, write_tensors
 from lit_llama.utils import UserError, plain_name
 
@@ -81,31 +81,12 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         raise UserError(f"{checkpoint_dir} holds no weights: none of {', '.join(WEIGHTS)}.")
     if found.suffix != ".json":
         return [found]
-    weight_map = read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{found} is not an index of weight files: it has no weight_map.")
+    weight_map = field(read_json(found), "weight_map", dict, found)
     names = [plain_name(name, found) for name in weight_map.values()]
     files = [checkpoint_dir / name for name in sorted(set(names))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise UserError(f"{found} names {', '.join(missing)}, which is not in the folder; download it again.")
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a checkpoint folder.
-
-    Raises:
-        UserError: The file is missing, is not JSON, or holds something other than an object.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no {path.name} in {path.parent}; --checkpoint_dir is a model's folder.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__} where an object belongs.")
-    return content
 
 
 # == tensors ==

@@ -12,7 +12,6 @@ from lit_llama.checkpoint import TOKENIZER_NAME
 from lit_llama.files import write_text
 from lit_llama.model import LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
 
 TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "generation_config.json")  # fmt: skip
@@ -25,11 +24,7 @@ def fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig) -> Tokenizer:
         UserError: The tokenizer is missing, or has more tokens than the model.
     """
     tokenizer = Tokenizer(checkpoint_dir)
-    if tokenizer.vocab_size > config.padded_vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size:,} tokens and the model {config.padded_vocab_size:,}: they "
-            "do not belong together."
-        )
+    tokenizer.check_fit(config)
     return tokenizer
 
 

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import re
+import stat
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from lit_llama.utils import UserError, printable
 
@@ -29,26 +30,35 @@ def unreadable(path: Path, error: OSError, what: str = "file") -> UserError:
         return UserError(f"There is no {what} at {path}.")
     if isinstance(error, PermissionError):
         return UserError(f"You have no permission to read {path}; change its owner or mode, or copy it.")
-    if isinstance(error, IsADirectoryError):
-        return UserError(f"{path} is a folder where a file belongs.")
     return UserError(f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error}).")
 
 
-def read_bytes(path: Path, limit: int = LARGEST, what: str = "file") -> bytes:
-    """Return the content of a regular file; `what` it is stands in the sentence for a missing one.
+def check_readable(path: Path, what: str = "file") -> int:
+    """Check that a regular file can be read, and return its size; `what` it is stands in the sentence.
 
     Raises:
-        UserError: The file is missing, is not readable, or is larger than `limit` bytes.
+        UserError: It is missing, is a folder, a device or a pipe, or belongs to somebody else.
     """
     try:
-        size = os.stat(path).st_size
-        if not Path(path).is_file():
-            raise UserError(f"{path} is {'a folder' if Path(path).is_dir() else 'a device or a pipe'}, not a file.")
-        if size > limit:
-            raise UserError(f"{path} has {size:,} bytes where a file of at most {limit:,} belongs.")
-        return Path(path).read_bytes()
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe"
+            raise UserError(f"{path} is {kind}, no {what}.")
+        open(path, "rb").close()
     except OSError as error:
         raise unreadable(path, error, what) from None
+    return about.st_size
+
+
+def read_bytes(path: Path, limit: int = LARGEST, what: str = "file") -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        UserError: As `check_readable`, or the file is larger than `limit` bytes.
+    """
+    if (size := check_readable(path, what)) > limit:
+        raise UserError(f"{path} has {size:,} bytes where a file of at most {limit:,} belongs.")
+    return Path(path).read_bytes()
 
 
 def read_json(path: Path, kind: type = dict, what: str = "file") -> Any:
@@ -140,7 +150,7 @@ def check(value: Any, kind: Any, label: str, *, least: float | None = None, most
     Raises:
         UserError: It has not or does not. The sentence begins with `label`.
     """
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if fits and type(value) in (int, float):
         finite = type(value) is int or math.isfinite(value)
@@ -148,8 +158,9 @@ def check(value: Any, kind: Any, label: str, *, least: float | None = None, most
     if fits:
         return value
     expected = " or ".join(NAMES[k] for k in kinds)
-    expected += "" if least is None else f" from {least:,}"
-    expected += "" if most is None else f" up to {most:,}"
+    if int in kinds or float in kinds:
+        expected += "" if least is None else f" from {least:,}"
+        expected += "" if most is None else f" up to {most:,}"
     raise UserError(f"{label} is {shown(value)} where {expected} belongs.")
 
 

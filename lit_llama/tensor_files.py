@@ -16,6 +16,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lit_llama.schema import check_readable, parse_json
 from lit_llama.utils import UserError
 
 # dtypes of unquantized weights, by their names in safetensors headers
@@ -51,16 +52,48 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         UserError: The file is missing or is not a checkpoint.
     """
     path = Path(path)
-    _check_exists(path)
+    check_readable(path, "checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return {name: _read_mapped(path, name) for name in _read_names(path)}
-        state = _load_pickle(path)
+            state = {name: _read_mapped(path, name) for name in _read_names(path)}
+        else:
+            state = _load_pickle(path)
     except Exception as error:  # each format raises its own
         raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
+    for name, t in state.items():
+        _check_tensor(path, name, t)
     return state
+
+
+def _check_tensor(path: Path, name: Any, t: torch.Tensor) -> None:
+    """Check that a tensor has a supported dtype and that the file holds all its numbers: a pickle can repeat some."""
+    if type(name) is not str or t.layout != torch.strided or t.device.type != "cpu":
+        raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
+    _check_dtype(path, name, t.dtype, str(t.dtype).removeprefix("torch."))
+    if t.nbytes > t.untyped_storage().nbytes():
+        raise UserError(f"{path} is not a checkpoint: {name} is {tuple(t.shape)}, of which the file holds a part.")
+
+
+def _check_dtype(path: Path, name: str, dtype: torch.dtype | None, text: str) -> None:
+    if dtype not in DTYPES.values():
+        raise UserError(f"{path}: {name} holds {text} numbers, which are not supported; are they quantized?")
+
+
+def read_header(path: Path, key: str) -> dict[str, Any] | None:
+    """Return the JSON object in an entry of a safetensors header; None without the entry or for another format.
+
+    Raises:
+        UserError: The file is missing or cannot be read, or the entry is not such an object.
+    """
+    check_readable(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(key)
+    except (OSError, SafetensorError):
+        return None
+    return None if text is None else parse_json(text, f"{path}: the header entry {key!r}")
 
 
 def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
@@ -80,16 +113,15 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    _check_exists(path)
+    check_readable(path, "checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             found = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
-    if unsupported := [(name, dtype) for name, _, dtype in found if dtype not in DTYPES]:
-        name, dtype = unsupported[0]
-        raise UserError(f"{path}: {name} holds {dtype} numbers, which are not supported; are they quantized?")
+    for name, _, dtype in found:
+        _check_dtype(path, name, DTYPES.get(dtype), dtype)
     return {name: LazyTensor(shape, DTYPES[dtype], partial(_read_mapped, path, name)) for name, shape, dtype in found}
 
 
@@ -101,11 +133,6 @@ def _open_pickle(path: Path, read_unmapped: Callable[[Path], dict[str, torch.Ten
         return read_file(path)[name]
 
     return {name: LazyTensor(tuple(t.shape), t.dtype, partial(read, name)) for name, t in read_state(path).items()}
-
-
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
 
 
 def _read_names(path: Path) -> list[str]:

@@ -1,13 +1,14 @@
 """The tokenizer of a checkpoint, SentencePiece's or Hugging Face's."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from lit_llama.config import CONFIG_NAME, LLaMAConfig
+from lit_llama.schema import check, field, read_bytes, read_json
 from lit_llama.utils import UserError
 
 NAMES = ("tokenizer.model", "tokenizer.json")  # if a folder has both, the first is used
@@ -65,9 +66,9 @@ class HuggingFace:
         self.bos_id = bos if add_bos else -1
         self.stop_ids = (self.eos_id, bos)
 
-    def _find(self, token: Any) -> int:
-        """Return the id of a token given as text or as {"content": text}, -1 for none."""
-        found = self.engine.token_to_id(token["content"] if isinstance(token, dict) else token or "")
+    def _find(self, token: str | None) -> int:
+        """Return the id of a token, -1 for none."""
+        found = self.engine.token_to_id(token or "")
         return -1 if found is None else found
 
     def encode(self, text: str) -> list[int]:
@@ -96,21 +97,37 @@ class Tokenizer:
             path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[0])
         if not path.is_file():
             raise UserError(f"There is no tokenizer at {path}; a checkpoint folder needs its {' or '.join(NAMES)}.")
-        content = path.read_bytes()
+        content = read_bytes(path)
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.engine = self._open(content)
         self.bos_id, self.eos_id, self.vocab_size = self.engine.bos_id, self.engine.eos_id, self.engine.size
         listed = self._read_beside("generation_config.json").get("eos_token_id")
-        listed = [i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int)]
+        label = f"{path.parent / 'generation_config.json'}: eos_token_id"
+        listed = [check(i, int | None, label, least=-1) for i in (listed if isinstance(listed, list) else [listed])]
+        listed = [i for i in listed if i is not None and i >= 0]
         if self.eos_id < 0 and listed:
-            self.eos_id = listed[0]
+            self.eos_id = check(listed[0], int, label, most=self.vocab_size - 1)
         if self.eos_id < 0:
             raise UserError(
                 f"{path} has no end-of-text token; name it in the tokenizer_config.json beside it, as eos_token."
             )
         stop = (self.eos_id, *listed, *self.engine.stop_ids)
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
+        if (path.parent / CONFIG_NAME).is_file():
+            self.check_fit(LLaMAConfig.from_json(path.parent / CONFIG_NAME))
+
+    def check_fit(self, config: LLaMAConfig) -> None:
+        """Check that a model has all tokens.
+
+        Raises:
+            UserError: It has not.
+        """
+        if self.vocab_size > config.padded_vocab_size:
+            raise UserError(
+                f"{self.path} has {self.vocab_size:,} tokens and the model {config.padded_vocab_size:,}: they do not "
+                "belong together."
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -118,7 +135,10 @@ class Tokenizer:
         return {"tokenizer_sha256": self.sha256, "bos_id": self.bos_id, "eos_id": self.eos_id}
 
     def _open(self, content: bytes) -> SentencePiece | HuggingFace:
-        config = self._read_beside("tokenizer_config.json")
+        config, source = self._read_beside("tokenizer_config.json"), self.path.parent / "tokenizer_config.json"
+        for name in ("bos_token", "eos_token"):
+            if isinstance(token := field(config, name, str | dict, source, None), dict):
+                config[name] = field(token, "content", str, f"{source}: {name}")
         if self.path.suffix == ".json":
             try:
                 return HuggingFace(content, config)
@@ -133,11 +153,7 @@ class Tokenizer:
     def _read_beside(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file of the checkpoint, empty if there is none."""
         path = self.path.parent / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}).") from None
-        return content if isinstance(content, dict) else {}
+        return read_json(path) if path.exists() else {}
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the token ids of a text.

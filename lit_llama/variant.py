@@ -6,6 +6,7 @@ a rule through `make_attention` and `CausalSelfAttention.attend`.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -135,7 +136,8 @@ def mark_only_adapter_as_trainable(model: Variant) -> None:
 
 def layers_of(state_dict: dict[str, Tensor], suffix: str) -> list[int]:
     """Return the numbers of the layers that have a tensor whose name ends with `suffix`."""
-    return [int(name.split(".")[2]) for name in state_dict if name.endswith(suffix)]
+    matches = [re.match(r"transformer\.h\.(\d{1,4})\.", name) for name in state_dict if name.endswith(suffix)]
+    return [int(match[1]) for match in matches if match]
 
 
 def without_aliases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import write_base
-from lit_llama.config import LLAMA3_SCALING
+from lit_llama.config import LLAMA3_SCALING, MOST_FLOAT, MOST_INT
 from lit_llama.files import atomic_folder, check_folder
-from lit_llama.hf import read_json, to_lit
+from lit_llama.hf import to_lit
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.manifest import BASE_MODEL
 from lit_llama.model import LLaMAConfig
+from lit_llama.schema import field, read_json
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
@@ -37,6 +38,7 @@ class Settings(Checked):
     rope_factor: PositiveFloat | None = None  # of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
 
 
+SOURCE = "params.json"
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
 LAYER_MODULES = {
     "rms_1": ["attention_norm"],
@@ -117,32 +119,30 @@ def convert_params(
     """Convert the content of a params.json. Sizes that it lacks are taken from the tensors.
 
     Raises:
-        UserError: A number or a tensor is missing.
+        UserError: A number or a tensor is missing, or a number is of another type or out of range.
     """
-    if missing := [name for name in ("dim", "n_layers", "n_heads") if not isinstance(params.get(name), int)]:
-        raise UserError(f"params.json has no number for {', '.join(missing)}.")
     embedding, head, gate = (
         tensors.get(f"{name}.weight") for name in ("tok_embeddings", "output", "layers.0.feed_forward.w1")
     )
-    if embedding is None or gate is None:
-        raise UserError("The weights do not fit params.json: tok_embeddings or layers.0.feed_forward.w1 is missing.")
+    if embedding is None or gate is None or len(embedding.shape) != 2 or len(gate.shape) != 2:
+        raise UserError("The weights do not fit params.json: tok_embeddings or layers.0.feed_forward.w1 is no matrix.")
     tied = head is None or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
     scaling = None
-    if params.get("use_scaled_rope"):
-        factor = rope_factor or params.get("rope_scaling_factor") or (32.0 if tied else 8.0)
+    if field(params, "use_scaled_rope", bool, SOURCE, False):
+        factor = rope_factor or field(params, "rope_scaling_factor", float, SOURCE, 32.0 if tied else 8.0)
         log(f"rope scaling of Llama 3.1 with factor {factor:g}")
         scaling = {**LLAMA3_SCALING, "factor": float(factor)}
     return LLaMAConfig(
         block_size=block_size,
         vocab_size=embedding.shape[0],
         padded_vocab_size=embedding.shape[0],
-        n_layer=params["n_layers"],
-        n_head=params["n_heads"],
-        n_embd=params["dim"],
-        n_kv_head=params.get("n_kv_heads"),
+        n_layer=field(params, "n_layers", int, SOURCE, least=1, most=MOST_INT),
+        n_head=field(params, "n_heads", int, SOURCE, least=1, most=MOST_INT),
+        n_embd=field(params, "dim", int, SOURCE, least=1, most=MOST_INT),
+        n_kv_head=field(params, "n_kv_heads", int, SOURCE, None, least=1, most=MOST_INT),
         intermediate_size=gate.shape[0],
-        norm_eps=params.get("norm_eps", 1e-5),
-        rope_base=float(params.get("rope_theta", 10000.0)),
+        norm_eps=field(params, "norm_eps", float, SOURCE, 1e-5, least=0, most=1),
+        rope_base=float(field(params, "rope_theta", float, SOURCE, 10000.0, least=1, most=MOST_FLOAT)),
         rope_scaling=scaling,
         tie_embeddings=tied,
     )
@@ -151,14 +151,14 @@ def convert_params(
 def main(settings: Settings) -> None:
     check_folder(settings.output_dir, BASE_MODEL, settings.checkpoint_dir, settings.tokenizer_dir)
     params = read_json(settings.checkpoint_dir / "params.json")
-    tensors = join_shards(open_shards(settings.checkpoint_dir), params.get("dim", 0))
+    tensors = join_shards(open_shards(settings.checkpoint_dir), field(params, "dim", int, SOURCE))
     config = convert_params(params, tensors, settings.block_size, settings.rope_factor)
     tokenizer_dir = settings.tokenizer_dir or settings.checkpoint_dir
     fitting_tokenizer(tokenizer_dir, config)
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    state = to_lit(tensors, config, dtype, names=meta_names, source="params.json", half_split=False)
+    state = to_lit(tensors, config, dtype, names=meta_names, source=SOURCE, half_split=False)
     check_space(settings.output_dir, state)
     with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)

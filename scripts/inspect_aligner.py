@@ -6,6 +6,7 @@ other methods, the root mean square of each layer's tensors is shown.
 """
 
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Settings:
 
 
 PREFIX = "global_value_embedding.weight"
+LAYER = re.compile(r"transformer\.h\.(\d{1,4})\.\w+\.(.+)")
 BAR = 30  # length of the longest bar, in characters
 
 
@@ -45,23 +47,26 @@ def open_adapter(path: Path) -> AdapterFile:
     """
     adapter = read_adapter(path)
     adapter.state = without_aliases(adapter.state)
-    if PREFIX not in adapter.state or not gates(adapter):
+    if PREFIX not in adapter.state or adapter.state[PREFIX].dim() != 2 or not gates(adapter):
         raise UserError(f"{adapter.path} holds no prefix with gates; its method is {adapter.method}.")
+    if len({len(gate) for gate in gates(adapter).values()}) > 1:
+        raise UserError(f"{adapter.path} holds gates of different numbers of heads.")
     return adapter
 
 
 def gates(adapter: AdapterFile) -> dict[int, torch.Tensor]:
     """Return the gates (nh,) in fp32 by layer."""
-    named = {name: t for name, t in adapter.state.items() if name.endswith(".gating_factor")}
-    return dict(sorted((int(name.split(".")[2]), t.float().flatten()) for name, t in named.items()))
+    by_layer = kinds(adapter).get("gating_factor", {})
+    return {layer: t.flatten() for layer, t in by_layer.items()}
 
 
 def kinds(adapter: AdapterFile) -> dict[str, dict[int, torch.Tensor]]:
     """Return the tensors in fp32 by kind, such as `c_attn.lora_A`, and layer; 0 for tensors outside the layers."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for name, t in adapter.state.items():
-        _, _, layer, _, kind = name.split(".", 4) if name.startswith("transformer.h.") else ("", "", "0", "", name)
-        found.setdefault(kind, {})[int(layer)] = t.float()
+        match = LAYER.fullmatch(name)
+        layer, kind = (int(match[1]), match[2]) if match else (0, name)
+        found.setdefault(kind, {})[layer] = t.float()
     return {kind: dict(sorted(by_layer.items())) for kind, by_layer in sorted(found.items())}
 
 

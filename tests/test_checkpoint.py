@@ -89,7 +89,7 @@ names = st.text(min_size=1, max_size=8)
 
 @given(
     meta=st.dictionaries(names, st.one_of(st.text(), st.integers(), st.lists(st.booleans()), st.none()), max_size=4),
-    values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=6),
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=6),
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_header_survives(tmp_path, meta, values):
@@ -137,8 +137,64 @@ def test_no_adapters(tmp_path):
     with pytest.raises(UserError, match="made by the method 'prompt tuning'; known are aligner"):
         read_adapter(tmp_path / "a.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "b.safetensors", metadata={"lit_llama": "{'method'"})
-    with pytest.raises(UserError, match="has a damaged header"):
+    with pytest.raises(UserError, match="the header entry 'lit_llama' is not JSON"):
         read_adapter(tmp_path / "b.safetensors")
+
+
+HEADERS: dict[str, Any] = {
+    "config is a list where an object belongs": {"config": [1]},
+    "config has 'n_layer', which is no setting of 'aligner'": {"config": {"n_layer": 2}},
+    'adapter_prompt_length is "3" where a whole number': {"config": {"adapter_prompt_length": "3"}},
+    "adapter_start_layer is null where": {"config": {"adapter_start_layer": None}},
+    "adapter_prompt_length is 1000000000000 where": {"config": {"adapter_prompt_length": 10**12}},
+    "method is null where text belongs": {"method": None},
+    "method is a list where text belongs": {"method": []},
+    "base has no config": {"base": {"weights": "0" * 16}},
+    "base: weights is 1 where text belongs": {"base": {"config": {}, "weights": 1}},
+    'training is "x" where an object belongs': {"training": "x"},
+    "prompt_style is 1 where text or null belongs": {"prompt_style": 1},
+}
+
+
+@pytest.mark.parametrize("sentence", HEADERS)
+def test_headers_that_are_refused(sentence, tmp_path):
+    base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
+    meta = make_adapter(path, base)
+    save_file(load_file(path), path, metadata={"lit_llama": json.dumps({**meta, **HEADERS[sentence]})})
+    with pytest.raises(UserError) as error:
+        read_adapter(path)
+    assert sentence in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["global_value_embedding.weight", "transformer.h.2.attn.gating_factor"])
+def test_numbers_that_are_not_finite_are_refused(value, name, tmp_path):
+    base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
+    make_adapter(path, base)
+    state = load_file(path)
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "a.pth")
+    save_file(state, path)
+    for written in (path, tmp_path / "a.pth"):
+        with pytest.raises(UserError, match=rf"{name} holds numbers that are not finite"):
+            read_adapter(written)
+
+
+TENSORS: dict[str, dict[Any, torch.Tensor]] = {
+    "weight holds int64 numbers, which are not supported": {"weight": torch.ones(2, dtype=torch.int64)},
+    "weight is (1000000000, 16), of which the file holds a part": {"weight": torch.ones(1).expand(10**9, 16)},
+    "it does not hold named tensors": {3: torch.ones(2)},
+    "not hold named tensors": {"weight": torch.ones(2).to_sparse()},
+    "named tensors.": {"weight": torch.ones(2, device="meta")},
+}
+
+
+@pytest.mark.parametrize("sentence", TENSORS)
+def test_tensors_that_are_refused(sentence, tmp_path):
+    torch.save(TENSORS[sentence], tmp_path / "a.pth")
+    with pytest.raises(UserError) as error:
+        read_state(tmp_path / "a.pth")
+    assert sentence in str(error.value)
 
 
 # == the fingerprint ==
@@ -172,6 +228,30 @@ def test_the_fingerprint_tells_weights_apart(tmp_path):
         seen.add(base_fingerprint(tmp_path)["weights"])
     assert len(seen) == 6
     assert base_fingerprint(make_base(tmp_path))["config"] == json.loads(config.to_json())
+
+
+def test_the_fingerprint_covers_every_tensor(tmp_path):
+    shape = dict(qkv_bias=True, proj_bias=True, mlp_bias=True, n_embd=64)
+    config = model.LLaMAConfig(**{**SIZES, **shape})
+    state = random_state(model.LLaMA(config), 0)
+    before = base_fingerprint(make_base(tmp_path, **shape))
+    for name in state:
+        changed = {k: v.clone() for k, v in state.items()}
+        changed[name][-1] *= 1.02
+        save_base(tmp_path, config, changed)
+        now = base_fingerprint(tmp_path)
+        assert now["tensors"] != before["tensors"] and now["config"] == before["config"], name
+
+
+def test_adapters_of_earlier_versions_are_accepted_by_the_old_fingerprint(tmp_path):
+    base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
+    meta = make_adapter(path, base)
+    config, state = model.LLaMAConfig(**SIZES), load_file(base / "lit_model.safetensors")
+    state["transformer.h.1.mlp.c_proj.weight"] *= 2  # which the old fingerprint does not cover
+    save_base(base, config, state)
+    assert "other weights" in refusal(base, path)
+    save_adapter(path, read_state(path), {**meta, "base": {k: v for k, v in meta["base"].items() if k != "tensors"}})
+    load_model(base, read_adapter(path))
 
 
 # == files that are no checkpoints ==

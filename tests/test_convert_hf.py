@@ -276,13 +276,20 @@ def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) ->
 
 
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
-    "The architecture is GemmaForCausalLM": dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
-    "no number for num_key_value_heads": dict(architectures=["MistralForCausalLM"], num_key_value_heads=None),
-    "no number for hidden_size, num_hidden_layers": dict(hidden_size=None, num_hidden_layers="2"),
-    "The activation is gelu": dict(hidden_act="gelu"),
+    'The architecture is "GemmaForCausalLM"': dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
+    "config.json: num_key_value_heads is null": dict(architectures=["MistralForCausalLM"], num_key_value_heads=None),
+    "config.json: hidden_size is null where a whole number": dict(hidden_size=None),
+    'config.json: num_hidden_layers is "2" where a whole number': dict(num_hidden_layers="2"),
+    "config.json: num_hidden_layers is 18446744073709551616 where": dict(num_hidden_layers=2**64),
+    "config.json: architectures is 3 where a list belongs": dict(architectures=3),
+    "config.json: tie_word_embeddings is 1 where true or false belongs": dict(tie_word_embeddings=1),
+    "config.json: rope_theta is NaN where a number from 1": dict(rope_theta=math.nan),
+    "config.json: rope_scaling is a list where an object belongs": dict(rope_scaling=[1]),
+    "config.json: rms_norm_eps is 2 where a number from 0 up to 1": dict(rms_norm_eps=2),
+    'The activation is "gelu"': dict(hidden_act="gelu"),
     "quantized": dict(quantization_config={"bits": 4}),
     "Rope scaling 'yarn' is not supported": dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-    "'llama3' in config.json has no number for low_freq_factor, high_freq_factor": dict(
+    "config.json: rope scaling 'llama3' has no low_freq_factor": dict(
         rope_scaling={"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8}
     ),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
@@ -337,9 +344,9 @@ BAD_FOLDERS = {
     "names '../secret' where the name of a file in its folder belongs": point_elsewhere("../secret"),
     "/secret' where the name of a file in its folder belongs": point_elsewhere("{}/secret"),
     "names 'x/../../secret' where the name of a file": point_elsewhere("x/../../secret"),
-    "There is no config.json": lambda folder: (folder / "config.json").unlink(),
+    "There is no file at": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": damage_config,
-    "config.json holds a JSON list": config_list,
+    "config.json holds a list where an object belongs": config_list,
     "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
     "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
     "has 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
@@ -359,7 +366,7 @@ def test_damaged_folders(sentence, tmp_path, monkeypatch, capsys):
 
 
 def test_no_folder(tmp_path, monkeypatch, capsys):
-    refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no config.json")
+    refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no file at")
 
 
 class RunsCode:

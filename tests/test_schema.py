@@ -66,10 +66,10 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"^There is no configuration at .*/a\.json\.$"):
         read_json(tmp_path / "a.json", what="configuration")
-    with pytest.raises(UserError, match="is a folder, not a file"):
+    with pytest.raises(UserError, match="is a folder, no file"):
         read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is a device or a pipe, not a file"):
+    with pytest.raises(UserError, match="is a device or a pipe, no file"):
         read_json(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"123456")
     with pytest.raises(UserError, match="has 6 bytes where a file of at most 5 belongs"):
