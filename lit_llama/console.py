@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
+from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
 from typing import Any, TextIO
 
+from lit_llama.schema import unreadable
 from lit_llama.utils import UserError, log, printable
 
 CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
@@ -68,7 +70,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, Ctrl-C or a full GPU into one line on stderr and a non-zero exit code.
+    """Turn a `UserError`, a folder without access, Ctrl-C or a full GPU into one line on stderr and an exit code.
 
     Other exceptions are mistakes of this project and keep their traceback.
     """
@@ -100,6 +102,9 @@ def exit_on_user_error() -> Iterator[None]:
                 with suppress(UserError, SystemExit):
                     sys.stdout.flush()
                 os._exit(1)  # the threads of torch.distributed would abort a usual exit
+            if isinstance(error, OSError) and error.filename and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP):
+                log(f"error: {unreadable(error.filename, error)}")  # of a look at whether there is a file
+                sys.exit(1)
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")
