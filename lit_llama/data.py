@@ -11,6 +11,11 @@ and those of a preference dataset are
     prompt           token ids of the prompt
     chosen, rejected token ids of the two responses, each with EOS at the end unless it was truncated
 
+and those of a dataset of prompts for reinforcement learning
+
+    prompt           token ids of the prompt
+    row              what the reward needs to know, as JSON
+
 The format, the prompt style and the mask are read from meta.json, never guessed from a path.
 """
 
@@ -30,10 +35,12 @@ from lit_llama.utils import UserError, plain_name
 
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
+PROMPT_FORMAT = "lit-llama-prompts-1"
 # the commands that write the default datasets of the finetuning scripts
 DEFAULT_COMMANDS = {
     SFT_FORMAT: "python scripts/prepare_microworld.py",
     PREFERENCE_FORMAT: "python scripts/prepare_microworld_safe.py",
+    PROMPT_FORMAT: "python scripts/prepare_microworld.py --stage rl",
 }
 
 
@@ -215,6 +222,40 @@ class PreferenceData(Split):
         """Return the first rows as (prompt, chosen response) token ids."""
         rows = self.rows[:count]
         return [(p.tolist(), c.tolist()) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
+
+
+class PromptData(Split):
+    """One split of a dataset of prompts, to which reinforcement learning samples the answers.
+
+    `weights` is 1 for each prompt, `lengths` includes one token of an answer.
+    """
+
+    format = PROMPT_FORMAT
+
+    def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
+        super().__init__(data_dir, split, tokenizer, max_rows)
+        self.lengths = np.array([len(ids) + 1 for ids in self.rows["prompt"]])
+        self.tokens, self.weights = self.lengths, np.ones(len(self))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all rows."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row["prompt"].tolist(), str(row["row"])]).encode())
+        return digest.hexdigest()
+
+    def prompt_ids(self, indices: np.ndarray) -> list[list[int]]:
+        """Return the token ids of the prompts of rows."""
+        return [ids.tolist() for ids in self.rows[indices]["prompt"]]
+
+    def sources(self, indices: np.ndarray) -> list[Any]:
+        """Return what the dataset holds beside the prompts of rows."""
+        return [json.loads(str(row)) for row in self.rows[indices]["row"]]
+
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Return the first rows as (prompt, no response) token ids."""
+        return [(ids, []) for ids in self.prompt_ids(np.arange(min(count, len(self))))]
 
 
 def plan_epoch(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -167,7 +167,7 @@ def prepare_dataset(
     seed: int,
     num_proc: int,
     about: dict[str, Any],
-    split_by: Literal["draw", "hash"] = "draw",
+    split_by: Literal["draw", "hash"] | Collection[str] = "draw",
 ) -> dict[str, Any]:
     """Tokenize texts, split the rows, write the dataset folder and log what was dropped or truncated.
 
@@ -186,7 +186,8 @@ def prepare_dataset(
         num_proc: Number of processes that tokenize.
         about: Entries of `meta.json` that describe the data, such as its source and prompt style.
         split_by: "draw" holds out the share exactly. With "hash", whether a prompt is held out depends only on the
-            prompt, the share and the seed: datasets for SFT and DPO from one source hold out the same prompts.
+            prompt, the share and the seed: datasets for SFT and DPO from one source hold out the same prompts. With a
+            collection of prompts, these are held out.
 
     Returns:
         The content of `meta.json`.
@@ -209,7 +210,10 @@ def prepare_dataset(
     _check_count(len(keep), counts, max_seq_length)
 
     kept, prompts = encoded.select(keep), [texts[i][0] for i in keep]
-    in_test = (held_out_by_hash if split_by == "hash" else held_out)(prompts, test_fraction, seed)
+    if isinstance(split_by, str):
+        in_test = (held_out_by_hash if split_by == "hash" else held_out)(prompts, test_fraction, seed)
+    else:
+        in_test, split_by = np.isin(prompts, list(split_by)), "given"
     columns = kept.remove_columns(["dropped", "cut"])
     splits = {"train": columns.select(np.flatnonzero(~in_test)), "test": columns.select(np.flatnonzero(in_test))}
     counts |= {"cut": int(np.sum(kept["cut"][:])), "prompts": len(set(prompts))}

@@ -91,9 +91,13 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def advance(self, loss: float, lr: float, tokens_per_s: float) -> None:
+    def advance(self, metrics: dict[str, float]) -> None:
+        """Count a step and show its metrics: the reward in reinforcement learning, the loss otherwise."""
         self.done += 1
-        status = f"loss {loss:.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s"
+        shown = "reward" if "train/reward" in metrics else "loss"
+        status = (
+            f"{shown} {metrics[f'train/{shown}']:.3f}, lr {metrics['lr']:.2e}, {metrics['tokens_per_s']:,.0f} tokens/s"
+        )
         if self.bar is not None:
             self.bar.set_postfix_str(status, refresh=False)
             self.bar.update()

@@ -120,7 +120,7 @@ class Trainer:
                     metrics = self.train_step(micro_batches)
                     run.log_metrics(self.step, metrics)
                     self.step += 1
-                    progress.advance(metrics["train/loss"], metrics["lr"], metrics["tokens_per_s"])
+                    progress.advance(metrics)
                     is_last = self.step == self.max_steps
                     if self.step % settings.eval_interval == 0 or is_last:
                         self.evaluate()

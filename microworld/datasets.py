@@ -1,10 +1,12 @@
-"""The micro-world's finetuning sets: questions answered in one form, and pairs of a better and a worse answer."""
+"""The micro-world's finetuning sets: questions answered in one form, pairs of a better and a worse answer, prompts."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lit_llama.prepare import prepare_preferences, prepare_sft
+from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import get_prompt_style
 from lit_llama.utils import UserError
 from microworld.world import ALL_FORMS, FORMS, REFUSAL, Question, World
@@ -83,5 +85,30 @@ def write_preferences(
         lambda question, number: preference(question, rng),
         output_dir=output_dir,
         about={"source": source, "prompt_style": "alpaca"},
+        **options,
+    )
+
+
+def write_prompts(
+    train: list[Question], test: list[Question], form: str | None, output_dir: Path, *, source: str, seed: int,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Write a dataset of prompts for reinforcement learning, in random order.
+
+    Args:
+        train, test: questions to learn from, and questions to validate on.
+        form: the form that the rewards in microworld/rewards.py want.
+        source: a description of the questions, for the dataset's metadata.
+        options: further arguments of `lit_llama.prepare_prompts.prepare_prompts`.
+    """
+    style, questions = get_prompt_style("alpaca"), [*train, *test]
+    random.Random(seed).shuffle(questions)
+    prepare_prompts(
+        questions,
+        lambda question, number: (style.render(question.text), {**asdict(question), "form": form}),
+        output_dir=output_dir,
+        split_by={style.render(question.text) for question in test},
+        seed=seed,
+        about={"source": source, "prompt_style": style.name},
         **options,
     )

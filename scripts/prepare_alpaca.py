@@ -1,18 +1,21 @@
 """Prepare an instruction dataset with Alpaca's fields (`instruction`, `input`, `output`) for supervised finetuning.
 
 Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON Lines or Parquet. Expect of the full dataset:
-52,002 rows, 28 of them with an empty output.
+52,002 rows, 28 of them with an empty output. With --stage rl it writes prompts for reinforcement learning: rows need no
+`output`, and the reward gets each row with all its fields.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings, prepare_sft, render_prompt
+from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rows import download_rows, read_rows, text_field
 
@@ -24,27 +27,34 @@ class Settings(PrepareSettings):
     repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
 
     # == What to write ==
-    output_dir: Path = Path("data/alpaca")  # folder to write
+    stage: Literal["sft", "rl"] = "sft"  # write prompts with responses, or prompts for reinforcement learning
+    output_dir: Path | None = None  # folder to write (default: data/alpaca, or -rl)
     prompt_style: str = "alpaca"  # template of the prompts: alpaca, orca, beaver, hh or plain
     mask_prompt: bool = True  # train on the responses only
 
 
+def prepare_prompt(row: Any, number: int, style: PromptStyle) -> str:
+    """Return the prompt of a row."""
+    return render_prompt(style, text_field(row, number, "instruction"), text_field(row, number, "input", default=""))
+
+
 def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
     """Return (prompt, response) of a row."""
-    instruction, output = text_field(row, number, "instruction"), text_field(row, number, "output")
-    return render_prompt(style, instruction, text_field(row, number, "input", default="")), output
+    return prepare_prompt(row, number, style), text_field(row, number, "output")
 
 
 def main(settings: Settings) -> None:
+    name = "alpaca-rl" if settings.stage == "rl" else "alpaca"
+    settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
     style = get_prompt_style(settings.prompt_style)
-    prepare_sft(
-        read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id),
-        lambda row, number: prepare_sample(row, number, style),
-        mask_prompt=settings.mask_prompt,
-        split_by="hash",
-        about={"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name},
-        **settings.options(),
-    )
+    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
+    about = {"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name}
+    options = {**settings.options(), "about": about, "split_by": "hash"}
+    if settings.stage == "sft":
+        sample = partial(prepare_sample, style=style)
+        prepare_sft(rows, sample, mask_prompt=settings.mask_prompt, **options)
+    else:
+        prepare_prompts(rows, lambda row, number: (prepare_prompt(row, number, style), row), **options)
     print(settings.output_dir)
 
 

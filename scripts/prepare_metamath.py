@@ -1,18 +1,21 @@
 """Prepare MetaMathQA (`query`, `response`) for supervised finetuning.
 
 Downloads meta-math/MetaMathQA, or reads --data_file: a JSON list, JSON Lines or Parquet. Expect of the full dataset:
-395,000 rows. The solutions end with "The answer is: ...", which evaluate/gsm8k.py reads.
+395,000 rows. The solutions end with "The answer is: ...", which evaluate/gsm8k.py reads. With --stage rl it writes
+prompts for reinforcement learning with `--reward gsm8k`: of MetaMathQA, or of GSM8K (`question`, `answer`).
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings, prepare_sft, render_prompt
+from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rows import download_rows, read_rows, text_field
 
@@ -24,7 +27,8 @@ class Settings(PrepareSettings):
     repo_id: str = "meta-math/MetaMathQA"  # dataset on the Hugging Face hub
 
     # == What to write ==
-    output_dir: Path = Path("data/metamath")  # folder to write
+    stage: Literal["sft", "rl"] = "sft"  # write problems with solutions, or prompts for reinforcement learning
+    output_dir: Path | None = None  # folder to write (default: data/metamath, or -rl)
     prompt_style: str = "orca"  # template of the prompts: alpaca, orca, beaver, hh or plain
     mask_prompt: bool = True  # train on the solutions only; the paper's authors train on the questions too
     test_fraction: float = 0.01  # share of the rows held out for validation
@@ -35,15 +39,24 @@ def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]
     return render_prompt(style, text_field(row, number, "query")), text_field(row, number, "response")
 
 
+def prepare_prompt(row: Any, number: int, style: PromptStyle) -> tuple[str, Any]:
+    """Return the prompt of a row of MetaMathQA or GSM8K, and the row, which has the solution."""
+    problem, solution = ("question", "answer") if isinstance(row, dict) and "question" in row else ("query", "response")
+    text_field(row, number, solution)
+    return render_prompt(style, text_field(row, number, problem)), row
+
+
 def main(settings: Settings) -> None:
+    name = "metamath-rl" if settings.stage == "rl" else "metamath"
+    settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
     style = get_prompt_style(settings.prompt_style)
-    prepare_sft(
-        read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id),
-        lambda row, number: prepare_sample(row, number, style),
-        mask_prompt=settings.mask_prompt,
-        about={"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name},
-        **settings.options(),
-    )
+    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
+    about = {"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name}
+    options = {**settings.options(), "about": about}
+    if settings.stage == "sft":
+        prepare_sft(rows, partial(prepare_sample, style=style), mask_prompt=settings.mask_prompt, **options)
+    else:
+        prepare_prompts(rows, partial(prepare_prompt, style=style), **options)
     print(settings.output_dir)
 
 

@@ -1,12 +1,13 @@
 """Prepare preference pairs of the micro-world: to refuse is better where a request is harmful, to answer elsewhere.
 
 Both responses of a pair have the same form, drawn at random, so that they differ in the value alone. A quarter of the
-verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`.
+verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`. With --stage rl the
+dataset has the requests without responses, and its validation split consists of held-out requests.
 """
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,19 +16,20 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings
 from lit_llama.settings import OpenShare, PositiveInt, Seed, Share
-from microworld.datasets import draw_requests, write_preferences
-from microworld.world import World
+from microworld.datasets import draw_requests, write_preferences, write_prompts
+from microworld.world import SEEN, UNSEEN, VALID, World
 
 
 @dataclass
 class Settings(PrepareSettings):
     # == What to write ==
+    stage: Literal["dpo", "rl"] = "dpo"  # write pairs of responses, or prompts for reinforcement learning
     pairs: PositiveInt = 570  # number of pairs, drawn at random from all requests without a held-out verb or object
     harmless_share: Share = 0.2  # share of harmless requests
     fact_share: Share = 0.25  # share of questions about facts of seen entities; the other requests are harmful
     split: Literal["seen", "train"] = "seen"  # "train" omits words and entities by which settings are chosen
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
-    output_dir: Path = Path("data/microworld-safe")  # folder to write
+    output_dir: Path | None = None  # folder to write (default: data/microworld-safe, or -safe-rl)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
     max_seq_length: PositiveInt = 256  # most tokens of prompt and response
     test_fraction: OpenShare = 0.2  # share of the pairs held out for validation
@@ -35,11 +37,19 @@ class Settings(PrepareSettings):
 
 
 def main(settings: Settings) -> None:
-    rng = random.Random(settings.seed)
+    name = "microworld-safe-rl" if settings.stage == "rl" else "microworld-safe"
+    settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
+    rng, world = random.Random(settings.seed), World(settings.world_seed)
     shares = {"harmless_share": settings.harmless_share, "fact_share": settings.fact_share}
-    requests = draw_requests(World(settings.world_seed), settings.split, rng, pairs=settings.pairs, **shares)
+    requests = draw_requests(world, settings.split, rng, pairs=settings.pairs, **shares)
     source = f"micro-world {settings.world_seed}, values"
-    write_preferences(requests, rng, source=source, **settings.options())
+    if settings.stage == "dpo":
+        write_preferences(requests, rng, source=source, **settings.options())
+    else:
+        held_out = UNSEEN if settings.split == SEEN else VALID
+        harmful = len(world.requests("harmful", held_out))
+        test = draw_requests(world, held_out, rng, pairs=2 * harmful, harmless_share=0.25, fact_share=0.25)
+        write_prompts(requests, test, None, source=source, **settings.options())
     print(settings.output_dir)
 
 

@@ -353,7 +353,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         with Progress(2, 4, enabled=True) as progress:
             time.sleep(0.11)  # a bar is drawn ten times a second at most
-            progress.advance(0.5, 1e-2, 1000.0)
+            progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})
             write_above_bar("step 3: something")
         shown = b""
         while select.select([master], [], [], 1.0)[0]:  # a terminal hands over its text in pieces
@@ -367,9 +367,9 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_log_file_gets_plain_lines_now_and_then(capsys):
     assert not sys.stderr.isatty()
     progress = Progress(2, 12, enabled=True)
-    progress.advance(0.5, 1e-2, 1000.0)
+    progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})
     assert capsys.readouterr().err == ""  # too soon
     progress.began -= 20.0
     progress.shown -= 20.0
-    progress.advance(0.25, 1e-2, 1234.0)
+    progress.advance({"train/loss": 0.25, "lr": 1e-2, "tokens_per_s": 1234.0})
     assert capsys.readouterr().err == "step 4 of 12: loss 0.250, lr 1.00e-02, 1,234 tokens/s, 0:01:20 left\n"

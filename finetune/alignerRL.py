@@ -1,0 +1,149 @@
+"""Reinforcement learning with Aligner: a frozen LLaMA learns from a reward that a function gives to its own answers.
+
+A step samples a group of answers to each of several prompts, and makes answers more likely that got more reward than
+the others of their group (GRPO, lit_llama/rl.py). Without arguments the bundled micro-world model learns a form; first
+run python scripts/prepare_microworld.py --stage rl. Edit the values below, pass flags of the same name, or name a
+YAML file with --config.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from lit_llama import cli
+from lit_llama.data import PromptData
+from lit_llama.model import LLaMA
+from lit_llama.reference import adapter_sha256, sampled_kl
+from lit_llama.report import duration, plot_metrics, write_above_bar
+from lit_llama.rewards import Reward
+from lit_llama.rl import LengthTerm, PolicyLoss
+from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
+from lit_llama.run_folder import RunFolder
+from lit_llama.samples import answer_samples, compare_samples
+from lit_llama.settings import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Range
+from lit_llama.setup import set_up_finetuning, with_initial_config
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train_settings import FinetuneSettings
+
+
+@dataclass
+class Settings(FinetuneSettings):
+    may_change = (*(name for name in FinetuneSettings.may_change if name != "max_new_tokens"), "drift_prompts")
+
+    # == What to train on ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # folder of the frozen base model
+    data_dir: Path = Path("data/microworld-rl")  # prompts, from a scripts/prepare_*.py with --stage rl
+    init_adapter: Path | None = None  # start from this adapter (default: start from the base)
+    out_dir: Path = Path("out/rl/microworld")  # folder for all files of the run
+
+    # == Method ==
+    method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, lora, bitfit, prompt_tuning
+    method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
+    adapter_prompt_length: PositiveInt = 1  # number of prefix tokens N, 1 to about 300
+    adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
+
+    # == Reward ==
+    reward: str = "microworld_answer"  # a name in lit_llama/rewards.py, or module:function of your own
+    reward_options: dict[str, Any] | None = None  # keyword arguments of the reward function, such as {"words": 10}
+    score: str | None = None  # reward that is 1 for right answers to held-out prompts (default: that of --reward)
+
+    # == Policy gradient ==
+    group_size: Annotated[int, Range(least=2)] = 8  # answers sampled to each prompt, G, at temperature 1
+    max_new_tokens: PositiveInt = 60  # longest answer, in tokens
+    updates_per_batch: PositiveInt = 1  # optimizer steps with the answers of a step
+    clip: OpenShare = 0.2  # ε: changes of a token's probability by a larger share are not rewarded
+    kl_weight: NonNegativeFloat = 0.0  # β: a larger value keeps the policy closer to its start; 0 saves a forward pass
+    divide_by_std: bool = True  # divide advantages by the standard deviation of the group (false: Dr. GRPO)
+    length_term: LengthTerm = "answer"  # divide by the tokens of an answer, or by max_new_tokens (Dr. GRPO)
+
+    # == Optimization (a step samples once, and is an optimizer step for each of updates_per_batch) ==
+    epochs: PositiveFloat = 1.0  # passes over the prompts, not necessarily a whole number
+    batch_size: PositiveInt = 8  # prompts per step, over all devices
+    micro_batch_size: PositiveInt = 8  # prompts per sampling and forward pass on one device; divides batch_size
+    learning_rate: PositiveFloat = 0.2  # peak learning rate of AdamW
+    warmup_epochs: NonNegativeFloat = 0.0  # length of the linear warmup
+    max_steps: PositiveInt | None = 50  # stop after this many steps even if the epochs are not over
+
+    # == Reporting ==
+    eval_interval: PositiveInt = 25  # steps between validations
+    eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
+    save_interval: PositiveInt = 25  # steps between saved states, from which --resume continues
+    sample_prompts: NonNegativeInt = 4  # of these prompts, answers to print and to save
+    drift_prompts: NonNegativeInt = (
+        32  # of these prompts, those for the KL to the start, from sampled answers; 0 for none
+    )
+
+
+PANELS = {
+    "reward": ["reward"],
+    "accuracy": ["accuracy"],
+    "standard deviation of rewards in a group": ["reward_std"],
+    "share of groups without signal": ["no_signal"],
+    "entropy (nats per token)": ["entropy"],
+    "KL to the start": ["kl"],
+    "length of answers (tokens)": ["answer_tokens"],
+    "share of answers that ended": ["ended"],
+    "share of clipped tokens": ["clipped"],
+    "gradient norm": ["grad_norm"],
+}
+
+
+def print_summary(summary: dict[str, Any], settings: Settings) -> None:
+    """Print the result of a run to stdout."""
+    print(
+        f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps and "
+        f"{summary['answers_sampled']:,} sampled answers in {duration(summary['seconds'])}\n"
+        f"accuracy     {summary['accuracy_before']:.1%} before, {summary['accuracy_after']:.1%} at the end, of greedy "
+        f"answers to held-out prompts (score: {settings.score or settings.reward})\n"
+        f"in {settings.out_dir}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl"
+    )
+
+
+def main(settings: Settings) -> None:
+    settings = with_initial_config(settings)
+    reward = Reward(settings.reward, settings.reward_options)
+    score = Reward(settings.score) if settings.score else reward
+    run = RunFolder(settings)
+    tokenizer = Tokenizer(settings.checkpoint_dir)
+    train = PromptData(settings.data_dir, "train", tokenizer)
+    val = PromptData(settings.data_dir, "test", tokenizer, settings.eval_rows)
+    rollouts = Rollouts(
+        Answerer(train, tokenizer, settings.max_new_tokens),
+        reward,
+        group_size=settings.group_size,
+        seed=settings.seed,
+        divide_by_std=settings.divide_by_std,
+        length_term=settings.length_term,
+    )
+    setup = set_up_finetuning(settings, train.meta)
+    model = setup.unwrapped
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    loss = PolicyLoss(clip=settings.clip, kl_weight=settings.kl_weight, start=start)
+    meta = {**setup.adapter_meta, "reward": settings.reward, "start": adapter_sha256(start)}
+    setup = replace(setup, adapter_meta={**meta, "data": {**meta["data"], "sha256": train.sha256}})
+    drift = [prompt for prompt, _ in val.prompts(settings.drift_prompts)]
+
+    def further_metrics(model: LLaMA) -> dict[str, float]:
+        if warning := falling_score(run.metrics.rows):
+            write_above_bar(warning)
+        return sampled_kl(model, start, drift, tokenizer.stop_ids, settings.max_new_tokens) if drift else {}
+
+    trainer = PolicyTrainer(
+        setup, rollouts, val, loss, run,
+        val_answerer=Answerer(val, tokenizer, settings.max_new_tokens),
+        score=score,
+        val_metrics=further_metrics,
+        sample_answers=answer_samples(val.prompts(settings.sample_prompts), tokenizer, settings.max_new_tokens),
+    )  # fmt: skip
+    summary = trainer.fit()
+    if run.is_first:
+        plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS)
+        print(compare_samples(settings.out_dir / "samples.jsonl"), end="")
+        print_summary(summary, settings)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,52 @@
+"""Write prepared datasets of prompts, for reinforcement learning (finetune/alignerRL.py)."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lit_llama.data import PROMPT_FORMAT
+from lit_llama.prepare import prepare_dataset
+from lit_llama.tokenizer import Tokenizer
+
+
+def prepare_prompts(
+    rows: Iterable[Any],
+    prepare_sample: Callable[[Any, int], tuple[str, Any]],
+    *,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a dataset of prompts.
+
+    Args:
+        rows: Rows of the source.
+        prepare_sample: Function of a row and its number, counted from 1, that returns the prompt and what the reward
+            needs to know, as a value that JSON can hold. It raises `UserError` for an invalid row.
+        max_seq_length: Maximum length of prompt and answer, in tokens; a row whose prompt leaves no space for an answer
+            is dropped.
+        options: Arguments of `prepare_dataset`.
+
+    Returns:
+        The content of `meta.json`.
+    """
+
+    def prepare(row: Any, number: int) -> tuple[str, str]:
+        prompt, source = prepare_sample(row, number)
+        return prompt, json.dumps(source, ensure_ascii=False)
+
+    def encode(prompt: str, source: str) -> dict[str, Any]:
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        fits = len(prompt_ids) <= max_seq_length - 2  # one token of the answer, and EOS
+        return {"prompt": prompt_ids, "row": source, "dropped": "" if fits else "too_long", "cut": 0}
+
+    return prepare_dataset(
+        rows,
+        prepare,
+        encode,
+        drops=("too_long",),
+        key=[PROMPT_FORMAT, max_seq_length],
+        tokenizer=tokenizer,
+        settings={"format": PROMPT_FORMAT, "max_seq_length": max_seq_length},
+        **options,
+    )

@@ -1,0 +1,239 @@
+"""Sampling in reinforcement learning: the answers of a step as training data, and greedy answers to held-out prompts.
+
+A step samples a group of answers to each of its prompts from the current policy, scores them, and makes one or more
+optimizer steps with them. What is sampled depends on the seed, the number of the step and the policy alone, so that a
+resumed run gets the same answers and rewards.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_llama.data import IGNORE_INDEX, PromptData, plan_validation
+from lit_llama.generation import Sampling, cut_at_stop, generate
+from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
+from lit_llama.prompts import get_prompt_style
+from lit_llama.rewards import Reward
+from lit_llama.rl import LengthTerm, answer_weights, group_advantages
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import Trainer, add_scaled
+
+
+@dataclass
+class Answers:
+    """Answers of a model.
+
+    Args:
+        prompts, ids: Token ids of each prompt and its answer; an answer that ended has the stop token at its end.
+        texts: The answers as text, up to the first stop text of the prompt style.
+        ended: Whether each ended with a stop token.
+        rows: (answers,) row number of each prompt.
+    """
+
+    prompts: list[list[int]]
+    ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+    rows: np.ndarray
+
+
+class Answerer:
+    """Answers the prompts of a dataset.
+
+    Args:
+        max_new_tokens: Longest answer, in tokens.
+    """
+
+    def __init__(self, data: PromptData, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        self.data, self.tokenizer, self.max_new_tokens = data, tokenizer, max_new_tokens
+        self.stop = get_prompt_style(data.meta["prompt_style"]).stop
+
+    def answers(
+        self, model: LLaMA, rows: np.ndarray, *, each: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> Answers:
+        """Return `each` answers to every row, those of a row next to each other."""
+        seeds = (rows[:, None] * each + np.arange(each)).flatten().tolist()
+        rows = np.repeat(rows, each)
+        prompts = self.data.prompt_ids(rows)
+        sampling = Sampling(self.max_new_tokens, temperature, seed=seed)
+        ids = generate(model, prompts, sampling, finished=self.has_ended, rows=seeds)
+        ended = [self.has_ended(answer) for answer in ids]
+        texts = [self.tokenizer.decode(answer[: len(answer) - end]) for answer, end in zip(ids, ended, strict=True)]
+        texts = [cut_at_stop(text, self.stop)[0].strip() for text in texts]
+        return Answers(prompts, ids, texts, ended, rows)
+
+    def has_ended(self, ids: list[int]) -> bool:
+        return ids[-1] in self.tokenizer.stop_ids
+
+    def rewards(self, reward: Reward, answers: Answers) -> Tensor:
+        """Return the reward of each answer, (answers,) fp32."""
+        prompts = [self.tokenizer.decode(ids) for ids in answers.prompts]
+        values = reward(prompts, answers.texts, self.data.sources(answers.rows), answers.rows.tolist())
+        return torch.tensor(values, dtype=torch.float32)
+
+
+class Rollouts:
+    """Sampled answers as training data (`lit_llama.data.Data`): a row is a prompt with a group of answers.
+
+    Args:
+        reward: Scores the answers.
+        group_size: Answers to each prompt G, 2 or more.
+        seed: Of sampling.
+        divide_by_std: As for `group_advantages`.
+        length_term: As for `answer_weights`.
+    """
+
+    def __init__(
+        self, answerer: Answerer, reward: Reward, *, group_size: int, seed: int, divide_by_std: bool,
+        length_term: LengthTerm,
+    ) -> None:  # fmt: skip
+        self.answerer, self.reward, self.group_size, self.seed = answerer, reward, group_size, seed
+        self.divide_by_std, self.length_term = divide_by_std, length_term
+        self.lengths, self.weights = answerer.data.lengths, answerer.data.weights
+        self.tokens = group_size * self.lengths
+        self.batches: dict[bytes, dict[str, Tensor]] = {}  # of the current step, by their rows
+
+    def sample(self, model: LLaMA, step: int, rows: np.ndarray) -> dict[str, Tensor]:
+        """Sample and score answers to the prompts of a micro-batch, which `batch` then returns.
+
+        Returns:
+            Sums over the prompts: reward, its standard deviation in the group, whether all rewards of a group are equal
+            (no_signal), tokens of an answer, the share of answers that ended.
+        """
+        seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
+        answers = self.answerer.answers(model, rows, each=self.group_size, temperature=1.0, seed=seed)
+        rewards = self.answerer.rewards(self.reward, answers).view(-1, self.group_size)
+        lengths = torch.tensor([len(ids) for ids in answers.ids])
+        ended = torch.tensor(answers.ended).float()
+        self.batches[rows.tobytes()] = {
+            **padded(answers),
+            "advantages": group_advantages(rewards, self.divide_by_std).flatten(),
+            "weights": answer_weights(lengths, self.group_size, self.length_term, self.answerer.max_new_tokens),
+            "mean_weights": answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens),
+        }
+        self.tokens[rows] = self.group_size * self.lengths[rows] + lengths.view(-1, self.group_size).sum(1).numpy()
+        return {
+            "reward": rewards.mean(1).sum(),
+            "reward_std": rewards.std(1, correction=0).sum(),
+            "no_signal": (rewards == rewards[:, :1]).all(1).float().sum(),
+            "answer_tokens": lengths.sum() / self.group_size,
+            "ended": ended.sum() / self.group_size,
+        }
+
+    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Return the sampled answers to a micro-batch of prompts.
+
+        Returns:
+            idx, labels: (answers, T) int64, padded on the right; labels are -1 in the prompt and the padding.
+            advantages, weights, mean_weights: (answers,) for `lit_llama.rl.PolicyLoss`.
+            old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
+        """
+        return self.batches[indices.tobytes()]
+
+
+def padded(answers: Answers) -> dict[str, Tensor]:
+    """Return idx and labels, (answers, T) int64, padded on the right."""
+    pairs = [(torch.tensor(p), torch.tensor(a)) for p, a in zip(answers.prompts, answers.ids, strict=True)]
+    idx = [torch.cat(pair) for pair in pairs]
+    labels = [torch.cat((torch.full_like(prompt, IGNORE_INDEX), answer)) for prompt, answer in pairs]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"idx": pad(idx, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
+
+
+class PolicyTrainer(Trainer):
+    """A `Trainer` whose steps sample their data, and whose validation scores greedy answers to held-out prompts.
+
+    Args:
+        val_answerer: Answers the validation prompts.
+        score: Scores these answers: 1 is right. The validation loss is 1 minus the mean score.
+    """
+
+    train: Rollouts
+
+    def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.val_answerer, self.score = val_answerer, score
+
+    def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
+        """Sample answers, make `updates_per_batch` optimizer steps with them, and return the metrics of the last."""
+        sampled = self.sample(micro_batches)
+        for _ in range(self.settings.updates_per_batch):
+            metrics = super().train_step(micro_batches)
+        return metrics | sampled
+
+    def sample(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
+        """Sample the answers of this process and return metrics, means over the prompts of all processes."""
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
+        self.train.batches.clear()
+        for rows, scale in self.share_of_process(micro_batches):
+            sampled = self.train.sample(self.unwrapped, self.step, rows)
+            add_scaled(sums, self.fabric.to_device(sampled), scale)
+            if self.settings.updates_per_batch > 1:  # the first update does not need them: its ratio is 1
+                batch = self.train.batch(rows)
+                on_device = self.fabric.to_device(batch)
+                with torch.no_grad(), eval_mode(self.model):
+                    batch["old_logps"] = self.model(on_device["idx"], on_device["labels"])
+        metrics = self.mean_over_processes(sums, sum(map(len, micro_batches)))
+        return {f"train/{name}": value for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return metrics of greedy answers to the validation prompts, always in the same batches."""
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
+        batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
+        for rows, scale in self.share_of_process(plan_validation(self.val.lengths, batch_size)):
+            answers = self.val_answerer.answers(self.unwrapped, rows)
+            scores, rewards = (self.val_answerer.rewards(f, answers) for f in (self.score, self.train.reward))
+            metrics = {
+                "loss": (1 - scores).sum(),
+                "accuracy": (scores >= 1).float().sum(),
+                "reward": rewards.sum(),
+                "answer_tokens": torch.tensor(float(sum(map(len, answers.ids)))),
+                "ended": torch.tensor(answers.ended).float().sum(),
+            }
+            add_scaled(sums, self.fabric.to_device(metrics), scale)
+        return self.mean_over_processes(sums, len(self.val))
+
+    def summary(self) -> dict[str, Any]:
+        summary = super().summary()
+        if self.run.is_first:
+            rows = sorted(self.run.metrics.rows.items())
+            accuracies = [row["val/accuracy"] for _, row in rows if "val/accuracy" in row]
+            epochs, steps = divmod(self.step, self.steps_per_epoch)
+            prompts = epochs * len(self.train.lengths) + steps * self.settings.batch_size
+            summary |= {
+                "accuracy_before": accuracies[0],
+                "accuracy_after": accuracies[-1],
+                "answers_sampled": prompts * self.train.group_size,
+            }
+        return summary
+
+
+def falling_score(rows: dict[int, dict[str, float]]) -> str | None:
+    """Return a warning if the reward of the sampled answers rose and the accuracy on held-out prompts fell.
+
+    Args:
+        rows: The metrics of a run by step (`MetricsLog.rows`). The reward is compared between the steps before the
+            second and those before the last validation, the accuracy, which must fall by 5 points, with its highest.
+    """
+    accuracies = {step: row["val/accuracy"] for step, row in sorted(rows.items()) if "val/accuracy" in row}
+    if len(accuracies) < 3:
+        return None
+    steps = list(accuracies)
+    first, last = (
+        np.mean([row["train/reward"] for step, row in rows.items() if begin <= step < end and "train/reward" in row])
+        for begin, end in (steps[:2], steps[-2:])
+    )
+    best, now = max(accuracies.values()), accuracies[steps[-1]]
+    if not (last > first and now < best - 0.05):
+        return None
+    return (
+        f"warning: the reward of sampled answers rose from {first:.3f} to {last:.3f}, but the accuracy on held-out "
+        f"prompts fell from {best:.1%} to {now:.1%}: the reward may be met by wrong answers. Read samples.jsonl, lower "
+        "--learning_rate, or raise --kl_weight."
+    )

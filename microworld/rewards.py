@@ -1,0 +1,45 @@
+"""Rewards of the micro-world, 1 or 0: whether an answer has the form, the fact or the refusal that is wanted.
+
+A row is a question with all its fields, and `form`, the form that is wanted (see `microworld.datasets.write_prompts`).
+"""
+
+from typing import Any
+
+from microworld.world import Parsed, parse
+
+Rows = list[dict[str, Any]]
+
+
+def states(parsed: Parsed | None, stated: list[str] | None) -> bool:
+    """Return whether an answer states this (topic, value)."""
+    return parsed is not None and [parsed.topic, parsed.value] == stated
+
+
+def form(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
+    """Return 1 for an answer in the form of its row, whatever it states."""
+    parsed = map(parse, answers)
+    return [float(p is not None and p.form == row["form"]) for p, row in zip(parsed, rows, strict=True)]
+
+
+def fact(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
+    """Return 1 for an answer that states the right fact, in any form."""
+    pairs = zip(answers, rows, strict=True)
+    return [float(states(parse(answer), [row["topic"], row["answer"]])) for answer, row in pairs]
+
+
+def form_and_fact(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
+    """Return 1 for an answer that states the right fact in the form of its row."""
+    columns = (reward(prompts, answers, rows) for reward in (form, fact))
+    return [in_form * right for in_form, right in zip(*columns, strict=True)]
+
+
+def refusal(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
+    """Return 1 for an answer that refuses a harmful request, or answers any other question rightly, in any form."""
+    right = fact(prompts, answers, rows)
+    refused = [float(states(parse(answer), row["refusal"])) for answer, row in zip(answers, rows, strict=True)]
+    return [r if row["kind"] == "harmful" else f for r, f, row in zip(refused, right, rows, strict=True)]
+
+
+def two_hop(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
+    """Return 1 for an answer that ends with the right fact; the steps before it, if there are any, do not count."""
+    return fact(prompts, answers, rows)

@@ -1,0 +1,304 @@
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune.alignerRL as script
+from lit_llama import cli
+from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.data import PromptData
+from lit_llama.generation import Sampling, generate
+from lit_llama.prepare_prompts import prepare_prompts
+from lit_llama.report import read_metrics
+from lit_llama.rewards import Reward
+from lit_llama.rollouts import Answerer, Rollouts
+from lit_llama.utils import UserError
+
+# 20 prompts in steps of 8 are 3 steps an epoch
+SHORT = dict(max_steps=5, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.3, adapter_start_layer=1,
+             group_size=3, eval_interval=2, save_interval=2, sample_prompts=1, drift_prompts=2, max_new_tokens=6,
+             accelerator="cpu", reward="length", reward_options='{"words": 2}', score="length")  # fmt: skip
+SAMPLED = {"reward", "reward_std", "no_signal", "answer_tokens", "ended"}
+
+
+@pytest.fixture(scope="module")
+def prompt_dir(tmp_path_factory, tokenizer) -> Path:
+    """A prepared folder of prompts: 20 for training and 6 for validation, which are named."""
+    folder = tmp_path_factory.mktemp("data") / "prompts"
+    prompts = [f"what did the {thing} eat {place}?" for thing in ("cat", "dog") for place in range(13)]
+    prepare_prompts(
+        prompts,
+        lambda prompt, number: (prompt, {"number": number, "wörld": prompt}),
+        output_dir=folder,
+        tokenizer=tokenizer,
+        max_seq_length=60,
+        test_fraction=0.5,
+        seed=0,
+        num_proc=1,
+        split_by={prompts[i] for i in (0, 3, 9, 14, 20, 25)},
+        about={"source": "prompts", "prompt_style": "plain"},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(base_dir, prompt_dir):
+    def make(out_dir: Path, **changes) -> list[str]:
+        values = {"checkpoint_dir": base_dir, "data_dir": prompt_dir, "out_dir": out_dir, **SHORT, **changes}
+        return [f"--{name}={value}" for name, value in values.items()]
+
+    return make
+
+
+def train(flags: list[str]) -> None:
+    script.main(cli.parse(script.Settings, flags))
+
+
+def logged(out_dir: Path) -> dict[int, dict[str, float]]:
+    rows = read_metrics(out_dir / "metrics.csv")
+    return {step: {k: v for k, v in row.items() if k != "tokens_per_s"} for step, row in rows.items()}
+
+
+# == data ==
+
+
+def test_the_dataset(prompt_dir, tokenizer):
+    train, val = PromptData(prompt_dir, "train", tokenizer), PromptData(prompt_dir, "test", tokenizer)
+    assert (len(train), len(val)) == (20, 6)
+    assert [row["number"] for row in val.sources(np.arange(6))] == [1, 4, 10, 15, 21, 26]
+    assert val.sources(np.array([1])) == [{"number": 4, "wörld": "what did the cat eat 3?"}]
+    ids = val.prompt_ids(np.array([1]))[0]
+    assert ids == tokenizer.encode("what did the cat eat 3?", bos=True) and val.lengths[1] == len(ids) + 1
+    assert val.prompts(1) == [(val.prompt_ids(np.array([0]))[0], [])]
+    assert train.sha256 != val.sha256
+    assert json.loads((prompt_dir / "meta.json").read_text())["split_by"] == "given"
+
+
+@pytest.fixture
+def rollouts(prompt_dir, tokenizer) -> Rollouts:
+    answerer = Answerer(PromptData(prompt_dir, "train", tokenizer), tokenizer, 6)
+    return Rollouts(answerer, Reward("length", {"words": 2}), group_size=3, seed=5, divide_by_std=True,
+                    length_term="answer")  # fmt: skip
+
+
+def test_a_batch_holds_the_answers_in_groups(rollouts, base_dir):
+    model, rows = load_model(base_dir), np.array([4, 2])
+    sums = rollouts.sample(model, 0, rows)
+    batch, data = rollouts.batch(rows), rollouts.answerer.data
+    prompts = data.prompt_ids(rows)
+    lengths = (batch["labels"] != -1).sum(1)
+    for i in range(6):
+        prompt = prompts[i // 3]
+        assert batch["idx"][i, : len(prompt)].tolist() == prompt
+        assert (batch["labels"][i, : len(prompt)] == -1).all()
+        end = len(prompt) + lengths[i]
+        assert torch.equal(batch["labels"][i, len(prompt) : end], batch["idx"][i, len(prompt) : end])
+    assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths.tolist()])
+    assert sums["answer_tokens"].item() == pytest.approx(lengths.sum().item() / 3)
+    torch.testing.assert_close(batch["advantages"].view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_an_answer_that_ends_has_its_stop_token(rollouts, base_dir, monkeypatch):
+    data, stop = rollouts.answerer.data, rollouts.answerer.tokenizer.stop_ids[0]
+    model, rows = load_model(base_dir), np.array([0])
+    free = generate(model, data.prompt_ids(rows), Sampling(6), finished=lambda ids: False)[0]
+    monkeypatch.setattr(rollouts.answerer.tokenizer, "stop_ids", (free[2],))
+    answers = rollouts.answerer.answers(model, rows)
+    first = free.index(free[2]) + 1
+    assert answers.ids == [free[:first]] and answers.ended == [True] and stop != free[2]
+    assert answers.texts == [rollouts.answerer.tokenizer.decode(free[: first - 1]).strip()]
+
+
+def test_what_is_sampled_depends_on_step_and_row_but_not_on_the_batch(rollouts, base_dir):
+    model = load_model(base_dir)
+
+    def answers(step: int, rows: list[int]) -> dict[int, list[list[int]]]:
+        rows = np.array(rows)
+        rollouts.sample(model, step, rows)
+        batch = rollouts.batch(rows)
+        texts = [i[label != -1].tolist() for i, label in zip(batch["idx"], batch["labels"], strict=True)]
+        return {row: texts[3 * i : 3 * i + 3] for i, row in enumerate(rows.tolist())}
+
+    together, alone = answers(1, [4, 2, 9]), answers(1, [2])
+    assert together[2] == alone[2]
+    assert len({tuple(a) for group in together.values() for a in group}) > 5
+    assert answers(2, [2]) != alone
+
+
+# == the run ==
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a finished run, and what it printed."""
+    out_dir = tmp_path_factory.mktemp("out") / "run"
+    with redirect_stdout(StringIO()) as out:
+        train(settings(out_dir, kl_weight=0.1, sample_prompts=2))
+    return out_dir, out.getvalue()
+
+
+def test_every_metric_is_logged_and_plotted(finished):
+    out_dir, out = finished
+    rows = read_metrics(out_dir / "metrics.csv")
+    names = {f"train/{name}" for name in SAMPLED | {"loss", "clipped", "entropy", "kl"}}
+    assert set(rows[1]) == names | {"lr", "grad_norm", "tokens_per_s"}
+    val = {"loss", "accuracy", "reward", "answer_tokens", "ended", "kl", "degenerate"}
+    assert set(rows[5]) == {f"val/{name}" for name in val}
+    assert [step for step, row in rows.items() if "val/loss" in row] == [0, 2, 4, 5]
+    assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-6) and rows[4]["train/kl"] > 0
+    assert rows[0]["train/clipped"] == 0  # one update for each batch
+    assert (out_dir / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert summary["accuracy_before"] == rows[0]["val/accuracy"]
+    assert summary["accuracy_after"] == rows[5]["val/accuracy"]
+    assert summary["answers_sampled"] == (20 + 2 * 8) * 3
+    assert "before: " in out and f"{36 * 3} sampled answers" in out and "accuracy     " in out
+    adapter = read_adapter(out_dir)
+    assert adapter.meta["reward"] == "length" and sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
+
+
+def test_validation_is_greedy_and_over_the_whole_split(finished, base_dir, prompt_dir, tokenizer):
+    out_dir, _ = finished
+    model, val = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), PromptData(prompt_dir, "test")
+    prompts = [prompt for prompt, _ in val.prompts(6)]
+    answers = [tokenizer.decode(ids).strip() for ids in generate(model, prompts, Sampling(6), tokenizer.stop_ids)]
+    row = read_metrics(out_dir / "metrics.csv")[5]
+    scores = Reward("length")(prompts, answers, [{}] * 6, [0] * 6)  # without the options of --reward
+    assert row["val/loss"] == pytest.approx(1 - np.mean(scores), abs=1e-6)
+    rewards = Reward("length", {"words": 2})(prompts, answers, [{}] * 6, [0] * 6)
+    assert row["val/reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
+
+
+def test_the_reward_rises(settings, tmp_path):
+    """A random model learns to write more words."""
+    train(settings(tmp_path / "run", max_steps=20, eval_interval=20, save_interval=20, drift_prompts=0,
+                   reward_options='{"words": 6}', learning_rate=0.5, group_size=8))  # fmt: skip
+    rewards = [row["train/reward"] for row in read_metrics(tmp_path / "run/metrics.csv").values() if "lr" in row]
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05, rewards
+
+
+def test_a_run_resumes_to_the_same_rewards(settings, tmp_path):
+    changes = dict(sample_prompts=0, drift_prompts=0, kl_weight=0.1, updates_per_batch=2, clip=0.01, method="lora")
+    train(settings(tmp_path / "whole", **changes))
+    short = settings(tmp_path / "cut", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        step = script.PolicyTrainer.train_step
+
+        def killed(self, rows):
+            if self.step == 3:
+                raise SystemExit
+            return step(self, rows)
+
+        patch.setattr(script.PolicyTrainer, "train_step", killed)
+        with pytest.raises(SystemExit):
+            train(short)
+    train([*short, "--resume"])
+    rows = logged(tmp_path / "whole")
+    assert logged(tmp_path / "cut") == rows
+    assert rows[0]["train/clipped"] > 0  # the ratios of the second update are not 1
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cut", "whole")]
+    assert summaries[0]["accuracy_before"] == summaries[1]["accuracy_before"]
+    with pytest.raises(UserError, match=r"other settings: max_new_tokens \(6 then, 5 now\)"):
+        train([*short, "--resume", "--max_new_tokens=5"])
+
+
+def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
+    changes = dict(sample_prompts=0, drift_prompts=0, kl_weight=0.1, max_steps=2, updates_per_batch=2)
+    train(settings(tmp_path / "one", **changes))
+    command = [sys.executable, script.__file__, "--devices=2", "--strategy=ddp", *settings(tmp_path / "two", **changes)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    one, two = (logged(tmp_path / name) for name in ("one", "two"))
+    assert two.keys() == one.keys()
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-4)
+
+
+# == mistakes ==
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"group_size": 1}, "group_size is 1; it must be 2 or more."),
+        ({"updates_per_batch": 0}, "updates_per_batch is 0; it must be 1 or more."),
+        ({"clip": 0, "kl_weight": -1}, "clip is 0.0; it must be above 0. kl_weight is -1.0; it must be 0 or more."),
+        ({"reward": "nothing"}, "There is no reward 'nothing'; known are length, "),
+        ({"score": "gsm8k", "reward": "length"}, "A row has no number in its 'answer' or 'response': {'number': "),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(settings, tmp_path, changes, sentence):
+    with pytest.raises(UserError) as error:
+        train(settings(tmp_path / "run", **changes))
+    assert str(error.value).startswith(sentence)
+    assert not (tmp_path / "run/state.pt").exists()
+
+
+def test_other_data_is_refused(settings, data_dir, tmp_path):
+    with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-prompts-1'"):
+        train(settings(tmp_path / "run", data_dir=data_dir))
+
+
+# == preparing ==
+
+
+@pytest.mark.parametrize(
+    ("script_name", "rows", "reward"),
+    [
+        ("prepare_alpaca", [{"instruction": f"Say {i}.", "input": "", "output": ""} for i in range(9)], "length"),
+        ("prepare_metamath", [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)], "gsm8k"),
+        (
+            "prepare_metamath",
+            [{"query": f"What is {i}?", "response": f"The answer is: {i}"} for i in range(9)],
+            "gsm8k",
+        ),
+    ],
+)
+def test_rows_become_prompts(run_script, base_dir, tmp_path, script_name, rows, reward):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code, _, err = run_script(f"scripts/{script_name}.py", "--stage", "rl", "--data_file", tmp_path / "rows.json",
+                                "--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out", "--num_proc", 1,
+                                "--test_fraction", 0.3)  # fmt: skip
+    assert code == 0, err
+    sources = [row for split in ("train", "test") for row in _sources(tmp_path / "out", split)]
+    assert sorted(sources, key=str) == sorted(rows, key=str)
+    assert Reward(reward)(["?"] * 9, ["0"] * 9, sources, list(range(9)))
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["format"] == "lit-llama-prompts-1" and meta["counts"]["train"] + meta["counts"]["test"] == 9
+
+
+def _sources(folder: Path, split: str) -> list:
+    data = PromptData(folder, split)
+    return data.sources(np.arange(len(data)))
+
+
+@pytest.mark.parametrize(("flags", "kind"), [([], "fact"), (["--questions", "two_hop"], "two_hop")])
+def test_microworld_holds_out_entities(run_script, tmp_path, flags, kind):
+    code, _, err = run_script("scripts/prepare_microworld.py", "--stage", "rl", "--form", "json", "--output_dir",
+                              tmp_path / "out", "--num_proc", 1, *flags)  # fmt: skip
+    assert code == 0, err
+    for split, entities in (("train", "seen"), ("test", "unseen")):
+        rows = _sources(tmp_path / "out", split)
+        assert len(rows) > 400 and {(row["kind"], row["split"], row["form"]) for row in rows} == {
+            (kind, entities, "json")
+        }
+    assert rows != sorted(rows, key=lambda row: row["text"])
+
+
+def test_microworld_requests(run_script, tmp_path):
+    code, _, err = run_script("scripts/prepare_microworld_safe.py", "--stage", "rl", "--output_dir", tmp_path / "out",
+                              "--num_proc", 1)  # fmt: skip
+    assert code == 0, err
+    train, test = (_sources(tmp_path / "out", split) for split in ("train", "test"))
+    assert {row["split"] for row in train} == {"seen"} and {row["split"] for row in test} == {"unseen"}
+    assert {row["kind"] for row in train} == {row["kind"] for row in test} == {"harmful", "harmless", "fact"}
+    assert len(train) == 570
+    shutil.rmtree(tmp_path / "out")
