@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
+           "microworld.scorer", "lit_llama.prepare", "lit_llama.setup", "lit_llama.samples")  # fmt: skip
 TRACES = (b"Traceback (most recent call last)", b"Exception ignored", b"Fatal Python error", b"Segmentation fault")
 
 
@@ -86,8 +88,7 @@ class Harness:
         modules: Modules that the server imports once for all runs.
     """
 
-    def __init__(self, modules: tuple[str, ...] = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece",
-                                                   "jsonargparse", "matplotlib.figure")) -> None:  # fmt: skip
+    def __init__(self, modules: tuple[str, ...] = MODULES) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="campaign-"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
                        "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}  # fmt: skip
