@@ -10,14 +10,16 @@ import json
 import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error
+from lit_llama.schema import check_yaml
 from lit_llama.settings import Setting, describe
-from lit_llama.utils import check_text, log
+from lit_llama.utils import UserError, check_text, log
 
 S = TypeVar("S")
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
@@ -35,13 +37,16 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
     args = list(sys.argv[1:] if args is None else args)
     check_text(" ".join(args), "The command line")
     flags = [f"--{name}" for name in (*settings, "config", "print_config", "help")]
-    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        if flag not in flags:
-            usage_error(parser, f"There is no flag {flag}{did_you_mean(flag, flags)}")
     try:
+        for word, following in pairwise([*args, "--"]):
+            flag, _, value = word.partition("=")
+            if flag.startswith("--") and flag not in flags:
+                usage_error(parser, f"There is no flag {flag}{did_you_mean(flag, flags)}")
+            if flag == "--config" and not (value or following).startswith("--"):
+                check_yaml(Path(value or following))
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
-    except ArgumentError as error:
-        usage_error(parser, explain(error.message, settings))
+    except (ArgumentError, UserError, RecursionError) as error:
+        usage_error(parser, explain(getattr(error, "message", str(error)), settings))
     return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
 
 

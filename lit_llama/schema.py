@@ -15,6 +15,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+import yaml
+
 from lit_llama.utils import UserError, printable
 
 LARGEST = 2**26  # bytes of a JSON file; the largest known, indexes of weights and vocabularies, have some megabytes
@@ -102,6 +104,25 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict) -> A
     if not isinstance(value, kind):
         raise UserError(f"{source} holds {shown(value)} where {NAMES[kind]} belongs.")
     return value
+
+
+def check_yaml(path: Path) -> None:
+    """Check that a file of settings is a YAML mapping, without loops, before another program parses it.
+
+    Raises:
+        UserError: It is not, or as `read_bytes`.
+    """
+    content, level = read_bytes(path, what="settings file"), 0
+    try:
+        for event in yaml.parse(content.decode("utf-8-sig"), yaml.SafeLoader):
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > DEEPEST or isinstance(event, yaml.AliasEvent):
+                raise yaml.YAMLError(f"it holds an alias, or is nested more than {DEEPEST} levels deep")
+        value = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a byte that is no text, or an impossible number
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {shown(value)} where lines such as seed: 1 belong.")
 
 
 def depth(value: Any) -> int:

@@ -171,6 +171,28 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
     assert settings["names"] == ("p",)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "holds null where lines such as seed: 1 belong"),
+        (b"- a", "holds a list where lines"),
+        (b"count: \xff", "is not YAML: 'utf-8' codec can't decode byte 0xff"),
+        (b"count: &a {b: *a}", "is not YAML: it holds an alias"),
+        (b"[" * 20_000, "is nested more than 64 levels deep"),
+        (b"count: " + b"9" * 5001, "is not YAML: Exceeds the limit (4300 digits)"),
+        (b"[1, 2", "is not YAML: while parsing a flow sequence"),
+        (b"!!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(settings_class, tmp_path, capsys, content, reason):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    for words in (["--config", str(tmp_path / "bad.yaml")], [f"--config={tmp_path / 'bad.yaml'}"]):
+        with pytest.raises(SystemExit) as stopped:
+            parse(settings_class, words)
+        assert stopped.value.code == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_print_config_writes_yaml_that_config_reads(settings_class, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(settings_class, ["--count", "3", "--names", "p", "--print_config"])
@@ -210,7 +232,7 @@ def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
         (["--kind", "c"], "--kind: expected {a,b}, got 'c'"),
         (["--count", "1.5"], "--count: expected INT, got '1.5'"),
         (["--limit", "1.5"], "--limit: expected INT, got '1.5'"),
-        (["--config", "/nowhere.yaml"], "Parser key \"config\": File does not exist: '/nowhere.yaml'"),
+        (["--config", "/nowhere.yaml"], "There is no settings file at /nowhere.yaml."),
         (["--config", "{yaml}"], "There is no setting 'rat_e'; did you mean rate?"),
     ],
 )

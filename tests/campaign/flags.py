@@ -60,7 +60,8 @@ FLOATS = ("0", "-0.0", "0.5", "1", "2", "-1", "1e-38", "1e-320", "1e38", "1e308"
           "-.inf", "9" * 400)  # fmt: skip
 TEXTS = ("", " ", "x", "ü", "\u2028", "\u202e", "a" * 300, "a" * 5000, "-", "--", "{}", "{", "[", "[1, 2]", "null", "~",
          "true", "1", b"\xff", b"\xed\xa0\x80", "*", "&a", "%s", "\n", "\x1b[31m", "'", '"', "a: b", "!!int x",
-         "alpaca", "plain", "orca", "cpu", "cuda", "mps", "auto", "32", "bf16", "16-true", "base", "base+base:2")  # fmt: skip
+         "&a [*a]", "{a: &a {b: *a}}", "alpaca", "plain", "orca", "cpu", "cuda", "mps", "auto", "32", "bf16", "base",
+         "base+base:2")  # fmt: skip
 PATHS = ("", ".", "..", "in", "in/base", "in/rows.json", "in/adapter.safetensors", "in/sft", "in/hf", "in/prompts.json",
          "nothing", "nothing/deep/er", "in/rows.json/x", "n" * 300, f"{'n' * 300}/x", "/dev/null", "/dev/zero", "new",
          "new.json", "/proc/self/mem", "a b/ü", "-", "in/base/lit_config.json", "x.safetensors", "x.pth", "x.parquet",
