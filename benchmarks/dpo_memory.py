@@ -5,6 +5,7 @@ the process gained over its size before the model was loaded.
 """
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +34,13 @@ def main(settings: Settings) -> None:
         raise UserError(f"rows is {settings.rows}; two make a pair, so it must be even.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
     shared = {"kind": "ours", "n": 1, "weights": settings.checkpoint_dir, "device": device,
-              "precision": b.precision_name(dtype), "threads": torch.get_num_threads()}  # fmt: skip
+              "dtype": dtype, "threads": torch.get_num_threads()}  # fmt: skip
     batch = settings.rows, settings.tokens, int(settings.response_share * settings.tokens)
     found = {}
     for loss in ("sft", "dpo", "dpo, two models"):
-        contestant = b.Contestant(loss, **shared)
-        contestant("load")
-        found[loss] = contestant("step", batches=[batch], data="random", loss=loss)["peak"]
-        contestant.close()
+        with closing(b.Contestant(loss, **shared)) as contestant:
+            contestant("load")
+            found[loss] = contestant("step", batches=[batch], data="random", loss=loss)["peak"]
     for loss, size in found.items():
         print(f"{loss:<16}{size / 1e6:>10,.0f} MB{size / found['sft']:>8.2f} x")
 

@@ -1,26 +1,39 @@
-"""Contestants in processes of their own that take turns, and the settings that the benchmarks share."""
+"""What the benchmarks share: settings, contestants in processes of their own that take turns, peers, and reports."""
 
 import multiprocessing
+import os
+import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from benchmarks import worker
-from benchmarks.material import shape, write_weights
-from benchmarks.measure import Clock
+from benchmarks.material import dtype_name, random_weights, shape
+from benchmarks.measure import Clock, median_interval
+from lit_llama.checkpoint import versions
 from lit_llama.device import pick_device
-from lit_llama.files import write_text
+from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMAConfig
+from lit_llama.report import make_figure, save_figure
 from lit_llama.settings import Checked, NonNegativeInt, PositiveInt
 from lit_llama.utils import UserError, log
+
+Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.worker.Worker`
+Turns = Mapping[str, Callable[[], Any]]  # contestant -> what it does in its turn
+Answers = dict[str, list[Any]]  # contestant -> what its turns returned
 
 
 @dataclass
@@ -50,31 +63,7 @@ class PeerSettings(BenchmarkSettings):
     clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
-class Run(NamedTuple):
-    """The shape of the model, where and in what it computes, and the settings that all contestants share."""
-
-    config: LLaMAConfig
-    device: torch.device
-    dtype: torch.dtype
-    shared: dict[str, Any]
-
-
-def start_run(settings: PeerSettings) -> Run:
-    """Set the number of threads, pick the device, and write the random weights."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device, dtype = pick_device(settings.accelerator, settings.precision)
-    if settings.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
-        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
-    config, precision = shape(settings.size), precision_name(dtype)
-    weights = settings.out_dir / f"weights-{settings.size}-{precision}"
-    write_weights(weights, config, dtype)
-    shared = {"weights": weights, "device": device, "precision": precision, "clock": settings.clock}
-    return Run(config, device, dtype, {**shared, "threads": torch.get_num_threads()})
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "32"
+# == contestants ==
 
 
 class Unavailable(UserError):
@@ -106,23 +95,7 @@ class Contestant:
         self.process.shutdown()
 
 
-def start_all(specs: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Contestant]:
-    """Start the contestants and load their models; a peer that is unavailable is left out with a note."""
-    contestants = {}
-    for name, settings in specs.items():
-        contestant = Contestant(name, **settings)
-        try:
-            contestant("load")
-            contestants[name] = contestant
-        except Unavailable as error:
-            contestant.close()
-            notes.append(f"Without {error}")
-    return contestants
-
-
-def take_turns(
-    turns: Mapping[str, Callable[[], Any]], rounds: int, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def take_turns(turns: Turns, rounds: int, notes: list[str]) -> tuple[dict[str, Any], Answers]:
     """Call every contestant once per round: A B C, B C A, C A B, …
 
     So whatever else the machine does affects all of them, and none always follows the same one. A peer that becomes
@@ -131,7 +104,7 @@ def take_turns(
     Returns:
         What each contestant returned in a first round that warms up, and in the `rounds` that count.
     """
-    found: dict[str, list[Any]] = {name: [] for name in turns}
+    found: Answers = {name: [] for name in turns}
     with tqdm(total=len(turns) * (rounds + 1), unit="turn") as bar:
         for number in range(rounds + 1):
             first = number % len(turns)
@@ -145,6 +118,68 @@ def take_turns(
                     del found[name]
                 bar.update()
     return {name: answers[0] for name, answers in found.items()}, {name: found[name][1:] for name in found}
+
+
+@dataclass
+class Run:
+    """A benchmark of this project beside its peers.
+
+    Args:
+        config: Shape of the model.
+        shared: Settings of all contestants.
+        notes: Sentences at the end of the report.
+    """
+
+    settings: PeerSettings
+    config: LLaMAConfig
+    device: torch.device
+    dtype: torch.dtype
+    shared: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def specs(self, ours: Specs, peers: Specs) -> Specs:
+        """Return the complete settings of the contestants; the peers are installed and follow ours."""
+        specs = {name: {**self.shared, "kind": "ours", **own} for name, own in ours.items()}
+        if self.settings.peers:
+            path = install_peers(self.settings.out_dir / "peers", self.notes)
+            specs |= {name: {**self.shared, "path": path, **own} for name, own in peers.items()}
+        return specs
+
+    @contextmanager
+    def contestants(self, ours: Specs, peers: Specs) -> Iterator[dict[str, Contestant]]:
+        """Yield contestants that have loaded their models; a peer that is unavailable is left out with a note."""
+        contestants = {name: Contestant(name, **spec) for name, spec in self.specs(ours, peers).items()}
+        loads = {name: partial(contestant, "load") for name, contestant in contestants.items()}
+        ready, _ = take_turns(loads, 0, self.notes)
+        for name in contestants.keys() - ready.keys():
+            contestants.pop(name).close()
+        yield contestants
+        for contestant in contestants.values():
+            contestant.close()
+
+    def path(self, name: str, suffix: str) -> Path:
+        return self.settings.out_dir / f"{name}-{self.settings.size}{suffix}"
+
+    def publish(self, title: str, parts: list[str]) -> None:
+        heading = f"{title}, {self.settings.size}, {dtype_name(self.dtype)}"
+        publish(self.path(title.lower(), ".md"), heading, [*parts, *self.notes], self.device)
+
+
+def start_run(settings: PeerSettings) -> Run:
+    """Set the number of threads, pick the device, and write the random weights."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    check_clock(settings.clock, device)
+    weights = random_weights(settings.out_dir, settings.size, dtype)
+    shared = {"weights": weights, "device": device, "dtype": dtype, "clock": settings.clock}
+    return Run(settings, shape(settings.size), device, dtype, {**shared, "threads": torch.get_num_threads()})
+
+
+def check_clock(clock: Clock, device: torch.device) -> None:
+    """Raises: UserError: Processor seconds are not those of the work."""
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
 
 
 def install_peers(folder: Path, notes: list[str]) -> Path:
@@ -171,3 +206,68 @@ def install_peers(folder: Path, notes: list[str]) -> Path:
     names = ("torch", "transformers", "peft", "litgpt")
     notes.append("The peers: " + ", ".join(f"{name} {found[name]}" for name in names if name in found) + ".")
     return path
+
+
+# == reports ==
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return {
+        "machine": f"{cpu}, {os.cpu_count()} cores{gpu}{load}",
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def publish(path: Path, title: str, parts: list[str], device: torch.device) -> None:
+    """Write a report in Markdown and print it: what ran where, then its parts."""
+    machine = "\n".join(f"- {name}: {value}" for name, value in describe_machine(device).items())
+    text = "\n\n".join([f"# {title}", machine, *parts]) + "\n"
+    claim(path.parent, [path.name])
+    write_text(path, text)
+    print(text, end="")
+
+
+def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
+    """Draw a panel for each quantity: a bar for each contestant, the median with its interval."""
+    figure, grid = _panels(len(panels))
+    for axes, (label, bars) in zip(grid, panels.items(), strict=True):
+        middles, lows, highs = np.transpose([median_interval(values) for values in bars.values()])
+        axes.barh(list(bars), middles, xerr=[middles - lows, highs - middles], color="C0", ecolor="0.3", capsize=3)
+        axes.invert_yaxis()
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3, axis="x")
+    claim(path.parent, [path.name])
+    save_figure(figure, path)
+
+
+def plot_lines(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], ylabel: str) -> None:
+    """Draw a panel for each cause: named curves of (cause, cost) from the origin."""
+    figure, grid = _panels(len(panels))
+    for axes, (label, curves) in zip(grid, panels.items(), strict=True):
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
+        axes.set(xlabel=label, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    claim(path.parent, [path.name])
+    save_figure(figure, path)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels, two in a line."""
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    figure = make_figure(7 * columns, 3.6 * lines)
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]

@@ -4,6 +4,7 @@ Each start is a process of its own, in turns; the weights are in the page cache 
 """
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from benchmarks import harness as b
 from benchmarks.generation import PEERS
 from benchmarks.measure import with_interval
-from benchmarks.report import plot_bars, publish
 from lit_llama import cli
 from lit_llama.checkpoint import weights_path
 from lit_llama.settings import PositiveInt
@@ -27,38 +27,28 @@ class Settings(b.PeerSettings):
     prompt_length: PositiveInt = 32  # tokens
 
 
-def first_token(name: str, spec: dict[str, Any], prompt: list[int]) -> dict[str, float]:
-    """Return the seconds and the most bytes that a new process takes to load the model and generate a token."""
-    contestant = b.Contestant(name, **spec)
-    try:
+def first_token(name: str, spec: dict[str, Any], prompt: list[int]) -> tuple[float, float]:
+    """Return the seconds and the most megabytes that a new process takes to load the model and generate a token."""
+    with closing(b.Contestant(name, **spec)) as contestant:
         loaded = contestant("load")
         answer = contestant("generate", prompts=[prompt], n_new=1)
-    finally:
-        contestant.close()
-    return {"seconds": loaded["seconds"] + answer["prefill"], "bytes": answer["peak"]}
+    return loaded["seconds"] + answer["prefill"], answer["peak"] / 1e6
 
 
 def main(settings: Settings) -> None:
-    run, notes = b.start_run(settings), []
-    specs = {"Aligner N = 1": {**run.shared, "kind": "ours", "n": 1, "generates": True}}
-    if settings.peers:
-        path = b.install_peers(settings.out_dir / "peers", notes)
-        specs |= {name: {**run.shared, **peer, "path": path} for name, peer in PEERS.items()}
-    prompt = list(range(3, 3 + settings.prompt_length))
+    run, prompt = b.start_run(settings), list(range(3, 3 + settings.prompt_length))
+    specs = run.specs({"Aligner N = 1": {"n": 1, "generates": True}}, PEERS)
     turns = {name: partial(first_token, name, spec, prompt) for name, spec in specs.items()}
-    _, found = b.take_turns(turns, settings.rounds, notes)
-    weights = weights_path(run.shared["weights"]).stat().st_size
-    seconds = {name: [answer["seconds"] for answer in answers] for name, answers in found.items()}
-    megabytes = {name: [answer["bytes"] / 1e6 for answer in answers] for name, answers in found.items()}
-    rows = [
-        [name, with_interval(seconds[name]), with_interval(megabytes[name]),
-         with_interval([1e6 * m / weights for m in megabytes[name]])]
-        for name in found
-    ]  # fmt: skip
-    table = markdown_table(["", "seconds to the first token", "MB at most", "of the weights"], rows)
-    path = settings.out_dir / f"loading-{settings.size}.md"
-    plot_bars(path.with_suffix(".png"), {"seconds to the first token": seconds, "MB at most": megabytes})
-    publish(path, f"Loading, {settings.size}, {run.shared['precision']}", [table, *notes], run.device)
+    _, found = b.take_turns(turns, settings.rounds, run.notes)
+    size = weights_path(run.shared["weights"]).stat().st_size / 1e6
+    seconds, megabytes = ({name: [turn[i] for turn in turns] for name, turns in found.items()} for i in (0, 1))
+    rows = []
+    for name, own in megabytes.items():
+        cells = [seconds[name], own, [value / size for value in own]]
+        rows.append([name, *map(with_interval, cells)])
+    b.plot_bars(run.path("loading", ".png"), {"seconds to the first token": seconds, "MB at most": megabytes})
+    heads = ["", "seconds to the first token", "MB at most", "of the weights"]
+    run.publish("Loading", [markdown_table(heads, rows)])
 
 
 if __name__ == "__main__":

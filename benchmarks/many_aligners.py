@@ -7,14 +7,12 @@ and adapters are added, gathered, swapped and removed.
 
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -22,9 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks import harness as b
-from benchmarks.material import START, random_adapter, shape, write_weights
-from benchmarks.measure import Memory, compare, number, timed, with_interval
-from benchmarks.report import plot_bars, plot_lines, publish
+from benchmarks.material import START, dtype_name, random_adapter, random_weights, shape
+from benchmarks.measure import Memory, compare, now, number, timed, with_interval
 from lit_llama import cli
 from lit_llama.bank import Bank
 from lit_llama.checkpoint import load_model
@@ -59,11 +56,13 @@ SAVED_BYTES = 1e9  # banks up to this size are also written to a file and opened
 Batch = tuple[LLaMA, list[str | None] | None]  # a model, and the adapters of the rows if it has a bank
 
 
+# == speed ==
+
+
 def make_batches(settings: Settings, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, Batch]:
     """Return all kinds of batches on random weights."""
     rows, config = settings.batch_size, shape(size)
-    base = settings.out_dir / f"weights-{size}-{b.precision_name(dtype)}"
-    write_weights(base, config, dtype)
+    base = random_weights(settings.out_dir, size, dtype)
     bank, options = Bank(config, start_layer=START, dtype=torch.bfloat16), {"device": device, "dtype": dtype}
     many = pack_(load_with_bank(base, bank, **options))
     batches: dict[str, Batch] = {
@@ -87,9 +86,7 @@ def without_bank(n: int) -> str:
     return f"N = {n}, one adapter, no bank"
 
 
-def measure_speed(
-    settings: Settings, size: str, device: torch.device, dtype: torch.dtype, notes: list[str]
-) -> dict[str, list[float]]:
+def measure_speed(settings: Settings, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     """Return the tokens/s of each kind of batch: gathering and projecting the adapters, prefill, decoding."""
     prompts = torch.randint(3, shape(size).vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
 
@@ -100,7 +97,7 @@ def measure_speed(
     batches = make_batches(settings, size, device, dtype)
     turns = {name: partial(timed, partial(answer, *batch), device) for name, batch in batches.items()}
     tokens = settings.batch_size * settings.new_tokens
-    _, seconds = b.take_turns(turns, settings.rounds, notes)
+    _, seconds = b.take_turns(turns, settings.rounds, notes=[])
     return {name: [tokens / s for s in own] for name, own in seconds.items()}
 
 
@@ -112,70 +109,80 @@ def speed_table(settings: Settings, rates: dict[str, list[float]]) -> str:
     return markdown_table(["rows of the batch", "tokens/s", "of the same without a bank", "verdict"], rows)
 
 
-def seconds_each(work: Callable[[int], Any], count: int) -> np.ndarray:
+# == banks ==
+
+
+def seconds_each(work: Callable[[int], object], count: int) -> np.ndarray:
     """Return the seconds of work(0), work(1), …, each."""
-    times = [time.perf_counter()]
+    times = [now()]
     for i in range(count):
         work(i)
-        times.append(time.perf_counter())
+        times.append(now())
     return np.diff(times)
+
+
+def fill(bank: Bank, count: int, add: Callable[[int], None]) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Add `count` adapters, and return the seconds of each and the growth of memory as (adapters, GB) pairs."""
+    memory, growth, seconds = Memory(), [(0.0, 0.0)], []
+    for stop in np.linspace(0, count, 11).astype(int)[1:]:
+        start = len(bank)
+        log(f"{start:,} of {count:,} adapters")
+        seconds.append(seconds_each(lambda i, start=start: add(start + i), stop - start))
+        growth.append((len(bank), memory.now() / 1e9))
+    return np.concatenate(seconds), growth
+
+
+def file_seconds(bank: Bank, name: str, file: Path) -> dict[str, str]:
+    """Return the seconds to write a bank to a file and to open it, as text."""
+    seconds = ["not done", "not done"]
+    if bank.nbytes <= SAVED_BYTES:
+        seconds = [number(timed(work)) for work in (lambda: bank.save(file), lambda: Bank.load(file).gather([name]))]
+        file.unlink()
+    return dict(zip(("s to write the bank to a file", "s to open the file"), seconds, strict=True))
 
 
 def measure_bank(settings: Settings, width: str) -> tuple[dict[str, str], list[tuple[float, float]]]:
     """Return what a filled bank of bf16 adapters takes, as text, and its growth: (adapters, GB) pairs."""
-    config = LLaMAConfig.from_name(width)
+    config, samples, rng = LLaMAConfig.from_name(width), settings.samples, np.random.default_rng(0)
     numbers = config.n_embd + (config.n_layer - START) * config.n_head
     count = min(settings.adapters, int(settings.memory_gb * 1e9 / (2 * numbers + NAME_BYTES)))
-    pool, rng = [random_adapter(config, 1) for _ in range(100)], np.random.default_rng(0)
-    bank, memory = Bank(config, start_layer=START, dtype=torch.bfloat16), Memory(torch.device("cpu"))
-    growth, adding = [(0.0, 0.0)], []
-    for stop in np.linspace(0, count, 11).astype(int)[1:]:
-        log(f"{width}: {len(bank):,} of {count:,} adapters")
-        start = len(bank)
-        adding.append(seconds_each(lambda i, start=start: bank.add(f"user-{start + i}", pool[i % 100]), stop - start))
-        growth.append((len(bank), memory.now() / 1e9))
-    held = memory.now()
-
-    def draw(size: int) -> list[list[str]]:
-        return [[f"user-{i}" for i in rng.integers(count, size=size)] for _ in range(settings.samples)]
-
-    one, batch = draw(1), draw(64)
-    gone = [f"user-{i}" for i in rng.permutation(count)[: settings.samples]]
+    pool = [random_adapter(config, 1) for _ in range(100)]
+    bank = Bank(config, start_layer=START, dtype=torch.bfloat16)
+    adding, growth = fill(bank, count, lambda i: bank.add(f"user-{i}", pool[i % 100]))
+    grown = growth[-1][1] * 1e9
+    one, many = ([[f"user-{i}" for i in rng.integers(count, size=size)] for _ in range(samples)] for size in (1, 64))
+    gone = [f"user-{i}" for i in rng.permutation(count)[:samples]]
     times = {
-        "µs to add one": np.concatenate(adding),
-        "µs to look up and gather one": seconds_each(lambda i: bank.gather(one[i]), settings.samples),
-        "µs to look up and gather 64": seconds_each(lambda i: bank.gather(batch[i]), settings.samples),
-        "µs to swap one": seconds_each(lambda i: bank.swap(one[-i][0], pool[i % 100]), settings.samples),
+        "µs to add one": adding,
+        "µs to look up and gather one": seconds_each(lambda i: bank.gather(one[i]), samples),
+        "µs to look up and gather 64": seconds_each(lambda i: bank.gather(many[i]), samples),
+        "µs to swap one": seconds_each(lambda i: bank.swap(one[-i][0], pool[i % 100]), samples),
         "µs to remove one": seconds_each(lambda i: bank.remove(gone[i]), len(gone)),
     }
     for name in gone:
         bank.add(name, pool[0])
-    saving = opening = "not done"
-    if bank.nbytes <= SAVED_BYTES:
-        file, cpu = settings.out_dir / f"bank-{width}.safetensors", torch.device("cpu")
-        saving = number(timed(lambda: bank.save(file), cpu))
-        opening = number(timed(lambda: Bank.load(file).gather([gone[0]]), cpu))
-        file.unlink()
     rows = {
         "adapters in the bank": f"{count:,}",
         "numbers of one": f"{numbers:,}",
         "bytes of one, in bf16": f"{2 * numbers:,}",
         "GB of prefixes and gates": number(bank.nbytes / 1e9),
-        "GB that the process grew by": number(held / 1e9),
-        "bytes for the name and entry of one": f"{(held - bank.nbytes) / count:,.0f}",
+        "GB that the process grew by": number(grown / 1e9),
+        "bytes for the name and entry of one": f"{(grown - bank.nbytes) / count:,.0f}",
         **{what: f"{number(1e6 * np.median(t))} ({number(1e6 * np.quantile(t, 0.99))})" for what, t in times.items()},
-        "s to write the bank to a file": saving,
-        "s to open the file": opening,
+        **file_seconds(bank, gone[0], settings.out_dir / f"bank-{width}.safetensors"),
     }
     return rows, growth
+
+
+# == the report ==
 
 
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    (device, dtype), notes = pick_device(settings.accelerator, settings.precision), []
-    rates = {size: measure_speed(settings, size, device, dtype, notes) for size in settings.sizes}
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    rates = {size: measure_speed(settings, size, device, dtype) for size in settings.sizes}
     banks = {}
     for width in settings.widths:  # each in its own process, so that its memory can be told apart
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -185,17 +192,17 @@ def main(settings: Settings) -> None:
     lines = [[name, *(rows[name] for rows, _ in banks.values())] for name in names]
     parts = [
         f"## Speed\n\n{settings.batch_size} prompts of {settings.prompt_tokens} tokens as one batch, "
-        f"{settings.new_tokens} new tokens each, greedy, random weights in {b.precision_name(dtype)}. Gathering and "
+        f"{settings.new_tokens} new tokens each, greedy, random weights in {dtype_name(dtype)}. Gathering and "
         "projecting the adapters is part of the time.",
         *(f"### {size}\n\n{speed_table(settings, found)}" for size, found in rates.items()),
         f"## Size and speed of a bank\n\nAdapters of one token, at most {settings.memory_gb:g} GB. Times are medians, "
         "with the 99 % quantile in brackets.\n\n" + markdown_table(["at the width of", *banks], lines),
     ]
     path = settings.out_dir / "many-aligners.md"
-    plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": found for size, found in rates.items()})
+    b.plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": found for size, found in rates.items()})
     curves = {f"adapters of one token at {width}'s width": {"measured": points} for width, (_, points) in banks.items()}
-    plot_lines(path.with_name("many-aligners-memory.png"), curves, "GB of main memory")
-    publish(path, "Many Aligners at once", [*parts, *notes], device)
+    b.plot_lines(path.with_name("many-aligners-memory.png"), curves, "GB of main memory")
+    b.publish(path, "Many Aligners at once", parts, device)
 
 
 if __name__ == "__main__":

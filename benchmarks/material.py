@@ -64,6 +64,18 @@ def write_weights(folder: Path, config: LLaMAConfig, dtype: torch.dtype) -> None
         write_text(new / done.name, about)
 
 
+def random_weights(out_dir: Path, size: str, dtype: torch.dtype) -> Path:
+    """Write a base of a size with random weights, unless it exists, and return its folder."""
+    folder = out_dir / f"weights-{size}-{dtype_name(dtype)}"
+    write_weights(folder, shape(size), dtype)
+    return folder
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "fp32", "bf16" or "fp16"."""
+    return str(dtype).removeprefix("torch.").replace("float", "f" if dtype == torch.bfloat16 else "fp")
+
+
 def random_adapter(config: LLaMAConfig, length: int) -> AdapterFile:
     """Return an Aligner with open gates."""
     state = {"global_value_embedding.weight": torch.randn(length, config.n_embd)}

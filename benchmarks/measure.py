@@ -1,6 +1,5 @@
 """Time, memory and statistics of the benchmarks."""
 
-import math
 import resource
 import statistics
 import sys
@@ -11,24 +10,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.stats import binom
+
+from lit_llama.tables import markdown_table
 
 Clock = Literal["wall", "cpu"]
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 CPU = torch.device("cpu")
 
 
-def synchronize(device: torch.device) -> None:
+def now(device: torch.device = CPU, clock: Clock = "wall") -> float:
+    """Return the seconds of a clock when the device has finished; "cpu" counts processor seconds of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter() if clock == "wall" else time.process_time()
 
 
 def timed(work: Callable[[], Any], device: torch.device = CPU, clock: Clock = "wall") -> float:
-    """Return the seconds of one call; the clock "cpu" counts processor seconds of this process."""
-    synchronize(device)
-    began = CLOCKS[clock]()
+    """Return the seconds of one call."""
+    began = now(device, clock)
     work()
-    synchronize(device)
-    return CLOCKS[clock]() - began
+    return now(device, clock) - began
 
 
 def copy_bandwidth(device: torch.device, clock: Clock) -> float:
@@ -84,9 +85,8 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     probability of 1 - 2 P(B < k), where B is binomial with n draws and p = 1/2; k is the largest that gives 95 %. With
     fewer than six values it is 1, and the probability is lower: 94 % with five.
     """
-    values, n, k = sorted(values), len(values), 1
-    while 1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n >= 0.95:
-        k += 1
+    values, n = sorted(values), len(values)
+    k = max(1, int(binom.ppf(0.025, n, 0.5)))
     return statistics.median(values), values[k - 1], values[n - k]
 
 
@@ -114,3 +114,7 @@ def compare(values: list[float], others: list[float], digits: int = 3) -> list[s
     else:
         verdict = "more" if float(low) > 1 else "less"
     return [f"{middle} ({low} to {high})", verdict]
+
+
+def ratio_table(rows: list[list[str]]) -> str:
+    return "## Ratios\n\n" + markdown_table(["what", "target", "measured (interval)", "verdict"], rows)

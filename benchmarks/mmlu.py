@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 import torch
 
-from benchmarks.harness import take_turns
+from benchmarks.harness import check_clock, take_turns
 from benchmarks.measure import Clock, compare, timed, with_interval
 from evaluate import mmlu
 from evaluate.common import load
@@ -20,7 +20,6 @@ from lit_llama import cli
 from lit_llama.modules import eval_mode
 from lit_llama.settings import NonNegativeInt, PositiveInt
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError
 
 
 @dataclass
@@ -39,8 +38,7 @@ def main(settings: Settings) -> None:
     evaluated = load(settings)
     model, tokenizer = evaluated.model, evaluated.tokenizer
     device = model.transformer.wte.weight.device
-    if settings.clock == "cpu" and (device.type != "cpu" or settings.threads > 1):
-        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
+    check_clock(settings.clock, device)
     letters = Letters.of(tokenizer)
     prompts = {q.id: letters.prompt(tokenizer, q.prompt) for q in mmlu.make_questions(settings, evaluated.style)}
     lengths = {id: len(ids) for id, ids in prompts.items() if len(ids) <= model.max_tokens}

@@ -6,6 +6,7 @@ memory can be told apart. The peers are installed from PyPI into the output fold
 """
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,13 @@ from typing import Annotated, Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
+import torch
 
 from benchmarks import harness as b
 from benchmarks.material import alpaca_lengths, padding_share, training_flops, write_data
-from benchmarks.measure import compare, matmul_rate, number, with_interval
-from benchmarks.report import plot_bars, plot_lines, publish
+from benchmarks.measure import compare, matmul_rate, number, ratio_table, with_interval
 from lit_llama import cli
 from lit_llama.data import plan_epoch
-from lit_llama.device import DTYPES
 from lit_llama.settings import PositiveInt, Range
 from lit_llama.tables import markdown_table
 
@@ -39,12 +39,14 @@ class Settings(b.PeerSettings):
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
 SFT_PAIRS, DPO_PAIRS = "SFT on the pairs", "DPO, cached reference"
+PAIRS = {SFT_PAIRS: "sft", DPO_PAIRS: "dpo"}  # losses on pairs of responses
 PEERS = {
     "PEFT LoRA r = 8": dict(kind="transformers", method="lora"),
     "PEFT adaption_prompt": dict(kind="transformers", method="adaption_prompt"),
     "LitGPT adapter": dict(kind="litgpt", method="adapter"),
 }
 PARTS = ("data", "forward", "backward", "optimizer")
+USUAL = {"tokens of a row": 256, "layers": 8, "rows of a batch": 2}
 GROWTH = {
     "tokens of a row": (64, 128, 256, 512, 1024),
     "prefix tokens N": (1, 10, 100, 200, 300),
@@ -52,9 +54,6 @@ GROWTH = {
     "rows of a batch": (1, 2, 4, 8),
 }
 Growth = dict[str, dict[str, list[tuple[float, float]]]]  # cause -> curve -> (value, seconds)
-
-
-Steps = dict[str, list[dict[str, Any]]]  # contestant -> answers of `benchmarks.worker.Worker.step`
 
 
 def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndarray]]:
@@ -73,44 +72,36 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def measure(settings: Settings, run: b.Run, notes: list[str]) -> tuple[dict[str, dict[str, Any]], Steps]:
+def measure(run: b.Run) -> tuple[dict[str, dict[str, Any]], b.Answers]:
     """Return the first step and the measured steps of every contestant; of a peer, on its own batches too."""
+    settings = run.settings
     prompts, lengths = alpaca_lengths(1024, min(settings.max_length, run.config.block_size))
-    data = settings.out_dir / "data"
-    write_data(data, prompts, lengths, run.config.vocab_size)
-    ours = {**run.shared, "data": data, "kind": "ours"}
-    specs: dict[str, dict[str, Any]] = {name: {**ours, "n": n} for name, n in ((BARE, 0), (N1, 1), (N10, 10))}
-    if run.shared["precision"] == "32":
-        specs[BF16] = {**ours, "n": 1, "precision": "bf16"}
-    if settings.peers:
-        path = b.install_peers(settings.out_dir / "peers", notes)
-        specs |= {name: {**ours, **peer, "path": path} for name, peer in PEERS.items()}
-    if settings.dpo:
-        specs |= {name: {**ours, "n": 1} for name in (SFT_PAIRS, DPO_PAIRS)}
-    contestants = b.start_all(specs, notes)
-
+    run.shared["data"] = settings.out_dir / "data"
+    write_data(run.shared["data"], prompts, lengths, run.config.vocab_size)
     batches = choose(lengths, settings.micro_batch_size, settings.micro_batches)
     half = [rows[: max(1, len(rows) // 2)] for rows in batches["grouped"]]
-    turns = {}
-    for name, contestant in contestants.items():
-        if name in (SFT_PAIRS, DPO_PAIRS):
-            loss = "sft" if name == SFT_PAIRS else "dpo"
-            turns[name] = partial(contestant, "step", batches=half, data="pairs", loss=loss)
-            continue
-        turns[name] = partial(contestant, "step", batches=batches["grouped"])
-        if name in PEERS:
-            turns[f"{name}, own batches"] = partial(contestant, "step", batches=batches["random"])
-    found = b.take_turns(turns, settings.rounds, notes)
-    for contestant in contestants.values():
-        contestant.close()
-    return found
+    ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}}
+    if run.dtype == torch.float32:
+        ours[BF16] = {"n": 1, "dtype": torch.bfloat16}
+    if settings.dpo:
+        ours |= {name: {"n": 1} for name in PAIRS}
+    with run.contestants(ours, PEERS) as contestants:
+        turns = {}
+        for name, contestant in contestants.items():
+            if name in PAIRS:
+                turns[name] = partial(contestant, "step", batches=half, data="pairs", loss=PAIRS[name])
+                continue
+            turns[name] = partial(contestant, "step", batches=batches["grouped"])
+            if name in PEERS:
+                turns[f"{name}, own batches"] = partial(contestant, "step", batches=batches["random"])
+        return b.take_turns(turns, settings.rounds, run.notes)
 
 
 def tokens_per_second(steps: list[dict[str, Any]]) -> list[float]:
     return [step["lengths"].sum() / sum(step["seconds"].values()) for step in steps]
 
 
-def step_table(settings: Settings, run: b.Run, found: Steps, peak: dict[str, float]) -> str:
+def step_table(run: b.Run, found: b.Answers, peak: dict[torch.dtype, float]) -> str:
     rows = []
     for name, steps in found.items():
         last, rates = steps[-1], tokens_per_second(steps)
@@ -120,15 +111,16 @@ def step_table(settings: Settings, run: b.Run, found: Steps, peak: dict[str, flo
             with_interval(rates),
             f"{last['padding']:.1%}",
             number(last["beyond"] / 1e6),
-            f"{flops / peak['bf16' if name == BF16 else run.shared['precision']]:.0%}",
+            f"{flops / peak[torch.bfloat16 if name == BF16 else run.dtype]:.0%}",
             *(number(1000 * np.median([step["seconds"][part] for step in steps])) for part in PARTS),
         ])  # fmt: skip
     heads = ["", "tokens/s", "padding", "MB beyond the weights", "MFU", *(f"{part}, ms" for part in PARTS)]
-    table = markdown_table(heads, rows)
-    return f"## A step of {settings.micro_batches} × {settings.micro_batch_size} rows\n\n{table}"
+    size = f"{run.settings.micro_batches} × {run.settings.micro_batch_size}"
+    return f"## A step of {size} rows\n\n{markdown_table(heads, rows)}"
 
 
-def ratio_table(settings: Settings, run: b.Run, found: Steps) -> str:
+def ratios(run: b.Run, found: b.Answers) -> list[list[str]]:
+    """Return the lines of the table of ratios."""
     rates, rows = {name: tokens_per_second(steps) for name, steps in found.items()}, []
 
     def ratio(what: str, target: str, one: str, other: str) -> None:
@@ -148,73 +140,74 @@ def ratio_table(settings: Settings, run: b.Run, found: Steps) -> str:
             ratio(f"tokens/s, N = 1 over {fastest.removesuffix(suffix)} {what}", target, N1, fastest)
             memory(f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", N1, leanest, "beyond")
     ratio("tokens/s, bf16 base over fp32 base", "≥ 1.8", BF16, N1)
-    if settings.dpo:
+    if run.settings.dpo:
         ratio("time, DPO over SFT", "≤ 1.05", SFT_PAIRS, DPO_PAIRS)
         memory("peak memory, DPO over SFT", "≤ 1.1", DPO_PAIRS, SFT_PAIRS, "peak")
+    return rows
+
+
+def paddings(settings: Settings) -> list[list[str]]:
+    """Return the lines about the padding of an epoch."""
     _, lengths = alpaca_lengths(51760, min(2048, settings.max_length), seed=1)
     epoch = [rows for step in plan_epoch(lengths, 64, settings.micro_batch_size, 0, 0) for rows in step]
     random = np.array_split(np.random.default_rng(0).permutation(len(lengths)), len(epoch))
-    for what, target, batches in (
-        ("padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", epoch),
-        ("the same in random order", "", random),
-    ):
-        rows.append([what, target, f"{padding_share(lengths, batches):.1%}", ""])
-    return "## Ratios\n\n" + markdown_table(["what", "target", "measured (interval)", "verdict"], rows)
+    grouped, shuffled = (f"{padding_share(lengths, batches):.1%}" for batches in (epoch, random))
+    return [
+        ["padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", grouped, ""],
+        ["the same in random order", "", shuffled, ""],
+    ]
 
 
 def measure_growth(run: b.Run) -> Growth:
     """Return the seconds of a forward and backward pass against one cause at a time, on narrower random models."""
-    contestant = b.Contestant("growth", **run.shared, kind="ours", n=1)
     large = run.device.type == "cuda"
     config = dict(block_size=4096, vocab_size=4096, n_head=16 if large else 4, n_embd=2048 if large else 256)
 
     def seconds(n: int, cause: str, value: int) -> float:
-        usual = {"tokens of a row": 256, "layers": 8, "rows of a batch": 2, "prefix tokens N": n}
-        length, layers, rows, n = {**usual, cause: value}.values()
+        length, layers, rows, n = {**USUAL, "prefix tokens N": n, cause: value}.values()
         contestant("build", n=n, config={**config, "n_layer": layers})
         steps = [contestant("step", batches=[(rows, length, length // 2)], data="random") for _ in range(2)]
         return min(step["seconds"]["forward"] + step["seconds"]["backward"] for step in steps)
 
     found: Growth = {}
-    for cause, values in GROWTH.items():
-        curves = {"Aligner": 1} if cause == "prefix tokens N" else {"bare base": 0, "N = 1": 1}
-        found[cause] = {name: [(x, seconds(n, cause, x)) for x in values] for name, n in curves.items()}
-    contestant.close()
+    with closing(b.Contestant("growth", **run.shared, kind="ours", n=1)) as contestant:
+        for cause, values in GROWTH.items():
+            curves = {"Aligner": 1} if cause == "prefix tokens N" else {"bare base": 0, "N = 1": 1}
+            found[cause] = {name: [(x, seconds(n, cause, x)) for x in values] for name, n in curves.items()}
     return found
 
 
 def growth_table(found: Growth) -> str:
-    rows = [
-        [f"{cause}: {', '.join(str(value) for value, _ in points)}", curve,
-         ", ".join(number(1000 * seconds) for _, seconds in points)]
-        for cause, curves in found.items() for curve, points in curves.items()
-    ]  # fmt: skip
+    rows = []
+    for cause, curves in found.items():
+        for curve, points in curves.items():
+            values, seconds = zip(*points, strict=True)
+            cells = [f"{cause}: {', '.join(map(str, values))}", curve, ", ".join(number(1000 * s) for s in seconds)]
+            rows.append(cells)
     return "## Growth\n\n" + markdown_table(["cause", "", "ms"], rows)
 
 
 def main(settings: Settings) -> None:
-    run, notes = b.start_run(settings), []
-    peak = {name: matmul_rate(run.device, DTYPES[name], settings.clock) for name in ("32", "bf16")}
-    first, found = measure(settings, run, notes)
-    parts = [step_table(settings, run, found, peak), ratio_table(settings, run, found)]
-    path = settings.out_dir / f"training-{settings.size}.md"
-    plot_bars(path.with_suffix(".png"), {
+    run = b.start_run(settings)
+    dtypes = {torch.float32, torch.bfloat16, run.dtype}
+    peak = {dtype: matmul_rate(run.device, dtype, settings.clock) for dtype in dtypes}
+    first, found = measure(run)
+    parts = [step_table(run, found, peak), ratio_table(ratios(run, found) + paddings(settings))]
+    b.plot_bars(run.path("training", ".png"), {
         "tokens/s": {name: tokens_per_second(steps) for name, steps in found.items()},
         "MB beyond the weights": {name: [steps[-1]["beyond"] / 1e6] for name, steps in found.items()},
     })  # fmt: skip
     if settings.growth:
         growth = measure_growth(run)
         parts.append(growth_table(growth))
-        plot_lines(path.with_name(f"growth-{settings.size}.png"), growth, "seconds, forward and backward")
-    losses = ", ".join(
-        f"{name} {step['loss']:.4f}" for name, step in first.items() if name not in (SFT_PAIRS, DPO_PAIRS)
-    )
-    notes += [
+        b.plot_lines(run.path("growth", ".png"), growth, "seconds, forward and backward")
+    losses = ", ".join(f"{name} {step['loss']:.4f}" for name, step in first.items() if name not in PAIRS)
+    run.notes += [
         "MFU counts 4 FLOPs per weight and token and causal attention, of the rate of a large matrix product in the "
-        f"same run: {peak['32'] / 1e9:,.0f} GFLOP/s in fp32, {peak['bf16'] / 1e9:,.0f} in bf16.",
+        f"same run: {peak[torch.float32] / 1e9:,.0f} GFLOP/s in fp32, {peak[torch.bfloat16] / 1e9:,.0f} in bf16.",
         f"Loss of the first step: {losses}.",
     ]
-    publish(path, f"Training, {settings.size}, {run.shared['precision']}", [*parts, *notes], run.device)
+    run.publish("Training", parts)
 
 
 if __name__ == "__main__":

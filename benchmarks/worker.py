@@ -7,70 +7,162 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.material import START, random_adapter
-from benchmarks.measure import CLOCKS, Memory, synchronize, timed
+from benchmarks.measure import Memory, now, timed
 from lit_llama import aligner
 from lit_llama.checkpoint import CONFIG_NAME, load_model
 from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
-from lit_llama.device import DTYPES
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
 
 Batch = dict[str, torch.Tensor]
-PEERS_IGNORE = -100  # label of tokens that the peers' losses leave out
 
 
-class Side:
-    """A library's model. `settings` are those of the contestant."""
+class Worker:
+    """Answers calls about one model: `load`, `step`, `generate`.
+
+    A subclass for each library has `load_model`, which sets `model`, `loss` and `generate_tokens`.
+    """
 
     imports: tuple[str, ...] = ()  # modules that loading needs; importing them is not measured
 
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        self.settings, self.device, self.dtype = settings, device, DTYPES[settings["precision"]]
-        self.weights = settings["weights"]
+    def __init__(self, settings: dict[str, Any]) -> None:
+        torch.set_num_threads(settings["threads"])
+        self.settings, self.weights, self.device = settings, settings["weights"], settings["device"]
+        self.dtype, clock = settings["dtype"], settings.get("clock", "wall")
+        self.now, self.timed = partial(now, self.device, clock), partial(timed, device=self.device, clock=clock)
+        self.data: dict[str, SFTData | PreferenceData] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
         for name in self.imports:
             importlib.import_module(name)
 
+    def load(self) -> dict[str, Any]:
+        """Load the model; memory is counted from here on."""
+        self.memory = Memory(self.device)
+        return {"seconds": self.timed(self.load_model)}
 
-class Ours(Side):
+    def step(self, batches: list[Any], data: str = "sft", loss: str = "sft") -> dict[str, Any]:
+        """Take an optimizer step, on a GPU after a smaller one that does not count.
+
+        Args:
+            batches: micro-batches; rows of the data, or (rows, length, length of the responses) of random tokens.
+            data: "sft", "pairs" or "random".
+            loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
+
+        Returns:
+            seconds: of its parts; loss: mean; lengths: of all sequences; padding: share of the tokens computed; peak:
+            most bytes held; beyond: of these, beyond the frozen weights.
+        """
+        self.memory.reset_peak()
+        if self.device.type == "cuda":
+            self._step(batches[:1], data, loss)
+        answer = self._step(batches, data, loss)
+        peak, frozen = self.memory.peak(), sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the others need the memory
+        return {**answer, "peak": peak, "beyond": peak - frozen}
+
+    def _step(self, micro_batches: list[Any], data: str, loss: str) -> dict[str, Any]:
+        seconds, losses = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0), []
+        self.model.train()
+
+        def part(name: str, work: Callable[[], Any]) -> Any:
+            began = self.now()
+            result = work()
+            seconds[name] += self.now() - began
+            return result
+
+        batches = [part("data", partial(self._batch, rows, data)) for rows in micro_batches]
+        for batch in batches:
+            mean = part("forward", partial(self.loss, batch, loss))
+            part("backward", (mean / len(batches)).backward)
+            losses.append(mean.item())
+        part("optimizer", self._update)
+        lengths = torch.cat([batch["lengths"] for batch in batches]).cpu().numpy()
+        padding = 1 - lengths.sum() / sum(batch["idx"].numel() for batch in batches)
+        return {"seconds": seconds, "loss": float(np.mean(losses)), "lengths": lengths, "padding": padding}
+
+    def _batch(self, rows: Any, data: str) -> Batch:
+        if data == "random":
+            count, length, response = rows
+            idx = torch.randint(3, self.model.config.vocab_size, (count, length), device=self.device)
+            prompt = torch.arange(length, device=self.device) < length - response
+            labels, lengths = idx.masked_fill(prompt, IGNORE_INDEX), torch.full((count,), length)
+            return {"idx": idx, "labels": labels, "lengths": lengths}
+        if data not in self.data:
+            self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.settings["data"] / data, "train")
+        source = self.data[data]
+        batch = {name: tensor.to(self.device) for name, tensor in source.batch(rows).items()}
+        sequences = len(batch["idx"]) // len(rows)  # a pair has two, equally long
+        return {**batch, "lengths": torch.as_tensor(source.lengths[rows], device=self.device).repeat(sequences)}
+
+    def _update(self) -> None:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if trainable:
+            self.optimizer = self.optimizer or torch.optim.AdamW(trainable, lr=1e-3)
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
+        """Return the seconds to the first token and from there to the last, and the most bytes held since loading."""
+        count, times = 0, [self.now()]
+
+        def on_token() -> None:
+            nonlocal count
+            count += 1
+            if count in (1, n_new):
+                times.append(self.now())
+
+        with torch.no_grad():
+            self.generate_tokens(prompts, n_new, on_token)
+        assert count == n_new, f"{count} tokens instead of {n_new}"
+        return {"prefill": times[1] - times[0], "decode": times[-1] - times[1], "peak": self.memory.peak()}
+
+
+class Ours(Worker):
     """This project's model with an Aligner of `n` prefix tokens; n = 0 is the bare base.
 
     The bare base is the limit of training: a gradient starts where the first aligned layer would add its term, and
     nothing is added.
     """
 
-    def load(self) -> None:
+    def load_model(self) -> None:
         n, options = self.settings["n"], {"device": self.device, "dtype": self.dtype}
-        if self.settings.get("generates"):  # as the generate scripts do
-            config = LLaMAConfig.from_json(self.weights / CONFIG_NAME)
-            model = load_adapted(self.weights, [random_adapter(config, n)], **options) if n else self.load_base()
-            self.model = pack_(model)
-        elif n:
-            config = dict(adapter_prompt_length=n, adapter_start_layer=START)
-            self.use(load_model(self.weights, method="aligner", method_config=config, **options))
+        if not n:
+            model = self._load_base()
+        elif self.settings.get("generates"):  # as the generate scripts do
+            adapter = random_adapter(LLaMAConfig.from_json(self.weights / CONFIG_NAME), n)
+            model = load_adapted(self.weights, [adapter], **options)
         else:
-            self.use(self.load_base())
+            model = load_model(self.weights, method="aligner", method_config=_aligned(n), **options)
+        if self.settings.get("generates"):
+            self.model = pack_(model)
+        else:
+            self._train(model)
 
-    def load_base(self) -> LLaMA:
+    def _load_base(self) -> LLaMA:
         return load_model(self.weights, device=self.device, dtype=self.dtype)
 
-    def build(self, n: int, config: dict[str, Any]) -> None:
+    def build(self, n: int, config: dict[str, Any]) -> dict[str, Any]:
         """Make a model of any shape with random weights."""
+        self.memory, self.optimizer = Memory(self.device), None
         torch.manual_seed(0)
-        aligned = dict(adapter_prompt_length=n, adapter_start_layer=START)
         with self.device:
-            model = aligner.LLaMA(aligner.LLaMAConfig(**config, **aligned)) if n else LLaMA(LLaMAConfig(**config))
-        self.use(model.to(self.dtype))
+            model = aligner.LLaMA(aligner.LLaMAConfig(**config, **_aligned(n))) if n else LLaMA(LLaMAConfig(**config))
+        self._train(model.to(self.dtype))
+        return {}
 
-    def use(self, model: LLaMA) -> None:
+    def _train(self, model: LLaMA) -> None:
         self.model = model
         aligner.mark_only_adapter_as_trainable(model)
         for name, p in model.named_parameters():
@@ -89,23 +181,41 @@ class Ours(Side):
         reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
         if kind == "dpo, two models":
             if not hasattr(self, "reference"):
-                self.reference = self.load_base()
+                self.reference = self._load_base()
             with torch.no_grad():
                 reference = sum_logps_by_row(self.reference.label_logps(idx, labels), labels)
         return dpo_loss(*sum_logps_by_row(logps, labels).chunk(2), *reference.chunk(2))[0].mean()
 
-    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
+    def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         for tokens in decode(self.model, prompts, Sampling(n_new)):
             tokens.tolist()
             on_token()
 
+    def answer_all(self, prompts: list[list[int]], n_new: int, batch_size: int) -> dict[str, Any]:
+        """Return the seconds for all prompts, `batch_size` at a time."""
 
-class Transformers(Side):
+        def work() -> None:
+            for i in range(0, len(prompts), batch_size):
+                generate(self.model, prompts[i : i + batch_size], Sampling(n_new))
+
+        return {"seconds": self.timed(work)}
+
+
+def _aligned(n: int) -> dict[str, int]:
+    return {"adapter_prompt_length": n, "adapter_start_layer": START}
+
+
+def _peer_labels(batch: Batch) -> torch.Tensor:
+    """Return the labels with -100, as the peers' losses expect, where nothing is predicted."""
+    return batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, -100)
+
+
+class Transformers(Worker):
     """transformers' LLaMA, with PEFT's "lora" or "adaption_prompt" or alone."""
 
     imports = ("transformers", "peft")
 
-    def load(self) -> None:
+    def load_model(self) -> None:
         import peft
         import transformers
 
@@ -122,10 +232,9 @@ class Transformers(Side):
     def loss(self, batch: Batch, kind: str) -> torch.Tensor:
         idx, lengths = batch["idx"], batch["lengths"].unsqueeze(1)
         mask = (torch.arange(idx.size(1), device=idx.device) < lengths).long()
-        labels = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, PEERS_IGNORE)
-        return self.model(input_ids=idx, attention_mask=mask, labels=labels).loss
+        return self.model(input_ids=idx, attention_mask=mask, labels=_peer_labels(batch)).loss
 
-    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
+    def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         idx = torch.tensor(prompts, device=self.device)
 
         def never_stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -138,12 +247,12 @@ class Transformers(Side):
         )  # fmt: skip
 
 
-class LitGPT(Side):
+class LitGPT(Worker):
     """LitGPT's model, with its "adapter" in the default settings (10 tokens per layer, from layer 2) or alone."""
 
     imports = ("litgpt.adapter", "litgpt.generate.base", "litgpt.scripts.convert_hf_checkpoint", "litgpt.utils")
 
-    def load(self) -> None:
+    def load_model(self) -> None:
         from litgpt import adapter
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
         from safetensors.torch import load_file
@@ -176,12 +285,11 @@ class LitGPT(Side):
 
         for block in self.model.transformer.h:
             block.attn.adapter_kv_cache = None  # one kept from an earlier step stops the second backward pass
-        labels = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, PEERS_IGNORE)
         logits = self.model(batch["idx"], lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
-        return chunked_cross_entropy(logits, labels[..., 1:])
+        return chunked_cross_entropy(logits, _peer_labels(batch)[..., 1:])
 
-    def generate(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
+    def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         from litgpt.generate.base import batched_generate_fn, generate_fn
 
         self.model.eval()
@@ -197,116 +305,7 @@ class LitGPT(Side):
             on_token()
 
 
-SIDES = {"ours": Ours, "transformers": Transformers, "litgpt": LitGPT}
-
-
-class Worker:
-    """Answers the calls: each public method is one."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        torch.set_num_threads(settings["threads"])
-        self.device, self.clock = settings["device"], settings.get("clock", "wall")
-        self.side = SIDES[settings["kind"]](settings, self.device)
-        self.data_dir, self.data = settings.get("data"), {}
-        self.optimizer: torch.optim.Optimizer | None = None
-
-    def load(self) -> dict[str, Any]:
-        """Load the model; memory is counted from here on."""
-        self.memory = Memory(self.device)
-        return {"seconds": timed(self.side.load, self.device, self.clock)}
-
-    def build(self, n: int, config: dict[str, Any]) -> dict[str, Any]:
-        """Make a model of ours of another shape."""
-        self.memory, self.optimizer = Memory(self.device), None
-        self.side.build(n, config)
-        return {}
-
-    def step(self, batches: list[Any], data: str = "sft", loss: str = "sft") -> dict[str, Any]:
-        """Take an optimizer step, on a GPU after a smaller one that does not count.
-
-        Args:
-            batches: micro-batches; rows of the data, or (rows, length, length of the responses) of random tokens.
-            data: "sft", "pairs" or "random".
-            loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
-
-        Returns:
-            seconds: of its parts; loss: mean; lengths: of all sequences; padding: share of the tokens computed; peak:
-            most bytes held; beyond: of these, beyond the frozen weights.
-        """
-        self.memory.reset_peak()
-        if self.device.type == "cuda":
-            self._step(batches[:1], data, loss)
-        answer = self._step(batches, data, loss)
-        peak, frozen = self.memory.peak(), sum(p.nbytes for p in self.side.model.parameters() if not p.requires_grad)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the others need the memory
-        return {**answer, "peak": peak, "beyond": peak - frozen}
-
-    def _step(self, micro_batches: list[Any], data: str, loss: str) -> dict[str, Any]:
-        seconds, losses = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0), []
-        self.side.model.train()
-
-        def part(name: str, work: Callable[[], Any]) -> Any:
-            result = []
-            seconds[name] += timed(lambda: result.append(work()), self.device, self.clock)
-            return result[0]
-
-        batches = [part("data", lambda rows=rows: self._batch(rows, data)) for rows in micro_batches]
-        for batch in batches:
-            mean = part("forward", lambda batch=batch: self.side.loss(batch, loss))
-            part("backward", lambda mean=mean: (mean / len(batches)).backward())
-            losses.append(mean.item())
-        part("optimizer", self._update)
-        lengths = torch.cat([batch["lengths"] for batch in batches]).cpu().numpy()
-        padding = 1 - lengths.sum() / sum(batch["idx"].numel() for batch in batches)
-        return {"seconds": seconds, "loss": float(np.mean(losses)), "lengths": lengths, "padding": padding}
-
-    def _batch(self, rows: Any, data: str) -> Batch:
-        if data == "random":
-            count, length, response = rows
-            idx = torch.randint(3, self.side.model.config.vocab_size, (count, length), device=self.device)
-            prompt = torch.arange(length, device=self.device) < length - response
-            labels, lengths = idx.masked_fill(prompt, IGNORE_INDEX), torch.full((count,), length)
-            return {"idx": idx, "labels": labels, "lengths": lengths}
-        if data not in self.data:
-            self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.data_dir / data, "train")
-        source = self.data[data]
-        batch = {name: tensor.to(self.device) for name, tensor in source.batch(rows).items()}
-        sequences = len(batch["idx"]) // len(rows)  # a pair has two, equally long
-        return {**batch, "lengths": torch.as_tensor(source.lengths[rows], device=self.device).repeat(sequences)}
-
-    def _update(self) -> None:
-        trainable = [p for p in self.side.model.parameters() if p.requires_grad]
-        if trainable:
-            self.optimizer = self.optimizer or torch.optim.AdamW(trainable, lr=1e-3)
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
-        """Return the seconds to the first token and from there to the last, and the most bytes held since loading."""
-        times = [CLOCKS[self.clock]()]
-
-        def on_token() -> None:
-            if len(times) in (1, n_new):
-                synchronize(self.device)
-            times.append(CLOCKS[self.clock]())
-
-        with torch.no_grad():
-            self.side.generate(prompts, n_new, on_token)
-        assert len(times) == 1 + n_new, f"{len(times) - 1} tokens instead of {n_new}"
-        return {"prefill": times[1] - times[0], "decode": times[-1] - times[1], "peak": self.memory.peak()}
-
-    def answer_all(self, prompts: list[list[int]], n_new: int, batch_size: int) -> dict[str, Any]:
-        """Return the seconds for all prompts, `batch_size` at a time; ours only."""
-
-        def work() -> None:
-            for i in range(0, len(prompts), batch_size):
-                generate(self.side.model, prompts[i : i + batch_size], Sampling(n_new))
-
-        return {"seconds": timed(work, self.device, self.clock)}
-
-
+WORKERS: dict[str, type[Worker]] = {"ours": Ours, "transformers": Transformers, "litgpt": LitGPT}
 _workers: list[Worker] = []  # of this process: none or one
 
 
@@ -319,5 +318,5 @@ def call(settings: dict[str, Any], method: str, arguments: dict[str, Any]) -> di
     if not _workers:
         os.dup2(2, 1)  # what libraries print goes to stderr
         sys.path.append(str(settings.get("path", "")))
-        _workers.append(Worker(settings))
+        _workers.append(WORKERS[settings["kind"]](settings))
     return getattr(_workers[0], method)(**arguments)

@@ -14,7 +14,9 @@ LOGP_CHUNK = 512  # tokens whose logits are held at once: 66 MB in fp32 for a vo
 
 
 class LabelLogps(nn.Module):
-    """A model whose `forward` is its `label_logps`: what training wraps, as Fabric and DDP only wrap `forward`.
+    """A model whose `forward` is its `label_logps`, or without labels its logits (B, T, V).
+
+    This is what training wraps, as Fabric and DDP only wrap `forward`.
 
     Args:
         module: a `lit_llama.model.LLaMA`.
@@ -24,8 +26,8 @@ class LabelLogps(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, idx: Tensor, labels: Tensor) -> Tensor:
-        return self.module.label_logps(idx, labels)
+    def forward(self, idx: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.module(idx) if labels is None else self.module.label_logps(idx, labels)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

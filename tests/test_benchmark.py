@@ -10,7 +10,7 @@ import benchmarks.generation as generation
 import benchmarks.loading as loading
 import benchmarks.training as training
 from benchmarks import harness, material, measure
-from benchmarks.worker import Worker
+from benchmarks.worker import Ours
 from lit_llama.data import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.tables import markdown_table
@@ -19,6 +19,8 @@ from lit_llama.utils import UserError
 # attention 4 wide: 2 query heads and 1 key/value head of 2 make 4·2·(2·2 + 2·1) = 48 weights; MLP 3·4·8 = 96;
 # output layer 64·4 = 256
 SMALL = LLaMAConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=4, intermediate_size=8)
+
+CPU = dict(device=measure.CPU, dtype=torch.float32, threads=1)  # settings of a contestant
 
 
 def test_flops_of_a_training_step_by_hand():
@@ -133,7 +135,7 @@ class InProcess:
     """A contestant of this process."""
 
     def __init__(self, name, **settings):
-        self.name, self.worker = name, Worker(settings)
+        self.name, self.worker = name, Ours(settings)
 
     def __call__(self, method, **arguments):
         return getattr(self.worker, method)(**arguments)
@@ -166,11 +168,11 @@ def test_a_report_on_training(toy, capsys):
 
 
 def trainable(contestant: InProcess) -> list[torch.nn.Parameter]:
-    return [p for p in contestant.worker.side.model.parameters() if p.requires_grad]
+    return [p for p in contestant.worker.model.parameters() if p.requires_grad]
 
 
 def test_growth(toy, monkeypatch):
-    worker = InProcess("growth", weights=".", device=measure.CPU, precision="32", threads=1, kind="ours", n=1)
+    worker = InProcess("growth", weights=".", **CPU, kind="ours", n=1)
     worker("build", n=0, config=dict(llama_configs["toy"]))
     assert not trainable(worker)
     assert worker("step", batches=[[2, 16, 8]], data="random")["seconds"]["backward"] > 0
@@ -189,7 +191,7 @@ def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
     config = material.shape("toy")
     material.write_weights(tmp_path / "weights", config, torch.float32)
     material.write_data(tmp_path / "data", *material.alpaca_lengths(8, 64), config.vocab_size)
-    common = dict(weights=tmp_path / "weights", data=tmp_path / "data", precision="32", device=measure.CPU, threads=1)
+    common = dict(weights=tmp_path / "weights", data=tmp_path / "data", **CPU)
     bare, aligned = (InProcess("", **common, kind="ours", n=n) for n in (0, 1))
     for contestant, parameters in ((bare, 0), (aligned, 32 + 4)):
         contestant("load")
@@ -199,7 +201,7 @@ def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
             p.zero_()
     first, second = (side("step", batches=[[0, 1], [2, 5]]) for side in (bare, aligned))
     assert first["loss"] == second["loss"]
-    assert all(p.grad is None for p in bare.worker.side.model.parameters())
+    assert all(p.grad is None for p in bare.worker.model.parameters())
     assert set(first["seconds"]) == set(training.PARTS) and min(first["seconds"].values()) > 0
     sft, dpo = (aligned("step", batches=[[0, 1]], data="pairs", loss=loss)["loss"] for loss in ("sft", "dpo"))
     assert sft == pytest.approx(np.log(64), rel=0.1)
@@ -217,7 +219,7 @@ def test_reports_on_generation_and_loading(toy, capsys):
 
 @pytest.mark.parametrize(("kind", "error"), [("ours", UserError), ("transformers", harness.Unavailable)])
 def test_a_contestant_in_its_own_process_says_what_went_wrong(kind, error):
-    settings = dict(kind=kind, n=1, method="", weights=Path("nowhere"), device=measure.CPU, precision="32", threads=1)
+    settings = dict(kind=kind, n=1, method="", weights=Path("nowhere"), **CPU)
     contestant = harness.Contestant("one", **settings)
     with pytest.raises(error, match=r"^one: "):
         contestant("load")
@@ -227,7 +229,7 @@ def test_a_contestant_in_its_own_process_says_what_went_wrong(kind, error):
 
 
 def test_our_contestants_error_is_its_sentence():
-    settings = dict(kind="ours", n=1, weights=Path("nowhere"), device=measure.CPU, precision="32", threads=1)
+    settings = dict(kind="ours", n=1, weights=Path("nowhere"), **CPU)
     contestant = harness.Contestant("ours", **settings)
     with pytest.raises(UserError, match=r"^ours: There is no model configuration at nowhere"):
         contestant("load")

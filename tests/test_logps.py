@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import toys
 from torch.nn import functional as F
 
 from lit_llama import logps as logps_module
-from lit_llama.logps import token_logps
+from lit_llama.logps import LabelLogps, token_logps
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen output layer", "trained"])
@@ -47,3 +48,9 @@ def test_token_logps_are_fp32_and_their_gradient_is_as_exact_as_the_dtype(dtype)
     rounded = F.linear(hidden, weight).double().log_softmax(-1)[range(4), targets]  # of logits in `dtype`
     torch.testing.assert_close(logps.double(), rounded, atol=1e-5, rtol=0)
     assert (hidden.grad - exact.grad).norm() < {torch.bfloat16: 0.02, torch.float32: 1e-6}[dtype] * exact.grad.norm()
+
+
+def test_what_a_loss_calls_returns_logits_without_labels():
+    network, idx = toys.base(), toys.token_ids(2, 5)
+    assert torch.equal(LabelLogps(network)(idx), network(idx))
+    assert torch.equal(LabelLogps(network)(idx, idx), network.label_logps(idx, idx))

@@ -239,7 +239,7 @@ def test_python_of_the_data_page(workplace, capsys):
     assert capsys.readouterr().out.count(" eat? => ") == 3
 
     rows = workplace / "rows.jsonl"
-    rows.write_text("".join(f'{{"query": "{n} + 1?", "response": "2"}}\n' for n in range(3)), encoding="utf-8")
+    rows.write_text("".join(f'{{"question": "{n} + 1?", "answer": "2"}}\n' for n in range(3)), encoding="utf-8")
     module = load_script(ROOT / "scripts/prepare_metamath.py")
     exec(compile(prepare_sample, "prepare_data.md", "exec"), vars(module))
     flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
