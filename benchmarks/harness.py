@@ -27,7 +27,7 @@ from lit_llama.checkpoint import versions
 from lit_llama.device import pick_device
 from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMAConfig
-from lit_llama.report import make_figure, save_figure
+from lit_llama.report import make_panels, save_figure
 from lit_llama.settings import Checked, NonNegativeInt, PositiveInt
 from lit_llama.utils import UserError, log
 
@@ -238,7 +238,7 @@ def publish(path: Path, title: str, parts: list[str], device: torch.device) -> N
 
 def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
     """Draw a panel for each quantity: a bar for each contestant, the median with its interval."""
-    figure, grid = _panels(len(panels))
+    figure, grid = make_panels(len(panels), 7, 3.6)
     for axes, (label, bars) in zip(grid, panels.items(), strict=True):
         middles, lows, highs = np.transpose([median_interval(values) for values in bars.values()])
         axes.barh(list(bars), middles, xerr=[middles - lows, highs - middles], color="C0", ecolor="0.3", capsize=3)
@@ -251,7 +251,7 @@ def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
 
 def plot_lines(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], ylabel: str) -> None:
     """Draw a panel for each cause: named curves of (cause, cost) from the origin."""
-    figure, grid = _panels(len(panels))
+    figure, grid = make_panels(len(panels), 7, 3.6)
     for axes, (label, curves) in zip(grid, panels.items(), strict=True):
         for name, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
@@ -260,14 +260,3 @@ def plot_lines(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]
         axes.legend()
     claim(path.parent, [path.name])
     save_figure(figure, path)
-
-
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    """Return a figure and its panels, two in a line."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
-    figure = make_figure(7 * columns, 3.6 * lines)
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, grid[:count]

@@ -23,7 +23,8 @@ START = 2  # first aligned layer
 MICROWORLD = Path(__file__).parent.parent / "checkpoints" / "microworld"
 
 # a LLaMA of 110M parameters: large enough to be limited by its matrix products, small enough for a CPU
-SIZE_110M = dict(vocab_size=32000, n_layer=12, n_head=12, n_embd=768, intermediate_size=2048, tie_embeddings=True)
+SIZE_110M = dict(block_size=1024, vocab_size=32000, n_layer=12, n_head=12, n_embd=768, intermediate_size=2048,
+                 tie_embeddings=True)  # fmt: skip
 
 # lengths of 999 Alpaca rows in tokens of LLaMA's tokenizer, in the Alpaca template with BOS and EOS: the 0, 5, 10, …
 # 100 % quantiles of prompt and response
@@ -31,14 +32,14 @@ PROMPT_QUANTILES = [40, 43, 44, 46, 46, 47, 48, 49, 50, 51, 53, 57, 65, 69, 72, 
 RESPONSE_QUANTILES = [2, 9, 13, 16, 22, 29, 38, 53, 71, 92, 120, 150, 179, 212, 251, 290, 325, 366, 405, 460, 663]
 
 
-def shape(size: str, block_size: int = 1024) -> LLaMAConfig:
+def shape(size: str) -> LLaMAConfig:
     """Return the configuration of a size: "110M", or a name of `lit_llama.model.llama_configs`.
 
     Raises:
         UserError: There is no such size.
     """
     if size == "110M":
-        return LLaMAConfig(block_size=block_size, **SIZE_110M)
+        return LLaMAConfig(**SIZE_110M)
     if size not in llama_configs:
         raise UserError(f"There is no size {size!r}; known are 110M, {', '.join(llama_configs)}.")
     return LLaMAConfig.from_name(size)

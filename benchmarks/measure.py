@@ -90,11 +90,11 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), values[k - 1], values[n - k]
 
 
-def number(value: float, digits: int = 3) -> str:
-    """Return a number with a few significant digits and separated thousands, without an exponent."""
+def number(value: float) -> str:
+    """Return a number with three significant digits and separated thousands, without an exponent."""
     if value == 0 or not np.isfinite(value):
         return f"{value:.0f}"
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    decimals = max(0, 2 - int(np.floor(np.log10(abs(value)))))
     return f"{value:,.{decimals}f}"
 
 

@@ -16,6 +16,7 @@ from lit_llama.train_settings import FinetuneSettings
 from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -148,10 +149,8 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
     rows = read_metrics(metrics)
     known = {name.rpartition("/")[2] for row in rows.values() for name in row}
     panels = {label: names for label, names in panels.items() if known & set(names)}
-    columns = min(len(panels), 2)
-    lines = -(-len(panels) // columns)
-    figure = make_figure(6 * columns, 3.6 * lines)
-    for axes, (label, names) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels.items(), strict=False):
+    figure, grid = make_panels(len(panels), 6, 3.6)
+    for axes, (label, names) in zip(grid, panels.items(), strict=True):
         for i, name in enumerate(names):
             which = f"{name}, ".replace("_", " ") if len(names) > 1 else ""
             curves = {
@@ -176,6 +175,17 @@ def make_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def make_panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of panels, two in a line, and the panels; sizes are those of one, in inches."""
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    figure = make_figure(width * columns, height * lines)
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
 
 
 def save_figure(figure: "Figure", path: Path, overwrite: bool = True) -> None:

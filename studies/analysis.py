@@ -8,13 +8,13 @@ layer, and with --data_dir the size of the added term beside the attention's own
 gates.png, prefixes.png and layers.csv go to out_dir.
 """
 
-import csv
 import itertools
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -26,10 +26,10 @@ import lit_llama.model as llama
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
-from lit_llama.files import atomic_write, claim
-from lit_llama.report import make_figure, save_figure
+from lit_llama.files import claim, write_text
+from lit_llama.report import make_figure, make_panels, save_figure
 from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
-from lit_llama.tables import markdown_table
+from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
@@ -263,9 +263,8 @@ def plot_prefixes(
     if not panels:
         log("No prefixes.png: t-SNE needs four tokens of one width.")
         return
-    lines = -(-len(panels) // 2)
-    figure = make_figure(11, 4.5 * lines + 0.6)
-    for axes, (title, groups) in zip(figure.subplots(lines, 2, squeeze=False).flat, panels, strict=False):
+    figure, grid = make_panels(len(panels), 5.5, 5)
+    for axes, (title, groups) in zip(grid, panels, strict=True):
         points = iter(tsne(torch.cat([tokens for _, tokens in groups]), seed))
         for name, tokens in groups:
             x, y = zip(*itertools.islice(points, len(tokens)), strict=True)
@@ -322,16 +321,15 @@ def inside_base(
     return parts, effects
 
 
-def write_layers(
-    path: Path, labels: list[str], adapters: list[AdapterFile], effects: dict[str, dict[int, float]]
-) -> None:
-    with atomic_write(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["adapter", "layer", "gate_mean", "gate_std", "effect"])
-        for name, adapter in zip(labels, adapters, strict=True):
-            for layer, gate in gates(adapter).items():
-                effect = effects.get(name, {}).get(layer, "")
-                writer.writerow([name, layer, gate.mean().item(), gate.std(correction=0).item(), effect])
+def layer_rows(
+    labels: list[str], adapters: list[AdapterFile], effects: dict[str, dict[int, float]]
+) -> list[dict[str, Any]]:
+    """Return the rows of layers.csv."""
+    return [
+        {"adapter": name, "layer": layer, "gate_mean": gate.mean().item(), "gate_std": gate.std(correction=0).item(),
+         "effect": effects.get(name, {}).get(layer, "")}
+        for name, adapter in zip(labels, adapters, strict=True) for layer, gate in gates(adapter).items()
+    ]  # fmt: skip
 
 
 def main(settings: Settings) -> None:
@@ -349,7 +347,7 @@ def main(settings: Settings) -> None:
         more, effects = inside_base(settings, labels, adapters)
         parts += more
     print("\n\n".join(parts))
-    write_layers(settings.out_dir / "layers.csv", labels, adapters, effects)
+    write_text(settings.out_dir / "layers.csv", csv_text(layer_rows(labels, adapters, effects)))
     plot_gates(labels, adapters, settings.out_dir / "gates.png")
     plot_prefixes(labels, prefixes, starts, settings.seed, settings.out_dir / "prefixes.png")
 

@@ -1,7 +1,5 @@
 """Tables and figures of the paper in miniature, from the lines of results.csv."""
 
-import csv
-import io
 import math
 import statistics
 import textwrap
@@ -134,14 +132,6 @@ def means(rows: list[Row]) -> list[Row]:
                     lines.append({"method": method, "parameters": parameters, "task": task, "measure": name,
                                   "mean": mean, "half": half, "seeds": len(values)})  # fmt: skip
     return lines
-
-
-def csv_text(rows: list[Row]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 # == figures ==

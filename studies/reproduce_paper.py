@@ -21,10 +21,11 @@ from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.files import claim, write_text
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
+from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.count_parameters import VARIANTS
-from studies.paper_report import BASE, Row, csv_text, means, plot_accuracy, plot_curves, report
+from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
 from studies.trials import Record, Trial, choose, run_trials

@@ -3,7 +3,6 @@
 Writes a table (CSV and Markdown) and puts the first seed's adapters, each with a card, into aligner_weights/.
 """
 
-import csv
 import json
 import statistics
 import sys
@@ -15,9 +14,9 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
-from lit_llama.files import atomic_write, check_file, claim, copy_file, write_text
+from lit_llama.files import check_file, claim, copy_file, write_text
 from lit_llama.settings import Checked, PositiveInt, Seed
-from lit_llama.tables import markdown_table
+from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_answers
 from microworld.scorer import draw_questions, score_model
@@ -135,10 +134,7 @@ def folder_name(settings: Settings, form: str) -> str:
 
 
 def write_results(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    with atomic_write(settings.out_dir / "scores.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text(settings.out_dir / "scores.csv", csv_text(rows))
     write_text(settings.out_dir / "scores.md", table(rows) + "\n")
     write_text(settings.out_dir / "environment.json", json.dumps(versions(), indent=2) + "\n")
 

@@ -13,6 +13,7 @@ import studies.paper_report as paper
 import studies.paper_tasks as tasks
 import studies.reproduce_paper as study
 import studies.trials
+from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 from microworld.world import FORMS, UNSEEN, World
@@ -255,7 +256,7 @@ def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
     paper.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    lines = list(csv.DictReader(paper.csv_text(ROWS).splitlines()))
+    lines = list(csv.DictReader(csv_text(ROWS).splitlines()))
     assert len(lines) == len(ROWS) and lines[-1]["learning_rate"] == ""
 
 
@@ -275,7 +276,7 @@ def test_the_stored_tables_follow_from_the_stored_results():
     rows = stored_results()
     text = paper.report(rows, questions=200, sweep_seed=0, origin=study.origin(study.Settings(), rows))
     assert text == (STORED / "table.md").read_text(encoding="utf-8")
-    assert paper.csv_text(paper.means(rows)) == (STORED / "table.csv").read_text(encoding="utf-8")
+    assert csv_text(paper.means(rows)) == (STORED / "table.csv").read_text(encoding="utf-8")
     page = (STORED.parent / "study.md").read_text(encoding="utf-8")
     assert all(table in page for table in text.split("\n\n")[:2])
 
