@@ -1,0 +1,314 @@
+"""Continuous batching: answers to many requests in one running batch, each row with its own adapters.
+
+    submit ──► waiting ──► prefill ──► row of the running batch ──► one token per step ──► finished
+                 (queue)    (joins)          (KV cache)                                     (its row is free again)
+
+A request joins the batch at the next step and leaves when it is done; the last row then moves into the gap, so that
+the batch has no empty rows. Its tokens are those of `lit_llama.generation.generate` for the same prompt, adapters,
+sampling and row number. It keeps the adapters that it joined with, whatever happens to the bank later.
+"""
+
+import threading
+import time
+import traceback
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from lit_llama.bank import Bank
+from lit_llama.checkpoint import AdapterFile
+from lit_llama.compose import LLaMA, Sum, Term, parse_sum
+from lit_llama.generation import Sampling, decode_one_token, prefill, sample
+from lit_llama.jobs import Event, Expired, Job, QueueFull, Row
+from lit_llama.kv_cache import KVCache
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+
+FIRST_TOKEN_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds, of the histogram in /metrics
+
+
+class Engine:
+    """A model that answers requests in a running batch.
+
+    `step` does the work; `start` calls it in a thread. The other methods may be called from any thread.
+
+    Args:
+        model: from `load_with_bank`; nobody else uses it meanwhile.
+        max_batch: rows of the batch, for which the KV cache is allocated.
+        max_waiting: requests that may wait.
+        max_length: tokens of a prompt with its answer (default: the model's context).
+        prefill_tokens: prompts of up to this many tokens in sum join in one step, between two tokens of the others.
+    """
+
+    def __init__(
+        self,
+        model: LLaMA,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 64,
+        max_waiting: int = 256,
+        max_length: int | None = None,
+        prefill_tokens: int = 2048,
+    ) -> None:
+        if min(max_batch, max_waiting, prefill_tokens) < 1:
+            raise UserError("The numbers of rows, of waiting requests and of tokens in a prefill must be 1 or more.")
+        self.model, self.tokenizer, self.bank = model.eval(), tokenizer, model.bank
+        self.max_batch, self.max_waiting, self.prefill_tokens = max_batch, max_waiting, prefill_tokens
+        self.max_length = min(max_length or model.max_tokens, model.max_tokens)
+        weight = model.transformer.wte.weight
+        self.device = weight.device
+        self.cache = KVCache(model.config, max_batch, self.max_length, weight.device, weight.dtype)
+        self.rows: list[Row] = []
+        self.waiting: deque[Job] = deque()
+        self.counts: Counter[str] = Counter()  # what happened since the start, for /metrics
+        self.changed = threading.Condition()  # guards `waiting` and `bank`
+        self.stopping = False
+        self.thread: threading.Thread | None = None
+
+    # == requests ==
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue requests: all of them or none.
+
+        Raises:
+            QueueFull: There are too many.
+            UserError: A prompt is empty or leaves no room for an answer.
+        """
+        for job in jobs:
+            if not job.prompt:
+                raise UserError("The prompt has no tokens.")
+            if len(job.prompt) >= self.max_length:
+                n_tokens = len(job.prompt)
+                raise UserError(f"The prompt has {n_tokens} tokens; with its answer it may have {self.max_length}.")
+        with self.changed:
+            if self.stopping:
+                raise QueueFull("The server is shutting down.")
+            if len(self.waiting) + len(jobs) > self.max_waiting:
+                self.counts["refused"] += len(jobs)
+                raise QueueFull(f"{len(self.waiting)} requests wait and {self.max_waiting} may; try again later.")
+            for job in jobs:
+                job.submitted = time.monotonic()
+            self.waiting.extend(jobs)
+            self.counts["requests"] += len(jobs)
+            self.changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End a request without further events; its row is free at the next step."""
+        job.cancelled = True
+
+    # == adapters ==
+
+    def parse(self, text: str) -> Sum:
+        """Return the weighted sum that a text describes; see `parse_sum`."""
+        with self.changed:
+            return parse_sum(text, self.bank)
+
+    def edit_bank(self, edit: Callable[[Bank], object]) -> None:
+        """Call `edit` with the bank while nobody else uses it. Running requests keep the adapters that they have."""
+        with self.changed:
+            edit(self.bank)
+
+    def put_adapter(self, name: str, adapter: AdapterFile, replace: bool = False) -> None:
+        """Add an adapter, or replace the one of that name."""
+        self.edit_bank(lambda bank: (bank.swap if replace and name in bank else bank.add)(name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter. Requests that wait for it will fail."""
+        self.edit_bank(lambda bank: bank.remove(name))
+
+    # == the thread ==
+
+    def start(self) -> None:
+        """Answer requests in a thread, until `stop`."""
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread. Unfinished requests fail."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+        if self.thread is not None:
+            self.thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not (self.waiting or self.rows or self.stopping):
+                    self.changed.wait()
+            if self.stopping:
+                return self._fail_all(UserError("The server is shutting down."))
+            try:
+                self.step()
+            except Exception:  # a mistake of this project, or a full GPU: other requests may still succeed
+                log(traceback.format_exc())
+                self._fail_all(RuntimeError("The server failed to compute the answer; its log says why."))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self.changed:
+            jobs = [row.job for row in self.rows] + list(self.waiting)
+            self.waiting.clear()
+        self.rows = []
+        for job in jobs:
+            if not job.done:
+                self._finish(job, Event(error=error))
+
+    # == one step ==
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Remove the rows of requests that ended, let others join, and generate a token for each row."""
+        for job in [row.job for row in self.rows]:
+            self._expire(job)
+        changed = self._leave()
+        if self._join():
+            changed = True
+            self._leave()  # some may end with their first token
+        if changed:
+            self._set_terms()
+        if not self.rows:
+            return
+        cache, n = copy(self.cache), len(self.rows)
+        cache.k, cache.v, cache.starts = cache.k[:, :n], cache.v[:, :n], cache.starts[:n]
+        cache.length = max(row.length for row in self.rows)
+        tokens = torch.tensor([row.last for row in self.rows], device=self.device)
+        positions = torch.tensor([row.length for row in self.rows], device=self.device)
+        self._append(self.rows, decode_one_token(self.model, tokens, positions, cache))
+        self.counts["steps"] += 1
+        self.counts["rows"] += n
+
+    def _expire(self, job: Job) -> bool:
+        """Return whether a request ended otherwise than by its last token: cancelled or after its time."""
+        if job.cancelled and not job.done:
+            job.done = True
+            self.counts["cancelled"] += 1
+        elif not job.done and time.monotonic() - job.submitted > job.seconds:
+            self._finish(job, Event(error=Expired(f"The answer was not complete after {job.seconds:g} seconds.")))
+        return job.done
+
+    def _leave(self) -> bool:
+        """Remove the rows that are done; rows from the end take their places. Return whether there were any."""
+        n_before, i = len(self.rows), 0
+        while i < len(self.rows):
+            if not self.rows[i].job.done:
+                i += 1
+                continue
+            row = self.rows.pop()
+            if i < len(self.rows):
+                self.rows[i], source, length = row, len(self.rows), row.length
+                for buffer in (self.cache.k, self.cache.v):
+                    buffer[:, i, :, :length] = buffer[:, source, :, :length]
+        return len(self.rows) < n_before
+
+    def _next_jobs(self) -> list[Job]:
+        """Take the requests off the queue that join at this step, in their order."""
+        jobs, n_tokens = [], 0
+        for job in list(self.waiting):
+            if self._expire(job):
+                self.waiting.remove(job)
+        while self.waiting and len(self.rows) + len(jobs) < self.max_batch:
+            n_tokens += len(self.waiting[0].prompt)
+            if jobs and n_tokens > self.prefill_tokens:
+                break
+            job = self.waiting.popleft()
+            try:
+                self.model.check_rows([job.adapters])
+                jobs.append(job)
+            except UserError as error:  # removed since the request was checked
+                self._finish(job, Event(error=error))
+        return jobs
+
+    def _join(self) -> bool:
+        """Let waiting requests join: run their prompts, copy keys and values into the cache, choose the first tokens.
+
+        Returns:
+            Whether there were any.
+        """
+        with ExitStack() as stack:
+            with self.changed:
+                jobs = self._next_jobs()
+                if not jobs:
+                    return False
+                stack.enter_context(self.model.using([job.adapters for job in jobs]))
+            limits = [min(job.sampling.max_new_tokens, self.max_length - len(job.prompt)) for job in jobs]
+            rows = [Row(job, self.tokenizer, n, self.device) for job, n in zip(jobs, limits, strict=True)]
+            longest = max(len(job.prompt) for job in jobs)
+            places = slice(len(self.rows), len(self.rows) + len(rows))
+            self.rows += rows
+            self._take_terms(rows)
+            cache = KVCache(self.model.config, len(jobs), longest, self.device, self.cache.k.dtype)
+            logits = prefill(self.model, [job.prompt for job in jobs], cache)
+        self.cache.k[:, places, :, :longest], self.cache.v[:, places, :, :longest] = cache.k, cache.v
+        self._append(rows, logits)
+        for job in jobs:
+            self.counts["prompt_tokens"] += len(job.prompt)
+            self._count_first_token(time.monotonic() - job.submitted)
+        return True
+
+    def _count_first_token(self, seconds: float) -> None:
+        self.counts["first_tokens"] += 1
+        self.counts["first_token_seconds"] += seconds
+        for bound in FIRST_TOKEN_BOUNDS:
+            self.counts[f"first_tokens_within_{bound:g}"] += seconds <= bound
+
+    def _take_terms(self, rows: list[Row]) -> None:
+        """Copy the terms of the model's present batch, which has these rows."""
+        layers = [block.attn.terms for block in self.model.transformer.h if block.attn.terms]
+        for terms in zip(*layers, strict=True):  # one in all layers
+            keys, values = (torch.stack(tensors) for tensors in zip(*((t.keys, t.values) for t in terms), strict=True))
+            members: defaultdict[int, list[int]] = defaultdict(list)
+            if terms[0].rows is not None:
+                for i, row in enumerate(terms[0].rows.tolist()):
+                    members[row].append(i)
+            else:
+                members |= {i: [i if keys.size(1) > 1 else 0] for i in range(len(rows))}
+            for row, indices in members.items():
+                rows[row].terms.append((keys[:, indices], values[:, indices]))
+
+    def _set_terms(self) -> None:
+        """Give the model the terms of all rows, joined by the lengths of their prefixes."""
+        members: defaultdict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        for i, row in enumerate(self.rows):
+            for keys, values in row.terms:
+                members[keys.size(3)] += [(i, keys, values)]
+        layers: list[list[Term]] = [[] for _ in self.model.transformer.h]
+        for parts in members.values():
+            numbers = [i for i, keys, _ in parts for _ in range(keys.size(1))]
+            numbers = torch.tensor(numbers, device=self.device)
+            keys, values = torch.cat([k for _, k, _ in parts], dim=1), torch.cat([v for _, _, v in parts], dim=1)
+            for layer, *pair in zip(layers[-len(keys) :], keys, values, strict=True):
+                layer.append(Term(*pair, numbers))
+        for block, terms in zip(self.model.transformer.h, layers, strict=True):
+            block.attn.terms = terms
+
+    # == tokens ==
+
+    def _append(self, rows: list[Row], logits: Tensor) -> None:
+        """Choose the next token of each row by its logits (B, V), and report what of the answers is final."""
+        logits = logits[:, : self.model.config.vocab_size]  # without the padding
+        groups: defaultdict[Sampling, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            groups[row.kind].append(i)
+        for kind, members in groups.items():
+            own = logits if len(members) == len(rows) else logits[members]
+            chosen = sample(own, kind, [rows[i].generator for i in members])
+            for i, token in zip(members, chosen.tolist(), strict=True):
+                job, event = rows[i].job, rows[i].append(token, logits[i])
+                self.counts["new_tokens"] += 1
+                if event is not None and event.finish:
+                    self._finish(job, event)
+                elif event is not None:
+                    job.on_event(event)
+
+    def _finish(self, job: Job, event: Event) -> None:
+        job.done = True
+        self.counts[event.finish or "failed"] += 1
+        job.on_event(event)

@@ -1,0 +1,70 @@
+"""The text of an answer that grows token by token."""
+
+from lit_llama.generation import cut_at_stop
+from lit_llama.tokenizer import Tokenizer
+
+CONTEXT = 8  # tokens of the prompt that are decoded with the first ones: some tokenizers drop a space at the beginning
+
+
+class LiveText:
+    """Decodes an answer, in time that does not grow with it, and cuts it at the first stop text.
+
+    Args:
+        prompt: token ids before the answer.
+        stop: texts that end the answer; they are not part of it.
+        strip: remove white space around the answer.
+
+    Attributes:
+        text: of the tokens so far, up to a stop text.
+        stopped: whether there was one.
+        n_taken: characters of `text` that `take` has returned or skipped.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = (), strip: bool = False
+    ) -> None:
+        self.tokenizer, self.stop, self.strip = tokenizer, stop, strip
+        self.text, self.stopped, self.n_taken = "", False, 0
+        self.window = prompt[-CONTEXT:]  # the last tokens
+        self.n_decoded = len(self.window)  # of them, those whose text is complete
+        self.before = tokenizer.decode(self.window)  # their text
+
+    def push(self, token: int) -> str:
+        """Add a token and return what it adds to the text: nothing while a character is incomplete."""
+        self.window.append(token)
+        now = self.tokenizer.decode(self.window)
+        if now.endswith("\ufffd"):  # a part of a character
+            return ""
+        return self._append(now)
+
+    def _append(self, now: str) -> str:
+        piece = now[len(self.before) :]
+        self.window = self.window[self.n_decoded :]
+        self.n_decoded, self.before = len(self.window), self.tokenizer.decode(self.window)
+        self.text, self.stopped = cut_at_stop(self.text + piece, self.stop)
+        return piece
+
+    def preview(self, token: int) -> str:
+        """Return what another token would add to the text."""
+        return self.tokenizer.decode([*self.window, token])[len(self.before) :]
+
+    def take(self, last: bool = False) -> str:
+        """Return what became final since the last call.
+
+        A text that may be the beginning of a stop text is not final, nor is white space that may be the answer's end.
+
+        Args:
+            last: the answer ends here.
+        """
+        if last and not self.stopped and len(self.window) > self.n_decoded:  # an incomplete character
+            self._append(self.tokenizer.decode(self.window))
+        text, end = self.text, len(self.text)
+        if not last:
+            end -= max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if self.strip:
+            end = len(text[:end].rstrip())
+        piece = text[self.n_taken : end]
+        if self.strip and not text[: self.n_taken].strip():
+            piece = piece.lstrip()
+        self.n_taken = max(self.n_taken, end)
+        return piece

@@ -1,0 +1,273 @@
+"""Continuous batching: answers are those of `generate`, whoever shares the batch, joins or leaves."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from toys import aligned, base
+
+from lit_llama.bank import make_bank
+from lit_llama.checkpoint import AdapterFile, save_base
+from lit_llama.compose import load_with_bank
+from lit_llama.engine import Engine
+from lit_llama.generation import Sampling, cut_at_stop, generate
+from lit_llama.jobs import Event, Expired, Job, QueueFull
+from lit_llama.live_text import LiveText
+from lit_llama.utils import UserError
+
+ROWS = ["base", "a", "b", "c", "a:0.5+b", "c+b:-1.5", "a+base", "b:2", "c:0"]
+
+
+def adapter(length: int, start: int, seed: int) -> AdapterFile:
+    network = aligned(length, start, seed, vocab_size=300, padded_vocab_size=300)
+    state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    config = {"adapter_prompt_length": length, "adapter_start_layer": start}
+    return AdapterFile(state, {"method": "aligner", "config": config}, f"adapter {seed}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, network = tmp_path_factory.mktemp("base"), base(vocab_size=300, padded_vocab_size=310)
+    save_base(path, network.config, network.state_dict())
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    adapters = [("a", adapter(1, 1, seed=1)), ("b", adapter(3, 2, seed=2)), ("c", adapter(1, 2, seed=3))]
+    return load_with_bank(folder, make_bank(folder, adapters))
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, max_batch=4)
+
+
+class Client:
+    """A request and what came back."""
+
+    def __init__(self, engine: Engine, prompt: list[int], adapters: str, sampling: Sampling, **options) -> None:
+        self.adapters, self.events, self.ended = adapters, [], threading.Event()
+        self.job = Job(prompt, self.receive, engine.parse(adapters), sampling, **options)
+
+    def receive(self, event: Event) -> None:
+        self.events.append(event)
+        if event.finish or event.error:
+            assert not self.ended.is_set()
+            self.ended.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+    @property
+    def last(self) -> Event:
+        return self.events[-1]
+
+
+def run(engine: Engine, clients: list[Client], at: dict[int, list[Client]] | None = None) -> None:
+    """Submit clients, some before later steps, and step until all have ended."""
+    engine.submit([client.job for client in clients])
+    step = 0
+    while engine.rows or engine.waiting or (at and max(at) >= step):
+        if at and step in at:
+            engine.submit([client.job for client in at[step]])
+        engine.step()
+        assert len(engine.rows) <= engine.max_batch
+        step += 1
+
+
+def expected(engine: Engine, client: Client) -> str:
+    """The answer of `generate` to the request alone, as `lit_llama.generation.answer` presents it."""
+    job, decode, context = client.job, engine.tokenizer.decode, client.job.prompt[-8:]
+
+    def finished(ids: list[int]) -> bool:
+        return bool(job.stop) and cut_at_stop(decode(ids), job.stop)[1]
+
+    with engine.model.using([job.adapters]):
+        (ids,) = generate(engine.model, [job.prompt], job.sampling, engine.tokenizer.stop_ids, finished, [job.row])
+    if not job.strip:
+        return cut_at_stop(decode(context + ids)[len(decode(context)) :], job.stop)[0]
+    return cut_at_stop(decode(ids), job.stop)[0].strip()
+
+
+def requests(engine: Engine, count: int, seed: int = 0, **options) -> list[Client]:
+    rng, clients = random.Random(seed), []
+    for i in range(count):
+        prompt = [rng.randrange(3, 300) for _ in range(rng.randint(1, 30))]
+        sampling = rng.choice(
+            [
+                Sampling(rng.randint(1, 30)),
+                Sampling(rng.randint(1, 30), temperature=0.8, seed=i),
+                Sampling(20, temperature=1.2, top_k=20, seed=i),
+                Sampling(64, temperature=1.0, top_p=0.8, seed=i),
+            ]
+        )
+        stop = rng.choice([(), (), ("a",), ("th", "e ")])
+        clients.append(Client(engine, prompt, ROWS[i % len(ROWS)], sampling, row=i % 3, stop=stop, **options))
+    return clients
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_answers_are_those_of_generate_whenever_requests_join(engine, strip):
+    clients = requests(engine, 27, strip=strip)
+    for client in clients[::2]:
+        client.job.streams = True
+    run(engine, clients[:5], {2: clients[5:6], 3: clients[6:15], 40: clients[15:], 41: []})
+    engine.model.use([None])
+    for client in clients:
+        assert client.text == expected(engine, client), client.adapters
+        assert client.last.finish in ("stop", "length")
+    assert len({client.text for client in clients}) > 20
+    assert engine.counts["requests"] == engine.counts["stop"] + engine.counts["length"] == 27
+
+
+def test_requests_join_at_the_next_token_and_leave_when_done(engine):
+    first, second, third = (Client(engine, [5, 6, 7], "a", Sampling(n)) for n in (6, 2, 3))
+    engine.submit([first.job])
+    engine.step()
+    assert [row.job for row in engine.rows] == [first.job] and first.job.n_new == 2  # prefill and one step
+    engine.submit([second.job, third.job])
+    engine.step()
+    assert (first.job.n_new, second.job.n_new, third.job.n_new) == (3, 2, 2) and second.ended.is_set()
+    engine.step()
+    assert [row.job for row in engine.rows] == [first.job, third.job] and third.ended.is_set()
+    run(engine, [])
+    assert engine.rows == [] and first.ended.is_set()
+
+
+def test_running_requests_keep_their_adapter_and_later_ones_get_the_new_one(engine):
+    sampling, prompt = Sampling(20), list(range(40, 60))
+    running, waiting, gone = (Client(engine, prompt, name, sampling) for name in ("a", "a", "c"))
+    before = expected(engine, running)
+    engine.submit([running.job])
+    engine.step()
+    engine.submit([waiting.job, gone.job])
+    engine.put_adapter("a", adapter(2, 1, seed=9), replace=True)
+    engine.remove_adapter("c")
+    engine.put_adapter("new", adapter(1, 1, seed=4))
+    added = Client(engine, prompt, "new", sampling)
+    run(engine, [added])
+    engine.model.use([None])
+    assert running.text == before != waiting.text
+    assert waiting.text == expected(engine, waiting) and added.text == expected(engine, added)
+    assert isinstance(gone.last.error, UserError) and "'c'" in str(gone.last.error)
+    with pytest.raises(UserError, match="'c'"):
+        engine.parse("a+c")
+    with pytest.raises(UserError, match="taken"):
+        engine.put_adapter("new", adapter(1, 1, seed=4))
+
+
+def test_log_probabilities_are_the_models(engine):
+    client = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, n_top=2)
+    plain = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, streams=True)
+    run(engine, [client, plain])
+    tokens = client.last.tokens
+    assert "".join(token.text for token in tokens) == client.text == plain.text
+    assert all(token.start == len("".join(t.text for t in tokens[:i])) for i, token in enumerate(tokens))
+    with engine.model.using([client.job.adapters]):
+        (ids,) = generate(engine.model, [[9, 8, 7]], client.job.sampling, engine.tokenizer.stop_ids)
+        with torch.no_grad():
+            logps = engine.model(torch.tensor([[9, 8, 7, *ids]]))[0, :, :300].log_softmax(-1)
+    for i, (token, id) in enumerate(zip(tokens, ids, strict=False)):
+        assert token.logp == pytest.approx(logps[2 + i, id].item(), abs=1e-4)
+        assert [value for _, value in token.top] == pytest.approx(logps[2 + i].topk(2).values.tolist(), abs=1e-4)
+
+
+def test_cancelled_and_late_requests_free_their_rows(engine):
+    cancelled, late, waiting, other = (Client(engine, [5, 6], "a", Sampling(50)) for _ in range(4))
+    late.job.seconds = 0.0
+    engine.submit([cancelled.job, other.job])
+    engine.step()
+    engine.submit([late.job, waiting.job])
+    for client in (cancelled, waiting):
+        engine.cancel(client.job)
+    engine.step()
+    assert [row.job for row in engine.rows] == [other.job] and not engine.waiting
+    assert isinstance(late.last.error, Expired) and not waiting.events
+    run(engine, [])
+    assert other.text == expected(engine, other)
+    assert (engine.counts["cancelled"], engine.counts["failed"]) == (2, 1)
+
+
+def test_a_request_that_cannot_be_answered_is_refused_at_once(engine):
+    with pytest.raises(UserError, match="no tokens"):
+        engine.submit([Client(engine, [], "a", Sampling()).job])
+    with pytest.raises(UserError, match="64"):
+        engine.submit([Client(engine, [5] * 64, "a", Sampling()).job])
+    engine.max_waiting = 2
+    jobs = [Client(engine, [5], "a", Sampling()).job for _ in range(3)]
+    with pytest.raises(QueueFull, match="2 may"):
+        engine.submit(jobs)
+    assert not engine.waiting
+    longest = Client(engine, [5] * 63, "base", Sampling(9))
+    run(engine, [longest])
+    assert longest.job.n_new <= 1
+
+
+def test_the_thread_answers_survives_an_error_and_stops(engine, monkeypatch, capsys):
+    engine.start()
+    clients = requests(engine, 12)
+    for client in clients:
+        engine.submit([client.job])
+    assert all(client.ended.wait(60) for client in clients)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_set_terms", lambda: 1 / 0)
+        broken = Client(engine, [5, 6], "a", Sampling(50))
+        engine.submit([broken.job])
+        assert broken.ended.wait(60) and "log" in str(broken.last.error)
+        assert "ZeroDivisionError" in capsys.readouterr().err
+    after = Client(engine, [5, 6], "a", Sampling(5))
+    engine.submit([after.job])
+    assert after.ended.wait(60) and after.last.finish
+    endless = Client(engine, [5, 6], "a", Sampling(50))
+    engine.submit([endless.job])
+    engine.stop()
+    assert not engine.is_alive
+    assert endless.ended.is_set()
+    with pytest.raises(QueueFull):
+        engine.submit([after.job])
+    engine.model.use([None])
+    for client in clients:
+        assert client.text == expected(engine, client)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_live_text_is_the_decoded_text(tokenizer, seed):
+    rng = random.Random(seed)
+    prompt = [tokenizer.bos_id, *tokenizer.encode("what did the cat")]
+    words = [tokenizer.encode(word) for word in (" é", " the cat", "日本", " 🙂", "\n", "  a")]
+    for _ in range(50):
+        ids = [i for _ in range(rng.randint(0, 8)) for i in rng.choice([*words, [rng.randrange(3, 300)]])]
+        text, pieces = LiveText(tokenizer, prompt), []
+        for token in ids:
+            text.push(token)
+            pieces.append(text.take())
+        pieces.append(text.take(last=True))
+        assert "".join(pieces) == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
+def test_live_text_stops_and_strips(tokenizer):
+    def pieces(answer: str, *stop: str) -> list[str]:
+        text, found = LiveText(tokenizer, [tokenizer.bos_id], stop, strip=True), []
+        for token in tokenizer.encode(answer):
+            text.push(token)
+            found.append(text.take(text.stopped))
+            if text.stopped:
+                return found
+        return [*found, text.take(last=True)]
+
+    assert "".join(pieces("  the cat \n ")) == "the cat"
+    assert "".join(pieces("the cat ### Instruction", "### Inst")) == "the cat"
+    assert "".join(pieces("the cat ###", "### Inst")) == "the cat ###"
+    assert not any("#" in piece for piece in pieces("the cat ### Instruction", "### Inst"))
+
+
+def test_the_engine_waits_without_work(engine):
+    engine.start()
+    began = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - began < 0.2
+    engine.stop()
