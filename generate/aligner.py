@@ -23,7 +23,7 @@ from lit_llama import cli
 from lit_llama.bank import BASE, Bank, open_bank
 from lit_llama.chat import AnswerSettings, Request, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import read_adapter
-from lit_llama.compose import Sum, load_adapted, load_with_bank, load_with_sum, parse_sum, scaled_adapter
+from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.device import pick_device
 from lit_llama.files import check_file
 from lit_llama.model import LLaMA
@@ -135,7 +135,7 @@ def plan_bank(settings: Settings, requests: list[Request], options: dict[str, An
     if len(set(sums)) > 1 or settings.compare_base:
         load = partial(load_with_bank, settings.checkpoint_dir, bank, **options)
     else:
-        load, sums = partial(load_with_sum, settings.checkpoint_dir, bank, sums[0], **options), None
+        load, sums = partial(load_with_bank, settings.checkpoint_dir, bank, sums[0], merge=True, **options), None
     return Plan(
         load, requests, styles, sums, {"style": settings.prompt_style or "each adapter's own", "bank": settings.bank}
     )
@@ -144,7 +144,7 @@ def plan_bank(settings: Settings, requests: list[Request], options: dict[str, An
 def style_of(terms: Sum, bank: Bank, name: str | None) -> PromptStyle:
     """Return the style of that name, by default that of the first adapter in a sum, or of the bank's for the base."""
     first = terms[0][0] if terms else next(iter(bank))
-    return get_prompt_style(name or bank.style(first))
+    return get_prompt_style(name or bank[first].style)
 
 
 if __name__ == "__main__":

@@ -17,48 +17,39 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
 from lit_llama.files import atomic_write
 from lit_llama.model import LLaMAConfig
 from lit_llama.utils import UserError
-from lit_llama.variant import without_aliases
+from lit_llama.variant import check_shapes, without_aliases
 
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
 META_KEY = "lit_llama_bank"  # header entry of a bank's file
 BASE = "base"  # the reserved name of the base model without an adapter
 
 
-@dataclass
-class Block:
-    """Memory for adapters of one prefix length N, one per row: prefix (N·C) and gates (layers·nh), side by side."""
-
-    length: int
-    data: torch.Tensor
-    used: int = 0  # rows that have been allocated at least once
-
-
 class Slot(NamedTuple):
     """Where an adapter is stored, and the prompt style that it was trained with."""
 
-    block: Block
+    block: Tensor  # (n, N·C + layers·nh), adapters of one prefix length N
     row: int
     style: str
 
 
-class Bank:
-    """Aligners of one base, of any prefix lengths, in memory and addressed by name.
+class Bank(dict[str, Slot]):
+    """A dictionary of the Aligners of one base, of any prefix lengths; change it with `add`, `swap` and `remove`.
 
-    `name in bank`, `len(bank)` and iteration over the names work as for a dictionary.
+    An unknown name raises a UserError that lists similar ones.
 
     Args:
         config: the base's configuration.
@@ -78,29 +69,26 @@ class Bank:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__()
         if not 0 <= start_layer < config.n_layer:
             raise UserError(f"start_layer is {start_layer}; it must be from 0 to {config.n_layer - 1}.")
         self.config, self.checkpoint_dir, self.start_layer = config, checkpoint_dir, start_layer
         self.dtype, self.device = dtype, torch.device(device)
         self.base = None if checkpoint_dir is None else base_fingerprint(checkpoint_dir)
-        self.gate_count = (config.n_layer - start_layer) * config.n_head
-        self.slots: dict[str, Slot] = {}
-        self.blocks: defaultdict[int, list[Block]] = defaultdict(list)  # by prefix length
-        self.free: defaultdict[int, list[tuple[Block, int]]] = defaultdict(list)  # rows of removed adapters, by length
+        self.n_gates = (config.n_layer - start_layer) * config.n_head
+        self.free: defaultdict[int, list[Slot]] = defaultdict(list)  # unused rows, by the width of their block
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.slots
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
+    def __missing__(self, name: str) -> Slot:
+        # comparing all of a million names takes too long: only those with the longest common beginning
+        alike = heapq.nlargest(1000, self, key=lambda other: len(os.path.commonprefix([name, other])))  # noqa: RUF071
+        near = get_close_matches(name, alike, 3)
+        hint = f"; {'near ones' if near else 'some'} are {', '.join(map(repr, near or alike[:3]))}" if alike else ""
+        raise UserError(f"There is no adapter named {name!r} among the {len(self)} of the bank{hint}.")
 
     @property
     def nbytes(self) -> int:
         """Bytes of all prefixes and gates, without names."""
-        return sum(b.used * b.data.size(1) * b.data.itemsize for blocks in self.blocks.values() for b in blocks)
+        return sum(slot.block.size(1) for slot in self.values()) * self.dtype.itemsize
 
     def add(self, name: str, adapter: AdapterFile) -> None:
         """Copy an adapter into the bank.
@@ -109,85 +97,49 @@ class Bank:
             UserError: The name is taken, or the adapter is not an Aligner, belongs to another base, or starts below
                 `start_layer`.
         """
-        if name in self.slots or name in ("", BASE):
+        if name in self or name in ("", BASE):
             raise UserError(f"The name {name!r} is taken; choose another one, or swap the adapter.")
-        self._store(name, adapter)
+        self._store(name, self._pack(adapter), adapter.meta.get("prompt_style"))
 
     def swap(self, name: str, adapter: AdapterFile) -> None:
-        """Replace the adapter of a name.
-
-        Raises:
-            UserError: As in `add`, or there is no such name; the bank is then unchanged.
-        """
-        self._store(name, adapter, self.slot(name))
+        """Replace the adapter of a name. If `adapter` is refused as in `add`, the bank is unchanged."""
+        old, packed = self[name], self._pack(adapter)
+        self.free[old.block.size(1)].append(old)  # an adapter of the same length takes its row
+        self._store(name, packed, adapter.meta.get("prompt_style"))
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; its memory is reused.
-
-        Raises:
-            UserError: There is no such name.
-        """
-        self._release(self.slot(name))
-        del self.slots[name]
+        """Remove an adapter; its memory is reused."""
+        old = self[name]
+        self.free[old.block.size(1)].append(old)
+        del self[name]
 
     def adapter(self, name: str) -> AdapterFile:
-        """Return an adapter as `read_adapter` does, with gates from the bank's `start_layer` up.
-
-        Raises:
-            UserError: There is no such name.
-        """
-        slot = self.slot(name)
-        ((_, prefixes, gates),) = self.gather([name])
-        state = {"global_value_embedding.weight": prefixes[0]}
-        for layer, layer_gates in enumerate(gates[0], self.start_layer):
+        """Return an adapter as `read_adapter` does, with gates from the bank's `start_layer` up."""
+        ((_, (prefix,), (gates,)),) = self.gather([name])
+        state = {"global_value_embedding.weight": prefix}
+        for layer, layer_gates in enumerate(gates, self.start_layer):
             state[f"transformer.h.{layer}.attn.gating_factor"] = layer_gates.view(1, -1, 1, 1)
-        config = {"adapter_prompt_length": slot.block.length, "adapter_start_layer": self.start_layer}
-        meta = {"method": "aligner", "config": config, "prompt_style": slot.style}
+        config = {"adapter_prompt_length": len(prefix), "adapter_start_layer": self.start_layer}
+        meta = {"method": "aligner", "config": config, "prompt_style": self[name].style}
         return AdapterFile(state, meta | ({"base": self.base} if self.base else {}), Path(name))
 
-    def slot(self, name: str) -> Slot:
-        """Return where an adapter is stored.
-
-        Raises:
-            UserError: There is no such name; the message lists similar ones.
-        """
-        if name not in self.slots:
-            # comparing all of a million names takes too long: only those with the longest common beginning
-            alike = heapq.nlargest(1000, self.slots, key=lambda other: len(os.path.commonprefix([name, other])))  # noqa: RUF071
-            near = get_close_matches(name, alike, 3)
-            hint = f"; {'near ones' if near else 'some'} are {', '.join(map(repr, near or alike[:3]))}" if alike else ""
-            raise UserError(f"There is no adapter named {name!r} among the {len(self)} of the bank{hint}.")
-        return self.slots[name]
-
-    def style(self, name: str) -> str:
-        """Return the prompt style that an adapter was trained with.
-
-        Raises:
-            UserError: There is no such name.
-        """
-        return self.slot(name).style
-
-    def gather(self, names: Sequence[str]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    def gather(self, names: Sequence[str]) -> list[tuple[list[int], Tensor, Tensor]]:
         """Return prefixes and gates in fp32, grouped by prefix length N in ascending order.
 
         Returns:
             For each length, the indices of its adapters in `names`, prefixes (n, N, C) and gates (n, layers, nh).
-
-        Raises:
-            UserError: There is no such name.
         """
-        slots, members = [self.slot(name) for name in names], defaultdict(list)
+        slots, members = [self[name] for name in names], defaultdict(list)
         for i, slot in enumerate(slots):
-            members[slot.block.length].append(i)
-        gathered = []
-        for length, indices in sorted(members.items()):
-            packed = torch.stack([slots[i].block.data[slots[i].row] for i in indices]).float()
-            prefixes, gates = packed.split([length * self.config.n_embd, self.gate_count], dim=1)
-            prefixes, gates = prefixes.unflatten(1, (length, -1)), gates.unflatten(1, (-1, self.config.n_head))
-            gathered.append((indices, prefixes, gates))
+            members[slot.block.size(1)].append(i)
+        gathered, (C, nh) = [], (self.config.n_embd, self.config.n_head)
+        for width, indices in sorted(members.items()):
+            packed = torch.stack([slots[i].block[slots[i].row] for i in indices]).float()
+            prefixes, gates = packed.split([width - self.n_gates, self.n_gates], dim=1)
+            gathered.append((indices, prefixes.unflatten(1, (-1, C)), gates.unflatten(1, (-1, nh))))
         return gathered
 
-    def _pack(self, adapter: AdapterFile) -> torch.Tensor:
+    def _pack(self, adapter: AdapterFile) -> Tensor:
         """Check an adapter and return its prefix and gates side by side, (N·C + layers·nh,)."""
         config = self.config
         if adapter.method != "aligner":
@@ -200,54 +152,36 @@ class Bank:
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
             shapes[f"transformer.h.{layer}.attn.gating_factor"] = (1, config.n_head, 1, 1)
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        for name in sorted(shapes.keys() | found.keys()):
-            has, needs = found.get(name, "missing"), shapes.get(name, "nothing")
-            if has != needs:
-                raise UserError(f"{adapter.path} does not fit the bank's base: {name} is {has}, not {needs}.")
+        check_shapes(state, shapes, f"{adapter.path} does not fit the bank's base")
         zero_gates = torch.zeros((start - self.start_layer) * config.n_head)
         prefix, *gates = (state[name].detach().flatten().float().cpu() for name in shapes)
         return torch.cat([prefix, zero_gates, *gates])
 
-    def _store(self, name: str, adapter: AdapterFile, old: Slot | None = None) -> None:
-        packed = self._pack(adapter)
-        if old is not None:
-            self._release(old)  # an adapter of the same length takes its row
-        block, row = self._allocate(adapter.config["adapter_prompt_length"])
-        block.data[row] = packed
-        self.slots[name] = Slot(block, row, sys.intern(adapter.meta.get("prompt_style") or "alpaca"))
-
-    def _allocate(self, length: int) -> tuple[Block, int]:
-        if self.free[length]:
-            return self.free[length].pop()
-        blocks = self.blocks[length]
-        if not blocks or blocks[-1].used == len(blocks[-1].data):
-            width = length * self.config.n_embd + self.gate_count
+    def _store(self, name: str, packed: Tensor, style: str | None) -> None:
+        width = len(packed)
+        if not self.free[width]:
             n_rows = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
-            blocks.append(Block(length, torch.empty(n_rows, width, dtype=self.dtype, device=self.device)))
-        blocks[-1].used += 1
-        return blocks[-1], blocks[-1].used - 1
-
-    def _release(self, slot: Slot) -> None:
-        self.free[slot.block.length].append((slot.block, slot.row))
+            block = torch.empty(n_rows, width, dtype=self.dtype, device=self.device)
+            self.free[width] = [Slot(block, row, "") for row in reversed(range(n_rows))]
+        block, row, _ = self.free[width].pop()
+        block[row] = packed
+        self[name] = Slot(block, row, sys.intern(style or "alpaca"))
 
     def save(self, path: Path, overwrite: bool = False) -> None:
         """Write all adapters and names into one safetensors file; see the top of this module for its format.
 
         A file that is not a bank is replaced only with `overwrite`.
         """
-        members: defaultdict[int, list[tuple[int, str, Slot]]] = defaultdict(list)
-        for name, slot in self.slots.items():
-            members[id(slot.block)].append((slot.row, name, slot))
+        members = defaultdict(list)
+        for name, (block, row, style) in self.items():
+            members[block].append((row, (name, style)))
         tensors, lengths = {}, []
-        for i, stored in enumerate(members.values()):
-            stored.sort()
-            rows, block = [row for row, _, _ in stored], stored[0][2].block
-            without_gaps = rows == list(range(len(rows)))  # then a view suffices
-            names = json.dumps([(name, slot.style) for _, name, slot in stored]).encode()
-            tensors[f"adapters.{i}"] = (block.data[: len(rows)] if without_gaps else block.data[rows]).cpu()
-            tensors[f"names.{i}"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
-            lengths.append(block.length)
+        for i, (block, stored) in enumerate(members.items()):
+            rows, names = zip(*sorted(stored), strict=True)
+            without_gaps = rows[-1] == len(rows) - 1  # then a view suffices
+            tensors[f"adapters.{i}"] = (block[: len(rows)] if without_gaps else block[list(rows)]).cpu()
+            tensors[f"names.{i}"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
+            lengths.append((block.size(1) - self.n_gates) // self.config.n_embd)
         meta = {"config": json.loads(self.config.to_json()), "start_layer": self.start_layer, "base": self.base}
         with atomic_write(path, overwrite=overwrite or is_ours(path, META_KEY)) as temporary:
             save_file(tensors, temporary, metadata={META_KEY: json.dumps({**meta, "lengths": lengths})})
@@ -262,41 +196,24 @@ class Bank:
         Raises:
             UserError: There is no such file, it is not a bank, or it belongs to another base.
         """
-        path = Path(path)
-        meta = bank_header(path)
-        if meta is None:
+        if not Path(path).is_file():
+            raise UserError(f"There is no file at {path}.")
+        if not is_ours(path, META_KEY):
             raise UserError(f"{path} is not a bank of adapters.")
-        config = LLaMAConfig(**meta["config"])
-        if checkpoint_dir is not None and meta["base"] is not None:
-            check_base(AdapterFile({}, {"base": meta["base"]}, path), checkpoint_dir, config)
-        elif checkpoint_dir is not None and config != LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME):
-            raise UserError(f"{path} is a bank for a base of another shape than {checkpoint_dir}.")
-        bank = cls(config, checkpoint_dir, start_layer=meta["start_layer"], device=device)
         with safe_open(path, framework="pt") as file:
-            for i, length in enumerate(meta["lengths"]):
-                data = file.get_tensor(f"adapters.{i}").to(bank.device)
-                bank.dtype, block = data.dtype, Block(length, data, len(data))
-                bank.blocks[length].append(block)
+            meta = json.loads(file.metadata()[META_KEY])
+            config = LLaMAConfig(**meta["config"])
+            if checkpoint_dir is not None and meta["base"] is not None:
+                check_base(AdapterFile({}, {"base": meta["base"]}, path), checkpoint_dir, config)
+            elif checkpoint_dir is not None and config != LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME):
+                raise UserError(f"{path} is a bank for a base of another shape than {checkpoint_dir}.")
+            bank = cls(config, checkpoint_dir, start_layer=meta["start_layer"], device=device)
+            for i in range(len(meta["lengths"])):
+                block = file.get_tensor(f"adapters.{i}").to(bank.device)
+                bank.dtype = block.dtype
                 names = json.loads(file.get_tensor(f"names.{i}").numpy().tobytes())
-                for row, (name, style) in enumerate(names):
-                    bank.slots[name] = Slot(block, row, sys.intern(style))
+                bank.update((name, Slot(block, row, sys.intern(style))) for row, (name, style) in enumerate(names))
         return bank
-
-
-def bank_header(path: Path) -> dict[str, Any] | None:
-    """Return the header entry of a bank's file, or None for any other file.
-
-    Raises:
-        UserError: There is no such file.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no file at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(META_KEY)
-    except SafetensorError:
-        return None
-    return None if header is None else json.loads(header)
 
 
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
@@ -306,7 +223,7 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
         UserError: A path is neither, an adapter does not belong to the base, or two have one name.
     """
     paths = [Path(path) for path in paths]
-    if len(paths) == 1 and paths[0].is_file() and bank_header(paths[0]) is not None:
+    if len(paths) == 1 and is_ours(paths[0], META_KEY):
         bank = Bank.load(paths[0], checkpoint_dir)
         if not bank:
             raise UserError(f"The bank {paths[0]} holds no adapter.")

@@ -10,12 +10,11 @@ Strengths multiply the gates. When a batch begins, each layer projects the batch
 c_attn once, about a quarter of what one decoded token reads. For N = 1 a row then adds a constant to each layer.
 """
 
-import math
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,48 +47,33 @@ def parse_sum(text: str, bank: Bank) -> Sum:
     """
     terms = []
     for part in [text] if text in bank else text.split("+"):
-        name, _, number = part.rpartition(":")
-        strength = None if part in bank else finite(number)
-        name, strength = (part, 1.0) if strength is None else (name, strength)
+        scaled = None if part in bank else re.fullmatch(r"(.*):(-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d{1,2})?)", part)
+        name, strength = (scaled[1], float(scaled[2])) if scaled else (part, 1.0)
         if name != BASE:
-            bank.slot(name)
+            bank[name]  # raises the error
             terms.append((name, strength))
     return tuple(terms)
 
 
-def finite(text: str) -> float | None:
-    """Return the number that a text denotes, None if it does not denote a finite one."""
-    try:
-        return number if math.isfinite(number := float(text)) else None
-    except ValueError:
-        return None
-
-
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """What rows of a batch with prefixes of one length N add to one layer's attention.
 
     Args:
-        keys, values: (n, nh, N, hs) from `prefix_kv`; n is 1 if all rows share them.
-        rows: (n,) row numbers in the batch, a row may occur several times; None means all rows in order.
+        keys, values: (n, nh, N, hs) from `prefix_kv`.
+        rows: (n,) their rows in the batch, a row may occur several times; None means all rows in order, or for n = 1
+            that all rows share them.
     """
 
     keys: Tensor
     values: Tensor
-    rows: Tensor | None = None
-
-    def add_to(self, y: Tensor, q: Tensor) -> Tensor:
-        """Add the term to attention outputs y (B, nh, T, hs) of queries q (B, nh, T, hs)."""
-        if self.rows is None:
-            return y + prefix_attention(q, self.keys, self.values)
-        return y.index_add(0, self.rows, prefix_attention(q[self.rows], self.keys, self.values))
+    rows: Tensor | None
 
     def select(self, rows: Tensor) -> "Term":
         """Return the term for a batch of these rows (n',) of the original one."""
         if self.rows is not None:
-            places, own = (rows.unsqueeze(1) == self.rows).nonzero(as_tuple=True)
-            return Term(self.keys[own], self.values[own], places)
-        return self if len(self.values) == 1 else Term(self.keys[rows], self.values[rows])
+            places, which = (rows.unsqueeze(1) == self.rows).nonzero(as_tuple=True)
+            return Term(self.keys[which], self.values[which], places)
+        return self if len(self.values) == 1 else Term(self.keys[rows], self.values[rows], None)
 
 
 class CausalSelfAttention(llama.CausalSelfAttention):
@@ -99,31 +83,13 @@ class CausalSelfAttention(llama.CausalSelfAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         y = super().attend(q, k, v, mask)
-        for term in self.terms:
-            y = term.add_to(y, q)
+        for keys, values, rows in self.terms:
+            if rows is None:
+                y = y + prefix_attention(q, keys, values)
+            else:
+                added = prefix_attention(q[rows], keys, values)  # (n, nh, T or 1, hs)
+                y = y.index_add(0, rows, added.expand(-1, -1, q.size(2), -1))
         return y
-
-    def prefix_terms(
-        self, prefixes: Tensor, gates: Tensor, which: Tensor, rows: Tensor | None, n_rows: int
-    ) -> list[Term]:
-        """Return the terms of prefixes of one length N.
-
-        Args:
-            prefixes, gates: (m, N, C) and (m, nh).
-            which: (n,) for each contribution to the batch, the prefix that it reads.
-            rows: (n,) the row that it belongs to; None means that each row has one, in order.
-            n_rows: rows of the batch; 1 if its rows all have the same sum, whatever their number.
-        """
-        keys, values = prefix_kv(self, prefixes, gates[:, :, None, None])
-        keys, values = keys[which], values[which]  # (n, nh, N, hs)
-        if rows is None:
-            return [Term(keys, values)]
-        if values.size(2) == 1:  # constants, whose sum is one constant per row
-            total = values.new_zeros(n_rows, *values.shape[1:]).index_add_(0, rows, values)
-            return [Term(total, total)]
-        if n_rows == 1:  # several of one length for all rows
-            return [Term(*pair) for pair in zip(keys.split(1), values.split(1), strict=True)]
-        return [Term(keys, values, rows)]
 
 
 class LLaMA(llama.LLaMA):
@@ -155,38 +121,26 @@ class LLaMA(llama.LLaMA):
     @contextmanager
     def using(self, rows: Sequence[Row]) -> Iterator[None]:
         """Call `use` temporarily."""
-        before = self.sums, [block.attn.terms for block in self.transformer.h]
-        self.use(rows)
-        try:
+        with self._restored():
+            self.use(rows)
             yield
-        finally:
-            self._assign(*before)
 
     @contextmanager
     def selecting(self, rows: list[int]) -> Iterator[None]:
-        before = self.sums, [block.attn.terms for block in self.transformer.h]
         selected = torch.tensor(rows, device=self.transformer.wte.weight.device)
         sums = self.sums if len(self.sums) == 1 else [self.sums[row] for row in rows]
-        self._assign(sums, [[term.select(selected) for term in terms] for terms in before[1]])
-        try:
+        with self._restored() as terms:
+            self._assign(sums, [[term.select(selected) for term in layer_terms] for layer_terms in terms])
             yield
+
+    @contextmanager
+    def _restored(self) -> Iterator[list[Sequence[Term]]]:
+        """Yield each layer's terms, and restore them and the sums at the end."""
+        sums, terms = self.sums, [block.attn.terms for block in self.transformer.h]
+        try:
+            yield terms
         finally:
-            self._assign(*before)
-
-    def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raise an error if `use` would.
-
-        Raises:
-            UserError: A name is not in the bank.
-        """
-        for row in rows:
-            for name, _ in as_sum(row):
-                self.bank.slot(name)
-
-    def run_blocks(self, x: Tensor, *args: Any) -> Tensor:
-        if len(self.sums) not in (1, len(x)):
-            raise UserError(f"There are adapters for {len(self.sums)} rows, and the batch has {len(x)}.")
-        return super().run_blocks(x, *args)
+            self._assign(sums, terms)
 
     def _assign(self, sums: Sequence[Sum], terms: Sequence[Sequence[Term]]) -> None:
         self.sums = sums
@@ -197,61 +151,62 @@ class LLaMA(llama.LLaMA):
     def _terms(self, sums: Sequence[Sum]) -> list[list[Term]]:
         """Return each layer's terms for a batch with these sums."""
         weight = self.transformer.wte.weight
-        distinct = list(dict.fromkeys(part for terms in sums for part in terms))  # (name, strength) pairs
+        parts = list(dict.fromkeys(part for terms in sums for part in terms))  # distinct (name, strength) pairs
         layers: list[list[Term]] = [[] for _ in self.transformer.h]
-        for indices, prefixes, gates in self.bank.gather([name for name, _ in distinct]):
-            strengths = torch.tensor([distinct[i][1] for i in indices], device=gates.device)
-            gates = (strengths[:, None, None] * gates).to(weight.device)  # (m, layers, nh)
-            place = {distinct[i]: n for n, i in enumerate(indices)}
+        for indices, prefixes, gates in self.bank.gather([name for name, _ in parts]):
+            place = {parts[i]: n for n, i in enumerate(indices)}
             pairs = [(place[part], row) for row, terms in enumerate(sums) for part in terms if part in place]
             which, rows = torch.tensor(pairs, device=weight.device).unbind(1)
             rows = None if [row for _, row in pairs] == list(range(len(sums))) else rows
+            strengths = torch.tensor([parts[i][1] for i in indices], device=gates.device)
+            gates = (strengths[:, None, None] * gates).to(weight.device)  # (m, layers, nh)
             for layer, layer_gates in enumerate(gates.unbind(1), self.bank.start_layer):
                 attn = self.transformer.h[layer].attn
-                layers[layer] += attn.prefix_terms(prefixes.to(weight), layer_gates, which, rows, len(sums))
+                keys, values = prefix_kv(attn, prefixes.to(weight), layer_gates[:, :, None, None])
+                keys, values = keys[which], values[which]  # (n, nh, N, hs)
+                if len(sums) == 1:  # for batches of any size
+                    layers[layer] += [Term(k, v, None) for k, v in zip(keys.split(1), values.split(1), strict=True)]
+                else:
+                    layers[layer].append(Term(keys, values, rows))
         return layers
 
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Raise the error for unknown names that `use` would."""
+        for row in rows:
+            for name, _ in as_sum(row):
+                self.bank[name]
 
-def load_with_bank(checkpoint_dir: Path, bank: Bank, **options: Any) -> LLaMA:
+    def run_blocks(self, x: Tensor, *args: Any) -> Tensor:
+        if len(self.sums) not in (1, len(x)):
+            raise UserError(f"There are adapters for {len(self.sums)} rows, and the batch has {len(x)}.")
+        return super().run_blocks(x, *args)
+
+
+def load_with_bank(
+    checkpoint_dir: Path, bank: Bank, row: Row = None, *, merge: bool = False, **options: Any
+) -> llama.LLaMA:
     """Load a base whose rows may each use another weighted sum of a bank's Aligners.
 
     Args:
+        row: the sum of all rows until `LLaMA.use` changes it.
+        merge: return a plain LLaMA if all prefixes of `row` have one token: it computes the same function at the
+            base's speed, but its adapters can no longer be scaled or exchanged.
         options: device, dtype and quantize of `load_model`.
 
     Raises:
-        UserError: As `load_model`, or the bank is for a base of another shape.
-    """
-    model = load_model(checkpoint_dir, method=LLaMA, **options)
-    check_shape(model, bank, checkpoint_dir)
-    model.bank = bank
-    return model
-
-
-def load_with_sum(checkpoint_dir: Path, bank: Bank, row: Row, *, merge: bool = True, **options: Any) -> llama.LLaMA:
-    """Load a base that answers every row with the same weighted sum of a bank's Aligners.
-
-    Args:
-        merge: return a plain LLaMA if all prefixes have one token: it computes the same function at the base's speed,
-            but its adapters can no longer be scaled or exchanged.
-        options: device, dtype and quantize of `load_model`.
-
-    Raises:
-        UserError: As `load_with_bank`, or a name is not in the bank.
+        UserError: As `load_model`, the bank is for a base of another shape, or a name is not in the bank.
     """
     terms = as_sum(row)
-    if not merge or any(bank.slot(name).block.length > 1 for name, _ in terms):
-        model = load_with_bank(checkpoint_dir, bank, **options)
-        model.use([terms])
-        return model
-    model = load_model(checkpoint_dir, **options)
-    check_shape(model, bank, checkpoint_dir)
-    merge_aligners_(model, [(bank.adapter(name).state, strength) for name, strength in terms])
-    return model
-
-
-def check_shape(model: llama.LLaMA, bank: Bank, checkpoint_dir: Path) -> None:
+    merge = merge and all(prefixes.size(1) == 1 for _, prefixes, _ in bank.gather([name for name, _ in terms]))
+    model = load_model(checkpoint_dir, method=None if merge else LLaMA, **options)
     if model.config != bank.config:
         raise UserError(f"The bank is for a base of another shape than {checkpoint_dir}.")
+    if merge:
+        merge_aligners_(model, [(bank.adapter(name).state, strength) for name, strength in terms])
+    else:
+        model.bank = bank
+        model.use([terms])
+    return model
 
 
 def load_adapted(
@@ -267,7 +222,7 @@ def load_adapted(
     Args:
         adapters: trained on this base.
         strengths: how much each adapter counts (see its method's `scaled_parameter`); a single one is for all.
-        merge, options: see `load_with_sum`.
+        merge, options: see `load_with_bank`.
 
     Raises:
         UserError: The numbers of adapters and strengths differ, an adapter belongs to another base, or a method does
@@ -275,23 +230,22 @@ def load_adapted(
     """
     if len(strengths) not in (1, len(adapters)):
         raise UserError(f"There are {len(adapters)} adapters and {len(strengths)} strengths; give each its own.")
-    strengths = strengths * len(adapters) if len(strengths) == 1 else strengths
-    foreign = [a for a in adapters if a.method != "aligner"]
-    if not foreign:
-        names = [str(i) for i in range(len(adapters))]
-        bank = make_bank(checkpoint_dir, list(zip(names, adapters, strict=True)))
-        return load_with_sum(checkpoint_dir, bank, tuple(zip(names, strengths, strict=True)), merge=merge, **options)
-    if len(adapters) > 1:
+    foreign = [adapter for adapter in adapters if adapter.method != "aligner"]
+    if foreign and len(adapters) > 1:
         raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
-    model = load_model(checkpoint_dir, adapters[0], **options)
-    for name, p in model.named_parameters():
-        if model.is_adapter_parameter(name):
-            p.data = model.scaled_parameter(name, p.data, strengths[0])
-    return model
+    if foreign:
+        model = load_model(checkpoint_dir, adapters[0], **options)
+        for name, p in model.named_parameters():
+            if model.is_adapter_parameter(name):
+                p.data = model.scaled_parameter(name, p.data, strengths[0])
+        return model
+    names = [str(i) for i in range(len(adapters))]
+    bank = make_bank(checkpoint_dir, list(zip(names, adapters, strict=True)))
+    row = tuple(zip(names, [*strengths] * len(names), strict=False))  # a single strength is repeated
+    return load_with_bank(checkpoint_dir, bank, row, merge=merge, **options)
 
 
-@contextmanager
-def scaled_adapter(model: llama.LLaMA, strength: float) -> Iterator[None]:
+def scaled_adapter(model: llama.LLaMA, strength: float) -> AbstractContextManager:
     """Temporarily scale a model's adapter: 0 gives the base model bit for bit, 1 the adapter as it is.
 
     Scaled are gates, LoRA's B or BitFit's biases; see each method's `scaled_parameter`.
@@ -301,12 +255,9 @@ def scaled_adapter(model: llama.LLaMA, strength: float) -> Iterator[None]:
         ValueError: The model has no adapter, or it is merged into the base.
     """
     if isinstance(model, LLaMA):
-        with model.using([tuple((name, s * strength) for name, s in terms) for terms in model.sums]):
-            yield
-        return
+        return model.using([tuple((name, s * strength) for name, s in terms) for terms in model.sums])
     adapter = {name: p.data for name, p in model.named_parameters() if model.is_adapter_parameter(name)}
     if not adapter:
         raise ValueError("The model has no adapter that could be scaled; see `merge` of load_adapted.")
     scaled = {name: model.scaled_parameter(name, value, strength) for name, value in adapter.items()}
-    with swapped_parameters(model, scaled):
-        yield
+    return swapped_parameters(model, scaled)

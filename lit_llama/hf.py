@@ -20,6 +20,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.schema import field, read_json
 from lit_llama.tensor_files import LazyTensor, check_space, write_tensors
 from lit_llama.utils import UserError, plain_name
+from lit_llama.variant import check_shapes
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -98,29 +99,6 @@ def parameters(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in LLaMA(config).named_parameters()}
 
 
-def check_fit(tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    """Check that tensors have exactly the expected names and shapes.
-
-    Args:
-        tensors: Tensors by name.
-        shapes: Expected shapes by name.
-        source: The file that the shapes come from, for the error message.
-
-    Raises:
-        UserError: A tensor is missing, unexpected, or of another shape.
-    """
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} does not belong to this model" for name in tensors if name not in shapes]
-    problems += [
-        f"{name} is {tensors[name].shape} where {source} makes it {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"The weights do not fit {source}: {'; '.join(problems[:3])}{more}.")
-
-
 def without_tied_head(tensors: dict[str, LazyTensor], config: LLaMAConfig, embedding: str) -> dict[str, LazyTensor]:
     """Drop an output layer that is stored although it is tied to the tensor named `embedding`.
 
@@ -164,7 +142,7 @@ def to_lit(
         expected |= {part: (n, *shape[1:]) for part, n in zip(parts, rows, strict=True)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     tensors = without_tied_head(tensors, config, "model.embed_tokens.weight")
-    check_fit(tensors, expected, source)
+    check_shapes(tensors, expected, f"The weights do not fit {source}")
 
     def read(parts: list[LazyTensor]) -> torch.Tensor:
         if len(parts) == 1:
@@ -198,7 +176,7 @@ def to_hf(
         UserError: A tensor is missing, unexpected, or of another shape.
     """
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
-    check_fit(tensors, parameters(config), "lit_config.json")
+    check_shapes(tensors, parameters(config), "The weights do not fit lit_config.json")
 
     def read(tensor: LazyTensor, first: int, last: int, rotary: bool) -> torch.Tensor:
         rows = tensor.read()[first:last]

@@ -62,19 +62,8 @@ class Variant(nn.Module):
         """
         state_dict = self.normalize_state_dict(state_dict)
         has_adapter = {self.is_adapter_parameter(name) for name in state_dict}
-        shapes = {
-            name: p.shape for name, p in self.named_parameters() if self.is_adapter_parameter(name) in has_adapter
-        }
-        problems = [f"{name} does not belong to this model" for name in state_dict if name not in shapes]
-        problems += [f"{name} is missing" for name in shapes if name not in state_dict]
-        problems += [
-            f"{name} is {tuple(state_dict[name].shape)} where the model has {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in state_dict and state_dict[name].shape != shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise UserError(f"The weights do not fit the model: {'; '.join(problems[:3])}{more}.")
+        shapes = {n: tuple(p.shape) for n, p in self.named_parameters() if self.is_adapter_parameter(n) in has_adapter}
+        check_shapes(state_dict, shapes, "The weights do not fit the model")
         in_fp32 = {name: t.float() for name, t in state_dict.items() if self.is_adapter_parameter(name)}
         return super().load_state_dict({**state_dict, **in_fp32}, strict=False, assign=assign)
 
@@ -126,6 +115,24 @@ class Variant(nn.Module):
     def selecting(self, rows: list[int]) -> AbstractContextManager:
         """Temporarily treat batches as consisting of these rows, for variants whose rows differ."""
         return nullcontext()
+
+
+def check_shapes(tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], complaint: str) -> None:
+    """Check that tensors have exactly the expected names and shapes.
+
+    Args:
+        complaint: how the error message begins.
+
+    Raises:
+        UserError: A tensor is missing, unexpected, or of another shape.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    problems += [f"{name} does not belong to this model" for name in found if name not in shapes]
+    problems += [f"{n} is {found[n]}, not {shapes[n]}" for n in shapes if n in found and found[n] != shapes[n]]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{complaint}: {'; '.join(problems[:3])}{more}.")
 
 
 def mark_only_adapter_as_trainable(model: Variant) -> None:

@@ -28,7 +28,7 @@ from lit_llama.checkpoint import (
     write_base,
 )
 from lit_llama.files import atomic_folder, check_folder, write_text
-from lit_llama.hf import check_fit, parameters, to_hf, without_tied_head, write_hf
+from lit_llama.hf import parameters, to_hf, without_tied_head, write_hf
 from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
 from lit_llama.manifest import MERGED_MODEL
 from lit_llama.merge import output_bias
@@ -36,6 +36,7 @@ from lit_llama.methods import METHODS
 from lit_llama.model import CausalSelfAttention, LLaMA, LLaMAConfig
 from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
+from lit_llama.variant import check_shapes
 
 
 @dataclass
@@ -87,7 +88,7 @@ def merge(tensors: dict[str, LazyTensor], model: LLaMA, changed: str) -> tuple[d
     """
     config = LLaMAConfig(**json.loads(model.config.to_json()))
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
-    check_fit(tensors, parameters(config), CONFIG_NAME)
+    check_shapes(tensors, parameters(config), f"The weights do not fit {CONFIG_NAME}")
     config = replace(config, proj_bias=config.proj_bias or changed == "c_proj.bias")
     merged = {name: tensors.get(name) for name in parameters(config)}
     for layer, block in enumerate(model.transformer.h):

@@ -354,8 +354,8 @@ def scalar_gate(state):
         (aliases_without_the_prefix, "adapter_wte.weight is not the global prefix"),
         (left_over, "transformer.h.0.attn.gating_factor does not belong to this model"),
         (missing, "transformer.h.2.attn.gating_factor is missing"),
-        (shorter_prefix, r"global_value_embedding.weight is \(9, 32\) where the model has \(10, 32\)"),
-        (scalar_gate, r"transformer.h.1.attn.gating_factor is \(1,\) where the model has \(1, 4, 1, 1\)"),
+        (shorter_prefix, r"global_value_embedding.weight is \(9, 32\), not \(10, 32\)"),
+        (scalar_gate, r"transformer.h.1.attn.gating_factor is \(1,\), not \(1, 4, 1, 1\)"),
     ],
 )
 def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded(spoil, sentence):

@@ -124,7 +124,7 @@ def test_tensors_that_contradict_the_header_are_refused(tmp_path):
     base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
     meta = make_adapter(path, base)
     save_adapter(path, read_state(path), {**meta, "config": {"adapter_prompt_length": 4, "adapter_start_layer": 2}})
-    assert "global_value_embedding.weight is (3, 16) where the model has (4, 16)" in refusal(base, path)
+    assert "global_value_embedding.weight is (3, 16), not (4, 16)" in refusal(base, path)
 
 
 def test_no_adapters(tmp_path):

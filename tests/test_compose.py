@@ -6,7 +6,7 @@ from lit_llama import generation
 from lit_llama.aligner import prefix_attention
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, load_model, save_adapter, save_base
-from lit_llama.compose import as_sum, load_adapted, load_with_bank, load_with_sum, parse_sum, scaled_adapter
+from lit_llama.compose import as_sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
 from lit_llama.utils import UserError
@@ -125,7 +125,7 @@ def test_generation_with_a_sum_for_each_row(folder, bank, group_tokens, monkeypa
     with model.using(SUMS):
         together = generate(model, asked, sampling)
     for row, terms in enumerate(SUMS):
-        alone = load_with_sum(folder, bank, terms, merge=row % 2 == 0)
+        alone = load_with_bank(folder, bank, terms, merge=row % 2 == 0)
         assert together[row] == generate(alone, [asked[row]], sampling, rows=[row])[0]
 
 

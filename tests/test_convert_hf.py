@@ -239,8 +239,8 @@ BAD_TENSORS = {
     "model.layers.0.self_attn.q_norm.weight does not belong to this model": lambda tensors: tensors.update(
         {"model.layers.0.self_attn.q_norm.weight": torch.ones(6)}
     ),
-    "model.layers.0.self_attn.v_proj.weight is (12, 24) where config.json makes it (24, 24)": lambda tensors: (
-        tensors.update({"model.layers.0.self_attn.v_proj.weight": torch.ones(12, 24)})
+    "model.layers.0.self_attn.v_proj.weight is (12, 24), not (24, 24)": lambda tensors: tensors.update(
+        {"model.layers.0.self_attn.v_proj.weight": torch.ones(12, 24)}
     ),
     "model.layers.0.self_attn.q_proj.weight is missing (and 19 more)": lambda tensors: (
         tensors.clear() or tensors.update(x=torch.ones(1))
@@ -258,7 +258,7 @@ def test_tensors_that_do_not_fit_are_named(sentence, tmp_path, monkeypatch, caps
 def test_a_wrong_number_of_heads_is_noticed_by_the_key_heads(tmp_path, monkeypatch, capsys):
     tensors = random_tensors({**TINY, "num_key_value_heads": 2})
     source = write_hf(tmp_path / "hf", {**TINY, "num_attention_heads": 6, "num_key_value_heads": 2}, tensors)
-    sentence = "model.layers.0.self_attn.k_proj.weight is (12, 24) where config.json makes it (8, 24)"
+    sentence = "model.layers.0.self_attn.k_proj.weight is (12, 24), not (8, 24)"
     refused(source, tmp_path, monkeypatch, capsys, sentence)
 
 

@@ -185,8 +185,8 @@ BAD: dict[str, Any] = {
         {"norm.weight": RunsCode()}, folder / "consolidated.01.pth"
     ),
     # the wrong head count changes nothing but how wide a head is, until there are key/value heads to count
-    "layers.0.attention.wk.weight is (16, 32) where params.json makes it (32, 32)": change("params.json", n_heads=4),
-    "layers.0.attention.wq.weight is (16, 32) where params.json makes it (32, 32)": lose("consolidated.01.pth"),
+    "layers.0.attention.wk.weight is (16, 32), not (32, 32)": change("params.json", n_heads=4),
+    "layers.0.attention.wq.weight is (16, 32), not (32, 32)": lose("consolidated.01.pth"),
     "layers.2.attention_norm.weight is missing": change("params.json", n_layers=3),
     "only one of them holds norm.weight": edit_shard(lambda state: state.pop("norm.weight")),
     "The shards do not fit together: layers.1.attention.wo.weight is (32, 16) and (30, 16)": edit_shard(

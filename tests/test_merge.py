@@ -192,7 +192,7 @@ def test_refusals(tmp_path, tokenizer_path, base_dir, refused, run_script):
     assert "transformer.h.3.attn.gating_factor does not belong to this model" in sentence(tmp_path / "deep.pth")
     heads = {name: t[:, :2] if name.endswith("factor") else t for name, t in read_adapter(one).state.items()}
     torch.save(heads, tmp_path / "heads.pth")
-    assert "is (1, 2, 1, 1) where the model has (1, 4, 1, 1)" in sentence(tmp_path / "heads.pth")
+    assert "is (1, 2, 1, 1), not (1, 4, 1, 1)" in sentence(tmp_path / "heads.pth")
     assert "'5 elephants' is not a size" in sentence(one, base, "--max_shard_size", "5 elephants")
     reverse = (CONVERT, "--reverse", "--checkpoint_dir")
     assert "There is no model configuration at" in refused(*reverse, tmp_path / "no", *out)

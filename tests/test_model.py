@@ -287,7 +287,7 @@ def mis_shaped(state):
     [
         (left_over, "transformer.h.0.attn.rotary_emb.inv_freq does not belong to this model"),
         (missing, "transformer.h.1.mlp.c_fc2.weight is missing"),
-        (mis_shaped, r"transformer.ln_f.scale is \(31,\) where the model has \(32,\)"),
+        (mis_shaped, r"transformer.ln_f.scale is \(31,\), not \(32,\)"),
     ],
 )
 def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(spoil, sentence):
