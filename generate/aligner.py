@@ -15,17 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.bank import BASE, Bank, open_bank
+from lit_llama.bank import BASE, open_bank
 from lit_llama.chat import AnswerSettings, Request, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
-from lit_llama.device import pick_device
-from lit_llama.files import check_file
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.settings import Number
@@ -51,16 +49,10 @@ class Settings(AnswerSettings):
     compare_base: bool = False  # the base model's answers beside the aligned ones
 
 
-@dataclass
-class Plan:
-    """How requests are answered.
+class Plan(NamedTuple):
+    """How requests are answered: loader, requests, prompt style and adapters of each, and what the file records.
 
-    Args:
-        load: loads the model.
-        requests: to answer.
-        styles: prompt style of each request, or of the chat.
-        adapters: weighted sum of each request; None if the model has the same for all.
-        made_by: describes the adapters in the output file.
+    The chat has no requests, and one style. Adapters are None if the model has the same for all.
     """
 
     load: Callable[[], LLaMA]
@@ -71,17 +63,12 @@ class Plan:
 
 
 def main(settings: Settings) -> None:
-    if settings.output_file:
-        inputs = (settings.prompt_file, settings.checkpoint_dir, *settings.adapter, *settings.bank)
-        check_file(settings.output_file, *inputs, overwrite=settings.overwrite)
-    sampling = settings.sampling
+    settings.check_output(*settings.adapter, *settings.bank)
     if settings.interactive and settings.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
-    device, dtype = pick_device(settings.accelerator, settings.precision)
-    options = {"device": device, "dtype": dtype, "quantize": settings.quantize}
-    requests = gather_requests(settings.prompt, settings, bank=bool(settings.bank))
-    plan = (plan_bank if settings.bank else plan_adapters)(settings, requests, options)
-    session = open_session(plan.load, settings.checkpoint_dir, sampling, settings.batch_size)
+    requests = gather_requests(settings, bank=bool(settings.bank))
+    plan = (plan_bank if settings.bank else plan_adapters)(settings, requests)
+    session = open_session(settings, plan.load)
     if settings.interactive:
         return session.chat(plan.styles[0])
     columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
@@ -89,12 +76,10 @@ def main(settings: Settings) -> None:
         with scaled_adapter(session.model, 0.0):
             columns = {"base": session.answers(plan.requests, plan.styles), **columns}
     show(plan.requests, columns)
-    if settings.output_file:
-        made_by = {"base": settings.checkpoint_dir, "strength": settings.strength, **plan.made_by}
-        save_answers(settings.output_file, plan.requests, columns, sampling, made_by, settings.overwrite)
+    save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
 
 
-def plan_adapters(settings: Settings, requests: list[Request], options: dict[str, Any]) -> Plan:
+def plan_adapters(settings: Settings, requests: list[Request]) -> Plan:
     """Return the plan for --adapter: the same adapters for all requests.
 
     Raises:
@@ -104,17 +89,14 @@ def plan_adapters(settings: Settings, requests: list[Request], options: dict[str
         raise UserError("--use names adapters of a bank; give --bank too.")
     adapters = [read_adapter(path) for path in settings.adapter]
     style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
-    load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **options)
+    load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **settings.model_options)
+    made_by = {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)}
     return Plan(
-        partial(load, merge=not settings.compare_base),
-        requests,
-        [style] * max(1, len(requests)),
-        None,
-        {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)},
+        partial(load, merge=not settings.compare_base), requests, [style] * max(1, len(requests)), None, made_by
     )
 
 
-def plan_bank(settings: Settings, requests: list[Request], options: dict[str, Any]) -> Plan:
+def plan_bank(settings: Settings, requests: list[Request]) -> Plan:
     """Return the plan for --bank: each request with the adapters that its row in the file or --use names.
 
     Raises:
@@ -130,21 +112,15 @@ def plan_bank(settings: Settings, requests: list[Request], options: dict[str, An
     # the prompt file takes precedence over the command line
     requests = [replace(request, adapter=request.adapter or names[i]) for i, request in enumerate(requests)]
     sums = [parse_sum(text, bank) for text in ([request.adapter for request in requests] or names)]
-    styles = [style_of(terms, bank, settings.prompt_style) for terms in sums]
+    # the style is that of a sum's first adapter, for the base model that of the bank's first
+    firsts = [terms[0][0] if terms else next(iter(bank)) for terms in sums]
+    styles = [get_prompt_style(settings.prompt_style or bank[name].style) for name in firsts]
     sums = [tuple((name, strength * settings.strength[0]) for name, strength in terms) for terms in sums]
-    if len(set(sums)) > 1 or settings.compare_base:
-        load = partial(load_with_bank, settings.checkpoint_dir, bank, **options)
-    else:
-        load, sums = partial(load_with_bank, settings.checkpoint_dir, bank, sums[0], merge=True, **options), None
-    return Plan(
-        load, requests, styles, sums, {"style": settings.prompt_style or "each adapter's own", "bank": settings.bank}
-    )
-
-
-def style_of(terms: Sum, bank: Bank, name: str | None) -> PromptStyle:
-    """Return the style of that name, by default that of the first adapter in a sum, or of the bank's for the base."""
-    first = terms[0][0] if terms else next(iter(bank))
-    return get_prompt_style(name or bank[first].style)
+    made_by = {"style": settings.prompt_style or "each adapter's own", "bank": settings.bank}
+    load = partial(load_with_bank, settings.checkpoint_dir, bank, **settings.model_options)
+    if len(set(sums)) == 1 and not settings.compare_base:
+        return Plan(partial(load, sums[0], merge=True), requests, styles, None, made_by)
+    return Plan(load, requests, styles, sums, made_by)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.chat import AnswerSettings, gather_requests, open_session, save_answers, show
 from lit_llama.checkpoint import load_model
-from lit_llama.device import pick_device
-from lit_llama.files import check_file
 from lit_llama.prompts import get_prompt_style
 
 
@@ -28,19 +26,9 @@ class Settings(AnswerSettings):
 
 
 def main(settings: Settings) -> None:
-    if settings.output_file:
-        inputs = (settings.prompt_file, settings.checkpoint_dir)
-        check_file(settings.output_file, *inputs, overwrite=settings.overwrite)
-    sampling = settings.sampling
-    device, dtype = pick_device(settings.accelerator, settings.precision)
-    requests = gather_requests(settings.prompt, settings)
-    style = get_prompt_style(settings.prompt_style)
-    session = open_session(
-        lambda: load_model(settings.checkpoint_dir, device=device, dtype=dtype, quantize=settings.quantize),
-        settings.checkpoint_dir,
-        sampling,
-        settings.batch_size,
-    )
+    settings.check_output()
+    requests, style = gather_requests(settings), get_prompt_style(settings.prompt_style)
+    session = open_session(settings, lambda: load_model(settings.checkpoint_dir, **settings.model_options))
     if settings.interactive:
         return session.chat(style)
     responses = session.answers(requests, [style] * len(requests))
@@ -48,9 +36,7 @@ def main(settings: Settings) -> None:
         print("\n\n".join(responses))
     else:
         show(requests, {"base": responses})
-    if settings.output_file:
-        made_by = {"base": settings.checkpoint_dir, "style": style.name}
-        save_answers(settings.output_file, requests, {"response": responses}, sampling, made_by, settings.overwrite)
+    save_answers(settings, requests, {"response": responses}, {"style": style.name})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ An Aligner of one token also adds a constant to each layer, c_proj.weight × (ga
 the same C numbers and a gate per head, so it is this method with tied weights.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +17,11 @@ from lit_llama.kv_cache import LayerCache
 from lit_llama.modules import Fp32Parameters
 
 
-@dataclass
-class LLaMAConfig(llama.LLaMAConfig):
-    """The configuration of the base model; the method adds nothing to it."""
-
-
 class LLaMA(llama.LLaMA):
     """LLaMA with trained biases."""
 
-    config_class = LLaMAConfig
-
     @staticmethod
-    def make_attention(config: LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
+    def make_attention(config: llama.LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
         return CausalSelfAttention(config)
 
     @staticmethod
@@ -48,7 +40,7 @@ class LLaMA(llama.LLaMA):
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
     """Attention with a trained bias on its output, beside the base's own bias if there is one."""
 
-    def __init__(self, config: LLaMAConfig) -> None:
+    def __init__(self, config: llama.LLaMAConfig) -> None:
         super().__init__(config)
         self.adapter_bias = nn.Parameter(torch.zeros(config.n_embd, dtype=torch.float32))
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lit_llama.checkpoint import versions, weights_path
-from lit_llama.files import write_text
+from lit_llama.device import pick_device
+from lit_llama.files import check_file, write_text
 from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
@@ -30,6 +31,7 @@ class AnswerSettings(Checked):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
     # == Prompts ==
+    prompt: tuple[str, ...] = ()  # texts to answer
     input: str = ""  # context for the prompts, in styles that have a place for it
     prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
     interactive: bool = False  # chat: read prompts from stdin, stream the answers
@@ -52,6 +54,21 @@ class AnswerSettings(Checked):
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Device, dtype and quantization, as `load_model` takes them."""
+        device, dtype = pick_device(self.accelerator, self.precision)
+        return {"device": device, "dtype": dtype, "quantize": self.quantize}
+
+    def check_output(self, *inputs: Path) -> None:
+        """Check that `output_file` may be written and is none of the inputs.
+
+        Raises:
+            UserError: It may not, or is one.
+        """
+        if self.output_file:
+            check_file(self.output_file, self.prompt_file, self.checkpoint_dir, *inputs, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ def read_requests(path: Path) -> list[Request]:
     """
     path = Path(path)
     if path.suffix.lower() in (".json", ".jsonl", ".gz", ".parquet"):
-        requests = [request_of(row, number, path) for number, row in enumerate(read_rows(path), 1)]
+        requests = [_request_of(row, number, path) for number, row in enumerate(read_rows(path), 1)]
     else:
         lines = read_text(path).split("\n")  # not splitlines, which also splits at U+2028
         requests = [Request(line.strip()) for line in lines if line.strip()]
@@ -90,8 +107,7 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def request_of(row: Any, number: int, path: Path) -> Request:
-    """Return the request in a row of JSON; see `read_requests`."""
+def _request_of(row: Any, number: int, path: Path) -> Request:
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         row = {**row, "prompt": turns[0]}
@@ -103,12 +119,12 @@ def request_of(row: Any, number: int, path: Path) -> Request:
     return Request(prompt, input, row.get("question_id"), adapter or None)
 
 
-def gather_requests(prompts: Sequence[str], settings: AnswerSettings, bank: bool = False) -> list[Request]:
+def gather_requests(settings: AnswerSettings, bank: bool = False) -> list[Request]:
     """Return the requests of a command line, none with --interactive. Without a bank, their adapters are ignored."""
     if settings.interactive:
         return []
     if not settings.prompt_file:
-        return [Request(prompt, settings.input) for prompt in prompts]
+        return [Request(prompt, settings.input) for prompt in settings.prompt]
     requests = read_requests(settings.prompt_file)
     if not bank and any(request.adapter for request in requests):
         log(f"note: the adapters in {settings.prompt_file} are ignored; they need generate/aligner.py --bank.")
@@ -118,18 +134,11 @@ def gather_requests(prompts: Sequence[str], settings: AnswerSettings, bank: bool
 
 @dataclass
 class Session:
-    """A loaded model that answers requests.
-
-    Args:
-        model, tokenizer: loaded.
-        sampling, batch_size: how answers are generated.
-        seconds_to_load: for the report.
-    """
+    """A loaded model that answers requests as the settings say."""
 
     model: LLaMA
     tokenizer: Tokenizer
-    sampling: Sampling
-    batch_size: int
+    settings: AnswerSettings
     seconds_to_load: float
 
     def answers(
@@ -153,9 +162,9 @@ class Session:
                 self.model,
                 self.tokenizer,
                 [prompts[row] for row in rows],
-                self.sampling,
+                self.settings.sampling,
                 style.stop,
-                self.batch_size,
+                self.settings.batch_size,
                 echo=style.continues,
                 rows=rows,
                 adapters=None if adapters is None else [adapters[row] for row in rows],
@@ -195,23 +204,24 @@ class Session:
                 continue
             try:
                 prompt = style.render(check_text(line.strip(), "The line"))
-                for piece in stream(self.model, self.tokenizer, prompt, self.sampling, style.stop, style.continues):
+                sampling = self.settings.sampling
+                for piece in stream(self.model, self.tokenizer, prompt, sampling, style.stop, style.continues):
                     print(piece, end="", flush=True)
             except UserError as error:
                 log(f"error: {error}")
             print(flush=True)
 
 
-def open_session(load: Callable[[], LLaMA], checkpoint_dir: Path, sampling: Sampling, batch_size: int) -> Session:
+def open_session(settings: AnswerSettings, load: Callable[[], LLaMA]) -> Session:
     """Load tokenizer and model.
 
     Raises:
         UserError: A file is missing or damaged.
     """
-    weights_path(checkpoint_dir)  # report a missing folder rather than its missing tokenizer
+    weights_path(settings.checkpoint_dir)  # report a missing folder rather than its missing tokenizer
     began = time.perf_counter()
-    tokenizer = Tokenizer(checkpoint_dir)
-    return Session(pack_(load()), tokenizer, sampling, batch_size, time.perf_counter() - began)
+    tokenizer = Tokenizer(settings.checkpoint_dir)
+    return Session(pack_(load()), tokenizer, settings, time.perf_counter() - began)
 
 
 def show(requests: Sequence[Request], columns: dict[str, list[str]]) -> None:
@@ -225,19 +235,21 @@ def show(requests: Sequence[Request], columns: dict[str, list[str]]) -> None:
 
 
 def save_answers(
-    path: Path,
-    requests: Sequence[Request],
-    columns: dict[str, list[str]],
-    sampling: Sampling,
-    made_by: dict[str, Any],
-    overwrite: bool = False,
+    settings: AnswerSettings, requests: Sequence[Request], columns: dict[str, list[str]], made_by: dict[str, Any]
 ) -> None:
-    """Write a JSON list of records: prompt, input, response (and base_response), settings and `made_by`."""
-    settings = {**asdict(sampling), "versions": versions()}
+    """Write JSON records to `output_file`: prompt, input, response (and base_response), `made_by`, settings."""
+    if settings.output_file is None:
+        return
+    made_by = {
+        "base": settings.checkpoint_dir,
+        **made_by,
+        "settings": {**asdict(settings.sampling), "versions": versions()},
+    }
     records = []
     for i, request in enumerate(requests):
         record = {name: value for name, value in asdict(request).items() if value not in ("", None)}
         record |= {("response" if name != "base" else "base_response"): texts[i] for name, texts in columns.items()}
-        records.append({**record, **made_by, "settings": settings})
-    write_text(path, json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n", overwrite=overwrite)
-    log(f"wrote {path}")
+        records.append(record | made_by)
+    text = json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_text(settings.output_file, text, overwrite=settings.overwrite)
+    log(f"wrote {settings.output_file}")

@@ -235,9 +235,8 @@ def load_adapted(
         raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
     if foreign:
         model = load_model(checkpoint_dir, adapters[0], **options)
-        for name, p in model.named_parameters():
-            if model.is_adapter_parameter(name):
-                p.data = model.scaled_parameter(name, p.data, strengths[0])
+        for name, p in model.adapter_parameters().items():
+            p.data = model.scaled_parameter(name, p.data, strengths[0])
         return model
     names = [str(i) for i in range(len(adapters))]
     bank = make_bank(checkpoint_dir, list(zip(names, adapters, strict=True)))
@@ -256,8 +255,7 @@ def scaled_adapter(model: llama.LLaMA, strength: float) -> AbstractContextManage
     """
     if isinstance(model, LLaMA):
         return model.using([tuple((name, s * strength) for name, s in terms) for terms in model.sums])
-    adapter = {name: p.data for name, p in model.named_parameters() if model.is_adapter_parameter(name)}
+    adapter = model.adapter_parameters()
     if not adapter:
         raise ValueError("The model has no adapter that could be scaled; see `merge` of load_adapted.")
-    scaled = {name: model.scaled_parameter(name, value, strength) for name, value in adapter.items()}
-    return swapped_parameters(model, scaled)
+    return swapped_parameters(model, {n: model.scaled_parameter(n, p.data, strength) for n, p in adapter.items()})

@@ -67,33 +67,28 @@ class Variant(nn.Module):
         in_fp32 = {name: t.float() for name, t in state_dict.items() if self.is_adapter_parameter(name)}
         return super().load_state_dict({**state_dict, **in_fp32}, strict=False, assign=assign)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the adapter by name."""
+        return {name: p for name, p in self.named_parameters() if self.is_adapter_parameter(name)}
+
     def initialize_adapter(self) -> None:
         """Allocate the adapter on the CPU, so that a seed means the same on every device, and call `reset_adapter`.
 
         Raises:
-            TypeError: `reset_adapter` left a parameter uninitialized.
+            TypeError: A parameter was not initialized.
         """
-        adapter = {name: p for name, p in self.named_parameters() if self.is_adapter_parameter(name)}
-        for name, p in adapter.items():
+        for name, p in self.adapter_parameters().items():
             module, _, child = name.rpartition(".")
-            adapter[name] = nn.Parameter(torch.full_like(p, math.nan, device="cpu"))
-            setattr(self.get_submodule(module), child, adapter[name])
+            setattr(self.get_submodule(module), child, nn.Parameter(torch.full_like(p, math.nan, device="cpu")))
         self.reset_adapter()
-        if left_out := [name for name, p in adapter.items() if p.isnan().any()]:
-            raise TypeError(f"reset_adapter() did not initialize {', '.join(left_out)}.")
+        if left_out := [name for name, p in self.adapter_parameters().items() if p.isnan().any()]:
+            raise TypeError(f"Not initialized: {', '.join(left_out)}; a reset_parameters() of its module would do it.")
 
     def reset_adapter(self) -> None:
-        """Give the adapter its initial values: call `reset_parameters` of each module that holds adapter parameters.
-
-        Raises:
-            TypeError: Such a module has no `reset_parameters`.
-        """
+        """Give the adapter its initial values: call `reset_parameters` of each module that holds adapter parameters."""
         for prefix, module in self.named_modules():
             names = [name for name, _ in module.named_parameters(prefix, recurse=False)]
-            held = [name for name in names if self.is_adapter_parameter(name)]
-            if held and not hasattr(module, "reset_parameters"):
-                raise TypeError(f"{type(module).__name__} holds {held[0]} and has no reset_parameters().")
-            if held:
+            if any(map(self.is_adapter_parameter, names)) and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     @contextmanager

@@ -63,7 +63,7 @@ def count(name: str, variant: Variant) -> int:
     """Return the trainable parameters of a method on a base model."""
     with torch.device("meta"):
         network = METHODS[variant.method].from_name(name, **variant.settings)
-    return sum(p.numel() for key, p in network.named_parameters() if network.is_adapter_parameter(key))
+    return sum(p.numel() for p in network.adapter_parameters().values())
 
 
 def base_size(name: str) -> int:

@@ -6,7 +6,7 @@ import toys
 from test_baselines import BASELINES, adapted
 
 from lit_llama import onednn
-from lit_llama.chat import open_session
+from lit_llama.chat import AnswerSettings, open_session
 from lit_llama.checkpoint import AdapterFile, load_model, save_base
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate
@@ -125,5 +125,5 @@ def test_the_generate_scripts_pack(base_dir):
     def load():
         return load_model(base_dir, dtype=torch.bfloat16)
 
-    session = open_session(load, base_dir, SAMPLING, 2)
+    session = open_session(AnswerSettings(checkpoint_dir=base_dir), load)
     assert isinstance(session.model.transformer.h[0].attn.c_attn, PackedLinear)
