@@ -30,6 +30,7 @@ from torch import Tensor
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
 from lit_llama.files import atomic_write
 from lit_llama.model import LLaMAConfig
+from lit_llama.tensor_files import read_header
 from lit_llama.utils import UserError
 from lit_llama.variant import check_shapes, without_aliases
 
@@ -144,8 +145,8 @@ class Bank(dict[str, Slot]):
         config = self.config
         if adapter.method != "aligner":
             raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; a bank holds Aligners.")
-        if self.base is not None and adapter.meta.get("base") != self.base:
-            check_base(adapter, self.checkpoint_dir, config)
+        if self.base is not None:
+            check_base(adapter, self.checkpoint_dir, config, self.base)
         start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
         if start < self.start_layer:
             raise UserError(f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}.")
@@ -196,24 +197,39 @@ class Bank(dict[str, Slot]):
         Raises:
             UserError: There is no such file, it is not a bank, or it belongs to another base.
         """
-        if not Path(path).is_file():
-            raise UserError(f"There is no file at {path}.")
-        if not is_ours(path, META_KEY):
+        meta = read_header(path, META_KEY)
+        if meta is None:
             raise UserError(f"{path} is not a bank of adapters.")
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()[META_KEY])
+        try:
             config = LLaMAConfig(**meta["config"])
-            if checkpoint_dir is not None and meta["base"] is not None:
-                check_base(AdapterFile({}, {"base": meta["base"]}, path), checkpoint_dir, config)
-            elif checkpoint_dir is not None and config != LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME):
-                raise UserError(f"{path} is a bank for a base of another shape than {checkpoint_dir}.")
             bank = cls(config, checkpoint_dir, start_layer=meta["start_layer"], device=device)
-            for i in range(len(meta["lengths"])):
-                block = file.get_tensor(f"adapters.{i}").to(bank.device)
-                bank.dtype = block.dtype
-                names = json.loads(file.get_tensor(f"names.{i}").numpy().tobytes())
-                bank.update((name, Slot(block, row, sys.intern(style))) for row, (name, style) in enumerate(names))
+            if bank.base is not None:
+                made_for = meta["base"] or {**bank.base, "config": meta["config"]}
+                check_base(AdapterFile({}, {"base": made_for}, path), checkpoint_dir, config, bank.base)
+            with safe_open(path, framework="pt") as file:
+                for i, length in enumerate(meta["lengths"]):
+                    block = file.get_tensor(f"adapters.{i}")
+                    names = json.loads(file.get_tensor(f"names.{i}").numpy().tobytes())
+                    bank._insert(block, length, names)
+        except UserError as error:
+            raise UserError(f"The bank {path} cannot be used: {error}") from None
+        except Exception as error:  # each damage raises its own
+            raise UserError(f"The bank {path} is damaged ({type(error).__name__}: {error}).") from None
         return bank
+
+    def _insert(self, block: Tensor, length: int, names: list[tuple[str, str]]) -> None:
+        """Insert the adapters of one tensor in a file, with their names and styles.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        shape = (len(names), length * self.config.n_embd + self.n_gates)
+        if length < 1 or block.shape != shape or block.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a tensor is {tuple(block.shape)}, {block.dtype}, where {shape} belongs")
+        self.dtype, block, count = block.dtype, block.to(self.device), len(self)
+        self.update((name, Slot(block, row, sys.intern(style))) for row, (name, style) in enumerate(names))
+        if len(self) != count + len(names):
+            raise ValueError("a name occurs twice")
 
 
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
@@ -223,7 +239,7 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
         UserError: A path is neither, an adapter does not belong to the base, or two have one name.
     """
     paths = [Path(path) for path in paths]
-    if len(paths) == 1 and is_ours(paths[0], META_KEY):
+    if len(paths) == 1 and paths[0].is_file() and read_header(paths[0], META_KEY) is not None:
         bank = Bank.load(paths[0], checkpoint_dir)
         if not bank:
             raise UserError(f"The bank {paths[0]} holds no adapter.")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lit_llama.model as llama
 from lit_llama.kv_cache import LayerCache
+from lit_llama.model import LLaMAConfig
 from lit_llama.modules import Fp32Parameters
 
 
@@ -21,7 +22,7 @@ class LLaMA(llama.LLaMA):
     """LLaMA with trained biases."""
 
     @staticmethod
-    def make_attention(config: llama.LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
+    def make_attention(config: LLaMAConfig, layer: int) -> llama.CausalSelfAttention:
         return CausalSelfAttention(config)
 
     @staticmethod
@@ -40,7 +41,7 @@ class LLaMA(llama.LLaMA):
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
     """Attention with a trained bias on its output, beside the base's own bias if there is one."""
 
-    def __init__(self, config: llama.LLaMAConfig) -> None:
+    def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
         self.adapter_bias = nn.Parameter(torch.zeros(config.n_embd, dtype=torch.float32))
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from toys import aligned, base, prompts, token_ids
 
 from lit_llama import generation
-from lit_llama.bank import Bank, open_bank
+from lit_llama.bank import META_KEY, Bank, open_bank
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, save_adapter, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.generation import Sampling, answer, generate, instruct
@@ -351,8 +353,36 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
             Bank.load(tmp_path / name)
     anonymous = Bank(base().config)
     anonymous.save(path)
-    with pytest.raises(UserError, match="is a bank for a base of another shape"):
+    with pytest.raises(UserError, match="was trained on a base with"):
         Bank.load(path, folders["gqa"])
+
+
+def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
+    bank, path = filled(folders["mha"], {"a": adapters_of("mha")["a"], "b": adapters_of("mha")["b"]}), tmp_path / "bank"
+    bank.save(path)
+    with safe_open(path, framework="pt") as file:
+        header, tensors = json.loads(file.metadata()[META_KEY]), {key: file.get_tensor(key) for key in file.keys()}
+
+    def names(value: object) -> dict[str, torch.Tensor]:
+        return {"names.0": torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)}
+
+    headers = [[], {}, *({k: v for k, v in header.items() if k != key} for key in header)]
+    headers += [{**header, "config": {"n_layer": "3"}}, {**header, "config": {"depth": 3}}, {**header, "lengths": [2]}]
+    headers += [{**header, "lengths": [1, 1]}, {**header, "base": {"weights": "0"}}, {**header, "start_layer": "x"}]
+    headers += [{**header, "lengths": 1}, {**header, "start_layer": 5}, {**header, "lengths": ["1"]}]
+    damaged = [(changed, tensors) for changed in headers]
+    for value in ([], {}, [["a", "alpaca"]], [["a", "alpaca"]] * 2, [["a", 3], ["b", "alpaca"]], [["a"], ["b"]], 7,
+                  [[[], "alpaca"], ["b", "alpaca"]]):  # fmt: skip
+        damaged.append((header, tensors | names(value)))
+    for part in (torch.zeros(2, 5), torch.zeros(2, 40, dtype=torch.int32), torch.zeros(())):
+        damaged.append((header, tensors | {"adapters.0": part}))
+    for changed, parts in damaged:
+        save_file(parts, path, metadata={META_KEY: json.dumps(changed)})
+        with pytest.raises(UserError, match=r"bank.*\.$"):
+            Bank.load(path, folders["mha"])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is not a bank"):
+        Bank.load(path)
 
 
 def test_a_batch_of_another_size_is_refused(folders):
