@@ -16,6 +16,7 @@ from lit_llama import checkpoint, cli
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.data import SFTData
+from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.tokenizer import Tokenizer
@@ -260,7 +261,7 @@ def test_python_of_the_evaluation_page(workplace, capsys):
 
 
 def test_python_of_the_customising_page(workplace, monkeypatch):
-    method, loss = python_blocks("customize.md")
+    method, variant, loss = python_blocks("customize.md")
     (workplace / "head_bias.py").write_text(method, encoding="utf-8")
     module = load_script(workplace / "head_bias.py", "head_bias")
     base = Path("checkpoints/microworld")
@@ -280,6 +281,18 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == {f"transformer.h.{layer}.attn.head_bias" for layer in (1, 2)}
     assert all(grad.abs().sum() > 0 for grad in trained.values())
+
+    (workplace / "temperature.py").write_text(variant, encoding="utf-8")
+    variant_class = load_script(workplace / "temperature.py", "temperature").LLaMA
+    varied = load_model(base, method=variant_class, method_config={"adapter_prompt_length": 3})
+    assert torch.equal(varied(idx), load_model(base)(idx))  # zero gates
+    mark_only_adapter_as_trainable(varied)
+    for name, p in varied.adapter_parameters().items():
+        p.data += 1 - p.data if name.endswith(".gating_factor") else 0
+    varied(idx).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in varied.adapter_parameters().values())
+    (cached,) = generate(varied, [idx[0].tolist()], Sampling(3))
+    assert cached[0] == varied(idx)[0, -1].argmax()
 
     # what is saved comes back by its name alone, once METHODS knows it
     monkeypatch.setitem(METHODS, "head_bias", module.LLaMA)
