@@ -23,7 +23,7 @@ from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
-from lit_llama.jobs import Event, Expired, Job, QueueFull, Row
+from lit_llama.jobs import Event, Expired, Job, QueueFull, Row, TooLong
 from lit_llama.kv_cache import KVCache
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -83,7 +83,7 @@ class Engine:
                 raise UserError("The prompt has no tokens.")
             if len(job.prompt) >= self.max_length:
                 n_tokens = len(job.prompt)
-                raise UserError(f"The prompt has {n_tokens} tokens; with its answer it may have {self.max_length}.")
+                raise TooLong(f"The prompt has {n_tokens} tokens; with its answer it may have {self.max_length}.")
         with self.changed:
             if self.stopping:
                 raise QueueFull("The server is shutting down.")

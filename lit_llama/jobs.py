@@ -20,6 +20,10 @@ class QueueFull(UserError):
     """As many requests wait as may."""
 
 
+class TooLong(UserError):
+    """A prompt leaves no room for an answer."""
+
+
 class Expired(UserError):
     """A request took longer than it may."""
 

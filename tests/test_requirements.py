@@ -12,7 +12,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_llama", "finetune", "generate", "microworld", "pretrain", "evaluate", "scripts", "studies", "benchmarks")
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module's name differs
-OPTIONAL = {"transformers", "bitsandbytes"}  # a flag or a benchmark that needs one names it; the tests need them
+OPTIONAL = {"transformers", "bitsandbytes", "httpx"}  # a flag or a benchmark that needs one names it; the tests need them
+SERVER = {"generate/app.py", "generate/guard.py", "generate/openai_format.py"}  # imported when the server starts
 PEERS = {"peft", "litgpt", "lm-eval"}  # compared with in benchmarks or evaluated by, if they are installed
 USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files", "tensorboard": "Lightning's TensorBoardLogger"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -31,6 +32,11 @@ def imported(source: str, nested: bool) -> set[str]:
 
 def imports_of(*folders: str, nested: bool = True) -> set[str]:
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for path in paths if path.relative_to(ROOT).as_posix() not in SERVER]
+    return imports_in(paths, nested)
+
+
+def imports_in(paths: list[Path], nested: bool = True) -> set[str]:
     found = set().union(*(imported(path.read_text(encoding="utf-8"), nested) for path in paths))
     return found - {
         canonicalize_name(name) for name in (*ROOMS, "tests", *(p.stem for p in (ROOT / "tests").rglob("*.py")))
@@ -46,7 +52,9 @@ def names(requirements: list[Requirement]) -> set[str]:
     return {canonicalize_name(requirement.name) for requirement in requirements}
 
 
-REQUIRED, DEVELOPMENT, PINS = map(read, ("requirements.txt", "requirements-dev.txt", "constraints.txt"))
+REQUIRED, SERVING, DEVELOPMENT, PINS = map(
+    read, ("requirements.txt", "requirements-serve.txt", "requirements-dev.txt", "constraints.txt")
+)
 
 
 def test_imports_are_found():
@@ -57,11 +65,17 @@ def test_imports_are_found():
 
 def test_what_the_source_imports_is_required():
     assert imports_of(*ROOMS, nested=False) <= names(REQUIRED)
-    assert imports_of(*ROOMS) <= names(REQUIRED) | OPTIONAL | PEERS
+    assert imports_of(*ROOMS) <= names(REQUIRED) | OPTIONAL | PEERS | names(SERVING)
+
+
+def test_what_the_server_imports_is_required():
+    server = imports_in([ROOT / path for path in SERVER]) | imports_in([ROOT / "generate" / "serve.py"])
+    assert names(SERVING) <= server <= names(REQUIRED) | names(SERVING)
+    assert "-r requirements-serve.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_what_the_tests_import_is_required():
-    assert imports_of("tests") <= names(REQUIRED) | names(DEVELOPMENT) | {"packaging"}  # packaging: pytest needs it
+    assert imports_of("tests") <= names(REQUIRED + SERVING + DEVELOPMENT) | {"packaging"}  # packaging: pytest needs it
     assert OPTIONAL <= names(DEVELOPMENT)
 
 
@@ -75,5 +89,5 @@ def test_each_requirement_has_one_pinned_version(python):
     pins = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(here)]
     versions = {canonicalize_name(pin.name): re.fullmatch(r"==([\w.]+)", str(pin.specifier))[1] for pin in pins}
     assert len(versions) == len(pins)
-    for requirement in REQUIRED + DEVELOPMENT:
+    for requirement in REQUIRED + SERVING + DEVELOPMENT:
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement

@@ -1,0 +1,342 @@
+"""The web application of the server: routes, access and limits. generate/serve.py starts it."""
+
+import asyncio
+import json
+import random
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from generate import openai_format as openai
+from generate.guard import Guard, Refusal, explain, refusal_of
+from generate.rules import Rules
+from lit_llama.bank import BASE
+from lit_llama.checkpoint import AdapterFile, read_adapter
+from lit_llama.compose import Sum
+from lit_llama.engine import FIRST_TOKEN_BOUNDS, Engine
+from lit_llama.jobs import Event, Job
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.utils import UserError, check_text
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
+LISTED = 1000  # adapters that GET /v1/models lists, of possibly a million
+PAGE = Path(__file__).parent / "playground.html"
+PAGE_POLICY = (  # what the page may do: its own script and requests to this server, nothing else
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Stream(StreamingResponse):
+    """Server-sent events; `on_end` is called however the response ends."""
+
+    def __init__(self, parts: AsyncIterator[str], on_end: Callable[[], None]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.on_end = on_end
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self.on_end()
+
+
+class Server:
+    """The handlers of the routes."""
+
+    def __init__(self, engine: Engine, rules: Rules) -> None:
+        self.engine, self.rules, self.started = engine, rules, int(time.time())
+        self.random = random.SystemRandom()
+
+    # == answers ==
+
+    async def complete(self, body: openai.CompletionRequest, request: Request) -> Response:
+        adapters = self.parse(body.model)
+        return await self.answer(body, request, openai.CompletionFormat, adapters, body.prompts, (), strip=False)
+
+    async def chat(self, body: openai.ChatRequest, request: Request) -> Response:
+        adapters = self.parse(body.model)
+        style = self.style_of(adapters)
+        prompts = [openai.render_messages(body.messages, style)]
+        return await self.answer(body, request, openai.ChatFormat, adapters, prompts, style.stop, strip=True)
+
+    async def answer(
+        self,
+        body: openai.CompletionRequest | openai.ChatRequest,
+        request: Request,
+        format: openai.Format,
+        adapters: Sum,
+        prompts: list[str],
+        stop: tuple[str, ...],
+        strip: bool,
+    ) -> Response:
+        """Answer prompts with a sum of adapters, as a stream or at once."""
+        sampling = body.sampling(self.rules.max_new_tokens, seed=self.random.randrange(2**31))
+        queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        loop, jobs = asyncio.get_running_loop(), []
+
+        def receiver(index: int) -> Callable[[Event], None]:
+            def receive(event: Event) -> None:
+                with suppress(RuntimeError):  # the loop is closed, as the server ends
+                    loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+            return receive
+
+        for i, prompt in enumerate(prompts):
+            ids = self.engine.tokenizer.encode(check_text(prompt, "The prompt"), bos=True)
+            options = {"stop": (*stop, *body.stop_texts), "strip": strip, "n_top": body.n_top, "streams": body.stream}
+            jobs.append(Job(ids, receiver(i), adapters, sampling, row=i, seconds=self.rules.seconds, **options))
+
+        def cancel() -> None:
+            for job in jobs:
+                self.engine.cancel(job)
+
+        self.engine.submit(jobs)
+        if body.stream:
+            return Stream(self.stream(body, format, jobs, queue), cancel)
+        try:
+            return await self.collect(body, request, format, jobs, queue)
+        finally:
+            cancel()
+
+    async def collect(
+        self, body: Any, request: Request, format: openai.Format, jobs: list[Job], queue: asyncio.Queue
+    ) -> Response:
+        """Return the complete answers, unless the client goes away."""
+
+        async def gather() -> Response:
+            choices: dict[int, dict[str, Any]] = {}
+            async for index, event in events_of(queue, len(jobs)):
+                if event.error:
+                    raise event.error
+                tokens = event.tokens if body.n_top is not None else None
+                choices[index] = format.choice(index, event.text, tokens, event.finish)
+            ordered = [choices[i] for i in range(len(jobs))]
+            return JSONResponse({**openai.head(format, body.model, False), "choices": ordered, "usage": used(jobs)})
+
+        answer, gone = asyncio.ensure_future(gather()), asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            return await answer if answer.done() else Response(status_code=499)
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+    async def stream(
+        self, body: Any, format: openai.Format, jobs: list[Job], queue: asyncio.Queue
+    ) -> AsyncIterator[str]:
+        """Yield the answers as server-sent events."""
+        head = openai.head(format, body.model, True)
+        async for index, event in events_of(queue, len(jobs)):
+            if event.error:
+                yield sse(refusal_of(event.error).body)
+                return
+            tokens = event.tokens if body.n_top is not None else None
+            if event.text:
+                yield sse({**head, "choices": [format.part(index, event.text, tokens, None)]})
+            if event.finish:
+                yield sse({**head, "choices": [format.part(index, "", None, event.finish)]})
+        if body.wants_usage:
+            yield sse({**head, "choices": [], "usage": used(jobs)})
+        yield "data: [DONE]\n\n"
+
+    def parse(self, model: str) -> Sum:
+        try:
+            return self.engine.parse(model)
+        except UserError as error:
+            raise Refusal(404, str(error), "model_not_found", "model") from None
+
+    def style_of(self, adapters: Sum) -> PromptStyle:
+        """Return the prompt style of a sum's first adapter, or for the base model that of the bank's first adapter."""
+        names = [name for name, _ in adapters] or list(self.names(1))
+        return get_prompt_style(
+            self.rules.style or (self.adapter(names[0]).meta["prompt_style"] if names else "alpaca")
+        )
+
+    # == adapters ==
+
+    def names(self, limit: int) -> list[str]:
+        found: list[str] = []
+        self.engine.edit_bank(lambda bank: found.extend(name for name, _ in zip(bank, range(limit), strict=False)))
+        return found
+
+    def adapter(self, name: str) -> AdapterFile:
+        found: list[AdapterFile] = []
+        try:
+            self.engine.edit_bank(lambda bank: found.append(bank.adapter(name)))
+        except UserError as error:
+            raise Refusal(404, str(error), "model_not_found", "model") from None
+        return found[0]
+
+    def model_card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "local"}
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self.model_card(name) for name in (BASE, *self.names(LISTED))]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self.parse(name)
+        return self.model_card(name)
+
+    async def describe(self, name: str) -> dict[str, Any]:
+        """Return what the picture of an adapter shows: its gates by layer and head."""
+        adapter = self.adapter(name)
+        start, config = adapter.config["adapter_start_layer"], self.engine.model.config
+        gates = [
+            adapter.state[f"transformer.h.{i}.attn.gating_factor"].flatten().tolist()
+            for i in range(start, config.n_layer)
+        ]
+        length, style = adapter.config["adapter_prompt_length"], adapter.meta["prompt_style"]
+        return {"name": name, "prompt_style": style, "tokens": length, "start_layer": start, "gates": gates}
+
+    async def put(self, name: str, request: Request, replace: bool = False) -> JSONResponse:
+        """Add the adapter that is the body of the request, a safetensors file."""
+        if not NAME.fullmatch(name) or name == BASE:
+            raise Refusal(400, "The name must be letters, digits, '.', '_' and '-', and not 'base'.", param="name")
+        try:
+            adapter = await asyncio.to_thread(open_upload, name, await request.body())
+            with self.engine.changed:
+                if len(self.engine.bank) >= self.rules.max_adapters and name not in self.engine.bank:
+                    raise Refusal(409, f"There are {self.rules.max_adapters} adapters; remove one first.")
+                if name in self.engine.bank and not replace:
+                    raise Refusal(409, f"There is an adapter {name!r}; replace it with replace=true.")
+                self.engine.put_adapter(name, adapter, replace)
+        except (TypeError, KeyError, AttributeError, IndexError):  # of values that read_adapter does not check
+            raise Refusal(400, f"The adapter {name} is refused: the file's header is damaged.") from None
+        return JSONResponse(self.model_card(name), 201)
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        self.adapter(name)  # or refuse
+        self.engine.remove_adapter(name)
+        return {"id": name, "object": "model", "deleted": True}
+
+    # == the server itself ==
+
+    async def health(self) -> JSONResponse:
+        alive = self.engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def metrics(self) -> PlainTextResponse:
+        return PlainTextResponse(metrics_text(self.engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self) -> HTMLResponse:
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+def make_app(engine: Engine, rules: Rules) -> FastAPI:
+    """Return the application; it starts and stops the engine."""
+    server = Server(engine, rules)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="Aligner", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    routes = {
+        ("POST", "/v1/completions"): server.complete,
+        ("POST", "/v1/chat/completions"): server.chat,
+        ("GET", "/v1/models"): server.models,
+        ("GET", "/v1/models/{name:path}"): server.model,
+        ("POST", "/adapters"): server.put,
+        ("GET", "/adapters/{name:path}"): server.describe,
+        ("DELETE", "/adapters/{name:path}"): server.remove,
+        ("GET", "/health"): server.health,
+        ("GET", "/metrics"): server.metrics,
+        ("GET", "/"): server.page,
+    }
+    for (method, path), handler in routes.items():
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            return explain(error).response()
+        if isinstance(error, HTTPException):
+            return Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
+        return (error if isinstance(error, Refusal) else refusal_of(error)).response()
+
+    for kind in (Refusal, UserError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)
+    app.add_middleware(Guard, rules=rules)
+    return app
+
+
+def open_upload(name: str, content: bytes) -> AdapterFile:
+    """Return the adapter in an uploaded file, which must be safetensors: a pickle is not even opened.
+
+    Raises:
+        UserError: It is not an adapter, or not one that can be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.safetensors"
+        path.write_bytes(content)
+        try:
+            adapter = read_adapter(path)
+            get_prompt_style(adapter.meta.get("prompt_style") or "alpaca")
+            state = {key: tensor.clone() for key, tensor in adapter.state.items()}  # the file is deleted
+            if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+                raise UserError("It holds numbers that are not finite.")
+        except UserError as error:
+            raise UserError(f"The adapter {name} is refused: {str(error).replace(str(path), 'the file')}") from None
+    return AdapterFile(state, adapter.meta, Path(name))
+
+
+async def events_of(queue: asyncio.Queue, n_open: int) -> AsyncIterator[tuple[int, Event]]:
+    """Yield what the engine reports about jobs, until all have ended."""
+    while n_open:
+        index, event = await queue.get()
+        n_open -= bool(event.finish or event.error)
+        yield index, event
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def used(jobs: list[Job]) -> dict[str, int]:
+    return openai.usage(sum(len(job.prompt) for job in jobs), sum(job.n_new for job in jobs))
+
+
+def metrics_text(engine: Engine) -> str:
+    """Return counts and states in Prometheus' text format."""
+    counts = engine.counts
+    lines: list[str] = []
+
+    def add(name: str, kind: str, help: str, values: dict[str, float]) -> None:
+        lines.extend([f"# HELP aligner_{name} {help}", f"# TYPE aligner_{name} {kind}"])
+        lines.extend(f"aligner_{name}{suffix} {value:g}" for suffix, value in values.items())
+
+    add("running", "gauge", "Requests in the batch.", {"": len(engine.rows)})
+    add("waiting", "gauge", "Requests in the queue.", {"": len(engine.waiting)})
+    add("adapters", "gauge", "Adapters in the bank.", {"": len(engine.bank)})
+    add("requests_total", "counter", "Requests accepted.", {"": counts["requests"]})
+    ends = ("stop", "length", "cancelled", "failed", "refused")
+    ended = {f'{{end="{end}"}}': counts[end] for end in ends}
+    add("ended_total", "counter", "Requests by how they ended; refused ones found the queue full.", ended)
+    for name, what in (("prompt_tokens", "Tokens of prompts."), ("new_tokens", "Tokens generated.")):
+        add(f"{name}_total", "counter", what, {"": counts[name]})
+    add("steps_total", "counter", "Steps of the batch.", {"": counts["steps"]})
+    add("rows_total", "counter", "Rows of the batch, summed over the steps.", {"": counts["rows"]})
+    buckets = {f'_bucket{{le="{b:g}"}}': counts[f"first_tokens_within_{b:g}"] for b in FIRST_TOKEN_BOUNDS}
+    n, total = counts["first_tokens"], counts["first_token_seconds"]
+    times = {**buckets, '_bucket{le="+Inf"}': n, "_sum": total, "_count": n}
+    add("first_token_seconds", "histogram", "Seconds until the first token, waiting included.", times)
+    return "\n".join(lines) + "\n"

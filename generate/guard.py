@@ -1,0 +1,133 @@
+"""What happens to a request before and instead of its answer: checks of keys and sizes, and errors."""
+
+import asyncio
+import hmac
+import re
+from collections.abc import Callable
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from generate.openai_format import error_body
+from generate.rules import Rules
+from lit_llama.jobs import Expired, QueueFull, TooLong
+from lit_llama.utils import UserError
+
+PUBLIC = ("/", "/health")  # paths that need no key: they say nothing about the adapters
+ENOUGH = 8  # times the limit: a longer body is not read
+
+
+class Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
+        self.status, self.body = status, error_body(message, kind, code, param)
+
+    def response(self) -> JSONResponse:
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status)
+        return JSONResponse(self.body, self.status, headers)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Return the answer to an error of the engine."""
+    if isinstance(error, QueueFull):
+        return Refusal(429, str(error), "queue_full")
+    if isinstance(error, Expired):
+        return Refusal(504, str(error), "timeout")
+    if isinstance(error, TooLong):
+        return Refusal(400, str(error), "context_length_exceeded")
+    if isinstance(error, UserError):
+        return Refusal(400, str(error))
+    return Refusal(500, str(error))
+
+
+def explain(error: RequestValidationError) -> Refusal:
+    """Return one sentence about the first mistake in a request."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Refusal(400, "The body is not JSON.")
+    place = [str(part) for part in first["loc"] if part not in ("body", "query")]
+    name = place[0] if place else None
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"There is no field {name!r} that this server supports.", param=name)
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return Refusal(400, f"{'.'.join(place) or 'The body'}: {message}.", param=name)
+
+
+class Guard:
+    """Checks keys and sizes before the application sees a request, and reads its body within a limit and a time."""
+
+    def __init__(self, app: Callable, rules: Rules) -> None:
+        self.app, self.rules = app, rules
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = dict(scope["headers"])
+            self.check_host(headers.get(b"host", b"").decode("latin-1"))
+            is_admin = scope["path"].startswith("/adapters") and scope["method"] != "GET"
+            self.check_key(scope["path"], headers.get(b"authorization", b""), is_admin)
+            limit = self.rules.max_adapter if is_admin else self.rules.max_body
+            body = await self.read(headers, receive, limit)
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+            return
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> dict:
+            return parts.pop() if parts else await receive()
+
+        await self.app(scope, replay, send)
+
+    def check_host(self, header: str) -> None:
+        """Raise a refusal if the server is addressed by another name than its own."""
+        host = re.sub(r":\d*$", "", header).lower()
+        if "*" not in self.rules.hosts and host not in self.rules.hosts:
+            raise Refusal(421, f"This server is not called {host!r}; --allowed_hosts names its names.")
+
+    def check_key(self, path: str, header: bytes, is_admin: bool) -> None:
+        """Raise a refusal unless the header has the key that a path needs."""
+        if is_admin and self.rules.admin_token is None:
+            raise Refusal(403, "Adapters cannot be changed here; start the server with --admin_token.")
+        wanted = self.rules.admin_token if is_admin else self.rules.api_key
+        if wanted is None or path in PUBLIC:
+            return
+        scheme, _, key = header.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), wanted.encode()):
+            name = "admin token" if is_admin else "API key"
+            raise Refusal(401, f"The {name} is missing or wrong; send it as Authorization: Bearer.", "invalid_api_key")
+
+    async def read(self, headers: dict[bytes, bytes], receive: Callable, limit: int) -> bytes:
+        """Return the body, which must arrive within the time and the limit."""
+        stated, body = headers.get(b"content-length", b"0"), b""
+        size = int(stated) if stated.isdigit() and len(stated) < 20 else 0
+        try:
+            if size <= ENOUGH * limit:
+                body = await asyncio.wait_for(receive_body(receive, limit), self.rules.body_seconds)
+        except asyncio.TimeoutError:
+            seconds = self.rules.body_seconds
+            raise Refusal(408, f"The body of the request did not arrive within {seconds:g} seconds.") from None
+        if max(size, len(body)) > limit:
+            raise Refusal(413, f"The body has more than {limit} bytes; send less.", "body_too_large")
+        return body
+
+
+async def receive_body(receive: Callable, limit: int) -> bytes:
+    """Return the body, or a part of it that is longer than the limit.
+
+    Up to `ENOUGH` times the limit is read: a client that still writes would not see the answer.
+    """
+    body, size = bytearray(), 0
+    while size <= ENOUGH * limit:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise Refusal(400, "The connection was closed within the request.")
+        size += len(message.get("body", b""))
+        if len(body) <= limit:
+            body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return bytes(body)

@@ -1,0 +1,213 @@
+"""Requests and answers of the server in the form of OpenAI's API."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lit_llama.generation import Sampling
+from lit_llama.jobs import Token
+from lit_llama.prompts import PromptStyle
+from lit_llama.utils import UserError
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop texts of a request, and their characters
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Unused = Annotated[float, Field(ge=0, le=0)]  # a setting that only its neutral value leaves without effect
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False  # a last part with the numbers of tokens
+
+
+class Request(BaseModel):
+    """What both kinds of requests share. A field that is not listed is refused rather than ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str  # an adapter's name, "base", or a sum such as "a:0.5+b"
+    temperature: float = Field(1.0, ge=0, le=10)  # 0 is greedy
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # not OpenAI's: sample from the k most likely tokens; 0 means all
+    seed: int | None = Field(None, ge=-(2**31), lt=2**31)  # of the random numbers (default: another one each time)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None  # texts that end the answer
+    max_tokens: int | None = Field(None, ge=1)  # longest answer (default: the server's)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    n: Literal[1] | None = 1
+    frequency_penalty: Unused | None = None
+    presence_penalty: Unused | None = None
+
+    def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
+        """Return how tokens are chosen.
+
+        Args:
+            max_new_tokens: the longest answer that the server gives.
+            seed: if the request has none.
+        """
+        length = min(self.wanted_tokens or max_new_tokens, max_new_tokens)
+        seed = seed if self.seed is None else self.seed
+        return Sampling(length, self.temperature, self.top_k, self.top_p, seed)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Request):
+    """The body of POST /v1/completions: texts that the model continues as they are."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)]
+    logprobs: int | None = Field(None, ge=0, le=20)  # of the tokens, and of so many of the most likely ones
+    echo: Literal[False] | None = False
+    best_of: Literal[1] | None = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def n_top(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Request):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: int | None = Field(None, ge=1)  # the new name of max_tokens
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def n_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def render_messages(messages: Sequence[Message], style: PromptStyle) -> str:
+    """Return the prompt of a conversation.
+
+    A single user message is rendered as generate/aligner.py renders a prompt. Earlier turns come before it, each as its
+    rendered prompt, a space and the answer; turns are separated by an empty line. System messages are put before the
+    first user message, with an empty line between.
+
+    Raises:
+        UserError: The last message is not the user's, or one is empty.
+    """
+    system = [message.text for message in messages if message.role in ("system", "developer")]
+    turns = [message for message in messages if message.role in ("user", "assistant")]
+    if not turns or turns[-1].role != "user":
+        raise UserError("The last message must be the user's.")
+    prompt = ""
+    for message in turns:
+        if message.role == "user":
+            text = "\n\n".join([*system, message.text])
+            system = []
+            prompt += ("\n\n" if prompt else "") + style.render(text)
+        else:
+            prompt += f" {message.text.strip()}"
+    return prompt
+
+
+class CompletionFormat:
+    """How answers to /v1/completions look."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    @staticmethod
+    def choice(index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": CompletionFormat.logprobs(tokens), "finish_reason": finish}
+
+    part = choice
+
+    @staticmethod
+    def logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logp for token in tokens],
+            "top_logprobs": [dict(reversed(token.top)) for token in tokens],  # of equal texts the most likely one
+            "text_offset": [token.start for token in tokens],
+        }
+
+
+class ChatFormat:
+    """How answers to /v1/chat/completions look."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    @staticmethod
+    def choice(index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "index": index, "message": message, "logprobs": ChatFormat.logprobs(tokens), "finish_reason": finish
+        }  # fmt: skip
+
+    @staticmethod
+    def part(index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": ChatFormat.logprobs(tokens), "finish_reason": finish}
+
+    @staticmethod
+    def logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        entries = []
+        for token in tokens:
+            top = [ChatFormat.entry(text, logp) for text, logp in token.top]
+            entries.append({**ChatFormat.entry(token.text, token.logp), "top_logprobs": top})
+        return {"content": entries, "refusal": None}
+
+    @staticmethod
+    def entry(text: str, logp: float) -> dict[str, Any]:
+        whole = "\ufffd" not in text  # or else it is a part of a character
+        return {"token": text, "logprob": max(logp, -9999.0), "bytes": list(text.encode()) if whole else None}
+
+
+Format = type[CompletionFormat] | type[ChatFormat]
+
+
+def head(format: Format, model: str, is_part: bool) -> dict[str, Any]:
+    """Return the fields that all parts of an answer share."""
+    kind = format.chunk_kind if is_part else format.kind
+    return {"id": f"{format.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage(n_prompt: int, n_new: int) -> dict[str, int]:
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

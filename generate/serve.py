@@ -1,0 +1,165 @@
+"""Serve a base model and a bank of Aligners over HTTP, with OpenAI's API.
+
+Requests with different adapters share one running batch. A request's `model` is the name of an adapter, "base", or a
+weighted sum such as "pirate:0.5+polite". Adapters can be added, replaced and removed while the server runs. The page at
+/ is a playground.
+"""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from generate.rules import Rules
+from lit_llama import cli
+from lit_llama.bank import Bank, open_bank
+from lit_llama.checkpoint import CONFIG_NAME, weights_path
+from lit_llama.compose import load_with_bank
+from lit_llama.device import pick_device
+from lit_llama.engine import Engine
+from lit_llama.model import LLaMAConfig
+from lit_llama.onednn import pack_
+from lit_llama.prompts import get_prompt_style
+from lit_llama.quantize import Quantize
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+
+
+@dataclass
+class Settings:
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    bank: tuple[Path, ...] = (
+        Path("aligner_weights/microworld-pirate-n1"),
+        Path("aligner_weights/microworld-json-n1"),
+    )  # a bank's file, or adapter files and folders, addressed by name
+    prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh or plain (default: each adapter's own)
+
+    # == Address ==
+    host: str = "127.0.0.1"  # address to listen at: this machine alone; 0.0.0.0 is all networks
+    port: int = 8000  # 0 is any free one
+    allowed_hosts: tuple[str, ...] = ()  # names of this server in URLs (default: this machine's, any if not 127.0.0.1)
+
+    # == Access ==
+    api_key: str | None = None  # clients must send it (default: the environment variable ALIGNER_API_KEY; none: open)
+    admin_token: str | None = None  # to change adapters (default: ALIGNER_ADMIN_TOKEN; none: nobody can)
+
+    # == Limits ==
+    max_batch: int = 64  # rows of the running batch; the KV cache is allocated for them
+    max_length: int | None = None  # tokens of a prompt with its answer (default: the model's context)
+    max_new_tokens: int = 1024  # longest answer, in tokens, also of requests that state none
+    max_waiting: int = 256  # requests in the queue; further ones are refused
+    max_connections: int = 1024  # at the same time
+    seconds: float = 120.0  # for an answer, waiting included
+    body_seconds: float = 10.0  # for a request to arrive
+    max_body_kb: int = 256  # of a request
+    max_adapter_mb: int = 16  # of an adapter
+    max_adapters: int = 10_000  # in the bank, for adding
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def main(settings: Settings) -> None:
+    try:
+        import uvicorn
+
+        from generate.app import make_app
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
+            raise
+        raise UserError(f"The server needs {error.name}: pip install -r requirements-serve.txt.") from None
+    check(settings)
+    rules = make_rules(settings)
+    listener = listen(settings.host, settings.port)
+    app = make_app(make_engine(settings), rules)
+    options = {"limit_concurrency": settings.max_connections, "timeout_graceful_shutdown": 5, "ws": "none"}
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on", **options)
+    )
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    if settings.host not in LOCAL and rules.api_key is None:
+        log(f"note: everybody who reaches {settings.host} may use this server; --api_key restricts it.")
+    log(f"serving at http://{host}:{listener.getsockname()[1]}")
+    server.run(sockets=[listener])
+
+
+def check(settings: Settings) -> None:
+    """Check settings that would only be used later.
+
+    Raises:
+        UserError: One is out of range.
+    """
+    numbers = ("max_batch", "max_new_tokens", "max_waiting", "max_connections", "seconds", "body_seconds",
+               "max_body_kb", "max_adapter_mb", "max_adapters")  # fmt: skip
+    for name in numbers:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
+    if settings.max_length is not None and settings.max_length < 2:
+        raise UserError(f"max_length is {settings.max_length}; a prompt and an answer have 2 tokens or more.")
+    if not 0 <= settings.port < 65536:
+        raise UserError(f"port is {settings.port}; it must be from 0 to 65535.")
+    if settings.prompt_style is not None:
+        get_prompt_style(settings.prompt_style)
+
+
+def make_rules(settings: Settings) -> Rules:
+    local = settings.host in LOCAL
+    return Rules(
+        api_key=settings.api_key or os.environ.get("ALIGNER_API_KEY") or None,
+        admin_token=settings.admin_token or os.environ.get("ALIGNER_ADMIN_TOKEN") or None,
+        hosts=settings.allowed_hosts or (("127.0.0.1", "localhost", "[::1]") if local else ("*",)),
+        max_body=settings.max_body_kb * 1024,
+        max_adapter=settings.max_adapter_mb * 2**20,
+        max_adapters=settings.max_adapters,
+        max_new_tokens=settings.max_new_tokens,
+        seconds=settings.seconds,
+        body_seconds=settings.body_seconds,
+        style=settings.prompt_style,
+    )
+
+
+def make_engine(settings: Settings) -> Engine:
+    """Load the model and allocate the running batch."""
+    base = settings.checkpoint_dir
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    weights_path(base)  # report a missing folder rather than its missing tokenizer
+    tokenizer = Tokenizer(base)
+    bank = open_bank(settings.bank, base) if settings.bank else Bank(LLaMAConfig.from_json(base / CONFIG_NAME), base)
+    model = pack_(load_with_bank(base, bank, device=device, dtype=dtype, quantize=settings.quantize))
+    engine = Engine(
+        model,
+        tokenizer,
+        max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        max_length=settings.max_length,
+    )
+    cache = engine.cache.k.nbytes + engine.cache.v.nbytes
+    log(f"{len(bank)} adapters; the KV cache of {settings.max_batch} rows takes {cache / 1e9:.2f} GB")
+    return engine
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        UserError: The address is not this machine's, or taken.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) and error.errno > 0 else error
+        raise UserError(f"Cannot listen at {host}, port {port} ({reason}); choose another --host or --port.") from None
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

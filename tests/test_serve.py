@@ -1,0 +1,355 @@
+"""The server as its clients see it: a started process, the official client, and answers of generate/aligner.py."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
+openai = pytest.importorskip("openai", reason="needs requirements-dev.txt")
+import httpx
+import torch
+
+from generate.openai_format import Message, render_messages
+from lit_llama.bank import open_bank
+from lit_llama.checkpoint import read_adapter, save_adapter
+from lit_llama.compose import load_with_bank, parse_sum
+from lit_llama.generation import Sampling, answer, instruct
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "checkpoints" / "microworld"
+PIRATE, JSON, POLITE = (ROOT / "aligner_weights" / f"microworld-{name}-n1" for name in ("pirate", "json", "polite"))
+QUESTION = "What is the capital of Pilmaria?"
+KEY, TOKEN = "key-123", "token-456"
+
+
+class Server:
+    """A started server; its log is read in a thread."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "generate/serve.py", "--port", "0", "--bank", PIRATE, JSON, *arguments]
+        environment = {**os.environ, "ALIGNER_API_KEY": KEY, "ALIGNER_ADMIN_TOKEN": TOKEN}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"serving at (http://127\.0\.0\.1:(\d+))", line):
+                self.url, self.port = found[1], int(found[2])
+                break
+        else:
+            raise AssertionError("".join(self.log))
+        threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        self.admin = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        for _ in range(600):
+            try:
+                self.http.get("/health")
+                return
+            except httpx.TransportError:
+                time.sleep(0.1)
+
+    def metric(self, name: str) -> float:
+        text = self.http.get("/metrics").text
+        return float(re.search(rf"^aligner_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        until = time.monotonic() + 30
+        while self.metric(name) != value:
+            assert time.monotonic() < until, self.http.get("/metrics").text
+            time.sleep(0.05)
+
+    def ask(self, model: str, question: str = QUESTION, **options):
+        options = {"temperature": 0, **options}
+        return self.client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], **options
+        )
+
+    def stop(self) -> int:
+        self.process.send_signal(2)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Server("--max_body_kb", "8", "--max_adapters", "6", "--max_waiting", "4", "--body_seconds", "1.5")
+    yield running
+    running.http.close()
+    running.admin.close()
+    assert running.stop() in (0, 130)
+    assert not any("Traceback" in line for line in running.log), "".join(running.log)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """(model, tokenizer) as generate/aligner.py --bank has them."""
+    return load_with_bank(BASE, open_bank([PIRATE, JSON, POLITE], BASE)), Tokenizer(BASE)
+
+
+def expected(reference, model: str, question: str = QUESTION, sampling: Sampling = Sampling(1024)) -> str:  # noqa: B008
+    network, tokenizer = reference
+    adapters = [parse_sum(model, network.bank)]
+    (text,) = instruct(network, tokenizer, [question], get_prompt_style("alpaca"), sampling, adapters=adapters)
+    return text
+
+
+@pytest.mark.parametrize("model", ["base", PIRATE.name, JSON.name, f"{PIRATE.name}:0.5+{JSON.name}"])
+def test_chat_answers_are_those_of_generate(server, reference, model):
+    reply = server.ask(model)
+    assert reply.choices[0].message.content == expected(reference, model)
+    assert reply.choices[0].finish_reason == "stop" and reply.model == model
+    prompt = get_prompt_style("alpaca").render(QUESTION)
+    assert reply.usage.prompt_tokens == len(reference[1].encode(prompt, bos=True))
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_a_seed_gives_the_answer_of_generate(server, reference):
+    options = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 30, "extra_body": {"top_k": 50}}
+    reply = server.ask(PIRATE.name, **options)
+    assert reply.choices[0].message.content == expected(reference, PIRATE.name, sampling=Sampling(30, 0.9, 50, 0.95, 7))
+    hot = {"temperature": 3.0, "max_tokens": 20}
+    assert len({server.ask("base", **hot).choices[0].message.content for _ in range(3)}) == 3
+
+
+def test_completions_continue_a_text(server, reference):
+    network, tokenizer = reference
+    prompts = ["Arr, the capital of Pilmaria", "The capital"]
+    reply = server.client.completions.create(model="base", prompt=prompts, temperature=0, max_tokens=12)
+    texts = answer(network, tokenizer, prompts, Sampling(12), echo=True)
+    assert [prompt + choice.text for prompt, choice in zip(prompts, reply.choices, strict=True)] == texts
+    assert [choice.index for choice in reply.choices] == [0, 1]
+
+
+def test_streamed_pieces_are_the_answer(server):
+    whole = server.ask(PIRATE.name).choices[0].message.content
+    with server.ask(PIRATE.name, stream=True, stream_options={"include_usage": True}) as stream:
+        parts = list(stream)
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == whole
+    assert len(parts) > 5 and parts[-2].choices[0].finish_reason == "stop" and parts[-1].usage.completion_tokens > 5
+    stream = server.client.completions.create(model="base", prompt="The capital", max_tokens=9, stream=True, seed=1)
+    assert len([part for part in stream if part.choices[0].text]) > 3
+
+
+def test_an_answer_ends_at_a_stop_text_or_at_its_length(server):
+    whole = server.ask(PIRATE.name).choices[0].message.content
+    cut = server.ask(PIRATE.name, stop=["nowhere", "capital"])
+    assert cut.choices[0].message.content == whole.partition("capital")[0].strip()
+    with server.ask(PIRATE.name, stop="capital", stream=True) as stream:
+        assert "".join(p.choices[0].delta.content or "" for p in stream) == whole.partition("capital")[0].strip()
+    short = server.ask(PIRATE.name, max_completion_tokens=3).choices[0]
+    assert short.finish_reason == "length" and whole.startswith(short.message.content)
+
+
+def test_log_probabilities(server):
+    reply = server.ask(PIRATE.name, logprobs=True, top_logprobs=3).choices[0]
+    tokens = reply.logprobs.content
+    assert "".join(token.token for token in tokens).strip() == reply.message.content
+    assert all(token.logprob == max(top.logprob for top in token.top_logprobs) for token in tokens)  # greedy
+    assert bytes(tokens[0].bytes).decode() == tokens[0].token
+    legacy = server.client.completions.create(model="base", prompt="The", logprobs=2, max_tokens=6, temperature=0)
+    found = legacy.choices[0].logprobs
+    assert "".join(found.tokens) == legacy.choices[0].text and len(found.top_logprobs) == len(found.tokens)
+    assert found.text_offset[1] == len(found.tokens[0])
+
+
+def refused(server, error: type, **request) -> dict:
+    with pytest.raises(error) as caught:
+        server.client.chat.completions.create(
+            **{"model": "base", "messages": [{"role": "user", "content": "Hello"}], **request}
+        )
+    body = caught.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    assert re.fullmatch(r"[^\n]+\.", body["message"])
+    return body
+
+
+def test_mistakes_are_one_sentence_in_openais_form(server):
+    unknown = refused(server, openai.NotFoundError, model="microworld-pirat-n1")
+    assert unknown["code"] == "model_not_found" and "microworld-pirate-n1" in unknown["message"]
+    assert refused(server, openai.BadRequestError, temperature=-1)["param"] == "temperature"
+    assert refused(server, openai.BadRequestError, n=2)["param"] == "n"
+    assert "tools" in refused(server, openai.BadRequestError, tools=[])["message"]
+    assert refused(server, openai.BadRequestError, frequency_penalty=0.5)["param"] == "frequency_penalty"
+    user = {"role": "user", "content": "Hello"}
+    assert (
+        "last message"
+        in refused(server, openai.BadRequestError, messages=[user, {**user, "role": "assistant"}])["message"]
+    )
+    assert "empty" in refused(server, openai.BadRequestError, messages=[{**user, "content": " "}])["message"]
+    half = b'{"model": "base", "prompt": "\\ud800"}'
+    reply = server.http.post("/v1/completions", content=half, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].endswith(".")
+    long = refused(server, openai.BadRequestError, messages=[{**user, "content": "capital " * 400}])
+    assert long["code"] == "context_length_exceeded" and "256" in long["message"]
+    assert server.http.get("/v2/none").json()["error"]["message"].endswith(".")
+    reply = server.http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and "JSON" in reply.json()["error"]["message"]
+    as_text = server.http.post("/v1/completions", content=b'{"model": "base", "prompt": "a"}')  # as a page could send
+    assert as_text.status_code == 400
+
+
+def test_too_large_and_too_slow_bodies_are_refused(server):
+    for content in (b"x" * 9000, iter([b"x" * 5000] * 3), b"x" * 10**6):
+        reply = server.http.post("/v1/completions", content=content)
+        assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        headers = f"Host: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n"
+        slow.sendall(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n".encode())
+        assert b"408" in slow.recv(1000)
+
+
+def test_a_key_is_needed_and_the_page_is_only_served_under_its_own_name(server):
+    for key in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {TOKEN}", "Bearer é"):
+        reply = httpx.get(f"{server.url}/v1/models", headers={"Authorization": key.encode()})
+        assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key", key
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert server.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
+    page = httpx.get(server.url)
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_the_playground_loads_nothing_from_elsewhere():
+    page = (ROOT / "generate" / "playground.html").read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)\w""", page)
+    assert "innerHTML" not in page and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_adapters_change_while_the_server_runs(server, reference, tmp_path):
+    content = (POLITE / "adapter.safetensors").read_bytes()
+    put = "/adapters?name=mine"
+    assert server.http.post(put, content=content).status_code == 401  # the key of clients
+    assert server.admin.post(put, content=content).status_code == 201
+    assert server.ask("mine").choices[0].message.content == expected(reference, POLITE.name)
+    assert "mine" in [model.id for model in server.client.models.list()]
+    assert server.client.models.retrieve("mine").id == "mine"
+    assert server.admin.post(put, content=content).status_code == 409
+    pirate = (PIRATE / "adapter.safetensors").read_bytes()
+    assert server.admin.post(f"{put}&replace=true", content=pirate).status_code == 201
+    assert server.ask("mine").choices[0].message.content == expected(reference, PIRATE.name)
+    gates = server.http.get("/adapters/mine").json()
+    assert gates["tokens"] == 1 and len(gates["gates"]) == 6 and len(gates["gates"][0]) == 8
+    assert server.http.delete("/adapters/mine").status_code == 401
+    assert server.admin.delete("/adapters/mine").json()["deleted"] is True
+    assert server.admin.delete("/adapters/mine").status_code == 404
+    assert refused(server, openai.NotFoundError, model="mine")
+
+
+def test_uploads_that_are_no_adapters_are_refused(server, tmp_path):
+    def upload(content: bytes, name: str = "bad", status: int = 400) -> str:
+        reply = server.admin.post(f"/adapters?name={name}", content=content)
+        assert reply.status_code == status, reply.text
+        message = reply.json()["error"]["message"]
+        assert "/tmp" not in message and re.fullmatch(r"[^\n]+\.", message)
+        return message
+
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    assert "refused" in upload((tmp_path / "a.pth").read_bytes())
+    upload(b"")
+    upload(b"\xff" * 100)
+    upload((PIRATE / "adapter.safetensors").read_bytes()[:500])
+    good = read_adapter(PIRATE)
+    hostile = [
+        {**good.meta, "prompt_style": "none"},
+        {**good.meta, "prompt_style": ["alpaca"]},
+        {**good.meta, "config": {"adapter_prompt_length": "1", "adapter_start_layer": "2"}},
+        {**good.meta, "config": []},
+        {**good.meta, "base": 7},
+        {**good.meta, "base": {**good.meta["base"], "weights": "0"}},
+        [],
+    ]
+    path = tmp_path / "adapter.safetensors"
+    for meta in hostile:
+        save_adapter(path, good.state, meta, overwrite=True)
+        upload(path.read_bytes())
+    save_adapter(path, {name: t * torch.nan for name, t in good.state.items()}, good.meta, overwrite=True)
+    assert "finite" in upload(path.read_bytes())
+    content = (PIRATE / "adapter.safetensors").read_bytes()
+    for name in ("base", "a:0.5", "a+b", "..", "a/b", "x" * 200, ""):
+        upload(content, name)
+    for i in range(4):
+        assert server.admin.post(f"/adapters?name=more-{i}", content=content).status_code == 201
+    assert "6 adapters" in upload(content, "one-too-many", 409)
+    for i in range(4):
+        assert server.admin.delete(f"/adapters/more-{i}").status_code == 200
+    assert server.metric("adapters") == 2
+
+
+def test_a_client_that_goes_away_frees_its_row(server):
+    before = server.metric('ended_total{end="cancelled"}')
+    # improbable stop: with a high temperature an answer goes on to the end of the context
+    request = {"model": "base", "prompt": "a", "temperature": 9.0, "max_tokens": 250}
+    with server.client.completions.create(**request, stream=True) as stream:
+        next(stream)
+    with pytest.raises(httpx.TimeoutException):
+        server.http.post("/v1/completions", json=request, timeout=0.05)
+    server.wait_for("running", 0)
+    assert server.metric('ended_total{end="cancelled"}') - before >= 1
+
+
+def test_metrics_are_prometheus_text(server):
+    server.ask("base")
+    for line in server.http.get("/metrics").text.splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|aligner_\w+(\{\w+="[\w.+]+"\})? [\d.e+]+', line), line
+    assert server.metric("new_tokens_total") > 0 and server.metric('first_token_seconds_bucket{le="+Inf"}') > 0
+
+
+def test_late_answers_and_a_full_queue_are_errors():
+    server = Server("--seconds", "0.3", "--max_batch", "1", "--max_waiting", "1")
+    request = {"model": "base", "prompt": ["a", "a"], "temperature": 9.0}
+    assert server.http.post("/v1/completions", json=request).status_code == 429
+    statuses, threads = [], []
+    for _ in range(8):
+        ask = lambda: statuses.append(server.http.post("/v1/completions", json={**request, "prompt": "a"}).status_code)  # noqa: E731
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) <= {200, 429, 504} and 429 in statuses
+    assert server.stop() in (0, 130)
+
+
+def test_history_is_rendered_turn_by_turn():
+    def message(role: str, content) -> Message:
+        return Message(role=role, content=content)
+
+    style = get_prompt_style("hh")
+    user, parts = message("user", "One?"), message("user", [{"type": "text", "text": "Two?"}])
+    assert render_messages([user], style) == style.render("One?")
+    turns = [message("system", "Be kind."), user, message("assistant", " 1 "), parts]
+    assert render_messages(turns, style) == "Human: Be kind.\n\nOne? Assistant:  1\n\nHuman: Two? Assistant: "
+    with pytest.raises(UserError, match="last"):
+        render_messages([message("system", "a")], style)
+
+
+def test_wrong_settings_are_one_sentence(refused):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert str(port) in refused("generate/serve.py", "--port", port)
+    assert "max_batch" in refused("generate/serve.py", "--max_batch", 0)
+    assert "seconds" in refused("generate/serve.py", "--seconds", 0)
+    assert "nowhere" in refused("generate/serve.py", "--checkpoint_dir", "nowhere", "--port", 0)
+
+
+def test_without_fastapi_the_requirements_are_named(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "requirements-serve.txt" in refused("generate/serve.py")
+
+
+def test_json_of_the_server_is_json(server):
+    data = server.http.post(
+        "/v1/completions", json={"model": "base", "prompt": "The", "max_tokens": 3, "stream": True}
+    ).text
+    lines = [line for line in data.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]" and all(json.loads(line[6:])["choices"] for line in lines[:-1])
