@@ -12,7 +12,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_llama", "finetune", "generate", "microworld", "pretrain", "evaluate", "scripts", "studies", "benchmarks")
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module's name differs
-OPTIONAL = {"transformers", "bitsandbytes", "httpx"}  # a flag or a benchmark that needs one names it; the tests need them
+OPTIONAL = {
+    "transformers",
+    "bitsandbytes",
+    "httpx",
+}  # flags and benchmarks need them; so do the tests
 SERVER = {"generate/app.py", "generate/guard.py", "generate/openai_format.py"}  # imported when the server starts
 PEERS = {"peft", "litgpt", "lm-eval"}  # compared with in benchmarks or evaluated by, if they are installed
 USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files", "tensorboard": "Lightning's TensorBoardLogger"}
