@@ -10,6 +10,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -24,12 +25,15 @@ from lit_llama.model import LLaMAConfig
 from lit_llama.onednn import pack_
 from lit_llama.prompts import get_prompt_style
 from lit_llama.quantize import Quantize
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Range
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
+Port = Annotated[int, Range(least=0, most=65535)]
+
 
 @dataclass
-class Settings:
+class Settings(Checked):
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     bank: tuple[Path, ...] = (
@@ -40,7 +44,7 @@ class Settings:
 
     # == Address ==
     host: str = "127.0.0.1"  # address to listen at: this machine alone; 0.0.0.0 is all networks
-    port: int = 8000  # 0 is any free one
+    port: Port = 8000  # 0 is any free one
     allowed_hosts: tuple[str, ...] = ()  # names of this server in URLs (default: this machine's, any if not 127.0.0.1)
 
     # == Access ==
@@ -48,16 +52,16 @@ class Settings:
     admin_token: str | None = None  # to change adapters (default: ALIGNER_ADMIN_TOKEN; none: nobody can)
 
     # == Limits ==
-    max_batch: int = 64  # rows of the running batch; the KV cache is allocated for them
-    max_length: int | None = None  # tokens of a prompt with its answer (default: the model's context)
-    max_new_tokens: int = 1024  # longest answer, in tokens, also of requests that state none
-    max_waiting: int = 256  # requests in the queue; further ones are refused
-    max_connections: int = 1024  # at the same time
-    seconds: float = 120.0  # for an answer, waiting included
-    body_seconds: float = 10.0  # for a request to arrive
-    max_body_kb: int = 256  # of a request
-    max_adapter_mb: int = 16  # of an adapter
-    max_adapters: int = 10_000  # in the bank, for adding
+    max_batch: PositiveInt = 64  # rows of the running batch; the KV cache is allocated for them
+    max_length: PositiveInt | None = None  # tokens of a prompt with its answer (default: the model's context)
+    max_new_tokens: PositiveInt = 1024  # longest answer, in tokens, also of requests that state none
+    max_waiting: PositiveInt = 256  # requests in the queue; further ones are refused
+    max_connections: PositiveInt = 1024  # at the same time
+    seconds: PositiveFloat = 120.0  # for an answer, waiting included
+    body_seconds: PositiveFloat = 10.0  # for a request to arrive
+    max_body_kb: PositiveInt = 256  # of a request
+    max_adapter_mb: PositiveInt = 16  # of an adapter
+    max_adapters: PositiveInt = 10_000  # in the bank, for adding
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
@@ -77,7 +81,8 @@ def main(settings: Settings) -> None:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
         raise UserError(f"The server needs {error.name}: pip install -r requirements-serve.txt.") from None
-    check(settings)
+    if settings.prompt_style is not None:
+        get_prompt_style(settings.prompt_style)  # or an error
     rules = make_rules(settings)
     listener = listen(settings.host, settings.port)
     app = make_app(make_engine(settings), rules)
@@ -90,25 +95,6 @@ def main(settings: Settings) -> None:
         log(f"note: everybody who reaches {settings.host} may use this server; --api_key restricts it.")
     log(f"serving at http://{host}:{listener.getsockname()[1]}")
     server.run(sockets=[listener])
-
-
-def check(settings: Settings) -> None:
-    """Check settings that would only be used later.
-
-    Raises:
-        UserError: One is out of range.
-    """
-    numbers = ("max_batch", "max_new_tokens", "max_waiting", "max_connections", "seconds", "body_seconds",
-               "max_body_kb", "max_adapter_mb", "max_adapters")  # fmt: skip
-    for name in numbers:
-        if not getattr(settings, name) > 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be above 0.")
-    if settings.max_length is not None and settings.max_length < 2:
-        raise UserError(f"max_length is {settings.max_length}; a prompt and an answer have 2 tokens or more.")
-    if not 0 <= settings.port < 65536:
-        raise UserError(f"port is {settings.port}; it must be from 0 to 65535.")
-    if settings.prompt_style is not None:
-        get_prompt_style(settings.prompt_style)
 
 
 def make_rules(settings: Settings) -> Rules:

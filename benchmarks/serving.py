@@ -1,0 +1,349 @@
+"""The server under load: throughput and time to the first token with many adapters, or 10,000 checked answers.
+
+--mode speed: 64 clients with 64 different adapters, 64 clients with one adapter, and one client that asks one question
+after the other, in turns.
+
+--mode stress: as many requests as --requests says, a third of them cancelled or malformed; each answer is compared with
+that of lit_llama.generation.instruct for its adapter. At the end no row may be in use, and neither memory nor open
+files of the server may have grown.
+"""
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks import harness as b
+from benchmarks.material import MICROWORLD
+from benchmarks.measure import compare, number, with_interval
+from lit_llama import cli
+from lit_llama.bank import Bank, open_bank
+from lit_llama.checkpoint import AdapterFile
+from lit_llama.compose import load_with_bank, parse_sum
+from lit_llama.generation import Sampling, instruct
+from lit_llama.prompts import get_prompt_style
+from lit_llama.settings import PositiveInt
+from lit_llama.tables import markdown_table
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from microworld.world import UNSEEN, World
+
+
+@dataclass
+class Settings(b.BenchmarkSettings):
+    # == What to measure ==
+    mode: Literal["speed", "stress"] = "speed"  # throughput, or correctness of every answer under abuse
+    clients: PositiveInt = 64  # at the same time, and adapters of the mode "speed"
+    requests: PositiveInt = 10_000  # of the mode "stress"
+    requests_per_client: PositiveInt = 4  # in a turn of the mode "speed"
+
+
+BUNDLED = MICROWORLD.parents[1] / "aligner_weights"
+NEW_TOKENS = 24  # longest answer
+KEY = "benchmark"
+
+
+# == the server and its clients ==
+
+
+@dataclass
+class Server:
+    """A started server; `threads` as in the settings."""
+
+    bank: Path
+    threads: int
+    process: subprocess.Popen = field(init=False)
+    url: str = field(init=False)
+
+    def __enter__(self) -> "Server":
+        script = Path(__file__).parents[1] / "generate" / "serve.py"
+        command = [sys.executable, script, "--port", "0", "--checkpoint_dir", MICROWORLD, "--bank", self.bank]
+        environment = {**os.environ, "ALIGNER_API_KEY": KEY}
+        environment |= {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for line in self.process.stderr:
+            if "serving at" in line:
+                self.url = line.split()[-1]
+                return self
+        raise UserError("The server did not start; run generate/serve.py to see why.")
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident(self) -> float:
+        """Return the MB of main memory that the server holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def connect(server: Server) -> Any:
+    try:
+        import httpx
+    except ImportError:
+        raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.") from None
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=300)
+
+
+def chat(model: str, question: str, **options: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": NEW_TOKENS, **options}
+
+
+@dataclass
+class Reply:
+    """A streamed answer: its text, tokens, and seconds until its first part."""
+
+    text: str = ""
+    tokens: int = 0
+    first: float = 0.0
+
+
+async def ask(http: Any, body: dict[str, Any], parts: int | None = None) -> Reply:
+    """Return a streamed answer; after `parts` parts the connection is closed."""
+    began, reply, n = time.perf_counter(), Reply(), 0
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        assert stream.status_code == 200, await stream.aread()
+        async for line in stream.aiter_lines():
+            if n == parts:
+                break
+            if not line.startswith("data: {"):
+                continue
+            n, part = n + 1, json.loads(line[6:])
+            if part["choices"]:
+                reply.first = reply.first or time.perf_counter() - began
+                reply.text += part["choices"][0]["delta"].get("content", "")
+            else:
+                reply.tokens = part["usage"]["completion_tokens"]
+    return reply
+
+
+async def share(work: list[Callable[[], Coroutine]], clients: int) -> list[Any]:
+    """Return the results of all work, done by so many clients at a time."""
+    queue, results = list(enumerate(work))[::-1], [None] * len(work)
+
+    async def client() -> None:
+        while queue:
+            i, task = queue.pop()
+            results[i] = await task()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return results
+
+
+# == speed ==
+
+
+def make_adapters(settings: Settings) -> tuple[Path, list[str]]:
+    """Write a bank of adapters whose answers have similar lengths, and return it with their names."""
+    bundled = open_bank([BUNDLED / "microworld-pirate-n1"], MICROWORLD)
+    pirate = bundled.adapter("microworld-pirate-n1")
+    bank, names = Bank(bundled.config, MICROWORLD), [f"pirate-{i}" for i in range(settings.clients)]
+    for name, strength in zip(names, np.linspace(0.9, 1.1, len(names)), strict=True):
+        state = {key: t * float(strength) if "gating" in key else t for key, t in pirate.state.items()}
+        bank.add(name, AdapterFile(state, pirate.meta, Path(name)))
+    path = settings.out_dir / "serving-bank.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bank.save(path)
+    return path, names
+
+
+def measure_speed(settings: Settings) -> list[str]:
+    path, names = make_adapters(settings)
+    questions = [q.text for q in World(0).questions(UNSEEN) if q.text.startswith("What")]
+    count = settings.clients * settings.requests_per_client
+    kinds = {
+        f"{settings.clients} clients, {settings.clients} adapters": (settings.clients, names, count),
+        f"{settings.clients} clients, one adapter": (settings.clients, names[settings.clients // 2 :][:1], count),
+        "one client, one by one": (1, names, settings.clients),
+    }
+    rates, cpu, first = ({kind: [] for kind in kinds} for _ in range(3))
+    with Server(path, settings.threads) as server:
+        for turn in tqdm(range(settings.rounds + 1), desc="Rounds"):  # the first one warms up
+            for kind, (clients, models, n) in kinds.items():
+                bodies = [chat(models[i % len(models)], questions[i % len(questions)]) for i in range(n)]
+                before, began = server.processor_seconds(), time.perf_counter()
+                replies = asyncio.run(run_all(server, bodies, clients))
+                seconds, used = time.perf_counter() - began, server.processor_seconds() - before
+                tokens = sum(reply.tokens for reply in replies)
+                if turn:
+                    rates[kind].append(tokens / seconds)
+                    cpu[kind].append(tokens / used)
+                    first[kind] += [reply.first for reply in replies]
+    rows, reference = [], list(kinds)[1]
+    for kind in kinds:
+        p50, p95 = (number(1000 * np.quantile(first[kind], q)) for q in (0.5, 0.95))
+        ratios = ["1", "1"] if kind == reference else [compare(r[kind], r[reference])[0] for r in (rates, cpu)]
+        cells = [with_interval(rates[kind]), ratios[0], with_interval(cpu[kind]), ratios[1], p50, p95]
+        rows.append([kind, *cells])
+    many, _, one = list(kinds)
+    gains = [compare(r[many], r[one])[0] for r in (rates, cpu)]
+    header = ["load", "tokens/s", "of one adapter", "tokens per processor second", "of one adapter",
+              "ms to the first token, median", "95 %"]  # fmt: skip
+    return [
+        f"Answers of up to {NEW_TOKENS} tokens, streamed, greedy; {settings.rounds} rounds. The clients run on the "
+        "same cores. Processor seconds are the server's.",
+        markdown_table(header, rows),
+        f"With {settings.clients} clients and adapters, {gains[0]} times the tokens/s of one by one, and {gains[1]} "
+        "times the tokens per processor second.",
+    ]
+
+
+async def run_all(server: Server, bodies: list[dict[str, Any]], clients: int) -> list[Reply]:
+    async with connect(server) as http:
+        return await share([lambda body=body: ask(http, body) for body in bodies], clients)
+
+
+# == stress ==
+
+
+def known_answers(bank: Bank, models: list[str], questions: list[str]) -> dict[tuple[str, str], str]:
+    """Return the right answer of each model to each question."""
+    network, tokenizer, style = load_with_bank(MICROWORLD, bank), Tokenizer(MICROWORLD), get_prompt_style("alpaca")
+    pairs = [(model, question) for model in models for question in questions]
+    adapters, texts = [parse_sum(model, bank) for model, _ in pairs], [question for _, question in pairs]
+    answers = instruct(network, tokenizer, texts, style, Sampling(NEW_TOKENS), batch_size=64, adapters=adapters)
+    return dict(zip(pairs, answers, strict=True))
+
+
+def malformed(rng: random.Random, model: str, question: str) -> tuple[dict[str, Any], int]:
+    """Return the arguments of a request that must be refused, and the status of the refusal."""
+    good, json_type = chat(model, question), {"Content-Type": "application/json"}
+    cases = [
+        ({"json": {**good, "model": f"{model}x+{model}"}}, 404),
+        ({"json": {**good, "temperature": -1}}, 400),
+        ({"json": {**good, "messages": []}}, 400),
+        ({"json": {**good, "tools": [1]}}, 400),
+        ({"json": chat(model, question * 50)}, 400),
+        ({"content": json.dumps(good)[:-9].encode(), "headers": json_type}, 400),
+        ({"content": rng.randbytes(200), "headers": json_type}, 400),
+        ({"content": b"x" * 300_000, "headers": json_type}, 413),
+        ({"json": good, "headers": {"Authorization": "Bearer wrong"}}, 401),
+    ]
+    return rng.choice(cases)
+
+
+def measure_stress(settings: Settings) -> list[str]:
+    adapters = sorted(path for path in BUNDLED.glob("microworld-*-n1") if path.is_dir())
+    bank = open_bank(adapters, MICROWORLD)
+    names = list(bank)
+    models = ["base", *names, *(f"{a}:0.5+{c}" for a, c in pairwise(names))]
+    questions = [q.text for q in World(0).questions(UNSEEN) if q.text.startswith("What")][:8]
+    right = known_answers(bank, models, questions)
+    path = settings.out_dir / "serving-bank.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bank.save(path)
+    found, wrong, rng = Counter(), [], random.Random(0)
+
+    def make(server: Server, http: Any, bar: tqdm) -> Callable[[], Coroutine]:
+        model, question = rng.choice(models), rng.choice(questions)
+        kind = rng.choice(["stream", "stream", "plain", "plain", "cancel", "malformed"])
+        parts, bad = rng.randrange(4), malformed(rng, model, question)
+        delay = rng.choice([0.002, 0.05, 0.3])
+
+        async def work() -> None:
+            if kind == "malformed":
+                request, status = bad
+                reply = await http.post("/v1/chat/completions", **request)
+                correct = reply.status_code == status and set(reply.json()["error"]) >= {"message", "type"}
+                found["malformed, refused" if correct else "malformed, not refused as expected"] += 1
+            elif kind == "cancel" and parts:
+                await ask(http, chat(model, question), parts)
+                found["cancelled while streaming"] += 1
+            elif kind == "cancel":
+                try:
+                    await asyncio.wait_for(http.post("/v1/chat/completions", json=chat(model, question)), delay)
+                    found["answered before it was cancelled"] += 1
+                except asyncio.TimeoutError:
+                    found["cancelled while waiting"] += 1
+            else:
+                await check(http, model, question, kind)
+            bar.update()
+
+        return work
+
+    async def check(http: Any, model: str, question: str, kind: str) -> None:
+        if kind == "stream":
+            text = (await ask(http, chat(model, question))).text
+        else:
+            reply = await http.post("/v1/chat/completions", json=chat(model, question))
+            text = reply.json()["choices"][0]["message"]["content"]
+        if text == right[model, question]:
+            found["answered, right"] += 1
+            return
+        others = [other for other in models if right[other, question] == text]
+        found["answered, another adapter's answer" if others else "answered, otherwise wrong"] += 1
+        wrong.append(f"{model}: {text!r} instead of {right[model, question]!r}")
+
+    async def run(server: Server, count: int) -> None:
+        with tqdm(total=count, desc="Requests", mininterval=10) as bar:
+            async with connect(server) as http:
+                await share([make(server, http, bar) for _ in range(count)], settings.clients)
+
+    with Server(path, settings.threads) as server:
+        states = []
+        for count in (settings.requests // 10, settings.requests - settings.requests // 10):  # the first tenth warms up
+            asyncio.run(run(server, count))
+            states.append(asyncio.run(settle(server)))
+    for line in wrong[:20]:
+        log(line)
+    rows = [[what, f"{n:,}"] for what, n in sorted(found.items())]
+    (memory, files), (memory_after, files_after) = states
+    return [
+        f"{settings.requests:,} requests of {settings.clients} clients, {len(models)} different sums of adapters.",
+        markdown_table(["requests", "number"], rows),
+        "At the end no row was in use and nothing waited. From the first tenth to the end, the server's memory went "
+        f"from {memory:.0f} to {memory_after:.0f} MB, and its open files from {files} to {files_after}.",
+    ]
+
+
+async def settle(server: Server) -> tuple[float, int]:
+    """Wait until no request runs, and return the server's memory and open files.
+
+    Raises:
+        UserError: Requests that nobody waits for still run.
+    """
+    async with connect(server) as http:
+        for _ in range(100):
+            text = (await http.get("/metrics")).text
+            if "\naligner_running 0\n" in text and "\naligner_waiting 0\n" in text:
+                await asyncio.sleep(1)
+                return server.resident(), server.open_files()
+            await asyncio.sleep(0.1)
+    raise UserError("Rows are still in use 10 seconds after the last client has gone.")
+
+
+def main(settings: Settings) -> None:
+    parts = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
+    b.publish(
+        settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)
