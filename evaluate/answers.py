@@ -21,7 +21,8 @@ from evaluate.common import (
 from evaluate.judge import JudgeSettings
 from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling
-from lit_llama.rows import read_rows, text_field
+from lit_llama.rows import naming, read_rows, text_field
+from lit_llama.schema import check
 from lit_llama.settings import NonNegativeFloat, PositiveInt, Seed
 from lit_llama.utils import UserError, log
 
@@ -160,10 +161,8 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     known, by_text = {item.id: item for item in items}, {item.text: item.id for item in items}
     answers = Answers(Path(path).stem, {}, made_by={"file": str(path)})
     for number, row in enumerate(read_rows(path), 1):
-        try:
+        with naming(path):
             id, text = answer_of_row(row, number, by_text)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
         if id not in known:
             raise UserError(f"{path} has answers to other questions: the benchmark has no question {id!r}.")
         if "prompt" in row and known[id].text not in str(row["prompt"]):
@@ -186,13 +185,10 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
     Raises:
         UserError: the row lacks them.
     """
-    if isinstance(row, dict) and not {"question_id", "id"} & row.keys() and row.get("prompt") in by_text:
+    if isinstance(row, dict) and not {"question_id", "id"} & row.keys() and str(row.get("prompt")) in by_text:
         row = {**row, "id": by_text[row["prompt"]]}
-    if not isinstance(row, dict) or not {"question_id", "id"} & row.keys():
-        text_field(row, number, "question_id")
-    id = row.get("question_id", row.get("id"))
-    if not isinstance(id, int | str):
-        raise UserError(f"Row {number}: the question's id is {id!r}; it must be a number or a text.")
+    is_ours = isinstance(row, dict) and "id" in row and "question_id" not in row
+    id = id_field(row, number, "id" if is_ours else "question_id")
     if "choices" in row:
         try:
             row = {**row, "text": row["choices"][0]["turns"][0]}
@@ -200,6 +196,17 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
             raise UserError(f"Row {number}: 'choices' holds no answer.") from None
     name = next((name for name in ("text", "answer", "response") if name in row), "text")
     return id, text_field(row, number, name)
+
+
+def id_field(row: Any, number: int, name: str = "question_id") -> int | str:
+    """Return a question's id; see `lit_llama.rows.text_field`.
+
+    Raises:
+        UserError: The row has none, or one that is no number and no text.
+    """
+    if isinstance(row, dict) and name in row:
+        return check(row[name], int | str, f"Row {number}: {name!r}")
+    return text_field(row, number, name)
 
 
 def answered_by_both(items: list[Item], first: Answers, second: Answers) -> list[Item]:

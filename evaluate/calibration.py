@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llama.rows import read_rows, read_text, text_field
+from lit_llama.rows import naming, read_rows, read_text, text_field
 from lit_llama.utils import UserError
 
 QUESTION = ("question", "prompt", "instruction", "query", "goal", "input")
@@ -61,10 +61,8 @@ def read_labelled(path: Path) -> list[Labelled]:
     """
     labelled = []
     for number, row in enumerate(read_table(path), 1):
-        try:
+        with naming(path):
             labelled += labelled_of_row(row, number)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
     if len({item.harmful for item in labelled}) < 2:
         raise UserError(f"{path} does not hold both harmful and safe answers, so nothing can be measured with it.")
     return labelled

@@ -33,7 +33,7 @@ from evaluate.common import (
 from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
-from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.rows import download_rows, naming, read_rows, text_field
 from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError
 
@@ -192,7 +192,8 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     rows = read_rows(source) if settings.data_file else download_rows(source, split="test", name="main")
     questions = []
     for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
-        text, gold = text_field(row, number, "question"), extract_answer(text_field(row, number, "answer"))
+        with naming(source):
+            text, gold = text_field(row, number, "question"), extract_answer(text_field(row, number, "answer"))
         if gold is None or not text.strip():
             lacking = "number in its answer" if text.strip() else "question"
             raise UserError(f"Row {number} of {source} has no {lacking}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.letters import LETTERS
-from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.rows import download_rows, naming, read_rows, read_text, text_field
 from lit_llama.utils import UserError
 
 # fmt: off
@@ -105,7 +105,7 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
             raise UserError(f"{path} is not named like MMLU's files: SUBJECT_test.csv.")
         for file in files:
             if split(file.name):
-                yield split(file.name), str(file), file.read_text(encoding="utf-8-sig")
+                yield split(file.name), str(file), read_text(file)
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as MMLU's files ({error}).") from None
 
@@ -137,7 +137,8 @@ def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
         UserError: a row lacks a field or has another type there (with its number).
     """
     for number, row in enumerate(rows, 1):
-        question, subject = text_field(row, number, "question"), text_field(row, number, "subject")
+        with naming(name):
+            question, subject = text_field(row, number, "question"), text_field(row, number, "subject")
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
             raise UserError(f"Row {number} of {name}: 'choices' is not a list of four texts.")

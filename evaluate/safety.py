@@ -54,7 +54,7 @@ from lit_llama import cli
 from lit_llama.checkpoint import versions
 from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
-from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.rows import download_rows, naming, read_rows, text_field
 from lit_llama.settings import Number, PositiveInt
 from lit_llama.utils import UserError, log
 
@@ -186,10 +186,8 @@ def read_items(settings: Settings) -> list[Item]:
         rows = read_rows(source)
     items = []
     for number, row in enumerate(rows, 1):
-        try:
+        with naming(source):
             items.append(Item(number, text_field(row, number, "prompt"), text_field(row, number, "category")))
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
     if not items:
         raise UserError(f"{source} holds no question.")
     return items
@@ -203,10 +201,8 @@ def read_harmless(path: Path) -> list[Item]:
     """
     items = []
     for number, row in enumerate(read_table(path), 1):
-        try:
+        with naming(path):
             text = text_field(row, number, "prompt")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
         if str(row.get("label", "safe")).strip().lower() == "safe":
             items.append(Item(f"{HARMLESS}-{number}", text, HARMLESS))
     if not items:

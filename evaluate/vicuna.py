@@ -25,6 +25,7 @@ from evaluate.answers import (
     answers_of_both,
     describe,
     fetch,
+    id_field,
     read_answers,
     render_answers,
 )
@@ -50,7 +51,7 @@ from lit_llama import cli
 from lit_llama.checkpoint import versions
 from lit_llama.files import claim, write_text
 from lit_llama.report import make_figure, save_figure
-from lit_llama.rows import read_rows, text_field
+from lit_llama.rows import naming, read_rows, text_field
 from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError, log
 
@@ -120,16 +121,15 @@ def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
     references = read_references(reference_file) if reference_file else {}
     items: dict[Any, Item] = {}
     for number, row in enumerate(read_rows(path), 1):
-        try:
+        with naming(path):
             turns = row.get("turns") if isinstance(row, dict) else None
-            text = turns[0] if isinstance(turns, list) and turns else text_field(row, number, "text")
+            row = {**row, "text": turns[0]} if isinstance(turns, list) and turns else row
+            text = text_field(row, number, "text")
             category = text_field(row, number, "category")
-            id = row["question_id"] if "question_id" in row else text_field(row, number, "question_id")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            id = id_field(row, number)
         if id in items:
             raise UserError(f"{path}, row {number}: question {id!r} is there already.")
-        items[id] = Item(id, str(text), category, references.get(id, ""))
+        items[id] = Item(id, text, category, references.get(id, ""))
     if not items:
         raise UserError(f"{path} holds no question.")
     return list(items.values())
@@ -227,11 +227,9 @@ def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
     """
     reviews: dict[Any, dict[str, Any]] = {}
     for number, row in enumerate(read_rows(path), 1):
-        try:
+        with naming(path):
             text_field(row, number, "text")
-            id = row["question_id"] if "question_id" in row else text_field(row, number, "question_id")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            id = id_field(row, number)
         if id in reviews:
             raise UserError(f"{path}, row {number} is a second review of question {id!r}.")
         reviews[id] = row

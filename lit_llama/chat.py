@@ -19,7 +19,7 @@ from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
 from lit_llama.quantize import Quantize
-from lit_llama.rows import read_rows, read_text, text_field
+from lit_llama.rows import naming, read_rows, read_text, text_field
 from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text, log
@@ -98,7 +98,8 @@ def read_requests(path: Path) -> list[Request]:
     """
     path = Path(path)
     if path.suffix.lower() in (".json", ".jsonl", ".gz", ".parquet"):
-        requests = [_request_of(row, number, path) for number, row in enumerate(read_rows(path), 1)]
+        with naming(path):
+            requests = [_request_of(row, number) for number, row in enumerate(read_rows(path), 1)]
     else:
         lines = read_text(path).split("\n")  # not splitlines, which also splits at U+2028
         requests = [Request(line.strip()) for line in lines if line.strip()]
@@ -107,14 +108,14 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def _request_of(row: Any, number: int, path: Path) -> Request:
+def _request_of(row: Any, number: int) -> Request:
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         row = {**row, "prompt": turns[0]}
     name = "instruction" if isinstance(row, dict) and "instruction" in row else "prompt"
     prompt = text_field(row, number, name)
     if not prompt.strip():
-        raise UserError(f"Row {number} of {path}: {name!r} is empty.")
+        raise UserError(f"Row {number}: {name!r} is empty.")
     input, adapter = (text_field(row, number, name, default="") for name in ("input", "adapter"))
     return Request(prompt, input, row.get("question_id"), adapter or None)
 

@@ -17,6 +17,7 @@ from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.files import atomic_folder, check_folder, write_text
 from lit_llama.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.prompts import PromptStyle
+from lit_llama.rows import naming
 from lit_llama.settings import Checked, OpenShare, PositiveInt, Seed
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -198,7 +199,8 @@ def prepare_dataset(
     max_seq_length = settings["max_seq_length"]
     adopt_dataset(output_dir)
     check_folder(output_dir, DATASET, tokenizer.path)
-    samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
+    with naming(about.get("source", "data")):
+        samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
     texts = [sample for sample in samples if all(text.strip() for text in sample)]
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
     _check_count(len(texts), counts, max_seq_length)

@@ -1,9 +1,9 @@
 """Read rows of text from files and from the Hugging Face hub."""
 
 import gzip
-import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import enable_progress_bars, load_dataset
 
+from lit_llama.schema import check_readable, parse_json
 from lit_llama.utils import UserError, check_text
+
+
+@contextmanager
+def naming(source: Path | str) -> Iterator[None]:
+    """Put the source of rows before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -21,20 +31,20 @@ def read_rows(path: Path) -> list[Any]:
         UserError: The file is missing or damaged, or a line is not JSON.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no data file at {path}.")
+    check_readable(path, "data file")
     if path.suffix.lower() == ".parquet":
         try:
             return pa.parquet.read_table(path).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise UserError(f"{path} is not a parquet file ({error}).") from None
     text = read_text(path)
-    if not text.lstrip().startswith("["):
-        return _parse_lines(path, text)
+    if text.lstrip().startswith("["):
+        return parse_json(text, path, list, halves=True)
+    lines = enumerate(text.split("\n"), 1)  # JSON strings may contain U+2028, at which `str.splitlines` splits
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from None
+        return [parse_json(line, f"{path}, line {n}", object, halves=True) for n, line in lines if line.strip()]
+    except UserError as error:
+        raise UserError(f"{error} The file should hold one JSON list, or one object per line.") from None
 
 
 def read_text(path: Path) -> str:
@@ -44,26 +54,12 @@ def read_text(path: Path) -> str:
         UserError: The file cannot be read, or is not UTF-8.
     """
     opener = gzip.open if Path(path).suffix.lower() == ".gz" else open
+    check_readable(path)
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
-
-
-def _parse_lines(path: Path, text: str) -> list[Any]:
-    """Return the value of each non-empty line. JSON strings may contain U+2028, at which `str.splitlines` splits."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number} is not JSON: {error.msg}; the file should hold one JSON list, or one "
-                "object per line."
-            ) from None
-    return rows
 
 
 def download_rows(

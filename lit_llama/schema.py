@@ -46,7 +46,8 @@ def check_readable(path: Path, what: str = "file") -> int:
         if not stat.S_ISREG(about.st_mode):
             kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe"
             raise UserError(f"{path} is {kind}, no {what}.")
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            file.read(1)
     except OSError as error:
         raise unreadable(path, error, what) from None
     return about.st_size
@@ -72,13 +73,14 @@ def read_json(path: Path, kind: type = dict, what: str = "file") -> Any:
     return parse_json(read_bytes(path, what=what), path, kind)
 
 
-def parse_json(content: bytes | str, source: Path | str, kind: type = dict) -> Any:
+def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halves: bool = False) -> Any:
     """Return the value of a JSON text. A byte order mark is ignored; of a name that occurs twice the last value counts.
 
     Args:
         content: The text, or its bytes in UTF-8.
         source: Where it comes from, for the error message.
         kind: Type of the value.
+        halves: Accept halves of surrogate pairs, which `lit_llama.rows.text_field` refuses by row and field.
 
     Raises:
         UserError: The content is not UTF-8 or not JSON, holds halves of surrogate pairs, is nested too deeply, or is of
@@ -87,7 +89,7 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict) -> A
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
+        if not halves and re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
             json.dumps(value, ensure_ascii=False).encode()
         if depth(value) > DEEPEST:
             raise RecursionError
@@ -98,7 +100,8 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict) -> A
     except RecursionError:
         raise UserError(f"{source} is nested too deeply: more than {DEEPEST} levels of lists and objects.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{source} is not JSON: {error.msg} in line {error.lineno}.") from None
+        line = f" in line {error.lineno}" if "\n" in error.doc else ""
+        raise UserError(f"{source} is not JSON: {error.msg}{line}.") from None
     except ValueError:  # Python reads at most 4,300 digits
         raise UserError(f"{source} is not usable JSON: it holds a number of thousands of digits.") from None
     if not isinstance(value, kind):

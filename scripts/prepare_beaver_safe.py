@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings, prepare_preferences, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.rows import download_rows, naming, read_rows, text_field
 from lit_llama.utils import UserError, log
 
 Keep = Literal["any_safe", "one_safe", "all"]
@@ -134,8 +134,9 @@ def main(settings: Settings) -> None:
     style, revision = get_prompt_style(settings.prompt_style), settings.revision
     options = settings.options()
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, revision=revision)
-    pairs, omitted = read_pairs(settings, rows, style)
     source = str(settings.data_file or settings.repo_id) + (f", revision {revision}" if revision else "")
+    with naming(source):
+        pairs, omitted = read_pairs(settings, rows, style)
     about = {"source": source, "prompt_style": style.name, "data_format": settings.data_format, "left_out": omitted}
     if settings.data_format == "pku":
         about |= {"keep": settings.keep, "prefer": settings.prefer}

@@ -429,7 +429,7 @@ def test_prepare_alpaca_names_the_bad_row(tmp_path, tokenizer_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ALPACA, {"instruction": "x", "response": "y"}])))
     done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
+    assert done.stderr == "error: rows.jsonl: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
     assert not (tmp_path / "data").exists()
 
 

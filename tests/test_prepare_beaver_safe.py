@@ -173,7 +173,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(prepare, tmp_path, data_forma
     good = {"pku": ROWS[0], "hh": hh(TALK, TALK + "!"), "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}
     with pytest.raises(UserError) as error:
         prepare([good[data_format]] * 2 + [row], data_format=data_format)
-    assert str(error.value).startswith(sentence)
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}: {sentence}")
     assert not (tmp_path / "out").exists()
 
 

@@ -57,6 +57,9 @@ MALFORMED: dict[str, tuple[str, bytes]] = {
     "cannot be read as text (Compressed file ended": ("b.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-12]),
     "cannot be read as text (Error -3": ("c.jsonl.gz", gzip.compress(b'{"a": 1}')[:10] + b"\xff" * 30),
     "is not a parquet file": ("a.parquet", b"PAR1 or not"),
+    "line 1 is nested too deeply": ("deep.jsonl", b'{"a": ' * 100_000),
+    "deep.json is nested too deeply": ("deep.json", b"[" * 100_000),
+    "a number of thousands of digits": ("digits.json", b'[{"a": ' + b"9" * 5001 + b"}]"),
 }
 
 
@@ -114,6 +117,6 @@ def test_rows_of_prompts_are_known_by_the_ending_in_any_case(tmp_path):
 
 def test_prompt_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
-    for name in ("bytes.txt", "absent.txt", ""):
-        with pytest.raises(UserError, match="cannot be read as text"):
+    for name, reason in (("bytes.txt", "cannot be read as text"), ("absent.txt", "There is no file"), ("", "a folder")):
+        with pytest.raises(UserError, match=reason):
             read_requests(tmp_path / name)

@@ -333,7 +333,10 @@ def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
         ({"answers": {"question_id": 1}}, "Row 11 has no field 'text'"),
         ({"answers": {"text": "x"}}, "Row 11 has no field 'question_id'"),
-        ({"answers": {"text": "x", "question_id": [1]}}, "the question's id is [1]"),
+        (
+            {"answers": {"text": "x", "question_id": [1]}},
+            "'question_id' is a list where a whole number or text belongs",
+        ),
         ({"answers": {"question_id": 1, "choices": []}}, "'choices' holds no answer"),
         ({"answers": None}, "lacks answers to 1 of 10 questions, such as 10"),
         ({"question": {"question_id": 11, "turns": ["x"]}}, "Row 11 has no field 'category'"),
