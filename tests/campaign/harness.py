@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +121,8 @@ class Harness:
         user: int | None = None,
         streams: dict[str, str] | None = None,
         fresh: bool = False,
+        memory: int | None = None,
+        quick: bool = False,
     ) -> Ended:
         """Run a script to its end.
 
@@ -134,12 +138,14 @@ class Harness:
             streams: What "stdin", "stdout" and "stderr" are instead of files: "closed", "broken" (a pipe that nobody
                 reads) or "full" (/dev/full).
             fresh: Start a new interpreter.
+            memory: Most bytes of address space.
+            quick: Leave out the interpreter's clean-up at the end, which takes most of the time of a short run.
         """
         (self.folder / "in").write_bytes(stdin)
         (self.folder / "calls").unlink(missing_ok=True)
         words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
         request = {"script": script, "args": words, "cwd": str(cwd), "env": env or {}, "limit": limit, "user": user,
-                   "watch": watch and str(watch), "kill_at": kill_at, "after": after,
+                   "watch": watch and str(watch), "kill_at": kill_at, "after": after, "memory": memory, "quick": quick,
                    "folder": str(self.folder), "streams": streams or {}}  # fmt: skip
         began = time.perf_counter()
         if fresh:
@@ -219,11 +225,26 @@ def execute(request: dict[str, Any]) -> None:
         from faults import Faults
 
         Faults(request["watch"], request["kill_at"], request["after"], folder / "calls").install()
+    if request["memory"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
     if request["user"] is not None:
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if not request["quick"]:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else error.code is not None
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def redirect(number: int, path: Path, what: str | None) -> None:
@@ -271,23 +292,30 @@ def changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
             for name in before if after.get(name) != before[name]]  # fmt: skip
 
 
-def run_campaign(check: Callable[[Harness, random.Random, Path], str], description: str) -> None:
+def run_campaign(
+    check: Callable[..., str], description: str, modules: tuple[str, ...] | None = None, kinds: tuple[str, ...] = ()
+) -> None:
     """Run a campaign's cases from the command line, and exit with 1 if one of them fails.
 
     Args:
         check: Function of the harness, a case's random numbers and an empty folder. It returns what is wrong, or "".
         description: Help text.
+        modules: Modules for the server to import, if not the default ones.
+        kinds: Kinds of cases; `check` gets the one that --only names, or None, as a further argument.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=20, help="how many cases to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case; case i has seed + i")
+    if kinds:
+        parser.add_argument("--only", choices=kinds, help="only cases of this kind")
     args = parser.parse_args()
+    further = (args.only,) if kinds else ()
     failed, began = 0, time.perf_counter()
-    with Harness() as harness:
+    with Harness(modules) if modules else Harness() as harness:
         for seed in range(args.seed, args.seed + args.cases):
             folder = Path(tempfile.mkdtemp(prefix="campaign-case-"))
             try:
-                if wrong := check(harness, random.Random(seed), folder):
+                if wrong := check(harness, random.Random(seed), folder, *further):
                     failed += 1
                     print(f"seed {seed}: {wrong}\n", flush=True)
             finally:
