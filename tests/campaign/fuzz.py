@@ -1,7 +1,7 @@
 """Damaged inputs of every format: a sane answer or one sentence, never a traceback, a hang, an abort or half an output.
 
     python tests/campaign/fuzz.py --cases 2000
-    python tests/campaign/fuzz.py --cases 100 --only adapter
+    python tests/campaign/fuzz.py --cases 100 --only adapter "pickled adapter"
 
 Each case damages one file (tests/campaign/mutate.py) and runs a script that reads it.
 """
@@ -138,9 +138,10 @@ FORMATS = {
 COUNTS: Counter = Counter()
 
 
-def check(harness: Harness, rng: random.Random, folder: Path, only: str | None = None) -> str:
+def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | None = None) -> str:
     material = make_inputs(harness)
-    name = only or rng.choices(list(FORMATS), [format.weight for format in FORMATS.values()])[0]
+    names = only or list(FORMATS)
+    name = rng.choices(names, [FORMATS[name].weight for name in names])[0]
     format = FORMATS[name]
     shutil.copytree(material, folder, dirs_exist_ok=True, copy_function=shutil.copy)
     files = sorted(path for pattern in format.files for path in folder.glob(pattern) if path.is_file())

@@ -301,13 +301,13 @@ def run_campaign(
         check: Function of the harness, a case's random numbers and an empty folder. It returns what is wrong, or "".
         description: Help text.
         modules: Modules for the server to import, if not the default ones.
-        kinds: Kinds of cases; `check` gets the one that --only names, or None, as a further argument.
+        kinds: Kinds of cases; `check` gets those that --only names, or None, as a further argument.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=20, help="how many cases to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case; case i has seed + i")
     if kinds:
-        parser.add_argument("--only", choices=kinds, help="only cases of this kind")
+        parser.add_argument("--only", choices=kinds, nargs="+", help="only cases of these kinds")
     args = parser.parse_args()
     further = (args.only,) if kinds else ()
     failed, began = 0, time.perf_counter()
@@ -318,6 +318,8 @@ def run_campaign(
                 if wrong := check(harness, random.Random(seed), folder, *further):
                     failed += 1
                     print(f"seed {seed}: {wrong}\n", flush=True)
+                if (seed - args.seed + 1) % 100 == 0:
+                    print(f"{seed - args.seed + 1} cases, {failed} failed", file=sys.stderr, flush=True)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     print(f"{args.cases} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
