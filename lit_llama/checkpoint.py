@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
 from lit_llama.schema import field
-from lit_llama.tensor_files import LazyTensor, open_tensors, read_header, read_state, write_tensors
+from lit_llama.tensor_files import LazyTensor, open_rows, read_header, read_state, write_tensors
 from lit_llama.utils import UserError
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -94,28 +93,21 @@ def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
     names = [f"transformer.h.{i}.rms_{n}.scale" for i in range(config.n_layer) for n in (1, 2)]
     names += ["transformer.ln_f.scale", "transformer.wte.weight"]
     names += [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, config.n_layer - 1)]
-    rows = _open_rows(path)
-    if missing := [name for name in names if name not in rows]:
+    rows = open_rows(path)
+    missing = [name for name in (*names, *rows) if name not in rows or not all(rows[name][0]) or not rows[name][0]]
+    if missing:
         raise UserError(f"{path} does not hold the weights its {CONFIG_NAME} describes: {missing[0]} is missing.")
     weights, tensors = hashlib.sha256(), hashlib.sha256()
     for name in names:
-        weights.update(_bf16_bytes(rows[name][1][:4]))
-    for name, (shape, tensor) in sorted(rows.items()):
+        shape, read = rows[name]
+        weights.update(_bf16_bytes(read(0, min(4, shape[0]))))
+    for name, (shape, read) in sorted(rows.items()):
         tensors.update(f"{name} {shape} ".encode())
-        sampled = sorted({i * (shape[0] - 1) // 7 for i in range(8)}) if len(shape) > 1 else []
-        for part in [slice(i, i + 1) for i in sampled] or [slice(None)]:
-            tensors.update(_bf16_bytes(tensor[part]))
+        sampled = sorted({i * (shape[0] - 1) // 7 for i in range(8)})
+        for first, last in [(i, i + 1) for i in sampled] if len(shape) > 1 else [(0, shape[0])]:
+            tensors.update(_bf16_bytes(read(first, last)))
     hashes = {"weights": weights.hexdigest()[:16], "tensors": tensors.hexdigest()[:16]}
     return {"config": json.loads(config.to_json()), **hashes}
-
-
-def _open_rows(path: Path) -> dict[str, tuple[list[int], Any]]:
-    """Return the shape of each tensor in a weight file, and an object whose slices are its rows, without reading it."""
-    if path.suffix != ".safetensors":
-        return {name: (list(t.shape), t) for name, t in read_state(path).items()}
-    shapes = {name: list(tensor.shape) for name, tensor in open_tensors([path]).items()}
-    with safe_open(path, framework="pt") as file:
-        return {name: (shape, file.get_slice(name)) for name, shape in shapes.items()}
 
 
 def _bf16_bytes(rows: torch.Tensor) -> bytes:

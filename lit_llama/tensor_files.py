@@ -5,6 +5,7 @@ Files are safetensors, or pickles as `torch.save` writes them. Pickled code is n
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -110,6 +111,33 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
             raise UserError(f"{path} holds {repeated[0]}, which another file holds too.")
         tensors |= found
     return tensors
+
+
+def open_rows(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[int, int], torch.Tensor]]]:
+    """Return the shape of each tensor of a file, and a function that reads its rows from one number to before another.
+
+    A safetensors file is not mapped: the system would read megabytes around each row.
+
+    Raises:
+        UserError: As `open_tensors`.
+    """
+    tensors = open_tensors([path])
+    if path.suffix != ".safetensors":
+        return {name: (t.shape, lambda first, last, t=t: t.read()[first:last]) for name, t in tensors.items()}
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+
+    def read(name: str, first: int, last: int) -> torch.Tensor:
+        tensor = tensors[name]
+        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(start + header[name]["data_offsets"][0] + first * row)
+            return torch.frombuffer(bytearray(file.read((last - first) * row)), dtype=tensor.dtype)
+
+    return {name: (tensor.shape, partial(read, name)) for name, tensor in tensors.items()}
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
