@@ -50,7 +50,7 @@ class Settings(FinetuneSettings):
     out_dir: Path = Path("out/dpo/microworld-safe")  # folder for all files of the run
 
     # == Method ==
-    method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, lora, bitfit, prompt_tuning
+    method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, adapter_v2, lora, bitfit, …
     method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
     adapter_prompt_length: PositiveInt = 1  # number of prefix tokens N, 1 to about 300
     adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0

@@ -45,8 +45,9 @@ class LLaMA(llama.LLaMA):
     @staticmethod
     def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         layers = layers_of(state_dict, ".adapter_wte.weight")
-        # the authors' Aligner files repeat the prefix under these names
-        if not layers or "global_value_embedding.weight" in state_dict:
+        # the authors' Aligner files repeat the prefix under these names, and version 2 has scales besides
+        others = ("global_value_embedding.weight", ".adapter_scale")
+        if not layers or any(name.endswith(others) for name in state_dict):
             return None
         prefix = state_dict[f"transformer.h.{min(layers)}.attn.adapter_wte.weight"]
         return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}

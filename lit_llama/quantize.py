@@ -37,6 +37,8 @@ def check_quantize(mode: str, model: LLaMA, device: torch.device) -> None:
         raise UserError(
             f"--quantize {mode} needs bitsandbytes, which is not installed: pip install bitsandbytes."
         ) from None
+    if not projections(model):
+        raise UserError(f"--quantize {mode} does not work with this method, which changes every linear layer.")
     for name, layer in projections(model).items():
         # blocks that span two rows are dequantized wrongly by bitsandbytes 0.50 on CPUs
         if mode != "int8" and layer.in_features % BLOCK:

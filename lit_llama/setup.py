@@ -172,10 +172,10 @@ def method_config(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def adamw(model: LLaMA, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Return AdamW on all parameters that require a gradient, without weight decay on gates and biases."""
+    """Return AdamW on all parameters that require a gradient, without weight decay on gates, biases and scales."""
     decay, no_decay = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (no_decay if name.endswith(("gating_factor", "bias")) else decay).append(p)
+            (no_decay if name.endswith(("gating_factor", "bias", "adapter_scale")) else decay).append(p)
     groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=settings.weight_decay)

@@ -35,7 +35,7 @@ class Settings:
 
 
 PREFIX = "global_value_embedding.weight"
-LAYER = re.compile(r"transformer\.h\.(\d{1,4})\.\w+\.(.+)")
+LAYER = re.compile(r"transformer\.h\.(\d{1,4})\.(?:attn\.)?(.+)")
 BAR = 30  # length of the longest bar, in characters
 
 
