@@ -25,7 +25,7 @@ from lit_llama.train import lr_at
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "howto").glob("*.md"))]
 RECIPES = sorted((ROOT / "howto" / "recipes").glob("*.yaml"))
-SFT_RECIPES = [path for path in RECIPES if "_dpo_" not in path.stem]
+SFT_RECIPES = [path for path in RECIPES if "_dpo_" not in path.stem and "llama32" not in path.stem]
 
 
 def load_script(path: Path, name: str = "") -> ModuleType:
@@ -66,7 +66,22 @@ def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
 def test_there_is_a_recipe_for_each_setting_of_the_paper():
     alpaca = {f"alpaca_{size}_n{n}" for size in ("7b", "13b") for n in (1, 10)}
     metamath = {f"metamath_7b_n{n}" for n in (1, 10, 100, 300)}
-    assert {path.stem for path in RECIPES} == alpaca | metamath | {"beaver_dpo_7b_n1"}
+    others = {"beaver_dpo_7b_n1", "metamath_llama32_3b_n1", "metamath_llama32_3b_n10"}
+    assert {path.stem for path in RECIPES} == alpaca | metamath | others
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])
+def test_the_recipes_for_the_budget_of_pefts_comparison(n, count):
+    path = ROOT / f"howto/recipes/metamath_llama32_3b_n{n}.yaml"
+    args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
+    assert (args.adapter_prompt_length, args.adapter_start_layer, args.checkpoint_dir.name) == (n, 2, "Llama-3.2-3B")
+    assert (args.max_steps, args.batch_size, args.out_dir.name) == (5000, 4, f"metamath-llama32-3b-n{n}")
+    assert 395_000 * 0.99 / args.batch_size * args.epochs > args.max_steps
+    with torch.device("meta"):
+        network = METHODS["aligner"].from_name(args.checkpoint_dir.name, adapter_prompt_length=n)
+    assert sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_parameter(name)) == count
+    text, page = (file.read_text(encoding="utf-8") for file in (path, ROOT / "howto/baselines.md"))
+    assert f"{count:,} parameters" in text and f"| {count:,} |" in page
 
 
 def test_the_dpo_recipe_and_the_rate_that_the_authors_ran(tmp_path, monkeypatch):
