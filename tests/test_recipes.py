@@ -250,19 +250,18 @@ def test_commands_and_python_of_the_serving_page(workplace, capsys, run_script):
 
 
 def test_python_of_the_data_page(workplace, capsys):
-    look, prepare_sample = python_blocks("prepare_data.md")
+    look, script = python_blocks("prepare_data.md")
     exec(compile(look, "prepare_data.md", "exec"), {})
     assert capsys.readouterr().out.count(" eat? => ") == 3
 
     rows = workplace / "rows.jsonl"
     rows.write_text("".join(f'{{"question": "{n} + 1?", "answer": "2"}}\n' for n in range(3)), encoding="utf-8")
-    module = load_script(ROOT / "scripts/prepare_metamath.py")
-    exec(compile(prepare_sample, "prepare_data.md", "exec"), vars(module))
-    flags = ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]
-    module.main(cli.parse(module.Settings, flags))
-    ((prompt, response),) = SFTData("data/metamath", "test").prompts(1)
+    (workplace / "prepare_faq.py").write_text(script, encoding="utf-8")
+    module = load_script(workplace / "prepare_faq.py", "prepare_faq")
+    module.main(cli.parse(module.Settings, ["--data_file", str(rows), "--checkpoint_dir", "checkpoints/microworld"]))
+    ((prompt, response),) = SFTData("data/faq", "test").prompts(1)
     decode = Tokenizer("checkpoints/microworld").decode
-    assert re.fullmatch(r"\[\|User\|\] [012] \+ 1\? \[\|AI Assistant\|\] ", decode(prompt))
+    assert re.search(r"### Instruction:\s[012] \+ 1\?\s+### Response:$", decode(prompt))
     assert decode(response) == "2"
 
 
