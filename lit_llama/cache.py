@@ -45,7 +45,7 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         UserError: The folder cannot be written.
     """
-    if _is_intact(folder):
+    if is_intact(folder):
         return
     try:
         if folder.exists():
@@ -57,7 +57,8 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
         (new / CHECKSUMS).write_text(json.dumps(_checksums(new)), encoding="utf-8")
 
 
-def _is_intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
+    """Return whether a folder of `fill_once` exists and its files have their checksums."""
     try:
         return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
     except (OSError, ValueError, RecursionError):

@@ -45,7 +45,7 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
             if flag == "--config" and not (value or following).startswith("--"):
                 check_yaml(Path(value or following))
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
-    except (ArgumentError, UserError, RecursionError) as error:
+    except (ArgumentError, UserError, RecursionError, OverflowError) as error:
         usage_error(parser, explain(getattr(error, "message", str(error)), settings))
     return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
 

@@ -21,6 +21,7 @@ The format, the prompt style and the mask are read from meta.json, never guessed
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,10 @@ import pyarrow as pa
 import torch
 from datasets import load_from_disk
 
+from lit_llama.arrow_files import check_arrow
 from lit_llama.logps import IGNORE_INDEX
+from lit_llama.manifest import DATASET, changed_names
+from lit_llama.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, plain_name
 
@@ -68,15 +72,12 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
         UserError: There is no dataset folder, or its rows have another format.
     """
     path = Path(data_dir) / "meta.json"
-    if not path.is_file():
+    if not os.path.exists(path):
         raise UserError(
             f"There is no prepared dataset at {data_dir}; write one with a scripts/prepare_*.py (the default one: "
             f"{DEFAULT_COMMANDS[format]})."
         )
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); prepare the dataset again.") from None
+    meta = read_json(path)
     if meta.get("format") != format:
         raise UserError(f"{data_dir} is a dataset of format {meta.get('format')!r}; this script reads {format!r}.")
     return meta
@@ -121,17 +122,25 @@ class Split:
     """
 
     format: str  # format that meta.json must name
+    columns: tuple[str, ...]  # its columns with numbers
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         self.meta = read_meta(data_dir, self.format)
         if tokenizer is not None:
             check_tokenizer(data_dir, self.meta, tokenizer)
+        folder = Path(data_dir) / split
         try:
-            state = json.loads((Path(data_dir) / split / "state.json").read_text(encoding="utf-8"))
-            for file in state["_data_files"]:
-                plain_name(file["filename"], Path(data_dir) / split / "state.json")
-            rows = load_from_disk(str(Path(data_dir) / split))
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+            for file in read_json(folder / "state.json")["_data_files"]:
+                path = folder / plain_name(file["filename"], folder / "state.json")
+                largest = check_arrow(path, self.columns)
+                if tokenizer is not None and largest >= tokenizer.vocab_size:
+                    raise UserError(f"{path} holds token {largest}, and there are {tokenizer.vocab_size}")
+            if changed := [name for name in changed_names(Path(data_dir), DATASET) if name.startswith(f"{split}/")]:
+                raise UserError(f"{changed[0]} was changed since it was written")
+            rows = load_from_disk(str(folder))
+        except UserError as error:
+            raise UserError(f"{str(error).rstrip('.')}; prepare the dataset again.") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
             raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")
@@ -147,12 +156,15 @@ class SFTData(Split):
     """
 
     format = SFT_FORMAT
+    columns = ("input_ids", "prompt_length")
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
         self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
-        self.n_masked = np.asarray(self.rows["prompt_length"]) * self.meta["mask_prompt"]
+        self.n_masked = np.asarray(self.rows["prompt_length"]) * field(self.meta, "mask_prompt", bool, data_dir)
         self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
+        if (self.weights < 0).any():
+            raise UserError(f"{data_dir} has rows that are shorter than their prompts; prepare the dataset again.")
         self.tokens = self.lengths
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -178,6 +190,7 @@ class PreferenceData(Split):
     """
 
     format = PREFERENCE_FORMAT
+    columns = ("prompt", "chosen", "rejected")
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
@@ -231,6 +244,7 @@ class PromptData(Split):
     """
 
     format = PROMPT_FORMAT
+    columns = ("prompt",)
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)

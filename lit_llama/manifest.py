@@ -34,6 +34,12 @@ def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
     return [name for name in names if name not in recorded or recorded[name] != _identify(folder / name)]
 
 
+def changed_names(folder: Path, kind: str) -> list[str]:
+    """Return the recorded names of a folder that are gone or changed since; none without a manifest."""
+    recorded = read_manifest(folder, kind) or {}
+    return [name for name in recorded if not (folder / name).exists() or recorded[name] != _identify(folder / name)]
+
+
 def remove_recorded(folder: Path) -> None:
     """Remove the files of a folder that its manifest records, and the manifest last; anything else stays."""
     for name in set(_contents(folder)) - set(find_strangers(folder)) - {MANIFEST}:

@@ -14,11 +14,10 @@ from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lit_llama.cache import hash_file
+from lit_llama.cache import fill_once, hash_file, is_intact
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
-from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode, swapped_parameters
@@ -125,23 +124,20 @@ def cached_reference(
     key: dict[str, str],
     cache_dir: Path,
 ) -> torch.Tensor:
-    """Return the result of `compute_reference`, cached in `cache_dir` in a file named after the hash of `key`."""
+    """Return the result of `compute_reference`, cached in `cache_dir` in a folder named after the hash of `key`."""
     text = json.dumps(key, sort_keys=True)
-    path = Path(cache_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    folder = Path(cache_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     logps = None
-    if fabric.global_rank == 0 and path.is_file():
-        try:
-            logps = read_state(path).get("logps")
-        except UserError:
-            log(f"{path} is damaged: computing it again.")
+    if fabric.global_rank == 0 and is_intact(folder):
+        logps = read_state(folder / "logps.safetensors").get("logps")
     logps = fabric.broadcast(logps)
     if logps is not None and logps.shape == (len(data), 2):
         return logps
     logps = compute_reference(data, fabric, model, batches, name)
     if fabric.global_rank == 0:
         try:
-            with atomic_write(path) as temporary:
-                save_file({"logps": logps.contiguous()}, temporary, metadata={"key": text})
+            tensors = {"logps": logps.contiguous()}
+            fill_once(folder, lambda new: save_file(tensors, new / "logps.safetensors", metadata={"key": text}))
         except UserError as error:
             log(f"note: the reference is not cached. {error}")
     return logps

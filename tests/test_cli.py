@@ -232,6 +232,7 @@ def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
         (["--kind", "c"], "--kind: expected {a,b}, got 'c'"),
         (["--count", "1.5"], "--count: expected INT, got '1.5'"),
         (["--limit", "1.5"], "--limit: expected INT, got '1.5'"),
+        (["--rate", "9" * 400], "int too large to convert to float"),
         (["--config", "/nowhere.yaml"], "There is no settings file at /nowhere.yaml."),
         (["--config", "{yaml}"], "There is no setting 'rat_e'; did you mean rate?"),
     ],

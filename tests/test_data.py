@@ -320,8 +320,38 @@ def test_damaged_folders(tmp_path, tokenizer):
         with pytest.raises(UserError, match=sentence):
             SFTData(tmp_path / "out", "train")
     meta.write_text(text)
-    with pytest.raises(UserError, match=r"The dev rows of .* are missing or damaged"):
+    with pytest.raises(UserError, match=r"There is no file at .*dev/state\.json; prepare the dataset again"):
         SFTData(tmp_path / "out", "dev")
+
+
+def write_arrow(path: Path, **columns: Any) -> None:
+    table = pa.table(columns)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
+    prepare(tmp_path / "out", tokenizer, many(4))
+    path = tmp_path / "out/train/data-00000-of-00001.arrow"
+    good, good_rows = path.read_bytes(), all_rows(tmp_path / "out")
+    cases: dict[str, Any] = {
+        "is damaged": lambda: path.write_bytes(good[: len(good) // 2]),
+        "is damaged (Tried reading schema message": lambda: path.write_bytes(b""),
+        "was changed since it was written": lambda: path.write_bytes((tmp_path / "out/test" / path.name).read_bytes()),
+        "input_ids does not hold whole numbers": lambda: write_arrow(path, input_ids=["a"], prompt_length=[1]),
+        "input_ids holds -5": lambda: write_arrow(path, input_ids=[[1, -5]], prompt_length=[1]),
+        "holds token 70000, and there are": lambda: write_arrow(path, input_ids=[[1, 70000]], prompt_length=[1]),
+        'prompt_length" does not exist': lambda: write_arrow(path, input_ids=[[1, 5]]),
+        "is a folder, no file": lambda: (path.unlink(), path.mkdir()),
+    }
+    for sentence, damage in cases.items():
+        damage()
+        with pytest.raises(UserError, match="prepare the dataset again") as error:
+            SFTData(tmp_path / "out", "train", tokenizer)
+        assert sentence in str(error.value)
+    path.rmdir()
+    path.write_bytes(good)
+    assert all_rows(tmp_path / "out") == good_rows
 
 
 # == plan_epoch ==

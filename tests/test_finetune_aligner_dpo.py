@@ -23,6 +23,7 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.data import PreferenceData, plan_fixed_epoch
 from lit_llama.dpo import sequence_logps
+from lit_llama.manifest import MANIFEST
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
 from lit_llama.tensor_files import read_state
@@ -165,6 +166,7 @@ def test_the_reference_is_computed_again_when_an_input_changes(
     rows = load_from_disk(str(data_dir / "test")).to_list()
     rows[0]["rejected"][0] += 1
     shutil.rmtree(data_dir / "test")
+    (data_dir / MANIFEST).unlink()  # it would tell of the change
     Dataset.from_list(rows).save_to_disk(str(data_dir / "test"))
     assert run(data_dir=data_dir) == ["validation"]
 
@@ -186,8 +188,11 @@ def test_the_reference_is_computed_again_when_an_input_changes(
 def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
     flags = settings(tmp_path / "run")
     assert len(computed(flags, monkeypatch)) == 2
-    for file in (tmp_path / "data/.aligner-cache").glob("reference-*"):
-        file.write_bytes(b"not this")
+    files = list((tmp_path / "data/.aligner-cache").glob("reference-*/*.safetensors"))
+    assert len(files) == 2
+    files[0].write_bytes(b"not this")
+    content = files[1].read_bytes()
+    files[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # another number, in an intact file
     assert len(computed(flags, monkeypatch)) == 2
     assert computed(flags, monkeypatch) == []
 
