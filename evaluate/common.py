@@ -30,6 +30,7 @@ from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_cont
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.quantize import Quantize
+from lit_llama.schema import check, parse_json, read_bytes
 from lit_llama.settings import Checked, Number
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -126,6 +127,14 @@ def describe_adapter(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
+# types of fields in answers.jsonl and judgements.jsonl
+FIELDS: dict[str, Any] = {
+    "id": int | str, "made_by": dict, "prompt": str, "answer": str, "tokens": int, "seconds": float, "ended": bool,
+    "key": str, "reply": str, "request": dict, "time": str, "endpoint": str, "model": str | None,
+    "served_model": str | None, "finish_reason": str | None,
+}  # fmt: skip
+
+
 class JsonLines:
     """A JSON-lines file that grows by complete records: a program that is killed loses at most the last one.
 
@@ -133,21 +142,22 @@ class JsonLines:
         path: the file, read if it exists. An incomplete last line is ignored, and removed by the first `append`.
 
     Raises:
-        UserError: another line is not a JSON object (with its number).
+        UserError: another line is not a JSON object, or a field in `FIELDS` has another type.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.records: list[dict[str, Any]] = []
-        content = self.path.read_bytes() if self.path.is_file() else b""
+        content = read_bytes(self.path) if self.path.exists() else b""
         self.incomplete = len(content) - (content.rfind(b"\n") + 1)  # bytes of the last line
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            source = f"{self.path}, line {number}"
             try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise UserError(f"{self.path}, line {number} is not a JSON object; move the file away and run again.")
+                record = parse_json(line, source)
+                for name in FIELDS.keys() & record.keys():
+                    check(record[name], FIELDS[name], f"{source}: {name}")
+            except UserError as error:
+                raise UserError(f"{str(error).rstrip('.')}; move the file away and run again.") from None
             self.records.append(record)
 
     def append(self, *records: dict[str, Any]) -> None:

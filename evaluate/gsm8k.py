@@ -34,6 +34,7 @@ from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
 from lit_llama.rows import download_rows, naming, read_rows, text_field
+from lit_llama.schema import field
 from lit_llama.settings import PositiveInt
 from lit_llama.utils import UserError
 
@@ -212,7 +213,7 @@ def render(question: str, style: PromptStyle, shots: int) -> str:
 
 def score(record: dict[str, Any]) -> dict[str, Any]:
     extracted = extract_answer(record["answer"])
-    return {"extracted": extracted, "correct": extracted == record["gold"]}
+    return {"extracted": extracted, "correct": extracted == field(record, "gold", str, "A record in answers.jsonl")}
 
 
 def main(settings: Settings) -> dict[str, Any]:

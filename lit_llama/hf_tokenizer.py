@@ -87,7 +87,7 @@ def as_tokenizer_json(path: Path, add_bos: bool = True) -> tokenizers.Tokenizer 
     if not supported or rules.remove_extra_whitespaces or rules.precompiled_charsmap:
         return None
     vocab = {piece.piece: i for i, piece in enumerate(spec.pieces)}
-    unknown = next(piece.piece for piece in spec.pieces if piece.type == piece.UNKNOWN)
+    unknown = next((piece.piece for piece in spec.pieces if piece.type == piece.UNKNOWN), None)
     engine = tokenizers.Tokenizer(
         models.BPE(vocab, _merges(spec), unk_token=unknown, fuse_unk=True, byte_fallback=True, ignore_merges=False)
     )

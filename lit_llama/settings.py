@@ -61,11 +61,12 @@ class Checked:
     """Base of settings whose numbers are checked.
 
     Raises:
-        UserError: A number is out of the range that its type names.
+        UserError: A number is out of the range that its type names, or a setting is null that may not be.
     """
 
     def __post_init__(self) -> None:
-        problems = []
+        none = [f for f in fields(self) if getattr(self, f.name) is None and type(None) not in get_args(f.type)]
+        problems = [f"{f.name} is null; leave it out for its default" for f in none if f.default is not None]
         for name, allowed in ranges(type(self)).items():
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):

@@ -93,12 +93,12 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
     path, mark = folder / name, folder / MARK
     original = path.read_bytes()
     path.write_bytes(make_pickle(rng, original, mark))
+    whole = path.read_bytes().startswith(original)  # a format that may end in something else
     call = rng.choice(WAYS_IN[name]).replace("FILE", name)
     ended = harness.run(*call.split(), cwd=folder, limit=60, quick=True)
     if mark.exists():
         return f"{name} was executed: {ended.describe()}"
-    whole = path.read_bytes().startswith(original)  # formats that may end in something else
-    if ended.problem or (ended.code != 1 and not whole):
+    if ended.problem or (ended.code == 0 and not whole):
         return f"{ended.problem or 'not refused'}: {name}\n{ended.describe()}"
     return ""
 
