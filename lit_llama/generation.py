@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lit_llama.kv_cache import KVCache
+from lit_llama.live_text import LiveText, cut_at_stop
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
@@ -240,29 +241,21 @@ def stream(
         stop: texts that end the answer; they are not returned.
         echo: yield the prompt too.
     """
-    prompt_ids = tokenizer.encode(prompt, bos=True)
-    ids: list[int] = prompt_ids[:] if echo else []
-    text, n_yielded = "", 0
-    for token in decode(model, [prompt_ids], sampling):
+    ids = tokenizer.encode(prompt, bos=True)
+    check_prompts(model, [ids])
+    text = LiveText(tokenizer, ids if echo else [], stop)
+    if echo:
+        yield tokenizer.decode(ids)
+    for token in decode(model, [ids], sampling):
         if token.item() in tokenizer.stop_ids:
             break
-        ids.append(token.item())
-        text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
-        if stopped:
+        text.push(token.item())
+        if text.stopped:
             break
-        # the last character may be incomplete, and the last characters may begin a stop text
-        final = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        if not text.endswith("\ufffd") and final > n_yielded:
-            yield text[n_yielded:final]
-            n_yielded = final
-    if len(text) > n_yielded:
-        yield text[n_yielded:]
-
-
-def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """Return `text` up to the first stop text, and whether it contains one."""
-    ends = [text.find(s) for s in stop if s in text]
-    return (text[: min(ends)], True) if ends else (text, False)
+        if piece := text.take():
+            yield piece
+    if piece := text.take(last=True):
+        yield piece
 
 
 def answer(

@@ -1,6 +1,5 @@
 """The text of an answer that grows token by token."""
 
-from lit_llama.generation import cut_at_stop
 from lit_llama.tokenizer import Tokenizer
 
 CONTEXT = 8  # tokens of the prompt that are decoded with the first ones: some tokenizers drop a space at the beginning
@@ -68,3 +67,9 @@ class LiveText:
             piece = piece.lstrip()
         self.n_taken = max(self.n_taken, end)
         return piece
+
+
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """Return `text` up to the first stop text, and whether it contains one."""
+    ends = [text.find(s) for s in stop if s in text]
+    return (text[: min(ends)], True) if ends else (text, False)
