@@ -44,7 +44,7 @@ class Slot(NamedTuple):
 
     block: Tensor  # (n, N·C + layers·nh), adapters of one prefix length N
     row: int
-    style: str
+    style: str | None  # None only in `Bank.free`
 
 
 class Bank(dict[str, Slot]):
@@ -77,7 +77,8 @@ class Bank(dict[str, Slot]):
         self.dtype, self.device = dtype, torch.device(device)
         self.base = None if checkpoint_dir is None else base_fingerprint(checkpoint_dir)
         self.n_gates = (config.n_layer - start_layer) * config.n_head
-        self.free: defaultdict[int, list[Slot]] = defaultdict(list)  # unused rows, by the width of their block
+        # by the width of a block: rows of removed adapters, and without a style the first row that was never used
+        self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
         # comparing all of a million names takes too long: only those with the longest common beginning
@@ -163,8 +164,10 @@ class Bank(dict[str, Slot]):
         if not self.free[width]:
             n_rows = max(1, BLOCK_BYTES // (width * self.dtype.itemsize))
             block = torch.empty(n_rows, width, dtype=self.dtype, device=self.device)
-            self.free[width] = [Slot(block, row, "") for row in reversed(range(n_rows))]
-        block, row, _ = self.free[width].pop()
+            self.free[width].append(Slot(block, 0, None))
+        block, row, former = self.free[width].pop()
+        if former is None and row + 1 < len(block):
+            self.free[width].append(Slot(block, row + 1, None))
         block[row] = packed
         self[name] = Slot(block, row, sys.intern(style or "alpaca"))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -245,6 +246,27 @@ def test_many_adapters_in_many_blocks_stay_apart(monkeypatch):
         del made[name]
     for name, one in made.items():
         assert torch.equal(bank.adapter(name).state[PREFIX], one.state[PREFIX])
+
+
+def test_any_order_of_changes_keeps_every_adapter_in_a_row_of_its_own(monkeypatch):
+    monkeypatch.setattr("lit_llama.bank.BLOCK_BYTES", 1000)
+    made, random = [adapter(1 + i % 3, 1, i) for i in range(6)], Random(0)
+    bank, held = Bank(base().config, start_layer=1), {}
+    for _ in range(300):
+        name, one = f"user {random.randrange(30)}", random.choice(made)
+        if name not in held:
+            bank.add(name, one)
+        elif random.random() < 0.5:
+            bank.swap(name, one)
+        else:
+            bank.remove(name)
+            del held[name]
+            continue
+        held[name] = one
+        assert len({(id(slot.block), slot.row) for slot in bank.values()}) == len(held)
+    assert list(bank) == list(held) and len({id(slot.block) for slot in bank.values()}) < 20  # rows are used again
+    for name, one in held.items():
+        assert all(torch.equal(bank.adapter(name).state[key], t) for key, t in one.state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
