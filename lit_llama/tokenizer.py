@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from lit_llama.config import CONFIG_NAME, LLaMAConfig
+from lit_llama.config import CONFIG_NAME, MOST_INT, LLaMAConfig
 from lit_llama.schema import check, field, read_bytes, read_json
 from lit_llama.utils import UserError
 
@@ -104,7 +104,10 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.vocab_size = self.engine.bos_id, self.engine.eos_id, self.engine.size
         listed = self._read_beside("generation_config.json").get("eos_token_id")
         label = f"{path.parent / 'generation_config.json'}: eos_token_id"
-        listed = [check(i, int | None, label, least=-1) for i in (listed if isinstance(listed, list) else [listed])]
+        listed = [
+            check(i, int | None, label, least=-1, most=MOST_INT)
+            for i in (listed if isinstance(listed, list) else [listed])
+        ]
         listed = [i for i in listed if i is not None and i >= 0]
         if self.eos_id < 0 and listed:
             self.eos_id = check(listed[0], int, label, most=self.vocab_size - 1)

@@ -156,6 +156,30 @@ def test_mistakes(llama3, tmp_path):
         Tokenizer(tmp_path)
 
 
+FILES_BESIDE = {
+    "tokenizer_config.json: eos_token is 3 where text or an object": (
+        "tokenizer_config.json",
+        {"eos_token": 3},
+    ),
+    "tokenizer_config.json: bos_token has no content": ("tokenizer_config.json", {"bos_token": {"id": 1}}),
+    'generation_config.json: eos_token_id is "5" where': ("generation_config.json", {"eos_token_id": "5"}),
+    "generation_config.json: eos_token_id is 18446744073709551616": ("generation_config.json", {"eos_token_id": 2**64}),
+    "generation_config.json holds a list where an object belongs": ("generation_config.json", [5]),
+    "tokens and the model 64: they do not belong together": ("lit_config.json", {"vocab_size": 64}),
+}
+
+
+@pytest.mark.parametrize("sentence", FILES_BESIDE)
+def test_files_beside_the_tokenizer_are_checked(sentence, llama3, tmp_path):
+    name, content = FILES_BESIDE[sentence]
+    shutil.copy(llama3 / "tokenizer.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        Tokenizer(tmp_path)
+    assert sentence in str(error.value)
+
+
 # == SentencePiece models as tokenizer.json ==
 
 
