@@ -42,6 +42,7 @@ from lit_llama.train_settings import FinetuneSettings
 @dataclass
 class Settings(FinetuneSettings):
     may_change = (*FinetuneSettings.may_change, "precompute_reference", "drift_prompts")
+    not_below_0 = (*FinetuneSettings.not_below_0, "drift_prompts")
 
     # == What to train on ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # folder of the frozen base model
@@ -76,6 +77,15 @@ class Settings(FinetuneSettings):
     sample_prompts: NonNegativeInt = 4  # validation prompts to answer at each validation
     drift_prompts: NonNegativeInt = 32  # validation prompts for the KL to the reference, by sampled answers; 0: none
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DPOLoss(None, **self.loss)  # refuses values that are out of range
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The settings of the loss."""
+        return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "sft_weight")}
+
 
 PANELS = {
     "loss (per pair)": ["loss"],
@@ -107,17 +117,19 @@ def make_losses(
             reference = None
         elif settings.precompute_reference:
             adapter = setup.adapter_meta["reference"]
-            key = reference_key(data, settings.checkpoint_dir, adapter, batches, setup.fabric, settings.quantize)
+            key = reference_key(
+                data,
+                settings.checkpoint_dir,
+                adapter,
+                batches,
+                setup.fabric,
+                method=settings.method,
+                quantize=settings.quantize,
+            )
             cache_dir = cache_folder(settings.data_dir)
             logps = cached_reference(data, setup.fabric, setup.model, batches, name, key, cache_dir)
             reference = StoredReference(logps.to(setup.fabric.device))
-        loss = DPOLoss(
-            reference,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            loss_type=settings.loss_type,
-            sft_weight=settings.sft_weight,
-        )
+        loss = DPOLoss(reference, **settings.loss)
         some_batches = batches[:: max(1, len(batches) // 4)]
         check_policy_equals_reference(loss, data, setup.fabric, setup.model, some_batches)
         losses.append(loss)

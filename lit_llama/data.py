@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from lit_llama.arrow_files import check_arrow
 from lit_llama.logps import IGNORE_INDEX
@@ -55,11 +55,13 @@ class Data(Protocol):
         lengths: (rows,) tokens of each row, of its longest sequence if it has several.
         tokens: (rows,) tokens of all sequences of each row.
         weights: (rows,) weight of each row in the mean loss: label tokens for SFT, 1 for a pair.
+        sha256: Hash of all tokens.
     """
 
     lengths: np.ndarray
     tokens: np.ndarray
     weights: np.ndarray
+    sha256: str
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """Return rows as tensors on the CPU."""
@@ -167,6 +169,13 @@ class SFTData(Split):
             raise UserError(f"{data_dir} has rows that are shorter than their prompts; prepare the dataset again.")
         self.tokens = self.lengths
 
+    @property
+    def sha256(self) -> str:
+        """Hash of all token ids, of the boundaries between them, and of the lengths of the prompts."""
+        digest = hash_tokens(self.rows, ("input_ids",))
+        digest.update(np.asarray(self.n_masked, np.int64).tobytes())
+        return digest.hexdigest()
+
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """Return idx and labels, (B, T) int64, padded on the right; labels are -1 where nothing is predicted."""
         ids = [torch.from_numpy(row).long() for row in self.rows[indices]["input_ids"]]
@@ -203,12 +212,7 @@ class PreferenceData(Split):
     @property
     def sha256(self) -> str:
         """Hash of all token ids and of the boundaries between them."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            for name in ("prompt", "chosen", "rejected"):
-                ids = np.asarray(row[name], np.int32)
-                digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
-        return digest.hexdigest()
+        return hash_tokens(self.rows, ("prompt", "chosen", "rejected")).hexdigest()
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """Return B pairs as a batch of 2B sequences: first all chosen, then all rejected ones.
@@ -337,9 +341,24 @@ def check_rows(data: Data, split: str, max_tokens: int) -> None:
         )
 
 
-def rows_sha256(*splits: Data) -> str:
-    """Return a hash of the lengths and the weights of all rows."""
-    digest = hashlib.sha256()
+def rows_sha256(*splits: Data) -> dict[str, str]:
+    """Return hashes of all rows: of their lengths and weights, and of their tokens."""
+    rows, tokens = hashlib.sha256(), hashlib.sha256()
     for data in splits:
-        digest.update(np.asarray(data.lengths, np.int64).tobytes() + np.asarray(data.weights, np.float64).tobytes())
-    return digest.hexdigest()
+        rows.update(np.asarray(data.lengths, np.int64).tobytes() + np.asarray(data.weights, np.float64).tobytes())
+        tokens.update(data.sha256.encode())
+    return {"rows": rows.hexdigest(), "tokens": tokens.hexdigest()}
+
+
+def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
+    """Return the sha256 object of [length, token ids], int32, of each of the columns, row by row."""
+    tables = [rows.with_format("arrow")[name].combine_chunks() for name in columns]
+    lengths = np.stack([table.value_lengths().to_numpy(zero_copy_only=False) for table in tables], 1)
+    starts = (np.cumsum(lengths + 1) - (lengths + 1).flatten()).reshape(lengths.shape)
+    numbers = np.empty(lengths.sum() + lengths.size, np.int32)
+    numbers[starts] = lengths
+    for column, table in enumerate(tables):
+        n = lengths[:, column]
+        offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # from a token's place in its column
+        numbers[offsets + np.arange(n.sum())] = table.flatten().to_numpy(zero_copy_only=False)
+    return hashlib.sha256(numbers)

@@ -9,18 +9,20 @@
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from lit_llama.manifest import FORMAT, MANIFEST, OUTPUTS, find_strangers, make_manifest, read_manifest
 from lit_llama.staging import TEMPORARY, settle, staged, synchronize
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, log
 
 NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -144,6 +146,26 @@ def check_separate(output: Path, *inputs: Path | None) -> None:
             raise UserError(f"Writing {output} would replace {source}, which is read; choose another output.")
 
 
+def check_claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> dict[str, Any]:
+    """Check that `claim` would succeed, without writing anything, and return what the manifest will record.
+
+    Raises:
+        UserError: As `claim`.
+    """
+    folder = Path(folder)
+    with _explained(folder):
+        recorded = read_manifest(folder, OUTPUTS)
+        claimed = recorded or {}
+        foreign = [name for name in names if name not in claimed and not adopt and _exists(folder / name)]
+        if recorded is None and _exists(folder / MANIFEST):
+            foreign.append(MANIFEST)
+    if foreign:
+        raise UserError(
+            f"{folder / foreign[0]} was not written by this program: it is not replaced; choose another folder."
+        )
+    return {**claimed, **{name: None for name in names if name not in claimed}}
+
+
 def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
     """Claim names in a folder for files that a program writes, replaces and deletes there; the manifest records them.
 
@@ -155,21 +177,35 @@ def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
     Raises:
         UserError: There is such a file and no record of it, or the folder is of another kind or cannot be written.
     """
-    folder = Path(folder)
-    with _explained(folder):
-        recorded = read_manifest(folder, OUTPUTS)
-        claimed = recorded or {}
-        new = [name for name in names if name not in claimed]
-        foreign = [name for name in new if _exists(folder / name)] if not adopt else []
-        if recorded is None and _exists(folder / MANIFEST):
-            foreign.append(MANIFEST)
-        if foreign:
+    files = check_claim(folder, tuple(names), adopt=adopt)
+    if files != read_manifest(folder, OUTPUTS):
+        manifest = {"format": FORMAT, "kind": OUTPUTS, "files": files}
+        write_text(Path(folder) / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock, which ends with the block or, in whatever way, with the process.
+
+    Args:
+        path: File that is locked. It is made if it does not exist, and stays.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(
-                f"{folder / foreign[0]} was not written by this program: it is not replaced; choose another folder."
-            )
-        if new:
-            manifest = {"format": FORMAT, "kind": OUTPUTS, "files": {**claimed, **dict.fromkeys(new)}}
-            write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                f"Another process is writing into {path.parent}; wait until it ends, or choose another folder."
+            ) from None
+        except OSError:
+            log(f"note: {path} cannot be locked on its file system: start no second process with this folder.")
+        yield
+    finally:
+        os.close(handle)
 
 
 # == errors ==

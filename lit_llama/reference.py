@@ -6,6 +6,7 @@ by one more forward pass (`AdapterReference`).
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ def reference_key(
     adapter: str,
     batches: list[np.ndarray],
     fabric: Fabric,
+    *,
+    method: str = "aligner",
     quantize: str | None = None,
 ) -> dict[str, str]:
     """Return everything that the log-probabilities of the reference depend on, including their rounding.
@@ -78,12 +81,13 @@ def reference_key(
         checkpoint_dir: The base; its weight file is hashed completely.
         adapter: `adapter_sha256` of the reference, or "none".
         batches: The micro-batches in which they are computed.
-        quantize: The quantization of the base.
+        method, quantize: The finetuning method, whose layers are not quantized, and the quantization of the others.
     """
     base = hash_file(weights_path(checkpoint_dir))
     base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
     layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
-    gpu = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else ""
+    on_gpu = fabric.device.type == "cuda"
+    processor = torch.cuda.get_device_name(fabric.device) if on_gpu else f" {instruction_set()}"
     return {
         "data": data.sha256,
         "tokenizer": data.meta["tokenizer_sha256"],
@@ -91,10 +95,20 @@ def reference_key(
         "adapter": adapter,
         "batches": layout.hexdigest(),
         "precision": str(fabric.strategy.precision.precision),
+        "method": method,
         "quantize": str(quantize),
-        "device": fabric.device.type + gpu,
+        "device": fabric.device.type + processor,
         "torch": torch.__version__,
     }
+
+
+def instruction_set() -> str:
+    """Return what the rounding on a CPU depends on: the instructions that PyTorch uses and those that there are."""
+    flags = ""
+    with suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{torch.backends.cpu.get_cpu_capability()} {hashlib.sha256(flags.encode()).hexdigest()[:16]}"
 
 
 @torch.no_grad()
@@ -192,13 +206,23 @@ def sampled_kl(
     kl, degenerate = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         ended = len(answer) < min(max_new_tokens, remaining_context(model, prompt))
-        ids = torch.tensor([prompt + answer + [stop_ids[0]] * ended], device=model.transformer.wte.weight.device)
-        labels = ids.clone()
-        labels[:, : len(prompt)] = IGNORE_INDEX
+        endings = [[stop_id] for stop_id in stop_ids] if ended else [[]]
+        ids = torch.tensor([prompt + answer + end for end in endings], device=model.transformer.wte.weight.device)
         with eval_mode(model):
-            policy = model.label_logps(ids, labels).sum()
+            policy = answer_logp(model, ids, len(prompt))
             with swapped_parameters(model, reference_state):
-                kl += (policy - model.label_logps(ids, labels).sum()).item() / len(prompts)
+                kl += (policy - answer_logp(model, ids, len(prompt))).item() / len(prompts)
         fours = list(zip(*(answer[i:] for i in range(4)), strict=False))
         degenerate += not answer or not ended or 2 * len(set(fours)) < len(fours)
     return {"kl": kl, "degenerate": degenerate / len(prompts)}
+
+
+def answer_logp(model: LLaMA, ids: torch.Tensor, n_prompt: int) -> torch.Tensor:
+    """Return the log-probability of an answer, whichever stop token ends it: () fp32, in nats.
+
+    Args:
+        ids: (endings, T) the prompt of `n_prompt` tokens, the answer, and one of the stop tokens.
+    """
+    labels = ids.clone()
+    labels[:, :n_prompt] = IGNORE_INDEX
+    return model.label_logps(ids, labels).view(len(ids), -1).sum(1).logsumexp(0)

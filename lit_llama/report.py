@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lit_llama.files import atomic_write
-from lit_llama.train_settings import FinetuneSettings
+from lit_llama.schema import unreadable
+from lit_llama.train_settings import FinetuneSettings, TrainSettings
 from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:
@@ -59,14 +60,44 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Return a metrics.csv as {step: {name: value}}, empty if there is no such file."""
-    if not path.is_file():
+    """Return a metrics.csv as {step: {name: value}}, empty if there is no such file.
+
+    Raises:
+        UserError: It cannot be read, or is damaged.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {
+                int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
+                for row in csv.DictReader(file, strict=True)
+            }
+    except FileNotFoundError:
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
-            for row in csv.DictReader(file)
-        }
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, TypeError, KeyError, csv.Error):
+        raise UserError(f"{path} is not a table of metrics; move it away to continue without it.") from None
+
+
+class EventFile:
+    """A TensorBoard log. Written at once, by this thread: torch's SummaryWriter loses errors of a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # takes a third of a second to import
+
+        path.parent.mkdir(exist_ok=True)
+        self.file = path.open("xb", buffering=0)
+        self.records = RecordWriter(self.file)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self.records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class Progress:
@@ -106,6 +137,17 @@ class Progress:
             self.shown = time.monotonic()
             left = (self.shown - self.began) / (self.done - self.first) * (self.total - self.done)
             log(f"step {self.done} of {self.total}: {status}, {duration(left)} left")
+
+
+def print_notes(settings: TrainSettings, step: int, max_steps: int, warmup_steps: int, processes: int) -> None:
+    """Print notes on settings that are allowed but probably not intended."""
+    if warmup_steps >= max_steps > step:
+        log(f"note: the warmup has {warmup_steps} steps and the run {max_steps}, so the learning rate never reaches "
+            "its peak.")  # fmt: skip
+    per_step = settings.batch_size // settings.micro_batch_size
+    if processes > per_step:
+        log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
+            f"{max(1, settings.batch_size // processes)}.")  # fmt: skip
 
 
 def write_above_bar(text: str) -> None:

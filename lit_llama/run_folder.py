@@ -9,33 +9,45 @@
     state.pt             everything that --resume needs
     loss.png, summary.json        written after the last step
 
-The first process of a run writes the files; in the others the methods that write do nothing. --overwrite deletes
-state.pt first, so that files of two runs are never mixed.
+state.pt decides what the run is: logs are written before it, and --resume cuts them off after its step and writes the
+adapter files from it. So whatever a kill leaves, the run continues from its last state, or begins if it has none. The
+first process of a run writes the files; in the others the methods that write do nothing.
 """
 
+import gc
 import json
+import os
 import platform
+import re
 import shlex
-import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from lightning.fabric import Fabric
 
-from lit_llama.checkpoint import save_adapter, versions
-from lit_llama.files import atomic_write, unwritable, write_text
-from lit_llama.report import MetricsLog, plot_losses
+from lit_llama.checkpoint import is_ours, save_adapter, versions
+from lit_llama.files import atomic_write, check_claim, claim, locked, unwritable, write_text
+from lit_llama.manifest import OUTPUTS, read_manifest
+from lit_llama.processes import together
+from lit_llama.report import EventFile, MetricsLog, plot_losses
+from lit_llama.samples import read_samples
+from lit_llama.saved_state import best_of, damaged, read_saved_state
+from lit_llama.schema import parse_json
 from lit_llama.train_settings import TrainSettings
 from lit_llama.utils import UserError, log
 
-FILES = ("state.pt", "best.safetensors", "last.safetensors", "metrics.csv", "samples.jsonl", "loss.png", "metrics.png",
-         "summary.json")  # fmt: skip
+# in the order in which --overwrite deletes them: until state.pt is gone, --resume restores what was before it
+FILES = ("loss.png", "metrics.png", "summary.json", "best.safetensors", "last.safetensors", "state.pt", "metrics.csv",
+         "samples.jsonl")  # fmt: skip
+LOCK = ".aligner-lock"
+NAMES = (*FILES, "config.yaml", "environment.json", LOCK)
 
 
 class RunFolder:
@@ -45,66 +57,95 @@ class RunFolder:
         settings: All settings of the script.
 
     Raises:
-        UserError: The folder holds a run that is neither resumed nor overwritten, or one that cannot be resumed.
+        UserError: The folder holds a run that is neither resumed nor overwritten, or one that cannot be resumed, or it
+            cannot be written.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings, self.path = settings, settings.out_dir
         self.state_path = self.path / "state.pt"
+        self.stopping = False  # after the current step
+        with self.explained():
+            self.check()
+            if os.environ.get("LOCAL_RANK", "0") == "0" and (self.path / LOCK).exists():
+                with locked(self.path / LOCK):  # another process is noticed before the model is loaded
+                    pass
+
+    def check(self) -> bool:
+        """Check what the folder holds, and return whether it is a run of an earlier version, without a manifest."""
         has_adapter, has_state = (self.path / "last.safetensors").is_file(), self.state_path.is_file()
-        if (has_adapter or has_state) and not settings.resume and not settings.overwrite:
+        unrecorded = "state.pt" not in (read_manifest(self.path, OUTPUTS) or {})
+        adopt = unrecorded and (is_ours(self.path / "last.safetensors") or self.state_is_ours())
+        check_claim(self.path, NAMES, adopt=adopt)
+        if has_adapter and not has_state and not self.settings.overwrite:
+            raise UserError(
+                f"{self.path} holds a run without its state.pt, which cannot be resumed; replace it with --overwrite, "
+                "or choose another --out_dir."
+            )
+        if has_state and not self.settings.resume and not self.settings.overwrite:
             raise UserError(
                 f"{self.path} already holds a run: continue it with --resume, replace it with --overwrite, or choose "
                 "another --out_dir."
             )
-        if has_adapter and not has_state and settings.resume:
-            raise UserError(f"{self.path} holds a run without its state.pt and cannot be resumed.")
+        return adopt
+
+    def state_is_ours(self) -> bool:
+        try:
+            return bool(read_saved_state(self.state_path))
+        except UserError:
+            return False
 
     # == opening ==
 
-    def open(self, fabric: Fabric, adapter_meta: dict[str, Any], rows_sha256: str) -> dict[str, Any] | None:
-        """Create the folder, or prepare it for continuing the run in it.
+    @contextmanager
+    def occupied(self, fabric: Fabric, adapter_meta: dict[str, Any], rows: dict[str, str]) -> Iterator[None]:
+        """Keep other processes out of the folder while a block runs. All processes of the run call this together.
 
         Args:
-            fabric: Launched. All processes call this together.
+            fabric: Launched.
             adapter_meta: Metadata of the adapter files; a resumed run must have the same.
-            rows_sha256: Hash of the training and validation rows; a resumed run must have the same.
+            rows: Hashes of the training and validation rows; a resumed run must have the same.
 
-        Returns:
-            The saved state of the run to continue, None for a new run.
+        Raises:
+            UserError: Another process trains in the folder, or the constructor would refuse it by now.
+        """
+        self.fabric, self.is_first, self.adapter_meta = fabric, fabric.global_rank == 0, adapter_meta
+        self.identity = {**adapter_meta, **rows, "precision": fabric.strategy.precision.precision}
+        with ExitStack() as stack:
+            with self.together():
+                if self.is_first:
+                    adopt = self.check()
+                    earlier = [f"tensorboard/{path.name}" for path in self.path.glob("tensorboard/events.out.*")]
+                    claim(self.path, [*NAMES, *(earlier if adopt else [])], adopt=adopt)
+                    stack.enter_context(locked(self.path / LOCK))
+                    self.check()  # the process that had the lock may have finished a run
+            yield
+
+    def read_state(self) -> dict[str, Any] | None:
+        """Return the saved state of the run to continue, None for a new run.
 
         Raises:
             UserError: The saved run had other settings, another base or other data, or its state is damaged.
         """
-        self.is_first = fabric.global_rank == 0
-        self.adapter_meta = adapter_meta
-        precision = fabric.strategy.precision.precision
-        self.identity = {**adapter_meta, "rows": rows_sha256, "precision": precision}
-        state = self.read_state() if self.settings.resume and self.state_path.is_file() else None
+        with self.together():
+            has_state = self.settings.resume and self.state_path.is_file()
+            state = self.check_identity(read_saved_state(self.state_path)) if has_state else None
         self.saved_step = 0 if state is None else state["step"]
-        fabric.barrier()  # every process has read the state before the first one changes the folder
-        if self.is_first:
-            if self.settings.resume:
-                found = "has no state.pt: starting" if state is None else f"continues from step {self.saved_step}"
-                log(f"{self.path} {found}.")
-            with _explained_errors(self.path):
-                self.remove_files(keep_run=state is not None)
-                self.write_description(fabric)
-                self.open_logs(continued=state is not None)
         return state
 
-    def read_state(self) -> dict[str, Any]:
-        """Return the saved state after checking that it belongs to this run."""
+    def check_identity(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved state after checking that it belongs to this run."""
         try:
-            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-        except Exception:  # unpickling raises many types
-            raise UserError(f"{self.state_path} is damaged; start again with --overwrite.") from None
-        then, now = json.loads(state["settings"]), self.json_settings()
+            then, identity = (parse_json(state[name], name) for name in ("settings", "identity"))
+        except UserError as error:
+            raise damaged(self.state_path, error) from None
+        now = self.json_settings()
         fixed = [name for name in now if name in then and name not in self.settings.may_change]
         differing = [f"{name} ({then[name]} then, {now[name]} now)" for name in fixed if then[name] != now[name]]
         if not differing:
-            then, now = json.loads(state["identity"]), _as_json(self.identity)
-            differing = [f"another {name}" for name in now if then.get(name) != now[name]]
+            now = _as_json(self.identity)
+            # earlier versions recorded less
+            differing = [f"another {name}" for name in now if name in identity and identity[name] != now[name]]
         if differing:
             raise UserError(
                 f"The run in {self.path} had other settings: {', '.join(differing)}; resume it with the same ones, or "
@@ -112,18 +153,42 @@ class RunFolder:
             )
         return state
 
+    def open(self, state: dict[str, Any] | None) -> None:
+        """Make the folder one of a new run, or exactly that of a saved state.
+
+        Raises:
+            UserError: A log is damaged, or the folder cannot be written.
+        """
+        with self.together():
+            if not self.is_first:
+                return
+            if self.settings.resume:
+                found = "has no state.pt: starting" if state is None else f"continues from step {self.saved_step}"
+                log(f"{self.path} {found}.")
+            self.metrics = MetricsLog(self.path / "metrics.csv")
+            self.samples: list[dict[str, Any]] = []
+            if state is not None:  # read everything before something is changed
+                self.metrics.resume(self.saved_step)
+                self.samples = read_samples(self.path / "samples.jsonl", self.saved_step)
+            self.remove_files(keep_run=state is not None)
+            self.write_description()
+            self.open_events()
+            self.metrics.save()
+            if state is not None:
+                self.add_samples(self.saved_step, [])
+                self.save_adapters(state)
+
     def remove_files(self, keep_run: bool) -> None:
-        """Delete what a killed process left unfinished and, unless `keep_run`, the files of an earlier run."""
-        for unfinished in self.path.glob(".*.tmp"):
-            unfinished.unlink()
-        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        for name in () if keep_run else FILES:
+        """Delete the TensorBoard logs of earlier processes and, unless `keep_run`, all files of an earlier run."""
+        recorded = () if (self.path / "tensorboard").is_symlink() else read_manifest(self.path, OUTPUTS) or ()
+        events = [name for name in recorded if re.fullmatch(r"tensorboard/events\.out\.[^/]+", name)]
+        for name in events if keep_run else (*events, *FILES):
             (self.path / name).unlink(missing_ok=True)
 
-    def write_description(self, fabric: Fabric) -> None:
+    def write_description(self) -> None:
         """Write config.yaml and environment.json."""
-        settings = {**self.json_settings(), "resume": False, "overwrite": False}
-        write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        fabric = self.fabric
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.json_settings(), sort_keys=False))
         device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
         environment = {
             **versions(),
@@ -138,108 +203,122 @@ class RunFolder:
         }
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
-    def open_logs(self, continued: bool) -> None:
-        """Open metrics.csv and the TensorBoard log; when continued, drop what was logged after the saved step."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self.metrics = MetricsLog(self.path / "metrics.csv")
-        self.tensorboard = SummaryWriter(self.path / "tensorboard")
-        if continued:
-            samples = self.path / "samples.jsonl"
-            write_text(samples, "".join(_lines_until(samples, self.saved_step)))
-            self.metrics.resume(self.saved_step)
-            self.metrics.save()
-            for step, values in self.metrics.rows.items():
-                self.log_to_tensorboard(step, values)
+    def open_events(self) -> None:
+        """Write what was logged so far to a new TensorBoard log."""
+        name = f"tensorboard/events.out.tfevents.{time.time_ns()}"
+        claim(self.path, [name])
+        self.events = EventFile(self.path / name)
+        for step, values in self.metrics.rows.items():
+            self.events.add(step, values)
 
     def json_settings(self) -> dict[str, Any]:
-        return _as_json(asdict(self.settings))
+        """Return the settings as config.yaml, state.pt and adapter files record them."""
+        return _as_json({**asdict(self.settings), "resume": False, "overwrite": False})
 
     # == writing ==
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Close the logs at the end. Explain Ctrl-C and a full disk in one sentence.
+        """Close the logs at the end. Explain Ctrl-C and a full disk in one sentence, and let SIGTERM set `stopping`.
 
         Raises:
             UserError: The folder cannot be written to.
             SystemExit: Ctrl-C was pressed.
         """
+        before = signal.signal(signal.SIGTERM, self.stop_after_step)
         try:
-            with _explained_errors(self.path):
+            with self.explained():
                 yield
         except KeyboardInterrupt:
-            if self.is_first:
-                config = shlex.quote(str(self.path / "config.yaml"))
-                log(
-                    f"Interrupted. To continue from step {self.saved_step}: "
-                    f"python {shlex.quote(sys.argv[0])} --config {config} --resume"
-                )
-            raise SystemExit(130) from None
+            self.leave(130)
         finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
-                self.metrics.save()
-                self.tensorboard.close()
+                with self.explained():
+                    self.events.close()
+                    self.metrics.save()
+
+    def stop_after_step(self, *_: Any) -> None:
+        """Ask for a saved state after the current step, and for the end of the process; the next SIGTERM ends it."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.stopping = True
+        if self.is_first:  # print could have been interrupted by this signal
+            os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
+
+    def leave(self, code: int) -> NoReturn:
+        """Print how to continue and end the process."""
+        if self.is_first:
+            log(f"Interrupted. To continue from step {self.saved_step}: {self.resume_command()}")
+        gc.freeze()  # Python ends several times as fast if it need not look for garbage
+        raise SystemExit(code) from None
+
+    def resume_command(self) -> str:
+        return shlex.join(["python", sys.argv[0], "--config", str(self.path / "config.yaml"), "--resume"])
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Add metrics to the row of a step."""
         if self.is_first:
             self.metrics.log(step, values)
-            self.log_to_tensorboard(step, values)
-
-    def log_to_tensorboard(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+            self.events.add(step, values)
 
     def add_samples(self, step: int, records: list[dict[str, str]]) -> None:
-        """Append the answers of a validation to samples.jsonl."""
+        """Add the answers of a validation to samples.jsonl."""
         if self.is_first:
-            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+            self.samples += [{"step": step, **record} for record in records]
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.samples)
+            write_text(self.path / "samples.jsonl", "".join(lines))
 
-    def save_adapter(self, name: str, state: dict[str, torch.Tensor], step: int, val_loss: float) -> None:
+    def save_adapter(self, name: str, tensors: dict[str, torch.Tensor], step: int, val_loss: float) -> None:
         """Write an adapter file, `name` is "best" or "last"."""
         if self.is_first:
-            training = {"step": step, "settings": asdict(self.settings), "val_loss": val_loss}
+            training = {"step": step, "settings": self.json_settings(), "val_loss": val_loss}
             meta = {**self.adapter_meta, "training": training, "versions": versions()}
-            save_adapter(self.path / f"{name}.safetensors", state, meta)
+            save_adapter(self.path / f"{name}.safetensors", tensors, meta, overwrite=True)
+
+    def save_adapters(self, state: dict[str, Any]) -> None:
+        """Write the adapter files of a saved state."""
+        self.save_adapter("last", state["adapter"], state["step"], state["val_losses"][-1][1])
+        if state.get("best"):  # earlier versions saved none
+            self.save_adapter("best", state["best"], *best_of(state["val_losses"]))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write everything that a resumed run needs, after the metrics up to that step.
+        """Write everything that a resumed run needs: the metrics up to that step, the state, and its adapters.
 
         Args:
-            state: `step` and whatever else the loop needs, of types that `torch.load(weights_only=True)` reads.
+            state: Fields that `lit_llama.saved_state` checks, of types that `torch.load(weights_only=True)` reads.
         """
         if self.is_first:
             self.metrics.save()
-            self.tensorboard.flush()
             record = {"settings": json.dumps(self.json_settings()), "identity": json.dumps(_as_json(self.identity))}
             with atomic_write(self.state_path) as path:
                 torch.save({**state, **record}, path)
             self.saved_step = state["step"]
+            self.save_adapters(state)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the files that describe a completed run."""
         if self.is_first:
-            plot_losses(self.path / "metrics.csv", self.path / "loss.png")
-            write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with self.explained():
+                plot_losses(self.path / "metrics.csv", self.path / "loss.png")
+                write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
+    # == errors ==
 
-@contextmanager
-def _explained_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder without access into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise unwritable(path, error) or error from None
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block in all processes, which fails in all if it fails in one."""
+        with together(self.fabric), self.explained():
+            yield
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn a full disk or a folder without access into a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.path, error) or error from None
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
     """Return a copy with what JSON cannot hold, such as paths, as text."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _lines_until(samples: Path, step: int) -> list[str]:
-    """Return the lines of samples.jsonl up to a step; a kill can have cut off the last line."""
-    lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.is_file() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

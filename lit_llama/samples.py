@@ -1,12 +1,16 @@
 """Answers to validation prompts during training."""
 
-import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
+from lit_llama.schema import field, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 Record = dict[str, str]  # "prompt", "answer", "reference"
 
@@ -42,9 +46,31 @@ def _on_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
+def read_samples(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """Return the records of a samples.jsonl up to a step, none if there is no such file.
+
+    Raises:
+        UserError: It cannot be read, or is damaged.
+    """
+    records = []
+    try:
+        if not os.path.lexists(path):
+            return []
+        # JSON strings may contain U+2028, at which `str.splitlines` splits
+        for line in read_bytes(path).split(b"\n")[:-1]:  # a kill of an earlier version could cut off the last line
+            record = parse_json(line, path)
+            if field(record, "step", int, path, least=0) <= last_step:
+                for name in ("prompt", "answer"):
+                    field(record, name, str, path)
+                records.append(record)
+    except UserError as error:
+        raise UserError(f"{error} Move it away to continue without it.") from None
+    return records
+
+
 def compare_samples(samples: Path) -> str:
     """Return the first and the last answer to each prompt of the last validation in a samples.jsonl, as text."""
-    records = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    records = read_samples(samples)
     first = {record["prompt"]: record for record in reversed(records)}
     last_step = max((record["step"] for record in records), default=0)
     return "".join(

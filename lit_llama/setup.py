@@ -14,6 +14,7 @@ from lit_llama.device import computes_bf16
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.processes import ddp_strategy, launch
 from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
 from lit_llama.utils import UserError
 
@@ -64,6 +65,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
+    flags["strategy"] = ddp_strategy(settings.strategy, settings.num_nodes)
     launched = FABRIC_RUN in os.environ
     given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
     if flags["precision"] == "auto":
@@ -75,7 +77,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         raise UserError(f"Fabric refuses these settings: {error}") from None
     check_fabric(fabric, settings.strategy)
     if not launched:
-        fabric.launch()
+        launch(fabric, settings.num_nodes)
     return fabric
 
 

@@ -6,6 +6,7 @@ the seed, its number and the weights alone, so that a killed run continues to th
 """
 
 import math
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ import torch
 
 from lit_llama.data import Data, check_rows, plan_epoch, plan_validation, rows_sha256
 from lit_llama.model import LLaMA
-from lit_llama.report import Progress, write_above_bar
+from lit_llama.report import Progress, print_notes, write_above_bar
 from lit_llama.run_folder import RunFolder
 from lit_llama.samples import summarize
+from lit_llama.saved_state import best_of, check_saved_state
+from lit_llama.schedule import lr_at
 from lit_llama.setup import Setup
 from lit_llama.utils import UserError, log
 
@@ -33,20 +36,6 @@ class SFTLoss:
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"loss": -model(batch["idx"], batch["labels"]).sum()}
-
-
-def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str = "constant") -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0.
-
-    It rises linearly and reaches `peak` in step `warmup_steps`. Then it stays constant, or follows half a cosine that
-    would reach 0 in step `max_steps`, one after the last.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class Trainer:
@@ -100,6 +89,8 @@ class Trainer:
         self.step = 0
         self.seconds, self.tokens = 0.0, 0  # of the run, earlier processes included
         self.val_losses: list[tuple[int, float]] = []
+        self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
+        self.stopping = False  # a process of the run got SIGTERM
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step and return the content of summary.json.
@@ -108,27 +99,35 @@ class Trainer:
             UserError: The run folder holds a run with other settings, a loss is not finite, or the disk is full.
         """
         settings, run = self.settings, self.run
-        self.load_state(run.open(self.fabric, self.adapter_meta, rows_sha256(self.train, self.val)))
-        self.print_plan()
-        with run.recording():
-            if not self.val_losses:  # before the first step
-                self.evaluate()
-                self.save_state()
-            with Progress(self.step, self.max_steps, enabled=run.is_first) as progress:
-                started = time.perf_counter() - self.seconds
-                for micro_batches in self.remaining_steps():
-                    metrics = self.train_step(micro_batches)
-                    run.log_metrics(self.step, metrics)
-                    self.step += 1
-                    progress.advance(metrics)
-                    is_last = self.step == self.max_steps
-                    if self.step % settings.eval_interval == 0 or is_last:
-                        self.evaluate()
-                    self.seconds = time.perf_counter() - started
-                    if self.step % settings.save_interval == 0 or is_last:
-                        self.save_state()
-        summary = self.summary()
-        run.finish(summary)
+        with run.occupied(self.fabric, self.adapter_meta, rows_sha256(self.train, self.val)):
+            state = run.read_state()
+            self.load_state(state)
+            run.open(state)
+            if run.is_first:
+                n_parameters = sum(p.numel() for p in self.trainable.values())
+                log(f"{n_parameters:,} trainable parameters, {len(self.train.lengths):,} rows, {self.max_steps} steps")
+                print_notes(settings, self.step, self.max_steps, self.warmup_steps, self.fabric.world_size)
+            with run.recording():
+                if state is None:  # before the first step
+                    self.evaluate()
+                    self.save_state()
+                with Progress(self.step, self.max_steps, enabled=run.is_first) as progress:
+                    started = time.perf_counter() - self.seconds
+                    for micro_batches in self.remaining_steps():
+                        metrics = self.train_step(micro_batches)
+                        run.log_metrics(self.step, metrics)
+                        self.step += 1
+                        progress.advance(metrics)
+                        is_last = self.step == self.max_steps
+                        if self.step % settings.eval_interval == 0 or is_last:
+                            self.evaluate()
+                        self.seconds = time.perf_counter() - started
+                        if self.step % settings.save_interval == 0 or is_last or self.stopping:
+                            self.save_state()
+                        if self.stopping and not is_last:
+                            run.leave(128 + signal.SIGTERM)
+            summary = self.summary()
+            run.finish(summary)
         return summary
 
     def remaining_steps(self) -> Iterator[list[np.ndarray]]:
@@ -143,14 +142,15 @@ class Trainer:
     def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
         """Take one optimizer step and return its metrics; the losses are means over the targets of all processes."""
         fabric, settings, began = self.fabric, self.settings, time.perf_counter()
-        torch.manual_seed(settings.seed * 1_000_003 + self.step)  # for dropout, which some methods have
         lr = self.set_learning_rate()
         total = sum(float(self.train.weights[rows].sum()) for rows in micro_batches)
 
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
         not_finite = []
         share = self.share_of_process(micro_batches)
-        for i, (rows, scale) in enumerate(share):
+        for i, (number, rows, scale) in enumerate(share):
+            # for dropout, which some methods have: the same for a micro-batch in whichever process
+            torch.manual_seed((settings.seed * 1_000_003 + self.step + (number << 53)) % 2**64)
             batch = fabric.to_device(self.train.batch(rows))
             with fabric.no_backward_sync(self.model, enabled=i + 1 < len(share)):
                 losses = self.loss(self.model, batch)
@@ -158,7 +158,9 @@ class Trainer:
                 fabric.backward(losses["loss"] * (scale * fabric.world_size / total))
             add_scaled(sums, losses, scale)
             not_finite.append((~losses["loss"].detach().isfinite(), rows))
+        sums["stopping"] = torch.tensor(float(self.run.stopping), device=fabric.device)
         metrics = self.mean_over_processes(sums, total)
+        self.stopping = metrics.pop("stopping") > 0
 
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), settings.grad_clip or math.inf).item()
         for name, value in (("loss", metrics["loss"]), ("gradient norm", norm)):
@@ -189,14 +191,14 @@ class Trainer:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
-    def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, float]]:
-        """Return the micro-batches of this process and the factor of their losses.
+    def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[int, np.ndarray, float]]:
+        """Return the number of each micro-batch of this process, the micro-batch, and the factor of its losses.
 
         If there are fewer micro-batches than processes, the others compute the first one with a factor of 0, because
         all processes have to take part in the exchange of gradients.
         """
-        mine = micro_batches[self.fabric.global_rank :: self.fabric.world_size]
-        return [(rows, 1.0) for rows in mine] or [(micro_batches[0], 0.0)]
+        mine = range(self.fabric.global_rank, len(micro_batches), self.fabric.world_size)
+        return [(number, micro_batches[number], 1.0) for number in mine] or [(0, micro_batches[0], 0.0)]
 
     def mean_over_processes(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
         """Return the sums of all processes divided by the total weight."""
@@ -208,7 +210,7 @@ class Trainer:
         """Return the mean losses over the validation data, always in the same batches."""
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.model.eval()
-        for rows, scale in self.share_of_process(plan_validation(self.val.lengths, self.settings.micro_batch_size)):
+        for _, rows, scale in self.share_of_process(plan_validation(self.val.lengths, self.settings.micro_batch_size)):
             batch = self.fabric.to_device(self.val.batch(rows))
             add_scaled(sums, self.val_loss(self.model, batch), scale)
         self.model.train()
@@ -221,10 +223,14 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps")
         self.val_losses.append((self.step, metrics["loss"]))
-        if self.run.is_first:
-            is_best = metrics["loss"] == min(loss for _, loss in self.val_losses)
+        is_best = best_of(self.val_losses)[0] == self.step
+        if is_best:
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
+        with self.run.together():
+            if not self.run.is_first:
+                return
             if is_best:
-                self.run.save_adapter("best", self.trainable, *self.val_losses[-1])
+                self.run.save_adapter("best", self.best, *self.val_losses[-1])
             more = self.val_metrics(self.unwrapped)
             self.run.log_metrics(self.step, {f"val/{name}": value for name, value in more.items()})
             records = self.sample_answers(self.unwrapped)
@@ -232,36 +238,40 @@ class Trainer:
             note = ", the best so far" if is_best and self.step else ""
             line = f"step {self.step}: validation loss {metrics['loss']:.4f}{note}"
             write_above_bar("\n".join([line, *map(summarize, records)]))
-        self.fabric.barrier()
 
     def save_state(self) -> None:
         """Save everything that a resumed run needs, between two steps."""
-        state = {
-            "step": self.step,
-            "adapter": {name: p.detach() for name, p in self.trainable.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "val_losses": self.val_losses,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-        }
-        self.run.save_state(state)
-        self.run.save_adapter("last", self.trainable, self.step, self.val_losses[-1][1])
-        self.fabric.barrier()
+        with self.run.together():
+            self.run.save_state({
+                "step": self.step,
+                "adapter": {name: p.detach() for name, p in self.trainable.items()},
+                "best": self.best,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "val_losses": self.val_losses,
+                "seconds": self.seconds,
+                "tokens": self.tokens,
+            })  # fmt: skip
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Continue from a state of `save_state`; None starts a new run."""
+        """Continue from a state of `save_state`; None starts a new run.
+
+        Raises:
+            UserError: The state does not fit this run, or holds values that are not finite.
+        """
         if state is None:
             return
+        with self.run.together():
+            check_saved_state(self.run.state_path, state, self.trainable, self.optimizers)
         for name, p in self.trainable.items():
             p.copy_(state["adapter"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        self.val_losses = [tuple(pair) for pair in state["val_losses"]]
+        self.val_losses, self.best = [tuple(pair) for pair in state["val_losses"]], state.get("best") or {}
 
     def summary(self) -> dict[str, Any]:
-        best_step, best = min(self.val_losses, key=lambda pair: pair[1])
+        best_step, best = best_of(self.val_losses)
         return {
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "steps": self.step,
@@ -279,20 +289,6 @@ class Trainer:
             return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
         best = self.run.path / "best.safetensors"
         return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")
-
-    def print_plan(self) -> None:
-        """Print the size of the run, and notes on settings that are allowed but probably not intended."""
-        if not self.run.is_first:
-            return
-        n_parameters, rows = sum(p.numel() for p in self.trainable.values()), len(self.train.lengths)
-        log(f"{n_parameters:,} trainable parameters, {rows:,} rows, {self.max_steps} steps")
-        processes, per_step = self.fabric.world_size, self.settings.batch_size // self.settings.micro_batch_size
-        if self.warmup_steps >= self.max_steps > self.step:
-            log(f"note: the warmup has {self.warmup_steps} steps and the run {self.max_steps}, so the learning rate "
-                "never reaches its peak.")  # fmt: skip
-        if processes > per_step:
-            log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
-                f"{max(1, self.settings.batch_size // processes)}.")  # fmt: skip
 
 
 def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:

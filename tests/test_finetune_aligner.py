@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -32,12 +33,15 @@ from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
+from lit_llama.staging import TEMPORARY
 from lit_llama.tensor_files import read_state
 from lit_llama.train import SFTLoss
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 FILES = {
+    ".aligner-lock",
+    ".aligner-manifest.json",
     "best.safetensors",
     "config.yaml",
     "environment.json",
@@ -223,7 +227,10 @@ def test_a_killed_run_resumes_to_the_same_losses(flags, tmp_path, capsys):
     # what a kill between the logs and the state leaves, and one in the middle of a write
     with (killed / "samples.jsonl").open("a") as file:
         file.write('{"step": 399, "prompt": "from a lost future"}\n{"step": 39')
-    (killed / ".state.pt.1.tmp").write_bytes(b"half")
+    left = killed / f"{TEMPORARY}999999999-{platform.node()}-{'0' * 16}/new/state.pt"
+    left.parent.mkdir(parents=True)
+    left.parents[1].chmod(0o700)
+    left.write_bytes(b"half")
 
     train(flags(killed, **long, resume=True))
     assert_same_losses(killed, tmp_path / "whole")

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
+from lit_llama.files import claim
 from lit_llama.logps import LabelLogps
 from lit_llama.report import MetricsLog, Progress, read_metrics, write_above_bar
-from lit_llama.run_folder import RunFolder
+from lit_llama.run_folder import NAMES, RunFolder
 from lit_llama.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
 from lit_llama.train import SFTLoss, Trainer, lr_at
 from lit_llama.train_settings import TrainSettings
@@ -125,17 +126,20 @@ def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "state.pt"])
-def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path, name):
-    (tmp_path / name).touch()
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path):
+    claim(tmp_path, NAMES)
+    (tmp_path / "state.pt").touch()
     with pytest.raises(UserError, match="already holds a run: continue it with --resume, replace it with"):
         RunFolder(Settings(out_dir=tmp_path))
 
 
-def test_resuming_a_run_whose_state_was_deleted_is_refused(tmp_path):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_whose_state_was_deleted_is_only_overwritten(tmp_path, resume):
+    claim(tmp_path, NAMES)
     (tmp_path / "last.safetensors").touch()
-    with pytest.raises(UserError, match=r"without its state\.pt"):
-        RunFolder(Settings(out_dir=tmp_path, resume=True))
+    with pytest.raises(UserError, match=r"without its state\.pt, which cannot be resumed; replace it with --overwrite"):
+        RunFolder(Settings(out_dir=tmp_path, resume=resume))
+    RunFolder(Settings(out_dir=tmp_path, overwrite=True))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "nonsense"])

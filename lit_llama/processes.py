@@ -1,0 +1,97 @@
+"""Several processes of one run: they are waited for, fail together, and none outlives the others."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+
+from lit_llama.utils import UserError, log
+
+PATIENCE = timedelta(minutes=30)  # for processes of other machines, and for one that computes alone
+
+
+def ddp_strategy(strategy: str, num_nodes: int) -> str | DDPStrategy:
+    """Return the strategy for Fabric; with several machines, one with a known time limit."""
+    return DDPStrategy(timeout=PATIENCE) if num_nodes > 1 and strategy in ("auto", "ddp") else strategy
+
+
+def launch(fabric: Fabric, num_nodes: int) -> None:
+    """Start the other processes on this machine and wait for those of other machines.
+
+    Raises:
+        UserError: They did not start in time.
+    """
+    if num_nodes > 1:
+        place = fabric.strategy.cluster_environment
+        log(f"Waiting for {num_nodes} machines at {place.main_address}:{place.main_port}, at most {PATIENCE}. Start "
+            "this command on each, with the same MASTER_ADDR and MASTER_PORT, and NODE_RANK from 0 to "
+            f"{num_nodes - 1}.")  # fmt: skip
+    try:
+        fabric.launch()
+    except dist.DistError as error:
+        raise UserError(
+            f"The processes of the run did not find each other within {PATIENCE} "
+            f"({str(error).partition(chr(10))[0].rstrip('.')}); check --num_nodes, MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK on each machine."
+        ) from None
+    watch_processes()
+
+
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """Run a block in every process. They wait for each other at its end, and if it fails in one, it fails in all.
+
+    Raises:
+        UserError: That of the first process in which it failed.
+    """
+    if fabric.world_size == 1:
+        yield
+        return
+    problem, mistake = None, None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # a mistake of this project, which keeps its traceback
+        mistake, problem = error, f"Process {fabric.global_rank} failed ({type(error).__name__})."
+    problems: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(problems, problem)
+    if mistake is not None:
+        raise mistake
+    if first := next(filter(None, problems), None):
+        raise UserError(first)
+
+
+def watch_processes() -> None:
+    """End this process soon after another one of the run on this machine has ended, even if it waits for it.
+
+    gloo notices a lost process by itself, NCCL does not.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":  # Lightning's, in the first process; it would kill without a word
+            thread._terminate_all = lambda children=thread._child_processes: _give_up(children)
+    if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    _give_up([])
+
+
+def _give_up(children: list[Any]) -> None:
+    time.sleep(3)  # a process that can end by itself explains more
+    for child in children:
+        child.kill()
+    log("error: Another process of this run ended, and the run cannot go on; continue it with --resume.")
+    sys.stdout.flush()
+    os._exit(1)
