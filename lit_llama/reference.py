@@ -71,9 +71,8 @@ def reference_key(
     adapter: str,
     batches: list[np.ndarray],
     fabric: Fabric,
-    *,
-    method: str = "aligner",
     quantize: str | None = None,
+    method: str = "aligner",
 ) -> dict[str, str]:
     """Return everything that the log-probabilities of the reference depend on, including their rounding.
 
@@ -81,7 +80,8 @@ def reference_key(
         checkpoint_dir: The base; its weight file is hashed completely.
         adapter: `adapter_sha256` of the reference, or "none".
         batches: The micro-batches in which they are computed.
-        method, quantize: The finetuning method, whose layers are not quantized, and the quantization of the others.
+        quantize: The quantization of the base.
+        method: The finetuning method; its own layers are not quantized.
     """
     base = hash_file(weights_path(checkpoint_dir))
     base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
@@ -225,4 +225,4 @@ def answer_logp(model: LLaMA, ids: torch.Tensor, n_prompt: int) -> torch.Tensor:
     """
     labels = ids.clone()
     labels[:, :n_prompt] = IGNORE_INDEX
-    return model.label_logps(ids, labels).view(len(ids), -1).sum(1).logsumexp(0)
+    return model.label_logps(ids, labels).view(len(ids), ids.size(1) - n_prompt).sum(1).logsumexp(0)

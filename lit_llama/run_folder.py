@@ -282,7 +282,7 @@ class RunFolder:
             self.save_adapter("best", state["best"], *best_of(state["val_losses"]))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write everything that a resumed run needs: the metrics up to that step, the state, and its adapters.
+        """Write everything that a resumed run needs, after the metrics up to that step, and the last adapter.
 
         Args:
             state: Fields that `lit_llama.saved_state` checks, of types that `torch.load(weights_only=True)` reads.
@@ -293,7 +293,7 @@ class RunFolder:
             with atomic_write(self.state_path) as path:
                 torch.save({**state, **record}, path)
             self.saved_step = state["step"]
-            self.save_adapters(state)
+            self.save_adapter("last", state["adapter"], state["step"], state["val_losses"][-1][1])
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the files that describe a completed run."""

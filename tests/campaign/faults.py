@@ -1,31 +1,36 @@
-"""Kill a process at the n-th call that changes a folder: for campaigns, installed in the process under test alone."""
+"""Kill a process or fill its disk at the n-th call that changes a folder; installed in the process under test alone."""
 
 import builtins
+import errno
 import functools
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "truncate", "chmod")
+FREE = ("unlink", "remove", "rmdir", "truncate", "chmod")  # work on a full disk
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Faults:
-    """Count the calls that change something below a folder, and kill the process at one of them.
+    """Count the calls that change something below a folder, and let something happen at one of them.
 
     Args:
         root: Folder whose changes count.
         kill_at: Number of the call, from 1; None counts only.
-        after: Kill after the call instead of before it.
+        how: "before" or "after" kills the process before or after the call; "full" lets it and every later one that
+            needs space fail as on a full disk; "record" copies the folder before each call, to `record/NUMBER` beside
+            `count_file`: what a kill there would leave.
         count_file: File that receives the names of the calls, one per line.
     """
 
-    def __init__(self, root: Path, kill_at: int | None, after: bool, count_file: Path) -> None:
-        self.root, self.kill_at, self.after = os.path.realpath(root), kill_at, after
-        self.count = 0
+    def __init__(self, root: Path, kill_at: int | None, how: str, count_file: Path) -> None:
+        self.root, self.kill_at, self.how = os.path.realpath(root), kill_at, how
+        self.count, self.source, self.records = 0, self.root, Path(count_file).with_name("record")
         self.log = os.open(count_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
 
     def install(self) -> None:
@@ -51,15 +56,27 @@ class Faults:
                 return call(*args, **kwargs)
             self.count += 1
             os.write(self.log, f"{name} {args[path_index]}\n".encode(errors="replace"))
+            if self.how == "record":
+                self._record()
             fatal = self.count == self.kill_at
-            if fatal and not self.after:
+            if self.how == "full" and self.kill_at and self.count >= self.kill_at and name not in FREE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[path_index])
+            if fatal and self.how == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = call(*args, **kwargs)
-            if fatal:
+            if fatal and self.how == "after":
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
         return counted
+
+    def _record(self) -> None:
+        pid = os.fork()  # in a child, so that the copying is not counted
+        if pid == 0:
+            self.root = "/nowhere"
+            shutil.copytree(self.source, self.records / str(self.count), symlinks=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
 
     def _is_below_root(self, path: Any, dir_fd: int | None) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):

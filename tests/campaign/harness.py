@@ -115,9 +115,13 @@ class Harness:
         stdin: bytes = b"",
         env: dict[str, str] | None = None,
         limit: float = 120,
+        kill_after: float | None = None,
         watch: Path | None = None,
         kill_at: int | None = None,
         after: bool = False,
+        full: bool = False,
+        record: bool = False,
+        file_limit: int | None = None,
         user: int | None = None,
         streams: dict[str, str] | None = None,
         fresh: bool = False,
@@ -131,9 +135,13 @@ class Harness:
             args: Arguments; str, bytes or anything with a str.
             cwd: Working directory.
             limit: Seconds after which the run is killed and counts as a hang.
+            kill_after: Seconds after which the process is killed with SIGKILL.
             watch: Folder in which changes are counted.
             kill_at: Number of the change, from 1, at which the process kills itself.
             after: Kill after the change instead of before it.
+            full: From the change `kill_at` on, fail as on a full disk, instead of a kill.
+            record: Copy the folder before each change, to `record/NUMBER` in the harness's folder.
+            file_limit: Bytes that a file may have; a longer one fails in the middle of a write.
             user: Run with this user id (only as root).
             streams: What "stdin", "stdout" and "stderr" are instead of files: "closed", "broken" (a pipe that nobody
                 reads) or "full" (/dev/full).
@@ -143,8 +151,10 @@ class Harness:
         """
         (self.folder / "in").write_bytes(stdin)
         (self.folder / "calls").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "record", ignore_errors=True)
         words = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
         request = {"script": script, "args": words, "cwd": str(cwd), "env": env or {}, "limit": limit, "user": user,
+                   "kill_after": kill_after, "full": full, "record": record, "file_limit": file_limit,
                    "watch": watch and str(watch), "kill_at": kill_at, "after": after, "memory": memory, "quick": quick,
                    "folder": str(self.folder), "streams": streams or {}}  # fmt: skip
         began = time.perf_counter()
@@ -161,7 +171,7 @@ class Harness:
             (self.folder / "out").read_bytes(),
             (self.folder / "err").read_bytes(),
             time.perf_counter() - began,
-            kill_at is not None and code == -signal.SIGKILL,
+            (kill_at, kill_after) != (None, None) and code == -signal.SIGKILL,
             calls.read_text().splitlines() if calls.exists() else [],
             streams or {},
         )
@@ -171,7 +181,7 @@ class Harness:
         process = subprocess.Popen(
             [sys.executable, __file__, "one", str(self.folder / "request")], env=self.environment
         )
-        return wait(process.pid, request["limit"])
+        return wait(process.pid, request["limit"], request["kill_after"])
 
 
 # == in the server ==
@@ -192,16 +202,19 @@ def serve(modules: list[str]) -> None:
             replies.close()
             execute(request)
             return
-        print(json.dumps(wait(pid, request["limit"])), file=replies, flush=True)
+        print(json.dumps(wait(pid, request["limit"], request["kill_after"])), file=replies, flush=True)
 
 
-def wait(pid: int, limit: float) -> int | None:
+def wait(pid: int, limit: float, kill_after: float | None = None) -> int | None:
     """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed."""
-    deadline, asked = time.monotonic() + limit, False
+    began = time.monotonic()
+    deadline, asked = began + limit, False
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return None if asked else os.waitstatus_to_exitcode(status)
+        if kill_after is not None and time.monotonic() - began > kill_after:
+            os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL if asked else signal.SIGABRT)  # faulthandler prints where it is
             deadline, asked = deadline + 5, True
@@ -224,7 +237,10 @@ def execute(request: dict[str, Any]) -> None:
         sys.path.append(str(ROOT / "tests" / "campaign"))
         from faults import Faults
 
-        Faults(request["watch"], request["kill_at"], request["after"], folder / "calls").install()
+        how = next((how for how in ("full", "record", "after") if request[how]), "before")
+        Faults(request["watch"], request["kill_at"], how, folder / "calls").install()
+    if request["file_limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
     if request["memory"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
     if request["user"] is not None:

@@ -1,0 +1,132 @@
+"""No run is lost by a kill: it continues, or begins again, to the files of an undisturbed run.
+
+    python tests/campaign/kills.py --cases 200      kills at random moments and at random changes, several in a row
+    python tests/campaign/kills.py --every 1        what a kill between any two changes of the folder leaves
+
+SFT and DPO, at the first start, at --resume (of an interrupted and of a finished run) and at --overwrite.
+"""
+
+import argparse
+import itertools
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import Harness
+from runs import KINDS, MODULES, OTHER, Runs, left_temporaries
+
+STARTS = ("first", "resume", "finished", "overwrite")
+
+
+def prepare(runs: Runs, start: str, folder: Path) -> None:
+    """Put into a sandbox what is there before the process that is killed."""
+    source = None
+    if start == "resume":
+        source = runs.kept("interrupted", lambda folder: interrupt(runs, folder))
+    elif start == "finished":
+        source = runs.undisturbed()
+    elif start == "overwrite":
+        source = runs.undisturbed(*OTHER)
+    if source is not None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def interrupt(runs: Runs, folder: Path) -> None:
+    """Kill a run when it has written its second state and not yet the adapter of it."""
+    calls = runs.run(runs.kept("counted", lambda folder: None), watch=folder.parent).calls
+    states = [i for i, call in enumerate(calls, 1) if call.startswith("replace") and call.endswith("state.pt")]
+    runs.run(folder, watch=folder, kill_at=states[1], after=True)
+
+
+def flags_of(start: str) -> tuple[str, ...]:
+    return {"first": (), "overwrite": ("--overwrite",)}.get(start, ("--resume",))
+
+
+def recover(runs: Runs, start: str, folder: Path, rng: random.Random) -> str:
+    """Go on after a kill as a user would, and check the result. Returns what became of an overwritten run."""
+    outcome = "new"
+    if start == "overwrite":
+        again = rng.choice(("--overwrite", "--resume", None))
+        ended = runs.run(folder, *([again] if again else []))
+        if ended.code and again == "--resume":  # it is still the old run
+            outcome = "old"
+            runs.finish(folder, "--resume", *OTHER)
+            runs.check_result(folder, *OTHER)
+        elif ended.code:
+            runs.finish(folder, "--overwrite")
+    else:
+        ended = runs.run(folder, *rng.choice(((), ("--resume",))))
+        if ended.code:  # without a flag: there is a run
+            runs.finish(folder, "--resume")
+    if outcome == "new":
+        runs.check_result(folder)
+    left = left_temporaries(folder)
+    assert not left, f"{left[0]} was left"
+    return outcome
+
+
+def check_random(harness: Harness, rng: random.Random, folder: Path) -> str:
+    """One to three kills, each at a random moment or at a random change."""
+    runs, start = Runs(harness, rng.choice(list(KINDS))), rng.choice(STARTS)
+    prepare(runs, start, folder)
+    flags = flags_of(start)
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.5:
+            runs.run(folder, *flags, kill_after=rng.uniform(0.2, 2.5))
+        else:
+            runs.run(folder, *flags, watch=folder, kill_at=rng.randint(1, 150), after=rng.random() < 0.5)
+        if start != "overwrite":
+            flags = ("--resume",)
+    return f"{runs.kind} {start} {recover(runs, start, folder, rng)}"
+
+
+def record_points(harness: Harness, folder: Path) -> list[tuple[str, str, Path]]:
+    """Return what a kill before each change, and after the last, leaves: (kind, start, copy of the sandbox)."""
+    folder.mkdir()
+    found = []
+    for kind, start in itertools.product(KINDS, STARTS):
+        runs, sandbox, copies = Runs(harness, kind), folder / f"{kind}-{start}", folder / f"{kind}-{start}-points"
+        sandbox.mkdir()
+        prepare(runs, start, sandbox)
+        calls = runs.run(sandbox, *flags_of(start), watch=sandbox, record=True).calls
+        shutil.move(harness.folder / "record", copies)
+        found += [(kind, start, copies / str(n)) for n in range(1, len(calls) + 1)] + [(kind, start, sandbox)]
+    return found
+
+
+def check_point(harness: Harness, rng: random.Random, folder: Path, point: tuple[str, str, Path]) -> str:
+    kind, start, copy = point
+    shutil.copytree(copy, folder, dirs_exist_ok=True)
+    return f"{kind} {start} {recover(Runs(harness, kind), start, folder, rng)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=20, help="how many random cases to run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case; case i has seed + i")
+    parser.add_argument("--every", type=int, help="instead of random cases: every n-th point, from --seed on")
+    args = parser.parse_args()
+    failed, outcomes, began = 0, {}, time.perf_counter()
+    with Harness(MODULES) as harness:
+        points = record_points(harness, harness.folder / "points") if args.every else []
+        chosen = points[args.seed :: args.every] if args.every else [None] * args.cases
+        for i, point in enumerate(chosen):
+            seed = args.seed + i * (args.every or 1)
+            rng, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="campaign-case-"))
+            try:
+                outcome = check_point(harness, rng, folder, point) if point else check_random(harness, rng, folder)
+                outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            except AssertionError as error:
+                failed += 1
+                print(f"seed {seed}, {point}: {error}\n", flush=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    print(f"{len(chosen)} cases, {failed} failed, {time.perf_counter() - began:.0f} s; bit-equal: {outcomes}")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
