@@ -42,7 +42,6 @@ from lit_llama.train_settings import FinetuneSettings
 @dataclass
 class Settings(FinetuneSettings):
     may_change = (*FinetuneSettings.may_change, "precompute_reference", "drift_prompts")
-    not_below_0 = (*FinetuneSettings.not_below_0, "drift_prompts")
 
     # == What to train on ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # folder of the frozen base model

@@ -221,8 +221,8 @@ def make_figure(width: float, height: float) -> "Figure":
 
 def make_panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
     """Return a figure of panels, two in a line, and the panels; sizes are those of one, in inches."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
+    columns = max(1, min(count, 2))
+    lines = max(1, -(-count // columns))
     figure = make_figure(width * columns, height * lines)
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid[count:]:

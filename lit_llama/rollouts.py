@@ -95,7 +95,7 @@ class Rollouts:
         self.answerer, self.reward, self.group_size, self.seed = answerer, reward, group_size, seed
         self.divide_by_std, self.length_term = divide_by_std, length_term
         self.lengths, self.weights = answerer.data.lengths, answerer.data.weights
-        self.tokens = group_size * self.lengths
+        self.tokens, self.sha256 = group_size * self.lengths, answerer.data.sha256
         self.batches: dict[bytes, dict[str, Tensor]] = {}  # of the current step, by their rows
 
     def sample(self, model: LLaMA, step: int, rows: np.ndarray) -> dict[str, Tensor]:

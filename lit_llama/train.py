@@ -82,10 +82,10 @@ class Trainer:
         check_rows(val, "validation", self.unwrapped.max_tokens)
 
         self.steps_per_epoch = math.ceil(len(train.lengths) / self.settings.batch_size)
-        self.max_steps = max(1, round(self.settings.epochs * self.steps_per_epoch))
+        self.max_steps = max(1, round(min(self.settings.epochs, 1e9) * self.steps_per_epoch))
         if self.settings.max_steps is not None:
             self.max_steps = min(self.max_steps, self.settings.max_steps)
-        self.warmup_steps = round(self.settings.warmup_epochs * self.steps_per_epoch)
+        self.warmup_steps = round(min(self.settings.warmup_epochs, 1e9) * self.steps_per_epoch)
         self.step = 0
         self.seconds, self.tokens = 0.0, 0  # of the run, earlier processes included
         self.val_losses: list[tuple[int, float]] = []
@@ -148,7 +148,8 @@ class Trainer:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
         not_finite = []
         share = self.share_of_process(micro_batches)
-        for i, (number, rows, scale) in enumerate(share):
+        for i, (rows, scale) in enumerate(share):
+            number = fabric.global_rank + i * fabric.world_size  # of the micro-batch in the step
             # for dropout, which some methods have: the same for a micro-batch in whichever process
             torch.manual_seed((settings.seed * 1_000_003 + self.step + (number << 53)) % 2**64)
             batch = fabric.to_device(self.train.batch(rows))
@@ -191,14 +192,14 @@ class Trainer:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
-    def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[int, np.ndarray, float]]:
-        """Return the number of each micro-batch of this process, the micro-batch, and the factor of its losses.
+    def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, float]]:
+        """Return the micro-batches of this process and the factor of their losses.
 
         If there are fewer micro-batches than processes, the others compute the first one with a factor of 0, because
         all processes have to take part in the exchange of gradients.
         """
-        mine = range(self.fabric.global_rank, len(micro_batches), self.fabric.world_size)
-        return [(number, micro_batches[number], 1.0) for number in mine] or [(0, micro_batches[0], 0.0)]
+        mine = micro_batches[self.fabric.global_rank :: self.fabric.world_size]
+        return [(rows, 1.0) for rows in mine] or [(micro_batches[0], 0.0)]
 
     def mean_over_processes(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
         """Return the sums of all processes divided by the total weight."""
@@ -210,7 +211,7 @@ class Trainer:
         """Return the mean losses over the validation data, always in the same batches."""
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.model.eval()
-        for _, rows, scale in self.share_of_process(plan_validation(self.val.lengths, self.settings.micro_batch_size)):
+        for rows, scale in self.share_of_process(plan_validation(self.val.lengths, self.settings.micro_batch_size)):
             batch = self.fabric.to_device(self.val.batch(rows))
             add_scaled(sums, self.val_loss(self.model, batch), scale)
         self.model.train()

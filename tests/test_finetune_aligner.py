@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load
 
 import finetune.aligner as script
 from lit_llama import cli
@@ -323,17 +325,147 @@ def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/train")
     shutil.copytree(data_dir / "test", tmp_path / "data/train")
-    with pytest.raises(UserError, match="another rows;"):
+    with pytest.raises(UserError, match="another rows, another tokens;"):
         train(flags(finished, resume=True, data_dir=tmp_path / "data"))
+
+
+def test_resuming_on_other_data_of_the_same_lengths_is_refused(finished, flags, data_dir, tmp_path):
+    rows = load_from_disk(str(data_dir / "train")).to_list()
+    rows[-1]["input_ids"][-2] += 1
+    shutil.copytree(data_dir, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/train")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "data/train"))
+    with pytest.raises(UserError, match=r"had other settings: another tokens;"):
+        train(flags(finished, resume=True, data_dir=tmp_path / "data"))
+
+
+def test_a_kill_between_state_and_adapters_is_repaired(finished, flags, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    expected = {name: (finished / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
+    trained = read_adapter(finished)
+    save_adapter(tmp_path / "run/last.safetensors", trained.state, {**trained.meta, "training": {"step": 12}})
+    (tmp_path / "run/best.safetensors").unlink()
+    train(flags(tmp_path / "run", resume=True))
+    for name in expected:
+        found = read_adapter(tmp_path / f"run/{name}.safetensors")
+        assert found.meta["training"]["step"] == 14
+        assert all(torch.equal(t, load(expected[name])[key]) for key, t in found.state.items())
+
+
+def test_a_run_of_an_earlier_version_continues(finished, flags, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in (".aligner-manifest.json", ".aligner-lock"):
+        (tmp_path / "run" / name).unlink()
+    state = torch.load(finished / "state.pt", weights_only=True)
+    identity = {name: value for name, value in json.loads(state["identity"]).items() if name != "tokens"}
+    del state["best"]
+    torch.save({**state, "identity": json.dumps(identity)}, tmp_path / "run/state.pt")
+    train(flags(tmp_path / "run", resume=True))
+    assert_same_losses(tmp_path / "run", finished)
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+    train(flags(tmp_path / "run", overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["state.pt", "metrics.csv", "samples.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n\0", b"step,step\nx,1\n", b'{"step": "x"}\n', b"[1, 2]\n"])
+def test_a_damaged_file_is_one_sentence_and_nothing_changes(finished, flags, tmp_path, name, content):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    if (name, content) in {("metrics.csv", b""), ("samples.jsonl", b"")}:
+        return train(flags(tmp_path / "run", resume=True))  # empty is no damage
+    with pytest.raises(UserError, match=rf"{name}.*(damaged|not a table|move it away|Move it away)"):
+        train(flags(tmp_path / "run", resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags, tmp_path, capfd, monkeypatch):
+    step = script.Trainer.train_step
+
+    def terminated(self, rows):
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Trainer, "train_step", terminated)
+        with pytest.raises(SystemExit) as ended:
+            train(flags(tmp_path))
+    assert ended.value.code == 143
+    said = capfd.readouterr().err
+    assert re.search(r"^SIGTERM: saving after this step\. To continue: python .* --resume$", said, re.MULTILINE)
+    assert "Interrupted. To continue from step 6: python" in said
+    assert saved_step(tmp_path / "state.pt") == 6
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(flags(tmp_path, resume=True))
+    assert_same_losses(tmp_path, finished)
+
+
+def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
+    """A lock ends with its process, in whatever way that ends."""
+    shutil.copytree(finished, tmp_path / "run")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run/.aligner-lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    before = snapshot(tmp_path / "run")
+    for changes in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"Another process is writing into .*run; wait until it ends, or"):
+            train(flags(tmp_path / "run", **changes))
+    assert snapshot(tmp_path / "run") == before
+    holder.kill()
+    holder.communicate()
+    train(flags(tmp_path / "run", resume=True))
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "samples.jsonl", "loss.png", "config.yaml", "state.pt",
+                                  ".aligner-lock", ".aligner-manifest.json"])  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_files_of_others_stop_a_run_before_it_begins(flags, tmp_path, name, changes):
+    (tmp_path / name).write_bytes(b"years of work")
+    with pytest.raises(UserError, match="was not written by this program"):
+        train(flags(tmp_path, **changes))
+    assert snapshot(tmp_path) == {tmp_path / name: b"years of work"}
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/run/deep", "n" * 256, "n" * 256 + "/run"])
+def test_a_place_that_cannot_be_a_folder_is_one_sentence(flags, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"^Cannot write .*\((Not a directory|File name too long).*choose another"):
+        train(flags(tmp_path / place))
+
+
+def test_a_long_name_is_a_name(flags, tmp_path):
+    train(flags(tmp_path / ("n" * 250), max_steps=1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_new_tokens": 0}, {"sample_prompts": -1}, {"seed": 2**32}, {"adapter_start_layer": 9}], ids=str
+)
+def test_a_mistake_is_found_before_a_run_is_replaced(finished, flags, changes):
+    before = snapshot(finished)
+    with pytest.raises(UserError, match=next(iter(changes))):
+        train(flags(finished, overwrite=True, **changes))
+    assert snapshot(finished) == before
 
 
 def test_overwrite_starts_afresh_and_touches_no_other_file(flags, finished, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    theirs = tmp_path / "tensorboard/events.out.tfevents.1.theirs"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
     train(flags(tmp_path, learning_rate=0.5, max_steps=16))
     with pytest.raises(UserError, match="already holds a run"):
         train(flags(tmp_path))
     train(flags(tmp_path, overwrite=True))
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}
+    assert theirs.read_text() == "mine"
+    theirs.unlink()
     assert_same_losses(tmp_path, finished)
     assert tensorboard_steps(tmp_path, "train/loss") == list(range(14))
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
@@ -372,6 +504,15 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher):
     # AdamW forgives a gradient that is off by a factor
     one, two = (read_metrics(tmp_path / run / "metrics.csv") for run in ("one", "two"))
     assert all(two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-4) for step in range(7))
+
+
+def test_dropout_is_the_same_on_any_number_of_devices(flags, tmp_path):
+    changes = dict(max_steps=2, eval_rows=3, method="lora", method_config='{"lora_dropout": 0.5}', micro_batch_size=2)
+    train(flags(tmp_path / "one", **changes))
+    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=ddp"]
+    done = subprocess.run([*command, *flags(tmp_path / "two", **changes)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
 
 
 # == mistakes ==

@@ -182,7 +182,10 @@ def test_the_reference_is_computed_again_when_an_input_changes(
     meta.write_text(meta.read_text().replace(Tokenizer(other_base).sha256, sha))
     assert run(micro_batch_size=8) == both
     assert run(precision="bf16-true") == both
+    assert run(method="bitfit") == both
     assert run() == []
+    monkeypatch.setattr(reference, "instruction_set", lambda: "AVX9")
+    assert run() == both
 
 
 def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
@@ -314,11 +317,11 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
     result = reference.sampled_kl(policy, closed, prompts, (2, 1), 20)
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
-    for prompt, answer in zip(prompts, ([*answers[0], 2], answers[1], [*answers[2], 2]), strict=True):
-        ids = torch.tensor([prompt + answer])
-        labels = torch.tensor([[-1] * len(prompt) + answer])
-        with torch.no_grad():
-            p, r = (sequence_logps(m(ids), labels) for m in (policy, base))
+    for prompt, answer, ends in zip(prompts, answers, ((2, 1), None, (2, 1)), strict=True):
+        ids = torch.tensor([[*prompt, *answer, end] for end in ends] if ends else [prompt + answer])
+        labels = torch.tensor([[-1] * len(prompt) + row[len(prompt) :] for row in ids.tolist()])
+        with torch.no_grad():  # an answer can end with either stop token
+            p, r = (sequence_logps(m(ids), labels).exp().sum().log() for m in (policy, base))
         kl += (p - r).item() / 3
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
 
@@ -332,6 +335,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
         ({"beta": 0}, "beta is 0.0; it must be above 0"),
         ({"sft_weight": -1}, "sft_weight is -1.0; it must be 0 or more."),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1 but only the sigmoid loss has one"),
+        ({"drift_prompts": -1}, "drift_prompts is -1 and must be 0 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
     ],
 )

@@ -112,6 +112,8 @@ def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
         ({"eval_interval": 0}, "eval_interval is 0; it must be 1 or more."),
         ({"grad_clip": -2.0}, "grad_clip is -2.0; it must be 0 or more."),
         ({"seed": -1}, "seed is -1; it must be 0 or more."),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at most 4294967295."),
+        ({"num_nodes": 0}, "num_nodes is 0; it must be 1 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other."),
         (

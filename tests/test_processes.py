@@ -1,0 +1,94 @@
+"""Two processes over gloo: an error or the death of one ends both, with one sentence."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from lightning.fabric import Fabric
+from lit_llama import processes
+from lit_llama.console import exit_on_user_error
+from lit_llama.utils import UserError
+
+case, where = sys.argv[1], int(sys.argv[2])
+with exit_on_user_error():
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    processes.launch(fabric, 1)
+    here = fabric.global_rank == where
+    if case == "error":
+        with processes.together(fabric):
+            if here:
+                raise UserError("The disk is full.")
+    if case == "mistake":
+        with processes.together(fabric):
+            if here:
+                raise KeyError("a mistake")
+    if case.startswith("killed") and here:
+        open(sys.argv[3], "w").write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "killed, the other waits":
+        time.sleep(100)  # like a process under NCCL
+    if case == "killed, gloo notices":
+        fabric.barrier()
+    print("not reached")
+"""
+
+
+def run(path: Path, *args: object) -> tuple[int, str, float]:
+    """Return the exit code of the first process, what both printed, and the seconds from a death to the end of both."""
+    (path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, path / "script.py", *map(str, args), path / "died"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, _ = process.communicate(timeout=300)  # when both have closed their end of the pipe
+    died = float((path / "died").read_text()) if (path / "died").exists() else time.time()
+    return process.returncode, said, time.time() - died
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_is_one_sentence_of_all(tmp_path, rank):
+    code, said, _ = run(tmp_path, "error", rank)
+    assert (code, said) == (1, "error: The disk is full.\n")
+
+
+def test_a_mistake_keeps_its_traceback(tmp_path):
+    code, said, _ = run(tmp_path, "mistake", 1)
+    assert code == 1
+    assert said.count("Traceback") == 1 and "KeyError: 'a mistake'" in said
+    assert said.count("error: Process 1 failed (KeyError).") == 1
+
+
+@pytest.mark.parametrize("case", ["killed, the other waits", "killed, gloo notices"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_process_ends_the_other_within_a_minute(tmp_path, case, rank):
+    code, said, seconds = run(tmp_path, case, rank)
+    assert code == (-9 if rank == 0 else 1)
+    assert re.fullmatch(r"error: Another process of this run ended[,;] [^\n]*\.\n", said), said
+    assert seconds < 60
+
+
+def test_machines_are_waited_for_with_a_word_and_a_limit():
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from datetime import timedelta
+from lightning.fabric import Fabric
+from lit_llama import processes
+from lit_llama.console import exit_on_user_error
+processes.PATIENCE = timedelta(seconds=3)
+with exit_on_user_error():
+    strategy = processes.ddp_strategy("auto", 1000)
+    processes.launch(Fabric(accelerator="cpu", num_nodes=1000, strategy=strategy), 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    waiting, error = done.stderr.strip().splitlines()
+    beginning = r"Waiting for 1000 machines at 127\.0\.0\.1:\d+, at most 0:00:03\. Start this command on each, with"
+    assert re.match(beginning, waiting)
+    assert error.startswith("error: The processes of the run did not find each other within 0:00:03 (")
