@@ -1,5 +1,6 @@
 """Several processes of one run: they are waited for, fail together, and none outlives the others."""
 
+import atexit
 import os
 import sys
 import threading
@@ -42,7 +43,9 @@ def launch(fabric: Fabric, num_nodes: int) -> None:
             f"({str(error).partition(chr(10))[0].rstrip('.')}); check --num_nodes, MASTER_ADDR, MASTER_PORT and "
             "NODE_RANK on each machine."
         ) from None
-    watch_processes()
+    if fabric.world_size > 1:
+        watch_processes()
+        atexit.register(_disconnect)
 
 
 @contextmanager
@@ -80,6 +83,12 @@ def watch_processes() -> None:
             thread._terminate_all = lambda children=thread._child_processes: _give_up(children)
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
         threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _disconnect() -> None:
+    """End the threads of torch.distributed, which could abort the end of Python."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _watch_parent(parent: int) -> None:

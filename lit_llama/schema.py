@@ -193,7 +193,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list | dict):
         return NAMES[type(value)]
     try:
-        text = printable(json.dumps(value, ensure_ascii=False))
+        text = printable(json.dumps(value, ensure_ascii=False, default=lambda value: f"a {type(value).__name__}"))
     except ValueError:  # an integer of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text):,} characters)"

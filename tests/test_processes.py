@@ -86,7 +86,7 @@ with exit_on_user_error():
     strategy = processes.ddp_strategy("auto", 1000)
     processes.launch(Fabric(accelerator="cpu", num_nodes=1000, strategy=strategy), 1000)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     waiting, error = done.stderr.strip().splitlines()
     beginning = r"Waiting for 1000 machines at 127\.0\.0\.1:\d+, at most 0:00:03\. Start this command on each, with"

@@ -17,7 +17,8 @@ def saved():
     optimizer.step()
     tensors = {name: p.detach() for name, p in adapter.items()}
     state = {"step": 1, "tokens": 5, "seconds": 0.5, "settings": "{}", "identity": "{}",
-             "val_losses": [(0, 2.0), (1, 1.0)], "adapter": tensors, "best": tensors, "optimizers": [optimizer.state_dict()]}  # fmt: skip
+             "val_losses": [(0, 2.0), (1, 1.0)], "adapter": tensors, "best": tensors,
+             "optimizers": [optimizer.state_dict()]}  # fmt: skip
     return state, tensors, torch.optim.AdamW(adapter.values())
 
 
