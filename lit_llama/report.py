@@ -67,15 +67,19 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or []
+            if names[:1] != ["step"] or len(set(names)) < len(names):
+                raise ValueError
             return {
                 int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
-                for row in csv.DictReader(file, strict=True)
+                for row in reader
             }
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise unreadable(path, error) from None
-    except (ValueError, TypeError, KeyError, csv.Error):
+    except (ValueError, TypeError, csv.Error):
         raise UserError(f"{path} is not a table of metrics; move it away to continue without it.") from None
 
 

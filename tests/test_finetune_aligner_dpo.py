@@ -321,7 +321,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
         ids = torch.tensor([[*prompt, *answer, end] for end in ends] if ends else [prompt + answer])
         labels = torch.tensor([[-1] * len(prompt) + row[len(prompt) :] for row in ids.tolist()])
         with torch.no_grad():  # an answer can end with either stop token
-            p, r = (sequence_logps(m(ids), labels).exp().sum().log() for m in (policy, base))
+            p, r = (sequence_logps(m(ids), labels).logsumexp(0) for m in (policy, base))
         kl += (p - r).item() / 3
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
 
@@ -335,7 +335,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
         ({"beta": 0}, "beta is 0.0; it must be above 0"),
         ({"sft_weight": -1}, "sft_weight is -1.0; it must be 0 or more."),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1 but only the sigmoid loss has one"),
-        ({"drift_prompts": -1}, "drift_prompts is -1 and must be 0 or more."),
+        ({"drift_prompts": -1}, "drift_prompts is -1; it must be 0 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
     ],
 )
