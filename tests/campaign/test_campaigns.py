@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = {"deletion": 12, "streams": 12, "fuzz": 30, "pickles": 12}
+CASES = {"deletion": 12, "streams": 12, "fuzz": 30, "pickles": 12, "kills": 4, "disk": 3}
 
 
 @pytest.mark.parametrize("name", CASES)
