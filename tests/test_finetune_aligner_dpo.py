@@ -182,7 +182,6 @@ def test_the_reference_is_computed_again_when_an_input_changes(
     meta.write_text(meta.read_text().replace(Tokenizer(other_base).sha256, sha))
     assert run(micro_batch_size=8) == both
     assert run(precision="bf16-true") == both
-    assert run(method="bitfit") == both
     assert run() == []
     monkeypatch.setattr(reference, "instruction_set", lambda: "AVX9")
     assert run() == both

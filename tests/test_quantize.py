@@ -88,6 +88,7 @@ def test_a_cached_reference_belongs_to_one_kind_of_base(base_dir, preference_dir
     data = PreferenceData(preference_dir, "train", tokenizer)
     fabric = Fabric(accelerator="cpu", devices=1)
     keys = [reference_key(data, base_dir, "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
+    keys.append(reference_key(data, base_dir, "none", [], fabric, "int8", "lora"))  # whose c_attn is not quantized
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
 
