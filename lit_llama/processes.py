@@ -43,9 +43,6 @@ def launch(fabric: Fabric, num_nodes: int) -> None:
             f"({str(error).partition(chr(10))[0].rstrip('.')}); check --num_nodes, MASTER_ADDR, MASTER_PORT and "
             "NODE_RANK on each machine."
         ) from None
-    if fabric.world_size > 1:
-        watch_processes()
-        atexit.register(_disconnect)
 
 
 @contextmanager
@@ -73,11 +70,14 @@ def together(fabric: Fabric) -> Iterator[None]:
         raise UserError(first)
 
 
-def watch_processes() -> None:
+def watch_processes(fabric: Fabric) -> None:
     """End this process soon after another one of the run on this machine has ended, even if it waits for it.
 
     gloo notices a lost process by itself, NCCL does not.
     """
+    if fabric.world_size == 1:
+        return
+    atexit.register(_disconnect)
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":  # Lightning's, in the first process; it would kill without a word
             thread._terminate_all = lambda children=thread._child_processes: _give_up(children)

@@ -14,7 +14,7 @@ from lit_llama.device import computes_bf16
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.processes import ddp_strategy, launch
+from lit_llama.processes import ddp_strategy, launch, watch_processes
 from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
 from lit_llama.utils import UserError
 
@@ -78,6 +78,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     check_fabric(fabric, settings.strategy)
     if not launched:
         launch(fabric, settings.num_nodes)
+    watch_processes(fabric)
     return fabric
 
 

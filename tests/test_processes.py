@@ -21,6 +21,7 @@ case, where = sys.argv[1], int(sys.argv[2])
 with exit_on_user_error():
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     processes.launch(fabric, 1)
+    processes.watch_processes(fabric)
     here = fabric.global_rank == where
     if case == "error":
         with processes.together(fabric):
