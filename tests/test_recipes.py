@@ -171,7 +171,7 @@ def test_commands_are_understood(page, tmp_path):
         if script == "test":
             continue
         if script.startswith("tests/campaign/"):  # run_campaign's flags
-            assert {word for word in words if word.startswith("--")} <= {"--cases", "--seed"}
+            assert {word for word in words if word.startswith("--")} <= {"--cases", "--seed", "--every"}
             assert (ROOT / script).is_file(), script
             continue
         if "--config" in words and words[words.index("--config") + 1].startswith("out/"):  # a run's own file

@@ -22,7 +22,7 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
             ended = runs.run(folder, *flags_of(start), watch=folder, kill_at=rng.randint(1, 200), full=True)
             failed = len(ended.calls) > 0 and ended.code != 0
         else:
-            limit = int(10 ** rng.uniform(1, 4.7))
+            limit = int(10 ** rng.uniform(3.2, 4.7))  # stderr is a file too
             ended = runs.run(folder, *flags_of(start), file_limit=limit)
             failed = ended.code != 0
         assert ended.code in (0, 1), f"exit code {ended.code}: {ended.describe()}"
