@@ -1,13 +1,40 @@
-"""Check Arrow files of strangers before they are mapped: damaged offsets can end the process."""
+"""Read the Arrow files of prepared datasets, which are checked first: damaged offsets can end the process."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute
+from datasets import Dataset, load_from_disk
 
-from lit_llama.schema import check_readable
-from lit_llama.utils import UserError
+from lit_llama.manifest import DATASET, changed_names
+from lit_llama.schema import check_readable, read_json
+from lit_llama.utils import UserError, plain_name
+
+
+def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: int) -> Dataset:
+    """Return the mapped rows of a split of a dataset folder.
+
+    Args:
+        columns: Names of the columns with tokens or numbers of tokens.
+        vocab_size: Number of tokens that there are.
+
+    Raises:
+        UserError: A file is missing or damaged, or was changed since it was written.
+    """
+    folder = data_dir / split
+    try:
+        for file in read_json(folder / "state.json")["_data_files"]:
+            path = folder / plain_name(file["filename"], folder / "state.json")
+            if (largest := check_arrow(path, columns)) >= vocab_size:
+                raise UserError(f"{path} holds token {largest}, and there are {vocab_size}")
+        if changed := [name for name in changed_names(data_dir, DATASET) if name.startswith(f"{split}/")]:
+            raise UserError(f"{data_dir / changed[0]} was changed since it was written")
+        return load_from_disk(str(folder))
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; prepare the dataset again.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
+        raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
 
 
 def check_arrow(path: Path, columns: Sequence[str]) -> int:

@@ -26,16 +26,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
-from lit_llama.arrow_files import check_arrow
+from lit_llama.arrow_files import load_split
 from lit_llama.logps import IGNORE_INDEX
-from lit_llama.manifest import DATASET, changed_names
 from lit_llama.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, plain_name
+from lit_llama.utils import UserError
 
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
@@ -130,20 +128,8 @@ class Split:
         self.meta = read_meta(data_dir, self.format)
         if tokenizer is not None:
             check_tokenizer(data_dir, self.meta, tokenizer)
-        folder = Path(data_dir) / split
-        try:
-            for file in read_json(folder / "state.json")["_data_files"]:
-                path = folder / plain_name(file["filename"], folder / "state.json")
-                largest = check_arrow(path, self.columns)
-                if tokenizer is not None and largest >= tokenizer.vocab_size:
-                    raise UserError(f"{path} holds token {largest}, and there are {tokenizer.vocab_size}")
-            if changed := [name for name in changed_names(Path(data_dir), DATASET) if name.startswith(f"{split}/")]:
-                raise UserError(f"{changed[0]} was changed since it was written")
-            rows = load_from_disk(str(folder))
-        except UserError as error:
-            raise UserError(f"{str(error).rstrip('.')}; prepare the dataset again.") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
-            raise UserError(f"The {split} rows of {data_dir} are missing or damaged ({error}).") from None
+        vocab_size = 2**31 if tokenizer is None else tokenizer.vocab_size
+        rows = load_split(Path(data_dir), split, self.columns, vocab_size)
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")
 
