@@ -103,12 +103,9 @@ class Tokenizer:
         self.engine = self._open(content)
         self.bos_id, self.eos_id, self.vocab_size = self.engine.bos_id, self.engine.eos_id, self.engine.size
         listed = self._read_beside("generation_config.json").get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
         label = f"{path.parent / 'generation_config.json'}: eos_token_id"
-        listed = [
-            check(i, int | None, label, least=-1, most=MOST_INT)
-            for i in (listed if isinstance(listed, list) else [listed])
-        ]
-        listed = [i for i in listed if i is not None and i >= 0]
+        listed = [i for i in listed if check(i, int | None, label, least=-1, most=MOST_INT) is not None and i >= 0]
         if self.eos_id < 0 and listed:
             self.eos_id = check(listed[0], int, label, most=self.vocab_size - 1)
         if self.eos_id < 0:
