@@ -90,7 +90,7 @@ def reference_key(
     processor = torch.cuda.get_device_name(fabric.device) if on_gpu else f" {instruction_set()}"
     return {
         "data": data.sha256,
-        "tokenizer": data.meta["tokenizer_sha256"],
+        "tokenizer": data.meta.get("tokenizer_sha256"),
         "base": base.hexdigest(),
         "adapter": adapter,
         "batches": layout.hexdigest(),

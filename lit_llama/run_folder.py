@@ -145,7 +145,7 @@ class RunFolder:
         if not differing:
             now = _as_json(self.identity)
             # earlier versions recorded less
-            differing = [f"another {name}" for name in now if name in identity and identity[name] != now[name]]
+            differing = [f"another {n}" for n in now if n in identity and not agrees(identity[n], now[n])]
         if differing:
             raise UserError(
                 f"The run in {self.path} had other settings: {', '.join(differing)}; resume it with the same ones, or "
@@ -317,6 +317,11 @@ class RunFolder:
             yield
         except OSError as error:
             raise unwritable(self.path, error) or error from None
+
+
+def agrees(then: Any, now: Any) -> bool:
+    """Return whether a recorded value is the present one, or an object with some of its fields."""
+    return then == now or (isinstance(then, dict) and isinstance(now, dict) and {**now, **then} == now)
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.processes import ddp_strategy, launch, watch_processes
+from lit_llama.schema import field
 from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
 from lit_llama.utils import UserError
 
@@ -24,6 +25,8 @@ S = TypeVar("S", bound=FinetuneSettings)
 FABRIC_RUN = "LT_CLI_USED"
 FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devices", "num_nodes", "strategy",
                                                             "precision")}  # fmt: skip
+
+DATA = {"source": str, "counts": dict, "max_seq_length": int}  # what an adapter records of its dataset
 
 
 @dataclass
@@ -126,8 +129,8 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
         "method": settings.method,
         "config": config if adapter is None else adapter.config,
         "base": base_fingerprint(settings.checkpoint_dir),
-        "prompt_style": data_meta["prompt_style"],
-        "data": {name: data_meta[name] for name in ("source", "counts", "max_seq_length")},
+        "prompt_style": field(data_meta, "prompt_style", str, "meta.json of the dataset"),
+        "data": {name: field(data_meta, name, kind, "meta.json of the dataset") for name, kind in DATA.items()},
     }
     return Setup.wrap(fabric, model, [adamw(model, settings)], meta)
 

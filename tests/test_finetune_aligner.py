@@ -35,6 +35,7 @@ from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
 from lit_llama.report import read_metrics
+from lit_llama.run_folder import agrees
 from lit_llama.staging import TEMPORARY
 from lit_llama.tensor_files import read_state
 from lit_llama.train import SFTLoss
@@ -325,6 +326,7 @@ def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/train")
     shutil.copytree(data_dir / "test", tmp_path / "data/train")
+    (tmp_path / "data/.aligner-manifest.json").unlink()
     with pytest.raises(UserError, match="another rows, another tokens;"):
         train(flags(finished, resume=True, data_dir=tmp_path / "data"))
 
@@ -335,6 +337,7 @@ def test_resuming_on_other_data_of_the_same_lengths_is_refused(finished, flags, 
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.rmtree(tmp_path / "data/train")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "data/train"))
+    (tmp_path / "data/.aligner-manifest.json").unlink()
     with pytest.raises(UserError, match=r"had other settings: another tokens;"):
         train(flags(finished, resume=True, data_dir=tmp_path / "data"))
 
@@ -544,11 +547,30 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
     save_adapter(tmp_path / "broken.safetensors", broken, adapter.meta)
     arguments = flags(tmp_path / "run", init_adapter=tmp_path / "broken.safetensors")
     code, said = run_script(arguments, monkeypatch, capsys)
+    assert code == 1 and not (tmp_path / "run").exists()
+    assert said.splitlines()[-1] == (
+        f"error: {tmp_path}/broken.safetensors cannot be used: transformer.h.2.attn.gating_factor holds numbers that "
+        "are not finite (NaN or infinity)."
+    )
+
+
+def test_a_base_with_an_infinite_weight_is_refused(flags, base_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(base_dir, tmp_path / "base")
+    state = {name: t.clone() for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
+    state["transformer.ln_f.scale"][0] = torch.inf
+    save_base(tmp_path / "base", LLaMAConfig.from_json(base_dir / CONFIG_NAME), state)
+    code, said = run_script(flags(tmp_path / "run", checkpoint_dir=tmp_path / "base"), monkeypatch, capsys)
     assert code == 1
     assert said.splitlines()[-1] == (
         "error: The validation loss is nan after 0 steps: nothing is trained yet, so check the base, the initial "
         "adapter and the data."
     )
+
+
+def test_a_record_of_an_earlier_version_may_lack_fields():
+    now = {"config": {"n_layer": 2}, "weights": "a", "tensors": "b"}
+    assert agrees({"config": {"n_layer": 2}, "weights": "a"}, now) and agrees(now, now)
+    assert not agrees({"config": {"n_layer": 3}, "weights": "a"}, now) and not agrees("x", now)
 
 
 @pytest.mark.parametrize(
