@@ -6,6 +6,8 @@ run python scripts/prepare_microworld.py --stage rl. Edit the values below, pass
 YAML file with --config.
 """
 
+import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,13 +94,16 @@ PANELS = {
 
 
 def print_summary(summary: dict[str, Any], settings: Settings) -> None:
-    """Print the result of a run to stdout."""
+    """Print the result of a run to stdout, and the command that generates with it."""
+    command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
+    command += ["--adapter", str(settings.out_dir), "--prompt", "your instruction"]
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps and "
         f"{summary['answers_sampled']:,} sampled answers in {duration(summary['seconds'])}\n"
         f"accuracy     {summary['accuracy_before']:.1%} before, {summary['accuracy_after']:.1%} at the end, of greedy "
         f"answers to held-out prompts (score: {settings.score or settings.reward})\n"
-        f"in {settings.out_dir}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl"
+        f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl\n"
+        f"generate     {shlex.join(command)}"
     )
 
 

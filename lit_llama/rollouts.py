@@ -188,7 +188,9 @@ class PolicyTrainer(Trainer):
         batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
         for rows, scale in self.share_of_process(plan_validation(self.val.lengths, batch_size)):
             answers = self.val_answerer.answers(self.unwrapped, rows)
-            scores, rewards = (self.val_answerer.rewards(f, answers) for f in (self.score, self.train.reward))
+            scores = rewards = self.val_answerer.rewards(self.score, answers)
+            if self.train.reward is not self.score:
+                rewards = self.val_answerer.rewards(self.train.reward, answers)
             metrics = {
                 "loss": (1 - scores).sum(),
                 "accuracy": (scores >= 1).float().sum(),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import finetune.aligner
 import finetune.alignerDPO
-from lit_llama import aligner, lora
+from lit_llama import adapter_v2, aligner, lora
 from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_adapter, save_adapter, save_base
 from lit_llama.compose import load_adapted
 from lit_llama.data import PreferenceData
@@ -180,3 +180,11 @@ def test_dpo_on_a_quantised_base(wide_dir, preference_dir, tmp_path):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run"}
     finetune.alignerDPO.main(finetune.alignerDPO.Settings(**settings, quantize="nf4", drift_prompts=2))
     assert read_adapter(tmp_path / "run" / "last.safetensors").meta["training"]["settings"]["quantize"] == "nf4"
+
+
+@needs_bitsandbytes
+def test_a_method_that_changes_every_linear_layer_is_refused():
+    with torch.device("meta"):
+        network = adapter_v2.LLaMA(adapter_v2.LLaMAConfig(**toys.SIZES))
+    with pytest.raises(UserError, match="--quantize nf4 does not work with this method, which changes every linear"):
+        check_quantize("nf4", network, torch.device("cpu"))
