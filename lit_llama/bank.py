@@ -125,6 +125,16 @@ class Bank(dict[str, Slot]):
         meta = {"method": "aligner", "config": config, "prompt_style": self[name].style}
         return AdapterFile(state, meta | ({"base": self.base} if self.base else {}), Path(name))
 
+    def check(self, name: str) -> None:
+        """Check that the bank has an adapter of finite numbers. A file is not read for this before it is used.
+
+        Raises:
+            UserError: There is no such name, or its adapter holds NaN or infinity.
+        """
+        slot = self[name]
+        if not slot.block[slot.row].isfinite().all():
+            raise UserError(f"The adapter {name!r} of the bank holds numbers that are not finite (NaN or infinity).")
+
     def gather(self, names: Sequence[str]) -> list[tuple[list[int], Tensor, Tensor]]:
         """Return prefixes and gates in fp32, grouped by prefix length N in ascending order.
 
@@ -231,8 +241,8 @@ class Bank(dict[str, Slot]):
             raise ValueError(f"a tensor is {tuple(block.shape)}, {block.dtype}, where {shape} belongs")
         self.dtype, block, count = block.dtype, block.to(self.device), len(self)
         self.update((name, Slot(block, row, sys.intern(style))) for row, (name, style) in enumerate(names))
-        if len(self) != count + len(names):
-            raise ValueError("a name occurs twice")
+        if len(self) != count + len(names) or not all(type(name) is str for name, _ in names):
+            raise ValueError("a name occurs twice or is no text")
 
 
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:

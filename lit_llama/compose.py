@@ -43,14 +43,14 @@ def parse_sum(text: str, bank: Bank) -> Sum:
     A name in the bank may contain `+` and `:` if it is the complete text.
 
     Raises:
-        UserError: A name is not in the bank.
+        UserError: A name is not in the bank, or its adapter is not finite.
     """
     terms = []
     for part in [text] if text in bank else text.split("+"):
         scaled = None if part in bank else re.fullmatch(r"(.*):(-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d{1,2})?)", part)
         name, strength = (scaled[1], float(scaled[2])) if scaled else (part, 1.0)
         if name != BASE:
-            bank[name]  # raises the error
+            bank.check(name)
             terms.append((name, strength))
     return tuple(terms)
 

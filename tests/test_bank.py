@@ -14,7 +14,7 @@ from toys import aligned, base, prompts, token_ids
 from lit_llama import generation
 from lit_llama.bank import META_KEY, Bank, open_bank
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, save_adapter, save_base
-from lit_llama.compose import load_with_bank
+from lit_llama.compose import load_with_bank, parse_sum
 from lit_llama.generation import Sampling, answer, generate, instruct
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
@@ -394,7 +394,7 @@ def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
     headers += [{**header, "lengths": 1}, {**header, "start_layer": 5}, {**header, "lengths": ["1"]}]
     damaged = [(changed, tensors) for changed in headers]
     for value in ([], {}, [["a", "alpaca"]], [["a", "alpaca"]] * 2, [["a", 3], ["b", "alpaca"]], [["a"], ["b"]], 7,
-                  [[[], "alpaca"], ["b", "alpaca"]]):  # fmt: skip
+                  [[[], "alpaca"], ["b", "alpaca"]], [[3, "alpaca"], ["b", "alpaca"]]):  # fmt: skip
         damaged.append((header, tensors | names(value)))
     for part in (torch.zeros(2, 5), torch.zeros(2, 40, dtype=torch.int32), torch.zeros(())):
         damaged.append((header, tensors | {"adapters.0": part}))
@@ -405,6 +405,12 @@ def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="is not a bank"):
         Bank.load(path)
+    tensors["adapters.0"][1, -1] = torch.inf
+    save_file(tensors, path, metadata={META_KEY: json.dumps(header)})
+    loaded = Bank.load(path, folders["mha"])
+    assert parse_sum("a", loaded) == (("a", 1.0),)
+    with pytest.raises(UserError, match="The adapter 'b' of the bank holds numbers that are not finite"):
+        parse_sum("a+b", loaded)
 
 
 def test_a_batch_of_another_size_is_refused(folders):
