@@ -49,7 +49,8 @@ LINES = {
     "scripts/prepare_microworld_safe.py": f"--pairs 20 --output_dir out {PREPARE}",
 }
 SLOW = {"benchmarks": "--out_dir 1 --rounds 0", "studies": "--jobs 0", "microworld/pretrain.py": "--n_layer 0",
-        "scripts/demo.py": "--questions 0", "benchmarks/dpo_memory.py": "--rows 0", "generate/serve.py": "--max_batch 0",
+        "scripts/demo.py": "--questions 0", "benchmarks/dpo_memory.py": "--rows 0",
+        "generate/serve.py": "--max_batch 0",
         "studies/analysis.py": "in/adapter.safetensors --out_dir out", "studies/paper_7b.py": "--limit 0"}  # fmt: skip
 ENDLESS = {"epochs", "max_steps", "pair_epochs"}  # large values are right, and take as long as they take
 PROCESSES = {"devices", "num_nodes"}  # likewise: many of them
