@@ -15,6 +15,7 @@ COMMANDS = {
     "dpo": "finetune/alignerDPO.py",
     "rl": "finetune/alignerRL.py",
     "generate": "generate/aligner.py",
+    "serve": "generate/serve.py",
     "download": "scripts/download.py",
     "convert": "scripts/convert_hf_checkpoint.py",
     "inspect": "scripts/inspect_aligner.py",
