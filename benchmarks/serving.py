@@ -18,8 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
@@ -79,6 +81,7 @@ class Server:
         for line in self.process.stderr:
             if "serving at" in line:
                 self.url = line.split()[-1]
+                Thread(target=lambda: sys.stderr.writelines(self.process.stderr), daemon=True).start()
                 return self
         raise UserError("The server did not start; run generate/serve.py to see why.")
 
@@ -100,10 +103,8 @@ class Server:
 
 
 def connect(server: Server) -> Any:
-    try:
-        import httpx
-    except ImportError:
-        raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.") from None
+    import httpx
+
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     headers = {"Authorization": f"Bearer {KEY}"}
     return httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=300)
@@ -180,7 +181,7 @@ def measure_speed(settings: Settings) -> list[str]:
     kinds = {
         f"{settings.clients} clients, {settings.clients} adapters": (settings.clients, names, count),
         f"{settings.clients} clients, one adapter": (settings.clients, names[settings.clients // 2 :][:1], count),
-        "one client, one by one": (1, names, settings.clients),
+        "one client, one by one": (1, names, max(1, settings.clients // 4)),
     }
     rates, cpu, first = ({kind: [] for kind in kinds} for _ in range(3))
     with Server(path, settings.threads) as server:
@@ -249,6 +250,8 @@ def malformed(rng: random.Random, model: str, question: str) -> tuple[dict[str, 
 
 
 def measure_stress(settings: Settings) -> list[str]:
+    from httpx import TransportError
+
     adapters = sorted(path for path in BUNDLED.glob("microworld-*-n1") if path.is_dir())
     bank = open_bank(adapters, MICROWORLD)
     names = list(bank)
@@ -267,6 +270,13 @@ def measure_stress(settings: Settings) -> list[str]:
         delay = rng.choice([0.002, 0.05, 0.3])
 
         async def work() -> None:
+            try:
+                await one()
+            except TransportError as error:
+                found[f"connection lost ({type(error).__name__})"] += 1
+            bar.update()
+
+        async def one() -> None:
             if kind == "malformed":
                 request, status = bad
                 reply = await http.post("/v1/chat/completions", **request)
@@ -283,7 +293,6 @@ def measure_stress(settings: Settings) -> list[str]:
                     found["cancelled while waiting"] += 1
             else:
                 await check(http, model, question, kind)
-            bar.update()
 
         return work
 
@@ -339,6 +348,8 @@ async def settle(server: Server) -> tuple[float, int]:
 
 
 def main(settings: Settings) -> None:
+    if find_spec("httpx") is None:
+        raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
     parts = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
     b.publish(
         settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")

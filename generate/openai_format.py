@@ -192,8 +192,8 @@ class ChatFormat:
 
     @staticmethod
     def entry(text: str, logp: float) -> dict[str, Any]:
-        whole = "\ufffd" not in text  # or else it is a part of a character
-        return {"token": text, "logprob": max(logp, -9999.0), "bytes": list(text.encode()) if whole else None}
+        is_complete = "\ufffd" not in text  # or else it is a part of a character
+        return {"token": text, "logprob": max(logp, -9999.0), "bytes": list(text.encode()) if is_complete else None}
 
 
 Format = type[CompletionFormat] | type[ChatFormat]

@@ -86,7 +86,9 @@ def main(settings: Settings) -> None:
     rules = make_rules(settings)
     listener = listen(settings.host, settings.port)
     app = make_app(make_engine(settings), rules)
-    options = {"limit_concurrency": settings.max_connections, "timeout_graceful_shutdown": 5, "ws": "none"}
+    # clients drop idle connections after some seconds; a server that does so first makes their next request fail
+    options = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 5, "ws": "none"}
+    options["limit_concurrency"] = settings.max_connections
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on", **options)
     )

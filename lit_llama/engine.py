@@ -246,7 +246,8 @@ class Engine:
             self._take_terms(rows)
             cache = KVCache(self.model.config, len(jobs), longest, self.device, self.cache.k.dtype)
             logits = prefill(self.model, [job.prompt for job in jobs], cache)
-        self.cache.k[:, places, :, :longest], self.cache.v[:, places, :, :longest] = cache.k, cache.v
+        for buffer, new in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
+            buffer[:, places, :, :longest] = new.nan_to_num(posinf=0.0, neginf=0.0)  # also of the padding; see `_drop`
         self._append(rows, logits)
         for job in jobs:
             self.counts["prompt_tokens"] += len(job.prompt)
@@ -295,8 +296,11 @@ class Engine:
         """Choose the next token of each row by its logits (B, V), and report what of the answers is final."""
         logits = logits[:, : self.model.config.vocab_size]  # without the padding
         groups: defaultdict[Sampling, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            groups[row.kind].append(i)
+        for i, (row, is_finite) in enumerate(zip(rows, logits.isfinite().all(-1).tolist(), strict=True)):
+            if is_finite:
+                groups[row.kind].append(i)
+            else:
+                self._drop(row)
         for kind, members in groups.items():
             own = logits if len(members) == len(rows) else logits[members]
             chosen = sample(own, kind, [rows[i].generator for i in members])
@@ -307,6 +311,15 @@ class Engine:
                     self._finish(job, event)
                 elif event is not None:
                     job.on_event(event)
+
+    def _drop(self, row: Row) -> None:
+        """End a request whose numbers overflow, as with a strength of 1e39.
+
+        Its keys and values are erased: a later row in its place masks them, but 0 times infinity is not 0.
+        """
+        for buffer in (self.cache.k, self.cache.v):
+            buffer[:, self.rows.index(row)] = 0
+        self._finish(row.job, Event(error=UserError("The numbers of the model overflow; use smaller strengths.")))
 
     def _finish(self, job: Job, event: Event) -> None:
         job.done = True
