@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluate.common import (
+    ANSWER_FIELDS,
     ModelSettings,
     Question,
     Results,
@@ -142,7 +143,8 @@ def generate_answers(settings: CompareSettings, items: list[Item], results: Resu
     """Answer the questions that have no answer yet; the model is loaded only if there are any."""
     style, name = pick_style(settings), str(settings.adapter or settings.checkpoint_dir)
     questions = [Question(i.id, style.render(i.text), {"question": i.text, "category": i.category}) for i in items]
-    if len(results.answered({question.id: question.prompt for question in questions})) < len(questions):
+    prompts = {question.id: question.prompt for question in questions}
+    if len(results.answered(prompts, ANSWER_FIELDS)) < len(questions):
         evaluated = load(settings)
         questions = drop_long(evaluated, questions, skip=settings.skip_long)
         answer_questions(evaluated, questions, Sampling(**results.made_by["sampling"]), results, stop=style.stop,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,11 @@ def describe_adapter(settings: ModelSettings) -> dict[str, Any]:
 # types of fields in answers.jsonl and judgements.jsonl
 FIELDS: dict[str, Any] = {
     "id": int | str, "made_by": dict, "prompt": str, "answer": str, "tokens": int, "seconds": float, "ended": bool,
+    "logps": dict, "predicted": str | None, "prompt_tokens": int,
     "key": str, "reply": str, "request": dict, "time": str, "endpoint": str, "model": str | None,
     "served_model": str | None, "finish_reason": str | None,
 }  # fmt: skip
+ANSWER_FIELDS = ("answer", "tokens", "ended", "seconds")  # of a record that `answer_questions` writes
 
 
 class JsonLines:
@@ -231,11 +233,12 @@ class Results:
             (self.output_dir / name).unlink(missing_ok=True)
         self.file, self.by_id = JsonLines(self.output_dir / ANSWERS), {}
 
-    def answered(self, prompts: dict[Any, str]) -> set[Any]:
-        """Return the ids that have a record already.
+    def answered(self, prompts: dict[Any, str], fields: Collection[str] = ()) -> set[Any]:
+        """Return the ids that have a complete record already.
 
         Args:
             prompts: the prompt of each id.
+            fields: names that a complete record has.
 
         Raises:
             UserError: a record answers another prompt.
@@ -245,7 +248,7 @@ class Results:
         if other:
             self._replace(f"of other questions (for example, question {other[0]} has another prompt)")
             return set()
-        return done
+        return {id for id in done if self.by_id[id].keys() >= set(fields)}
 
     def add(self, *records: dict[str, Any]) -> None:
         """Append records, each with its `id` and `prompt`, to the file."""
@@ -336,7 +339,8 @@ def answer_questions(
     `made_by`.
     """
     encode = evaluated.tokenizer.encode
-    done = results.answered({question.id: question.prompt for question in questions})
+    prompts = {question.id: question.prompt for question in questions}
+    done = results.answered(prompts, ANSWER_FIELDS)
     encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}
     order = sorted(encoded, key=lambda i: -len(encoded[i]))  # a batch that does not fit into memory fails at once
     with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
@@ -350,7 +354,8 @@ def answer_questions(
             ]
             results.add(*({**record, **score(record)} for record in records))
             bar.update(len(rows))
-    return [results.by_id[question.id] for question in questions]
+    records = [{**results.by_id[question.id], **question.details} for question in questions]
+    return [{**record, **score(record)} for record in records]
 
 
 def answer_batch(

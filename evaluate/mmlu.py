@@ -119,7 +119,7 @@ def score_letters(
         prompts: the result of `letters.prompt`, by id.
     """
     by_id = {question.id: question for question in questions}
-    done = results.answered({question.id: question.prompt for question in questions})
+    done = results.answered({q.id: q.prompt for q in questions}, ("predicted", "prompt_tokens", "seconds"))
     lengths = {id: len(prompts[id]) for id in by_id if id not in done}
     with (
         eval_mode(evaluated.model),
@@ -132,7 +132,7 @@ def score_letters(
             pairs = zip((by_id[id] for id in batch), logps, strict=True)
             results.add(*(letter_record(q, row, lengths[q.id], seconds) for q, row in pairs))
             bar.update(sum(lengths[id] for id in batch))
-    return [results.by_id[question.id] for question in questions]
+    return [{**results.by_id[question.id], **question.details} for question in questions]
 
 
 def letter_record(question: Question, logps: list[float], prompt_tokens: int, seconds: float) -> dict[str, Any]:

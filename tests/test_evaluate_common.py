@@ -131,3 +131,12 @@ def test_adapters_of_every_method_are_loaded(method, base_dir, tmp_path):
     assert on.made_by["method"] == method and on.made_by["adapter_sha256"] != base.made_by.get("adapter_sha256")
     assert not torch.equal(on.model(idx), base.model(idx))
     assert torch.equal(off.model(idx), base.model(idx))
+
+
+def test_a_record_without_a_field_is_no_answer(tmp_path):
+    results = common.Results(tmp_path, {"model": "m"})
+    complete = {"answer": "a", "tokens": 1, "ended": True, "seconds": 0.1}
+    results.add({"id": 1, "prompt": "p", **complete}, {"id": 2, "prompt": "q", "answer": "a"})
+    again = common.Results(tmp_path, {"model": "m"})
+    assert again.answered({1: "p", 2: "q"}) == {1, 2}
+    assert again.answered({1: "p", 2: "q"}, common.ANSWER_FIELDS) == {1}
