@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
+from lit_llama.schema import parse_json
 from lit_llama.utils import UserError
 
 
@@ -92,7 +93,7 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             raise self.connection_failure(error) from None
         try:
-            reply = json.loads(content)
+            reply = parse_json(content, self.name)
             reply_text(reply)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise Retry("broken", f"the reply is not a chat completion: {self.excerpt(content)}") from None
