@@ -182,6 +182,7 @@ def test_commands_are_understood(page, tmp_path):
         if "--print_config" in words:
             words.remove("--print_config")
         assert (ROOT / script).is_file(), script
+        assert all((ROOT / word).exists() for word in words if word.startswith("howto/examples/")), words
         try:
             parse(ROOT / script, words)
         except SystemExit:
