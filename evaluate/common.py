@@ -354,6 +354,7 @@ def answer_questions(
             ]
             results.add(*({**record, **score(record)} for record in records))
             bar.update(len(rows))
+    # an earlier version may have scored a record in another way
     records = [{**results.by_id[question.id], **question.details} for question in questions]
     return [{**record, **score(record)} for record in records]
 

@@ -236,14 +236,13 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def summarize(records: list[dict[str, Any]], skipped: int) -> dict[str, Any]:
-    scores = [score(record) for record in records]  # records of an earlier run may have been scored differently
-    correct = [s["correct"] for s in scores]
+    correct = [record["correct"] for record in records]
     return {
         "n": len(records),
         "skipped": skipped,
         "accuracy": sum(correct) / len(correct),
         "interval": bootstrap_interval(correct),
-        "extracted_share": sum(s["extracted"] is not None for s in scores) / len(scores),
+        "extracted_share": sum(r["extracted"] is not None for r in records) / len(records),
         **answer_statistics(records),
     }
 
