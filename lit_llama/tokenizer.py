@@ -146,7 +146,7 @@ class Tokenizer:
                 raise UserError(f"{self.path} is not a tokenizer of Hugging Face ({error}).") from None
         try:
             return SentencePiece(content, config)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # an error text of the library may quote the file
             hint = " A checkpoint's tokenizer.json is read if there is no tokenizer.model." * bool(content)
             raise UserError(f"{self.path} is not a SentencePiece model.{hint}") from None
 

@@ -115,3 +115,12 @@ def test_tokenizer_mistakes(tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(UserError, match="is not a SentencePiece model"):
             Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_a_changed_byte_is_a_mistake(tmp_path):
+    """The library quotes the piece in its error, which is then no UTF-8."""
+    content = bytearray((Path(__file__).parent.parent / "checkpoints/microworld/tokenizer.model").read_bytes())
+    content[120] = 155
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        Tokenizer(tmp_path)
