@@ -1,6 +1,7 @@
 """Prompt texts and the tokenizer."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
