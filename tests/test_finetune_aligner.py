@@ -267,6 +267,7 @@ def tensorboard_steps(out_dir: Path, tag: str) -> list[int]:
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell ignore it
     out_dir = tmp_path / "my run"
     monkeypatch.setattr(
         sys, "argv", ["finetune/aligner.py", *flags(out_dir, max_steps=300, epochs=100, max_new_tokens=1)]

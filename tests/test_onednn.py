@@ -62,7 +62,7 @@ def test_packed_is_as_exact_as_plain(kind, architecture, dtype):
     for network in (exact, plain, other):
         network.eval()
     left = [name for name, layer in other.named_modules() if type(layer) is torch.nn.Linear]
-    assert not left and isinstance(other.lm_head, PackedLinear)
+    assert not left and (isinstance(other.lm_head, PackedLinear) or kind == "adapter_v2")  # its layers are its own
     for rows, length in ((1, 1), (1, 12), (5, 1), (5, 12)):
         idx = toys.token_ids(rows, length)
         expected = exact(idx)

@@ -39,5 +39,5 @@ def test_a_row_without_a_solution_is_named(tmp_path, base_dir, refused):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"query": "How many?", "response": "7"}, {"query": "Why?"}]))
     message = refused(SCRIPT, "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out")
-    assert message == "Row 2 has no field 'response'; it has 'query'."
+    assert message == f"{path}: Row 2 has no field 'response'; it has 'query'."
     assert not (tmp_path / "out").exists()
