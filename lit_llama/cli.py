@@ -34,8 +34,7 @@ def run(main: Callable[[S], Any], settings_class: type[S]) -> None:
 def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
     """Return the settings of a command line (default: `sys.argv`); a wrong one ends the process with exit code 2."""
     parser, settings = make_parser(settings_class), {setting.name: setting for setting in describe(settings_class)}
-    args = list(sys.argv[1:] if args is None else args)
-    check_text(" ".join(args), "The command line")
+    args = [check_text(arg, "The command line") for arg in (sys.argv[1:] if args is None else args)]
     flags = [f"--{name}" for name in (*settings, "config", "print_config", "help")]
     try:
         for word, following in pairwise([*args, "--"]):
@@ -47,7 +46,8 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except (ArgumentError, UserError, RecursionError, OverflowError) as error:
         usage_error(parser, explain(getattr(error, "message", str(error)), settings))
-    return settings_class(**{name: tuple(values[name]) if s.several else values[name] for name, s in settings.items()})
+    given = {name: values[name] for name in settings}
+    return settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 
 def make_parser(settings_class: type) -> ArgumentParser:

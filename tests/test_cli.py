@@ -108,6 +108,7 @@ class Numbers(Checked):
     ("values", "sentence"),
     [
         ({"count": None}, "count is null; leave it out for its default."),
+        ({"counts": None}, "counts is null; leave it out for its default."),
         ({"count": 0}, "count is 0; it must be 1 or more."),
         ({"count": 2**31}, "count is 2147483648; it must be at most 2147483647."),
         ({"count": 10**400}, f"count is {10**400}; it must be at most 2147483647."),
