@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from lit_llama.schema import parse_json
+from lit_llama.schema import check, parse_json
 from lit_llama.utils import UserError
 
 
@@ -95,6 +95,8 @@ class Endpoint:
         try:
             reply = parse_json(content, self.name)
             reply_text(reply)
+            for value in (reply.get("model"), reply["choices"][0].get("finish_reason")):
+                check(value, str | None, self.name)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise Retry("broken", f"the reply is not a chat completion: {self.excerpt(content)}") from None
         return reply

@@ -179,6 +179,7 @@ def test_retry_after_values():
         (Fault(302, b"", {"Location": "http://127.0.0.1:1/v1/chat/completions"}), "HTTP 302"),
         (Fault(content=b"<html>welcome"), "not a chat completion: <html>welcome"),
         (Fault(content=b'{"choices": [{"message": {"content": "\\ud800"}}]}'), "not a chat completion: "),
+        (Fault(content=b'{"model": NaN, "choices": [{"message": {"content": "8 9"}}]}'), "not a chat completion: "),
     ],
 )
 def test_an_endpoint_that_never_works_ends_the_run_with_a_sentence(tmp_path, fault, words):
