@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-CASES = {"deletion": 12, "streams": 12, "fuzz": 30, "pickles": 12, "kills": 4, "disk": 3, "flags": 8,
-         "permissions": 6}  # fmt: skip
+CASES = {"deletion": 10, "streams": 8, "fuzz": 20, "pickles": 8, "kills": 3, "disk": 2, "flags": 6,
+         "permissions": 4}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
