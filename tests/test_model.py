@@ -9,7 +9,8 @@ import torch
 import toys
 
 from lit_llama.methods import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, RoPE, llama_configs, rope_frequencies, rotate
+from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, llama_configs
+from lit_llama.rope import RoPE, rope_frequencies, rotate
 from lit_llama.utils import UserError
 
 
