@@ -25,10 +25,10 @@ from benchmarks.material import dtype_name, random_weights, shape
 from benchmarks.measure import Clock, median_interval
 from lit_llama.checkpoint import versions
 from lit_llama.device import pick_device
-from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMAConfig
-from lit_llama.report import make_panels, save_figure
+from lit_llama.run.report import make_panels, save_figure
 from lit_llama.settings import Checked, NonNegativeInt, PositiveInt
+from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError, log
 
 Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.worker.Worker`

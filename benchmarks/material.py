@@ -11,11 +11,11 @@ from datasets import Dataset
 
 from lit_llama.checkpoint import AdapterFile, weights_path, write_base
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
-from lit_llama.files import atomic_folder, write_text
-from lit_llama.hf import hf_config, parameters, to_hf
+from lit_llama.huggingface.weights import hf_config, parameters, to_hf
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.prepare import write_dataset
-from lit_llama.tensor_files import LazyTensor, open_tensors, write_tensors
+from lit_llama.storage.files import atomic_folder, write_text
+from lit_llama.storage.tensor_files import LazyTensor, open_tensors, write_tensors
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

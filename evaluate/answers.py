@@ -20,11 +20,11 @@ from evaluate.common import (
     pick_style,
 )
 from evaluate.judge import JudgeSettings
-from lit_llama.files import atomic_write
 from lit_llama.generation import Sampling
-from lit_llama.rows import naming, read_rows, text_field
-from lit_llama.schema import check
 from lit_llama.settings import NonNegativeFloat, PositiveInt, Seed
+from lit_llama.storage.files import atomic_write
+from lit_llama.storage.rows import naming, read_rows, text_field
+from lit_llama.storage.schema import check
 from lit_llama.utils import UserError, log
 
 
@@ -201,7 +201,7 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
 
 
 def id_field(row: Any, number: int, name: str = "question_id") -> int | str:
-    """Return a question's id; see `lit_llama.rows.text_field`.
+    """Return a question's id; see `lit_llama.storage.rows.text_field`.
 
     Raises:
         UserError: The row has none, or one that is no number and no text.

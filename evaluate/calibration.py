@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llama.rows import naming, read_rows, read_text, text_field
+from lit_llama.storage.rows import naming, read_rows, read_text, text_field
 from lit_llama.utils import UserError
 
 QUESTION = ("question", "prompt", "instruction", "query", "goal", "input")

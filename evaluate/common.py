@@ -25,13 +25,13 @@ from lit_llama import tables
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
-from lit_llama.files import claim, unwritable, write_text
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.quantize import Quantize
-from lit_llama.schema import check, parse_json, read_bytes
 from lit_llama.settings import Checked, Number
+from lit_llama.storage.files import claim, unwritable, write_text
+from lit_llama.storage.schema import check, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 

@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from lit_llama.schema import check, parse_json
+from lit_llama.storage.schema import check, parse_json
 from lit_llama.utils import UserError
 
 

@@ -33,9 +33,9 @@ from evaluate.common import (
 from lit_llama import cli
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
-from lit_llama.rows import download_rows, naming, read_rows, text_field
-from lit_llama.schema import field
 from lit_llama.settings import PositiveInt
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.storage.schema import field
 from lit_llama.utils import UserError
 
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # before this f
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.compose import load_adapted
-from lit_llama.files import check_file, write_text
 from lit_llama.settings import Checked, NonNegativeFloat, Number, PositiveInt, Seed
+from lit_llama.storage.files import check_file, write_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import log
 from microworld.scorer import GroupName, draw_questions, question_groups, score_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.letters import LETTERS
-from lit_llama.rows import download_rows, naming, read_rows, read_text, text_field
+from lit_llama.storage.rows import download_rows, naming, read_rows, read_text, text_field
 from lit_llama.utils import UserError
 
 # fmt: off

@@ -52,10 +52,10 @@ from evaluate.pairs import (
 from evaluate.replies import parse_guard, parse_refusal, parse_score
 from lit_llama import cli
 from lit_llama.checkpoint import versions
-from lit_llama.files import claim, write_text
-from lit_llama.report import make_figure, save_figure
-from lit_llama.rows import download_rows, naming, read_rows, text_field
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Number, PositiveInt
+from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
 from lit_llama.utils import UserError, log
 
 SAFE_RLHF = "https://raw.githubusercontent.com/PKU-Alignment/safe-rlhf/main/safe_rlhf/evaluate/gpt4/problem.json"

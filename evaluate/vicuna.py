@@ -49,10 +49,10 @@ from evaluate.pairs import (
 from evaluate.replies import parse_score, parse_scores
 from lit_llama import cli
 from lit_llama.checkpoint import versions
-from lit_llama.files import claim, write_text
-from lit_llama.report import make_figure, save_figure
-from lit_llama.rows import naming, read_rows, text_field
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import PositiveInt
+from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.utils import UserError, log
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"

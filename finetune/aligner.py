@@ -13,19 +13,19 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.data import SFTData
-from lit_llama.report import print_summary
-from lit_llama.run_folder import RunFolder
-from lit_llama.samples import answer_samples
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import print_summary
+from lit_llama.run.samples import answer_samples
+from lit_llama.run.setup import set_up_finetuning, with_initial_config
+from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from lit_llama.setup import set_up_finetuning, with_initial_config
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
-from lit_llama.train_settings import FinetuneSettings
 
 
 @dataclass
 class SFTSettings(FinetuneSettings):
-    """Settings of every supervised finetuning script; reporting and devices are in lit_llama/train_settings.py."""
+    """Settings of every supervised finetuning script; reporting and devices are in lit_llama/run/train_settings.py."""
 
     # == What to train on ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # folder of the frozen base model

@@ -16,7 +16,6 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 
 from lit_llama import cli
-from lit_llama.cache import cache_folder
 from lit_llama.data import PreferenceData, plan_fixed_epoch, plan_validation
 from lit_llama.dpo import DPOLoss, LossType, Reference
 from lit_llama.model import LLaMA
@@ -29,14 +28,15 @@ from lit_llama.reference import (
     reference_key,
     sampled_kl,
 )
-from lit_llama.report import plot_metrics, print_summary, write_above_bar
-from lit_llama.run_folder import RunFolder
-from lit_llama.samples import answer_samples, compare_samples
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
+from lit_llama.run.samples import answer_samples, compare_samples
+from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config
+from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
-from lit_llama.setup import Setup, set_up_finetuning, with_initial_config
+from lit_llama.storage.cache import cache_folder
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer
-from lit_llama.train_settings import FinetuneSettings
 
 
 @dataclass

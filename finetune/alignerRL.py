@@ -19,16 +19,16 @@ from lit_llama import cli
 from lit_llama.data import PromptData
 from lit_llama.model import LLaMA
 from lit_llama.reference import adapter_sha256, sampled_kl
-from lit_llama.report import duration, plot_metrics, write_above_bar
 from lit_llama.rewards import Reward
 from lit_llama.rl import LengthTerm, PolicyLoss
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
-from lit_llama.run_folder import RunFolder
-from lit_llama.samples import answer_samples, compare_samples
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import duration, plot_metrics, write_above_bar
+from lit_llama.run.samples import answer_samples, compare_samples
+from lit_llama.run.setup import set_up_finetuning, with_initial_config
+from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Range
-from lit_llama.setup import set_up_finetuning, with_initial_config
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train_settings import FinetuneSettings
 
 
 @dataclass

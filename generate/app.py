@@ -17,13 +17,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 
 from generate import openai_format as openai
+from generate.engine import FIRST_TOKEN_BOUNDS, Engine
 from generate.guard import Guard, Refusal, explain, refusal_of
+from generate.jobs import Event, Job
 from generate.rules import Rules
 from lit_llama.bank import BASE
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum
-from lit_llama.engine import FIRST_TOKEN_BOUNDS, Engine
-from lit_llama.jobs import Event, Job
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.utils import UserError, check_text
 

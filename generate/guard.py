@@ -8,9 +8,9 @@ from collections.abc import Callable
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from generate.jobs import Expired, QueueFull, TooLong
 from generate.openai_format import error_body
 from generate.rules import Rules
-from lit_llama.jobs import Expired, QueueFull, TooLong
 from lit_llama.utils import UserError
 
 PUBLIC = ("/", "/health")  # paths that need no key: they say nothing about the adapters

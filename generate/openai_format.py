@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from generate.jobs import Token
 from lit_llama.generation import Sampling
-from lit_llama.jobs import Token
 from lit_llama.prompts import PromptStyle
 from lit_llama.utils import UserError
 

@@ -14,13 +14,13 @@ from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from generate.engine import Engine
 from generate.rules import Rules
 from lit_llama import cli
 from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.compose import load_with_bank
 from lit_llama.device import pick_device
-from lit_llama.engine import Engine
 from lit_llama.model import LLaMAConfig
 from lit_llama.onednn import pack_
 from lit_llama.prompts import get_prompt_style

@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
-from lit_llama.files import atomic_write
 from lit_llama.model import LLaMAConfig
-from lit_llama.tensor_files import read_header
+from lit_llama.storage.files import atomic_write
+from lit_llama.storage.tensor_files import read_header
 from lit_llama.utils import UserError
 from lit_llama.variant import check_shapes, without_aliases
 

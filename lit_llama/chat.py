@@ -13,14 +13,14 @@ import torch
 
 from lit_llama.checkpoint import versions, weights_path
 from lit_llama.device import pick_device
-from lit_llama.files import check_file, write_text
 from lit_llama.generation import Sampling, answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
 from lit_llama.quantize import Quantize
-from lit_llama.rows import naming, read_rows, read_text, text_field
 from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Seed
+from lit_llama.storage.files import check_file, write_text
+from lit_llama.storage.rows import naming, read_rows, read_text, text_field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text, log
 

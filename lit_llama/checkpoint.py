@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lit_llama.config import CONFIG_NAME, MOST
-from lit_llama.files import atomic_write, write_text
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
-from lit_llama.schema import field
-from lit_llama.tensor_files import LazyTensor, open_rows, read_header, read_state, write_tensors
+from lit_llama.storage.files import atomic_write, write_text
+from lit_llama.storage.schema import field
+from lit_llama.storage.tensor_files import LazyTensor, open_rows, read_header, read_state, write_tensors
 from lit_llama.utils import UserError
 
 TOKENIZER_NAME = "tokenizer.model"

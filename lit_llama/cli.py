@@ -17,8 +17,8 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error
-from lit_llama.schema import check_yaml
 from lit_llama.settings import Setting, describe
+from lit_llama.storage.schema import check_yaml
 from lit_llama.utils import UserError, check_text, log
 
 S = TypeVar("S")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lit_llama.schema import check, field, read_json
+from lit_llama.storage.schema import check, field, read_json
 from lit_llama.utils import UserError
 
 CONFIG_NAME = "lit_config.json"

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
 from typing import Any, TextIO
 
-from lit_llama.schema import unreadable
+from lit_llama.storage.schema import unreadable
 from lit_llama.utils import UserError, log, printable
 
 CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell

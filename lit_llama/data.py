@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lit_llama.arrow_files import load_split
 from lit_llama.logps import IGNORE_INDEX
-from lit_llama.schema import field, read_json
+from lit_llama.storage.arrow_files import load_split
+from lit_llama.storage.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, enable_progress_bars
 
-from lit_llama.cache import cache_folder, fill_once
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
-from lit_llama.files import atomic_folder, check_folder, write_text
-from lit_llama.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.prompts import PromptStyle
-from lit_llama.rows import naming
 from lit_llama.settings import Checked, OpenShare, PositiveInt, Seed
+from lit_llama.storage.cache import cache_folder, fill_once
+from lit_llama.storage.files import atomic_folder, check_folder, write_text
+from lit_llama.storage.manifest import DATASET, MANIFEST, make_manifest
+from lit_llama.storage.rows import naming
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 

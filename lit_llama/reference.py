@@ -15,14 +15,14 @@ from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lit_llama.cache import fill_once, hash_file, is_intact
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode, swapped_parameters
-from lit_llama.tensor_files import read_state
+from lit_llama.storage.cache import fill_once, hash_file, is_intact
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, log
 
 

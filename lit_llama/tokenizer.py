@@ -8,7 +8,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from lit_llama.config import CONFIG_NAME, MOST_INT, LLaMAConfig
-from lit_llama.schema import check, field, read_bytes, read_json
+from lit_llama.storage.schema import check, field, read_bytes, read_json
 from lit_llama.utils import UserError
 
 NAMES = ("tokenizer.model", "tokenizer.json")  # if a folder has both, the first is used

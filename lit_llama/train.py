@@ -17,12 +17,12 @@ import torch
 
 from lit_llama.data import Data, check_rows, plan_epoch, plan_validation, rows_sha256
 from lit_llama.model import LLaMA
-from lit_llama.report import Progress, print_notes, write_above_bar
-from lit_llama.run_folder import RunFolder
-from lit_llama.samples import summarize
-from lit_llama.saved_state import best_of, check_saved_state
-from lit_llama.schedule import lr_at
-from lit_llama.setup import Setup
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import Progress, print_notes, write_above_bar
+from lit_llama.run.samples import summarize
+from lit_llama.run.saved_state import best_of, check_saved_state
+from lit_llama.run.schedule import lr_at
+from lit_llama.run.setup import Setup
 from lit_llama.utils import UserError, log
 
 

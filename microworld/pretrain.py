@@ -24,18 +24,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lit_llama import cli
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.data import SFTData
-from lit_llama.files import atomic_folder, atomic_write, check_folder, claim
-from lit_llama.manifest import BASE_MODEL
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import default_num_proc, prepare_sft
 from lit_llama.prompts import get_prompt_style
-from lit_llama.run_folder import RunFolder
-from lit_llama.samples import answer_samples
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.samples import answer_samples
+from lit_llama.run.setup import Setup, make_fabric
+from lit_llama.run.train_settings import Precision, TrainSettings
 from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share
-from lit_llama.setup import Setup, make_fabric
+from lit_llama.storage.files import atomic_folder, atomic_write, check_folder, claim
+from lit_llama.storage.manifest import BASE_MODEL
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
-from lit_llama.train_settings import Precision, TrainSettings
 from lit_llama.utils import log
 from microworld.world import World, pretraining_sample
 

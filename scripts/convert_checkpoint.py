@@ -17,14 +17,14 @@ import torch
 from lit_llama import cli
 from lit_llama.checkpoint import write_base
 from lit_llama.config import LLAMA3_SCALING, MOST_FLOAT, MOST_INT
-from lit_llama.files import atomic_folder, check_folder
-from lit_llama.hf import to_lit
-from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
-from lit_llama.manifest import BASE_MODEL
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.weights import to_lit
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import field, read_json
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
-from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.storage.files import atomic_folder, check_folder
+from lit_llama.storage.manifest import BASE_MODEL
+from lit_llama.storage.schema import field, read_json
+from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 
 

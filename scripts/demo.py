@@ -19,9 +19,9 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.checkpoint import versions
-from lit_llama.files import claim, write_text
-from lit_llama.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Checked, PositiveInt, Seed
+from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError
 from microworld.world import FormName
 

@@ -15,9 +15,9 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from huggingface_hub import HfApi, errors, snapshot_download
 
 from lit_llama import cli
-from lit_llama.hf import WEIGHTS
-from lit_llama.hf_tokenizer import TOKENIZER_FILES
-from lit_llama.tensor_files import check_free
+from lit_llama.huggingface.tokenizer_files import TOKENIZER_FILES
+from lit_llama.huggingface.weights import WEIGHTS
+from lit_llama.storage.tensor_files import check_free
 from lit_llama.utils import UserError, log
 
 

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.files import atomic_write, check_file
+from lit_llama.storage.files import atomic_write, check_file
 from lit_llama.utils import UserError, log
 
 

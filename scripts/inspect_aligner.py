@@ -18,9 +18,9 @@ import torch
 
 from lit_llama import cli
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
-from lit_llama.files import check_file
 from lit_llama.prompts import get_prompt_style
-from lit_llama.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, save_figure
+from lit_llama.storage.files import check_file
 from lit_llama.utils import UserError, log
 from lit_llama.variant import without_aliases
 

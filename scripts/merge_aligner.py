@@ -27,14 +27,14 @@ from lit_llama.checkpoint import (
     weights_path,
     write_base,
 )
-from lit_llama.files import atomic_folder, check_folder, write_text
-from lit_llama.hf import parameters, to_hf, without_tied_head, write_hf
-from lit_llama.hf_tokenizer import copy_tokenizer, fitting_tokenizer
-from lit_llama.manifest import MERGED_MODEL
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.weights import parameters, to_hf, without_tied_head, write_hf
 from lit_llama.merge import output_bias
 from lit_llama.methods import METHODS
 from lit_llama.model import CausalSelfAttention, LLaMA, LLaMAConfig
-from lit_llama.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.storage.files import atomic_folder, check_folder, write_text
+from lit_llama.storage.manifest import MERGED_MODEL
+from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 from lit_llama.variant import check_shapes
 

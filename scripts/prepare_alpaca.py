@@ -17,7 +17,7 @@ from lit_llama import cli
 from lit_llama.prepare import PrepareSettings, prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.rows import download_rows, read_rows, text_field
+from lit_llama.storage.rows import download_rows, read_rows, text_field
 
 
 @dataclass

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.prepare import PrepareSettings, prepare_preferences, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.rows import download_rows, naming, read_rows, text_field
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
 from lit_llama.utils import UserError, log
 
 Keep = Literal["any_safe", "one_safe", "all"]

@@ -26,9 +26,9 @@ import lit_llama.model as llama
 from lit_llama import aligner, cli
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
-from lit_llama.files import claim, write_text
-from lit_llama.report import make_figure, make_panels, save_figure
+from lit_llama.run.report import make_figure, make_panels, save_figure
 from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
+from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log

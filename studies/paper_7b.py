@@ -28,10 +28,10 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 import torch
 
 from lit_llama import cli
-from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
+from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 

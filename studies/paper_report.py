@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lit_llama.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.tables import markdown_table
 from scripts.count_parameters import VARIANTS
 from studies.paper_tasks import TASKS

@@ -29,12 +29,12 @@ from torch.nn import functional as F
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import IGNORE_INDEX, SFTData
-from lit_llama.files import claim, write_text
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prepare import held_out, write_dataset
-from lit_llama.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Checked, OpenShare, PositiveFloat, PositiveInt, Seed
+from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from lit_llama import cli
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
-from lit_llama.files import claim, write_text
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
+from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log

@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.checkpoint import load_model, read_adapter, versions
-from lit_llama.files import check_file, claim, copy_file, write_text
 from lit_llama.settings import Checked, PositiveInt, Seed
+from lit_llama.storage.files import check_file, claim, copy_file, write_text
 from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_answers

@@ -32,8 +32,8 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, versions
-from lit_llama.files import claim, write_text
-from lit_llama.report import read_metrics
+from lit_llama.run.report import read_metrics
+from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
 from studies.protocol import METHODS

@@ -19,7 +19,7 @@ from lit_llama.checkpoint import load_model, read_adapter, save_adapter
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate
 from lit_llama.methods import METHODS
-from lit_llama.report import read_metrics
+from lit_llama.run.report import read_metrics
 from lit_llama.settings import describe
 from lit_llama.utils import UserError
 
@@ -612,7 +612,7 @@ def test_inspection_of_every_method(method, runs, run_script, refused, tmp_path)
 def test_gates_and_biases_do_not_decay():
     from types import SimpleNamespace
 
-    from lit_llama.setup import adamw
+    from lit_llama.run.setup import adamw
 
     config = SimpleNamespace(weight_decay=0.1)
     for method in BASELINES:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, model
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
-from lit_llama.tensor_files import read_state
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]

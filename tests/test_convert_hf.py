@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.generation import Sampling, answer
-from lit_llama.hf import deinterleave, hf_names, interleave
-from lit_llama.hf_config import convert_config
-from lit_llama.manifest import MANIFEST
+from lit_llama.huggingface.config import convert_config
+from lit_llama.huggingface.weights import deinterleave, hf_names, interleave
 from lit_llama.model import LLaMAConfig
-from lit_llama.tensor_files import read_state
+from lit_llama.storage.manifest import MANIFEST
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -409,7 +409,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys)
         assert list(tmp_path.glob(".aligner-tmp-*/new/out/lit_model.safetensors"))  # it had begun
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_llama.hf.interleave", interrupt)
+    monkeypatch.setattr("lit_llama.huggingface.weights.interleave", interrupt)
     with pytest.raises(SystemExit) as exit:
         convert(source, tmp_path / "out", monkeypatch)
     assert exit.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from toys import aligned, base
 
+from generate.engine import Engine
+from generate.jobs import Event, Expired, Job, QueueFull
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, save_base
 from lit_llama.compose import load_with_bank
-from lit_llama.engine import Engine
 from lit_llama.generation import Sampling, cut_at_stop, generate
-from lit_llama.jobs import Event, Expired, Job, QueueFull
 from lit_llama.live_text import LiveText
 from lit_llama.utils import UserError
 

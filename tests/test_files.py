@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lit_llama.checkpoint import save_adapter
-from lit_llama.files import atomic_folder, atomic_write, check_file, check_folder, claim, write_text
-from lit_llama.manifest import MANIFEST, find_strangers
-from lit_llama.staging import TEMPORARY
+from lit_llama.storage.files import atomic_folder, atomic_write, check_file, check_folder, claim, write_text
+from lit_llama.storage.manifest import MANIFEST, find_strangers
+from lit_llama.storage.staging import TEMPORARY
 from lit_llama.utils import UserError, plain_name
 
 ROOT = Path(__file__).parents[1]
@@ -285,7 +285,7 @@ def test_what_others_wrote_is_not_claimed(tmp_path):
 def killed(root: Path, code: str) -> None:
     """Run code in a process that kills itself by `die()`."""
     source = (
-        "import os, signal, sys; from pathlib import Path\nfrom lit_llama import files, staging\n"
+        "import os, signal, sys; from pathlib import Path\nfrom lit_llama.storage import files, staging\n"
         "root = Path(sys.argv[1])\n"
         "def die(*args): os.kill(os.getpid(), signal.SIGKILL)\n" + code
     )
@@ -369,7 +369,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from lit_llama.checkpoint import save_adapter, save_base
-from lit_llama.files import atomic_write, write_text
+from lit_llama.storage.files import atomic_write, write_text
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_sft
 from lit_llama.tokenizer import Tokenizer

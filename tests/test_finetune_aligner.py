@@ -34,10 +34,10 @@ from lit_llama.checkpoint import (
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
-from lit_llama.report import read_metrics
-from lit_llama.run_folder import agrees
-from lit_llama.staging import TEMPORARY
-from lit_llama.tensor_files import read_state
+from lit_llama.run.folder import agrees
+from lit_llama.run.report import read_metrics
+from lit_llama.storage.staging import TEMPORARY
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.train import SFTLoss
 from lit_llama.utils import UserError
 

@@ -23,10 +23,10 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.data import PreferenceData, plan_fixed_epoch
 from lit_llama.dpo import sequence_logps
-from lit_llama.manifest import MANIFEST
 from lit_llama.model import LLaMAConfig
-from lit_llama.report import read_metrics
-from lit_llama.tensor_files import read_state
+from lit_llama.run.report import read_metrics
+from lit_llama.storage.manifest import MANIFEST
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

@@ -16,9 +16,9 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import PromptData
 from lit_llama.generation import Sampling, generate
 from lit_llama.prepare_prompts import prepare_prompts
-from lit_llama.report import read_metrics
 from lit_llama.rewards import Reward
 from lit_llama.rollouts import Answerer, Rollouts
+from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
 
 # 20 prompts in steps of 8 are 3 steps an epoch

@@ -13,7 +13,7 @@ SCRIPT = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from lightning.fabric import Fabric
-from lit_llama import processes
+from lit_llama.run import processes
 from lit_llama.console import exit_on_user_error
 from lit_llama.utils import UserError
 
@@ -80,7 +80,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from datetime import timedelta
 from lightning.fabric import Fabric
-from lit_llama import processes
+from lit_llama.run import processes
 from lit_llama.console import exit_on_user_error
 processes.PATIENCE = timedelta(seconds=3)
 with exit_on_user_error():

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.chat import Request, read_requests
-from lit_llama.rows import read_rows, text_field
+from lit_llama.storage.rows import read_rows, text_field
 from lit_llama.utils import UserError
 
 ROWS = [{"instruction": "Say é", "output": "line one\nline two\u2028\x85"}, {"instruction": "", "output": "{braces}"}]

@@ -10,7 +10,7 @@ from evaluate import judge
 from evaluate.calibration import agreement, area_under_curve, read_labelled
 from evaluate.replies import parse_guard, parse_refusal
 from evaluate.safety import Settings, main, read_harmless, read_items, refuses, spread
-from lit_llama.manifest import MANIFEST
+from lit_llama.storage.manifest import MANIFEST
 from lit_llama.utils import UserError
 
 DECLINES, HELPS = "I'm sorry, but I can't help with that.", "Sure! First you take the thing."

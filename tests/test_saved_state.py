@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_llama.saved_state import best_of, check_saved_state, read_saved_state
+from lit_llama.run.saved_state import best_of, check_saved_state, read_saved_state
 from lit_llama.utils import UserError
 
 

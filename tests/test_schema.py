@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lit_llama.schema import check, depth, field, parse_json, read_bytes, read_json
+from lit_llama.storage.schema import check, depth, field, parse_json, read_bytes, read_json
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 def test_another_user_s_file_is_no_damaged_one():
     code = (
-        "import os, sys; from pathlib import Path; from lit_llama.schema import read_json\n"
+        "import os, sys; from pathlib import Path; from lit_llama.storage.schema import read_json\n"
         "os.setuid(65534)\n"
         "try: read_json(Path(sys.argv[1]))\n"
         "except ValueError as error: print(error)"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from lit_llama.hf_tokenizer import as_tokenizer_json, write_hf_tokenizer
+from lit_llama.huggingface.tokenizer_files import as_tokenizer_json, write_hf_tokenizer
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from lit_llama import aligner
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
-from lit_llama.files import claim
 from lit_llama.logps import LabelLogps
-from lit_llama.report import MetricsLog, Progress, read_metrics, write_above_bar
-from lit_llama.run_folder import NAMES, RunFolder
-from lit_llama.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
+from lit_llama.run.folder import NAMES, RunFolder
+from lit_llama.run.report import MetricsLog, Progress, read_metrics, write_above_bar
+from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
+from lit_llama.run.train_settings import TrainSettings
+from lit_llama.storage.files import claim
 from lit_llama.train import SFTLoss, Trainer, lr_at
-from lit_llama.train_settings import TrainSettings
 from lit_llama.utils import UserError
 
 

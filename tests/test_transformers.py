@@ -107,7 +107,7 @@ def test_verify(tmp_path, tokenizer_path, run_script, refused, monkeypatch):
     assert "logits differ from those of transformers by" in run_script(SCRIPT, *reverse)[2]
 
     # a mistake in the conversion is found, and nothing is left
-    monkeypatch.setattr("lit_llama.hf.interleave", lambda rows, head_size: rows)
+    monkeypatch.setattr("lit_llama.huggingface.weights.interleave", lambda rows, head_size: rows)
     code, _, err = run_script(SCRIPT, *flags, tmp_path / "wrong")
     assert code == 1 and "logits differ from those of transformers by up to" in err
     assert not (tmp_path / "wrong").exists() and not list(tmp_path.glob(".*"))

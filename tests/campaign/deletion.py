@@ -20,8 +20,8 @@ from material import make_material
 
 sys.path.append(str(ROOT))
 
-from lit_llama.manifest import MANIFEST, find_strangers
-from lit_llama.staging import TEMPORARY
+from lit_llama.storage.manifest import MANIFEST, find_strangers
+from lit_llama.storage.staging import TEMPORARY
 
 CACHE = ".aligner-cache"  # beside prepared datasets
 

@@ -23,7 +23,7 @@ from material import make_material
 sys.path.append(str(ROOT))
 
 from lit_llama.settings import Setting, describe
-from lit_llama.staging import TEMPORARY
+from lit_llama.storage.staging import TEMPORARY
 
 TRAIN = "--checkpoint_dir in/base --out_dir out --accelerator cpu --max_steps 1 --batch_size 2 --micro_batch_size 2"
 SFT, EVALUATE = f"{TRAIN} --data_dir in/sft --eval_rows 2", "--checkpoint_dir in/base --max_new_tokens 2 --limit 2"

@@ -26,8 +26,8 @@ from mutate import mutate
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
 MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
-           "lit_llama.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.chat", "lit_llama.compose",
-           "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.hf")  # fmt: skip
+           "lit_llama.run.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.chat", "lit_llama.compose",
+           "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.huggingface.weights")  # fmt: skip
 BASE = "--checkpoint_dir tiny --max_new_tokens 2"
 TRAIN = "--accelerator cpu --batch_size 2 --micro_batch_size 2 --save_interval 1 --eval_interval 1 --sample_prompts 1"
 SFT = f"finetune/aligner.py --checkpoint_dir tiny --data_dir data --adapter_start_layer 0 {TRAIN}"

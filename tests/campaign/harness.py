@@ -31,7 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
-           "microworld.scorer", "lit_llama.prepare", "lit_llama.setup", "lit_llama.samples")  # fmt: skip
+           "microworld.scorer", "lit_llama.prepare", "lit_llama.run.setup", "lit_llama.run.samples")  # fmt: skip
 TRACES = (b"Traceback (most recent call last)", b"Exception ignored", b"Fatal Python error", b"Segmentation fault")
 
 

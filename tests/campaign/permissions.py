@@ -24,8 +24,8 @@ if os.geteuid() == 0:
 from deletion import CACHE
 from flags import LINES, SFT, make_inputs
 
-from lit_llama.cache import FILES
-from lit_llama.manifest import MANIFEST
+from lit_llama.storage.cache import FILES
+from lit_llama.storage.manifest import MANIFEST
 
 MORE = {f"finetune/{name}.py": SFT for name in ("lora", "bitfit")}
 MORE |= {"finetune/aligner.py": f"{SFT} --init_adapter in/adapter.safetensors --config c.yaml"}

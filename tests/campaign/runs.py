@@ -15,8 +15,8 @@ import torch
 
 from lit_llama.checkpoint import save_base
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.report import read_metrics
-from lit_llama.staging import TEMPORARY
+from lit_llama.run.report import read_metrics
+from lit_llama.storage.staging import TEMPORARY
 
 COMMON = ("--batch_size 6 --micro_batch_size 3 --max_steps 4 --epochs 9 --warmup_epochs 0 --adapter_start_layer 1 "
           "--eval_interval 2 --save_interval 2 --sample_prompts 1 --max_new_tokens 2 --accelerator cpu "

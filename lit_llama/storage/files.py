@@ -20,8 +20,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lit_llama.manifest import FORMAT, MANIFEST, OUTPUTS, find_strangers, make_manifest, read_manifest
-from lit_llama.staging import TEMPORARY, settle, staged, synchronize
+from lit_llama.storage.manifest import FORMAT, MANIFEST, OUTPUTS, find_strangers, make_manifest, read_manifest
+from lit_llama.storage.staging import TEMPORARY, settle, staged, synchronize
 from lit_llama.utils import UserError, log
 
 NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")

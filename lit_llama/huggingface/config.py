@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from lit_llama.config import MOST_FLOAT, MOST_INT
-from lit_llama.hf_tokenizer import token_ids
+from lit_llama.huggingface.tokenizer_files import token_ids
 from lit_llama.model import LLaMAConfig
-from lit_llama.schema import REQUIRED, field, shown
+from lit_llama.storage.schema import REQUIRED, field, shown
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

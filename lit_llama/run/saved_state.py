@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_llama.schema import check, field, unreadable
+from lit_llama.storage.schema import check, field, unreadable
 from lit_llama.utils import UserError
 
 Tensors = dict[str, torch.Tensor]

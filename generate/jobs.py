@@ -1,4 +1,4 @@
-"""Requests to the engine (lit_llama/engine.py), and the rows of its running batch that answer them."""
+"""Requests to the engine (generate/engine.py), and the rows of its running batch that answer them."""
 
 import math
 from collections.abc import Callable

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lit_llama.files import write_text
-from lit_llama.hf_config import has_attention_bias, hf_config
-from lit_llama.hf_tokenizer import fitting_tokenizer, write_hf_tokenizer
+from lit_llama.huggingface.config import has_attention_bias, hf_config
+from lit_llama.huggingface.tokenizer_files import fitting_tokenizer, write_hf_tokenizer
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.schema import field, read_json
-from lit_llama.tensor_files import LazyTensor, check_space, write_tensors
+from lit_llama.storage.files import write_text
+from lit_llama.storage.schema import field, read_json
+from lit_llama.storage.tensor_files import LazyTensor, check_space, write_tensors
 from lit_llama.utils import UserError, plain_name
 from lit_llama.variant import check_shapes
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lit_llama.files import atomic_write
-from lit_llama.schema import unreadable
-from lit_llama.train_settings import FinetuneSettings, TrainSettings
+from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
+from lit_llama.storage.files import atomic_write
+from lit_llama.storage.schema import unreadable
 from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:

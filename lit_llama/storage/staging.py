@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lit_llama.manifest import remove_recorded
+from lit_llama.storage.manifest import remove_recorded
 
 TEMPORARY = ".aligner-tmp-"
 _in_use: set[str] = set()  # names of this process's temporary folders

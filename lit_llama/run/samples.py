@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
-from lit_llama.schema import field, parse_json, read_bytes
+from lit_llama.storage.schema import field, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 

@@ -80,7 +80,7 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halv
         content: The text, or its bytes in UTF-8.
         source: Where it comes from, for the error message.
         kind: Type of the value.
-        halves: Accept halves of surrogate pairs, which `lit_llama.rows.text_field` refuses by row and field.
+        halves: Accept halves of surrogate pairs, which `lit_llama.storage.rows.text_field` refuses by row and field.
 
     Raises:
         UserError: The content is not UTF-8 or not JSON, holds halves of surrogate pairs, is nested too deeply, or is of

@@ -17,7 +17,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lit_llama.schema import check_readable, parse_json
+from lit_llama.storage.schema import check_readable, parse_json
 from lit_llama.utils import UserError
 
 # dtypes of unquantized weights, by their names in safetensors headers

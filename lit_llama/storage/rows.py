@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import enable_progress_bars, load_dataset
 
-from lit_llama.schema import check_readable, parse_json
+from lit_llama.storage.schema import check_readable, parse_json
 from lit_llama.utils import UserError, check_text
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, load_from_disk
 
-from lit_llama.manifest import DATASET, changed_names
-from lit_llama.schema import check_readable, read_json
+from lit_llama.storage.manifest import DATASET, changed_names
+from lit_llama.storage.schema import check_readable, read_json
 from lit_llama.utils import UserError, plain_name
 
 

@@ -14,9 +14,9 @@ from lit_llama.device import computes_bf16
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.processes import ddp_strategy, launch, watch_processes
-from lit_llama.schema import field
-from lit_llama.train_settings import FinetuneSettings, Precision, TrainSettings
+from lit_llama.run.processes import ddp_strategy, launch, watch_processes
+from lit_llama.run.train_settings import FinetuneSettings, Precision, TrainSettings
+from lit_llama.storage.schema import field
 from lit_llama.utils import UserError
 
 S = TypeVar("S", bound=FinetuneSettings)

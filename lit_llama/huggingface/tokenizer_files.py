@@ -9,8 +9,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, processors
 
 from lit_llama.checkpoint import TOKENIZER_NAME
-from lit_llama.files import write_text
 from lit_llama.model import LLaMAConfig
+from lit_llama.storage.files import write_text
 from lit_llama.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

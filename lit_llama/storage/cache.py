@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lit_llama.files import atomic_folder, unwritable, write_text
-from lit_llama.manifest import MANIFEST
+from lit_llama.storage.files import atomic_folder, unwritable, write_text
+from lit_llama.storage.manifest import MANIFEST
 
 NAME, CHECKSUMS = ".aligner-cache", "sha256.json"
 FILES = {

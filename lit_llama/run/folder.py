@@ -33,14 +33,14 @@ import yaml
 from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import is_ours, save_adapter, versions
-from lit_llama.files import atomic_write, check_claim, claim, locked, unwritable, write_text
-from lit_llama.manifest import OUTPUTS, read_manifest
-from lit_llama.processes import together
-from lit_llama.report import EventFile, MetricsLog, plot_losses
-from lit_llama.samples import read_samples
-from lit_llama.saved_state import best_of, damaged, read_saved_state
-from lit_llama.schema import parse_json
-from lit_llama.train_settings import TrainSettings
+from lit_llama.run.processes import together
+from lit_llama.run.report import EventFile, MetricsLog, plot_losses
+from lit_llama.run.samples import read_samples
+from lit_llama.run.saved_state import best_of, damaged, read_saved_state
+from lit_llama.run.train_settings import TrainSettings
+from lit_llama.storage.files import atomic_write, check_claim, claim, locked, unwritable, write_text
+from lit_llama.storage.manifest import OUTPUTS, read_manifest
+from lit_llama.storage.schema import parse_json
 from lit_llama.utils import UserError, log
 
 # in the order in which --overwrite deletes them: until state.pt is gone, --resume restores what was before it
@@ -285,7 +285,7 @@ class RunFolder:
         """Write everything that a resumed run needs, after the metrics up to that step, and the last adapter.
 
         Args:
-            state: Fields that `lit_llama.saved_state` checks, of types that `torch.load(weights_only=True)` reads.
+            state: Fields that `lit_llama.run.saved_state` checks, of types that `torch.load(weights_only=True)` reads.
         """
         if self.is_first:
             self.metrics.save()

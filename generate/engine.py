@@ -19,11 +19,11 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from generate.jobs import Event, Expired, Job, QueueFull, Row, TooLong
 from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
-from lit_llama.jobs import Event, Expired, Job, QueueFull, Row, TooLong
 from lit_llama.kv_cache import KVCache
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log

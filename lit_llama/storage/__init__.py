@@ -1,0 +1,1 @@
+"""Files: what may be written, replaced and deleted, and checked readers of each format."""
