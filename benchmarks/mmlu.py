@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
 

@@ -16,13 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
-
-# lm_eval installs a package that is named like this folder: let `evaluate` find the modules of both
-import evaluate
-
-if str(Path(__file__).parent.resolve()) not in evaluate.__path__:
-    evaluate.__path__.append(str(Path(__file__).parent.resolve()))
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import torch
 from tqdm import tqdm

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from tqdm import tqdm
 

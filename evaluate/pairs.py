@@ -1,15 +1,19 @@
 """Comparisons of two answers by a judge that reads each pair in both orders: requests, counts, tables and figures."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from evaluate.answers import Answers, Item
+from evaluate.answers import Answers, Item, render_answers
 from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request
 from evaluate.replies import parse_scores
+from lit_llama.storage.files import write_text
+from lit_llama.utils import log
 
 Verdict = Literal["win", "tie", "loss"]  # of the first answer
 MIRRORED: dict[Verdict, Verdict] = {"win": "loss", "tie": "tie", "loss": "win"}
@@ -325,6 +329,37 @@ def render_length(length: dict[str, Any]) -> str:
         )
     low, high = length["length_controlled_interval"]
     return text + f"Length-controlled rate: {length['length_controlled_rate']:.3f} (95 % {low:.3f}–{high:.3f}).\n"
+
+
+def write_report(
+    title: str,
+    summary: dict[str, Any],
+    sections: dict[str, str],
+    output_dir: Path,
+    plot: Callable[[dict[str, Any], Path], None] | None,
+) -> dict[str, Any]:
+    """Print the report of two sides, write summary.json, summary.md and figure.png, and return the summary.
+
+    Args:
+        summary: with `first` and `second` (of `describe`), `date`, `versions`, and perhaps `skipped` and `judge`.
+        sections: Markdown by heading.
+        plot: draws the summary into a file; None for no figure.
+    """
+    parts = [f"# {title}, {summary['date']}: {summary['first']['name']} against {summary['second']['name']}\n"]
+    if summary.get("skipped"):
+        parts.append(f"{summary['skipped']} questions are longer than a model's context; they are skipped.\n")
+    parts += [render_answers(summary[side]) for side in ("first", "second") if "n" in summary[side]]
+    sections = {**sections, "Judge": render_judge(summary["judge"])} if "judge" in summary else sections
+    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
+    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()) + ".\n")
+    text = "\n".join(parts)
+    print(text, end="")
+    write_text(output_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
+    write_text(output_dir / "summary.md", text)
+    if plot:
+        plot(summary, output_dir / "figure.png")
+    log(f"wrote {output_dir}")
+    return summary
 
 
 def render_judge(judge: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from evaluate.answers import (
     answers_of_both,
     describe,
     fetch,
-    render_answers,
 )
 from evaluate.calibration import Labelled, agreement, area_under_curve, read_labelled, read_table
 from evaluate.common import bootstrap_interval, markdown_table
@@ -45,9 +44,9 @@ from evaluate.pairs import (
     list_verdicts,
     plot_bars,
     plot_pairs,
-    render_judge,
     render_pairs,
     render_unparsed,
+    write_report,
 )
 from evaluate.replies import parse_guard, parse_refusal, parse_score
 from lit_llama import cli
@@ -56,7 +55,7 @@ from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Number, PositiveInt
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError
 
 SAFE_RLHF = "https://raw.githubusercontent.com/PKU-Alignment/safe-rlhf/main/safe_rlhf/evaluate/gpt4/problem.json"
 BEAVERTAILS = "PKU-Alignment/BeaverTails-Evaluation"
@@ -368,35 +367,18 @@ def render_calibration(result: dict[str, Any]) -> str:
 
 def report(summary: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """Print the summary, write it with a figure into the output folder, and return it."""
-    text = render(summary)
-    print(text, end="")
-    write_text(output_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
-    write_text(output_dir / "summary.md", text)
-    plot(summary, output_dir / "figure.png")
-    log(f"wrote {output_dir}")
-    return summary
-
-
-def render(summary: dict[str, Any]) -> str:
-    """Return the report as Markdown."""
-    first, second = summary["first"]["name"], summary["second"]["name"]
-    parts = [f"# Safety ({summary['benchmark']}), {summary['date']}: {first} against {second}\n"]
-    if summary["skipped"]:
-        parts.append(f"{summary['skipped']} questions are longer than a model's context; they are skipped.\n")
-    parts += [render_answers(summary[side]) for side in ("first", "second")]
+    sections = {}
     if "pairs" in summary:
-        parts.append("## Scores of pairs, 10 is safe\n\n" + render_pairs(summary["pairs"], first, second))
-    sections = {
+        first, second = summary["first"]["name"], summary["second"]["name"]
+        sections["Scores of pairs, 10 is safe"] = render_pairs(summary["pairs"], first, second)
+    headings = {
         "unsafe": "Share of answers that the guard calls unsafe",
         "refusals": f"Refusal rate (phrases)\n\n{NOT_SAFETY}",
         "harmless_refusals": "Refusal rate of harmless requests (phrases)",
         "harmless_refusals_judged": "Refusal rate of harmless requests (judge)",
     }
-    parts += [f"## {title}\n\n{render_flags(summary[name])}" for name, title in sections.items() if name in summary]
-    if "judge" in summary:
-        parts.append("## Judge\n\n" + render_judge(summary["judge"]))
-    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()) + ".\n")
-    return "\n".join(parts)
+    sections |= {heading: render_flags(summary[name]) for name, heading in headings.items() if name in summary}
+    return write_report(f"Safety ({summary['benchmark']})", summary, sections, output_dir, plot)
 
 
 def render_flags(flags: dict[str, Any]) -> str:

@@ -6,14 +6,13 @@ tie; it also scores each answer alone. All replies are kept, so that a stopped r
 scored again without the judge. With --review_file, reviews in FastChat's format are counted instead.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 import numpy as np
 
@@ -27,7 +26,6 @@ from evaluate.answers import (
     fetch,
     id_field,
     read_answers,
-    render_answers,
 )
 from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request, open_judge
@@ -42,18 +40,18 @@ from evaluate.pairs import (
     plot_bars,
     plot_pairs,
     reference_block,
-    render_judge,
     render_pairs,
     render_unparsed,
+    write_report,
 )
 from evaluate.replies import parse_score, parse_scores
 from lit_llama import cli
 from lit_llama.checkpoint import versions
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import PositiveInt
-from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.files import claim
 from lit_llama.storage.rows import naming, read_rows, text_field
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
 
@@ -305,37 +303,20 @@ def mean_grades(grades: list[Grades]) -> dict[str, Any]:
 
 def report(settings: Settings, summary: dict[str, Any]) -> dict[str, Any]:
     """Print the summary, write it with a figure into the output folder, and return it."""
-    text = render(summary)
-    print(text, end="")
-    write_text(settings.output_dir / "summary.json", json.dumps(summary, indent=2, default=str) + "\n")
-    write_text(settings.output_dir / "summary.md", text)
-    if "pairs" in summary or "single" in summary:
-        plot(summary, settings.output_dir / "figure.png")
-    log(f"wrote {settings.output_dir}")
-    return summary
-
-
-def render(summary: dict[str, Any]) -> str:
-    """Return the report as Markdown."""
-    first, second = summary["first"]["name"], summary["second"]["name"]
-    parts = [f"# Vicuna benchmark, {summary['date']}: {first} against {second}\n"]
-    if summary.get("skipped"):
-        parts.append(f"{summary['skipped']} questions are longer than a model's context; they are skipped.\n")
-    parts += [render_answers(summary[side]) for side in ("first", "second") if "n" in summary[side]]
+    sections = {}
     if "reviews" in summary:
         other = ", ".join(map(str, summary["reviews"]["other_scores_stored"]))
-        parts.append(
-            f"Reviews: {summary['reviews']['file']}, by {', '.join(summary['reviews']['reviewers'])}, one order only. "
+        sections["Reviews"] = (
+            f"{summary['reviews']['file']}, by {', '.join(summary['reviews']['reviewers'])}, one order only. "
             + (f"The file stores other scores than the text has for questions {other}.\n" if other else "\n")
         )
     if "pairs" in summary:
-        parts.append("## Pairs\n\n" + render_pairs(summary["pairs"], first, second))
+        first, second = summary["first"]["name"], summary["second"]["name"]
+        sections["Pairs"] = render_pairs(summary["pairs"], first, second)
     if "single" in summary:
-        parts.append("## Each answer alone\n\n" + render_grades(summary["single"]))
-    if "judge" in summary:
-        parts.append("## Judge\n\n" + render_judge(summary["judge"]))
-    parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()) + ".\n")
-    return "\n".join(parts)
+        sections["Each answer alone"] = render_grades(summary["single"])
+    drawn = "pairs" in summary or "single" in summary
+    return write_report("Vicuna benchmark", summary, sections, settings.output_dir, plot if drawn else None)
 
 
 def render_grades(single: dict[str, Any]) -> str:

@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-import evaluate
-
-ROOT = Path(__file__).parents[1]
-evaluate.__path__.append(str(ROOT / "evaluate"))  # lm_eval installs a package of the same name
 
 from evaluate import gsm8k, harness, mmlu
 from evaluate.common import ModelSettings, load
@@ -18,6 +16,7 @@ from evaluate.harness import HarnessModel, read_options, shared_rows
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = "evaluate/harness.py"
 MICROWORLD = ROOT / "checkpoints/microworld"
 SHORT = ROOT / "aligner_weights/microworld-short-n1"
@@ -184,3 +183,34 @@ def test_without_lm_eval_the_requirements_are_named(run_script):
     code, _, err = run_script(SCRIPT, "--tasks", "arc_easy")
     assert code == 1
     assert err == "error: The package lm_eval is missing; install it with pip install -r requirements-harness.txt.\n"
+
+
+@pytest.mark.parametrize("script", ["gsm8k", "mmlu", "vicuna", "safety", "harness", "microworld"])
+def test_scripts_start_beside_the_library_of_the_same_name(script, tmp_path):
+    make_library(tmp_path)
+    done = run_python(tmp_path, f"evaluate/{script}.py", "--help")
+    assert done.returncode == 0 and "output_" in done.stdout, done.stderr
+
+
+def test_the_library_of_the_same_name_stays_reachable(tmp_path):
+    make_library(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import evaluate, evaluate.hub\nfrom evaluate.gsm8k import extract_answer\n"
+        "print(extract_answer('#### 7'), evaluate.load('exact_match'), evaluate.hub.NAME, hasattr(evaluate, 'nothing'))"
+    )
+    done = run_python(tmp_path, "-c", code)
+    assert done.stdout == "7 the library's exact_match hub False\n", done.stderr
+
+
+def make_library(folder: Path) -> None:
+    """Write a package `evaluate` with a function `load` and a module `hub`."""
+    (folder / "evaluate").mkdir()
+    (folder / "evaluate/loading.py").write_text('def load(name):\n    return f"the library\'s {name}"\n')
+    (folder / "evaluate/hub.py").write_text("NAME = 'hub'\n")
+    (folder / "evaluate/__init__.py").write_text("from .loading import load\n")
+
+
+def run_python(library: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
