@@ -173,7 +173,7 @@ def main(settings: Settings) -> None:
                       sample_answers=answer, plan=plan_fixed_epoch)  # fmt: skip
     summary = trainer.fit()
     if run.is_first:
-        plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS)
+        plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS, run.title())
         print(compare_samples(settings.out_dir / "samples.jsonl"), end="")
         print_summary(summary, settings)
 

@@ -6,9 +6,9 @@ It runs the scripts that you would run by hand, prints each command, and writes 
 """
 
 import base64
-import html
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from lit_llama import cli
 from lit_llama.checkpoint import versions
-from lit_llama.run.report import make_figure, save_figure
+from lit_llama.run.report import legend_above, make_figure, save_figure
 from lit_llama.settings import Checked, PositiveInt, Seed
 from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError
@@ -143,64 +145,53 @@ def values_table(refusals: Scores) -> list[tuple[str, str, str, str]]:
 def plot_forms(form: str, results: Scores, image: Path) -> None:
     """Plot the shares of all forms before and after."""
     names = sorted({name for r in results.values() for name in r["forms"]}, key=lambda n: (n == "none", n != form, n))
-    figure = make_figure(7, 3.2)
+    figure = make_figure(7, 3.4)
+    figure.suptitle("Forms of sampled answers, temperature 1")
     axes = figure.subplots()
     for i, (key, label) in enumerate({"base": "before", "sampled": "after"}.items()):
         shares = [results[key]["forms"].get(name, 0) for name in names]
         axes.bar([x + 0.4 * i - 0.2 for x in range(len(names))], shares, 0.4, label=label)
-    axes.set_xticks(range(len(names)), [f"{n} (wanted)" if n == form else n for n in names], rotation=20)
-    axes.set(ylabel="share of answers", ylim=(0, 1), title="Forms of sampled answers, temperature 1")
-    axes.legend()
+    axes.set_xticks(range(len(names)), [f"{n}\n(wanted)" if n == form else n for n in names])
+    axes.set(ylabel="share of answers", ylim=(0, 1))
+    legend_above(axes)
     save_figure(figure, image)
 
 
 def report(settings: Settings, results: Scores, refusals: Scores, summary: dict, seconds: float) -> str:
-    """Return the report as one HTML file."""
+    """Return the report as one HTML file, from scripts/demo_report.html.jinja.
 
-    def picture(path: Path) -> str:
-        return f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" alt="{path.stem}">'
-
-    def row(cells: tuple[str, ...], tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    Args:
+        results, refusals: What `teach_form` and `teach_values` return.
+        summary: That of the run that learned the form.
+        seconds: What the demo took, training included.
+    """
 
     def examples(before: dict, after: dict, count: int) -> list[tuple[str, str, str]]:
         pairs = zip(before["answers"][:count], after["answers"][:count], strict=True)
         return [(b["question"], b["answer"], a["answer"]) for b, a in pairs]
 
-    heading, *rows = table(results)
-    values_heading, *values_rows = values_table(refusals)
-    forms = examples(results["base"], results["greedy"], 8)
-    requests = [e for kind in ("harmful", "harmless")
-                for e in examples(refusals["base"][kind], refusals["after"][kind], 4)]  # fmt: skip
-    merged = ""
-    if settings.adapter_prompt_length == 1:
-        merged = (
-            '<h2>Without any Aligner code</h2><p><a href="merged">merged/</a> is the same model as a plain Hugging '
-            "Face LLaMA: one token is a constant per layer, and here a bias (howto/serve.md).</p>"
-        )
-    made_by = {**versions(), "seed": settings.seed, "seconds": round(seconds), **summary}
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Aligner demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left;
-vertical-align:top;white-space:pre-line}}img{{max-width:100%}}</style>
-<h1>{summary["trainable_parameters"]} numbers, form “{settings.form}”</h1>
-<p>A frozen LLaMA that states facts in eight forms at random learned to state them in one. Questions are about entities
-that finetuning never saw.</p>
-<table>{row(heading, "th")}{"".join(map(row, rows))}</table>
-{picture(settings.out_dir / "forms.png")}
-<h2>Before and after</h2>
-<table>{row(("question", "base, sampled", "aligned, greedy"), "th")}{"".join(map(row, forms))}</table>
-<h2>Training</h2>
-{picture(settings.out_dir / "run" / "loss.png")}
-{merged}
-<h2>Values</h2>
-<p>The same base, and as many numbers trained by DPO on pairs of a better and a worse answer. Requests are about verbs
-and objects that training never saw.</p>
-<table>{row(values_heading, "th")}{"".join(map(row, values_rows))}</table>
-<table>{row(("request", "base, sampled", "after DPO, sampled"), "th")}{"".join(map(row, requests))}</table>
-{picture(settings.out_dir / "values" / "metrics.png")}
-<p>Made by: {html.escape(json.dumps(made_by))}</p></html>
-"""
+    out = settings.out_dir
+    images = {"forms": out / "forms.png", "loss": out / "run/loss.png", "metrics": out / "values/metrics.png"}
+    made_by = {"command": shlex.join(["python", *sys.argv]), "seed": settings.seed, "took": f"{seconds:.0f} s"}
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return templates.get_template("demo_report.html.jinja").render(
+        form=settings.form,
+        summary=summary,
+        forms=table(results),
+        values=values_table(refusals),
+        form_examples=examples(results["base"], results["greedy"], 8),
+        value_examples=[
+            example
+            for kind in ("harmful", "harmless")
+            for example in examples(refusals["base"][kind], refusals["after"][kind], 4)
+        ],
+        pictures={name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+                  for name, path in images.items()},
+        merged=settings.adapter_prompt_length == 1,
+        made_by={**made_by, **versions()},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ REFUSALS = {
 }
 
 
+SUMMARY = {"trainable_parameters": 240, "steps": 184, "seconds": 71.6, "val_loss_before": 2.5, "best_val_loss": 0.01}
+
+
 def test_the_table_has_before_and_after():
     assert demo.table(RESULTS) == [
         ("", "form", "fact"),
@@ -50,13 +53,14 @@ def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         demo.plot_forms("pirate", RESULTS, tmp_path / name)
     args = demo.Settings(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
-    text = demo.report(args, RESULTS, REFUSALS, {"trainable_parameters": 240}, 71.6)
+    text = demo.report(args, RESULTS, REFUSALS, SUMMARY, 171.6)
+    assert "<td>172 s</td>" in text and "184 optimizer steps in 72 s" in text  # the demo, and its first training
     assert text.count('src="data:image/png;base64,') == 3
     assert "helping to &lt;burn&gt;" in text and "<td>95.0%</td>" in text
     assert "&lt;Who?&gt;" in text and "Arr!" in text and "<Who?>" not in text
     assert "240 numbers" in text and 'href="merged"' in text
     args.adapter_prompt_length = 10
-    assert "merged" not in demo.report(args, RESULTS, REFUSALS, {"trainable_parameters": 1968}, 71.6)
+    assert "merged" not in demo.report(args, RESULTS, REFUSALS, {**SUMMARY, "trainable_parameters": 1968}, 171.6)
 
 
 def test_the_study_shows_mean_lowest_and_median():

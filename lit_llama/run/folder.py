@@ -211,6 +211,15 @@ class RunFolder:
         for step, values in self.metrics.rows.items():
             self.events.add(step, values)
 
+    def title(self) -> str:
+        """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
+        folders = {
+            "on": getattr(self.settings, "checkpoint_dir", None),
+            "data": getattr(self.settings, "data_dir", None),
+        }
+        where = ", ".join(f"{word} {path.resolve().name}" for word, path in folders.items() if path)
+        return f"{self.path.resolve().name}: {self.adapter_meta['method']} {where}".strip()
+
     def json_settings(self) -> dict[str, Any]:
         """Return the settings as config.yaml, state.pt and adapter files record them."""
         return _as_json({**asdict(self.settings), "resume": False, "overwrite": False})
@@ -299,7 +308,7 @@ class RunFolder:
         """Write the files that describe a completed run."""
         if self.is_first:
             with self.explained():
-                plot_losses(self.path / "metrics.csv", self.path / "loss.png")
+                plot_losses(self.path / "metrics.csv", self.path / "loss.png", self.title())
                 write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     # == errors ==

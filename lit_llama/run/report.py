@@ -179,23 +179,25 @@ def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
     )
 
 
-def plot_losses(metrics: Path, image: Path) -> None:
+def plot_losses(metrics: Path, image: Path, title: str) -> None:
     """Plot the training and the validation loss over steps, from a metrics.csv."""
-    plot_metrics(metrics, image, {"loss (nats per target)": ["loss"]})
+    plot_metrics(metrics, image, {"loss (nats per target)": ["loss"]}, title)
 
 
-def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> None:
+def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title: str) -> None:
     """Plot metrics over steps, from a metrics.csv.
 
     Args:
         panels: The label of each panel's y-axis -> its metrics, each drawn for training and validation if logged.
+        title: The title of the figure.
     """
     from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics)
     known = {name.rpartition("/")[2] for row in rows.values() for name in row}
     panels = {label: names for label, names in panels.items() if known & set(names)}
-    figure, grid = make_panels(len(panels), 6, 3.6)
+    figure, grid = make_panels(len(panels), 5, 3.4)
+    figure.suptitle(title, wrap=True)
     for axes, (label, names) in zip(grid, panels.items(), strict=True):
         for i, name in enumerate(names):
             which = f"{name}, ".replace("_", " ") if len(names) > 1 else ""
@@ -212,8 +214,13 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]]) -> No
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        legend_above(axes)
     save_figure(figure, image)
+
+
+def legend_above(axes: "Axes") -> None:
+    """Add a legend above a panel, where it hides no curve: at most two entries in a line."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize="small", borderaxespad=0.2)
 
 
 def make_figure(width: float, height: float) -> "Figure":
