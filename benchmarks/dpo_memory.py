@@ -11,22 +11,28 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
-from benchmarks import harness as b
+from benchmarks.settings import DeviceSettings
 from lit_llama import cli
-from lit_llama.device import pick_device
 from lit_llama.settings import PositiveInt, Share
-from lit_llama.utils import UserError
 
 
 @dataclass
-class Settings(b.DeviceSettings):
+class Settings(DeviceSettings):
     # == What to measure ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     rows: PositiveInt = 32  # sequences of a micro-batch; for DPO half as many pairs
     tokens: PositiveInt = 256  # of each sequence
     response_share: Share = 0.5  # of them in the response
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from benchmarks import harness as b
+from lit_llama.device import pick_device
+from lit_llama.utils import UserError
 
 
 def main(settings: Settings) -> None:
@@ -46,4 +52,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

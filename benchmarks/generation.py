@@ -13,24 +13,29 @@ from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import numpy as np
-
-from benchmarks import harness as b
-from benchmarks.material import alpaca_lengths, decode_bytes
-from benchmarks.measure import compare, copy_bandwidth, ratio_table, with_interval
+from benchmarks.settings import PeerSettings
 from lit_llama import cli
 from lit_llama.settings import NonNegativeInt, PositiveInt, Range
-from lit_llama.tables import markdown_table
 
 
 @dataclass
-class Settings(b.PeerSettings):
+class Settings(PeerSettings):
     # == What to measure ==
     prompt_length: PositiveInt = 64  # tokens of each prompt
     new_tokens: Annotated[int, Range(least=3)] = 32  # to generate; the first belongs to the prompt
     batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
     one_by_one: NonNegativeInt = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import numpy as np
+
+from benchmarks import harness as b
+from benchmarks.material import alpaca_lengths, decode_bytes
+from benchmarks.measure import compare, copy_bandwidth, ratio_table, with_interval
+from lit_llama.tables import markdown_table
 
 BARE, N1 = "bare base", "Aligner N = 1"
 LENGTHS = {BARE: 0, N1: 1, "Aligner N = 10": 10, "Aligner N = 100": 100}
@@ -116,4 +121,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

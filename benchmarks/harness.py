@@ -22,45 +22,18 @@ from tqdm import tqdm
 
 from benchmarks import worker
 from benchmarks.material import dtype_name, random_weights, shape
-from benchmarks.measure import Clock, median_interval
+from benchmarks.measure import median_interval
+from benchmarks.settings import Clock, PeerSettings
 from lit_llama.checkpoint import versions
 from lit_llama.device import pick_device
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import make_panels, save_figure
-from lit_llama.settings import Checked, NonNegativeInt, PositiveInt
 from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError, log
 
 Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.worker.Worker`
 Turns = Mapping[str, Callable[[], Any]]  # contestant -> what it does in its turn
 Answers = dict[str, list[Any]]  # contestant -> what its turns returned
-
-
-@dataclass
-class DeviceSettings(Checked):
-    # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
-
-
-@dataclass
-class BenchmarkSettings(DeviceSettings):
-    # == What to measure ==
-    rounds: PositiveInt = 7  # turns of every contestant
-    out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' packages
-
-    # == Device ==
-    threads: NonNegativeInt = 0  # of each process on a CPU; 0 is PyTorch's own choice
-
-
-@dataclass
-class PeerSettings(BenchmarkSettings):
-    # == What to measure ==
-    size: str = "110M"  # 110M, or a name of lit_llama.model.llama_configs: microworld, Llama-2-7B, ...
-    peers: bool = True  # install and measure transformers, PEFT and LitGPT too
-
-    # == Device ==
-    clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
 
 
 # == contestants ==

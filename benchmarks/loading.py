@@ -12,19 +12,25 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from benchmarks import harness as b
-from benchmarks.generation import PEERS
-from benchmarks.measure import with_interval
+from benchmarks.settings import PeerSettings
 from lit_llama import cli
-from lit_llama.checkpoint import weights_path
 from lit_llama.settings import PositiveInt
-from lit_llama.tables import markdown_table
 
 
 @dataclass
-class Settings(b.PeerSettings):
+class Settings(PeerSettings):
     # == What to measure ==
     prompt_length: PositiveInt = 32  # tokens
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from benchmarks import harness as b
+from benchmarks.generation import PEERS
+from benchmarks.measure import with_interval
+from lit_llama.checkpoint import weights_path
+from lit_llama.tables import markdown_table
 
 
 def first_token(name: str, spec: dict[str, Any], prompt: list[int]) -> tuple[float, float]:
@@ -52,4 +58,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -16,27 +16,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import numpy as np
-import torch
-
-from benchmarks import harness as b
-from benchmarks.material import START, dtype_name, random_adapter, random_weights, shape
-from benchmarks.measure import Memory, compare, now, number, timed, with_interval
+from benchmarks.settings import BenchmarkSettings
 from lit_llama import cli
-from lit_llama.bank import Bank
-from lit_llama.checkpoint import load_model
-from lit_llama.compose import load_adapted, load_with_bank
-from lit_llama.device import pick_device
-from lit_llama.generation import Sampling, generate
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.onednn import pack_
 from lit_llama.settings import PositiveFloat, PositiveInt
-from lit_llama.tables import markdown_table
-from lit_llama.utils import log
 
 
 @dataclass
-class Settings(b.BenchmarkSettings):
+class Settings(BenchmarkSettings):
     # == Speed ==
     sizes: tuple[str, ...] = ("microworld", "110M")  # 110M, or names of lit_llama.model.llama_configs
     batch_size: PositiveInt = 128  # prompts of a batch
@@ -50,6 +36,25 @@ class Settings(b.BenchmarkSettings):
     memory_gb: PositiveFloat = 8.0  # into this
     samples: PositiveInt = 2000  # repetitions of gathering, swapping and removing one
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import numpy as np
+import torch
+
+from benchmarks import harness as b
+from benchmarks.material import START, dtype_name, random_adapter, random_weights, shape
+from benchmarks.measure import Memory, compare, now, number, timed, with_interval
+from lit_llama.bank import Bank
+from lit_llama.checkpoint import load_model
+from lit_llama.compose import load_adapted, load_with_bank
+from lit_llama.device import pick_device
+from lit_llama.generation import Sampling, generate
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.onednn import pack_
+from lit_llama.tables import markdown_table
+from lit_llama.utils import log
 
 NAME_BYTES = 400  # of the main memory, at most, for a name and its entry
 SAVED_BYTES = 1e9  # banks up to this size are also written to a file and opened
@@ -206,4 +211,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.stats import binom
 
+from benchmarks.settings import Clock
 from lit_llama.tables import markdown_table
 
-Clock = Literal["wall", "cpu"]
 CPU = torch.device("cpu")
 
 

@@ -9,21 +9,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
-from benchmarks.harness import check_clock, take_turns
-from benchmarks.measure import Clock, compare, timed, with_interval
-from evaluate import mmlu
-from evaluate.common import load
-from evaluate.letters import Letters, length_batches, letter_logps, pad
+from benchmarks.settings import Clock
+from evaluate.settings import ModelSettings
 from lit_llama import cli
-from lit_llama.modules import eval_mode
 from lit_llama.settings import NonNegativeInt, PositiveInt
-from lit_llama.tables import markdown_table
 
 
 @dataclass
-class Settings(mmlu.Settings):
+class Settings(ModelSettings):
+    # == Model ==
+    prompt_style: str = "plain"  # as in evaluate/mmlu.py
+
+    # == Questions ==
+    data_file: Path | None = None  # mmlu.zip, a folder, a CSV file or rows (default: download --repo_id)
+    repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
+    subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
+
     # == What to measure ==
     limit: PositiveInt | None = 5  # use only the first questions of each subject, this many
     shots: NonNegativeInt = 0  # worked examples before each question
@@ -31,6 +32,20 @@ class Settings(mmlu.Settings):
     rounds: PositiveInt = 7  # passes over all batches
     threads: NonNegativeInt = 1  # on a CPU
     clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from benchmarks.harness import check_clock, take_turns
+from benchmarks.measure import compare, timed, with_interval
+from evaluate import mmlu
+from evaluate.common import load
+from evaluate.letters import Letters, length_batches, letter_logps, pad
+from lit_llama.modules import eval_mode
+from lit_llama.tables import markdown_table
 
 
 def main(settings: Settings) -> None:
@@ -70,4 +85,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -26,6 +26,23 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from benchmarks.settings import BenchmarkSettings
+from lit_llama import cli
+from lit_llama.settings import PositiveInt
+
+
+@dataclass
+class Settings(BenchmarkSettings):
+    # == What to measure ==
+    mode: Literal["speed", "stress"] = "speed"  # throughput, or correctness of every answer under abuse
+    clients: PositiveInt = 64  # at the same time, and adapters of the mode "speed"
+    requests: PositiveInt = 10_000  # of the mode "stress"
+    requests_per_client: PositiveInt = 4  # in a turn of the mode "speed"
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -33,27 +50,15 @@ from tqdm import tqdm
 from benchmarks import harness as b
 from benchmarks.material import MICROWORLD
 from benchmarks.measure import compare, number, with_interval
-from lit_llama import cli
 from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import load_with_bank, parse_sum
 from lit_llama.generation import Sampling, instruct
 from lit_llama.prompts import get_prompt_style
-from lit_llama.settings import PositiveInt
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from microworld.world import UNSEEN, World
-
-
-@dataclass
-class Settings(b.BenchmarkSettings):
-    # == What to measure ==
-    mode: Literal["speed", "stress"] = "speed"  # throughput, or correctness of every answer under abuse
-    clients: PositiveInt = 64  # at the same time, and adapters of the mode "speed"
-    requests: PositiveInt = 10_000  # of the mode "stress"
-    requests_per_client: PositiveInt = 4  # in a turn of the mode "speed"
-
 
 BUNDLED = MICROWORLD.parents[1] / "aligner_weights"
 NEW_TOKENS = 24  # longest answer
@@ -357,4 +362,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -14,20 +14,13 @@ from typing import Annotated, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import numpy as np
-import torch
-
-from benchmarks import harness as b
-from benchmarks.material import alpaca_lengths, padding_share, training_flops, write_data
-from benchmarks.measure import compare, matmul_rate, number, ratio_table, with_interval
+from benchmarks.settings import PeerSettings
 from lit_llama import cli
-from lit_llama.data import plan_epoch
 from lit_llama.settings import PositiveInt, Range
-from lit_llama.tables import markdown_table
 
 
 @dataclass
-class Settings(b.PeerSettings):
+class Settings(PeerSettings):
     # == What to measure ==
     max_length: PositiveInt = 512  # tokens; longer rows are cut
     micro_batch_size: Annotated[int, Range(least=2)] = 8  # rows of a forward pass; two make a pair
@@ -35,6 +28,18 @@ class Settings(b.PeerSettings):
     dpo: bool = True  # DPO against SFT at equal tokens
     growth: bool = True  # cost against length, N, layers and batch
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import numpy as np
+import torch
+
+from benchmarks import harness as b
+from benchmarks.material import alpaca_lengths, padding_share, training_flops, write_data
+from benchmarks.measure import compare, matmul_rate, number, ratio_table, with_interval
+from lit_llama.data import plan_epoch
+from lit_llama.tables import markdown_table
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
@@ -211,4 +216,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -9,7 +9,6 @@ import numpy as np
 
 from evaluate.common import (
     ANSWER_FIELDS,
-    ModelSettings,
     Question,
     Results,
     answer_questions,
@@ -19,25 +18,12 @@ from evaluate.common import (
     load,
     pick_style,
 )
-from evaluate.judge import JudgeSettings
+from evaluate.settings import CompareSettings
 from lit_llama.generation import Sampling
-from lit_llama.settings import NonNegativeFloat, PositiveInt, Seed
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.storage.schema import check
 from lit_llama.utils import UserError, log
-
-
-@dataclass
-class CompareSettings(ModelSettings, JudgeSettings):
-    # == Compared answers ==
-    answer_file: Path | None = None  # take these answers instead of the model's: FastChat's format or answers.jsonl
-    against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
-    max_new_tokens: PositiveInt = 1024  # longest answer, in tokens
-    temperature: NonNegativeFloat = 0.0  # 0 is greedy
-    seed: Seed = 1234  # of sampling
-    batch_size: PositiveInt = 16  # questions answered at a time
-    skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error
 
 
 @dataclass(frozen=True)

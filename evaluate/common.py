@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from evaluate.settings import ModelSettings
 from lit_llama import tables
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.compose import load_adapted
@@ -28,8 +29,6 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.quantize import Quantize
-from lit_llama.settings import Checked, Number
 from lit_llama.storage.files import claim, unwritable, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
@@ -37,20 +36,6 @@ from lit_llama.utils import UserError, log
 
 ANSWERS, SUMMARY, TABLE = "answers.jsonl", "summary.json", "summary.md"
 IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the parts of a resumed evaluation
-
-
-@dataclass
-class ModelSettings(Checked):
-    # == Model ==
-    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter: Path | None = None  # adapter file or training run's folder, of any method (default: the base model alone)
-    strength: Number = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
-    prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's; alpaca for a base)
-
-    # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
 @dataclass

@@ -15,28 +15,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from evaluate.common import (
-    ModelSettings,
-    Question,
-    Results,
-    answer_questions,
-    answer_statistics,
-    bootstrap_interval,
-    drop_long,
-    few_shot,
-    identify,
-    load,
-    markdown_table,
-    percent,
-    pick_style,
-)
+from evaluate.settings import ModelSettings
 from lit_llama import cli
-from lit_llama.generation import Sampling
-from lit_llama.prompts import PromptStyle
 from lit_llama.settings import PositiveInt
-from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
-from lit_llama.storage.schema import field
-from lit_llama.utils import UserError
 
 
 @dataclass
@@ -56,6 +37,29 @@ class Settings(ModelSettings):
     output_dir: Path = Path("out/evaluate/gsm8k")  # receives answers.jsonl, summary.json and summary.md
     overwrite: bool = False  # replace results of other settings in output_dir
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from evaluate.common import (
+    Question,
+    Results,
+    answer_questions,
+    answer_statistics,
+    bootstrap_interval,
+    drop_long,
+    few_shot,
+    identify,
+    load,
+    markdown_table,
+    percent,
+    pick_style,
+)
+from lit_llama.generation import Sampling
+from lit_llama.prompts import PromptStyle
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.storage.schema import field
+from lit_llama.utils import UserError
 
 EXAMPLE = (
     "A baker fills 6 trays with 24 rolls each and sells three quarters of the rolls for $2 each. How many dollars does "
@@ -264,4 +268,4 @@ def show(summary: dict[str, Any], shots: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -18,29 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-from tqdm import tqdm
-
-from evaluate.common import EvaluatedModel, ModelSettings, Results, answer_statistics, few_shot, identify, load, percent
-from evaluate.letters import length_batches, pad
+from evaluate.settings import ModelSettings
 from lit_llama import cli
-from lit_llama.console import did_you_mean
-from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
-from lit_llama.model import LLaMA
-from lit_llama.modules import eval_mode
 from lit_llama.settings import NonNegativeInt, PositiveInt
-from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, log
-
-try:
-    import lm_eval
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ModuleNotFoundError:
-    lm_eval, TemplateLM = None, object
-
-CHUNK = 2048  # predicted tokens whose logits are in memory at a time
 
 
 @dataclass
@@ -61,6 +41,32 @@ class Settings(ModelSettings):
     # == Output ==
     output_dir: Path = Path("out/evaluate/harness")  # receives answers.jsonl, summary.json and summary.md
     overwrite: bool = False  # replace results of other settings in output_dir
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+from tqdm import tqdm
+
+from evaluate.common import EvaluatedModel, Results, answer_statistics, few_shot, identify, load, percent
+from evaluate.letters import length_batches, pad
+from lit_llama.console import did_you_mean
+from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
+from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError, log
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError:
+    lm_eval, TemplateLM = None, object
+
+CHUNK = 2048  # predicted tokens whose logits are in memory at a time
 
 
 # == The model class ==
@@ -372,4 +378,4 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -24,27 +24,13 @@ from tqdm import tqdm
 
 from evaluate.common import JsonLines
 from evaluate.endpoint import Endpoint, Refused, Retry, reply_text
-from lit_llama.settings import Checked, NonNegativeInt, PositiveFloat, PositiveInt
+from evaluate.settings import JudgeSettings
 from lit_llama.utils import UserError, log
 
 JUDGEMENTS = "judgements.jsonl"
 FIRST_DELAY = 1.0  # seconds before the second attempt; each further delay is twice as long, up to a minute
 LONGEST_WAIT = 600  # seconds; an endpoint that asks for more ends the run, which can be continued later
 MOST_FAILURES = 5  # requests given up one after the other, after which the run ends
-
-
-@dataclass
-class JudgeSettings(Checked):
-    # == Judge ==
-    judge_url: str | None = None  # OpenAI-compatible endpoint, as https://api.openai.com/v1 (default: only the cache)
-    judge_model: str | None = None  # the model's name at the endpoint (default: the only one in the cache)
-    judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
-    judge_workers: PositiveInt = 4  # requests under way at a time
-    judge_timeout: PositiveFloat = 120.0  # seconds to wait for a reply
-    judge_retries: NonNegativeInt = 6  # further attempts after HTTP 429 or 5xx, a time-out or a broken connection
-    judge_max_tokens: PositiveInt = 1024  # longest reply, in tokens
-    judge_body: dict[str, Any] = field(default_factory=dict)  # more fields of a request, as JSON; null removes one
-    judge_cache: Path | None = None  # all replies, appended to (default: judgements.jsonl in --output_dir)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # before this folder, which also has a microworld
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter
-from lit_llama.compose import load_adapted
 from lit_llama.settings import Checked, NonNegativeFloat, Number, PositiveInt, Seed
-from lit_llama.storage.files import check_file, write_text
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import log
-from microworld.scorer import GroupName, draw_questions, question_groups, score_model
-from microworld.world import ALL_FORMS, FormName, World
+from microworld.world import FormName, GroupName
 
 
 @dataclass
@@ -36,6 +30,18 @@ class Settings(Checked):
     batch_size: PositiveInt = 100  # questions answered at a time
     output_file: Path | None = None  # write the scores and all answers here, as JSON
     overwrite: bool = False  # replace output_file if it exists
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.compose import load_adapted
+from lit_llama.storage.files import check_file, write_text
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import log
+from microworld.scorer import draw_questions, question_groups, score_model
+from microworld.world import ALL_FORMS, World
 
 
 def main(args: Settings) -> None:
@@ -64,4 +70,4 @@ def main(args: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -16,32 +16,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from tqdm import tqdm
-
-from evaluate.common import (
-    EvaluatedModel,
-    ModelSettings,
-    Question,
-    Results,
-    answer_questions,
-    answer_statistics,
-    bootstrap_interval,
-    drop_long,
-    few_shot,
-    identify,
-    load,
-    markdown_table,
-    percent,
-    pick_style,
-)
-from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
-from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
+from evaluate.settings import ModelSettings
 from lit_llama import cli
-from lit_llama.generation import Sampling
-from lit_llama.modules import eval_mode
-from lit_llama.prompts import PromptStyle
 from lit_llama.settings import PositiveInt
-from lit_llama.utils import UserError
 
 
 @dataclass
@@ -67,6 +44,33 @@ class Settings(ModelSettings):
     output_dir: Path = Path("out/evaluate/mmlu")  # receives answers.jsonl, summary.json and summary.md
     overwrite: bool = False  # replace results of other settings in output_dir
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from tqdm import tqdm
+
+from evaluate.common import (
+    EvaluatedModel,
+    Question,
+    Results,
+    answer_questions,
+    answer_statistics,
+    bootstrap_interval,
+    drop_long,
+    few_shot,
+    identify,
+    load,
+    markdown_table,
+    percent,
+    pick_style,
+)
+from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
+from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
+from lit_llama.generation import Sampling
+from lit_llama.modules import eval_mode
+from lit_llama.prompts import PromptStyle
+from lit_llama.utils import UserError
 
 # == Prompts ==
 
@@ -260,4 +264,4 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

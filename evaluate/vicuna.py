@@ -14,19 +14,30 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from evaluate.settings import CompareSettings
+from lit_llama import cli
+from lit_llama.settings import PositiveInt
+
+
+@dataclass
+class Settings(CompareSettings):
+    # == Benchmark ==
+    data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)
+    data_dir: Path = Path("data/vicuna_bench")  # where the questions are downloaded to
+    reference_file: Path | None = None  # right answers to show the judge, in FastChat's format
+    judging: Literal["both", "pair", "single"] = "both"  # compare pairs, grade each answer alone, or both
+    review_file: Path | None = None  # count these reviews instead of asking a judge
+    limit: PositiveInt | None = None  # only this many questions, from the first
+    output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
+    overwrite: bool = False  # replace answers that were made with other settings
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
 import numpy as np
 
-from evaluate.answers import (
-    Answers,
-    CompareSettings,
-    Item,
-    answered_by_both,
-    answers_of_both,
-    describe,
-    fetch,
-    id_field,
-    read_answers,
-)
+from evaluate.answers import Answers, Item, answered_by_both, answers_of_both, describe, fetch, id_field, read_answers
 from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
@@ -45,10 +56,8 @@ from evaluate.pairs import (
     write_report,
 )
 from evaluate.replies import parse_score, parse_scores
-from lit_llama import cli
 from lit_llama.checkpoint import versions
 from lit_llama.run.report import make_figure, save_figure
-from lit_llama.settings import PositiveInt
 from lit_llama.storage.files import claim
 from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.utils import UserError
@@ -95,19 +104,6 @@ Length as such must not matter.
 
 Begin your reply with a line of one number and nothing else: the grade from 1 (worst) to 10 (best). Then explain it in \
 a few sentences."""
-
-
-@dataclass
-class Settings(CompareSettings):
-    # == Benchmark ==
-    data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)
-    data_dir: Path = Path("data/vicuna_bench")  # where the questions are downloaded to
-    reference_file: Path | None = None  # right answers to show the judge, in FastChat's format
-    judging: Literal["both", "pair", "single"] = "both"  # compare pairs, grade each answer alone, or both
-    review_file: Path | None = None  # count these reviews instead of asking a judge
-    limit: PositiveInt | None = None  # only this many questions, from the first
-    output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
-    overwrite: bool = False  # replace answers that were made with other settings
 
 
 def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
@@ -343,4 +339,4 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

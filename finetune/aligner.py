@@ -12,15 +12,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.data import SFTData
-from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import print_summary
-from lit_llama.run.samples import answer_samples
-from lit_llama.run.setup import set_up_finetuning, with_initial_config
 from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import SFTLoss, Trainer
 
 
 @dataclass
@@ -55,6 +48,15 @@ class Settings(SFTSettings):
 
 
 def main(settings: SFTSettings) -> None:
+    # here, so that neither --help nor the scripts that share the settings above load PyTorch
+    from lit_llama.data import SFTData
+    from lit_llama.run.folder import RunFolder
+    from lit_llama.run.report import print_summary
+    from lit_llama.run.samples import answer_samples
+    from lit_llama.run.setup import set_up_finetuning, with_initial_config
+    from lit_llama.tokenizer import Tokenizer
+    from lit_llama.train import SFTLoss, Trainer
+
     settings = with_initial_config(settings)
     run = RunFolder(settings)
     tokenizer = Tokenizer(settings.checkpoint_dir)
@@ -68,4 +70,4 @@ def main(settings: SFTSettings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, cli.parse(Settings))

@@ -13,30 +13,10 @@ from typing import Annotated, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.data import PreferenceData, plan_fixed_epoch, plan_validation
-from lit_llama.dpo import DPOLoss, LossType, Reference
-from lit_llama.model import LLaMA
-from lit_llama.reference import (
-    AdapterReference,
-    StoredReference,
-    adapter_sha256,
-    cached_reference,
-    check_policy_equals_reference,
-    reference_key,
-    sampled_kl,
-)
-from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
-from lit_llama.run.samples import answer_samples, compare_samples
-from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config
-from lit_llama.run.train_settings import FinetuneSettings
+from lit_llama.run.train_settings import FinetuneSettings, LossType
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
-from lit_llama.storage.cache import cache_folder
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import Trainer
+from lit_llama.utils import UserError
 
 
 @dataclass
@@ -78,13 +58,41 @@ class Settings(FinetuneSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        DPOLoss(None, **self.loss)  # refuses values that are out of range
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise UserError(
+                f"label_smoothing is {self.label_smoothing} but only the sigmoid loss has one, not {self.loss_type!r}."
+            )
 
     @property
     def loss(self) -> dict[str, Any]:
         """The settings of the loss."""
         return {name: getattr(self, name) for name in ("beta", "label_smoothing", "loss_type", "sft_weight")}
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.data import PreferenceData, plan_fixed_epoch, plan_validation
+from lit_llama.dpo import DPOLoss, Reference
+from lit_llama.model import LLaMA
+from lit_llama.reference import (
+    AdapterReference,
+    StoredReference,
+    adapter_sha256,
+    cached_reference,
+    check_policy_equals_reference,
+    reference_key,
+    sampled_kl,
+)
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
+from lit_llama.run.samples import answer_samples, compare_samples
+from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config
+from lit_llama.storage.cache import cache_folder
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import Trainer
 
 PANELS = {
     "loss (per pair)": ["loss"],
@@ -179,4 +187,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -16,19 +16,8 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.data import PromptData
-from lit_llama.model import LLaMA
-from lit_llama.reference import adapter_sha256, sampled_kl
-from lit_llama.rewards import Reward
-from lit_llama.rl import LengthTerm, PolicyLoss
-from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
-from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import duration, plot_metrics, write_above_bar
-from lit_llama.run.samples import answer_samples, compare_samples
-from lit_llama.run.setup import set_up_finetuning, with_initial_config
-from lit_llama.run.train_settings import FinetuneSettings
+from lit_llama.run.train_settings import FinetuneSettings, LengthTerm
 from lit_llama.settings import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Range
-from lit_llama.tokenizer import Tokenizer
 
 
 @dataclass
@@ -78,6 +67,21 @@ class Settings(FinetuneSettings):
         32  # of these prompts, those for the KL to the start, from sampled answers; 0 for none
     )
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.data import PromptData
+from lit_llama.model import LLaMA
+from lit_llama.reference import adapter_sha256, sampled_kl
+from lit_llama.rewards import Reward
+from lit_llama.rl import PolicyLoss
+from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.report import duration, plot_metrics, write_above_bar
+from lit_llama.run.samples import answer_samples, compare_samples
+from lit_llama.run.setup import set_up_finetuning, with_initial_config
+from lit_llama.tokenizer import Tokenizer
 
 PANELS = {
     "reward": ["reward"],
@@ -151,4 +155,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -25,4 +25,4 @@ class Settings(SFTSettings):
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, cli.parse(Settings))

@@ -20,14 +20,8 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.bank import BASE, open_bank
-from lit_llama.chat import AnswerSettings, Request, gather_requests, open_session, save_answers, show
-from lit_llama.checkpoint import read_adapter
-from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
-from lit_llama.model import LLaMA
-from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.answer_settings import AnswerSettings
 from lit_llama.settings import Number
-from lit_llama.utils import UserError
 
 
 @dataclass
@@ -47,6 +41,18 @@ class Settings(AnswerSettings):
     )  # instructions to answer
     prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
     compare_base: bool = False  # the base model's answers beside the aligned ones
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.bank import BASE, open_bank
+from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
+from lit_llama.checkpoint import read_adapter
+from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
+from lit_llama.model import LLaMA
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.utils import UserError
 
 
 class Plan(NamedTuple):
@@ -124,4 +130,4 @@ def plan_bank(settings: Settings, requests: list[Request]) -> Plan:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -10,9 +10,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.chat import AnswerSettings, gather_requests, open_session, save_answers, show
-from lit_llama.checkpoint import load_model
-from lit_llama.prompts import get_prompt_style
+from lit_llama.answer_settings import AnswerSettings
 
 
 @dataclass
@@ -23,6 +21,14 @@ class Settings(AnswerSettings):
 
     # == Sampling ==
     temperature: float = 0.8  # 0 is greedy; 1 samples from the model's distribution
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.chat import gather_requests, open_session, save_answers, show
+from lit_llama.checkpoint import load_model
+from lit_llama.prompts import get_prompt_style
 
 
 def main(settings: Settings) -> None:
@@ -40,4 +46,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

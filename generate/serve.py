@@ -14,20 +14,8 @@ from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from generate.engine import Engine
-from generate.rules import Rules
 from lit_llama import cli
-from lit_llama.bank import Bank, open_bank
-from lit_llama.checkpoint import CONFIG_NAME, weights_path
-from lit_llama.compose import load_with_bank
-from lit_llama.device import pick_device
-from lit_llama.model import LLaMAConfig
-from lit_llama.onednn import pack_
-from lit_llama.prompts import get_prompt_style
-from lit_llama.quantize import Quantize
-from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Range
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Quantize, Range
 
 Port = Annotated[int, Range(least=0, most=65535)]
 
@@ -68,6 +56,21 @@ class Settings(Checked):
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from generate.engine import Engine
+from generate.rules import Rules
+from lit_llama.bank import Bank, open_bank
+from lit_llama.checkpoint import CONFIG_NAME, weights_path
+from lit_llama.compose import load_with_bank
+from lit_llama.device import pick_device
+from lit_llama.model import LLaMAConfig
+from lit_llama.onednn import pack_
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -150,4 +153,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

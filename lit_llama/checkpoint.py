@@ -249,7 +249,7 @@ def load_model(
         method_config: Configuration of the new adapter.
         device: Device of all parameters.
         dtype: Dtype of the base's parameters. Those of the adapter are always fp32.
-        quantize: Quantization of the base's projections, one of `lit_llama.quantize.Quantize`; they compute in `dtype`.
+        quantize: Quantization of the base's projections, one of `lit_llama.settings.Quantize`; they compute in `dtype`.
 
     Raises:
         UserError: A file is missing or damaged, the adapter belongs to another base, or the base cannot be quantized.

@@ -1,8 +1,9 @@
 """Command lines from a dataclass of settings.
 
-`run(main, Settings)` gives a script a flag for each field of its settings (lit_llama/settings.py), with type check,
-default and a line of `--help`, and the same keys in a YAML file given with `--config`. A tuple takes several values; a
-field named `files` takes the arguments without a flag.
+`parse(Settings)` gives a script a flag for each field of its settings (lit_llama/settings.py), with type check, default
+and a line of `--help`, and the same keys in a YAML file given with `--config`. A tuple takes several values; a field
+named `files` takes the arguments without a flag. Scripts call it before the imports that load PyTorch, which take
+seconds: `--help` and a mistake are answered at once. `run(main, settings)` then does the work.
 """
 
 import inspect
@@ -12,27 +13,30 @@ from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error
-from lit_llama.settings import Setting, describe
+from lit_llama.settings import Setting, describe, metavar
 from lit_llama.storage.schema import check_yaml
 from lit_llama.utils import UserError, check_text, log
 
 S = TypeVar("S")
-METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
 
 
-def run(main: Callable[[S], Any], settings_class: type[S]) -> None:
-    """Parse the command line and call `main`; a user's mistake ends the process with one line and exit code 1."""
-    with exit_on_user_error():
-        main(parse(settings_class))
+@exit_on_user_error()
+def run(main: Callable[[S], Any], settings: S) -> None:
+    """Call `main` with the settings; a user's mistake ends the process with one line and exit code 1."""
+    main(settings)
 
 
+@exit_on_user_error()
 def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
-    """Return the settings of a command line (default: `sys.argv`); a wrong one ends the process with exit code 2."""
+    """Return the settings of a command line (default: `sys.argv`).
+
+    A wrong command line ends the process with one line and exit code 2, a value out of range with exit code 1.
+    """
     parser, settings = make_parser(settings_class), {setting.name: setting for setting in describe(settings_class)}
     args = [check_text(arg, "The command line") for arg in (sys.argv[1:] if args is None else args)]
     flags = [f"--{name}" for name in (*settings, "config", "print_config", "help")]
@@ -78,15 +82,6 @@ def add_setting(group: Any, setting: Setting) -> None:
     shown = "" if default in (None, "", []) else f" (default: {json.dumps(default, default=str)})".replace('"', "")
     options |= {"help": f"{setting.comment}{shown}".replace("%", "%%"), "metavar": metavar(setting.type)}
     group.add_argument(f"--{setting.name}", type=setting.type, default=default, **options)
-
-
-def metavar(type_: Any) -> str:
-    """Return what a value of the type looks like, such as "INT" or "true|false"."""
-    if get_origin(type_) is Literal:
-        return "{" + ",".join(map(str, get_args(type_))) + "}"
-    if get_origin(type_) not in (None, dict):
-        return "|".join(metavar(part) for part in get_args(type_) if part is not type(None))
-    return METAVARS.get(type_, "JSON")
 
 
 def explain(message: str, settings: dict[str, Setting]) -> str:

@@ -11,15 +11,14 @@ reference takes no memory.
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from lit_llama.data import IGNORE_INDEX
+from lit_llama.run.train_settings import LossType
 from lit_llama.utils import UserError
 
-LossType = Literal["sigmoid", "ipo", "hinge"]
 Reference = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]  # (model, batch) -> log-probs (2B,)
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +12,6 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progres
 
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.prompts import PromptStyle
-from lit_llama.settings import Checked, OpenShare, PositiveInt, Seed
 from lit_llama.storage.cache import cache_folder, fill_once
 from lit_llama.storage.files import atomic_folder, check_folder, write_text
 from lit_llama.storage.manifest import DATASET, MANIFEST, make_manifest
@@ -25,29 +22,6 @@ from lit_llama.utils import UserError, log
 EARLIER_FILES = re.compile(
     r"meta\.json|dataset_dict\.json|(train|test)/(state\.json|dataset_info\.json|data-\d{5}-of-\d{5}\.arrow)"
 )
-
-
-def default_num_proc() -> int:
-    """Return the number of processes that tokenize by default."""
-    return min(8, os.cpu_count() or 1)
-
-
-@dataclass
-class PrepareSettings(Checked):
-    """Settings that all prepare scripts have; a script adds its own and sets other defaults."""
-
-    # == What to write ==
-    output_dir: Path = Path("data/my_dataset")  # folder to write
-    checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-    max_seq_length: PositiveInt = 512  # most tokens of prompt and response; longer responses are truncated
-    test_fraction: OpenShare = 0.04  # share of the rows held out for validation
-    seed: Seed = 42  # seed of the split
-    num_proc: PositiveInt = field(default_factory=default_num_proc)  # processes that tokenize
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of `prepare_sft` and `prepare_preferences` that follow from the settings."""
-        names = ("output_dir", "max_seq_length", "test_fraction", "seed", "num_proc")
-        return {"tokenizer": Tokenizer(self.checkpoint_dir), **{name: getattr(self, name) for name in names}}
 
 
 def render_prompt(style: PromptStyle, text: str, input: str = "") -> str:

@@ -8,15 +8,15 @@ Fabric's plugin, `BitsandbytesPrecision`, wraps the same layers. It is not used,
 computes in fp16 with int8, which needs loss scaling in training, and generation does not run under Fabric.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn as nn
 
 from lit_llama.model import LLaMA
+from lit_llama.settings import Quantize
 from lit_llama.utils import UserError
 
-Quantize = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]  # dq: the scales are quantized too
 BLOCK = 64  # consecutive weights that share a scale in the 4-bit modes
 
 

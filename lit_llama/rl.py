@@ -10,15 +10,13 @@ number of tokens of the answer. Dr. GRPO (arXiv 2503.20783, section 3.2) has the
 divide the advantages by the standard deviation of the rewards; both are options here.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lit_llama.data import IGNORE_INDEX
 from lit_llama.modules import eval_mode, swapped_parameters
+from lit_llama.run.train_settings import LengthTerm
 
-LengthTerm = Literal["answer", "constant"]
 STD_EPSILON = 1e-4  # added to the standard deviation, so that equal rewards, which rounding tells apart, have no signal
 
 

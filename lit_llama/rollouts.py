@@ -19,7 +19,8 @@ from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
-from lit_llama.rl import LengthTerm, answer_weights, group_advantages
+from lit_llama.rl import answer_weights, group_advantages
+from lit_llama.run.train_settings import LengthTerm
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer, add_scaled
 

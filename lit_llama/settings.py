@@ -14,8 +14,9 @@ import math
 import tokenize
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_llama.utils import UserError
 
@@ -45,6 +46,7 @@ class Range:
         return ""
 
 
+METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false"}
 MAX_INT = 2**31 - 1
 PositiveInt = Annotated[int, Range(least=1, most=MAX_INT)]
 NonNegativeInt = Annotated[int, Range(least=0, most=MAX_INT)]
@@ -55,6 +57,8 @@ NonNegativeFloat = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 PositiveShare = Annotated[float, Range(above=0, most=1)]
 OpenShare = Annotated[float, Range(above=0, below=1)]
+
+Quantize = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]  # dq: the scales are quantized too
 
 
 class Checked:
@@ -124,6 +128,15 @@ def describe(settings_class: type) -> list[Setting]:
     if missing := sorted(by_name.keys() - {setting.name for setting in settings}):
         raise TypeError(f"{settings_class.__name__}.{missing[0]} has no comment that explains it.")
     return settings
+
+
+def metavar(type_: Any) -> str:
+    """Return what a value of the type looks like, such as "INT" or "true|false"."""
+    if get_origin(type_) is Literal:
+        return "{" + ",".join(map(str, get_args(type_))) + "}"
+    if get_origin(type_) not in (None, dict):
+        return "|".join(metavar(part) for part in get_args(type_) if part is not type(None))
+    return METAVARS.get(type_, "JSON")
 
 
 def field_comments(settings_class: type) -> dict[str, tuple[str, str]]:

@@ -17,27 +17,9 @@ HERE = Path(__file__).parent.resolve()
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # whose datasets.py would hide the library
 sys.path.append(str(HERE.parent))  # run without installing
 
-import sentencepiece
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from lit_llama import cli
-from lit_llama.checkpoint import TOKENIZER_NAME, save_base
-from lit_llama.data import SFTData
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prepare import default_num_proc, prepare_sft
-from lit_llama.prompts import get_prompt_style
-from lit_llama.run.folder import RunFolder
-from lit_llama.run.samples import answer_samples
-from lit_llama.run.setup import Setup, make_fabric
 from lit_llama.run.train_settings import Precision, TrainSettings
 from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share
-from lit_llama.storage.files import atomic_folder, atomic_write, check_folder, claim
-from lit_llama.storage.manifest import BASE_MODEL
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import SFTLoss, Trainer
-from lit_llama.utils import log
-from microworld.world import World, pretraining_sample
 
 
 @dataclass
@@ -74,6 +56,30 @@ class Settings(TrainSettings):
 
     # == Devices ==
     precision: Precision = "bf16-mixed"  # precision of the computations; the weights are fp32
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import sentencepiece
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lit_llama.checkpoint import TOKENIZER_NAME, save_base
+from lit_llama.data import SFTData
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import prepare_sft
+from lit_llama.prepare_settings import default_num_proc
+from lit_llama.prompts import get_prompt_style
+from lit_llama.run.folder import RunFolder
+from lit_llama.run.samples import answer_samples
+from lit_llama.run.setup import Setup, make_fabric
+from lit_llama.storage.files import atomic_folder, atomic_write, check_folder, claim
+from lit_llama.storage.manifest import BASE_MODEL
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import SFTLoss, Trainer
+from lit_llama.utils import log
+from microworld.world import World, pretraining_sample
 
 
 def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -179,4 +185,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

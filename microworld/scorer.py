@@ -2,15 +2,13 @@
 
 import random
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 from lit_llama.generation import Sampling, instruct
 from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from microworld.world import SEEN, UNSEEN, VALID, Question, World
-
-GroupName = Literal["unseen", "seen", "valid", "harmful", "harmless", "valid_harmful", "valid_harmless"]
 
 
 def question_groups(world: World) -> dict[str, list[Question]]:

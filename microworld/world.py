@@ -29,6 +29,8 @@ from typing import Literal
 SEEN, UNSEEN = "seen", "unseen"
 TRAIN, VALID = "train", "valid"  # two parts of what is seen
 
+GroupName = Literal["unseen", "seen", "valid", "harmful", "harmless", "valid_harmful", "valid_harmless"]
+
 
 @dataclass(frozen=True)
 class Form:

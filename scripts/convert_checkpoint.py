@@ -12,20 +12,8 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import write_base
-from lit_llama.config import LLAMA3_SCALING, MOST_FLOAT, MOST_INT
-from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
-from lit_llama.huggingface.weights import to_lit
-from lit_llama.model import LLaMAConfig
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
-from lit_llama.storage.files import atomic_folder, check_folder
-from lit_llama.storage.manifest import BASE_MODEL
-from lit_llama.storage.schema import field, read_json
-from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
-from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -37,6 +25,22 @@ class Settings(Checked):
     block_size: PositiveInt = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
     rope_factor: PositiveFloat | None = None  # of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.checkpoint import write_base
+from lit_llama.config import LLAMA3_SCALING, MOST_FLOAT, MOST_INT
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.weights import to_lit
+from lit_llama.model import LLaMAConfig
+from lit_llama.storage.files import atomic_folder, check_folder
+from lit_llama.storage.manifest import BASE_MODEL
+from lit_llama.storage.schema import field, read_json
+from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.utils import UserError, log
 
 SOURCE = "params.json"
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
@@ -168,4 +172,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -11,19 +11,7 @@ from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
-from lit_llama.huggingface.config import convert_config
-from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
-from lit_llama.huggingface.weights import to_hf, to_lit, weight_files, write_hf
-from lit_llama.model import LLaMAConfig
-from lit_llama.storage.files import atomic_folder, check_folder
-from lit_llama.storage.manifest import BASE_MODEL, HF_MODEL
-from lit_llama.storage.schema import read_json
-from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
-from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -35,6 +23,22 @@ class Settings:
     reverse: bool = False  # read one of this project's base models and write Hugging Face's layout
     max_shard_size: str = "5GB"  # with --reverse: split larger weights into several files
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
+from lit_llama.huggingface.config import convert_config
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.weights import to_hf, to_lit, weight_files, write_hf
+from lit_llama.model import LLaMAConfig
+from lit_llama.storage.files import atomic_folder, check_folder
+from lit_llama.storage.manifest import BASE_MODEL, HF_MODEL
+from lit_llama.storage.schema import read_json
+from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.utils import UserError, log
 
 TOLERANCE = 1e-3  # largest difference of a logit that --verify accepts
 
@@ -102,4 +106,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -11,13 +11,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.methods import METHODS
-from lit_llama.model import LLaMA
 from lit_llama.settings import Checked, PositiveFloat
-from lit_llama.tables import markdown_table
 
 
 @dataclass
@@ -26,6 +21,15 @@ class Settings(Checked):
     beside: str = "Llama-2-7B"  # base model that shares a GPU with its adapters
     memory_gib: PositiveFloat = 24.0  # memory of that GPU
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA
+from lit_llama.tables import markdown_table
 
 BYTES = 2  # of a number in bf16
 
@@ -89,4 +93,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

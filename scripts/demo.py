@@ -17,14 +17,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from lit_llama import cli
-from lit_llama.checkpoint import versions
-from lit_llama.run.report import legend_above, make_figure, save_figure
 from lit_llama.settings import Checked, PositiveInt, Seed
-from lit_llama.storage.files import claim, write_text
-from lit_llama.utils import UserError
 from microworld.world import FormName
 
 
@@ -37,6 +31,16 @@ class Settings(Checked):
     questions: PositiveInt = 300  # asked at most of each group, before and after
     seed: Seed = 1337  # of the adapter and the data's order
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lit_llama.checkpoint import versions
+from lit_llama.run.report import legend_above, make_figure, save_figure
+from lit_llama.storage.files import claim, write_text
+from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("harmful", "harmless", "unseen")
@@ -195,4 +199,4 @@ def report(settings: Settings, results: Scores, refusals: Scores, summary: dict,
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -12,13 +12,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from huggingface_hub import HfApi, errors, snapshot_download
-
 from lit_llama import cli
-from lit_llama.huggingface.tokenizer_files import TOKENIZER_FILES
-from lit_llama.huggingface.weights import WEIGHTS
-from lit_llama.storage.tensor_files import check_free
-from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -27,6 +21,16 @@ class Settings:
     revision: str = "main"  # branch, tag or commit
     output_dir: Path | None = None  # folder to write (default: checkpoints/hf/NAME)
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from huggingface_hub import HfApi, errors, snapshot_download
+
+from lit_llama.huggingface.tokenizer_files import TOKENIZER_FILES
+from lit_llama.huggingface.weights import WEIGHTS
+from lit_llama.storage.tensor_files import check_free
+from lit_llama.utils import UserError, log
 
 SHARDS = {"safetensors": "model-*-of-*.safetensors", "bin": "pytorch_model-*-of-*.bin"}
 
@@ -97,4 +101,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -13,11 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.storage.files import atomic_write, check_file
-from lit_llama.utils import UserError, log
 
 
 @dataclass
@@ -26,6 +22,14 @@ class Settings:
     overwrite: bool = False  # replace files of the same names that are not the published ones
     source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from tqdm import tqdm
+
+from lit_llama.storage.files import atomic_write, check_file
+from lit_llama.utils import UserError, log
 
 ALPACA = "Alpaca_Instruction_Following_Supervised_Finetuning"
 META_MATH = "MetaMath_Supervised_Finetuning"
@@ -96,4 +100,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -14,15 +14,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
-from lit_llama.prompts import get_prompt_style
-from lit_llama.run.report import make_figure, save_figure
-from lit_llama.storage.files import check_file
-from lit_llama.utils import UserError, log
-from lit_llama.variant import without_aliases
 
 
 @dataclass
@@ -33,6 +25,18 @@ class Settings:
     overwrite: bool = False  # replace the files that plot and to_safetensors name, if they exist
     prompt_style: str | None = None  # with --to_safetensors: the prompt style to record (default: that of the file)
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
+from lit_llama.prompts import get_prompt_style
+from lit_llama.run.report import make_figure, save_figure
+from lit_llama.storage.files import check_file
+from lit_llama.utils import UserError, log
+from lit_llama.variant import without_aliases
 
 PREFIX = "global_value_embedding.weight"
 LAYER = re.compile(r"transformer\.h\.(\d{1,4})\.(?:attn\.)?(.+)")
@@ -195,4 +199,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

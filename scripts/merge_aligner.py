@@ -15,9 +15,25 @@ from typing import Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from lit_llama import cli
+
+
+@dataclass
+class Settings:
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+    adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
+    output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
+    format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
+    max_shard_size: str = "5GB"  # hf: larger weights are split into several files
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
 import torch
 
-from lit_llama import aligner, bitfit, cli, lora
+from lit_llama import aligner, bitfit, lora
 from lit_llama.checkpoint import (
     CONFIG_NAME,
     AdapterFile,
@@ -37,17 +53,6 @@ from lit_llama.storage.manifest import MERGED_MODEL
 from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 from lit_llama.variant import check_shapes
-
-
-@dataclass
-class Settings:
-    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
-    output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
-    format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
-    max_shard_size: str = "5GB"  # hf: larger weights are split into several files
-
 
 CARD = "aligner.json"  # what was merged into what
 MERGED_TENSOR = {"aligner": "c_proj.bias", "bitfit": "c_proj.bias", "lora": "c_attn.weight"}  # of each attention
@@ -142,4 +147,4 @@ def main(args: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

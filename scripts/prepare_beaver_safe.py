@@ -23,14 +23,10 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import PrepareSettings, prepare_preferences, prepare_sft, render_prompt
-from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
-from lit_llama.utils import UserError, log
+from lit_llama.prepare_settings import PrepareSettings
 
 Keep = Literal["any_safe", "one_safe", "all"]
 Prefer = Literal["safer", "better"]
-SAFE_RESPONSES = {"any_safe": (1, 2), "one_safe": (1,), "all": (0, 1, 2)}  # how many of the two may be safe
 
 
 @dataclass
@@ -49,6 +45,17 @@ class Settings(PrepareSettings):
     prompt_style: str = "beaver"  # template of the prompts: alpaca, orca, beaver, hh or plain
     max_seq_length: int = 1024  # most tokens of prompt and response; longer responses are truncated
     test_fraction: float = 0.02  # share of the rows held out for validation
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.prepare import prepare_preferences, prepare_sft, render_prompt
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.utils import UserError, log
+
+SAFE_RESPONSES = {"any_safe": (1, 2), "one_safe": (1,), "all": (0, 1, 2)}  # how many of the two may be safe
 
 
 Pair = tuple[str, str, str]  # prompt, chosen response, rejected response
@@ -149,4 +156,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -14,10 +14,7 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import PrepareSettings, prepare_sft, render_prompt
-from lit_llama.prepare_prompts import prepare_prompts
-from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, read_rows, text_field
+from lit_llama.prepare_settings import PrepareSettings
 
 
 @dataclass
@@ -32,6 +29,15 @@ class Settings(PrepareSettings):
     prompt_style: str = "orca"  # template of the prompts: alpaca, orca, beaver, hh or plain
     mask_prompt: bool = True  # train on the solutions only; the paper's authors train on the questions too
     test_fraction: float = 0.01  # share of the rows held out for validation
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.prepare import prepare_sft, render_prompt
+from lit_llama.prepare_prompts import prepare_prompts
+from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.storage.rows import download_rows, read_rows, text_field
 
 
 def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
@@ -61,4 +67,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -12,10 +12,9 @@ from typing import Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import PrepareSettings
+from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.settings import OpenShare, PositiveInt, Seed
-from microworld.datasets import write_answers, write_prompts
-from microworld.world import SEEN, UNSEEN, VALID, FormName, World
+from microworld.world import FormName
 
 
 @dataclass
@@ -30,6 +29,13 @@ class Settings(PrepareSettings):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
     max_seq_length: PositiveInt = 256  # most tokens of prompt and response
     test_fraction: OpenShare = 0.1  # share of the rows held out for validation
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from microworld.datasets import write_answers, write_prompts
+from microworld.world import SEEN, UNSEEN, VALID, World
 
 
 def main(settings: Settings) -> None:
@@ -47,4 +53,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

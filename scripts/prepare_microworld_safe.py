@@ -14,10 +14,8 @@ from typing import Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare import PrepareSettings
+from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.settings import OpenShare, PositiveInt, Seed, Share
-from microworld.datasets import draw_requests, write_preferences, write_prompts
-from microworld.world import SEEN, UNSEEN, VALID, World
 
 
 @dataclass
@@ -34,6 +32,13 @@ class Settings(PrepareSettings):
     max_seq_length: PositiveInt = 256  # most tokens of prompt and response
     test_fraction: OpenShare = 0.2  # share of the pairs held out for validation
     seed: Seed = 42  # seed of the requests, the forms and the split
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from microworld.datasets import draw_requests, write_preferences, write_prompts
+from microworld.world import SEEN, UNSEEN, VALID, World
 
 
 def main(settings: Settings) -> None:
@@ -54,4 +59,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -18,21 +18,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-
-import lit_llama.model as llama
-from lit_llama import aligner, cli
-from lit_llama.checkpoint import AdapterFile, load_model
-from lit_llama.data import SFTData
-from lit_llama.run.report import make_figure, make_panels, save_figure
+from lit_llama import cli
 from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
-from lit_llama.storage.files import claim, write_text
-from lit_llama.tables import csv_text, markdown_table
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
-from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
 
 @dataclass
@@ -46,6 +33,24 @@ class Settings(Checked):
     seed: Seed = 0  # of t-SNE
     out_dir: Path = Path("out/analysis")  # figures and layers.csv
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import lit_llama.model as llama
+from lit_llama import aligner
+from lit_llama.checkpoint import AdapterFile, load_model
+from lit_llama.data import SFTData
+from lit_llama.run.report import make_figure, make_panels, save_figure
+from lit_llama.storage.files import claim, write_text
+from lit_llama.tables import csv_text, markdown_table
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
 AUTHORS_SEED = 1337
 AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once, as an RTX A6000 does
@@ -353,4 +358,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -25,18 +25,8 @@ from typing import Any, Literal, NamedTuple
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import torch
-
 from lit_llama import cli
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
-from lit_llama.storage.files import claim, write_text
-from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, log
-
-ROOT = Path(__file__).parent.parent.resolve()
-TableName = Literal["2", "3", "fig3", "fig5_left", "fig5_right"]
 
 
 @dataclass
@@ -70,6 +60,21 @@ class Settings(Checked):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
     gpu_tflops: PositiveFloat = 350.0  # bf16 TFLOP/s that predictions assume for training and prompts (an H100, 45 %)
     gpu_bandwidth: PositiveFloat = 2000.0  # GB/s that predictions assume for decoding
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.run.report import make_figure, save_figure
+from lit_llama.storage.files import claim, write_text
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError, log
+
+ROOT = Path(__file__).parent.parent.resolve()
+TableName = Literal["2", "3", "fig3", "fig5_left", "fig5_right"]
 
 
 @dataclass(frozen=True)
@@ -492,4 +497,4 @@ def write_csv(path: Path, lines: list[list[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

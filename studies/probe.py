@@ -21,26 +21,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-import numpy as np
-import torch
-from datasets import disable_progress_bars
-from torch.nn import functional as F
-
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter
-from lit_llama.data import IGNORE_INDEX, SFTData
-from lit_llama.model import LLaMA
-from lit_llama.modules import eval_mode
-from lit_llama.prepare import held_out, write_dataset
-from lit_llama.run.report import make_figure, save_figure
 from lit_llama.settings import Checked, OpenShare, PositiveFloat, PositiveInt, Seed
-from lit_llama.storage.files import claim, write_text
-from lit_llama.tables import markdown_table
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
-from scripts.count_parameters import VARIANTS, Variant
-from studies.protocol import sft_settings
-from studies.trials import Record, Trial, at_edge, choose, run_trials
 
 
 @dataclass
@@ -63,6 +45,28 @@ class Settings(Checked):
     resamples: PositiveInt = 10_000  # draws of the rows for the interval
     jobs: PositiveInt = 2  # trainings side by side, one thread each
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from torch.nn import functional as F
+
+from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.model import LLaMA
+from lit_llama.modules import eval_mode
+from lit_llama.prepare import held_out, write_dataset
+from lit_llama.run.report import make_figure, save_figure
+from lit_llama.storage.files import claim, write_text
+from lit_llama.tables import markdown_table
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from scripts.count_parameters import VARIANTS, Variant
+from studies.protocol import sft_settings
+from studies.trials import Record, Trial, at_edge, choose, run_trials
 
 SWEEP_SEED = 0  # of the trainings that choose the rate
 MEASURES = {
@@ -322,4 +326,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

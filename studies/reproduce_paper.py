@@ -15,27 +15,15 @@ from typing import Any, get_args
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
-from lit_llama.storage.files import claim, write_text
-from lit_llama.tables import csv_text
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
-from scripts.count_parameters import VARIANTS
-from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
-from studies.paper_tasks import TASKS, Part, measure, prepare
-from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Record, Trial, choose, run_trials
 
 
 @dataclass
 class Settings(Checked):
     # == What is compared ==
-    methods: tuple[str, ...] = tuple(VARIANTS)  # rows of the table
-    tasks: tuple[str, ...] = tuple(TASKS)  # each is trained for separately
+    methods: tuple[str, ...] = ()  # rows of the table (default: all)
+    tasks: tuple[str, ...] = ()  # each is trained for separately (default: all)
     learning_rates: tuple[PositiveFloat, ...] = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048)  # the best of them
     seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
     sweep_seed: Seed = 0  # the same for the trials that choose the rate
@@ -53,6 +41,22 @@ class Settings(Checked):
     report_dir: Path | None = None  # another folder for tables and figures
     jobs: PositiveInt = 2  # trainings side by side, one thread each
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from tqdm import tqdm
+
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.storage.files import claim, write_text
+from lit_llama.tables import csv_text
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from scripts.count_parameters import VARIANTS
+from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
+from studies.paper_tasks import TASKS, Part, measure, prepare
+from studies.protocol import DPO, dpo_settings, sft_settings
+from studies.trials import Record, Trial, choose, run_trials
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -145,12 +149,17 @@ def run_study(settings: Settings) -> tuple[list[Record], list[Record]]:
     return swept, run_trials(final, folder, score, jobs=settings.jobs, desc="seeds")
 
 
+def with_all(settings: Settings) -> Settings:
+    """Return the settings with all methods and all tasks where they name none."""
+    return replace(settings, methods=settings.methods or tuple(VARIANTS), tasks=settings.tasks or tuple(TASKS))
+
+
 def command_of(settings: Settings) -> str:
     """Return the command of this study, without the flags that have their defaults."""
     left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
-    flags = []
-    for name, value in asdict(settings).items():
-        if value != getattr(Settings, name) and name not in left_out:
+    flags, defaults = [], with_all(Settings())
+    for name, value in asdict(with_all(settings)).items():
+        if value != getattr(defaults, name) and name not in left_out:
             flags.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()}")
     return " ".join(["python studies/reproduce_paper.py", *flags])
 
@@ -168,9 +177,10 @@ def origin(settings: Settings, rows: list[Row]) -> str:
 def main(settings: Settings) -> None:
     if settings.quick:
         settings = replace(settings, **QUICK)
+    settings = with_all(settings)
     for name, known in (("methods", VARIANTS), ("tasks", TASKS)):
         given = getattr(settings, name)
-        if not given or not set(given) <= set(known):
+        if not set(given) <= set(known):
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "table.csv", "results.csv", "accuracy.png", "curves.png"))
@@ -191,4 +201,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -13,17 +13,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter, versions
 from lit_llama.settings import Checked, PositiveInt, Seed
-from lit_llama.storage.files import check_file, claim, copy_file, write_text
-from lit_llama.tables import csv_text, markdown_table
-from lit_llama.tokenizer import Tokenizer
-from microworld.datasets import write_answers
-from microworld.scorer import draw_questions, score_model
-from microworld.world import FORMS, SEEN, UNSEEN, World
-from scripts.count_parameters import Variant
-from studies.protocol import COMMON
-from studies.trials import Trial, all_finished, run_trials
+from microworld.world import FORMS
 
 
 @dataclass
@@ -38,6 +29,20 @@ class Settings(Checked):
     overwrite: bool = False  # replace files in weights_dir
     jobs: PositiveInt = 2  # trainings side by side, one thread each
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.checkpoint import load_model, read_adapter, versions
+from lit_llama.storage.files import check_file, claim, copy_file, write_text
+from lit_llama.tables import csv_text, markdown_table
+from lit_llama.tokenizer import Tokenizer
+from microworld.datasets import write_answers
+from microworld.scorer import draw_questions, score_model
+from microworld.world import SEEN, UNSEEN, World
+from scripts.count_parameters import Variant
+from studies.protocol import COMMON
+from studies.trials import Trial, all_finished, run_trials
 
 TEMPERATURES = (0.0, 0.7, 1.0)
 TRAINING = {
@@ -178,4 +183,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -13,18 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_adapter, versions
-from lit_llama.compose import load_adapted
 from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
-from lit_llama.storage.files import check_file, claim, copy_file, write_text
-from lit_llama.tables import markdown_table
-from lit_llama.tokenizer import Tokenizer
-from microworld.datasets import draw_requests, write_preferences
-from microworld.scorer import draw_questions, score_model
-from microworld.world import SEEN, UNSEEN, World
-from scripts.count_parameters import VARIANTS
-from studies.protocol import dpo_settings
-from studies.trials import Trial, all_finished, run_trials
 
 
 @dataclass
@@ -41,6 +30,21 @@ class Settings(Checked):
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
     overwrite: bool = False  # replace files in weights_dir
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.checkpoint import load_model, read_adapter, versions
+from lit_llama.compose import load_adapted
+from lit_llama.storage.files import check_file, claim, copy_file, write_text
+from lit_llama.tables import markdown_table
+from lit_llama.tokenizer import Tokenizer
+from microworld.datasets import draw_requests, write_preferences
+from microworld.scorer import draw_questions, score_model
+from microworld.world import SEEN, UNSEEN, World
+from scripts.count_parameters import VARIANTS
+from studies.protocol import dpo_settings
+from studies.trials import Trial, all_finished, run_trials
 
 NAME = "microworld-safe-n1"
 HEADS = {"refused": "refuses harmful", "false": "refuses harmless", "formed": "well-formed", "fact": "facts right"}
@@ -156,4 +160,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

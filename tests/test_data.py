@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
-from lit_llama.prepare import PrepareSettings, held_out_by_hash, prepare_sft
+from lit_llama.prepare import held_out_by_hash, prepare_sft
+from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.prompts import get_prompt_style
 from lit_llama.storage.manifest import MANIFEST
 from lit_llama.storage.rows import read_rows, text_field

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from evaluate import common
-from evaluate.common import JsonLines, ModelSettings, Question, Results, answer_questions, bootstrap_interval
+from evaluate.common import JsonLines, Question, Results, answer_questions, bootstrap_interval
+from evaluate.settings import ModelSettings
 from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.generation import Sampling
 from lit_llama.methods import METHODS

@@ -281,7 +281,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        cli.run(script.main, script.Settings)
+        cli.run(script.main, cli.parse(script.Settings))
     assert stopped.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"Interrupted\. To continue from step \d+: python finetune/aligner\.py --config ", last)
@@ -526,7 +526,7 @@ def run_script(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and stderr of the command line."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(script.main, script.Settings)
+        cli.run(script.main, cli.parse(script.Settings))
     return stopped.value.code, capsys.readouterr().err
 
 

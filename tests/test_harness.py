@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from evaluate import gsm8k, harness, mmlu
-from evaluate.common import ModelSettings, load
+from evaluate.common import load
 from evaluate.harness import HarnessModel, read_options, shared_rows
+from evaluate.settings import ModelSettings
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from judge_server import Fault, serving
 
 from evaluate import judge
 from evaluate.endpoint import Endpoint, retry_after
-from evaluate.judge import Judge, JudgeSettings, Request, request_key
+from evaluate.judge import Judge, Request, request_key
+from evaluate.settings import JudgeSettings
 from lit_llama.utils import UserError
 
 KEY = "sk-test-0123456789abcdef"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microworld.scorer import GroupName, question_groups
+from microworld.scorer import question_groups
 from microworld.world import (
     ALL_FORMS,
     ATTRIBUTES,
@@ -22,6 +22,7 @@ from microworld.world import (
     UNSEEN,
     VALID,
     FormName,
+    GroupName,
     World,
     parse,
     pretraining_sample,

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate import mmlu
-from evaluate.common import ModelSettings, load
+from evaluate.common import load
 from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
 from evaluate.mmlu import Settings, read_letter
 from evaluate.mmlu_data import CATEGORIES, CATEGORY, Item, read_items
+from evaluate.settings import ModelSettings
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer

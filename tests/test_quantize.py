@@ -19,8 +19,9 @@ from lit_llama.checkpoint import TOKENIZER_NAME, AdapterFile, load_model, read_a
 from lit_llama.compose import load_adapted
 from lit_llama.data import PreferenceData
 from lit_llama.generation import Sampling, generate
-from lit_llama.quantize import Quantize, check_quantize, projections
+from lit_llama.quantize import check_quantize, projections
 from lit_llama.reference import reference_key
+from lit_llama.settings import Quantize
 from lit_llama.utils import UserError
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None

@@ -17,3 +17,31 @@ def test_a_script_named_like_a_package_or_module_imports_the_right_one(script, t
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"python {script}" in done.stdout
+
+
+HELP_WITHOUT_TORCH = """
+import contextlib, io, runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "lightning"):
+            raise AssertionError(f"{script} imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0], out = [script, "--help"], script.rpartition("/")[0], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as stopped:
+        assert stopped.code == 0 and "--config FILE" in out.getvalue(), script
+"""
+
+
+def test_no_help_waits_for_torch():
+    scripts = [
+        path for path in sorted(ROOT.glob("*/*.py")) if "\n    cli.run(main, " in path.read_text(encoding="utf-8")
+    ]
+    assert len(scripts) > 40
+    done = subprocess.run([sys.executable, "-c", HELP_WITHOUT_TORCH, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

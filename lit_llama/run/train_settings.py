@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.quantize import Quantize
-from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantize, Seed
 from lit_llama.utils import UserError
 
+LossType = Literal["sigmoid", "ipo", "hinge"]  # of DPO
+LengthTerm = Literal["answer", "constant"]  # of reinforcement learning: what a loss is divided by
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed"]  # fp16 would need loss scaling
 
 

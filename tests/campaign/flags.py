@@ -78,7 +78,7 @@ YAML = (b"", b"null", b"1", b"- a", b"[1, 2", b"\t- x", b"? : :", b"&a [*a]", b"
 @cache
 def scripts() -> dict[str, list[Setting]]:
     """Return the settings of every script."""
-    found = sorted(path for path in ROOT.glob("*/*.py") if "    cli.run(main, Settings)" in path.read_text("utf-8"))
+    found = sorted(path for path in ROOT.glob("*/*.py") if "    cli.run(main, " in path.read_text("utf-8"))
     names = [path.relative_to(ROOT).as_posix() for path in found if path.parent.name != "tests"]
     return {name: describe(importlib.import_module(name[:-3].replace("/", ".")).Settings) for name in names}
 

@@ -17,7 +17,7 @@ SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for room in ("evaluate", "finetune", "generate", "microworld", "scripts")
     for path in (ROOT / room).glob("*.py")
-    if "cli.run(main, Settings)" in path.read_text(encoding="utf-8")
+    if "    cli.run(main, " in path.read_text(encoding="utf-8")
 )
 BASE = "--checkpoint_dir in/base --max_new_tokens 3"
 CALLS = (

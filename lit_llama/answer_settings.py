@@ -1,0 +1,63 @@
+"""Settings that the scripts in generate/ share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Quantize, Seed
+from lit_llama.storage.files import check_file
+
+if TYPE_CHECKING:
+    from lit_llama.generation import Sampling
+
+
+@dataclass
+class AnswerSettings(Checked):
+    """Settings of every generate script; each adds its own and gives other defaults."""
+
+    # == Model ==
+    checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
+
+    # == Prompts ==
+    prompt: tuple[str, ...] = ()  # texts to answer
+    input: str = ""  # context for the prompts, in styles that have a place for it
+    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
+    interactive: bool = False  # chat: read prompts from stdin, stream the answers
+    output_file: Path | None = None  # also write prompts and answers here, as JSON
+    overwrite: bool = False  # replace output_file if it exists
+
+    # == Sampling ==
+    temperature: NonNegativeFloat = 0.0  # 0 is greedy; 1 samples from the model's distribution
+    top_k: NonNegativeInt = 0  # sample from the k most likely tokens; 0 means all
+    top_p: PositiveShare = 1.0  # sample from the most likely tokens that together reach this probability; 1 means all
+    max_new_tokens: PositiveInt = 100  # longest answer, in tokens
+    seed: Seed = 1234  # of sampling; the same prompts give the same answers
+    batch_size: PositiveInt = 16  # prompts answered at a time
+
+    # == Device ==
+    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
+    @property
+    def sampling(self) -> "Sampling":
+        from lit_llama.generation import Sampling  # loads PyTorch
+
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Device, dtype and quantization, as `load_model` takes them."""
+        from lit_llama.device import pick_device  # loads PyTorch
+
+        device, dtype = pick_device(self.accelerator, self.precision)
+        return {"device": device, "dtype": dtype, "quantize": self.quantize}
+
+    def check_output(self, *inputs: Path) -> None:
+        """Check that `output_file` may be written and is none of the inputs.
+
+        Raises:
+            UserError: It may not, or is one.
+        """
+        if self.output_file:
+            check_file(self.output_file, self.prompt_file, self.checkpoint_dir, *inputs, overwrite=self.overwrite)
