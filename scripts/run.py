@@ -107,7 +107,7 @@ def main() -> None:
     if what == "demo":
         command = ["scripts/demo.py", *arguments]
     elif what == "test":
-        command = ["-m", "pytest", *arguments]
+        command = ["-m", "pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal", *arguments]
     elif (ROOT / what).is_file():
         command = [what, *arguments]
     else:
