@@ -53,7 +53,7 @@ def prefix_kv(attn: llama.CausalSelfAttention, prefix: Tensor, gate: Tensor) -> 
         prefix: (m, P, C), in the dtype in which the layer computes.
         gate: (m, nh, 1, 1), fp32.
     """
-    _, keys, values = attn.qkv(prefix)  # (m, ng, P, hs), not rotated
+    keys, values = attn.keys_values(prefix)  # (m, ng, P, hs), with the layer's key norm, not rotated
     groups = attn.config.n_head // attn.config.n_kv_head
     keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
     return keys, (gate * values).to(prefix.dtype)  # the gate commutes with softmax(…)·V

@@ -49,7 +49,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         nn.init.zeros_(self.adapter_bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, kv: LayerCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, kv: LayerCache | None = None
     ) -> Tensor:
         y = super().forward(x, rope, mask, kv)  # (B, T, C)
         return y + self.adapter_bias.to(y.dtype)

@@ -66,6 +66,8 @@ class LLaMAConfig:
             "high_freq_factor", "original_max_position_embeddings"}``, or ``{"rope_type": "linear", "factor"}``.
         tie_embeddings: use the embedding as output layer; there is no ``lm_head.weight``.
         qkv_bias, proj_bias, mlp_bias: whether the q/k/v, the attention output and the MLP projections have biases.
+        qk_norm: whether queries and keys pass an RMSNorm over each head before they are rotated (Qwen3).
+        nope_layers: layers without rotary positions (NoPE, SmolLM3), counted from 0 (default: none).
 
     Raises:
         UserError: A field has another type or is out of range, a size does not divide another, or the rope scaling is
@@ -88,6 +90,8 @@ class LLaMAConfig:
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    nope_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -110,6 +114,9 @@ class LLaMAConfig:
             raise UserError(f"padded_vocab_size ({self.padded_vocab_size}) is below vocab_size ({self.vocab_size}).")
         if self.intermediate_size is None:
             self.intermediate_size = round_up(int(8 * self.n_embd / 3), 256)
+        for layer in self.nope_layers or []:
+            check(layer, int, "A layer in nope_layers", least=0, most=self.n_layer - 1)
+        self.nope_layers = sorted(set(self.nope_layers or [])) or None
         if self.block_size * self.head_size > MOST_ANGLES:
             sizes = f"block_size ({self.block_size:,}) × head_size ({self.head_size:,})"
             raise UserError(f"{sizes} is above {MOST_ANGLES:,}.")
@@ -122,6 +129,11 @@ class LLaMAConfig:
                 raise UserError(f"Rope scaling {kind!r} lacks {', '.join(missing)}.")
             for name in ROPE_SCALINGS[kind] - {"rope_type"}:
                 field(self.rope_scaling, name, float, "rope_scaling", least=1e-6, most=MOST_FLOAT)
+
+    @property
+    def rotary_layers(self) -> list[bool]:
+        """Whether each layer rotates its queries and keys."""
+        return [layer not in (self.nope_layers or []) for layer in range(self.n_layer)]
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "LLaMAConfig":

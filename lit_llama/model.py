@@ -90,10 +90,11 @@ class LLaMA(Variant):
         if x.size(1) > self.config.block_size:
             n_tokens = x.size(1) - self.n_virtual_tokens
             raise UserError(f"A sequence of {n_tokens} tokens is longer than the model's {self.max_tokens}.")
-        rope = self.rope(slice(x.size(1)) if positions is None else positions)
+        angles = self.rope(slice(x.size(1)) if positions is None else positions)
         mask = None if positions is None else cache.mask(positions)  # (B, 1, T, S)
         layers = [None] * self.config.n_layer if cache is None else cache.layers(positions)
-        for block, kv in zip(self.transformer.h, layers, strict=True):
+        for block, kv, rotary in zip(self.transformer.h, layers, self.config.rotary_layers, strict=True):
+            rope = angles if rotary else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, kv, use_reentrant=False)
             else:
@@ -140,7 +141,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, kv: LayerCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, kv: LayerCache | None = None
     ) -> Tensor:
         x = x + self.attn(self.rms_1(x), rope, mask, kv)
         return x + self.mlp(self.rms_2(x))
@@ -156,34 +157,49 @@ class CausalSelfAttention(nn.Module):
         self.widths = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.norm_eps)
         self.cached: Any = None  # the `constants`, inside `LLaMA.inference`
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, kv: LayerCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, kv: LayerCache | None = None
     ) -> Tensor:
         """Return the output (B, T, C) for x (B, T, C).
 
         Args:
-            rope: from `RoPE`.
+            rope: from `RoPE`; None leaves out the rotation.
             mask: as for `attend`.
             kv: keys and values of earlier tokens.
         """
-        heads, nh, ng = self.heads(x), self.config.n_head, self.config.n_kv_head
-        q, k = rotate(heads[:, : nh + ng], *rope).split((nh, ng), dim=1)
-        v = heads[:, nh + ng :]
+        qk, v = self.heads(x)
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk.split((self.config.n_head, self.config.n_kv_head), dim=1)
         if kv is not None:
             k, v = kv.update(k, v)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (B, nh, T, hs), k and v (B, ng, T, hs) of x (B, T, C), not rotated."""
-        nh, ng = self.config.n_head, self.config.n_kv_head
-        return self.heads(x).split((nh, ng, ng), dim=1)
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys of x (B, T, C), below each other (B, nh + ng, T, hs), and values (B, ng, T, hs).
 
-    def heads(self, x: Tensor) -> Tensor:
-        """Return all queries, then all keys, then all values of x (B, T, C): (B, nh + 2·ng, T, hs)."""
-        return self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+        Queries and keys are normalized where the architecture has norms for them, and not rotated.
+        """
+        nh, ng = self.config.n_head, self.config.n_kv_head
+        qk, v = self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2).split((nh + ng, ng), dim=1)
+        if self.config.qk_norm:
+            q, k = qk.split((nh, ng), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        return qk, v
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of x (B, T, C), (B, ng, T, hs) each, as `heads` does.
+
+        They are what a variant adds to attend to. The queries that meet the keys are normalized, so the keys are too.
+        """
+        qk, v = self.heads(x)
+        return qk[:, self.config.n_head :], v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention output (B, nh, T, hs), before the output projection. Variants override this step.

@@ -4,6 +4,8 @@ Plain tensors of a state dict in fp64, loops over heads, softmax as a quotient o
 complex numbers; nothing of the package's model. Autograd goes through it, so gradients can be compared too.
 
     y = softmax(q·Kᵀ/√hs + causal)·V + gate · softmax(q·K_pᵀ/√hs)·V_p,   K_p, V_p = rows of c_attn × prefix + bias
+
+K_p passes the layer's norm of keys, if there is one, and is not rotated.
 """
 
 import math
@@ -72,13 +74,21 @@ def heads(x: torch.Tensor, first: int, count: int, size: int) -> list[torch.Tens
     return [x[:, first + i * size : first + (i + 1) * size] for i in range(count)]
 
 
+def normed(each: list[torch.Tensor], state: Tensors, name: str, config: Any) -> list[torch.Tensor]:
+    """Each head (T, hs) normalized on its own, if the layer has this norm."""
+    scale = state.get(f"{name}.scale")
+    return each if scale is None else [norm(x, scale, config.norm_eps) for x in each]
+
+
 def attention(x: torch.Tensor, state: Tensors, layer: int, config: Any) -> torch.Tensor:
     """(T, C) -> (T, C), with the prefix if this layer has a gate."""
     name, T, hs = f"transformer.h.{layer}.attn", len(x), config.head_size
     nh, ng = config.n_head, config.n_kv_head
     qkv = linear(x, state, f"{name}.c_attn")
-    queries = [rotate(q, config) for q in heads(qkv, 0, nh, hs)]
-    keys = [rotate(k, config) for k in heads(qkv, nh * hs, ng, hs)]
+    queries = normed(heads(qkv, 0, nh, hs), state, f"{name}.q_norm", config)
+    keys = normed(heads(qkv, nh * hs, ng, hs), state, f"{name}.k_norm", config)
+    if layer not in (config.nope_layers or ()):
+        queries, keys = ([rotate(x, config) for x in each] for each in (queries, keys))
     values = heads(qkv, (nh + ng) * hs, ng, hs)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     gate = state.get(f"{name}.gating_factor")
@@ -87,7 +97,8 @@ def attention(x: torch.Tensor, state: Tensors, layer: int, config: Any) -> torch
         of_prefix = linear(
             state["global_value_embedding.weight"] if prefix is None else prefix, state, f"{name}.c_attn"
         )
-        prefix_keys, prefix_values = heads(of_prefix, nh * hs, ng, hs), heads(of_prefix, (nh + ng) * hs, ng, hs)
+        prefix_keys = normed(heads(of_prefix, nh * hs, ng, hs), state, f"{name}.k_norm", config)
+        prefix_values = heads(of_prefix, (nh + ng) * hs, ng, hs)
     outputs = []
     for head, q in enumerate(queries):
         group = head * ng // nh

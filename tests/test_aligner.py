@@ -94,7 +94,8 @@ def test_a_gate_opens_only_its_own_head_from_the_start_layer_on():
         "lit_llama.model", "lit_llama.model", "lit_llama.aligner",
     ]  # fmt: skip
     attn = network.transformer.h[2].attn
-    q, k, v = attn.qkv(torch.randn(1, 6, 32))
+    qk, v = attn.heads(torch.randn(1, 6, 32))
+    q, k = qk.split((4, 2), dim=1)
     attn.gating_factor.data.zero_()
     before = attn.attend(q, k, v, None)
     attn.gating_factor.data[0, 1] = 0.5

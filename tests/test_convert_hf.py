@@ -46,8 +46,18 @@ CASES: dict[str, dict[str, Any]] = {
     "linear rope": dict(rope_scaling={"type": "linear", "factor": 3.0}),
     "llama3 rope": dict(rope_theta=500.0, rope_scaling={"rope_type": "llama3", **LLAMA3_ROPE}),
     "transformers 5": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3_ROPE}),
+    "qwen3": dict(architectures=["Qwen3ForCausalLM"], num_key_value_heads=2, head_dim=10, tie_word_embeddings=True),
+    "qwen3, biases": dict(architectures=["Qwen3ForCausalLM"], num_key_value_heads=2, head_dim=6, attention_bias=True),
+    "smollm3": dict(
+        architectures=["SmolLM3ForCausalLM"], model_type="smollm3", no_rope_layers=[0, 1], tie_word_embeddings=False
+    ),
+    "smollm3, by interval": dict(model_type="smollm3", architectures=None, num_hidden_layers=4, no_rope_layers=None),
     "default rope": dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
 }
+
+
+def is_qwen3(config: dict[str, Any]) -> bool:
+    return config["architectures"] == ["Qwen3ForCausalLM"]
 
 
 def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -57,13 +67,14 @@ def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
         hs * c[f"num_{n}_heads"] for n in ("attention", "key_value")
     )  # fmt: skip
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], width), "model.norm.weight": (width,)}
-    if not c.get("tie_word_embeddings"):
+    if not c.get("tie_word_embeddings", c.get("model_type") == "smollm3"):
         shapes["lm_head.weight"] = (c["vocab_size"], width)
     for i in range(c["num_hidden_layers"]):
         for part, shape, bias in (
             ("input_layernorm", (width,), False),
             ("self_attn.q_proj", (q, width), c.get("attention_bias")),
             ("self_attn.k_proj", (kv, width), c.get("attention_bias")),
+            *((f"self_attn.{norm}", (hs,), False) for norm in ("q_norm", "k_norm") if is_qwen3(c)),
             ("self_attn.v_proj", (kv, width), c.get("attention_bias")),
             ("self_attn.o_proj", (width, q), c.get("attention_bias")),
             ("post_attention_layernorm", (width,), False),
@@ -86,7 +97,8 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
     nh, ng = c["num_attention_heads"], c["num_key_value_heads"]
     hs = c.get("head_dim") or c["hidden_size"] // nh
     T = idx.size(1)
-    rope = {"rope_theta": c.get("rope_theta", 10000.0), **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
+    theta = 2e6 if c["model_type"] == "smollm3" else 10000.0  # if the file lacks it
+    rope = {"rope_theta": c.get("rope_theta", theta), **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
     frequencies = []
     for i in range(hs // 2):
         frequency = rope["rope_theta"] ** (-2 * i / hs)
@@ -114,6 +126,7 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * t[f"{name}.weight"]
 
+    rotated = c.get("no_rope_layers", [1] * c["num_hidden_layers"]) or [1, 1, 1, 0]
     x = t["model.embed_tokens.weight"][idx]
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -122,8 +135,12 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
             linear(h, f"{layer}.self_attn.{name}_proj").view(*idx.shape, heads, hs).transpose(1, 2)
             for name, heads in (("q", nh), ("k", ng), ("v", ng))
         )
-        k, v = (torch.stack([z[:, n * ng // nh] for n in range(nh)], dim=1) for z in (rotate(k), v))
-        scores = rotate(q) @ k.transpose(-1, -2) / math.sqrt(hs)
+        if is_qwen3(c):
+            q, k = norm(q, f"{layer}.self_attn.q_norm"), norm(k, f"{layer}.self_attn.k_norm")
+        if rotated[i]:
+            q, k = rotate(q), rotate(k)
+        k, v = (torch.stack([z[:, n * ng // nh] for n in range(nh)], dim=1) for z in (k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(hs)
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*idx.shape, nh * hs)
         x = x + linear(y, f"{layer}.self_attn.o_proj")
@@ -131,7 +148,7 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
         gate = linear(h, f"{layer}.mlp.gate_proj")
         x = x + linear(gate * gate.sigmoid() * linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
     x = norm(x, "model.norm")
-    return x @ t["model.embed_tokens.weight" if c.get("tie_word_embeddings") else "lm_head.weight"].T
+    return x @ t.get("lm_head.weight", t["model.embed_tokens.weight"]).T
 
 
 @functools.cache
@@ -286,6 +303,19 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "config.json: rope_theta is NaN where a number from 1": dict(rope_theta=math.nan),
     "config.json: rope_scaling is a list where an object belongs": dict(rope_scaling=[1]),
     "config.json: rms_norm_eps is 2 where a number from 0 up to 1": dict(rms_norm_eps=2),
+    'The architecture is "Qwen3MoeForCausalLM"; only': dict(architectures=["Qwen3MoeForCausalLM"]),
+    'The architecture is "Gemma3ForCausalLM"; only': dict(architectures=["Gemma3ForCausalLM"]),
+    "config.json: head_dim is 0 where": dict(architectures=["Qwen3ForCausalLM"], head_dim=0),
+    "no_rope_layers must list 1 (with RoPE) or 0 for each of the 2 layers": dict(
+        architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1]
+    ),
+    "1 (with RoPE) or 0 for each": dict(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, "a"]),
+    "config.json: no_rope_layers is 3 where a list belongs": dict(
+        architectures=["SmolLM3ForCausalLM"], no_rope_layers=3
+    ),
+    "config.json: no_rope_layer_interval is 0 where a whole number from 1": dict(
+        architectures=["SmolLM3ForCausalLM"], no_rope_layer_interval=0
+    ),
     'The activation is "gelu"': dict(hidden_act="gelu"),
     "quantized": dict(quantization_config={"bits": 4}),
     "Rope scaling 'yarn' is not supported": dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}),

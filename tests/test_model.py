@@ -19,7 +19,7 @@ def test_logits_equal_the_reference(architecture):
     network = toys.base(**toys.ARCHITECTURES[architecture])
     idx = toys.token_ids(2, 40)
     expected = [reference.logits(reference.double(network.state_dict()), network.config, row) for row in idx.tolist()]
-    torch.testing.assert_close(network(idx).double(), torch.stack(expected), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(network(idx).double(), torch.stack(expected), atol=4e-5, rtol=2e-5)
 
 
 def test_output_layer_sees_only_the_positions_asked_for():

@@ -75,6 +75,12 @@ def test_grid(heads, tied, rope, biases, tmp_path, tokenizer_path, run_script):
     [
         ("Qwen2", {}, 64),
         ("Qwen2", dict(use_sliding_window=True, sliding_window=50, max_window_layers=0), 50),
+        ("Qwen3", dict(head_dim=12), 64),
+        ("Qwen3", dict(head_dim=6, tie_word_embeddings=True, attention_bias=True), 64),
+        ("Qwen3", dict(head_dim=8, use_sliding_window=True, sliding_window=50, max_window_layers=0), 50),
+        ("SmolLM3", dict(num_hidden_layers=4, pad_token_id=0), 64),
+        ("SmolLM3", dict(no_rope_layers=[0, 1], pad_token_id=0, attention_bias=True, tie_word_embeddings=False), 64),
+        ("SmolLM3", dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=50, pad_token_id=0), 50),
         ("Mistral", dict(sliding_window=None), 64),
         ("Mistral", dict(sliding_window=50, head_dim=6), 50),
     ],

@@ -27,6 +27,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             original_max_position_embeddings=32,
         ),
     ),
+    "qk norm": dict(n_kv_head=2, head_size=12, qk_norm=True, tie_embeddings=True),  # Qwen3
+    "qk norm, biases": dict(n_kv_head=2, qk_norm=True, qkv_bias=True, proj_bias=True),
+    "nope": dict(n_kv_head=2, nope_layers=[0, 2]),  # SmolLM3
     "linear rope": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
 }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lit_llama.config import MOST_FLOAT, MOST_INT
+from lit_llama.config import MOST, MOST_FLOAT, MOST_INT
 from lit_llama.huggingface.tokenizer_files import token_ids
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.schema import REQUIRED, field, shown
@@ -12,7 +12,16 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 SOURCE = "config.json"
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
+                 "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3"}  # fmt: skip
+# what a config.json that lacks a field means by it, where the architectures differ
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"rope_theta": 2000000.0, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+}
+BIASED = ("llama", "qwen3", "smollm3")  # attention_bias is for all of q, k, v and o
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # what each supported kind of rope scaling needs
     "default": (),
     "linear": ("factor",),
@@ -21,7 +30,7 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # what each supported kind of rope
 
 
 def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
-    """Convert the content of a config.json. Missing fields have the defaults of transformers' LlamaConfig.
+    """Convert the content of a config.json. Missing fields have the defaults of transformers.
 
     A sliding window, as Mistral's, becomes the limit of the context: within it, attention is the usual one.
 
@@ -30,6 +39,7 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
             range.
     """
     kind = _architecture(hf)
+    hf = {**DEFAULTS.get(kind, {}), **hf}
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"The activation is {shown(hf['hidden_act'])}; only silu, LLaMA's, can be converted.")
     if hf.get("quantization_config"):
@@ -42,10 +52,10 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
         return field(hf, name, bool, SOURCE, False)
 
     rope_base, rope_scaling = convert_rope(hf)
-    block_size = size("max_position_embeddings", 2048 if kind == "llama" else REQUIRED)
-    if kind == "mistral" or (kind == "qwen2" and flag("use_sliding_window")):
-        block_size = min(block_size, size("sliding_window", 4096 if "sliding_window" not in hf else block_size))
-    biased = kind == "llama" and flag("attention_bias")
+    block_size = size("max_position_embeddings")
+    if kind == "mistral" or (kind != "llama" and flag("use_sliding_window")):
+        block_size = min(block_size, size("sliding_window", block_size))
+    biased = kind in BIASED and flag("attention_bias")
     return LLaMAConfig(
         block_size=block_size,
         vocab_size=size("vocab_size"),
@@ -62,17 +72,35 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
         tie_embeddings=flag("tie_word_embeddings"),
         qkv_bias=biased or kind == "qwen2",
         proj_bias=biased,
-        mlp_bias=kind == "llama" and flag("mlp_bias"),
+        mlp_bias=kind in ("llama", "smollm3") and flag("mlp_bias"),
+        qk_norm=kind == "qwen3",
+        nope_layers=convert_nope_layers(hf) if kind == "smollm3" else None,
     )
 
 
 def _architecture(hf: dict[str, Any]) -> str:
-    """Return "llama", "mistral" or "qwen2"."""
+    """Return a value of `ARCHITECTURES`."""
     named = field(hf, "architectures", list, SOURCE, None) or [hf.get("model_type")]
     kind = next((kind for name, kind in ARCHITECTURES.items() if name in named or kind in named), None)
     if kind is None:
         raise UserError(f"The architecture is {shown(named[0])}; only {', '.join(ARCHITECTURES)} can be converted.")
     return kind
+
+
+def convert_nope_layers(hf: dict[str, Any]) -> list[int]:
+    """Return the layers without rotary positions: those that `no_rope_layers` lists as 0, or every nth.
+
+    Raises:
+        UserError: A field is missing, of another type or out of range.
+    """
+    n_layer = field(hf, "num_hidden_layers", int, SOURCE, least=1, most=MOST["n_layer"])
+    rotated = field(hf, "no_rope_layers", list, SOURCE, None)
+    if rotated is None:
+        interval = field(hf, "no_rope_layer_interval", int, SOURCE, least=1, most=MOST_INT)
+        return list(range(interval - 1, n_layer, interval))
+    if len(rotated) < n_layer or any(value not in (0, 1) for value in rotated):
+        raise UserError(f"{SOURCE}: no_rope_layers must list 1 (with RoPE) or 0 for each of the {n_layer} layers.")
+    return [layer for layer in range(n_layer) if not rotated[layer]]
 
 
 def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -97,10 +125,13 @@ def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 
 def hf_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of a config.json, with the field names that every version of transformers reads."""
+    """Return the content of a config.json, with the field names that every version of transformers reads.
+
+    Raises:
+        UserError: No architecture of transformers has all of this model's features.
+    """
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **_hf_architecture(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.intermediate_size,
@@ -119,6 +150,20 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer) -> 
         "torch_dtype": str(dtype).removeprefix("torch."),
         **token_ids(tokenizer),
     }
+
+
+def _hf_architecture(config: LLaMAConfig) -> dict[str, Any]:
+    """Return the architecture, and the fields that only it has."""
+    if config.qk_norm and (config.nope_layers or config.mlp_bias):
+        raise UserError("No architecture of transformers has both norms of queries and keys (qk_norm) and MLP biases "
+                        "or layers without RoPE (nope_layers).")  # fmt: skip
+    if config.qk_norm:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+    if config.nope_layers:
+        rotated = [int(rotary) for rotary in config.rotary_layers]
+        about = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": rotated}
+        return {**about, "use_sliding_window": False, "pad_token_id": None}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def has_attention_bias(config: LLaMAConfig) -> bool:

@@ -29,12 +29,15 @@ MODULES = {"transformer.wte": ["model.embed_tokens"], "transformer.ln_f": ["mode
 LAYER_MODULES = {
     "rms_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
     "attn.c_proj": ["self_attn.o_proj"],
     "rms_2": ["post_attention_layernorm"],
     "mlp.c_fc1": ["mlp.gate_proj"],
     "mlp.c_fc2": ["mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
+HALF_SPLIT = tuple(f".{name}_{part}" for name in "qk" for part in ("proj.weight", "proj.bias", "norm.weight"))
 IGNORED = ".rotary_emb.inv_freq"  # a table in old files, which follows from the configuration
 
 
@@ -52,7 +55,10 @@ def hf_names(name: str) -> list[str]:
 
 
 def interleave(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Reorder the rows of q or k, (nh · hs, ...): 0, hs/2, 1, hs/2 + 1, ... of each head become 0, 1, 2, 3, ..."""
+    """Reorder the rows of q or k, (nh · hs, ...), or of the norm of their heads, (hs,).
+
+    Rows 0, hs/2, 1, hs/2 + 1, ... of each head become 0, 1, 2, 3, ...
+    """
     halves = rows.unflatten(0, (-1, 2, head_size // 2))  # (nh, 2, hs / 2, ...)
     return halves.transpose(1, 2).flatten(0, 2)
 
@@ -144,19 +150,16 @@ def to_lit(
     tensors = without_tied_head(tensors, config, "model.embed_tokens.weight")
     check_shapes(tensors, expected, f"The weights do not fit {source}")
 
-    def read(parts: list[LazyTensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0].read()
-        q, k, v = (part.read() for part in parts)
+    def read(parts: list[str]) -> torch.Tensor:
+        rows = {part: tensors[part].read() for part in parts}
         if half_split:
-            q, k = (interleave(rows, config.head_size) for rows in (q, k))
-        return torch.cat((q, k, v))
+            rows |= {p: interleave(rows[p], config.head_size) for p in parts if p.endswith(HALF_SPLIT)}
+        return rows[parts[0]] if len(parts) == 1 else torch.cat([rows[part] for part in parts])
 
     converted = {}
     for name, shape in shapes.items():
-        parts = [tensors[part] for part in names(name)]
-        common = reduce(torch.promote_types, (part.dtype for part in parts))
-        converted[name] = LazyTensor(shape, dtype or common, partial(read, parts))
+        common = reduce(torch.promote_types, (tensors[part].dtype for part in names(name)))
+        converted[name] = LazyTensor(shape, dtype or common, partial(read, names(name)))
     return converted
 
 
@@ -178,9 +181,9 @@ def to_hf(
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
     check_shapes(tensors, parameters(config), "The weights do not fit lit_config.json")
 
-    def read(tensor: LazyTensor, first: int, last: int, rotary: bool) -> torch.Tensor:
+    def read(tensor: LazyTensor, first: int, last: int, part: str) -> torch.Tensor:
         rows = tensor.read()[first:last]
-        return deinterleave(rows, config.head_size) if rotary else rows
+        return deinterleave(rows, config.head_size) if part.endswith(HALF_SPLIT) else rows
 
     converted: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
@@ -193,8 +196,8 @@ def to_hf(
         biased = module.endswith((".c_attn", ".attn.c_proj")) and has_attention_bias(config)
         needs_bias = kind == "weight" and biased and f"{module}.bias" not in tensors
         first = 0
-        for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            rows = partial(read, tensor, first, first + count, rotary=len(parts) > 1 and i < 2)
+        for part, count in zip(parts, counts, strict=True):
+            rows = partial(read, tensor, first, first + count, part)
             converted[part] = LazyTensor((count, *tensor.shape[1:]), dtype or tensor.dtype, rows)
             if needs_bias:
                 bias = f"{part.removesuffix('weight')}bias"
