@@ -217,9 +217,11 @@ def _check_adapter(adapter: AdapterFile) -> None:
     if unknown := sorted(adapter.config.keys() - ({f.name for f in fields(config_class)} - of_base)):
         raise UserError(f"{source}: config has {unknown[0]!r}, which is no setting of {adapter.method!r}.")
     try:
-        config_class(n_layer=MOST["n_layer"], block_size=MOST["block_size"], **adapter.config)
+        config = config_class(n_layer=MOST["n_layer"], block_size=MOST["block_size"], **adapter.config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+    if "config" in adapter.meta:  # settings that the header lacks have their defaults
+        adapter.meta["config"] = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_base}
     for name, t in adapter.state.items():
         if not t.isfinite().all():
             raise UserError(

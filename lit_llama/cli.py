@@ -17,12 +17,12 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from lit_llama.console import did_you_mean, exit_on_user_error
-from lit_llama.settings import Setting, describe, metavar
-from lit_llama.storage.schema import check_yaml
+from lit_llama.console import did_you_mean, exit_on_user_error, hide_interrupts
+from lit_llama.settings import Setting, check_config, describe, metavar
 from lit_llama.utils import UserError, check_text, log
 
 S = TypeVar("S")
+hide_interrupts()  # scripts import this module first
 
 
 @exit_on_user_error()
@@ -46,7 +46,7 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
             if flag.startswith("--") and flag not in flags:
                 usage_error(parser, f"There is no flag {flag}{did_you_mean(flag, flags)}")
             if flag == "--config" and not (value or following).startswith("--"):
-                check_yaml(Path(value or following))
+                check_config(Path(value or following), settings)
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except (ArgumentError, UserError, RecursionError, OverflowError) as error:
         usage_error(parser, explain(getattr(error, "message", str(error)), settings))
@@ -87,8 +87,6 @@ def add_setting(group: Any, setting: Setting) -> None:
 def explain(message: str, settings: dict[str, Setting]) -> str:
     """Return one sentence for an error of jsonargparse: the setting, what was expected and the value."""
     name = message.replace('"', "'").partition("'")[2].partition("'")[0]
-    if message.endswith("is not accepted"):
-        return f"There is no setting {name!r}{did_you_mean(name, settings)}"
     if name in settings and "alue: " in message:
         return f"--{name}: expected {metavar(settings[name].type)}, got {message.rpartition('alue: ')[2]!r}"
     return " ".join(message.split())

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
+from types import TracebackType
 from typing import Any, TextIO
 
 from lit_llama.storage.schema import unreadable
@@ -66,6 +67,17 @@ class Output:
 def is_lost_connection(error: Exception) -> bool:
     """Return whether an error of torch.distributed means that another process ended: gloo has no type for it."""
     return type(error).__name__ == "DistBackendError" or "/gloo/transport/" in str(error)
+
+
+def hide_interrupts() -> None:
+    """Let Ctrl-C while modules are imported, which takes seconds, end the process without a traceback."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = hook
 
 
 @contextmanager

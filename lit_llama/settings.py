@@ -18,6 +18,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from lit_llama.console import did_you_mean
+from lit_llama.storage.schema import read_yaml, shown
 from lit_llama.utils import UserError
 
 
@@ -155,3 +157,18 @@ def field_comments(settings_class: type) -> dict[str, tuple[str, str]]:
             elif token.type == tokenize.COMMENT and name in cls.__annotations__:
                 comments.setdefault(name, (text, group))
     return comments
+
+
+def check_config(path: Path, settings: dict[str, Setting]) -> None:
+    """Check a YAML file of settings before jsonargparse reads it, which then checks the types of single values.
+
+    Raises:
+        UserError: It is no mapping, names an unknown setting, or holds no list where several values belong.
+    """
+    for name, value in read_yaml(path).items():
+        if name not in settings:
+            raise UserError(f"There is no setting {name!r}{did_you_mean(str(name), settings)}")
+        if settings[name].several and not isinstance(value, list | None):
+            raise UserError(f"{path}: {name} is {shown(value)} where a list such as [a, b] belongs.")
+        if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {name} holds a null character.")

@@ -166,6 +166,13 @@ def test_headers_that_are_refused(sentence, tmp_path):
     assert sentence in str(error.value) and str(path) in str(error.value)
 
 
+def test_settings_that_a_header_lacks_have_their_defaults(tmp_path):
+    base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
+    meta = make_adapter(path, base)
+    save_file(load_file(path), path, metadata={"lit_llama": json.dumps({**meta, "config": {}})})
+    assert read_adapter(path).config == {"adapter_prompt_length": 1, "adapter_start_layer": 2}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["global_value_embedding.weight", "transformer.h.2.attn.gating_factor"])
 def test_numbers_that_are_not_finite_are_refused(value, name, tmp_path):

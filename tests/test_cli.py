@@ -1,5 +1,9 @@
+import functools
 import importlib
 import math
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +188,13 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
         (b"count: " + b"9" * 5001, "is not YAML: Exceeds the limit (4300 digits)"),
         (b"[1, 2", "is not YAML: while parsing a flow sequence"),
         (b"!!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
+        (b"flag: !!bool x", "is not YAML: a value does not fit the tag"),
+        (b'count: !!int ""', "is not YAML: a value does not fit the tag"),
+        (b"kind: !!timestamp x", "is not YAML: a value does not fit the tag"),
+        (b"names: {a: b}", "names is an object where a list such as [a, b] belongs."),
+        (b"names: a", 'names is "a" where a list such as [a, b] belongs.'),
+        (b'somewhere: "a\\0b"', "somewhere holds a null character."),
+        (b"config: other.yaml", "There is no setting 'config'"),
     ],
 )
 def test_a_bad_yaml_file_is_one_line(settings_class, tmp_path, capsys, content, reason):
@@ -283,6 +294,18 @@ def test_of_several_processes_one_speaks(settings_class, monkeypatch, capsys):
 def test_ctrl_c_is_no_traceback(settings_class, monkeypatch, capsys):
     assert run(settings_class, raising(KeyboardInterrupt()), monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from lit_llama import cli\nimport os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # a shell's background jobs, such as these tests, may ignore SIGINT
+    reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, preexec_fn=reset)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_full_gpu_is_explained(settings_class, monkeypatch, capsys):

@@ -109,8 +109,8 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halv
     return value
 
 
-def check_yaml(path: Path) -> None:
-    """Check that a file of settings is a YAML mapping, without loops, before another program parses it.
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Return the content of a file of settings, which is a YAML mapping without loops.
 
     Raises:
         UserError: It is not, or as `read_bytes`.
@@ -124,8 +124,11 @@ def check_yaml(path: Path) -> None:
         value = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a byte that is no text, or an impossible number
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    except (LookupError, AttributeError):  # of the library, for `!!int ""` or `!!timestamp x`
+        raise UserError(f"{path} is not YAML: a value does not fit the tag (such as !!int) before it.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {shown(value)} where lines such as seed: 1 belong.")
+    return value
 
 
 def depth(value: Any) -> int:
