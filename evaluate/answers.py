@@ -99,7 +99,7 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
         first = read_answers(settings.answer_file, items, asked)
     else:
         results = open_results(settings, settings.output_dir / "answers")
-    if Path(settings.against).suffix in (".json", ".jsonl", ".gz"):
+    if Path(settings.against).suffix.lower() in (".json", ".jsonl", ".gz"):
         second = read_answers(Path(settings.against), items, asked)
     else:
         other = other_side(settings)

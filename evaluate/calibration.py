@@ -37,11 +37,12 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         UserError: there is no such file, or it is not a table.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".tsv"):
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".tsv"):
         return read_rows(path)
     csv.field_size_limit(sys.maxsize)
     try:
-        rows = list(csv.DictReader(StringIO(read_text(path)), delimiter="\t" if path.suffix == ".tsv" else ","))
+        rows = list(csv.DictReader(StringIO(read_text(path)), delimiter="\t" if suffix == ".tsv" else ","))
     except csv.Error as error:
         raise UserError(f"{path} is not a table ({error}).") from None
     for number, row in enumerate(rows, 1):

@@ -135,7 +135,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.records: list[dict[str, Any]] = []
-        content = read_bytes(self.path) if self.path.exists() else b""
+        content = read_bytes(self.path, limit=2**33) if self.path.exists() else b""
         self.incomplete = len(content) - (content.rfind(b"\n") + 1)  # bytes of the last line
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             source = f"{self.path}, line {number}"
@@ -156,10 +156,12 @@ class JsonLines:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.incomplete:
-                os.truncate(self.path, self.path.stat().st_size - self.incomplete)
-                self.incomplete = 0
-            with self.path.open("ab") as file:
+            # never through a symbolic link
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with open(self.path, "ab", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
+                if self.incomplete:
+                    file.truncate(os.fstat(file.fileno()).st_size - self.incomplete)
+                    self.incomplete = 0
                 file.write(lines.encode())
                 file.flush()
                 os.fsync(file.fileno())

@@ -5,6 +5,7 @@ import difflib
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from evaluate.letters import LETTERS
 from lit_llama.storage.rows import download_rows, naming, read_rows, read_text, text_field
+from lit_llama.storage.schema import check_readable
 from lit_llama.utils import UserError
 
 # fmt: off
@@ -67,7 +69,7 @@ def read_items(path: Path | None, repo_id: str) -> dict[str, dict[str, list[Item
     if path is None:
         rows = {split: download_rows(repo_id, split=split, name="all") for split in ("dev", "test")}
         found = [(split, item) for split in rows for item in from_rows(rows[split], f"{repo_id} ({split})")]
-    elif path.suffix in (".json", ".jsonl", ".parquet", ".gz"):
+    elif path.suffix.lower() in (".json", ".jsonl", ".parquet", ".gz"):
         found = [("test", item) for item in from_rows(read_rows(path), str(path))]
     else:
         found = [(split, item) for split, name, text in csv_files(path) for item in from_csv(text, name)]
@@ -91,7 +93,8 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
         return match and match[1]
 
     try:
-        if path.suffix == ".zip":
+        if path.suffix.lower() == ".zip":
+            check_readable(path, "zip file")
             with zipfile.ZipFile(path) as archive:
                 for name in sorted(filter(split, archive.namelist())):
                     yield split(name), f"{path}/{name}", archive.read(name).decode("utf-8-sig")
@@ -106,7 +109,8 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
         for file in files:
             if split(file.name):
                 yield split(file.name), str(file), read_text(file)
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        # a RuntimeError is an encrypted archive, or one of an unknown compression
         raise UserError(f"{path} cannot be read as MMLU's files ({error}).") from None
 
 

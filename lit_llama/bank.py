@@ -30,6 +30,7 @@ from torch import Tensor
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import atomic_write
+from lit_llama.storage.schema import field
 from lit_llama.storage.tensor_files import read_header
 from lit_llama.utils import UserError
 from lit_llama.variant import check_shapes, without_aliases
@@ -215,7 +216,7 @@ class Bank(dict[str, Slot]):
             raise UserError(f"{path} is not a bank of adapters.")
         try:
             config = LLaMAConfig(**meta["config"])
-            bank = cls(config, checkpoint_dir, start_layer=meta["start_layer"], device=device)
+            bank = cls(config, checkpoint_dir, start_layer=field(meta, "start_layer", int, "its header"), device=device)
             if bank.base is not None:
                 made_for = meta["base"] or {**bank.base, "config": meta["config"]}
                 check_base(AdapterFile({}, {"base": made_for}, path), checkpoint_dir, config, bank.base)

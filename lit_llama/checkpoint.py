@@ -193,7 +193,7 @@ def read_adapter(path: Path) -> AdapterFile:
             raise UserError(f"There is no adapter in the folder {path}.")
         path = found[0]
     adapter = AdapterFile(read_state(path), path=path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         adapter.meta = read_header(path, META_KEY) or {}
     _check_adapter(adapter)
     return adapter

@@ -80,6 +80,22 @@ def hide_interrupts() -> None:
         sys.excepthook = hook
 
 
+def explain(error: Exception) -> str:
+    """Return a sentence for an error of the system that can occur anywhere; empty for a mistake of this project."""
+    if isinstance(error, OSError) and error.filename and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP):
+        return str(unreadable(error.filename, error))  # of a look at whether there is a file
+    if isinstance(error, UnicodeError) and getattr(error, "encoding", "") == sys.getfilesystemencoding() != "utf-8":
+        text = error.object[error.start : error.start + 40]
+        return (
+            f"{text!a} is the name of a file, or in one, and is outside this locale, which is ASCII; set PYTHONUTF8=1."
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return "The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return "The memory is full; lower the batch size or the sequence length, or use a smaller model."
+    return ""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a folder without access, Ctrl-C or a full GPU into one line on stderr and an exit code.
@@ -114,12 +130,9 @@ def exit_on_user_error() -> Iterator[None]:
                 with suppress(UserError, SystemExit):
                     sys.stdout.flush()
                 os._exit(1)  # the threads of torch.distributed would abort a usual exit
-            if isinstance(error, OSError) and error.filename and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP):
-                log(f"error: {unreadable(error.filename, error)}")  # of a look at whether there is a file
-                sys.exit(1)
-            if type(error).__name__ != "OutOfMemoryError":
+            if not (sentence := explain(error)):
                 raise
-            log("error: The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits.")
+            log(f"error: {sentence}")
             sys.exit(1)
         finally:
             with suppress(UserError, SystemExit):  # the exit code is decided

@@ -16,6 +16,7 @@ from lit_llama.storage.cache import cache_folder, fill_once
 from lit_llama.storage.files import atomic_folder, check_folder, write_text
 from lit_llama.storage.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.storage.rows import naming
+from lit_llama.storage.schema import read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -299,8 +300,8 @@ def adopt_dataset(folder: Path) -> None:
     try:
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
         ours = not (folder / MANIFEST).exists() and all(EARLIER_FILES.fullmatch(name) for name in names)
-        made_by = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["format"] if ours else None
-    except (OSError, ValueError, TypeError, KeyError):
+        made_by = read_json(folder / "meta.json").get("format") if ours else None
+    except (OSError, UserError):
         return
     if made_by in (SFT_FORMAT, PREFERENCE_FORMAT):
         write_text(folder / MANIFEST, make_manifest(folder, DATASET))

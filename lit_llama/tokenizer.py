@@ -139,7 +139,7 @@ class Tokenizer:
         for name in ("bos_token", "eos_token"):
             if isinstance(token := field(config, name, str | dict, source, None), dict):
                 config[name] = field(token, "content", str, f"{source}: {name}")
-        if self.path.suffix == ".json":
+        if self.path.suffix.lower() == ".json":
             try:
                 return HuggingFace(content, config)
             except Exception as error:  # the library raises nothing more specific

@@ -277,7 +277,7 @@ class Trainer:
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
-            "tokens_per_s": round(self.tokens / self.seconds),
+            "tokens_per_s": round(self.tokens / self.seconds) if self.seconds else 0,
             "val_loss_before": self.val_losses[0][1],
             "best_val_loss": best,
             "best_step": best_step,

@@ -35,6 +35,8 @@ def check_text(text: str, source: str) -> str:
     """
     if halves := re.search("[\ud800-\udfff]", text):
         is_byte = "\udc80" <= halves[0] <= "\udcff"  # how Python represents a byte that it cannot decode
+        if is_byte and sys.getfilesystemencoding() != "utf-8":
+            raise UserError(f"{source} holds a character outside this locale, which is ASCII; set PYTHONUTF8=1.")
         wrong = "a byte that is not UTF-8" if is_byte else "one half of a surrogate pair, which is not a character"
         raise UserError(f"{source} holds {wrong}.")
     return text

@@ -14,7 +14,6 @@ in report.md, report.csv and a figure for each table.
 
 import csv
 import io
-import json
 import shlex
 import subprocess
 import sys
@@ -70,6 +69,7 @@ import torch
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.schema import read_json
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -133,7 +133,7 @@ class Step:
 
     @property
     def complete(self) -> bool:
-        return self.done.is_file() and (not self.needs or self.needs in json.loads(self.done.read_text("utf-8")))
+        return self.done.is_file() and (not self.needs or self.needs in read_json(self.done))
 
 
 class Number(NamedTuple):
@@ -438,7 +438,10 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
     for name, cells in tables.items():
         rows = []
         for cell in cells:
-            number = cell.read(json.loads(cell.summary.read_text(encoding="utf-8")))
+            try:
+                number = cell.read(read_json(cell.summary))
+            except (LookupError, TypeError) as error:
+                raise UserError(f"{cell.summary} is damaged ({error!r}); delete it and run again.") from None
             rows.append((cell, number))
             lines.append(
                 [name, cell.row, cell.column, number.value, *(number.interval or ("", "")), number.n, cell.paper]

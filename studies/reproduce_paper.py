@@ -56,7 +56,7 @@ from scripts.count_parameters import VARIANTS
 from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Record, Trial, choose, run_trials
+from studies.trials import Record, Trial, choose, read_record, run_trials
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -101,7 +101,7 @@ def score_base(settings: Settings) -> list[Row]:
     for task, seed in tqdm(cells, desc="base model", unit="score"):
         scoring = scoring_of(settings, task, "reported", seed)
         path, identity = settings.out_dir / "base" / f"{task}-seed{seed}.json", {**scoring, "base": base}
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = read_record(path)
         if known.get("identity") != identity:
             known = {"identity": identity, **measure(model, tokenizer, **scoring)}
             write_text(path, json.dumps(known, indent=1) + "\n")

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from lit_llama.checkpoint import base_fingerprint, versions
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.schema import read_json
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
 from studies.protocol import METHODS
@@ -115,7 +116,7 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     try:
         main, settings = prepare_run(trial, run)
         wanted = identity(trial, settings)
-        if path.is_file() and (record := json.loads(path.read_text(encoding="utf-8")))["identity"] == wanted:
+        if (record := read_record(path)).get("identity") == wanted:
             return {**record, "trial": as_json}
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
@@ -136,6 +137,14 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         with log_path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}
+
+
+def read_record(path: Path) -> Record:
+    """Return what an earlier call wrote to a JSON file; {} if there is no such file, or it is damaged."""
+    try:
+        return read_json(path)
+    except UserError:
+        return {}
 
 
 def start_worker() -> None:

@@ -391,7 +391,13 @@ def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
     headers = [[], {}, *({k: v for k, v in header.items() if k != key} for key in header)]
     headers += [{**header, "config": {"n_layer": "3"}}, {**header, "config": {"depth": 3}}, {**header, "lengths": [2]}]
     headers += [{**header, "lengths": [1, 1]}, {**header, "base": {"weights": "0"}}, {**header, "start_layer": "x"}]
-    headers += [{**header, "lengths": 1}, {**header, "start_layer": 5}, {**header, "lengths": ["1"]}]
+    headers += [
+        {**header, "start_layer": 1.0},
+        {**header, "start_layer": True},
+        {**header, "lengths": 1},
+        {**header, "start_layer": 5},
+        {**header, "lengths": ["1"]},
+    ]
     damaged = [(changed, tensors) for changed in headers]
     for value in ([], {}, [["a", "alpaca"]], [["a", "alpaca"]] * 2, [["a", 3], ["b", "alpaca"]], [["a"], ["b"]], 7,
                   [[[], "alpaca"], ["b", "alpaca"]], [[3, "alpaca"], ["b", "alpaca"]]):  # fmt: skip

@@ -1,5 +1,6 @@
 """What reaches a terminal, a pipe, a full disk and nobody."""
 
+import errno
 import os
 import pty
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_llama.console import explain
 from lit_llama.utils import UserError, check_text, printable
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +106,31 @@ def test_halves_of_surrogate_pairs_are_no_text(refused):
         check_text("a\ud800b", "Row 3: 'prompt'")
     sentence = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
     assert sentence == "The command line holds a byte that is not UTF-8."
+
+
+def test_a_locale_without_utf8_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("prompt: [ü]", encoding="utf-8")
+    program = """
+import sys
+from pathlib import Path
+from lit_llama.console import exit_on_user_error
+from lit_llama.utils import check_text
+with exit_on_user_error():
+    check_text(sys.argv[1], "x")
+    Path("\\xfc").stat() if sys.argv[1] == "name" else open("c.yaml").read()
+"""
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    for word in ("ü", "name", "content"):
+        command, environment = [sys.executable, "-c", program, word], {**os.environ, **ascii}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        assert done.returncode == 1 and done.stderr.endswith("outside this locale, which is ASCII; set PYTHONUTF8=1.\n")
+        assert "Traceback" not in done.stderr
+
+
+def test_errors_of_the_system_are_sentences():
+    assert explain(MemoryError()).startswith("The memory is full")
+    assert "no permission to read /x" in explain(PermissionError(errno.EACCES, "", "/x"))
+    assert explain(ValueError()) == explain(OSError(errno.EIO, "", "/x")) == ""
 
 
 DISTRIBUTED = """

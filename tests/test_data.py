@@ -203,15 +203,30 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def move_behind_a_link(path: Path) -> None:
+    path.parent.rename(path.parents[1] / "elsewhere")
+    (path.parents[1] / "elsewhere" / path.name).write_text("mine")
+    path.parent.symlink_to("elsewhere")
+
+
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_a_bit, Path.unlink, lambda path: (path.parent / "sha256.json").unlink()]
-)
+    "damage",
+    [truncate, flip_a_bit, Path.unlink, make_pipe, move_behind_a_link,
+     lambda path: (path.parent / "sha256.json").unlink(), lambda path: make_pipe(path.parent / "sha256.json")],
+)  # fmt: skip
 def test_a_damaged_cache_is_computed_again(damage, tmp_path, tokenizer):
     prepare(tmp_path / "a", tokenizer, many(8))
     (rows,) = (tmp_path / ".aligner-cache").rglob("*.arrow")
     damage(rows)
     prepare(tmp_path / "b", tokenizer, many(8))
     assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
+    moved = tmp_path / ".aligner-cache/elsewhere" / rows.name
+    assert not moved.exists() or moved.read_text() == "mine"
 
 
 def test_processes_change_nothing(tmp_path, tokenizer):

@@ -31,6 +31,17 @@ def answers(evaluated, folder: Path, questions=QUESTIONS, max_new_tokens: int = 
     return answer_questions(evaluated, questions, Sampling(max_new_tokens), results, stop=(), batch_size=2)
 
 
+def test_records_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("[1]\n{}")
+    (tmp_path / "answers.jsonl").symlink_to("victim")
+    file = JsonLines(tmp_path / "empty.jsonl")
+    file.append({"id": 1})
+    file.path = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match="Cannot write"):
+        file.append({"id": 2})
+    assert (tmp_path / "victim").read_text() == "[1]\n{}"
+
+
 def test_each_record_has_its_question_answer_and_settings(evaluated, tmp_path, base_dir):
     records = answers(evaluated, tmp_path)
     assert [r["id"] for r in records] == [q.id for q in QUESTIONS]

@@ -260,8 +260,15 @@ def test_mistakes_are_named(folder, tmp_path, refused):
     assert "no questions of the subject 'astronomy'" in message("--subjects", "astronomy")
     assert "has 2 dev questions of anatomy, fewer than --shots 5; use --shots 2" in message("--shots", "5")
     assert "limit is 0" in message("--limit", "0")
-    assert "cannot be read" in refused(SCRIPT, "--data_file", tmp_path / "none.zip")
+    assert "There is no zip file" in refused(SCRIPT, "--data_file", tmp_path / "none.zip")
     assert "SUBJECT_test.csv" in refused(SCRIPT, "--data_file", tmp_path / "mine.csv")
+    with zipfile.ZipFile(tmp_path / "locked.ZIP", "w") as file:
+        file.writestr("anatomy_test.csv", "")
+    content = bytearray((tmp_path / "locked.ZIP").read_bytes())
+    for header, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + offset] |= 1  # encrypted
+    (tmp_path / "locked.ZIP").write_bytes(content)
+    assert "cannot be read" in refused(SCRIPT, "--data_file", tmp_path / "locked.ZIP")
     (tmp_path / "broken.zip").write_text("no archive")
     assert "cannot be read" in refused(SCRIPT, "--data_file", tmp_path / "broken.zip")
     (tmp_path / "empty").mkdir()

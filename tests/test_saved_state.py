@@ -40,6 +40,8 @@ def slots(state):
 
 DAMAGES = {
     "step": lambda s: s.update(step="1"),
+    "large": lambda s: s.update(step=10**400),
+    "many tokens": lambda s: s.update(tokens=10**400),
     "negative": lambda s: s.update(step=-1),
     "seconds": lambda s: s.update(seconds=math.nan),
     "tokens": lambda s: s.pop("tokens"),

@@ -120,5 +120,9 @@ def test_fields():
     assert field(about, "b", int, "f", 7) == 7 == field(about, "z", int, "f", 7)
     assert field(about, "b", int | None, "f") is None
     assert check(0.5, float, "f", most=1) == 0.5
+    for number in (2**63, -(2**63), 10**400):  # an overflow in arithmetic with floats, NumPy or torch
+        for kind in (int, float, int | None):
+            with pytest.raises(UserError, match="belongs"):
+                check(number, kind, "f")
     with pytest.raises(UserError, match=r"^f has no z\.$"):
         field(about, "z", int, "f")

@@ -77,6 +77,9 @@ class RunFolder:
         unrecorded = "state.pt" not in (read_manifest(self.path, OUTPUTS) or {})
         adopt = unrecorded and (is_ours(self.path / "last.safetensors") or self.state_is_ours())
         check_claim(self.path, NAMES, adopt=adopt)
+        logs = self.path / "tensorboard"
+        if os.path.lexists(logs) and (logs.is_symlink() or not logs.is_dir()):
+            raise UserError(f"{logs} is not a folder but a link or a file; move it away, or choose another --out_dir.")
         if has_adapter and not has_state and not self.settings.overwrite:
             raise UserError(
                 f"{self.path} holds a run without its state.pt, which cannot be resumed; replace it with --overwrite, "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
 from lit_llama.storage.files import atomic_write
-from lit_llama.storage.schema import unreadable
+from lit_llama.storage.schema import check_readable, unreadable
 from lit_llama.utils import UserError, log
 
 if TYPE_CHECKING:
@@ -66,19 +66,25 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         UserError: It cannot be read, or is damaged.
     """
     try:
+        if not os.path.lexists(path):
+            return {}
+        check_readable(path)
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             names = reader.fieldnames or []
             if names[:1] != ["step"] or len(set(names)) < len(names):
                 raise ValueError
-            return {
+            rows = {
                 int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
                 for row in reader
             }
-    except FileNotFoundError:
-        return {}
+            if not all(0 <= step < 2**53 for step in rows):
+                raise ValueError
+            return rows
     except OSError as error:
         raise unreadable(path, error) from None
+    except UserError:
+        raise
     except (ValueError, TypeError, csv.Error):
         raise UserError(f"{path} is not a table of metrics; move it away to continue without it.") from None
 

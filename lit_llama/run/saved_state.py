@@ -27,9 +27,8 @@ def read_saved_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged; start again with --overwrite.") from None
     try:
         check(state, dict, "It")
-        for name in ("step", "tokens"):
-            field(state, name, int, "It", least=0)
-        field(state, "seconds", float, "It", least=0)
+        for name, kind in (("step", int), ("tokens", int), ("seconds", float)):
+            field(state, name, kind, "It", least=0, most=2**53)
         for name in ("settings", "identity"):
             field(state, name, str, "It")
         _check_val_losses(field(state, "val_losses", list, "It"), state["step"])

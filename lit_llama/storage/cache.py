@@ -9,6 +9,8 @@ from typing import Any
 
 from lit_llama.storage.files import atomic_folder, unwritable, write_text
 from lit_llama.storage.manifest import MANIFEST
+from lit_llama.storage.schema import check_readable, read_json
+from lit_llama.utils import UserError
 
 NAME, CHECKSUMS = ".aligner-cache", "sha256.json"
 FILES = {
@@ -48,8 +50,10 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     if is_intact(folder):
         return
     try:
-        if folder.exists():
+        if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
+        else:
+            folder.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(folder, error) or error from None
     with atomic_folder(folder, "cache") as new:
@@ -60,8 +64,8 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
 def is_intact(folder: Path) -> bool:
     """Return whether a folder of `fill_once` exists and its files have their checksums."""
     try:
-        return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) == _checksums(folder)
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / CHECKSUMS) == _checksums(folder)
+    except (OSError, UserError):
         return False
 
 
@@ -71,7 +75,12 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def hash_file(path: Path) -> Any:
-    """Return the sha256 object of a file. (`hashlib.file_digest` needs Python 3.11.)"""
+    """Return the sha256 object of a file. (`hashlib.file_digest` needs Python 3.11.)
+
+    Raises:
+        UserError: It is a device, a pipe or a folder, or cannot be read.
+    """
+    check_readable(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -172,7 +172,7 @@ def field(
 
 
 def check(value: Any, kind: Any, label: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """Return a value that has a type and lies in a range; see `field`. Numbers are finite.
+    """Return a value that has a type and lies in a range; see `field`. Numbers are finite, and integers have 64 bits.
 
     Raises:
         UserError: It has not or does not. The sentence begins with `label`.
@@ -180,7 +180,7 @@ def check(value: Any, kind: Any, label: str, *, least: float | None = None, most
     kinds = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
     fits = type(value) in kinds or (type(value) is int and float in kinds)
     if fits and type(value) in (int, float):
-        finite = type(value) is int or math.isfinite(value)
+        finite = abs(value) < 2**63 if type(value) is int else math.isfinite(value)
         fits = finite and (least is None or value >= least) and (most is None or value <= most)
     if fits:
         return value

@@ -55,7 +55,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     check_readable(path, "checkpoint")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             state = {name: _read_mapped(path, name) for name in _read_names(path)}
         else:
             state = _load_pickle(path)
@@ -106,7 +106,8 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     read_unmapped = lru_cache(maxsize=1)(read_state)  # files of torch < 1.6 are read as a unit
     for path in map(Path, paths):
-        found = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path, read_unmapped)
+        check_readable(path, "checkpoint")
+        found = _open_safetensors(path) if path.suffix.lower() == ".safetensors" else _open_pickle(path, read_unmapped)
         if repeated := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path} holds {repeated[0]}, which another file holds too.")
         tensors |= found
@@ -122,7 +123,7 @@ def open_rows(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[int, int
         UserError: As `open_tensors`.
     """
     tensors = open_tensors([path])
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return {name: (t.shape, lambda first, last, t=t: t.read()[first:last]) for name, t in tensors.items()}
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -141,7 +142,6 @@ def open_rows(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[int, int
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    check_readable(path, "checkpoint")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}

@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import gzip
 import json
+import os
 import random
 import re
 import shutil
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +34,8 @@ BASE = "--checkpoint_dir tiny --max_new_tokens 2"
 TRAIN = "--accelerator cpu --batch_size 2 --micro_batch_size 2 --save_interval 1 --eval_interval 1 --sample_prompts 1"
 SFT = f"finetune/aligner.py --checkpoint_dir tiny --data_dir data --adapter_start_layer 0 {TRAIN}"
 DPO = f"finetune/alignerDPO.py --checkpoint_dir tiny --data_dir pairs --init_adapter run {TRAIN} --drift_prompts 1"
+RL = (f"finetune/alignerRL.py --checkpoint_dir tiny --data_dir asks --adapter_start_layer 0 {TRAIN} --drift_prompts 1 "
+      "--reward length --group_size 2 --max_new_tokens 2")  # fmt: skip
 PREPARE = "--checkpoint_dir tiny --num_proc 1 --max_seq_length 64 --test_fraction 0.3 --output_dir out"
 ALPACA = f"scripts/prepare_alpaca.py {PREPARE} --data_file"
 VICUNA = ("evaluate/vicuna.py --judge_model m --judge_workers 1 --judge_retries 0 --limit 2 --checkpoint_dir tiny "
@@ -65,6 +69,7 @@ ADAPTER_CALLS = (
     "scripts/inspect_aligner.py FILE --to_safetensors out.safetensors",
     "scripts/merge_aligner.py --checkpoint_dir tiny --output_dir out --adapter FILE",
     f"generate/aligner.py {BASE} --prompt Who? --use a --bank a.safetensors FILE",
+    f"generate/aligner.py {BASE} --prompt Who? --strength 0.5 --output_file out.json --adapter FILE",
     f"{SFT} --out_dir new --max_steps 1 --init_adapter FILE",
 )
 FORMATS = {
@@ -95,6 +100,7 @@ FORMATS = {
     "bank": Format(("bank.safetensors",), (
         f"generate/aligner.py {BASE} --prompt Who? --use one --bank FILE",
         f"generate/aligner.py {BASE} --prompt Who? --use one+two:0.5 --compare_base --bank FILE",
+        f"generate/aligner.py {BASE} --output_file out.json --prompt_file prompts.json --bank FILE",
     )),
     "dataset": Format(("data/meta.json", "data/t*/*", "data/.aligner-manifest.json"), (
         f"{SFT} --out_dir new --max_steps 1", f"{ALPACA} rows.json --output_dir data",
@@ -114,12 +120,20 @@ FORMATS = {
         f"generate/base.py {BASE} --output_file out.json --prompt_file FILE",
         f"generate/aligner.py {BASE} --bank bank.safetensors --prompt_file FILE",
     )),
+    "finished run": Format(("whole-*/state.pt", "whole-*/metrics.csv", "whole-*/samples.jsonl"), (
+        f"{SFT} --out_dir whole-run --max_steps 4 --resume", f"{DPO} --out_dir whole-dpo --max_steps 4 --resume",
+        f"{RL} --out_dir whole-rl --max_steps 4 --resume",
+    ), weight=0.5),
     "run": Format((*STATE, "run/*.safetensors", "run/.aligner-manifest.json"), (
-        f"{SFT} --out_dir run --max_steps 4 --resume",
+        f"{SFT} --out_dir run --max_steps 4 --resume", f"{SFT} --out_dir run --max_steps 4 --overwrite",
     )),
     "DPO run": Format(("dpo/state.pt", "dpo/metrics.csv", "dpo/samples.jsonl", "dpo/*.safetensors"), (
         f"{DPO} --out_dir dpo --max_steps 4 --resume",
     ), weight=0.3),
+    "prompt data": Format(("asks/meta.json", "asks/t*/*"), (f"{RL} --out_dir new --max_steps 1",), weight=0.4),
+    "RL run": Format(("rl/state.pt", "rl/metrics.csv", "rl/samples.jsonl", "rl/*.safetensors"), (
+        f"{RL} --out_dir rl --max_steps 4 --resume",
+    ), weight=0.4),
     "questions": Format(("problems.json", "mmlu/*.csv", "mmlu.zip", "vicuna.jsonl", "labelled.csv"), (
         "evaluate/gsm8k.py --checkpoint_dir tiny --max_new_tokens 2 --output_dir asked --data_file problems.json",
         "evaluate/mmlu.py --checkpoint_dir tiny --output_dir asked --shots 1 --data_file mmlu",
@@ -152,9 +166,15 @@ def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | 
         file.read_bytes() for file in sorted(material.glob("*.*")) if file.is_file() and file.suffix != path.suffix
     ]
     kind, content = mutate(rng, path.read_bytes(), path.suffix, others)
-    path.write_bytes(content)
+    special = rng.random() < 0.06
+    if special:
+        kind = replace_by_special(rng, path)
+    else:
+        path.write_bytes(content)
     call = rng.choice(calls).replace("FILE", str(relative))
-    before = set(folder.rglob("*"))
+    for stranger in ("thesis.tex", "run/thesis.tex", "gsm8k/thesis.tex"):
+        (folder / stranger).write_text("years of work")
+    before = identify(folder)
     if "URL" in call:
         with replying(content) as url:
             ended = harness.run(*call.replace("URL", url).split(), cwd=folder, limit=60, memory=2**34, quick=True)
@@ -162,14 +182,49 @@ def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | 
         ended = harness.run(*call.split(), cwd=folder, limit=60, memory=2**34, quick=True)
     COUNTS[name] += 1
     wrong = ended.problem
-    if not wrong and ended.code and not format.fails:
+    if not wrong and ended.code and not format.fails and not special:
         wrong = "an error for a damaged cache"
     if not wrong and ended.code == 0 and re.search(rb"\bnan\b", ended.out):
         wrong = "NaN in the answer"
-    new = [path.relative_to(folder).as_posix() for path in set(folder.rglob("*")) - before]
+    after = identify(folder)
+    lost = [name for name in before if after.get(name) != before[name] and not may_change(name, call)]
+    if not wrong and lost:
+        wrong = f"{lost[0]} is changed"
+    new = [name for name in after if name not in before]
     if not wrong and ended.code and (left := [n for n in new if n.startswith("out") or ".aligner-tmp" in n]):
         wrong = f"{left[0]} is left after an error"
     return f"{wrong}: {kind} {relative}\n{ended.describe()}" if wrong else ""
+
+
+def replace_by_special(rng: random.Random, path: Path) -> str:
+    """Replace a file by something that is no regular file, and return what it is."""
+    path.unlink()
+    kind = rng.choice(("pipe", "folder", "/dev/zero", "/dev/null", "/proc/self/mem", "nowhere", path.name))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    return kind
+
+
+def identify(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return what a file is known by, for all below a folder, by relative name."""
+    found = {}
+    for root, folders, names in os.walk(folder):
+        for path in (os.path.join(root, name) for name in folders + names):
+            about = os.lstat(path)
+            content = () if stat.S_ISDIR(about.st_mode) else (about.st_ino, about.st_size, about.st_mtime_ns)
+            found[os.path.relpath(path, folder)] = (about.st_mode, *content)
+    return found
+
+
+def may_change(name: str, call: str) -> bool:
+    """Return whether a call may replace a file: it lies in an output folder or in the cache, and is no stranger's."""
+    words = call.split()
+    outputs = {words[i + 1] for i, word in enumerate(words) if word in ("--out_dir", "--output_dir")}
+    return Path(name).name != "thesis.tex" and name.split("/")[0] in outputs | {".aligner-cache"}
 
 
 def reads(call: str, relative: Path) -> bool:
@@ -239,13 +294,15 @@ def make_inputs(harness: Harness) -> Path:
     run(f"{ALPACA} rows.json --output_dir data")
     run(f"scripts/prepare_beaver_safe.py --data_format preference --data_file pairs.jsonl {PREPARE} --output_dir pairs")
     run(f"{SFT} --out_dir run --max_steps 4")
+    run(f"{ALPACA} rows.json --stage rl --output_dir asks")
     run(f"{DPO} --out_dir dpo --max_steps 4")
-    for call, name in ((SFT, "run"), (DPO, "dpo")):  # a run that was killed half-way can be continued
+    run(f"{RL} --out_dir rl --max_steps 4")
+    for call, name in ((SFT, "run"), (DPO, "dpo"), (RL, "rl")):  # a run that was killed half-way can be continued
         ended = harness.run(*f"{call} --out_dir half --max_steps 4".split(), cwd=folder, watch=folder / "half")
         shutil.rmtree(folder / "half")
         kill_at = len(ended.calls) * 3 // 4
         harness.run(*f"{call} --out_dir half --max_steps 4".split(), cwd=folder, watch=folder / "half", kill_at=kill_at)
-        shutil.rmtree(folder / name)
+        (folder / name).rename(folder / f"whole-{name}")
         (folder / "half").rename(folder / name)
     run(f"finetune/lora.py --checkpoint_dir tiny --data_dir data --out_dir lora --max_steps 1 {TRAIN}")
     shutil.copy(folder / "run/last.safetensors", folder / "a.safetensors")

@@ -134,7 +134,7 @@ class Harness:
             script: Path in the repository.
             args: Arguments; str, bytes or anything with a str.
             cwd: Working directory.
-            limit: Seconds after which the run is killed and counts as a hang.
+            limit: Seconds after which the run is killed and counts as a hang; more on a loaded machine.
             kill_after: Seconds after which the process is killed with SIGKILL.
             watch: Folder in which changes are counted.
             kill_at: Number of the change, from 1, at which the process kills itself.
@@ -206,9 +206,12 @@ def serve(modules: list[str]) -> None:
 
 
 def wait(pid: int, limit: float, kill_after: float | None = None) -> int | None:
-    """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed."""
+    """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed.
+
+    The limit, in seconds of a process that is alone, grows with the load: slow is no hang.
+    """
     began = time.monotonic()
-    deadline, asked = began + limit, False
+    deadline, asked = began + limit * (1 + os.getloadavg()[0]), False
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

@@ -14,12 +14,19 @@ import yaml
 from safetensors.torch import load, save
 
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 2**64, 10**7, 10**9, 10**400, 0.5, -0.5, 1e308, float("nan"),
-    float("inf"), "", "x", "1", "\ud800", "\x1b[31m\x00", "a\u2028b", "../../secret", "/etc/passwd", "x" * 5000,
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 2**64, -(2**63) - 1, 10**7, 10**9, 10**400, 3 * 10**400, 0.5, -0.5,
+    1.0, 2.0, 1e308, float("nan"), float("inf"), -float("inf"), "", " ", "x", "1", "\ud800", "\x1b[31m\x00", "a\u2028b",
+    "a\r\nb", "../../secret", "/etc/passwd", "/dev/zero", "x" * 5000,
     "é" * 300, [], {}, [[]], [None], {"": None}, ["x", 1], {"x": {"y": [1]}},
 )  # fmt: skip
 SPLICES = (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\x00", b"{", b"}", b"[" * 3000, b"]", b'"', b"1" * 5001, b"\n",
-           b"NaN", b"-", b"\xef\xbb\xbf", b"&a [*a]", b"!!python/name:os.x", b",", b"\xe2\x80\xa8")  # fmt: skip
+           b"NaN", b"-", b"\r\n", b"\r", b"\x1b[31m", b"\xff\xfe", b"\xef\xbb\xbf", b"&a [*a]",
+           b"!!python/name:os.x", b",", b"\xe2\x80\xa8")  # fmt: skip
+
+
+TAGGED = ("!!bool x", "!!int ''", "!!float ''", "!!timestamp x", "!!binary =", "!!set {a}", "!!omap [a]", "!!str [a]",
+          "{a: b}", "[[a]]", '"a\\0b"', "2026-01-01", "2026-99-99", "0o9", "1:99", "=", "|\n  1", "~", "x",
+          "[~]")  # fmt: skip
 
 
 def mutate(rng: random.Random, content: bytes, suffix: str, others: list[bytes]) -> tuple[str, bytes]:
@@ -37,7 +44,7 @@ def mutate(rng: random.Random, content: bytes, suffix: str, others: list[bytes])
     values = VALUES.get(suffix)
     if values is not None and rng.random() < 0.7:
         return "values", values(rng, content)
-    kind = rng.choice(("cut", "flip", "splice", "splice", "move", "empty", "other", "large"))
+    kind = rng.choice(("cut", "flip", "splice", "splice", "move", "empty", "other", "large", "encoding"))
     return kind, damage(rng, content, kind, others)
 
 
@@ -58,6 +65,11 @@ def damage(rng: random.Random, content: bytes, kind: str, others: list[bytes]) -
         return content[:i] + content[j:] + content[i:j] if rng.random() < 0.5 else content[:j] + content[i:]
     if kind == "other":
         return rng.choice(others)
+    if kind == "encoding":
+        text = content.decode("latin-1")
+        return rng.choice(
+            (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), text.encode("utf-16"), content[:1])
+        )
     return (
         b""
         if kind == "empty"
@@ -92,7 +104,10 @@ def nest(rng: random.Random) -> Any:
 
 def change_json(rng: random.Random, content: bytes) -> bytes:
     try:
-        return dump(change_tree(rng, json.loads(content)))
+        text = dump(change_tree(rng, json.loads(content)))
+        if rng.random() < 0.1 and text.startswith(b'{"'):  # a name twice
+            text = text[:1] + text[1:].partition(b":")[0] + b":" + dump(rng.choice(ODD)) + b"," + text[1:]
+        return text
     except ValueError:  # JSON lines
         lines = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
         return b"".join(dump(row) + b"\n" for row in change_lines(rng, lines))
@@ -109,7 +124,10 @@ def dump(value: Any) -> bytes:
 
 
 def change_yaml(rng: random.Random, content: bytes) -> bytes:
-    return yaml.safe_dump(change_tree(rng, yaml.safe_load(content))).encode("utf-8", "surrogatepass")
+    value = yaml.safe_load(content)
+    if rng.random() < 0.3:
+        return f"{rng.choice(list(value))}: {rng.choice(TAGGED)}\n".encode()
+    return yaml.safe_dump(change_tree(rng, value)).encode("utf-8", "surrogatepass")
 
 
 def change_csv(rng: random.Random, content: bytes) -> bytes:
