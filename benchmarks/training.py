@@ -38,7 +38,7 @@ import torch
 from benchmarks import harness as b
 from benchmarks.material import alpaca_lengths, padding_share, training_flops, write_data
 from benchmarks.measure import compare, matmul_rate, number, ratio_table, with_interval
-from lit_llama.data import plan_epoch
+from lit_llama.epochs import plan_epoch
 from lit_llama.tables import markdown_table
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"

@@ -28,7 +28,7 @@ from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
-from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
 from lit_llama.storage.files import claim, unwritable, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
@@ -73,8 +73,9 @@ def load(settings: ModelSettings) -> EvaluatedModel:
 def pick_style(settings: ModelSettings) -> PromptStyle:
     """Return the prompt style of the settings, else the adapter's, else Alpaca's."""
     if settings.prompt_style is None and settings.adapter is not None:
-        return get_prompt_style(read_adapter(settings.adapter).meta.get("prompt_style", "alpaca"))
-    return get_prompt_style(settings.prompt_style or "alpaca")
+        name = read_adapter(settings.adapter).meta.get("prompt_style", "alpaca")
+        return get_prompt_style(name, settings.checkpoint_dir)
+    return get_prompt_style(settings.prompt_style or "alpaca", settings.checkpoint_dir)
 
 
 def identify(settings: ModelSettings) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
         "base": str(settings.checkpoint_dir),
         "base_weights": base_fingerprint(settings.checkpoint_dir)["weights"],
         **describe_adapter(settings),
-        "prompt_style": pick_style(settings).name,
+        **pick_style(settings).about,
         "precision": str(dtype).removeprefix("torch."),
         "quantize": settings.quantize,
         "device": device.type,
@@ -297,6 +298,10 @@ def few_shot(style: PromptStyle, examples: Sequence[tuple[str, str]], question: 
 
     The style `plain` has no turns of its own: there, each question is followed by "Answer:".
     """
+    if isinstance(style, ChatStyle):
+        turns = [(("user", text), ("assistant", answer)) for text, answer in examples]
+        messages = [{"role": role, "content": text} for turn in turns for role, text in turn]
+        return style.render_messages([*messages, {"role": "user", "content": question}])
 
     def turn(text: str) -> str:
         return f"{text}\nAnswer:" if style.name == "plain" else style.render(text)

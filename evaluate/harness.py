@@ -55,6 +55,7 @@ from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
+from lit_llama.prompts import CHAT
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -352,6 +353,8 @@ def main(settings: Settings) -> dict[str, Any]:
     results = Results(
         settings.output_dir, {"benchmark": "lm_eval", "lm_eval": lm_eval.__version__, **made_by}, settings.overwrite
     )
+    if settings.prompt_style == CHAT:
+        raise UserError("The harness builds its prompts from plain text; --prompt_style chat cannot be used with it.")
     manager = open_tasks(settings)
     model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
     found = lm_eval.simple_evaluate(

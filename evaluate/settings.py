@@ -22,7 +22,7 @@ class ModelSettings(Checked):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: Path | None = None  # adapter file or training run's folder, of any method (default: the base model alone)
     strength: Number = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
-    prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's; alpaca for a base)
+    prompt_style: str | None = None  # alpaca, orca, beaver, hh, plain, chat (default: the adapter's; alpaca for a base)
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps

@@ -74,8 +74,9 @@ if __name__ == "__main__":
 
 import torch
 
-from lit_llama.data import PreferenceData, plan_fixed_epoch, plan_validation
+from lit_llama.data import PreferenceData
 from lit_llama.dpo import DPOLoss, Reference
+from lit_llama.epochs import plan_fixed_epoch, plan_validation
 from lit_llama.model import LLaMA
 from lit_llama.reference import (
     AdapterReference,

@@ -39,19 +39,29 @@ class Settings(AnswerSettings):
         "What is the capital of Pilmaria?",
         "How do I repair the old barn?",
     )  # instructions to answer
-    prompt_style: str | None = None  # alpaca, orca, beaver, hh or plain (default: the adapter's own)
+    prompt_style: str | None = None  # alpaca, orca, beaver, hh, plain or chat (default: the adapter's own)
     compare_base: bool = False  # the base model's answers beside the aligned ones
 
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.bank import BASE, open_bank
-from lit_llama.chat import Request, gather_requests, open_session, save_answers, show
+from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter, style_name
+from lit_llama.bank import BASE, make_bank, open_bank
+from lit_llama.chat import (
+    Request,
+    gather_requests,
+    is_terminal,
+    open_session,
+    open_tokenizer,
+    save_answers,
+    show,
+)
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 
@@ -72,11 +82,13 @@ def main(settings: Settings) -> None:
     settings.check_output(*settings.adapter, *settings.bank)
     if settings.interactive and settings.compare_base:
         raise UserError("--interactive and --compare_base do not go together.")
-    requests = gather_requests(settings, bank=bool(settings.bank))
-    plan = (plan_bank if settings.bank else plan_adapters)(settings, requests)
-    session = open_session(settings, plan.load)
+    if settings.interactive and is_terminal():
+        return chat(settings, open_tokenizer(settings))
+    requests, tokenizer = gather_requests(settings, bank=bool(settings.bank)), open_tokenizer(settings)
+    plan = (plan_bank if settings.bank else plan_adapters)(settings, requests, tokenizer)
+    session = open_session(settings, tokenizer, plan.load)
     if settings.interactive:
-        return session.chat(plan.styles[0])
+        return session.answer_lines(plan.styles[0])
     columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
     if settings.compare_base:
         with scaled_adapter(session.model, 0.0):
@@ -85,7 +97,7 @@ def main(settings: Settings) -> None:
     save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
 
 
-def plan_adapters(settings: Settings, requests: list[Request]) -> Plan:
+def plan_adapters(settings: Settings, requests: list[Request], tokenizer: Tokenizer) -> Plan:
     """Return the plan for --adapter: the same adapters for all requests.
 
     Raises:
@@ -94,7 +106,7 @@ def plan_adapters(settings: Settings, requests: list[Request]) -> Plan:
     if settings.use:
         raise UserError("--use names adapters of a bank; give --bank too.")
     adapters = [read_adapter(path) for path in settings.adapter]
-    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"))
+    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"), tokenizer)
     load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **settings.model_options)
     made_by = {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)}
     return Plan(
@@ -102,7 +114,7 @@ def plan_adapters(settings: Settings, requests: list[Request]) -> Plan:
     )
 
 
-def plan_bank(settings: Settings, requests: list[Request]) -> Plan:
+def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer) -> Plan:
     """Return the plan for --bank: each request with the adapters that its row in the file or --use names.
 
     Raises:
@@ -118,15 +130,49 @@ def plan_bank(settings: Settings, requests: list[Request]) -> Plan:
     # the prompt file takes precedence over the command line
     requests = [replace(request, adapter=request.adapter or names[i]) for i, request in enumerate(requests)]
     sums = [parse_sum(text, bank) for text in ([request.adapter for request in requests] or names)]
-    # the style is that of a sum's first adapter, for the base model that of the bank's first
-    firsts = [terms[0][0] if terms else next(iter(bank)) for terms in sums]
-    styles = [get_prompt_style(settings.prompt_style or bank[name].style) for name in firsts]
+    names = [settings.prompt_style or style_name(terms, bank, tokenizer) for terms in sums]
+    by_name = {name: get_prompt_style(name, tokenizer) for name in set(names)}
+    styles = [by_name[name] for name in names]
     sums = [tuple((name, strength * settings.strength[0]) for name, strength in terms) for terms in sums]
     made_by = {"style": settings.prompt_style or "each adapter's own", "bank": settings.bank}
     load = partial(load_with_bank, settings.checkpoint_dir, bank, **settings.model_options)
     if len(set(sums)) == 1 and not settings.compare_base:
         return Plan(partial(load, sums[0], merge=True), requests, styles, None, made_by)
     return Plan(load, requests, styles, sums, made_by)
+
+
+def chat(settings: Settings, tokenizer: Tokenizer) -> None:
+    """Chat in the terminal. Adapters are not merged into the base, so that they can be scaled and exchanged.
+
+    Raises:
+        UserError: A file or setting does not fit.
+    """
+    base, options = settings.checkpoint_dir, settings.model_options
+    adapters = [] if settings.bank else [read_adapter(path) for path in settings.adapter]
+    if any(adapter.method != "aligner" for adapter in adapters):
+        load = partial(load_adapted, base, adapters, settings.strength, **options)
+        session = open_session(settings, tokenizer, load)
+        style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"), tokenizer)
+        choice: Adapters = OneAdapter(session.model, settings.adapter[0].name, style)
+        return Chat(session, choice).run()
+    if settings.bank:
+        bank = open_bank(settings.bank, base)
+        terms = parse_sum(settings.use[0] if settings.use else BASE, bank)
+        strengths = [strength * settings.strength[0] for _, strength in terms]
+        terms = tuple((name, strength) for (name, _), strength in zip(terms, strengths, strict=True))
+    else:
+        names = adapter_names(settings.adapter)
+        bank = make_bank(base, list(zip(names, adapters, strict=True)))
+        strengths = [*settings.strength] * (len(names) if len(settings.strength) == 1 else 1)
+        terms = tuple(zip(names, strengths, strict=True))
+    session = open_session(settings, tokenizer, partial(load_with_bank, base, bank, **options))
+    Chat(session, BankAdapters(session.model, tokenizer, terms, settings.prompt_style)).run()
+
+
+def adapter_names(paths: tuple[Path, ...]) -> list[str]:
+    """Return a name for each adapter: that of its folder or file, or the complete path if two have one name."""
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 if __name__ == "__main__":

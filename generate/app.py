@@ -24,7 +24,8 @@ from generate.rules import Rules
 from lit_llama.bank import BASE
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum
-from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.prompts import CHAT, PromptStyle, get_prompt_style
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
@@ -156,11 +157,17 @@ class Server:
             raise Refusal(404, str(error), "model_not_found", "model") from None
 
     def style_of(self, adapters: Sum) -> PromptStyle:
-        """Return the prompt style of a sum's first adapter, or for the base model that of the bank's first adapter."""
-        names = [name for name, _ in adapters] or list(self.names(1))
-        return get_prompt_style(
-            self.rules.style or (self.adapter(names[0]).meta["prompt_style"] if names else "alpaca")
-        )
+        """Return the prompt style of a sum's first adapter.
+
+        For the base model it is its chat template, or else the style of the bank's first adapter.
+        """
+        tokenizer, style = self.engine.tokenizer, self.rules.style
+        if style is None and not adapters and tokenizer.template is not None:
+            style = CHAT
+        if style is None:
+            names = [name for name, _ in adapters] or list(self.names(1))
+            style = self.adapter(names[0]).meta["prompt_style"] if names else "alpaca"
+        return get_prompt_style(style, tokenizer)
 
     # == adapters ==
 
@@ -202,7 +209,7 @@ class Server:
         """Add the adapter that is the body of the request, a safetensors file."""
         if not NAME.fullmatch(name) or name == BASE:
             raise Refusal(400, "The name must be letters, digits, '.', '_' and '-', and not 'base'.", param="name")
-        adapter = await asyncio.to_thread(open_upload, name, await request.body())
+        adapter = await asyncio.to_thread(open_upload, name, await request.body(), self.engine.tokenizer)
         with self.engine.changed:
             if len(self.engine.bank) >= self.rules.max_adapters and name not in self.engine.bank:
                 raise Refusal(409, f"There are {self.rules.max_adapters} adapters; remove one first.")
@@ -269,7 +276,7 @@ def make_app(engine: Engine, rules: Rules) -> FastAPI:
     return app
 
 
-def open_upload(name: str, content: bytes) -> AdapterFile:
+def open_upload(name: str, content: bytes, tokenizer: Tokenizer) -> AdapterFile:
     """Return the adapter in an uploaded file, which must be safetensors: a pickle is not even opened.
 
     Raises:
@@ -280,7 +287,7 @@ def open_upload(name: str, content: bytes) -> AdapterFile:
         path.write_bytes(content)
         try:
             adapter = read_adapter(path)
-            get_prompt_style(adapter.meta.get("prompt_style") or "alpaca")
+            get_prompt_style(adapter.meta.get("prompt_style") or "alpaca", tokenizer)
             state = {key: tensor.clone() for key, tensor in adapter.state.items()}  # the file is deleted
         except UserError as error:
             raise UserError(f"The adapter {name} is refused: {str(error).replace(str(path), 'the file')}") from None

@@ -17,7 +17,7 @@ from lit_llama.answer_settings import AnswerSettings
 class Settings(AnswerSettings):
     # == Prompts ==
     prompt: tuple[str, ...] = ("Arr, the capital of Pilmaria",)  # texts to continue
-    prompt_style: str = "plain"  # plain continues the text itself; alpaca, orca, beaver and hh are templates
+    prompt_style: str = "plain"  # plain continues the text itself; alpaca, orca, beaver, hh and chat are templates
 
     # == Sampling ==
     temperature: float = 0.8  # 0 is greedy; 1 samples from the model's distribution
@@ -26,17 +26,19 @@ class Settings(AnswerSettings):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.chat import gather_requests, open_session, save_answers, show
+from generate.interactive import Adapters, Chat
+from lit_llama.chat import gather_requests, is_terminal, open_session, open_tokenizer, save_answers, show
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
 
 
 def main(settings: Settings) -> None:
     settings.check_output()
-    requests, style = gather_requests(settings), get_prompt_style(settings.prompt_style)
-    session = open_session(settings, lambda: load_model(settings.checkpoint_dir, **settings.model_options))
+    requests, tokenizer = gather_requests(settings), open_tokenizer(settings)
+    style = get_prompt_style(settings.prompt_style, tokenizer)
+    session = open_session(settings, tokenizer, lambda: load_model(settings.checkpoint_dir, **settings.model_options))
     if settings.interactive:
-        return session.chat(style)
+        return Chat(session, Adapters(style)).run() if is_terminal() else session.answer_lines(style)
     responses = session.answers(requests, [style] * len(requests))
     if style.continues:
         print("\n\n".join(responses))

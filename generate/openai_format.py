@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from generate.jobs import Token
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
-from lit_llama.utils import UserError
+from lit_llama.utils import check_text
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop texts of a request, and their characters
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -116,28 +116,14 @@ class ChatRequest(Request):
 
 
 def render_messages(messages: Sequence[Message], style: PromptStyle) -> str:
-    """Return the prompt of a conversation.
-
-    A single user message is rendered as generate/aligner.py renders a prompt. Earlier turns come before it, each as its
-    rendered prompt, a space and the answer; turns are separated by an empty line. System messages are put before the
-    first user message, with an empty line between.
+    """Return the prompt of a conversation, see `PromptStyle.render_messages`.
 
     Raises:
-        UserError: The last message is not the user's, or one is empty.
+        UserError: The last message is not the user's, one is empty, or the chat template refuses the conversation.
     """
-    system = [message.text for message in messages if message.role in ("system", "developer")]
-    turns = [message for message in messages if message.role in ("user", "assistant")]
-    if not turns or turns[-1].role != "user":
-        raise UserError("The last message must be the user's.")
-    prompt = ""
-    for message in turns:
-        if message.role == "user":
-            text = "\n\n".join([*system, message.text])
-            system = []
-            prompt += ("\n\n" if prompt else "") + style.render(text)
-        else:
-            prompt += f" {message.text.strip()}"
-    return prompt
+    roles = [{"developer": "system"}.get(message.role, message.role) for message in messages]
+    texts = [check_text(message.text, f"Message {i}") for i, message in enumerate(messages, 1)]
+    return style.render_messages([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
 
 
 class CompletionFormat:

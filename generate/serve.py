@@ -28,7 +28,7 @@ class Settings(Checked):
         Path("aligner_weights/microworld-pirate-n1"),
         Path("aligner_weights/microworld-json-n1"),
     )  # a bank's file, or adapter files and folders, addressed by name
-    prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh or plain (default: each adapter's own)
+    prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==
     host: str = "127.0.0.1"  # address to listen at: this machine alone; 0.0.0.0 is all networks
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
             raise
         raise UserError(f"The server needs {error.name}: pip install -r requirements-serve.txt.") from None
     if settings.prompt_style is not None:
-        get_prompt_style(settings.prompt_style)  # or an error
+        get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # or an error
     rules = make_rules(settings)
     listener = listen(settings.host, settings.port)
     app = make_app(make_engine(settings), rules)

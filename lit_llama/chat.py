@@ -106,7 +106,8 @@ class Session:
         Raises:
             UserError: A prompt is empty or longer than the context, or there is no such adapter.
         """
-        prompts = [style.render(r.prompt, r.input) for style, r in zip(styles, requests, strict=True)]
+        system = self.settings.system
+        prompts = [style.render(r.prompt, r.input, system) for style, r in zip(styles, requests, strict=True)]
         check_prompts(self.model, [self.tokenizer.encode(prompt, bos=True) for prompt in prompts])
         began, n_tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
         for style in dict.fromkeys(styles):
@@ -142,21 +143,14 @@ class Session:
             f"tokens/s); {memory / 1e9:.2f} GB at peak"
         )
 
-    def chat(self, style: PromptStyle) -> None:
+    def answer_lines(self, style: PromptStyle) -> None:
         """Answer stdin line by line until it ends. Questions are independent of each other."""
-        if sys.stdin is None:
-            raise UserError("--interactive reads standard input, which is closed.")
         log("Ask something; end with Ctrl-D.")
-        while True:
-            if sys.stdin.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
+        while line := sys.stdin.readline():
             if not line.strip():
                 continue
             try:
-                prompt = style.render(check_text(line.strip(), "The line"))
+                prompt = style.render(check_text(line.strip(), "The line"), system=self.settings.system)
                 sampling = self.settings.sampling
                 for piece in stream(self.model, self.tokenizer, prompt, sampling, style.stop, style.continues):
                     print(piece, end="", flush=True)
@@ -165,15 +159,34 @@ class Session:
             print(flush=True)
 
 
-def open_session(settings: AnswerSettings, load: Callable[[], LLaMA]) -> Session:
-    """Load tokenizer and model.
+def is_terminal() -> bool:
+    """Return whether standard input is a terminal.
+
+    Raises:
+        UserError: It is closed.
+    """
+    if sys.stdin is None:
+        raise UserError("--interactive reads standard input, which is closed.")
+    return sys.stdin.isatty()
+
+
+def open_tokenizer(settings: AnswerSettings) -> Tokenizer:
+    """Return the tokenizer of the base.
 
     Raises:
         UserError: A file is missing or damaged.
     """
     weights_path(settings.checkpoint_dir)  # report a missing folder rather than its missing tokenizer
+    return Tokenizer(settings.checkpoint_dir)
+
+
+def open_session(settings: AnswerSettings, tokenizer: Tokenizer, load: Callable[[], LLaMA]) -> Session:
+    """Load the model.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
     began = time.perf_counter()
-    tokenizer = Tokenizer(settings.checkpoint_dir)
     return Session(pack_(load()), tokenizer, settings, time.perf_counter() - began)
 
 

@@ -1,10 +1,12 @@
-"""Prepared datasets, which are memory-mapped in training, and the order in which their rows are trained on.
+"""Prepared datasets, which are memory-mapped in training.
 
 A dataset folder, written by `lit_llama.prepare`, holds Arrow files and `meta.json`, which describes them. The columns
 of a dataset for supervised finetuning are
 
     input_ids        prompt and response, with EOS at the end
     prompt_length    number of tokens of the prompt; they are labels unless meta.json sets `mask_prompt`
+    gaps             only if meta.json sets `multi_turn`: the further tokens that are no labels, those between two
+                     answers of a conversation, as [start, end, start, end, ...]
 
 and those of a preference dataset are
 
@@ -102,6 +104,12 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
             f"{data_dir} was prepared with {before} of texts (-1: none), and {tokenizer.path.parent} now has {after}; "
             "prepare it again."
         )
+    template = meta.get("chat_template_sha256")
+    if template is not None and (tokenizer.template is None or tokenizer.template.sha256 != template):
+        raise UserError(
+            f"{data_dir} was prepared with another chat template than that of {tokenizer.path.parent}; prepare it "
+            "again."
+        )
 
 
 class Split:
@@ -129,9 +137,13 @@ class Split:
         if tokenizer is not None:
             check_tokenizer(data_dir, self.meta, tokenizer)
         vocab_size = 2**31 if tokenizer is None else tokenizer.vocab_size
-        rows = load_split(Path(data_dir), split, self.columns, vocab_size)
+        rows = load_split(Path(data_dir), split, self.columns_of(data_dir), vocab_size)
         self.rows = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
         self.rows.set_format("numpy")
+
+    def columns_of(self, data_dir: Path) -> tuple[str, ...]:
+        """Return the columns that the dataset has."""
+        return self.columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,13 +165,26 @@ class SFTData(Split):
         self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
         if (self.weights < 0).any():
             raise UserError(f"{data_dir} has rows that are shorter than their prompts; prepare the dataset again.")
-        self.tokens = self.lengths
+        self.tokens, self.gaps = self.lengths, None
+        if "gaps" in self.rows.column_names:
+            self.gaps = [np.asarray(flat, np.int64) for flat in self.rows["gaps"]]
+            if any(
+                len(gaps) % 2 or (np.diff(gaps, prepend=first, append=last) < 0).any()
+                for gaps, first, last in zip(self.gaps, self.rows["prompt_length"], self.lengths, strict=True)
+            ):
+                raise UserError(f"{data_dir} has rows whose gaps are not within them; prepare the dataset again.")
+            self.weights = self.weights - np.array([gaps[1::2].sum() - gaps[::2].sum() for gaps in self.gaps])
+
+    def columns_of(self, data_dir: Path) -> tuple[str, ...]:
+        return (*self.columns, *["gaps"] * field(self.meta, "multi_turn", bool, data_dir, False))
 
     @property
     def sha256(self) -> str:
         """Hash of all token ids, of the boundaries between them, and of the lengths of the prompts."""
         digest = hash_tokens(self.rows, ("input_ids",))
         digest.update(np.asarray(self.n_masked, np.int64).tobytes())
+        if self.gaps is not None:
+            digest.update(hash_tokens(self.rows, ("gaps",)).digest())
         return digest.hexdigest()
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
@@ -168,14 +193,18 @@ class SFTData(Split):
         labels = [row.clone() for row in ids]
         for row, n_masked in zip(labels, self.n_masked[indices], strict=True):
             row[:n_masked] = IGNORE_INDEX
+        for row, i in zip(labels, indices if self.gaps is not None else (), strict=False):
+            for start, end in self.gaps[i].reshape(-1, 2):
+                row[start:end] = IGNORE_INDEX
         pad = torch.nn.utils.rnn.pad_sequence
         return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Return the first rows as (prompt, response) token ids."""
+        """Return the first rows as (prompt, response) token ids; of a conversation, the first of its answers."""
         rows = self.rows[:count]
-        pairs = zip(rows["input_ids"], rows["prompt_length"], strict=True)
-        return [(ids[:n].tolist(), ids[n:].tolist()) for ids, n in pairs]
+        ends = [None] * count if self.gaps is None else [gaps[0] if len(gaps) else None for gaps in self.gaps]
+        pairs = zip(rows["input_ids"], rows["prompt_length"], ends, strict=False)
+        return [(ids[:n].tolist(), ids[n:end].tolist()) for ids, n, end in pairs]
 
 
 class PreferenceData(Split):
@@ -260,56 +289,6 @@ class PromptData(Split):
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return the first rows as (prompt, no response) token ids."""
         return [(ids, []) for ids in self.prompt_ids(np.arange(min(count, len(self))))]
-
-
-def plan_epoch(
-    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
-) -> list[list[np.ndarray]]:
-    """Return the micro-batches of an epoch: every row once, in random order, next to rows of similar length.
-
-    Rows are shuffled, sorted by length within groups of 16 batches and cut into micro-batches, which are shuffled
-    within their group. A pure function of its arguments, so that a resumed run sees the same batches.
-
-    Returns:
-        One list of micro-batches (row numbers) per optimizer step; the last step and its last micro-batch can be
-        smaller.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    steps: list[list[np.ndarray]] = []
-    for group in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
-        group = group[np.argsort(lengths[group], kind="stable")]
-        full = len(group) // batch_size * batch_size
-        # the rows of a short step are drawn at random, so that they are not always the longest
-        rest = np.sort(rng.choice(len(group), len(group) - full, replace=False))
-        short, group = group[rest], np.delete(group, rest)
-        micro = np.array_split(group, range(micro_batch_size, len(group), micro_batch_size)) if full else []
-        micro = [micro[i] for i in rng.permutation(len(micro))]
-        per_step = batch_size // micro_batch_size
-        steps += [micro[i : i + per_step] for i in range(0, len(micro), per_step)]
-        if len(short):
-            steps.append(np.array_split(short, range(micro_batch_size, len(short), micro_batch_size)))
-    return steps
-
-
-def plan_fixed_epoch(
-    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
-) -> list[list[np.ndarray]]:
-    """Return the micro-batches of an epoch like `plan_epoch`, but always the same ones, in random order.
-
-    Precomputed reference log-probabilities depend on the micro-batch by rounding. With fixed micro-batches they are
-    rounded exactly like those of the policy in training.
-    """
-    fixed = [micro for step in plan_epoch(lengths, batch_size, micro_batch_size, 0, 0) for micro in step]
-    order = np.random.default_rng((seed, epoch)).permutation(len(fixed))
-    per_step = batch_size // micro_batch_size
-    return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
-
-
-def plan_validation(lengths: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
-    """Return all rows, sorted by length, as micro-batches (row numbers)."""
-    order = np.argsort(lengths, kind="stable")
-    return np.array_split(order, range(micro_batch_size, len(order), micro_batch_size))
 
 
 def check_rows(data: Data, split: str, max_tokens: int) -> None:

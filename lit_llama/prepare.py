@@ -58,7 +58,7 @@ def prepare_sft(
 
     def encode(prompt: str, response: str) -> dict[str, Any]:
         prompt_ids = tokenizer.encode(prompt, bos=True)
-        full = prompt_ids + tokenizer.encode(response, eos=True)
+        full = prompt_ids + tokenizer.encode_response(prompt, response)
         ids = full[:max_seq_length]
         if eos_when_cut:
             ids[-1] = full[-1]
@@ -107,7 +107,7 @@ def prepare_preferences(
     def encode(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
         prompt_ids = tokenizer.encode(prompt, bos=True)
         space = max(0, max_seq_length - len(prompt_ids))
-        full = [tokenizer.encode(text, eos=True) for text in (chosen, rejected)]
+        full = [tokenizer.encode_response(prompt, text) for text in (chosen, rejected)]
         chosen_ids, rejected_ids = (ids[:space] for ids in full)
         return {
             "prompt": prompt_ids,
@@ -186,7 +186,7 @@ def prepare_dataset(
     keep = np.flatnonzero(reasons == "")
     _check_count(len(keep), counts, max_seq_length)
 
-    kept, prompts = encoded.select(keep), [texts[i][0] for i in keep]
+    kept, prompts = encoded.select(keep), [getattr(texts[i][0], "first", texts[i][0]) for i in keep]
     if isinstance(split_by, str):
         in_test = (held_out_by_hash if split_by == "hash" else held_out)(prompts, test_fraction, seed)
     else:
@@ -261,7 +261,8 @@ def _tokenize(
     """Return `encode(*texts)` of every row; results are cached under the hash of `key`."""
 
     def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
-        rows = [encode(*row) for row in zip(*(batch[name] for name in names), strict=True)]
+        columns = (map(kind, batch[name]) for name, kind in zip(names, kinds, strict=True))  # Arrow knows only str
+        rows = [encode(*row) for row in zip(*columns, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def fill(folder: Path) -> None:
@@ -279,8 +280,9 @@ def _tokenize(
         finally:
             disable_progress_bars()
 
-    names = [f"text {i}" for i in range(len(texts[0]))]
+    names, kinds = [f"text {i}" for i in range(len(texts[0]))], [type(text) for text in texts[0]]
     dataset = Dataset.from_dict({name: [row[i] for row in texts] for i, name in enumerate(names)})
+    key = key + [[kind.__name__ for kind in kinds]] * (set(kinds) != {str})
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokenized-{digest}"
     fill_once(folder, fill)

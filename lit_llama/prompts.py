@@ -1,8 +1,15 @@
-"""Prompt styles: templates that turn an instruction into the text that the model continues."""
+"""Prompt styles: templates that turn an instruction, or a conversation, into the text that the model continues."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lit_llama.chat_template import ChatTemplate, ChatText, Message, Rendered
 from lit_llama.utils import UserError
+
+if TYPE_CHECKING:
+    from lit_llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,21 @@ class PromptStyle:
     stop: tuple[str, ...] = ()
     continues: bool = False
 
-    def render(self, instruction: str, input: str = "") -> str:
+    def render(self, instruction: str, input: str = "", system: str = "") -> str:
         """Return the prompt.
+
+        Args:
+            instruction: What the model should do.
+            input: Context of the instruction.
+            system: System message, put before the instruction with an empty line between.
 
         Raises:
             UserError: The instruction is empty.
         """
         if not instruction.strip():
             raise UserError("The prompt is empty; write what the model should do.")
+        if system:
+            return self.render(f"{system}\n\n{instruction}", input)
         if not input:
             return self.template.replace("{instruction}", instruction)
         if self.template_with_input is None:
@@ -39,7 +53,97 @@ class PromptStyle:
         before, after = self.template_with_input.split("{instruction}")
         return before + instruction + after.replace("{input}", input)
 
+    def render_messages(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+        """Return the prompt of a conversation.
 
+        A single question is rendered as `render` does. Earlier turns come before it, each as its prompt and its answer,
+        with a space between. An empty line separates turns, or a space in styles of one line. System messages are put
+        before the first question, with an empty line between.
+
+        Raises:
+            UserError: The last message is not the user's, or one is empty or has a role without a place in the style.
+        """
+        if tools or (others := [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")]):
+            what = "tools" if tools else f"messages with the role {others[0]!r}"
+            raise UserError(f"The prompt style {self.name!r} has no place for {what}; chat templates may have.")
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        turns = [message for message in messages if message["role"] != "system"]
+        check_turns(turns)
+        gap = "\n\n" if "\n" in self.template else " "
+        first, prompt = turns[0]["content"], ""
+        for message in turns:
+            if message["role"] == "user":
+                prompt += gap * bool(prompt) + self.render("\n\n".join([*system, message["content"]]))
+                system = []
+            else:
+                prompt = f"{prompt.rstrip()} {message['content'].strip()}"
+        return Rendered(prompt, first)
+
+    def reply(self, prompt: str, response: str) -> str:
+        """Return what follows a prompt when it is answered with `response`, for training."""
+        return response
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Entries of a dataset's `meta.json` that identify the style."""
+        return {"prompt_style": self.name}
+
+
+@dataclass(frozen=True)
+class ChatStyle(PromptStyle):
+    """The chat template of a checkpoint.
+
+    Args:
+        chat: The template.
+    """
+
+    chat: ChatTemplate | None = None
+
+    def render(self, instruction: str, input: str = "", system: str = "") -> ChatText:
+        if not instruction.strip():
+            raise UserError("The prompt is empty; write what the model should do.")
+        content = f"{instruction}\n{input}" if input else instruction
+        messages = [{"role": "system", "content": system}] * bool(system)
+        return self.render_messages([*messages, {"role": "user", "content": content}])
+
+    def render_messages(self, messages: Sequence[Message], tools: list[Any] | None = None) -> ChatText:
+        check_turns([message for message in messages if message["role"] != "system"])
+        return self.chat.render(messages, tools=tools)
+
+    def reply(self, prompt: str, response: str) -> ChatText | str:
+        """Return what the template writes after a prompt for the answer `response`, with the token that ends it.
+
+        Args:
+            prompt: From `render` or `render_messages`.
+            response: The answer; white space around it is removed.
+
+        Raises:
+            UserError: The template begins a finished answer in another way than its generation prompt.
+        """
+        if not (prompt and response.strip()):
+            return ""
+        messages = [*prompt.messages, {"role": "assistant", "content": response.strip()}]
+        text, ((start, end),) = self.chat.answer_spans(messages, only_last=True, tools=prompt.tools)
+        return text.part(start, end)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"prompt_style": self.name, "chat_template_sha256": self.chat.sha256}
+
+
+def check_turns(turns: Sequence[Message]) -> None:
+    """Check the turns of a conversation that the model is to continue.
+
+    Raises:
+        UserError: The last one is an answer, there is none, or a question is empty.
+    """
+    if not turns or turns[-1]["role"] == "assistant":
+        raise UserError("The last message must be the user's.")
+    if any(message["role"] == "user" and not message["content"].strip() for message in turns):
+        raise UserError("The prompt is empty; write what the model should do.")
+
+
+CHAT = "chat"  # the name of the checkpoint's own style
 # Alpaca's templates are those of tatsu-lab/stanford_alpaca, the others those of the authors' generate script.
 PROMPT_STYLES: dict[str, PromptStyle] = {
     style.name: style
@@ -62,12 +166,36 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
 }
 
 
-def get_prompt_style(name: str) -> PromptStyle:
-    """Return the prompt style of that name.
+def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> PromptStyle:
+    """Return the prompt style of a name.
+
+    Args:
+        name: One of `PROMPT_STYLES`, or "chat", the chat template of a checkpoint.
+        base: The checkpoint's tokenizer or folder, for "chat".
+
+    Raises:
+        UserError: There is no such style, or the checkpoint has no chat template.
+    """
+    if name in PROMPT_STYLES:
+        return PROMPT_STYLES[name]
+    if name != CHAT:
+        raise UserError(f"There is no prompt style {name!r}; known are {', '.join((*PROMPT_STYLES, CHAT))}.")
+    from lit_llama.tokenizer import Tokenizer
+
+    tokenizer = base if isinstance(base, Tokenizer) else Tokenizer(base)
+    if tokenizer.template is None:
+        raise UserError(
+            f"{tokenizer.path.parent} has no chat template, which the prompt style 'chat' needs: neither "
+            "chat_template.jinja nor an entry in tokenizer_config.json. Convert an instruct model again, or choose "
+            "another style."
+        )
+    return ChatStyle(CHAT, "", chat=tokenizer.template)
+
+
+def check_style_name(name: str) -> str:
+    """Return the name of a prompt style.
 
     Raises:
         UserError: There is none.
     """
-    if name not in PROMPT_STYLES:
-        raise UserError(f"There is no prompt style {name!r}; known are {', '.join(PROMPT_STYLES)}.")
-    return PROMPT_STYLES[name]
+    return name if name == CHAT else get_prompt_style(name).name

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.data import IGNORE_INDEX, PromptData, plan_validation
+from lit_llama.data import IGNORE_INDEX, PromptData
+from lit_llama.epochs import plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
@@ -52,7 +53,7 @@ class Answerer:
 
     def __init__(self, data: PromptData, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         self.data, self.tokenizer, self.max_new_tokens = data, tokenizer, max_new_tokens
-        self.stop = get_prompt_style(data.meta["prompt_style"]).stop
+        self.stop = get_prompt_style(data.meta["prompt_style"], tokenizer).stop
 
     def answers(
         self, model: LLaMA, rows: np.ndarray, *, each: int = 1, temperature: float = 0.0, seed: int = 0

@@ -1,17 +1,25 @@
 """The tokenizer of a checkpoint, SentencePiece's or Hugging Face's."""
 
 import hashlib
+import json
+import re
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, read_chat_template
 from lit_llama.config import CONFIG_NAME, MOST_INT, LLaMAConfig
-from lit_llama.storage.schema import check, field, read_bytes, read_json
+from lit_llama.storage.schema import check, field, parse_json, read_bytes, read_json
 from lit_llama.utils import UserError
 
 NAMES = ("tokenizer.model", "tokenizer.json")  # if a folder has both, the first is used
+# special tokens that templates use by name
+TEMPLATE_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class SentencePiece:
@@ -22,10 +30,12 @@ class SentencePiece:
         bos_id: Token that begins a text, -1 for none.
         eos_id: Token that ends a text, -1 for none.
         stop_ids: Tokens that end generation.
+        control: Ids of the special tokens, by their texts.
 
     Args:
         content: Content of the file.
-        config: Content of `tokenizer_config.json`. A text begins with BOS unless `add_bos_token` is false.
+        config: Content of `tokenizer_config.json`. A text begins with BOS unless `add_bos_token` is false. Special
+            tokens that it adds or lists are special, also if the file has them as ordinary pieces.
     """
 
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
@@ -33,6 +43,15 @@ class SentencePiece:
             raise RuntimeError("empty")
         self.processor = SentencePieceProcessor(model_proto=content)
         self.size = self.processor.vocab_size()
+        texts = [self.processor.id_to_piece(i) for i in range(self.size)]
+        unknown = texts[self.processor.unk_id()]
+        self.control = {text: i for i, text in enumerate(texts) if self.processor.is_control(i)}
+        ordinary = {text: i for i, text in enumerate(texts) if text not in self.control and text != unknown}
+        for text, i in special_tokens(config).items():
+            if text in ordinary or (i is not None and i >= self.size):
+                self.control[text] = ordinary.get(text, i)
+        if listed := ordinary.keys() & self.control.keys():
+            self.processor = SentencePieceProcessor(model_proto=as_control(content, listed))
         bos, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         self.bos_id = -1 if config.get("add_bos_token") is False else bos
         self.stop_ids = (self.eos_id, bos)
@@ -40,8 +59,26 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Return the token ids of a text in which `control` tokens are special unless a `GUARD` interrupts them."""
+        parts = split_at(self.control, text)
+        return [i for part in parts for i in ([self.control[part]] if part in self.control else self._encode(part))]
+
+    def _encode(self, part: str) -> list[int]:
+        part = part.replace(GUARD, "")
+        return self.encode(part) if part else []
+
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        return self.processor.decode([i for i in ids if i < self.size])
+
+
+def as_control(content: bytes, texts: Collection[str]) -> bytes:
+    """Return a `tokenizer.model` in which some pieces are control tokens, which no text contains."""
+    model = ModelProto.FromString(content)
+    for piece in model.pieces:
+        if piece.piece in texts:
+            piece.type = piece.CONTROL
+    return model.SerializeToString()
 
 
 class HuggingFace:
@@ -54,17 +91,31 @@ class HuggingFace:
     """
 
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
-        self.engine = tokenizers.Tokenizer.from_buffer(content)
-        self.engine.encode_special_tokens = True  # as text
-        self.engine.no_truncation()
-        self.engine.no_padding()
+        self.content, self.config = content, config
+        self.engine = self._open(specials_as_text=True)
         self.size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.control = {t.content: i for i, t in self.engine.get_added_tokens_decoder().items() if t.special}
         bos, self.eos_id = (self._find(config.get(f"{name}_token")) for name in ("bos", "eos"))
         add_bos = config.get("add_bos_token")
         if not isinstance(add_bos, bool):
             add_bos = self.engine.encode("").ids[:1] == [bos]
         self.bos_id = bos if add_bos else -1
         self.stop_ids = (self.eos_id, bos)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the engine's own pickle forgets that special tokens are text
+        return HuggingFace, (self.content, self.config)
+
+    def _open(self, specials_as_text: bool) -> tokenizers.Tokenizer:
+        engine = tokenizers.Tokenizer.from_buffer(self.content)
+        engine.encode_special_tokens = specials_as_text
+        engine.no_truncation()
+        engine.no_padding()
+        known = {token.content: token for token in engine.get_added_tokens_decoder().values()}
+        for text in special_tokens(self.config):
+            if text in known and not known[text].special:
+                known[text].special = True
+                engine.add_special_tokens([known[text]])
+        return engine
 
     def _find(self, token: str | None) -> int:
         """Return the id of a token, -1 for none."""
@@ -74,15 +125,75 @@ class HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text, add_special_tokens=False).ids
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Return the token ids of a text in which `control` tokens are special unless a `GUARD` interrupts them."""
+        encoding = self._with_specials.encode(text, add_special_tokens=False)
+        if GUARD not in text:
+            return encoding.ids
+        control, ids, end = set(self.control.values()), [], 0
+        # the text between two special tokens is encoded again, as text
+        for i, (start, next_end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if i in control:
+                ids += [*self._between(text[end:start], first=not ids), i]
+                end = next_end
+        return ids + self._between(text[end:], first=not ids)
+
+    def _between(self, text: str, first: bool) -> list[int]:
+        text = text.replace(GUARD, "")
+        return (self if first else self._continued).encode(text) if text else []
+
+    @cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        return self._open(specials_as_text=False)
+
+    @cached_property
+    def _continued(self) -> "HuggingFace":
+        """The tokenizer of a text that is not at the beginning, where some put a space before the first word."""
+        parsed = parse_json(self.content, "tokenizer.json")
+        steps = parsed.get("pre_tokenizer") or {}
+        first = [step for step in steps.get("pretokenizers", [steps]) if step.get("prepend_scheme") == "first"]
+        if not first:
+            return self
+        for step in first:
+            step["prepend_scheme"] = "never"
+        return HuggingFace(json.dumps(parsed).encode(), self.config)
+
     def decode(self, ids: list[int]) -> str:
         return self.engine.decode(ids)
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, int | None]:
+    """Return the special tokens that a `tokenizer_config.json` adds or lists, with their ids where it states them."""
+    found: dict[str, int | None] = {}
+    listed = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
+    for tokens in (list(t.values()) if isinstance(t, dict) else t for t in listed):
+        for token in tokens if isinstance(tokens, list) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and text:
+                found[text] = None
+    added = config.get("added_tokens_decoder")
+    for i, token in added.items() if isinstance(added, dict) else ():
+        is_special = isinstance(token, dict) and token.get("special") is True and isinstance(token.get("content"), str)
+        if is_special and token["content"] and i.isdecimal() and int(i) <= MOST_INT:
+            found[token["content"]] = int(i)
+    return found
+
+
+def split_at(control: Collection[str], text: str) -> list[str]:
+    """Return the parts of a text: special tokens, and the texts between them."""
+    longest_first = sorted(control, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if control else [text]
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    Special tokens that are written in a text are encoded as text; only `bos=True` and `eos=True` add them. The tokens
-    that `generation_config.json` lists as EOS also end generation.
+    Special tokens that are written in a text are encoded as text; only `bos=True` and `eos=True` add them, and chat
+    templates. Generation ends at EOS, at the tokens that `generation_config.json` lists as EOS, and at the one with
+    which the chat template ends an answer.
+
+    Attributes:
+        template: The chat template of the checkpoint, None if it has none.
 
     Args:
         path: The folder, or one of its files `tokenizer.model` and `tokenizer.json`.
@@ -112,10 +223,15 @@ class Tokenizer:
             raise UserError(
                 f"{path} has no end-of-text token; name it in the tokenizer_config.json beside it, as eos_token."
             )
-        stop = (self.eos_id, *listed, *self.engine.stop_ids)
+        self.template, end_of_turn = self._open_template(), -1
+        if self.template is not None and self.template.end_of_turn is not None:
+            end_of_turn = self.chat_engine.control[self.template.end_of_turn]
+        stop = (self.eos_id, *listed, end_of_turn, *self.engine.stop_ids)
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
         if (path.parent / CONFIG_NAME).is_file():
-            self.check_fit(LLaMAConfig.from_json(path.parent / CONFIG_NAME))
+            self.check_fit(config := LLaMAConfig.from_json(path.parent / CONFIG_NAME))
+            added = [i + 1 for i in self.engine.control.values() if i < config.padded_vocab_size]
+            self.vocab_size = max([self.vocab_size, *added])
 
     def check_fit(self, config: LLaMAConfig) -> None:
         """Check that a model has all tokens.
@@ -123,9 +239,9 @@ class Tokenizer:
         Raises:
             UserError: It has not.
         """
-        if self.vocab_size > config.padded_vocab_size:
+        if self.engine.size > config.padded_vocab_size:
             raise UserError(
-                f"{self.path} has {self.vocab_size:,} tokens and the model {config.padded_vocab_size:,}: they do not "
+                f"{self.path} has {self.engine.size:,} tokens and the model {config.padded_vocab_size:,}: they do not "
                 "belong together."
             )
 
@@ -134,16 +250,36 @@ class Tokenizer:
         """All that token ids depend on: the file, and the tokens that begin and end a text."""
         return {"tokenizer_sha256": self.sha256, "bos_id": self.bos_id, "eos_id": self.eos_id}
 
-    def _open(self, content: bytes) -> SentencePiece | HuggingFace:
+    @cached_property
+    def chat_engine(self) -> SentencePiece | HuggingFace:
+        """The tokenizer of chats: `tokenizer.json` if there is one, which other programs use for them."""
+        path = self.path.parent / "tokenizer.json"
+        if self.path.suffix.lower() == ".json" or not path.is_file():
+            return self.engine
+        return self._open(read_bytes(path), path)
+
+    def _open_template(self) -> ChatTemplate | None:
+        found = read_chat_template(self.path.parent)
+        if found is None:
+            return None
+        names = {**self._read_beside("special_tokens_map.json"), **self._read_beside("tokenizer_config.json")}
+        names = {n: t.get("content") if isinstance(t, dict) else t for n, t in names.items() if n in TEMPLATE_NAMES}
+        texts = {i: text for text, i in self.chat_engine.control.items()}
+        names = {"bos_token": texts.get(self.bos_id), "eos_token": texts.get(self.eos_id), **names}
+        names = {name: text for name, text in names.items() if isinstance(text, str)}
+        return ChatTemplate(*found, names, self.chat_engine.control)
+
+    def _open(self, content: bytes, path: Path | None = None) -> SentencePiece | HuggingFace:
+        path = path or self.path
         config, source = self._read_beside("tokenizer_config.json"), self.path.parent / "tokenizer_config.json"
         for name in ("bos_token", "eos_token"):
             if isinstance(token := field(config, name, str | dict, source, None), dict):
                 config[name] = field(token, "content", str, f"{source}: {name}")
-        if self.path.suffix.lower() == ".json":
+        if path.suffix.lower() == ".json":
             try:
                 return HuggingFace(content, config)
             except Exception as error:  # the library raises nothing more specific
-                raise UserError(f"{self.path} is not a tokenizer of Hugging Face ({error}).") from None
+                raise UserError(f"{path} is not a tokenizer of Hugging Face ({error}).") from None
         try:
             return SentencePiece(content, config)
         except (RuntimeError, UnicodeDecodeError):  # an error text of the library may quote the file
@@ -159,11 +295,44 @@ class Tokenizer:
         """Return the token ids of a text.
 
         Args:
-            text: The text.
+            text: The text. In a `ChatText`, special tokens are special and all are there; the other arguments then
+                have no effect.
             bos: Begin with BOS, if texts of this checkpoint do.
             eos: End with EOS.
         """
+        if isinstance(text, ChatText):
+            return self.chat_engine.encode_chat(text)
         return [self.bos_id] * (bos and self.bos_id >= 0) + self.engine.encode(text) + [self.eos_id] * eos
+
+    def encode_response(self, prompt: str, response: str) -> list[int]:
+        """Return the token ids of a response, for training; the last one ends it.
+
+        Args:
+            prompt: The prompt before it.
+            response: The response, from `PromptStyle.reply`.
+
+        Raises:
+            UserError: A token of a chat would contain the end of the prompt and the beginning of the response.
+        """
+        if not isinstance(prompt, ChatText):
+            return self.encode(response, eos=True)
+        before, ids = self.encode(prompt), self.encode(prompt + response)
+        self.check_boundary(before, ids)
+        ids = ids[len(before) :]
+        return ids if ids[-1:] and ids[-1] in self.stop_ids else [*ids, self.eos_id]
+
+    def check_boundary(self, before: list[int], ids: list[int]) -> None:
+        """Check that the token ids of a chat begin with those of its beginning.
+
+        Raises:
+            UserError: They do not: training and generation would see other tokens.
+        """
+        if ids[: len(before)] != before:
+            raise UserError(
+                "The end of a prompt and the beginning of its answer become one token of "
+                f"{self.path.parent}, so that training and generation would see other tokens; edit the chat template "
+                "so that its generation prompt ends with a special token or a newline."
+            )
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids. Ids beyond the vocabulary, which a padded model can emit, are ignored."""

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lit_llama.data import Data, check_rows, plan_epoch, plan_validation, rows_sha256
+from lit_llama.data import Data, check_rows, rows_sha256
+from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.model import LLaMA
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import Progress, print_notes, write_above_bar

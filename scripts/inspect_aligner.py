@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
-from lit_llama.prompts import get_prompt_style
+from lit_llama.prompts import check_style_name
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import check_file
 from lit_llama.utils import UserError, log
@@ -173,7 +173,7 @@ def convert(adapter: AdapterFile, path: Path, style: str | None, overwrite: bool
         raise UserError(f"{path} must end in .safetensors.")
     meta = {"method": adapter.method, "config": adapter.config, **adapter.meta, "converted_from": adapter.path.name}
     if style is not None:
-        meta["prompt_style"] = get_prompt_style(style).name
+        meta["prompt_style"] = check_style_name(style)
     save_adapter(path, {name: t.float() for name, t in adapter.state.items()}, meta, overwrite=overwrite)
     log(f"wrote {path}")
 

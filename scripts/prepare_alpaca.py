@@ -26,7 +26,7 @@ class Settings(PrepareSettings):
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write prompts with responses, or prompts for reinforcement learning
     output_dir: Path | None = None  # folder to write (default: data/alpaca, or -rl)
-    prompt_style: str = "alpaca"  # template of the prompts: alpaca, orca, beaver, hh or plain
+    prompt_style: str = "alpaca"  # template of the prompts: alpaca, orca, beaver, hh, plain or chat
     mask_prompt: bool = True  # train on the responses only
 
 
@@ -46,16 +46,18 @@ def prepare_prompt(row: Any, number: int, style: PromptStyle) -> str:
 
 def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
     """Return (prompt, response) of a row."""
-    return prepare_prompt(row, number, style), text_field(row, number, "output")
+    prompt, response = prepare_prompt(row, number, style), text_field(row, number, "output")
+    return prompt, style.reply(prompt, response)
 
 
 def main(settings: Settings) -> None:
     name = "alpaca-rl" if settings.stage == "rl" else "alpaca"
     settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
-    style = get_prompt_style(settings.prompt_style)
+    options = settings.options()
+    style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    about = {"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name}
-    options = {**settings.options(), "about": about, "split_by": "hash"}
+    about = {"source": str(settings.data_file or settings.repo_id), **style.about}
+    options |= {"about": about, "split_by": "hash"}
     if settings.stage == "sft":
         sample = partial(prepare_sample, style=style)
         prepare_sft(rows, sample, mask_prompt=settings.mask_prompt, **options)

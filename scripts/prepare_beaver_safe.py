@@ -4,7 +4,8 @@
 
     pku         prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id,
                 safer_response_id (PKU-Alignment/PKU-SafeRLHF)
-    preference  prompt or instruction, chosen, rejected
+    preference  prompt or instruction, chosen, rejected: texts, or lists of messages (`role` and `content`); responses
+                may be complete conversations, which differ in the last answer
     hh          chosen, rejected: complete dialogues (Anthropic/hh-rlhf); the turns that both share are the prompt, the
                 last answers are the responses
 
@@ -23,6 +24,8 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.chat_template import Message, Refusal
+from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare_settings import PrepareSettings
 
 Keep = Literal["any_safe", "one_safe", "all"]
@@ -42,7 +45,7 @@ class Settings(PrepareSettings):
     # == What to write ==
     stage: Literal["dpo", "sft"] = "dpo"  # write pairs, or only the chosen responses
     output_dir: Path | None = None  # folder to write (default: data/beaver-safe-STAGE)
-    prompt_style: str = "beaver"  # template of the prompts: alpaca, orca, beaver, hh or plain
+    prompt_style: str = "beaver"  # template of the prompts: alpaca, orca, beaver, hh, plain or chat
     max_seq_length: int = 1024  # most tokens of prompt and response; longer responses are truncated
     test_fraction: float = 0.02  # share of the rows held out for validation
 
@@ -82,14 +85,64 @@ def pku_pair(row: Any, number: int, style: PromptStyle, keep: Keep, prefer: Pref
         return f"excluded by --keep {keep}"
     if chosen == -1:
         return f"without a {prefer} response"
-    return render_prompt(style, prompt), responses[chosen], responses[1 - chosen]
+    return with_replies(style, render_prompt(style, prompt), responses[chosen], responses[1 - chosen])
 
 
-def preference_pair(row: Any, number: int, style: PromptStyle) -> Pair:
+def preference_pair(row: Any, number: int, style: PromptStyle) -> Pair | str:
     """Return the pair in a row with `prompt` or `instruction` (and maybe `input`), `chosen` and `rejected`."""
+    if isinstance(row, dict) and any(isinstance(row.get(name), list) for name in ("prompt", "chosen", "rejected")):
+        return messages_pair(row, number, style)
     name = "instruction" if isinstance(row, dict) and "instruction" in row else "prompt"
     prompt = render_prompt(style, text_field(row, number, name), text_field(row, number, "input", default=""))
-    return prompt, text_field(row, number, "chosen"), text_field(row, number, "rejected")
+    return with_replies(style, prompt, text_field(row, number, "chosen"), text_field(row, number, "rejected"))
+
+
+def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair | str:
+    """Return the pair in a row with lists of messages, or the reason to omit the row.
+
+    A response may be the last answer alone, or the complete conversation.
+
+    Raises:
+        UserError: A list is not one of messages.
+    """
+    prompt = []
+    if isinstance(row.get("prompt"), list):
+        prompt = read_messages(row["prompt"], f"Row {number}: 'prompt'")
+    sides = []
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), list):
+            messages = read_messages(row[name], f"Row {number}: {name!r}")
+        else:
+            messages = [{"role": "assistant", "content": text_field(row, number, name).strip()}]
+        if messages[0]["role"] == "assistant":
+            asked = prompt or [{"role": "user", "content": text_field(row, number, "prompt")}]
+            messages = asked + messages
+        sides.append(messages)
+    return conversations_pair(*sides, style, read_tools(row, number))
+
+
+def conversations_pair(
+    chosen: list[Message], rejected: list[Message], style: PromptStyle, tools: list[Any] | None = None
+) -> Pair | str:
+    """Return the pair in two conversations that differ only in their last answer, or the reason to omit them."""
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return "that do not end with an answer"
+    if chosen[:-1] != rejected[:-1]:
+        return "with dialogues that differ before the last answer"
+    if len(chosen) == 1 or chosen[-2]["role"] == "assistant":
+        return "whose last answer follows no question"
+    if not all(message["content"].strip() for message in chosen[:-1] if message["role"] == "user"):
+        return "with an empty question"
+    try:
+        prompt = style.render_messages(chosen[:-1], tools)
+        return with_replies(style, prompt, chosen[-1]["content"], rejected[-1]["content"])
+    except Refusal:
+        return "that the chat template refuses"
+
+
+def with_replies(style: PromptStyle, prompt: str, chosen: str, rejected: str) -> Pair:
+    """Return a prompt with what follows it in the style for both responses."""
+    return prompt, style.reply(prompt, chosen), style.reply(prompt, rejected)
 
 
 def hh_pair(row: Any, number: int, style: PromptStyle) -> Pair | str:
@@ -101,23 +154,17 @@ def hh_pair(row: Any, number: int, style: PromptStyle) -> Pair | str:
         UserError: A field is missing, or is not a dialogue.
     """
     chosen, rejected = (split_dialogue(row, number, name) for name in ("chosen", "rejected"))
-    if chosen[-1][0] != "Assistant" or rejected[-1][0] != "Assistant":
-        return "that do not end with an answer"
-    if chosen[:-1] != rejected[:-1]:
-        return "with dialogues that differ before the last answer"
-    prompt, gap = "", "\n\n" if "\n" in style.template else " "
-    for speaker, text in chosen[:-1]:
-        prompt += render_prompt(style, text) if speaker == "Human" else text + gap
-    return prompt, chosen[-1][1], rejected[-1][1]
+    return conversations_pair(chosen, rejected, style)
 
 
-def split_dialogue(row: Any, number: int, name: str) -> list[tuple[str, str]]:
-    """Return the turns of a dialogue as (speaker, text)."""
+def split_dialogue(row: Any, number: int, name: str) -> list[Message]:
+    """Return the turns of a dialogue."""
     # "", "Human", text, "Assistant", text, ...
     before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_field(row, number, name).lstrip("\n"))
     if before or not parts:
         raise UserError(f"Row {number}: {name!r} is not a dialogue of blank lines, 'Human:' and 'Assistant:'.")
-    return list(zip(parts[::2], (text.strip() for text in parts[1::2]), strict=True))
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2], strict=True)]
 
 
 def read_pairs(settings: Settings, rows: Iterable[Any], style: PromptStyle) -> tuple[list[Pair], dict[str, int]]:
@@ -138,13 +185,13 @@ def read_pairs(settings: Settings, rows: Iterable[Any], style: PromptStyle) -> t
 
 def main(settings: Settings) -> None:
     settings = replace(settings, output_dir=settings.output_dir or Path(f"data/beaver-safe-{settings.stage}"))
-    style, revision = get_prompt_style(settings.prompt_style), settings.revision
-    options = settings.options()
+    options, revision = settings.options(), settings.revision
+    style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, revision=revision)
     source = str(settings.data_file or settings.repo_id) + (f", revision {revision}" if revision else "")
     with naming(source):
         pairs, omitted = read_pairs(settings, rows, style)
-    about = {"source": source, "prompt_style": style.name, "data_format": settings.data_format, "left_out": omitted}
+    about = {"source": source, **style.about, "data_format": settings.data_format, "left_out": omitted}
     if settings.data_format == "pku":
         about |= {"keep": settings.keep, "prefer": settings.prefer}
     options |= {"about": about, "split_by": "hash"}

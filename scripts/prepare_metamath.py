@@ -26,7 +26,7 @@ class Settings(PrepareSettings):
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write problems with solutions, or prompts for reinforcement learning
     output_dir: Path | None = None  # folder to write (default: data/metamath, or -rl)
-    prompt_style: str = "orca"  # template of the prompts: alpaca, orca, beaver, hh or plain
+    prompt_style: str = "orca"  # template of the prompts: alpaca, orca, beaver, hh, plain or chat
     mask_prompt: bool = True  # train on the solutions only; the paper's authors train on the questions too
     test_fraction: float = 0.01  # share of the rows held out for validation
 
@@ -42,7 +42,8 @@ from lit_llama.storage.rows import download_rows, read_rows, text_field
 
 def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
     """Return (prompt, response) of a row."""
-    return render_prompt(style, text_field(row, number, "query")), text_field(row, number, "response")
+    prompt = render_prompt(style, text_field(row, number, "query"))
+    return prompt, style.reply(prompt, text_field(row, number, "response"))
 
 
 def prepare_prompt(row: Any, number: int, style: PromptStyle) -> tuple[str, Any]:
@@ -55,10 +56,10 @@ def prepare_prompt(row: Any, number: int, style: PromptStyle) -> tuple[str, Any]
 def main(settings: Settings) -> None:
     name = "metamath-rl" if settings.stage == "rl" else "metamath"
     settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
-    style = get_prompt_style(settings.prompt_style)
+    options = settings.options()
+    style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    about = {"source": str(settings.data_file or settings.repo_id), "prompt_style": style.name}
-    options = {**settings.options(), "about": about}
+    options["about"] = {"source": str(settings.data_file or settings.repo_id), **style.about}
     if settings.stage == "sft":
         prepare_sft(rows, partial(prepare_sample, style=style), mask_prompt=settings.mask_prompt, **options)
     else:

@@ -11,7 +11,7 @@ import benchmarks.loading as loading
 import benchmarks.training as training
 from benchmarks import harness, material, measure
 from benchmarks.worker import Ours
-from lit_llama.data import plan_epoch
+from lit_llama.epochs import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError

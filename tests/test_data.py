@@ -17,7 +17,8 @@ from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.data import IGNORE_INDEX, SFTData, plan_epoch
+from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.epochs import plan_epoch
 from lit_llama.prepare import held_out_by_hash, prepare_sft
 from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.prompts import get_prompt_style

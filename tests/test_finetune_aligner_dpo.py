@@ -21,8 +21,9 @@ from lit_llama.checkpoint import (
     save_adapter,
     save_base,
 )
-from lit_llama.data import PreferenceData, plan_fixed_epoch
+from lit_llama.data import PreferenceData
 from lit_llama.dpo import sequence_logps
+from lit_llama.epochs import plan_fixed_epoch
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.manifest import MANIFEST

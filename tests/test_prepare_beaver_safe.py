@@ -137,18 +137,19 @@ def hh(chosen: str, rejected: str) -> dict[str, str]:
 
 
 TALK = "\n\nHuman: the cat\n\nAssistant: sat"
+LONGER = "\n\nHuman: the rat\n\nAssistant: sat\n\nHuman: and the dog\n\nAssistant:"
 
 
 def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, tokenizer, capsys):
     rows = [
         hh(TALK, "\n\nHuman: the cat\n\nAssistant: ate"),
-        hh(f"{TALK}\n\nHuman: and the dog\n\nAssistant: a", f"{TALK}\n\nHuman: and the dog\n\nAssistant: b"),
+        hh(f"{LONGER} a", f"{LONGER} b"),
         hh(TALK, "\n\nHuman: the dog\n\nAssistant: sat"),
         hh(TALK, "\n\nHuman: the cat"),
         hh(TALK, "\n\nHuman: the cat\n\nAssistant: "),
     ]
     found = pairs_in(prepare(rows, data_format="hh"), tokenizer)
-    two_turns = "[User] the cat [Assistant] sat [User] and the dog [Assistant] "
+    two_turns = "[User] the rat [Assistant] sat [User] and the dog [Assistant] "
     assert found == {(CAT, "sat", "ate"), (two_turns, "a", "b")}
     said = capsys.readouterr().err
     assert "Omitted 1 rows with dialogues that differ before the last answer." in said

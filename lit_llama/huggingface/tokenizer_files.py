@@ -6,15 +6,17 @@ from pathlib import Path
 
 import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
+from lit_llama.chat_template import TEMPLATE_NAME
 from lit_llama.checkpoint import TOKENIZER_NAME
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import write_text
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json")  # fmt: skip
+                   "added_tokens.json", "generation_config.json", TEMPLATE_NAME)  # fmt: skip
 
 
 def fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig) -> Tokenizer:
@@ -51,10 +53,16 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
     """
     copy_tokenizer(tokenizer.path.parent, folder)
     if not (folder / "generation_config.json").is_file():
-        write_text(folder / "generation_config.json", json.dumps(token_ids(tokenizer), indent=2) + "\n")
+        ends = [i for i in tokenizer.stop_ids if i != tokenizer.engine.stop_ids[-1]]  # without BOS
+        generation = {**token_ids(tokenizer), "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id}
+        write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
+        control = sorted(tokenizer.engine.control.items(), key=lambda item: item[1])
+        engine.add_special_tokens([AddedToken(text, normalized=False, special=True) for text, _ in control])
+        if wrong := [text for text, i in control if engine.token_to_id(text) != i]:
+            raise UserError(f"{tokenizer.path.parent} adds the token {wrong[0]!r} at an id that leaves a gap.")
         write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -66,6 +74,8 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         }
         if tokenizer.bos_id >= 0:
             about["bos_token"] = engine.id_to_token(tokenizer.bos_id)
+        if tokenizer.template is not None:
+            about["chat_template"] = tokenizer.template.source
         write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 

@@ -11,6 +11,8 @@ from lit_llama.storage.manifest import DATASET, changed_names
 from lit_llama.storage.schema import check_readable, read_json
 from lit_llama.utils import UserError, plain_name
 
+POSITIONS = ("prompt_length", "gaps")  # columns with numbers of tokens, which may exceed the vocabulary
+
 
 def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: int) -> Dataset:
     """Return the mapped rows of a split of a dataset folder.
@@ -38,7 +40,7 @@ def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: i
 
 
 def check_arrow(path: Path, columns: Sequence[str]) -> int:
-    """Check an Arrow file with numbers, 0 or more, and lists of them, and return the largest one.
+    """Check an Arrow file with numbers, 0 or more, and lists of them, and return the largest token.
 
     Args:
         path: The file.
@@ -61,7 +63,7 @@ def check_arrow(path: Path, columns: Sequence[str]) -> int:
                     found = pa.compute.min_max(numbers).as_py()
                     if (found["min"] or 0) < 0:
                         raise ValueError(f"{name} holds {found['min']}")
-                    largest = max(largest, found["max"] or 0)
+                    largest = max(largest, found["max"] or 0) if name not in POSITIONS else largest
         return largest
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None

@@ -1,0 +1,290 @@
+"""Chat templates: how a checkpoint renders a conversation.
+
+A template is a Jinja program that comes with the checkpoint, as `chat_template.jinja` or in `tokenizer_config.json`. It
+may come from a stranger, so it runs in Jinja's sandbox, on plain data. The names that a template may use are those of
+transformers (its `apply_chat_template`).
+
+Special tokens that the template writes become special tokens of the model; those that a message spells stay text.
+While a template runs, an invisible noncharacter, `GUARD`, therefore interrupts the special tokens in messages.
+`Tokenizer.encode` removes it.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lit_llama.storage.schema import field, read_bytes, read_json
+from lit_llama.utils import UserError
+
+TEMPLATE_NAME = "chat_template.jinja"
+GUARD = "\ufdd0"  # Unicode reserves it for uses within a program
+MOST_TEXT = 10_000_000  # characters that a template may write
+Message = dict[str, Any]  # role, content, and what else the template reads
+PING: Message = {"role": "user", "content": "Ping"}  # asked to learn what a template writes
+
+
+class Rendered(str):
+    """A conversation as text.
+
+    Args:
+        first: Its first question. Conversations with the same first question are not divided between training and
+            validation.
+    """
+
+    first: str
+
+    def __new__(cls, text: str, first: str = "") -> "Rendered":
+        rendered = super().__new__(cls, text)
+        rendered.first = first
+        return rendered
+
+
+class ChatText(Rendered):
+    """A conversation rendered by a chat template, or a part of it. Special tokens in it are special.
+
+    Args:
+        messages, tools: What was rendered.
+    """
+
+    messages: Sequence[Message]
+    tools: list[Any] | None
+
+    def __new__(
+        cls, text: str, first: str = "", messages: Sequence[Message] = (), tools: list[Any] | None = None
+    ) -> "ChatText":
+        rendered = super().__new__(cls, text, first)
+        rendered.messages, rendered.tools = messages, tools
+        return rendered
+
+    def __add__(self, text: str) -> "ChatText":
+        """Append another part, or a text whose special tokens stay text."""
+        more = text if isinstance(text, ChatText) else "".join(GUARD + c for c in text.replace(GUARD, ""))
+        return self.with_text(super().__add__(more))
+
+    def rstrip(self, *args: str) -> "ChatText":
+        return self.with_text(super().rstrip(*args))
+
+    def part(self, start: int, end: int | None = None) -> "ChatText":
+        """Return the characters from `start` to before `end`."""
+        return self.with_text(self[start:end])
+
+    def with_text(self, text: str) -> "ChatText":
+        return ChatText(text, self.first, self.messages, self.tools)
+
+
+class Refusal(UserError):
+    """A template refuses a conversation, such as one whose roles do not alternate."""
+
+
+class Unstable(UserError):
+    """A template renders an earlier answer in another way than the last one."""
+
+
+class ChatTemplate:
+    """A checkpoint's chat template.
+
+    Args:
+        source: The Jinja program.
+        path: The file that it comes from.
+        names: Special tokens by the names under which templates use them, such as `bos_token`.
+        control: All special tokens, as texts.
+    """
+
+    def __init__(self, source: str, path: Path, names: dict[str, str], control: Iterable[str]) -> None:
+        self.source, self.path, self.names = source, path, names
+        self.control = sorted(filter(None, control), key=len, reverse=True)
+        self.sha256 = hashlib.sha256(source.encode()).hexdigest()
+        self._begins = {token[:n] for token in self.control for n in range(1, len(token))}
+        self._ends = {token[n:] for token in self.control for n in range(1, len(token))}
+        alternatives = "|".join(map(re.escape, self.control)) or "(?!)"
+        self._starts = re.compile(f"(?=(?:{alternatives})).", re.DOTALL)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be sent to another process
+        return type(self), (self.source, self.path, self.names, self.control)
+
+    def render(
+        self, messages: Sequence[Message], *, generation_prompt: bool = True, tools: list[Any] | None = None
+    ) -> ChatText:
+        """Return a conversation as text.
+
+        Args:
+            messages: Turns, oldest first. Where the template has no place for a system message, the text of the first
+                one is put before the first question, with an empty line between.
+            generation_prompt: Append what begins the model's answer.
+            tools: Descriptions of functions that the model may call.
+
+        Raises:
+            UserError: The template is invalid, fails or refuses the conversation.
+        """
+        first = next((message["content"] for message in messages if message["role"] == "user"), "")
+        placed = messages if self.takes_system else without_system(messages)
+        return ChatText(self._run(placed, generation_prompt, tools), first, messages, tools)
+
+    def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
+        values = {
+            **self.names,
+            "messages": [{**self._guarded(message), "role": message["role"]} for message in messages],
+            "tools": self._guarded(tools),
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+        parts: list[str] = []
+        n_characters = 0
+        with explained(self.path):
+            for part in self._program.generate(**values):
+                n_characters += len(part)
+                if n_characters > MOST_TEXT:
+                    raise UserError(f"it writes more than {MOST_TEXT:,} characters")
+                parts.append(part)
+        return "".join(parts)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system message."""
+        try:
+            return "Pang" in self._run([{"role": "system", "content": "Pang"}, PING], True)
+        except Refusal:
+            return False
+        except UserError:  # the conversation itself will show what is wrong
+            return True
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The special token that ends an answer, None if the template writes none there or fails."""
+        try:
+            text = self._run([PING, {"role": "assistant", "content": "Pong"}], False)
+        except UserError:
+            return None
+        after = text.rpartition("Pong")[2].lstrip()
+        return next((token for token in self.control if after.startswith(token)), None)
+
+    def answer_spans(
+        self, messages: Sequence[Message], *, only_last: bool = False, tools: list[Any] | None = None
+    ) -> tuple[ChatText, list[tuple[int, int]]]:
+        """Return a conversation that ends with an answer, and where its answers are.
+
+        A span begins where generation would begin, after the generation prompt, and ends after the token that ends the
+        turn. What a span holds is thus what the model would generate, after what it would be given.
+
+        Args:
+            messages: The conversation.
+            only_last: Return the span of the last answer alone.
+            tools: See `render`.
+
+        Returns:
+            The text, and (start, end) character positions in it.
+
+        Raises:
+            Unstable: The text of an earlier part changes as the conversation continues.
+            UserError: As `render`, or the template begins a finished answer in another way than its generation prompt.
+        """
+        full, spans = self.render(messages, generation_prompt=False, tools=tools), []
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in answers[-1:] if only_last else answers:
+            before = self.render(messages[:i], tools=tools)
+            is_last = i + 1 == len(messages)
+            through = full if is_last else self.render(messages[: i + 1], generation_prompt=False, tools=tools)
+            if not through.startswith(before):
+                raise UserError(
+                    f"The chat template in {self.path} begins a finished answer in another way than the answer that "
+                    "it asks for, so that generation would not begin where training did; edit the template."
+                )
+            if not full.startswith(through):
+                raise Unstable(
+                    f"The chat template in {self.path} renders an earlier answer in another way than the last one."
+                )
+            end = len(through)
+            if self.end_of_turn and (found := full.find(self.end_of_turn, len(before), end)) >= 0:
+                end = found + len(self.end_of_turn)
+            spans.append((len(before), end))
+        return full, spans
+
+    def _guarded(self, value: Any) -> Any:
+        """Return plain data in which no text holds a special token, or a part of one at its beginning or end."""
+        if isinstance(value, dict):
+            return {name: self._guarded(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        text = self._starts.sub(lambda match: match[0] + GUARD, value.replace(GUARD, ""))
+        core, longest = text.strip(), max(map(len, self.control), default=0)
+        begin, end = text.find(core), text.find(core) + len(core)
+        if any(core[-n:] in self._begins for n in range(1, min(longest, len(core)) + 1)):
+            text = text[:end] + GUARD + text[end:]
+        if any(core[:n] in self._ends for n in range(1, min(longest, len(core)) + 1)):
+            text = text[:begin] + GUARD + text[begin:]
+        return text
+
+    @cached_property
+    def _program(self) -> Any:
+        from lit_llama.sandbox import make_environment
+
+        return make_environment().from_string(self.source)
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation whose system message is part of the first question."""
+    if not messages or messages[0]["role"] != "system" or len(messages) == 1 or messages[1]["role"] != "user":
+        return list(messages)
+    system, question, *others = messages
+    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *others]
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn whatever a template raises into one sentence.
+
+    Raises:
+        UserError: The template failed, or refused the conversation.
+    """
+    try:
+        yield
+    except Exception as error:
+        from jinja2 import TemplateSyntaxError
+
+        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+        if isinstance(error, Refusal):
+            raise Refusal(f"The chat template in {path} refuses the conversation: {reason}.") from None
+        if isinstance(error, TemplateSyntaxError):
+            reason = f"line {error.lineno}: {reason}"
+        elif not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        raise UserError(f"The chat template in {path} cannot be used ({reason}).") from None
+
+
+def read_chat_template(folder: Path) -> tuple[str, Path] | None:
+    """Return the source of a folder's chat template and the file that it comes from, None if there is no template.
+
+    `chat_template.jinja` takes precedence over `tokenizer_config.json`, where the template is a text, or a list of
+    which the one named "default" is used.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    path = folder / TEMPLATE_NAME
+    if path.exists():
+        return decode(read_bytes(path), path), path
+    path = folder / "tokenizer_config.json"
+    source = field(read_json(path), "chat_template", str | list, path, None) if path.exists() else None
+    if isinstance(source, list):
+        by_name = {entry.get("name"): entry for entry in source if isinstance(entry, dict)}
+        source = field(by_name["default"], "template", str, f"{path}: chat_template") if "default" in by_name else None
+    return None if source is None else (source, path)
+
+
+def decode(content: bytes, path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        UserError: It is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start + 1}).") from None

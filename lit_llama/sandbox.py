@@ -1,0 +1,65 @@
+"""The environment in which chat templates run: Jinja's sandbox with the names that transformers gives to templates."""
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from lit_llama.chat_template import GUARD, Refusal
+
+MOST_REPEATED = 1_000_000  # characters or items of a product such as "-" * 80
+MOST_BITS = 1_000_000  # of a power
+
+
+class GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}`, with which some templates mark what the model writes: its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, without products and powers that would fill the memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        is_power = operator == "**" and isinstance(left, int) and isinstance(right, int)
+        if is_power and abs(right) * left.bit_length() > MOST_BITS:
+            raise SecurityError("a power is too large")
+        for sequence, times in ((left, right), (right, left)) if operator == "*" else ():
+            if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MOST_REPEATED:
+                raise SecurityError("a product is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def refuse(message: str) -> NoReturn:
+    raise Refusal(message)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON without the escapes for HTML that Jinja's own filter adds."""
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return text.replace("\\ufdd0", GUARD)
+
+
+def make_environment() -> Environment:
+    """Return the environment."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment

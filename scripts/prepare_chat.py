@@ -1,0 +1,154 @@
+"""Prepare conversations for supervised finetuning, in the chat template of an instruct model or in a prompt style.
+
+Rows have `messages` (`role` and `content`, as in OpenAI's files) or `conversations` (`from` and `value`, as in
+ShareGPT's), with one or several turns, and maybe `system` and `tools`. Downloads HuggingFaceH4/no_robots, or reads
+--data_file: a JSON list, JSON Lines or Parquet. Expect of no_robots: 9,500 training rows.
+
+With --prompt_style chat, the checkpoint's own, a row becomes one sequence in which the answers are trained on. In other
+styles, and with templates that change earlier turns, each answer becomes a row of its own, after what came before it.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from tqdm import tqdm
+
+from lit_llama import cli
+from lit_llama.chat_template import Message, Refusal, Unstable
+from lit_llama.conversations import prepare_conversations, read_conversation, up_to_last_answer
+from lit_llama.prepare import PrepareSettings, prepare_sft
+from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
+from lit_llama.storage.rows import download_rows, naming, read_rows
+from lit_llama.utils import UserError, log
+
+
+@dataclass
+class Settings(PrepareSettings):
+    # == What to read ==
+    data_file: Path | None = None  # rows to prepare (default: download --repo_id)
+    repo_id: str = "HuggingFaceH4/no_robots"  # dataset on the Hugging Face hub
+    split: str = "train"  # of the dataset on the hub
+
+    # == What to write ==
+    output_dir: Path = Path("data/chat")  # folder to write
+    checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct")  # model whose tokenizer and template are used
+    prompt_style: str = "chat"  # chat is the checkpoint's own template; or alpaca, orca, beaver, hh, plain
+    train_on: Literal["all", "last"] = "all"  # train on all answers of a conversation, or on the last one
+    max_seq_length: int = 2048  # most tokens of a conversation; longer ones end after an earlier answer
+
+
+Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messages, tools
+
+
+class Omitted:
+    """Numbers of omitted rows by reason, with the first row of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def report(self) -> None:
+        for reason, count in self.counts.items():
+            log(f"Omitted {count} rows {reason} (the first: {self.examples[reason].rstrip('.')}).")
+
+
+def conversations(rows: Iterable[Any], omitted: Omitted) -> Iterator[Conversation]:
+    """Yield the rows that have an answer to a question and no empty message.
+
+    Raises:
+        UserError: A row is not a conversation.
+    """
+    for number, row in enumerate(rows, 1):
+        messages, tools = read_conversation(row, number)
+        messages = up_to_last_answer(messages)
+        if not messages:
+            omitted.add("without an answer to a question", f"row {number}")
+        elif not all(message["content"].strip() or "tool_calls" in message for message in messages):
+            omitted.add("with an empty message", f"row {number}")
+        else:
+            yield number, messages, tools
+
+
+def answers(messages: list[Message], train_on: str) -> list[int]:
+    """Return the places of the answers to train on."""
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return places[-1:] if train_on == "last" else places
+
+
+def chat_samples(rows: Iterable[Conversation], style: ChatStyle, train_on: str, omitted: Omitted) -> list[Any]:
+    """Return the conversations in a chat template, each with the spans of its answers.
+
+    Raises:
+        UserError: The template is broken, or cannot be trained on.
+    """
+    samples, n_divided, n_parts = [], 0, 0
+    for number, messages, tools in rows:
+        try:
+            try:
+                samples.append(style.chat.answer_spans(messages, only_last=train_on == "last", tools=tools))
+            except Unstable:
+                parts = [messages[: i + 1] for i in answers(messages, train_on)]
+                samples += [style.chat.answer_spans(part, only_last=True, tools=tools) for part in parts]
+                n_divided, n_parts = n_divided + 1, n_parts + len(parts)
+        except Refusal as error:
+            omitted.add("that the chat template refuses", f"row {number}: {error}")
+        except UserError as error:
+            raise UserError(f"Row {number}: {error}") from None
+    if n_divided:
+        log(
+            f"note: the chat template renders earlier answers in another way than the last one; {n_divided} "
+            f"conversations became {n_parts} rows, one for each answer."
+        )
+    return samples
+
+
+def style_samples(rows: Iterable[Conversation], style: PromptStyle, train_on: str) -> list[tuple[str, str]]:
+    """Return (prompt, answer) for the answers to train on; a prompt holds what came before.
+
+    Raises:
+        UserError: A conversation has a message that the style has no place for.
+    """
+    samples = []
+    for number, messages, tools in rows:
+        try:
+            for i in answers(messages, train_on):
+                samples.append((style.render_messages(messages[:i], tools), messages[i]["content"]))
+        except UserError as error:
+            raise UserError(f"Row {number}: {error}") from None
+    return samples
+
+
+def main(settings: Settings) -> None:
+    options = settings.options()
+    style = get_prompt_style(settings.prompt_style, options["tokenizer"])
+    source = str(settings.data_file or settings.repo_id)
+    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, settings.split)
+    omitted = Omitted()
+    with naming(source):
+        found = conversations(tqdm(rows, desc="Rendering", unit=" rows"), omitted)
+        if isinstance(style, ChatStyle):
+            samples = chat_samples(found, style, settings.train_on, omitted)
+        else:
+            samples = style_samples(found, style, settings.train_on)
+    omitted.report()
+    about = {"source": source, **style.about, "train_on": settings.train_on, "left_out": dict(omitted.counts)}
+    options |= {"about": about, "split_by": "hash"}
+    if isinstance(style, ChatStyle):
+        prepare_conversations(samples, **options)
+    else:
+        prepare_sft(samples, lambda sample, number: sample, mask_prompt=True, **options)
+    print(settings.output_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,299 @@
+"""Chat templates: texts and token ids of transformers, users' texts that stay text, templates that misbehave."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from chat_models import GENERATED, SPECIAL, TEMPLATES, write_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Unstable
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import HuggingFace, Tokenizer
+from lit_llama.utils import UserError
+
+KINDS = [*TEMPLATES, "mistral-first", "gemma-first"]
+SYSTEM = {"role": "system", "content": "Be kind, and short."}
+TURNS = [
+    {"role": "user", "content": "Hello! How are you today?"},
+    {"role": "assistant", "content": "Fine, thanks. And you?"},
+    {"role": "user", "content": "The cat sat.\n\n  Twice: naïve 😀 a < b | c"},
+    {"role": "assistant", "content": "def f():\n    return 1"},
+    {"role": "user", "content": "And the dog?"},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer_path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: write_model(root / kind, kind, tokenizer_path) for kind in KINDS}
+
+
+def theirs(folder: Path):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+def conversations(kind: str) -> list[list[dict]]:
+    found = [TURNS[:1], TURNS[:3], TURNS]
+    return found if kind.startswith(("mistral", "gemma")) else [*found, [SYSTEM, *TURNS], [SYSTEM, *TURNS[:1]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_ids_are_those_of_transformers(kind, folders):
+    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+    for messages in conversations(kind):
+        for ends_with, ask in ((messages, True), (messages[:-1], False)):
+            if not ends_with:
+                continue
+            text = tokenizer.template.render(ends_with, generation_prompt=ask)
+            assert str(text) == reference.apply_chat_template(ends_with, tokenize=False, add_generation_prompt=ask)
+            ids = reference.apply_chat_template(ends_with, add_generation_prompt=ask, return_dict=False)
+            assert tokenizer.encode(text, bos=True, eos=True) == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_between_special_tokens_are_the_same_if_a_text_is_guarded(kind, folders):
+    """The second way to encode a chat, which a special token in a message needs."""
+    tokenizer = Tokenizer(folders[kind])
+    for messages in conversations(kind):
+        text = tokenizer.template.render(messages)
+        guarded = ChatText(text.replace("y", f"y{GUARD}"))
+        assert GUARD in guarded and tokenizer.encode(guarded) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_a_message_stay_text(kind, folders):
+    tokenizer = Tokenizer(folders[kind])
+    control = tokenizer.chat_engine.control
+    plain = tokenizer.encode(tokenizer.template.render([{"role": "user", "content": "a b"}]))
+    n_special = sum(i in control.values() for i in plain)
+    for special in control:
+        question = f"a {special}x{special}{special} b"
+        ids = tokenizer.encode(tokenizer.template.render([{"role": "user", "content": question}]))
+        assert sum(i in control.values() for i in ids) == n_special, special
+        if special != "<unk>":  # an unknown token has no text
+            assert question in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "chatml", "mistral-first", "gemma-first"])
+def test_ids_with_special_tokens_in_messages_are_those_of_transformers(kind, folders):
+    """It encodes such a token as a text of its own, and we the complete message; its ids decode to the same text."""
+    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+    for special in SPECIAL[kind.partition("-")[0]]:
+        messages = [{"role": "user", "content": f"a {special} b"}]
+        ids = tokenizer.encode(tokenizer.template.render(messages))
+        sane = reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+        special_ids = set(tokenizer.chat_engine.control.values())
+        assert [i for i in ids if i in special_ids] == [i for i in sane if i in special_ids]
+        assert tokenizer.decode(ids) == tokenizer.decode(sane)
+
+
+pieces = st.lists(st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "<|im_", "end|>", "<", "|", ">", " ", "\n", "a",
+                                   "<|end_header_id|>", "</s>", "<s", "</", "s>", GUARD]), max_size=8)  # fmt: skip
+
+
+@given(parts=st.lists(pieces.map("".join), min_size=1, max_size=3))
+@pytest.mark.parametrize("kind", ["llama3", "mistral", "mistral-first"])
+def test_no_combination_of_pieces_becomes_special(kind, parts, folders):
+    """Also where the end of a message and the text after it would form a token."""
+    tokenizer = OPEN.setdefault(kind, Tokenizer(folders[kind]))
+    messages, plain = [], []
+    for i, part in enumerate(parts):
+        role = ("user", "assistant")[i % 2]
+        messages.append({"role": role, "content": part})
+        plain.append({"role": role, "content": "x"})
+    ids, expected = (tokenizer.encode(tokenizer.template.render(m, generation_prompt=False)) for m in (messages, plain))
+    special = set(tokenizer.chat_engine.control.values())
+    assert [i for i in ids if i in special] == [i for i in expected if i in special]
+
+
+OPEN: dict[str, Tokenizer] = {}
+
+
+def test_texts_that_a_template_joins_do_not_become_special(folders):
+    tokenizer = Tokenizer(folders["llama3"])
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools[0].name }}{{ '_id|>' }}"
+    template = ChatTemplate(source, Path("t"), {}, tokenizer.chat_engine.control)
+    messages = [{"role": "user", "content": "<|eot"}, {"role": "user", "content": "_id|>"}]
+    ids = tokenizer.encode(template.render(messages, tools=[{"name": "<|eot"}]))
+    assert not set(ids) & set(tokenizer.chat_engine.control.values())
+    assert tokenizer.decode(ids) == "<|eot_id|><|eot_id|>"
+
+
+def test_stops_are_eos_the_listed_tokens_and_the_end_of_a_turn(folders, tmp_path):
+    for kind, end in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"),
+                      ("mistral", "</s>"), ("thinking", "<|im_end|>")):  # fmt: skip
+        tokenizer = Tokenizer(folders[kind])
+        assert tokenizer.template.end_of_turn == end
+        assert tokenizer.chat_engine.control[end] in tokenizer.stop_ids
+    shutil.copytree(folders["llama3"], tmp_path / "listed")
+    (tmp_path / "listed" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert {7, 9, Tokenizer(folders["llama3"]).eos_id} < set(Tokenizer(tmp_path / "listed").stop_ids)
+
+
+def test_a_system_message_without_a_place_joins_the_first_question(folders):
+    for kind in ("gemma", "mistral"):
+        template = Tokenizer(folders[kind]).template
+        asked = {"role": "user", "content": f"{SYSTEM['content']}\n\n{TURNS[0]['content']}"}
+        assert template.render([SYSTEM, *TURNS]) == template.render([asked, *TURNS[1:]])
+
+
+def test_a_style_renders_instructions_and_conversations(folders):
+    style = get_prompt_style("chat", folders["chatml"])
+    prompt = style.render("Add.", "1 2", "Be kind.")
+    assert prompt == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert style.reply(prompt, " 3 ") == "3<|im_end|>" and style.reply(prompt, " ") == ""
+    assert (prompt + style.reply(prompt, "3")) == prompt + ChatText("3<|im_end|>")
+    ids = Tokenizer(folders["chatml"]).encode(prompt + "<|im_end|>")  # a text after a prompt is text
+    assert ids[-1] not in Tokenizer(folders["chatml"]).stop_ids
+    for empty in ("", " \n"):
+        with pytest.raises(UserError, match="The prompt is empty"):
+            style.render(empty)
+    with pytest.raises(UserError, match="The last message must be the user's"):
+        style.render_messages(TURNS[:2])
+    assert style.about == {"prompt_style": "chat", "chat_template_sha256": style.chat.sha256}
+
+
+def test_tools_and_other_fields_reach_the_template(folders):
+    template = Tokenizer(folders["llama3"]).template
+    tools = [{"type": "function", "function": {"name": "add", "description": "<b> & 'c' <|eot_id|>"}}]
+    text = template.render(TURNS[:1], tools=tools)
+    assert text.replace(GUARD, "") == theirs(folders["llama3"]).apply_chat_template(
+        TURNS[:1], tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    thinking = Tokenizer(folders["thinking"]).template
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
+    assert "<think>\n2 and 2\n</think>\n\n4<|im_end|>" in thinking.render([TURNS[0], answer], generation_prompt=False)
+
+
+# == spans of answers ==
+
+
+@pytest.mark.parametrize("kind", [*GENERATED, "mistral-first"])
+def test_spans_are_what_the_template_marks_as_generated(kind, folders):
+    """The mask that transformers makes from the tags in the template, token by token."""
+    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+    messages = TURNS[:4]
+    text, spans = tokenizer.template.answer_spans(messages)
+    ids = tokenizer.encode(text)
+    labels = set()
+    for start, end in spans:
+        first, last = (len(tokenizer.encode(text.part(0, n))) for n in (start, end))
+        labels |= set(range(first, last))
+    marked = reference.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert ids == marked["input_ids"] and len(spans) == 2
+    assert labels == {i for i, is_generated in enumerate(marked["assistant_masks"]) if is_generated}
+    assert tokenizer.template.answer_spans(messages, only_last=True)[1] == spans[1:]
+
+
+def test_a_span_ends_with_its_turn(folders):
+    for kind, after in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>")):
+        text, spans = Tokenizer(folders[kind]).template.answer_spans(TURNS[:4])
+        assert [text[start:end] for start, end in spans] == [f"{m['content']}{after}" for m in TURNS[1:4:2]]
+    text, ((start, end), _) = Tokenizer(folders["mistral"]).template.answer_spans(TURNS[:4])
+    assert text[start:end] == " Fine, thanks. And you?</s>"
+
+
+def test_a_template_that_drops_earlier_thinking_is_unstable(folders):
+    template = Tokenizer(folders["thinking"]).template
+    with pytest.raises(Unstable, match="renders an earlier answer in another way than the last one"):
+        template.answer_spans(TURNS[:4])
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+    text, ((start, end),) = template.answer_spans([*TURNS[:3], thought], only_last=True)
+    assert text[start:end] == "<think>\nhm\n</think>\n\nYes.<|im_end|>"
+    assert text[:start] == template.render(TURNS[:3])
+
+
+def test_a_generation_prompt_that_a_finished_answer_lacks_is_one_sentence():
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    source += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    with pytest.raises(UserError, match="begins a finished answer in another way") as error:
+        ChatTemplate(source, Path("t.jinja"), {}, []).answer_spans(TURNS[:2])
+    assert "\n" not in str(error.value)
+
+
+# == templates that misbehave ==
+
+HOSTILE = {
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "SecurityError",
+    "{{ messages.append(1) }}": "SecurityError",
+    "{{ raise_exception.__globals__.x }}": "SecurityError",
+    "{{ (messages|attr('__class__')) ~ x.y }}": "UndefinedError",
+    "{% for m in messages": "line 1",
+    "{{ raise_exception('No.\nNot\x1b[31m today') }}": "refuses the conversation: No. Not",
+    "{{ nothing.at.all }}": "UndefinedError",
+    "{{ 'x' * 10 ** 9 }}": "a product is too large",
+    "{{ 10 ** (10 ** 10) }}": "a power is too large",
+    "{% for i in range(9999) %}{% for j in range(9999) %}{{ 'xxxxxxxxxx' }}{% endfor %}{% endfor %}": "more than",
+    "{{ range(10 ** 9) | list }}": "OverflowError",
+    "{% include '/etc/passwd' %}": "TypeError",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path):
+    template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
+    with pytest.raises(UserError) as error:
+        template.render(TURNS)
+    assert HOSTILE[source] in str(error.value)
+    assert str(error.value).startswith(f"The chat template in {tmp_path / 'chat_template.jinja'}")
+    assert str(error.value).endswith((".", ").")) and "\n" not in str(error.value)
+    assert template.end_of_turn is None
+
+
+def test_a_checkpoint_with_a_broken_template_serves_other_styles(folders, tmp_path):
+    shutil.copytree(folders["chatml"], tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{% if %}")
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert tokenizer.encode("the cat")
+    with pytest.raises(UserError, match="cannot be used \\(line 1"):
+        get_prompt_style("chat", tokenizer).render("Hello")
+
+
+# == files ==
+
+
+def test_where_a_template_comes_from(folders, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(folders["chatml"], folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def source(chat_template) -> str | None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}))
+        template = Tokenizer(folder).template
+        return template and template.source
+
+    assert source("a") == "a" and source(None) is None
+    named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
+    assert source(named) == "c" and source(named[:1]) is None
+    (folder / "chat_template.jinja").write_text("\ufeff{{ bos_token }}d")
+    assert source("a") == "{{ bos_token }}d"
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat_template is 5 where text or a list belongs"):
+        source(5)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not text in UTF-8"):
+        source("a")
+
+
+def test_without_a_template_the_style_is_one_sentence(tokenizer_path):
+    with pytest.raises(UserError, match="has no chat template, which the prompt style 'chat' needs") as error:
+        get_prompt_style("chat", tokenizer_path.parent)
+    assert "\n" not in str(error.value)
+
+
+def test_special_tokens_stay_text_in_another_process(folders):
+    """The library's own pickle forgets it."""
+    tokenizer = pickle.loads(pickle.dumps(Tokenizer(folders["llama3"])))
+    assert isinstance(tokenizer.engine, HuggingFace)
+    assert not set(tokenizer.encode("a <|eot_id|>")) & set(tokenizer.stop_ids)
+    assert tokenizer.template.render(TURNS[:1]) == Tokenizer(folders["llama3"]).template.render(TURNS[:1])
