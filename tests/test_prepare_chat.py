@@ -1,0 +1,378 @@
+"""scripts/prepare_chat.py, and message lists for preferences: rows as files have them, masks, truncation, training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chat_models import write_model
+
+from lit_llama.checkpoint import read_adapter, save_adapter, save_base
+from lit_llama.data import PreferenceData, SFTData, read_meta
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
+
+MESSAGES = {
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Is the cat <|im_end|> <|eot_id|> here?"},
+        {"role": "assistant", "content": " The cat sat. "},
+        {"role": "user", "content": [{"type": "text", "text": "And the "}, {"type": "text", "text": "dog?"}]},
+        {"role": "assistant", "content": "The dog ate."},
+    ]
+}
+SHAREGPT = {
+    "conversations": [
+        {"from": "human", "value": "Where is the hat?"},
+        {"from": "gpt", "value": "On the mat."},
+        {"from": "human", "value": "And the cat?"},
+        {"from": "gpt", "value": "There too."},
+        {"from": "human", "value": "Thanks!"},
+    ],
+    "system": "Be short.",
+}
+SINGLE = {"messages": [{"role": "user", "content": "the rat"}, {"role": "assistant", "content": "ran"}]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer_path) -> dict[str, Path]:
+    """Instruct models with random weights."""
+    found = {}
+    for kind in ("llama3", "chatml", "thinking", "mistral"):
+        folder = write_model(tmp_path_factory.mktemp("models") / kind, kind, tokenizer_path)
+        size = Tokenizer(folder).vocab_size
+        config = LLaMAConfig(block_size=192, vocab_size=size, n_layer=3, n_head=2, n_embd=16, intermediate_size=24)
+        network = LLaMA(config)
+        generator = torch.Generator().manual_seed(0)
+        state = {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
+        save_base(folder, config, state)
+        found[kind] = folder
+    return found
+
+
+@pytest.fixture
+def prepare(run_script, tmp_path):
+    """prepare(rows, model, *flags) -> (folder, stderr) of scripts/prepare_chat.py."""
+
+    def run(rows: list, model: Path, *flags: object, script: str = "prepare_chat") -> tuple[Path, str]:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        code, out, err = run_script(
+            f"scripts/{script}.py", "--data_file", tmp_path / "rows.jsonl", "--checkpoint_dir", model,
+            "--output_dir", tmp_path / "out", "--test_fraction", 0.3, "--num_proc", 1, *flags,
+        )  # fmt: skip
+        assert code == 0 and out == f"{tmp_path / 'out'}\n", err
+        return tmp_path / "out", err
+
+    return run
+
+
+def labelled(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
+    """The label tokens of each row, as texts of their runs; special tokens are shown."""
+    names = {i: text for text, i in tokenizer.chat_engine.control.items()}
+    found = set()
+    for split in ("train", "test"):
+        data = SFTData(folder, split, tokenizer)
+        batch = data.batch(np.arange(len(data)))
+        for idx, labels, weight, length in zip(*batch.values(), data.weights, data.lengths, strict=True):
+            assert ((labels == idx) | (labels == -1)).all() and (labels[length:] == -1).all()
+            assert weight == (labels != -1).sum()
+            runs: list[list[int]] = []
+            for before, now in zip([-1, *labels.tolist()], labels.tolist(), strict=False):
+                if now != -1:
+                    if before == -1:
+                        runs.append([])
+                    runs[-1].append(now)
+            found.add(tuple("".join(names.get(i) or tokenizer.decode([i]) for i in run) for run in runs))
+    return found
+
+
+def test_both_kinds_of_rows_train_on_all_answers(prepare, models):
+    folder, err = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
+    tokenizer = Tokenizer(models["chatml"])
+    assert labelled(folder, tokenizer) == {
+        ("The cat sat.<|im_end|>", "The dog ate.<|im_end|>"),
+        ("On the mat.<|im_end|>", "There too.<|im_end|>"),
+        ("ran<|im_end|>",),
+    }
+    meta = read_meta(folder, SFTData.format)
+    assert (meta["prompt_style"], meta["train_on"], meta["multi_turn"], meta["mask_prompt"]) == (
+        "chat", "all", True, True,
+    )  # fmt: skip
+    assert meta["chat_template_sha256"] == tokenizer.template.sha256
+    rows = [row for split in ("train", "test") for row in SFTData(folder, split, tokenizer).rows]
+    texts = [tokenizer.decode(row["input_ids"].tolist()) for row in rows]
+    assert any("Is the cat <|im_end|> <|eot_id|> here?" in text for text in texts)  # text, as decoding shows it
+    assert any("system\nBe short." in text for text in texts) and "Rendering" in err
+
+
+def test_ids_are_those_of_the_complete_conversation(prepare, models):
+    transformers = pytest.importorskip("transformers")
+    rows = [{"messages": [*SINGLE["messages"], {"role": "user", "content": f"why {i}"},
+                          {"role": "assistant", "content": "so\n\n  it is"}]} for i in range(4)]  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": f"cat {i}"}, *row["messages"][1:]]} for i, row in enumerate(rows)]
+    for kind in ("llama3", "chatml", "mistral"):
+        folder, _ = prepare(rows, models[kind], "--seed", 1)
+        reference = transformers.AutoTokenizer.from_pretrained(models[kind])
+        tokenizer = Tokenizer(models[kind])
+        data = [SFTData(folder, split, tokenizer) for split in ("train", "test")]
+        found = {tuple(row["input_ids"].tolist()) for split in data for row in split.rows}
+        expected = set()
+        for row in rows:
+            encoded = reference.apply_chat_template(
+                row["messages"], return_dict=True, return_assistant_tokens_mask=True
+            )
+            last = max(i for i, is_generated in enumerate(encoded["assistant_masks"]) if is_generated)
+            expected.add(tuple(encoded["input_ids"][: last + 1]))
+        assert found == expected
+
+
+def test_the_last_answer_alone(prepare, models):
+    folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["llama3"], "--train_on", "last")
+    tokenizer = Tokenizer(models["llama3"])
+    assert labelled(folder, tokenizer) == {
+        ("The dog ate.<|eot_id|>",), ("There too.<|eot_id|>",), ("ran<|eot_id|>",)
+    }  # fmt: skip
+
+
+def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(prepare, models):
+    folder, err = prepare([MESSAGES, SHAREGPT, SINGLE], models["thinking"])
+    assert "3 conversations" not in err and "2 conversations became 4 rows, one for each answer" in err
+    assert labelled(folder, Tokenizer(models["thinking"])) == {
+        (f"<think>\n\n</think>\n\n{text}<|im_end|>",)
+        for text in ("The cat sat.", "The dog ate.", "On the mat.", "There too.", "ran")
+    }
+    _, err = prepare([MESSAGES, SHAREGPT, SINGLE], models["thinking"], "--train_on", "last")
+    assert "became" not in err
+
+
+def test_other_styles_give_a_row_for_each_answer(prepare, models):
+    folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"], "--prompt_style", "beaver")
+    tokenizer = Tokenizer(models["chatml"])
+    pairs = [pair for split in ("train", "test") for pair in SFTData(folder, split, tokenizer).prompts(9)]
+    texts = {tuple(map(tokenizer.decode, pair)) for pair in pairs}
+    question = "[User] Be kind.\n\nIs the cat <|im_end|> <|eot_id|> here? [Assistant] "
+    assert (question, "The cat sat.") in texts and len(texts) == 5
+    assert (f"{question}The cat sat. [User] And the dog? [Assistant] ", "The dog ate.") in texts
+
+
+def test_parts_of_a_conversation_stay_in_one_split(prepare, models):
+    rows = []
+    for i in range(12):
+        turn = [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": f"sat {i}"}]
+        rows.append({"messages": turn * 3})
+    for kind, style in (("thinking", "chat"), ("chatml", "orca")):
+        folder, _ = prepare(rows, models[kind], "--prompt_style", style)
+        tokenizer = Tokenizer(models[kind])
+        train, test = ({tokenizer.decode(r["input_ids"].tolist()).split("cat ")[1].split()[0].split("<")[0]
+                        for r in SFTData(folder, split, tokenizer).rows} for split in ("train", "test"))  # fmt: skip
+        assert train and test and not train & test
+        assert len(train | test) == 12
+
+
+def test_long_conversations_end_after_an_answer(prepare, models):
+    tokenizer = Tokenizer(models["chatml"])
+    text, spans = tokenizer.template.answer_spans(MESSAGES_READ)
+    first, both = (len(tokenizer.encode(text.part(0, end))) for _, end in spans)
+    prompt = len(tokenizer.encode(text.part(0, spans[0][0])))
+    rows = [MESSAGES, SHAREGPT, SINGLE]
+    for limit, expected in (
+        (both, ("The cat sat.<|im_end|>", "The dog ate.<|im_end|>")),
+        (both - 1, ("The cat sat.<|im_end|>",)),
+        (first, ("The cat sat.<|im_end|>",)),
+    ):
+        folder, _ = prepare(rows, models["chatml"], "--max_seq_length", limit)
+        assert expected in labelled(folder, tokenizer)
+    folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 3)
+    cut = next(runs for runs in labelled(folder, tokenizer) if runs[0].startswith("T"))
+    assert cut[0].endswith("<|im_end|>") and len(cut) == 1 and cut[0] != "The cat sat.<|im_end|>"
+    folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 1)
+    assert "1 with too long a prompt" in err
+
+
+MESSAGES_READ = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Is the cat <|im_end|> <|eot_id|> here?"},
+    {"role": "assistant", "content": "The cat sat."},
+    {"role": "user", "content": "And the dog?"},
+    {"role": "assistant", "content": "The dog ate."},
+]
+
+
+def test_rows_that_cannot_be_used_are_counted(prepare, models):
+    only_question = {"messages": [{"role": "user", "content": "a"}]}
+    answer_first = {"messages": [{"role": "assistant", "content": "Hi!"}, *SINGLE["messages"]]}
+    empty = {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}]}
+    twice = {"messages": [SINGLE["messages"][0], *SINGLE["messages"]]}
+    rows = [only_question, answer_first, empty, twice, SINGLE, SHAREGPT]
+    folder, err = prepare(rows, models["mistral"])
+    assert "Omitted 1 rows without an answer to a question (the first: row 1)." in err
+    assert "Omitted 1 rows with an empty message (the first: row 3)." in err
+    assert "Omitted 1 rows that the chat template refuses (the first: row 4: The chat template in" in err
+    assert "Conversation roles must alternate" in err
+    assert read_meta(folder, SFTData.format)["left_out"]["with an empty message"] == 1
+
+
+WRONG = {
+    "Row 2 has no field 'messages' or 'conversations'; it has 'prompt'.": {"prompt": "a"},
+    "Row 2: 'messages' is not a list of messages.": {"messages": "a"},
+    "Row 2: 'messages', message 1: 'role' is \"robot\"; it must be one of system, user": {
+        "messages": [{"role": "robot", "content": "a"}]
+    },
+    "Row 2: 'conversations', message 1: 'from' is 3; it must be": {"conversations": [{"from": 3, "value": "a"}]},
+    "Row 2: 'messages', message 2 has no text.": {"messages": [SINGLE["messages"][0], {"role": "assistant"}]},
+    "Row 2: 'messages', message 1 has parts that are not text": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+    },
+    "Row 2 is not an object": [1],
+    "Row 2: 'tools' is not a list": {**SINGLE, "tools": "{"},
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_a_wrong_row_is_one_sentence(sentence, run_script, models, tmp_path):
+    path, out = tmp_path / "rows.json", tmp_path / "out"
+    path.write_text(json.dumps([SINGLE, WRONG[sentence]]))
+    code, _, err = run_script("scripts/prepare_chat.py", "--data_file", path, "--checkpoint_dir", models["chatml"],
+                              "--output_dir", out)  # fmt: skip
+    line = err.splitlines()[-1]
+    assert code == 1 and line.startswith(f"error: {path}: {sentence}") and line.endswith(".")
+    assert not out.exists()
+
+
+# == preferences ==
+
+
+def pairs_in(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
+    names = {i: text for text, i in tokenizer.chat_engine.control.items()}
+    show = lambda ids: "".join(names.get(i) or tokenizer.decode([i]) for i in ids.tolist())  # noqa: E731
+    return {
+        tuple(show(row[name]) for name in ("prompt", "chosen", "rejected"))
+        for split in ("train", "test")
+        for row in PreferenceData(folder, split, tokenizer).rows
+    }
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CAT, SAT, ATE = say("user", "the cat"), say("assistant", "sat"), say("assistant", "ate")
+PAIRS = [
+    {"prompt": [CAT], "chosen": [SAT], "rejected": [ATE]},  # as TRL has them
+    {"prompt": "the dog", "chosen": [say("user", "the dog"), SAT], "rejected": [say("user", "the dog"), ATE]},
+    {"chosen": [say("user", "hat"), ATE, say("user", "why"), SAT], "rejected": [say("user", "hat"), ATE,
+                                                                               say("user", "why"), ATE]},
+    {"prompt": "the rat", "chosen": [SAT], "rejected": [ATE]},
+    {"prompt": [say("system", "Be kind."), CAT], "chosen": "sat", "rejected": "ate"},
+    {"prompt": [CAT], "chosen": [SAT, CAT], "rejected": [ATE]},
+    {"prompt": "x", "chosen": [CAT, SAT], "rejected": [say("user", "other"), SAT]},
+]  # fmt: skip
+
+
+def test_preferences_as_lists_of_messages(prepare, models):
+    flags = {"script": "prepare_beaver_safe"}
+    folder, err = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "chat", **flags)
+    tokenizer = Tokenizer(models["chatml"])
+    render = tokenizer.template.render
+    questions = [[CAT], [say("user", "the dog")], [say("user", "hat"), ATE, say("user", "why")],
+                 [say("user", "the rat")], [say("system", "Be kind."), CAT]]  # fmt: skip
+    assert pairs_in(folder, tokenizer) == {(str(render(q)), "sat<|im_end|>", "ate<|im_end|>") for q in questions}
+    assert "Omitted 1 rows that do not end with an answer." in err
+    assert "Omitted 1 rows with dialogues that differ before the last answer." in err
+    folder, _ = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "hh", **flags)
+    found = {pair[0] for pair in pairs_in(folder, tokenizer)}
+    assert "Human: hat Assistant: ate Human: why Assistant: " in found
+    assert "Human: Be kind.\n\nthe cat Assistant: " in found
+
+
+def test_other_scripts_take_the_chat_style(prepare, models):
+    rows = [{"instruction": f"cat {i} <|im_end|>", "input": "now", "output": f"sat {i}"} for i in range(6)]
+    tokenizer = Tokenizer(models["chatml"])
+    folder, _ = prepare(rows, models["chatml"], "--prompt_style", "chat", script="prepare_alpaca")
+    assert labelled(folder, tokenizer) == {(f"sat {i}<|im_end|>",) for i in range(6)}
+    pairs = [pair for split in ("train", "test") for pair in SFTData(folder, split, tokenizer).prompts(9)]
+    prompts = {tokenizer.decode(prompt) for prompt, _ in pairs}
+    assert any("user\ncat 3 <|im_end|>\nnow" in prompt for prompt in prompts)
+    folder, _ = prepare(rows, models["chatml"], "--prompt_style", "chat", "--stage", "rl", script="prepare_alpaca")
+    assert read_meta(folder, "lit-llama-prompts-1")["prompt_style"] == "chat"
+
+
+# == training ==
+
+
+def test_training_counts_the_answers_alone_and_generation_takes_the_style(prepare, models, run_script, tmp_path):
+    rows = [MESSAGES, SHAREGPT, SINGLE, {"messages": [say("user", "cat"), SAT] * 3}]
+    folder, _ = prepare(rows, models["chatml"])
+    out = tmp_path / "run"
+    flags = ("--checkpoint_dir", models["chatml"], "--accelerator", "cpu")
+    code, _, err = run_script(
+        "finetune/aligner.py", "--data_dir", folder, "--out_dir", out, *flags, "--epochs", 2, "--batch_size", 2,
+        "--micro_batch_size", 2, "--adapter_start_layer", 1, "--eval_interval", 1, "--max_new_tokens", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    adapter = read_adapter(out)
+    assert adapter.meta["prompt_style"] == "chat"
+    data = SFTData(folder, "train", Tokenizer(models["chatml"]))
+    assert data.weights.sum() == sum(len(r["input_ids"]) - r["prompt_length"] - (r["gaps"][1::2] - r["gaps"][::2]).sum()
+                                     for r in data.rows)  # fmt: skip
+    answer = ("generate/aligner.py", "--adapter", out, *flags, "--prompt", "the cat", "--max_new_tokens", 5)
+    code, text, err = run_script(*answer)
+    assert code == 0 and text.endswith("\n"), err
+    code, _, _ = run_script(*answer, "--system", "Be kind.", "--prompt_style", "alpaca")
+    assert code == 0
+    code, _, err = run_script("generate/aligner.py", "--checkpoint_dir", "checkpoints/microworld", "--prompt_style",
+                              "chat")  # fmt: skip
+    assert code == 1 and "has no chat template" in err
+
+
+def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, refused):
+    folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
+    (models["chatml"] / "chat_template.jinja").write_text("{{ messages }}")
+    try:
+        sentence = refused("finetune/aligner.py", "--data_dir", folder, "--out_dir", tmp_path / "run",
+                           "--checkpoint_dir", models["chatml"])  # fmt: skip
+    finally:
+        (models["chatml"] / "chat_template.jinja").unlink()
+    assert "was prepared with another chat template" in sentence
+
+
+def test_damaged_gaps_are_refused(prepare, models):
+    folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
+    meta = json.loads((folder / "meta.json").read_text())
+    for multi_turn, sentence in ((3, "multi_turn is 3 where true or false"),):
+        (folder / "meta.json").write_text(json.dumps({**meta, "multi_turn": multi_turn}))
+        with pytest.raises(UserError, match=sentence):
+            SFTData(folder, "train", Tokenizer(models["chatml"]))
+
+
+def test_the_merged_model_keeps_template_and_stops(models, tmp_path, run_script):
+    transformers = pytest.importorskip("transformers")
+    for kind in ("chatml", "mistral", "llama3"):
+        state, config = {}, LLaMAConfig.from_json(models[kind] / "lit_config.json")
+        generator = torch.Generator().manual_seed(1)
+        state["global_value_embedding.weight"] = torch.randn(1, config.n_embd, generator=generator)
+        for layer in (1, 2):
+            state[f"transformer.h.{layer}.attn.gating_factor"] = torch.ones(1, config.n_head, 1, 1)
+        meta = {"method": "aligner", "config": {"adapter_prompt_length": 1, "adapter_start_layer": 1},
+                "prompt_style": "chat"}  # fmt: skip
+        save_adapter(tmp_path / f"{kind}.safetensors", state, meta)
+        for kept in ((), ("tokenizer.json",)) if kind == "mistral" else ((),):
+            source, out = tmp_path / f"{kind}{len(kept)}", tmp_path / f"merged-{kind}{len(kept)}"
+            shutil.copytree(models[kind], source)
+            for name in kept:
+                (source / name).unlink()
+            code, _, err = run_script("scripts/merge_aligner.py", "--checkpoint_dir", source, "--adapter",
+                                      tmp_path / f"{kind}.safetensors", "--output_dir", out)  # fmt: skip
+            assert code == 0, err
+            reference, tokenizer = transformers.AutoTokenizer.from_pretrained(out), Tokenizer(source)
+            asked = [say("user", "Hello <|im_end|>")]
+            ids = reference.apply_chat_template(
+                asked, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+            )
+            assert reference.decode(ids) == reference.decode(tokenizer.encode(tokenizer.template.render(asked)))
+            ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+            end = tokenizer.chat_engine.control[tokenizer.template.end_of_turn]
+            assert end in (ends if isinstance(ends, list) else [ends])
