@@ -24,8 +24,6 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.chat_template import Message, Refusal
-from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare_settings import PrepareSettings
 
 Keep = Literal["any_safe", "one_safe", "all"]
@@ -53,6 +51,8 @@ class Settings(PrepareSettings):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+from lit_llama.chat_template import Message, Refusal
+from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare import prepare_preferences, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.storage.rows import download_rows, naming, read_rows, text_field

@@ -17,15 +17,8 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.chat_template import Message, Refusal, Unstable
-from lit_llama.conversations import prepare_conversations, read_conversation, up_to_last_answer
-from lit_llama.prepare import PrepareSettings, prepare_sft
-from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, read_rows
-from lit_llama.utils import UserError, log
+from lit_llama.prepare_settings import PrepareSettings
 
 
 @dataclass
@@ -42,6 +35,18 @@ class Settings(PrepareSettings):
     train_on: Literal["all", "last"] = "all"  # train on all answers of a conversation, or on the last one
     max_seq_length: int = 2048  # most tokens of a conversation; longer ones end after an earlier answer
 
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from tqdm import tqdm
+
+from lit_llama.chat_template import Message, Refusal, Unstable
+from lit_llama.conversations import prepare_conversations, read_conversation, up_to_last_answer
+from lit_llama.prepare import prepare_sft
+from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
+from lit_llama.storage.rows import download_rows, naming, read_rows
+from lit_llama.utils import UserError, log
 
 Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messages, tools
 
@@ -151,4 +156,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)
