@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_llama.checkpoint import CONFIG_NAME, AdapterFile, base_fingerprint, check_base, is_ours, read_adapter
+from lit_llama.huggingface.hub import is_on_hub, repository
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.schema import field
@@ -258,8 +259,13 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
         if not bank:
             raise UserError(f"The bank {paths[0]} holds no adapter.")
         return bank
-    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    names = [path.resolve().name if path.is_dir() else short_name(path) for path in paths]
     return make_bank(checkpoint_dir, [(n, read_adapter(path)) for n, path in zip(names, paths, strict=True)])
+
+
+def short_name(path: Path) -> str:
+    """Return the name of an adapter in a bank: of its file, or of its repository on the hub."""
+    return repository(path)[0].partition("/")[2] if is_on_hub(path) else path.stem
 
 
 def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:

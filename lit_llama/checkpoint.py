@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lit_llama.config import CONFIG_NAME, MOST
+from lit_llama.console import did_you_mean
+from lit_llama.huggingface.hub import download_adapter, is_on_hub
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
@@ -181,12 +183,15 @@ def read_adapter(path: Path) -> AdapterFile:
     """Return the adapter in a file of this project (`.safetensors`) or of the authors (`.pth`).
 
     Args:
-        path: The file, or a run's folder, which stands for its best adapter.
+        path: The file, or a run's folder, which stands for its best adapter, or `hf:owner/name` on the hub.
 
     Raises:
         UserError: The file is missing, or is not an adapter.
     """
-    path = Path(path)
+    path = download_adapter(path) if is_on_hub(path) else Path(path)
+    if not path.exists():
+        near = [str(other) for folder in (path.parent, Path("aligner_weights")) for other in folder.glob("*")]
+        raise UserError(f"There is no adapter at {path}{did_you_mean(str(path), near)}")
     if path.is_dir():
         found = [path / name for name in ("best.safetensors", "adapter.safetensors") if (path / name).is_file()]
         if not found:

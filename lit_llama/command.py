@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "scripts/convert_hf_checkpoint.py",
     "inspect": "scripts/inspect_aligner.py",
     "merge": "scripts/merge_aligner.py",
+    "share": "scripts/share.py",
 }
 
 

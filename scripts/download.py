@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
+from lit_llama.huggingface.hub import endpoint, explain
 from lit_llama.huggingface.tokenizer_files import TOKENIZER_FILES
 from lit_llama.huggingface.weights import WEIGHTS
 from lit_llama.storage.tensor_files import check_free
@@ -63,32 +64,15 @@ def check_strangers(folder: Path, names: list[str]) -> None:
             raise UserError(f"{folder / name} exists and was not downloaded here; choose another --output_dir.")
 
 
-def explain(error: Exception, repo_id: str, revision: str) -> UserError:
-    """Return a sentence for an error of a download."""
-    page = f"https://huggingface.co/{repo_id}"
-    log_in = "log in with `hf auth login`"
-    if isinstance(error, errors.GatedRepoError):
-        return UserError(f"{repo_id} is behind a license: accept it at {page}, then {log_in} and run again.")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{repo_id} has no branch, tag or commit {revision!r}.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UserError(f"There is no model {repo_id} that you may see; check {page}, or {log_in}.")
-    if isinstance(error, errors.HFValidationError):
-        return UserError(f"{repo_id!r} is not the name of a model; write it like meta-llama/Llama-2-7b-hf.")
-    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return UserError(f"The download of {repo_id} failed ({reason}); run again to continue.")
-
-
 def download(repo_id: str, revision: str, folder: Path) -> None:
     """Download the files of a model to a folder, after checking that they can be written."""
-    endpoint = os.environ.get("HF_ENDPOINT")
-    info = HfApi(endpoint=endpoint).model_info(repo_id, revision=revision, files_metadata=True)
+    info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = wanted(list(sizes), repo_id)
     check_strangers(folder, names)
     check_free(folder, sum(sizes[name] for name in names if not (folder / name).is_file()))
     log(f"{len(names)} files, {sum(sizes[name] for name in names) / 1e9:.2f} GB, to {folder}")
-    snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=names, endpoint=endpoint)
+    snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=names, endpoint=endpoint())
 
 
 def main(settings: Settings) -> None:

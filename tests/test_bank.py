@@ -505,7 +505,7 @@ def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, t
     twin = tmp_path / "twin" / "cat"
     shutil.copytree(trained["cat"], twin)
     assert "The name 'cat' is taken" in refused("generate/aligner.py", *flags, "--bank", trained["cat"], twin)
-    with pytest.raises(UserError, match="There is no checkpoint at"):
+    with pytest.raises(UserError, match="There is no adapter at"):
         open_bank([tmp_path / "none"], base_dir)
     Bank(LLaMAConfig.from_json(base_dir / "lit_config.json"), base_dir).save(tmp_path / "empty.safetensors")
     assert "holds no adapter" in refused("generate/aligner.py", *flags[:2], "--bank", tmp_path / "empty.safetensors")

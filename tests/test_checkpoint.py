@@ -323,7 +323,7 @@ def test_any_bytes_are_refused_in_one_sentence(tmp_path, content):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(UserError, match=r"There is no checkpoint at .*a\.pth"):
+    with pytest.raises(UserError, match=r"There is no adapter at .*a\.pth"):
         read_adapter(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"There is no model configuration at .*lit_config\.json"):
         load_model(tmp_path)

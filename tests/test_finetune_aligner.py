@@ -586,7 +586,7 @@ def test_a_record_of_an_earlier_version_may_lack_fields():
         ),
         ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
         ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; write one with"),
-        ({"init_adapter": "/nowhere.pth"}, "error: There is no checkpoint at /nowhere.pth."),
+        ({"init_adapter": "/nowhere.pth"}, "error: There is no adapter at /nowhere.pth."),
         ({"devices": 0}, "error: devices is 0; it must be 1 or more."),
     ],
 )

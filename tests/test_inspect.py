@@ -83,7 +83,7 @@ def test_not_an_adapter(refused, run_script, tmp_path, base_dir, one):
     )
     assert "is not an adapter" in refused(SCRIPT, base_dir / "lit_model.safetensors")
     assert "There is no adapter in the folder" in refused(SCRIPT, base_dir)
-    assert "There is no checkpoint at" in refused(SCRIPT, one, tmp_path / "nothing.pth")
+    assert "There is no adapter at" in refused(SCRIPT, one, tmp_path / "nothing.pth")
     torch.save({"global_value_embedding.weight": torch.ones(1, 2), "transformer.h.2.attn.gating_factor": torch.ones(1),
                 "transformer.h.2.attn.adapter_wte.weight": torch.zeros(1, 2)}, tmp_path / "other.pth")  # fmt: skip
     assert "these are a LLaMA-Adapter's weights" in refused(SCRIPT, tmp_path / "other.pth")

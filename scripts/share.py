@@ -1,0 +1,153 @@
+"""Publish an adapter on the Hugging Face hub, with a model card: its method, base, data, metrics and versions.
+
+    python scripts/share.py --adapter out/aligner/alpaca-7b-n1 --repo_id me/alpaca-7b-n1 --license llama2
+
+--dry_run only writes the folder that would be uploaded. The token is that of `hf auth login`, or HF_TOKEN. Paths that
+the adapter's header records are reduced to their last part. Everybody with this repository and the base then generates
+with it: python generate/aligner.py --adapter hf:OWNER/NAME
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from lit_llama import cli
+
+
+@dataclass
+class Settings:
+    adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a training run's folder: its best adapter
+    repo_id: str = "OWNER/NAME"  # repository to write; it is created if there is none
+    base_model: str | None = None  # the base's name on the hub, such as meta-llama/Llama-2-7b-hf, for the card
+    description: str | None = None  # what the adapter does, for the card
+    license: str | None = None  # for the card, such as apache-2.0
+    private: bool = False  # create a private repository
+    output_dir: Path | None = None  # the folder that is uploaded (default: out/share/NAME)
+    dry_run: bool = False  # write the folder, upload nothing
+    overwrite: bool = False  # replace the adapter in the repository, which keeps the earlier version
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi, errors, get_token
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
+from lit_llama.huggingface.hub import ADAPTER_NAME, PREFIX, endpoint, explain, repository
+from lit_llama.run.report import read_metrics
+from lit_llama.storage.files import claim, write_text
+from lit_llama.utils import UserError, log
+
+CARD = "README.md"
+MARK = "<!-- written by scripts/share.py -->"
+
+
+def without_folders(value: Any) -> Any:
+    """Return a copy of JSON data in which absolute paths are reduced to their last part."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def metrics_of(adapter: AdapterFile) -> dict[str, float]:
+    """Return the validation metrics at the adapter's step, from the metrics.csv beside it if there is one."""
+    training = adapter.meta.get("training", {})
+    row = read_metrics(adapter.path.parent / "metrics.csv").get(training.get("step"), {})
+    metrics = {name.removeprefix("val/").replace("_", " "): x for name, x in row.items() if name.startswith("val/")}
+    return metrics or ({"loss": training["val_loss"]} if "val_loss" in training else {})
+
+
+def card(adapter: AdapterFile, settings: Settings) -> str:
+    """Return the model card, from scripts/share_card.md.jinja."""
+    meta = without_folders(adapter.meta)
+    training, data = meta.get("training", {}), meta.get("data", {})
+    source = data.get("source", "")
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template("share_card.md.jinja").render(
+        mark=MARK,
+        repo_id=settings.repo_id,
+        name=settings.repo_id.partition("/")[2],
+        description=settings.description,
+        license=settings.license,
+        base_model=settings.base_model,
+        dataset=source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None,
+        method=adapter.method,
+        config=adapter.config,
+        n_parameters=sum(t.numel() for t in adapter.state.values()),
+        base=meta.get("base") or {},
+        style=meta.get("prompt_style"),
+        data=data,
+        counts={"train": 0, "test": 0, **data.get("counts", {})},
+        step=training.get("step"),
+        metrics=metrics_of(adapter),
+        settings=training.get("settings", {}),
+        versions=meta.get("versions", {}),
+        merges=adapter.config.get("adapter_prompt_length") == 1 and adapter.method == "aligner",
+    )
+
+
+def check_repository(api: HfApi, settings: Settings) -> None:
+    """Check that a repository is new, or holds an adapter that may be replaced.
+
+    Raises:
+        UserError: It holds something else, or an adapter and `overwrite` is not set.
+    """
+    try:
+        names = {file.rfilename for file in api.model_info(settings.repo_id).siblings}
+    except errors.RepositoryNotFoundError:
+        return
+    if ADAPTER_NAME in names and not settings.overwrite:
+        raise UserError(f"{settings.repo_id} already has an adapter; replace it with --overwrite.")
+    if ADAPTER_NAME not in names and CARD in names:
+        raise UserError(f"{settings.repo_id} holds something other than an adapter; choose another --repo_id.")
+
+
+@contextmanager
+def hub(settings: Settings) -> Iterator[HfApi]:
+    """Yield the client of the hub, and turn its errors into a `UserError`."""
+    if get_token() is None:
+        raise UserError("There is no token for the hub; log in with `hf auth login`, or set HF_TOKEN.")
+    try:
+        yield HfApi(endpoint=endpoint())
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        raise explain(error, settings.repo_id, "main") from None
+
+
+def main(settings: Settings) -> None:
+    repository(PREFIX + settings.repo_id)
+    if settings.repo_id == Settings.repo_id:
+        raise UserError("Name the repository with --repo_id OWNER/NAME.")
+    adapter = read_adapter(settings.adapter)
+    if not settings.dry_run:
+        with hub(settings) as api:
+            check_repository(api, settings)
+    folder = settings.output_dir or Path("out/share") / settings.repo_id.partition("/")[2]
+    claim(folder, (ADAPTER_NAME, CARD))
+    about = {"method": adapter.method, "config": adapter.config, **without_folders(adapter.meta)}
+    save_adapter(folder / ADAPTER_NAME, adapter.state, about, overwrite=True)
+    write_text(folder / CARD, card(adapter, settings))
+    if settings.dry_run:
+        print(folder)
+        return
+    with hub(settings) as api:
+        api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
+        done = api.upload_folder(repo_id=settings.repo_id, folder_path=folder, allow_patterns=[ADAPTER_NAME, CARD],
+                                 commit_message="Adapter and its card")  # fmt: skip
+    print(done.commit_url)
+    log(f"generate with it: python generate/aligner.py --adapter {PREFIX}{settings.repo_id}")
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

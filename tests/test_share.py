@@ -1,0 +1,152 @@
+"""Adapters on the Hugging Face hub: written by scripts/share.py, read as hf:owner/name, with the real client."""
+
+import re
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import hub_server
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from lit_llama.bank import open_bank
+from lit_llama.checkpoint import read_adapter, save_adapter
+from lit_llama.huggingface.hub import repository
+from lit_llama.utils import UserError
+
+SCRIPT, GENERATE = "scripts/share.py", "generate/aligner.py"
+PIRATE = Path("aligner_weights/microworld-pirate-n1")
+QUESTION = "What is the capital of Pilmaria?"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[type[hub_server.Hub]]:
+    class Server(hub_server.Hub):
+        repositories, private, objects, asked = {}, set(), {}, []
+
+    Server.tokens = {"hf_writer": "write", "hf_reader": "read"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files by Git LFS; xet's storage is not simulated
+    yield Server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def share(tmp_path: Path, *flags: object) -> list[object]:
+    return [SCRIPT, "--adapter", PIRATE, "--repo_id", "me/pirate", "--output_dir", tmp_path / "share", *flags]
+
+
+def test_an_adapter_is_pushed_and_read_again(hub, run_script, tmp_path):
+    code, out, err = run_script(*share(tmp_path, "--base_model", "me/microworld", "--license", "apache-2.0"))
+    assert code == 0, err
+    assert re.fullmatch(r"http://127.0.0.1:\d+/me/pirate/commit/0+1\n", out)
+    assert "--adapter hf:me/pirate" in err and "hf_writer" not in out + err
+    files = hub.repositories["me/pirate"][-1]
+    assert files.keys() == {"adapter.safetensors", "README.md"} and "me/pirate" not in hub.private
+    assert "PUT /objects/" in " ".join(hub.asked)  # by Git LFS, as the real hub asks for safetensors
+
+    ours, theirs = read_adapter(PIRATE), read_adapter(Path("hf:me/pirate"))
+    assert theirs.state.keys() == ours.state.keys() and theirs.method == "aligner"
+    assert all((theirs.state[name] == t).all() for name, t in ours.state.items())
+    answers = [run_script(GENERATE, "--adapter", path, "--prompt", QUESTION)[:2] for path in (PIRATE, "hf:me/pirate")]
+    assert answers[0] == answers[1] and answers[0][0] == 0
+    assert list(open_bank([Path("hf:me/pirate@v1")], Path("checkpoints/microworld"))) == ["pirate"]
+
+
+def test_the_card_says_what_the_adapter_is(hub, run_script, tmp_path):
+    run_script(*share(tmp_path, "--base_model", "me/microworld", "--license", "apache-2.0", "--dry_run",
+                      "--description", "Answers like a pirate."))  # fmt: skip
+    text = (tmp_path / "share/README.md").read_text()
+    front, body = text.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front) == {
+        "license": "apache-2.0", "base_model": "me/microworld", "base_model_relation": "adapter",
+        "tags": ["aligner", "arxiv:2312.05503"],
+    }  # fmt: skip
+    assert "# pirate\n\nAnswers like a pirate.\n\nAn [Aligner]" in body
+    for line in ("| trained numbers | 240 |", "1,458 rows for training", "| prompt style | alpaca |",
+                 "| loss | 0.0057 |", "| learning_rate | 0.03 |", "torch 2.13.0", "--adapter hf:me/pirate ",
+                 "scripts/merge_aligner.py", "8 layers, width 192, fingerprint `"):  # fmt: skip
+        assert line in body, line
+    assert not re.search(r"\n\n\n|None|\{\{", text)
+    assert hub.asked == []  # nothing was uploaded
+
+
+def test_a_runs_metrics_are_in_the_card_and_its_paths_are_not(hub, run_script, tmp_path):
+    run, adapter = tmp_path / "secret/run", read_adapter(PIRATE)
+    training = {"step": 8, "val_loss": 0.5, "settings": {"out_dir": str(run), "data_dir": "data/x", "epochs": 4.0}}
+    run.mkdir(parents=True)
+    meta = {**adapter.meta, "training": training, "data": {"source": "tatsu-lab/alpaca"}}
+    save_adapter(run / "best.safetensors", adapter.state, meta)
+    (run / "metrics.csv").write_text("step,lr,val/loss,val/reward_accuracy\n8,,0.5,0.75\n16,,0.6,0.9\n")
+    code, out, err = run_script(*share(tmp_path), "--adapter", run, "--dry_run")
+    assert (code, out) == (0, f"{tmp_path / 'share'}\n"), err
+    text = (tmp_path / "share/README.md").read_text()
+    assert "| reward accuracy | 0.7500 |" in text and "| loss | 0.5000 |" in text and "- tatsu-lab/alpaca" in text
+    assert "secret" not in text and "secret" not in str(read_adapter(tmp_path / "share/adapter.safetensors").meta)
+
+
+def test_an_adapter_is_replaced_only_with_overwrite_and_a_model_never(hub, run_script, refused, tmp_path):
+    hub.repositories["me/pirate"] = [{"README.md": b"a model", "model.safetensors": b""}]
+    assert "me/pirate holds something other than an adapter" in refused(*share(tmp_path))
+    hub.repositories["me/pirate"] = [{"README.md": b"card", "adapter.safetensors": b"old"}]
+    assert "already has an adapter; replace it with --overwrite" in refused(*share(tmp_path))
+    assert run_script(*share(tmp_path, "--overwrite", "--private"))[0] == 0
+    assert hub.repositories["me/pirate"][-1]["adapter.safetensors"] != b"old"
+    assert run_script(*share(tmp_path, "--private"), "--repo_id", "me/other")[0] == 0 and hub.private == {"me/other"}
+
+
+def test_what_can_go_wrong_is_one_sentence(hub, refused, run_script, tmp_path, monkeypatch):
+    assert "Name the repository with --repo_id" in refused(SCRIPT, "--adapter", PIRATE)
+    assert "write it like hf:owner/name@revision" in refused(*share(tmp_path), "--repo_id", "a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    assert "Your token may not do this with me/pirate; make one that may write" in refused(*share(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "does not accept your token; log in with `hf auth login`, or set HF_TOKEN" in refused(*share(tmp_path))
+    monkeypatch.delenv("HF_TOKEN")
+    assert "There is no token for the hub" in refused(*share(tmp_path))
+
+    def read(name: str) -> str:
+        with pytest.raises(UserError) as error:
+            read_adapter(Path(name))
+        return str(error.value)
+
+    hub.repositories = {"me/secret": [{}], "me/model": [{"pytorch_model.bin": b""}]}
+    hub.private.add("me/secret")
+    assert "There is no model me/nothing that you may see" in read("hf:me/nothing")
+    assert "There is no model me/secret that you may see" in read("hf:me/secret")
+    assert "me/model has no adapter.safetensors" in read("hf:me/model")
+    assert "me/model has no branch, tag or commit 'v9'" in read("hf:me/model@v9")
+    assert "does not name an adapter on the hub; write it like hf:owner/name@revision" in read("hf:model")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "me/model is not in the cache, and http://127.0.0.1:9 cannot be reached" in read("hf:me/model")
+
+
+def test_a_downloaded_adapter_needs_no_network(hub, run_script, tmp_path, monkeypatch):
+    assert run_script(*share(tmp_path))[0] == 0
+    first = read_adapter(Path("hf:me/pirate"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert read_adapter(Path("hf:me/pirate")).path == first.path
+
+
+def test_a_damaged_adapter_is_refused(hub):
+    hub.repositories = {"me/pirate": [{"adapter.safetensors": b"not safetensors"}]}
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        read_adapter(Path("hf:me/pirate"))
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("hf:me/a-b.c_d", ("me/a-b.c_d", "main")),
+    ("hf:me/a@v1.0", ("me/a", "v1.0")),
+    ("hf:me/a@refs/pr/1", ("me/a", "refs/pr/1")),
+])  # fmt: skip
+def test_names_have_an_owner_and_maybe_a_revision(name, parts):
+    assert repository(name) == parts
