@@ -61,6 +61,7 @@ from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.sharding import in_step, only_assists
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -89,10 +90,13 @@ def main(settings: Settings) -> None:
     session = open_session(settings, tokenizer, plan.load)
     if settings.interactive:
         return session.answer_lines(plan.styles[0])
-    columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
-    if settings.compare_base:
-        with scaled_adapter(session.model, 0.0):
-            columns = {"base": session.answers(plan.requests, plan.styles), **columns}
+    with in_step(session.model):
+        if only_assists(session.model):
+            return
+        columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
+        if settings.compare_base:
+            with scaled_adapter(session.model, 0.0):
+                columns = {"base": session.answers(plan.requests, plan.styles), **columns}
     show(plan.requests, columns)
     save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
 

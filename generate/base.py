@@ -30,6 +30,7 @@ from generate.interactive import Adapters, Chat
 from lit_llama.chat import gather_requests, is_terminal, open_session, open_tokenizer, save_answers, show
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
+from lit_llama.sharding import in_step, only_assists
 
 
 def main(settings: Settings) -> None:
@@ -39,7 +40,10 @@ def main(settings: Settings) -> None:
     session = open_session(settings, tokenizer, lambda: load_model(settings.checkpoint_dir, **settings.model_options))
     if settings.interactive:
         return Chat(session, Adapters(style)).run() if is_terminal() else session.answer_lines(style)
-    responses = session.answers(requests, [style] * len(requests))
+    with in_step(session.model):
+        if only_assists(session.model):
+            return
+        responses = session.answers(requests, [style] * len(requests))
     if style.continues:
         print("\n\n".join(responses))
     else:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_llama.settings import Checked, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare, Quantize, Seed
 from lit_llama.storage.files import check_file
+from lit_llama.utils import UserError
 
 if TYPE_CHECKING:
     from lit_llama.generation import Sampling
@@ -37,8 +38,17 @@ class AnswerSettings(Checked):
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    devices: PositiveInt = 1  # more than one share the base, each holding a part of it
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("interactive", "quantize"):
+            if self.devices > 1 and getattr(self, name):
+                raise UserError(
+                    f"--{name} needs a complete base on one device, and --devices {self.devices} shards it."
+                )
 
     @property
     def sampling(self) -> "Sampling":
@@ -48,11 +58,19 @@ class AnswerSettings(Checked):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """Device, dtype and quantization, as `load_model` takes them."""
+        """Device, dtype and quantization as `load_model` takes them, or device, dtype and mesh of several processes.
+
+        They are started when this is first read.
+        """
         from lit_llama.device import pick_device  # loads PyTorch
+        from lit_llama.run.processes import launch_sharded
+        from lit_llama.sharding import base_mesh
 
         device, dtype = pick_device(self.accelerator, self.precision)
-        return {"device": device, "dtype": dtype, "quantize": self.quantize}
+        if self.devices == 1:
+            return {"device": device, "dtype": dtype, "quantize": self.quantize}
+        fabric = launch_sharded(self.accelerator, self.devices)
+        return {"device": fabric.device, "dtype": dtype, "mesh": base_mesh(fabric, "fsdp")}
 
     def check_output(self, *inputs: Path) -> None:
         """Check that `output_file` may be written and is none of the inputs.

@@ -17,6 +17,7 @@ from lit_llama.generation import answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
+from lit_llama.sharding import is_sharded
 from lit_llama.storage.files import write_text
 from lit_llama.storage.rows import naming, read_rows, read_text, text_field
 from lit_llama.tokenizer import Tokenizer
@@ -187,7 +188,9 @@ def open_session(settings: AnswerSettings, tokenizer: Tokenizer, load: Callable[
         UserError: A file is missing or damaged.
     """
     began = time.perf_counter()
-    return Session(pack_(load()), tokenizer, settings, time.perf_counter() - began)
+    model = load()
+    model = model if is_sharded(model) else pack_(model)
+    return Session(model, tokenizer, settings, time.perf_counter() - began)
 
 
 def show(requests: Sequence[Request], columns: dict[str, list[str]]) -> None:

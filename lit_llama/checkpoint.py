@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from lit_llama.config import CONFIG_NAME, MOST
@@ -23,6 +24,7 @@ from lit_llama.huggingface.hub import download_adapter, is_on_hub
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import check_quantize, projections, quantize_
+from lit_llama.sharding import check_shardable, shard_base_
 from lit_llama.storage.files import atomic_write, write_text
 from lit_llama.storage.schema import field
 from lit_llama.storage.tensor_files import LazyTensor, open_rows, read_header, read_state, write_tensors
@@ -246,6 +248,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> LLaMA:
     """Load a base model: plain, with a trained adapter, or with a newly initialized one.
 
@@ -257,9 +260,11 @@ def load_model(
         device: Device of all parameters.
         dtype: Dtype of the base's parameters. Those of the adapter are always fp32.
         quantize: Quantization of the base's projections, one of `lit_llama.settings.Quantize`; they compute in `dtype`.
+        mesh: Processes that share the base; each reads and holds a part of it (see `lit_llama.sharding`).
 
     Raises:
-        UserError: A file is missing or damaged, the adapter belongs to another base, or the base cannot be quantized.
+        UserError: A file is missing or damaged, the adapter belongs to another base, or the base cannot be quantized or
+            sharded.
     """
     device = torch.device(device)
     if adapter is not None:
@@ -270,24 +275,28 @@ def load_model(
         check_base(adapter, checkpoint_dir, config)
     with torch.device("meta"):
         model = model_class(config)
+    later: set[str] = set()  # what stays mapped to the file, to be read layer by layer
     if quantize is not None:
         check_quantize(quantize, model, device)
-    _load_base(model, weights_path(checkpoint_dir), device, dtype, quantized=quantize is not None)
+        later = {f"{name}.weight" for name in projections(model)}
+    if mesh is not None:
+        check_shardable(model, quantize)
+        later = {name for name, _ in model.named_parameters()}
+    _load_base(model, weights_path(checkpoint_dir), device, dtype, later)
     if adapter is not None:
         model.load_state_dict({name: t.to(device, torch.float32) for name, t in adapter.state.items()}, assign=True)
     else:
         model.initialize_adapter()
     if quantize is not None:
         quantize_(model, quantize, device, dtype)
-    return model.to(device)
+    if mesh is None:
+        return model.to(device)
+    shard_base_(model, mesh, device, dtype)
+    return model
 
 
-def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtype, quantized: bool) -> None:
-    """Replace the base's parameters, on the meta device, by those of a file.
-
-    Projections to be quantized stay mapped to the file, one of them is read at a time.
-    """
-    later = {f"{name}.weight" for name in projections(model)} if quantized else set()
+def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtype, later: set[str]) -> None:
+    """Replace the base's parameters, on the meta device, by those of a file; those in `later` stay mapped to it."""
     model.load_state_dict(read_state(path), assign=True)  # checks the shapes before anything is allocated
     for name, p in model.named_parameters():
         if not p.is_meta and name not in later:

@@ -196,6 +196,10 @@ def load_with_bank(
     Raises:
         UserError: As `load_model`, the bank is for a base of another shape, or a name is not in the bank.
     """
+    if options.get("mesh") is not None:
+        raise UserError(
+            "Several Aligners or a bank need the complete base; with --devices, use --adapter with a single one."
+        )
     terms = as_sum(row)
     merge = merge and all(prefixes.size(1) == 1 for _, prefixes, _ in bank.gather([name for name, _ in terms]))
     model = load_model(checkpoint_dir, method=None if merge else LLaMA, **options)
@@ -233,7 +237,7 @@ def load_adapted(
     foreign = [adapter for adapter in adapters if adapter.method != "aligner"]
     if foreign and len(adapters) > 1:
         raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
-    if foreign:
+    if foreign or (len(adapters) == 1 and options.get("mesh") is not None):  # a base is sharded without merging
         model = load_model(checkpoint_dir, adapters[0], **options)
         for name, p in model.adapter_parameters().items():
             p.data = model.scaled_parameter(name, p.data, strengths[0])

@@ -79,7 +79,11 @@ class LLaMA(Variant):
         """
         x, targets = self.hidden(idx)[:, :-1], labels[:, 1:]
         predicts = targets != IGNORE_INDEX
-        return token_logps(x[predicts], self.output_weight, targets[predicts])
+        return self.hidden_logps(x[predicts], targets[predicts])
+
+    def hidden_logps(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the log-probabilities of tokens, (n,) fp32, for normalized hidden states (n, C) and token ids (n,)."""
+        return token_logps(x, self.output_weight, targets)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """Return the normalized output of the last block, (B, T, C). The arguments are those of `forward`."""

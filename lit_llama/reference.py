@@ -21,6 +21,7 @@ from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode, swapped_parameters
+from lit_llama.sharding import in_step
 from lit_llama.storage.cache import fill_once, hash_file, is_intact
 from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, log
@@ -122,9 +123,9 @@ def compute_reference(
     """
     logps = torch.zeros(len(data), 2, device=fabric.device)
     mine = batches[fabric.global_rank :: fabric.world_size]
-    for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
-        batch = fabric.to_device(data.batch(rows))
-        with eval_mode(model):
+    with eval_mode(model), in_step(model):
+        for rows in tqdm(mine, desc=f"Reference, {name}", unit="batch", disable=fabric.global_rank > 0):
+            batch = fabric.to_device(data.batch(rows))
             logps[batch["rows"]] = pair_logps(model, batch).view(2, -1).T
     return fabric.all_reduce(logps, reduce_op="sum").cpu()
 

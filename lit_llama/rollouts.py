@@ -22,6 +22,7 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_weights, group_advantages
 from lit_llama.run.train_settings import LengthTerm
+from lit_llama.sharding import in_step
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer, add_scaled
 
@@ -172,14 +173,15 @@ class PolicyTrainer(Trainer):
         """Sample the answers of this process and return metrics, means over the prompts of all processes."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.train.batches.clear()
-        for rows, scale in self.share_of_process(micro_batches):
-            sampled = self.train.sample(self.unwrapped, self.step, rows)
-            add_scaled(sums, self.fabric.to_device(sampled), scale)
-            if self.settings.updates_per_batch > 1:  # the first update does not need them: its ratio is 1
-                batch = self.train.batch(rows)
-                on_device = self.fabric.to_device(batch)
-                with torch.no_grad(), eval_mode(self.model):
-                    batch["old_logps"] = self.model(on_device["idx"], on_device["labels"])
+        with in_step(self.model):
+            for rows, scale in self.share_of_process(micro_batches):
+                sampled = self.train.sample(self.unwrapped, self.step, rows)
+                add_scaled(sums, self.fabric.to_device(sampled), scale)
+                if self.settings.updates_per_batch > 1:  # the first update does not need them: its ratio is 1
+                    batch = self.train.batch(rows)
+                    on_device = self.fabric.to_device(batch)
+                    with torch.no_grad(), eval_mode(self.model):
+                        batch["old_logps"] = self.model(on_device["idx"], on_device["labels"])
         metrics = self.mean_over_processes(sums, sum(map(len, micro_batches)))
         return {f"train/{name}": value for name, value in metrics.items()}
 
@@ -188,19 +190,20 @@ class PolicyTrainer(Trainer):
         """Return metrics of greedy answers to the validation prompts, always in the same batches."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
-        for rows, scale in self.share_of_process(plan_validation(self.val.lengths, batch_size)):
-            answers = self.val_answerer.answers(self.unwrapped, rows)
-            scores = rewards = self.val_answerer.rewards(self.score, answers)
-            if self.train.reward is not self.score:
-                rewards = self.val_answerer.rewards(self.train.reward, answers)
-            metrics = {
-                "loss": (1 - scores).sum(),
-                "accuracy": (scores >= 1).float().sum(),
-                "reward": rewards.sum(),
-                "answer_tokens": torch.tensor(float(sum(map(len, answers.ids)))),
-                "ended": torch.tensor(answers.ended).float().sum(),
-            }
-            add_scaled(sums, self.fabric.to_device(metrics), scale)
+        with in_step(self.model):
+            for rows, scale in self.share_of_process(plan_validation(self.val.lengths, batch_size)):
+                answers = self.val_answerer.answers(self.unwrapped, rows)
+                scores = rewards = self.val_answerer.rewards(self.score, answers)
+                if self.train.reward is not self.score:
+                    rewards = self.val_answerer.rewards(self.train.reward, answers)
+                metrics = {
+                    "loss": (1 - scores).sum(),
+                    "accuracy": (scores >= 1).float().sum(),
+                    "reward": rewards.sum(),
+                    "answer_tokens": torch.tensor(float(sum(map(len, answers.ids)))),
+                    "ended": torch.tensor(answers.ended).float().sum(),
+                }
+                add_scaled(sums, self.fabric.to_device(metrics), scale)
         return self.mean_over_processes(sums, len(self.val))
 
     def summary(self) -> dict[str, Any]:

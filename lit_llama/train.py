@@ -24,6 +24,7 @@ from lit_llama.run.samples import summarize
 from lit_llama.run.saved_state import best_of, check_saved_state
 from lit_llama.run.schedule import lr_at
 from lit_llama.run.setup import Setup
+from lit_llama.sharding import average_gradients, in_step
 from lit_llama.utils import UserError, log
 
 
@@ -87,8 +88,7 @@ class Trainer:
         if self.settings.max_steps is not None:
             self.max_steps = min(self.max_steps, self.settings.max_steps)
         self.warmup_steps = round(min(self.settings.warmup_epochs, 1e9) * self.steps_per_epoch)
-        self.step = 0
-        self.seconds, self.tokens = 0.0, 0  # of the run, earlier processes included
+        self.step, self.seconds, self.tokens = 0, 0.0, 0  # of the run, earlier processes included
         self.val_losses: list[tuple[int, float]] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
         self.stopping = False  # a process of the run got SIGTERM
@@ -160,6 +160,7 @@ class Trainer:
                 fabric.backward(losses["loss"] * (scale * fabric.world_size / total))
             add_scaled(sums, losses, scale)
             not_finite.append((~losses["loss"].detach().isfinite(), rows))
+        average_gradients(fabric, self.model)
         sums["stopping"] = torch.tensor(float(self.run.stopping), device=fabric.device)
         metrics = self.mean_over_processes(sums, total)
         self.stopping = metrics.pop("stopping") > 0
@@ -196,11 +197,12 @@ class Trainer:
     def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, float]]:
         """Return the micro-batches of this process and the factor of their losses.
 
-        If there are fewer micro-batches than processes, the others compute the first one with a factor of 0, because
-        all processes have to take part in the exchange of gradients.
+        All processes have the same number, because they exchange gradients and may share the base: those with fewer
+        compute the first one again, with a factor of 0.
         """
-        mine = micro_batches[self.fabric.global_rank :: self.fabric.world_size]
-        return [(rows, 1.0) for rows in mine] or [(micro_batches[0], 0.0)]
+        mine = [(rows, 1.0) for rows in micro_batches[self.fabric.global_rank :: self.fabric.world_size]]
+        missing = math.ceil(len(micro_batches) / self.fabric.world_size) - len(mine)
+        return mine + missing * [(micro_batches[0], 0.0)]
 
     def mean_over_processes(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
         """Return the sums of all processes divided by the total weight."""
@@ -228,7 +230,7 @@ class Trainer:
         is_best = best_of(self.val_losses)[0] == self.step
         if is_best:
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
-        with self.run.together():
+        with self.run.together(), in_step(self.model):
             if not self.run.is_first:
                 return
             if is_best:

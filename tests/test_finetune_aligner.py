@@ -484,8 +484,11 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 # == several processes ==
 
 
-@pytest.mark.parametrize("launcher", ["--devices", "fabric run"])
-def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "strategy"),
+    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "hsdp"), ("fabric run", "fsdp")],
+)
+def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strategy):
     # the sixth step is one row and the validation one batch: the second process has nothing there
     changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
     train(flags(tmp_path / "one", **changes))
@@ -496,9 +499,9 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         fabric_run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}"]
-        run = [*fabric_run, "--devices=2", "--strategy=ddp", "--accelerator=cpu", script_path]
+        run = [*fabric_run, "--devices=2", f"--strategy={strategy}", "--accelerator=cpu", script_path]
     else:
-        run = [sys.executable, script_path, "--devices=2", "--strategy=ddp"]
+        run = [sys.executable, script_path, "--devices=2", f"--strategy={strategy}"]
     result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr

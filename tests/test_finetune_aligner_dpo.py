@@ -277,13 +277,17 @@ def test_what_is_reported_can_change_when_a_run_resumes(settings, tmp_path, caps
     assert all(f"> {r['prompt']}\nbefore: {first[r['prompt']]}\nafter:  {r['answer']}\n" in said for r in records[-2:])
 
 
-@pytest.mark.parametrize("precompute", [True, False])
-def test_two_processes_give_the_numbers_of_one(settings, trained_adapter, tmp_path, precompute):
-    changes = dict(init_adapter=trained_adapter, precompute_reference=precompute, sample_prompts=0, drift_prompts=0)
+@pytest.mark.parametrize(
+    ("strategy", "precompute", "sampled"), [("ddp", True, 0), ("ddp", False, 0), ("fsdp", True, 3), ("fsdp", False, 0)]
+)
+def test_two_processes_give_the_numbers_of_one(settings, trained_adapter, tmp_path, strategy, precompute, sampled):
+    changes = dict(init_adapter=trained_adapter, precompute_reference=precompute)
+    changes |= dict(sample_prompts=sampled, drift_prompts=sampled)
     train(settings(tmp_path / "one", **changes))
     shutil.rmtree(tmp_path / "data/.aligner-cache", ignore_errors=True)  # both processes compute it
-    command = [sys.executable, script.__file__, "--devices=2", "--strategy=ddp", *settings(tmp_path / "two", **changes)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command += settings(tmp_path / "two", **changes)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
     one, two = (logged(tmp_path / name) for name in ("one", "two"))

@@ -209,10 +209,12 @@ def test_a_run_resumes_to_the_same_rewards(settings, tmp_path):
         train([*short, "--resume", "--max_new_tokens=5"])
 
 
-def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
-    changes = dict(sample_prompts=0, drift_prompts=0, kl_weight=0.1, max_steps=2, updates_per_batch=2)
+@pytest.mark.parametrize(("strategy", "sampled"), [("ddp", 0), ("fsdp", 2)])
+def test_two_processes_give_the_numbers_of_one(settings, tmp_path, strategy, sampled):
+    changes = dict(sample_prompts=sampled, drift_prompts=sampled, kl_weight=0.1, max_steps=2, updates_per_batch=2)
     train(settings(tmp_path / "one", **changes))
-    command = [sys.executable, script.__file__, "--devices=2", "--strategy=ddp", *settings(tmp_path / "two", **changes)]
+    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command += settings(tmp_path / "two", **changes)
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     one, two = (logged(tmp_path / name) for name in ("one", "two"))

@@ -84,7 +84,7 @@ from lit_llama.run import processes
 from lit_llama.console import exit_on_user_error
 processes.PATIENCE = timedelta(seconds=3)
 with exit_on_user_error():
-    strategy = processes.ddp_strategy("auto", 1000)
+    strategy = processes.fabric_strategy("auto", 1000)
     processes.launch(Fabric(accelerator="cpu", num_nodes=1000, strategy=strategy), 1000)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

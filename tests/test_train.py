@@ -144,9 +144,19 @@ def test_a_run_whose_state_was_deleted_is_only_overwritten(tmp_path, resume):
     RunFolder(Settings(out_dir=tmp_path, overwrite=True))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "nonsense"])
-def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy):
-    with pytest.raises(UserError, match=r"Fabric refuses these settings|is not supported"):
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [
+        ("fsdp", "--strategy fsdp shards a frozen base, and here the base is trained; use ddp."),
+        (
+            "ddp_spawn",
+            "'ddp_spawn' .* is not supported; use 'ddp' for several devices with a complete base each, or 'fsdp'",
+        ),
+        ("nonsense", "Fabric refuses these settings"),
+    ],
+)
+def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy, sentence):
+    with pytest.raises(UserError, match=sentence):
         make_fabric(Settings(out_dir=tmp_path, strategy=strategy, devices=2))
 
 

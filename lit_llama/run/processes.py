@@ -12,15 +12,18 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
 from lit_llama.utils import UserError, log
 
+SHARDED = ("fsdp", "hsdp")  # strategies that shard the base over all devices, or over those of each machine
 PATIENCE = timedelta(minutes=30)  # for processes of other machines, and for one that computes alone
 
 
-def ddp_strategy(strategy: str, num_nodes: int) -> str | DDPStrategy:
-    """Return the strategy for Fabric; with several machines, one with a known time limit."""
+def fabric_strategy(strategy: str, num_nodes: int = 1) -> str | DDPStrategy | ModelParallelStrategy:
+    """Return the strategy for Fabric; with several machines or a sharded base, one with a known time limit."""
+    if strategy in SHARDED:  # the model comes sharded from `load_model`
+        return ModelParallelStrategy(parallelize_fn=lambda model, mesh: model, timeout=PATIENCE)
     return DDPStrategy(timeout=PATIENCE) if num_nodes > 1 and strategy in ("auto", "ddp") else strategy
 
 
@@ -61,6 +64,8 @@ def together(fabric: Fabric) -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except Exception as error:  # a mistake of this project, which keeps its traceback
+        if isinstance(fabric.strategy, ModelParallelStrategy):
+            raise  # the others may wait for a part of the base, and end with this process
         mistake, problem = error, f"Process {fabric.global_rank} failed ({type(error).__name__})."
     problems: list[Any] = [None] * fabric.world_size
     dist.all_gather_object(problems, problem)
@@ -70,19 +75,37 @@ def together(fabric: Fabric) -> Iterator[None]:
         raise UserError(first)
 
 
-def watch_processes(fabric: Fabric) -> None:
+def launch_sharded(accelerator: str, devices: int) -> Fabric:
+    """Start the processes that share a base to generate with it, one for each device of this machine.
+
+    Raises:
+        UserError: There are no such devices.
+    """
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=fabric_strategy("fsdp"))
+    except Exception as error:  # Fabric raises several types
+        raise UserError(f"Fabric refuses --devices {devices}: {error}") from None
+    launch(fabric, 1)
+    watch_processes(fabric, advice="")
+    return fabric
+
+
+def watch_processes(fabric: Fabric, advice: str = "; continue it with --resume") -> None:
     """End this process soon after another one of the run on this machine has ended, even if it waits for it.
 
     gloo notices a lost process by itself, NCCL does not.
+
+    Args:
+        advice: The end of the message.
     """
     if fabric.world_size == 1:
         return
     atexit.register(_disconnect)
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":  # Lightning's, in the first process; it would kill without a word
-            thread._terminate_all = lambda children=thread._child_processes: _give_up(children)
+            thread._terminate_all = lambda children=thread._child_processes: _give_up(children, advice)
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_watch_parent, args=(os.getppid(), advice), daemon=True).start()
 
 
 def _disconnect() -> None:
@@ -91,16 +114,16 @@ def _disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _watch_parent(parent: int) -> None:
+def _watch_parent(parent: int, advice: str) -> None:
     while os.getppid() == parent:
         time.sleep(1)
-    _give_up([])
+    _give_up([], advice)
 
 
-def _give_up(children: list[Any]) -> None:
+def _give_up(children: list[Any], advice: str) -> None:
     time.sleep(3)  # a process that can end by itself explains more
     for child in children:
         child.kill()
-    log("error: Another process of this run ended, and the run cannot go on; continue it with --resume.")
+    log(f"error: Another process of this run ended, and the run cannot go on{advice}.")
     sys.stdout.flush()
     os._exit(1)

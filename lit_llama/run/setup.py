@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter
@@ -14,8 +14,9 @@ from lit_llama.device import computes_bf16
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.run.processes import ddp_strategy, launch, watch_processes
+from lit_llama.run.processes import SHARDED, fabric_strategy, launch, watch_processes
 from lit_llama.run.train_settings import FinetuneSettings, Precision, TrainSettings
+from lit_llama.sharding import base_mesh
 from lit_llama.storage.schema import field
 from lit_llama.utils import UserError
 
@@ -55,8 +56,8 @@ class Setup:
         cls, fabric: Fabric, model: LLaMA, optimizers: list[torch.optim.Optimizer], adapter_meta: dict[str, Any]
     ) -> "Setup":
         """Wrap a model and its optimizers with Fabric."""
-        wrapped, *optimizers = fabric.setup(LabelLogps(model), *optimizers)
-        return cls(fabric, wrapped, optimizers, adapter_meta)
+        wrapped = fabric.setup_module(LabelLogps(model))
+        return cls(fabric, wrapped, [fabric.setup_optimizers(optimizer) for optimizer in optimizers], adapter_meta)
 
 
 def make_fabric(settings: TrainSettings) -> Fabric:
@@ -68,8 +69,10 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
-    flags["strategy"] = ddp_strategy(settings.strategy, settings.num_nodes)
     launched = FABRIC_RUN in os.environ
+    # Fabric's strategies of these names are others
+    strategy = os.environ.pop(FABRIC_RUN_FLAGS["strategy"], settings.strategy) if launched else settings.strategy
+    flags["strategy"] = fabric_strategy(strategy, settings.num_nodes)
     given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
     if flags["precision"] == "auto":
         accelerator = given.get("accelerator", flags["accelerator"])
@@ -78,23 +81,26 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         fabric = Fabric(**{name: value for name, value in flags.items() if name not in given})
     except Exception as error:  # of many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
-    check_fabric(fabric, settings.strategy)
+    check_fabric(fabric, strategy, isinstance(settings, FinetuneSettings))
     if not launched:
         launch(fabric, settings.num_nodes)
     watch_processes(fabric)
     return fabric
 
 
-def check_fabric(fabric: Fabric, strategy: str) -> None:
+def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
     """Refuse strategies and precisions that the training loop does not support."""
-    if type(fabric.strategy) not in (SingleDeviceStrategy, DDPStrategy) or "spawn" in strategy or "fork" in strategy:
+    supported = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if type(fabric.strategy) not in supported or "spawn" in strategy or "fork" in strategy:
         raise UserError(
-            f"The strategy {strategy!r} ({type(fabric.strategy).__name__}) is not supported, because each device needs "
-            "its own process and the complete base; use 'ddp' for several devices."
+            f"The strategy {strategy!r} ({type(fabric.strategy).__name__}) is not supported; use 'ddp' for several "
+            "devices with a complete base each, or 'fsdp' for a base that is sharded over them."
         )
-    supported, precision = get_args(Precision)[1:], fabric.strategy.precision.precision
-    if precision not in supported:
-        raise UserError(f"The precision {precision} is not supported; use {', '.join(supported)}.")
+    if strategy in SHARDED and not frozen_base:
+        raise UserError(f"--strategy {strategy} shards a frozen base, and here the base is trained; use ddp.")
+    precisions, precision = get_args(Precision)[1:], fabric.strategy.precision.precision
+    if precision not in precisions:
+        raise UserError(f"The precision {precision} is not supported; use {', '.join(precisions)}.")
 
 
 def base_dtype(fabric: Fabric) -> torch.dtype:
@@ -122,6 +128,7 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
         device=fabric.device,
         dtype=base_dtype(fabric),
         quantize=settings.quantize,
+        mesh=base_mesh(fabric, settings.strategy),
     )
     mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = settings.gradient_checkpointing

@@ -51,7 +51,7 @@ class TrainSettings(Checked):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" uses a GPU if there is one
     devices: PositiveInt | str = 1  # number of devices, or "auto" for all
     num_nodes: PositiveInt = 1  # number of machines
-    strategy: str = "auto"  # strategy of Fabric: "auto" or "ddp"
+    strategy: str = "auto"  # "auto", "ddp", or to shard the base over all devices "fsdp", over each machine's "hsdp"
     precision: Precision = "auto"  # of the frozen weights; "auto" is bf16-true on GPUs with bf16, else 32-true
 
     def __post_init__(self) -> None:
@@ -90,3 +90,8 @@ class FinetuneSettings(TrainSettings):
 
     # == Devices ==
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize is not None and self.strategy in ("fsdp", "hsdp"):
+            raise UserError(f"--quantize {self.quantize} and --strategy {self.strategy} exclude each other.")

@@ -1,0 +1,207 @@
+"""A base that two processes share, over gloo: the numbers of one process, and half of its memory in each."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+
+from lit_llama.checkpoint import save_adapter, save_base
+from lit_llama.model import LLaMAConfig
+from lit_llama.sharding import in_step, is_sharded, only_assists
+
+ROOT = Path(__file__).parents[1]
+START = f"""
+import json, sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import toys
+from lit_llama.checkpoint import load_model, read_adapter
+from lit_llama.console import exit_on_user_error
+from lit_llama.generation import Sampling, generate
+from lit_llama.model import LLaMA
+from lit_llama.run.processes import launch_sharded
+from lit_llama.sharding import average_gradients, base_mesh, in_step, is_sharded, only_assists
+from lit_llama.utils import UserError
+from lit_llama.variant import mark_only_adapter_as_trainable
+
+folder = Path(sys.argv[1])
+fabric = launch_sharded("cpu", 2)
+rank, mesh = fabric.global_rank, base_mesh(fabric, "fsdp")
+
+def own_bytes(model):
+    return sum(getattr(p, "to_local", lambda p=p: p)().nbytes for n, p in model.named_parameters()
+               if not model.is_adapter_parameter(n))
+
+def report(values):
+    (folder / f"report-{{rank}}.json").write_text(json.dumps(values))
+"""
+
+
+def run(folder: Path, script: str) -> tuple[list[dict], subprocess.CompletedProcess]:
+    """Run a script in two processes. Return what each reported, and the first process."""
+    (folder / "script.py").write_text(START + script)
+    done = subprocess.run([sys.executable, folder / "script.py", folder], capture_output=True, text=True, timeout=300)
+    paths = [folder / f"report-{rank}.json" for rank in (0, 1)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()], done
+
+
+NUMBERS = """
+said = {}
+for case in json.loads((folder / "cases.json").read_text()):
+    dtype = getattr(torch, case["dtype"])
+    adapter = read_adapter(folder / case["name"] / "adapter.safetensors")
+    one = load_model(folder / case["name"], adapter, dtype=dtype)
+    two = load_model(folder / case["name"], adapter, dtype=dtype, mesh=mesh)
+    idx, labels = toys.token_ids(3, 12, seed=rank), toys.token_ids(3, 12, seed=9)
+    labels[:, :5] = -1
+    equal = {"sharded": is_sharded(two) and not is_sharded(one)}
+    gradients = {}
+    for model in (one, two):
+        mark_only_adapter_as_trainable(model)
+        model.gradient_checkpointing = case["gradient_checkpointing"]
+        for scale in (1, 2):  # micro-batches
+            (scale * model.label_logps(idx, labels)).sum().backward()
+        gradients[model] = {n: p.grad.clone() for n, p in model.adapter_parameters().items()}
+        for p in model.adapter_parameters().values():
+            p.grad = None
+        model(idx).float().logsumexp(-1).sum().backward()  # through the logits
+        gradients[model] |= {"logits, " + n: p.grad.clone() for n, p in model.adapter_parameters().items()}
+    equal["gradients"] = all(torch.equal(g, gradients[two][n]) for n, g in gradients[one].items())
+    equal["there are gradients"] = all(g.abs().sum() > 0 for g in gradients[one].values())
+    with torch.no_grad():
+        equal["logits"] = torch.equal(one(idx), two(idx))
+        equal["logps"] = torch.equal(one.label_logps(idx, labels), two.label_logps(idx, labels))
+
+    # each process has other prompts, and makes another number of passes
+    prompts = toys.prompts(3, 9, 30, seed=rank)[: 1 + 2 * rank]
+    sampling = Sampling(4 + 5 * rank, temperature=1.0)
+    with in_step(two):
+        answers = generate(two, prompts, sampling)
+    equal["answers"] = answers == generate(one, prompts, sampling)
+    with in_step(two):
+        if rank == 0:
+            equal["alone"] = generate(two, prompts, sampling) == answers
+
+    average_gradients(fabric, two)
+    for n, p in two.adapter_parameters().items():
+        first, second = (fabric.broadcast(gradients[one]["logits, " + n], src=source) for source in (0, 1))
+        equal["mean, " + n] = torch.allclose(p.grad, (first + second) / 2, rtol=1e-6)
+    said[case["name"] + " " + case["dtype"]] = {"equal": equal, "bytes": [own_bytes(one), own_bytes(two)]}
+report(said)
+"""
+CASES = [("mha", "float32", False), ("tied", "float32", True), ("biases", "bfloat16", False),
+         ("tied", "bfloat16", False), ("gqa", "bfloat16", True)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("sharded")
+    for name in dict.fromkeys(name for name, *_ in CASES):
+        model = toys.aligned(length=3, **toys.ARCHITECTURES[name])
+        adapter = toys.adapter_state(model)
+        base = {n: t for n, t in model.state_dict().items() if n not in adapter}
+        save_base(folder / name, LLaMAConfig(**toys.SIZES, **toys.ARCHITECTURES[name]), base)
+        meta = {"method": "aligner", "config": {"adapter_prompt_length": 3, "adapter_start_layer": 1}}
+        save_adapter(folder / name / "adapter.safetensors", adapter, meta)
+    cases = [dict(zip(("name", "dtype", "gradient_checkpointing"), case, strict=True)) for case in CASES]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    found, done = run(folder, NUMBERS)
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+@pytest.mark.parametrize("case", [f"{name} {dtype}" for name, dtype, _ in CASES])
+def test_two_processes_compute_the_numbers_of_one_bit_for_bit(numbers, case):
+    for found in numbers:
+        assert [name for name, holds in found[case]["equal"].items() if not holds] == []
+
+
+@pytest.mark.parametrize("case", [f"{name} {dtype}" for name, dtype, _ in CASES])
+def test_each_process_holds_half_of_the_base(numbers, case):
+    (complete, first), (_, second) = (found[case]["bytes"] for found in numbers)
+    replicated = toys.SIZES["n_embd"] * (4 if "32" in case else 2)  # the last norm
+    assert first + second == complete + replicated
+    assert abs(first - second) <= 0.01 * complete
+
+
+MEMORY = """
+def peak(model_mesh):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    status = lambda: dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    before = int(status()["VmRSS"].split()[0])
+    model = load_model(folder, mesh=model_mesh)
+    mark_only_adapter_as_trainable(model)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    return own_bytes(model), 1024 * (int(status()["VmHWM"].split()[0]) - before)
+
+two = peak(mesh)
+one = peak(None)
+report({"one": one, "two": two})
+"""
+
+
+def test_the_peak_memory_of_each_process_is_half_and_one_layer(tmp_path):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc")
+    config = LLaMAConfig(vocab_size=8192, n_layer=24, n_head=8, n_embd=512, intermediate_size=1408, block_size=64)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in toys.model.LLaMA(config).named_parameters()}
+    save_base(tmp_path, config, {name: torch.rand(shape) * 0.01 for name, shape in shapes.items()})
+    found, done = run(tmp_path, MEMORY)
+    assert done.returncode == 0, done.stderr
+    layer = 4 * max(8192 * 512, 4 * 512**2 + 3 * 512 * 1408)
+    for each in found:
+        (complete, peak_of_one), (share, peak_of_two) = each["one"], each["two"]
+        assert complete > 300e6 and share == pytest.approx(complete / 2, rel=1e-4)
+        assert peak_of_one > 0.9 * complete  # rows of the embedding that no token names stay on the disk
+        assert peak_of_two < share + 4 * layer
+
+
+FAILURE = """
+import os, signal
+model = load_model(folder, mesh=mesh)
+with exit_on_user_error():
+    case = (folder / "case").read_text()
+    with in_step(model):
+        if case == "sentence" and rank == 0:
+            raise UserError("The disk is full.")
+        if case == "killed" and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        generate(model, toys.prompts(5), Sampling(20))
+    print("not reached" if case == "killed" or rank == 0 else "")
+"""
+
+
+@pytest.fixture
+def plain_folder(tmp_path) -> Path:
+    save_base(tmp_path, LLaMAConfig(**toys.SIZES), toys.base().state_dict())
+    return tmp_path
+
+
+def test_an_error_between_two_passes_lets_the_others_finish(plain_folder):
+    (plain_folder / "case").write_text("sentence")
+    _, done = run(plain_folder, FAILURE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: The disk is full."
+    assert "not reached" not in done.stdout
+
+
+def test_the_death_of_a_process_ends_the_other_with_a_sentence(plain_folder):
+    (plain_folder / "case").write_text("killed")
+    _, done = run(plain_folder, FAILURE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: Another process of this run ended")
+
+
+def test_a_complete_base_is_not_affected():
+    model = toys.aligned()
+    assert not is_sharded(model) and not only_assists(model)
+    with in_step(model):
+        model(toys.token_ids(1, 4))
