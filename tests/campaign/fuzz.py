@@ -29,13 +29,20 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 
 MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
            "lit_llama.run.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.chat", "lit_llama.compose",
-           "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.huggingface.weights")  # fmt: skip
+           "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.huggingface.weights", "lit_llama.cli",
+           "lit_llama.dpo", "lit_llama.reference", "lit_llama.rl", "lit_llama.rollouts", "lit_llama.prepare_prompts",
+           "lit_llama.rewards", "tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2",
+           "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "multiprocessing.synchronize",
+           "torch.utils.serialization", "encodings.utf_8_sig")  # fmt: skip
 BASE = "--checkpoint_dir tiny --max_new_tokens 2"
-TRAIN = "--accelerator cpu --batch_size 2 --micro_batch_size 2 --save_interval 1 --eval_interval 1 --sample_prompts 1"
+TRAIN = (
+    "--accelerator cpu --batch_size 2 --micro_batch_size 2 --save_interval 1 --eval_interval 1 --sample_prompts 1 "
+    "--max_new_tokens 3"
+)
 SFT = f"finetune/aligner.py --checkpoint_dir tiny --data_dir data --adapter_start_layer 0 {TRAIN}"
 DPO = f"finetune/alignerDPO.py --checkpoint_dir tiny --data_dir pairs --init_adapter run {TRAIN} --drift_prompts 1"
 RL = (f"finetune/alignerRL.py --checkpoint_dir tiny --data_dir asks --adapter_start_layer 0 {TRAIN} --drift_prompts 1 "
-      "--reward length --group_size 2 --max_new_tokens 2")  # fmt: skip
+      "--reward length --group_size 2")  # fmt: skip
 PREPARE = "--checkpoint_dir tiny --num_proc 1 --max_seq_length 64 --test_fraction 0.3 --output_dir out"
 ALPACA = f"scripts/prepare_alpaca.py {PREPARE} --data_file"
 VICUNA = ("evaluate/vicuna.py --judge_model m --judge_workers 1 --judge_retries 0 --limit 2 --checkpoint_dir tiny "
@@ -157,11 +164,16 @@ def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | 
     names = only or list(FORMATS)
     name = rng.choices(names, [FORMATS[name].weight for name in names])[0]
     format = FORMATS[name]
-    shutil.copytree(material, folder, dirs_exist_ok=True, copy_function=shutil.copy)
-    files = sorted(path for pattern in format.files for path in folder.glob(pattern) if path.is_file())
-    path = rng.choice(files)
-    relative = path.relative_to(folder)
+    files = sorted(path for pattern in format.files for path in material.glob(pattern) if path.is_file())
+    relative = rng.choice(files).relative_to(material)
     calls = [call for call in format.calls if "FILE" in call or reads(call, relative)] or list(format.calls)
+    call = rng.choice(calls).replace("FILE", str(relative))
+    for entry in {relative.parts[0], ".aligner-cache", *(word.split("/")[0] for word in call.split())}:
+        if (material / entry).is_dir():
+            shutil.copytree(material / entry, folder / entry, copy_function=shutil.copy)
+        elif (material / entry).is_file():
+            shutil.copy(material / entry, folder)
+    path = folder / relative
     others = [
         file.read_bytes() for file in sorted(material.glob("*.*")) if file.is_file() and file.suffix != path.suffix
     ]
@@ -171,9 +183,9 @@ def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | 
         kind = replace_by_special(rng, path)
     else:
         path.write_bytes(content)
-    call = rng.choice(calls).replace("FILE", str(relative))
-    for stranger in ("thesis.tex", "run/thesis.tex", "gsm8k/thesis.tex"):
-        (folder / stranger).write_text("years of work")
+    for place in (folder, folder / "run", folder / "gsm8k"):
+        if place.is_dir():
+            (place / "thesis.tex").write_text("years of work")
     before = identify(folder)
     if "URL" in call:
         with replying(content) as url:
