@@ -101,11 +101,12 @@ def print_summary(summary: dict[str, Any], settings: Settings) -> None:
     """Print the result of a run to stdout, and the command that generates with it."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), "--prompt", "your instruction"]
+    before, after = (summary[f"accuracy_{when}"] for when in ("before", "after"))
+    shares = "not logged" if before is None else f"{before:.1%} before, {after:.1%} at the end"
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps and "
         f"{summary['answers_sampled']:,} sampled answers in {duration(summary['seconds'])}\n"
-        f"accuracy     {summary['accuracy_before']:.1%} before, {summary['accuracy_after']:.1%} at the end, of greedy "
-        f"answers to held-out prompts (score: {settings.score or settings.reward})\n"
+        f"accuracy     {shares}, of greedy answers to held-out prompts (score: {settings.score or settings.reward})\n"
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl\n"
         f"generate     {shlex.join(command)}"
     )

@@ -210,7 +210,8 @@ class PolicyTrainer(Trainer):
         summary = super().summary()
         if self.run.is_first:
             rows = sorted(self.run.metrics.rows.items())
-            accuracies = [row["val/accuracy"] for _, row in rows if "val/accuracy" in row]
+            # none if a metrics.csv was moved away and the run was over
+            accuracies = [row["val/accuracy"] for _, row in rows if "val/accuracy" in row] or [None]
             epochs, steps = divmod(self.step, self.steps_per_epoch)
             prompts = epochs * len(self.train.lengths) + steps * self.settings.batch_size
             summary |= {

@@ -207,6 +207,9 @@ def test_a_run_resumes_to_the_same_rewards(settings, tmp_path):
     assert summaries[0]["accuracy_before"] == summaries[1]["accuracy_before"]
     with pytest.raises(UserError, match=r"other settings: max_new_tokens \(6 then, 5 now\)"):
         train([*short, "--resume", "--max_new_tokens=5"])
+    (tmp_path / "cut/metrics.csv").unlink()  # of a run that is over, nothing is validated again
+    train([*short, "--resume"])
+    assert json.loads((tmp_path / "cut/summary.json").read_text())["accuracy_before"] is None
 
 
 @pytest.mark.parametrize(("strategy", "sampled"), [("ddp", 0), ("fsdp", 2)])
