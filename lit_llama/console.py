@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -97,6 +99,24 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process like `sys.exit`, so that its processes and temporary files end with it."""
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one ends it at once
+        sys.exit(128 + signal.SIGTERM)
+
+    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if usual:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a folder without access, Ctrl-C or a full GPU into one line on stderr and an exit code.
 
@@ -109,7 +129,7 @@ def exit_on_user_error() -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional parts that are only faster
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # refused where it is used as text
-    with redirect_stdout(Output(sys.stdout, True)), redirect_stderr(Output(sys.stderr, False)):
+    with _ended_by_sigterm(), redirect_stdout(Output(sys.stdout, True)), redirect_stderr(Output(sys.stderr, False)):
         try:
             try:
                 yield

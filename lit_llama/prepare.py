@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -261,6 +263,11 @@ def _tokenize(
     """Return `encode(*texts)` of every row; results are cached under the hash of `key`."""
 
     def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
+        if os.getpid() != first_process:  # which ends the others on Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if parents.setdefault(os.getpid(), os.getppid()) != os.getppid():  # it was killed
+                os._exit(1)
         columns = (map(kind, batch[name]) for name, kind in zip(names, kinds, strict=True))  # Arrow knows only str
         rows = [encode(*row) for row in zip(*columns, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
@@ -277,9 +284,14 @@ def _tokenize(
                 new_fingerprint=digest,
                 desc="Tokenizing",
             )
+        except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # the others did not end in time
+                raise error.__context__ from None
+            raise
         finally:
             disable_progress_bars()
 
+    first_process, parents = os.getpid(), dict[int, int]()
     names, kinds = [f"text {i}" for i in range(len(texts[0]))], [type(text) for text in texts[0]]
     dataset = Dataset.from_dict({name: [row[i] for row in texts] for i, name in enumerate(names)})
     key = key + [[kind.__name__ for kind in kinds]] * (set(kinds) != {str})

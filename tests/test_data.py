@@ -1,9 +1,12 @@
 """Reading rows, preparing folders, batches and epochs."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +427,34 @@ def test_padding_is_little():
 
 
 # == scripts/prepare_alpaca.py ==
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_processes_without_a_traceback(number, code, tmp_path, tokenizer_path):
+    rows = [{"instruction": f"the cat {i}", "input": "", "output": "sat " * 200} for i in range(40_000)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    words = (
+        f"--checkpoint_dir base --data_file rows.json --output_dir out --num_proc 2 --max_seq_length {2**20}".split()
+    )
+    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", *words]
+    # a shell's background jobs, such as these tests, may ignore SIGINT
+    reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=err, start_new_session=True, preexec_fn=reset)
+    while b" 1000/" not in (tmp_path / "err").read_bytes():
+        assert process.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    assert process.wait(300) == code
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):  # until no process of the group is left
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "base", "err", ".aligner-cache"}
+    assert not list(tmp_path.glob(".aligner-cache/.aligner-tmp*"))
 
 
 def run_prepare(tmp_path: Path, tokenizer_path: Path, *arguments: str) -> subprocess.CompletedProcess:
