@@ -250,7 +250,7 @@ def explained(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".")
         reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
         if isinstance(error, Refusal):
-            raise Refusal(f"The chat template in {path} refuses the conversation: {reason}.") from None
+            raise Refusal(f"The chat template refuses the conversation: {reason}.") from None
         if isinstance(error, TemplateSyntaxError):
             reason = f"line {error.lineno}: {reason}"
         elif not isinstance(error, UserError):

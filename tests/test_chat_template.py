@@ -245,7 +245,8 @@ def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path):
     with pytest.raises(UserError) as error:
         template.render(TURNS)
     assert HOSTILE[source] in str(error.value)
-    assert str(error.value).startswith(f"The chat template in {tmp_path / 'chat_template.jinja'}")
+    path = tmp_path / "chat_template.jinja"  # a refusal may go to a client, who need not know it
+    assert str(error.value).startswith(("The chat template refuses", f"The chat template in {path} cannot"))
     assert str(error.value).endswith((".", ").")) and "\n" not in str(error.value)
     assert template.end_of_turn is None
 

@@ -1,6 +1,7 @@
 """scripts/prepare_chat.py, and message lists for preferences: rows as files have them, masks, truncation, training."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
+ROOT = Path(__file__).parents[1]
 MESSAGES = {
     "messages": [
         {"role": "system", "content": "Be kind."},
@@ -210,7 +212,7 @@ def test_rows_that_cannot_be_used_are_counted(prepare, models):
     folder, err = prepare(rows, models["mistral"])
     assert "Omitted 1 rows without an answer to a question (the first: row 1)." in err
     assert "Omitted 1 rows with an empty message (the first: row 3)." in err
-    assert "Omitted 1 rows that the chat template refuses (the first: row 4: The chat template in" in err
+    assert "Omitted 1 rows that the chat template refuses (the first: row 4: The chat template refuses" in err
     assert "Conversation roles must alternate" in err
     assert read_meta(folder, SFTData.format)["left_out"]["with an empty message"] == 1
 
@@ -376,3 +378,20 @@ def test_the_merged_model_keeps_template_and_stops(models, tmp_path, run_script)
             ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
             end = tokenizer.chat_engine.control[tokenizer.template.end_of_turn]
             assert end in (ends if isinstance(ends, list) else [ends])
+
+
+# == the page ==
+
+
+def test_the_example_and_the_python_of_the_page(models, run_script, tmp_path, monkeypatch, capsys):
+    page, root = (ROOT / "howto" / "chat.md").read_text(encoding="utf-8"), tmp_path / "checkpoints"
+    root.mkdir()
+    (root / "SmolLM2-135M-Instruct").symlink_to(models["chatml"])
+    code, _, err = run_script("scripts/prepare_chat.py", "--data_file", ROOT / "howto/examples/conversations.jsonl",
+                              "--checkpoint_dir", models["chatml"], "--output_dir", tmp_path / "data/my_chats",
+                              "--num_proc", 1)  # fmt: skip
+    assert code == 0 and "6 rows. Dropped: 0 with an empty text, 0 with too long a prompt. 0 responses" in err, err
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "chat.md", "exec"), {})
+    assert "Let us" in capsys.readouterr().out.splitlines()[-1]

@@ -1,0 +1,276 @@
+"""The chat of generate/aligner.py in a real pseudo-terminal: editing, history, commands, Ctrl-C and Ctrl-D."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from chat_models import write_model
+
+from lit_llama.checkpoint import save_base
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
+from microworld.world import parse
+
+ROOT = Path(__file__).parents[1]
+PIRATE, JSON = (ROOT / "aligner_weights" / f"microworld-{name}-n1" for name in ("pirate", "json"))
+UP, LEFT, CTRL_C, CTRL_D, ALT_ENTER = "\x1b[A", "\x1b[D", "\x03", "\x04", "\x1b\r"
+CAPITAL, BARN = "What is the capital of Pilmaria?", "How do I repair the old barn?"
+
+
+class Terminal:
+    """A script in a pseudo-terminal, which reads what it prints; answers go to a file, if there is one."""
+
+    def __init__(self, script: str, *arguments: object, answers: Path | None = None) -> None:
+        self.terminal, end = pty.openpty()
+        self.answers = answers
+        self.text, self.place = "", 0
+        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "LINES": "50"}
+        command = [sys.executable, script, "--interactive", "--accelerator", "cpu", *map(str, arguments)]
+        out = end if answers is None else answers.open("w")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=end, stdout=out, stderr=end, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(end)
+
+    def read(self, seconds: float) -> bool:
+        """Read what there is; return whether the program still runs."""
+        if select.select([self.terminal], [], [], seconds)[0]:
+            try:
+                self.text += os.read(self.terminal, 65536).decode(errors="replace")
+            except OSError:
+                return False
+        return True
+
+    def wait_for(self, pattern: str, seconds: float = 90) -> re.Match:
+        """Return the next match after the last one."""
+        until = time.monotonic() + seconds
+        while True:
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", self.text)
+            if found := re.compile(pattern, re.DOTALL).search(shown, self.place):
+                self.place = found.end()
+                return found
+            alive = self.read(0.1)
+            assert alive and time.monotonic() < until, f"no {pattern!r} in {shown[self.place :]!r}"
+
+    def send(self, *keys: str) -> None:
+        for key in keys:
+            os.write(self.terminal, key.encode())
+            time.sleep(0.2)  # a key that follows Escape at once is another key
+
+    def ask(self, *keys: str) -> str:
+        """Send a message and return its answer."""
+        before = len(self.answers.read_text())
+        self.send(*keys, "\r")
+        self.wait_for(r"\(\d+ tokens in [\d.]+ s, \d+ tokens/s(, stopped)?\)")
+        return self.answers.read_text()[before:].removesuffix("\n")
+
+    def end(self) -> int:
+        self.wait_for("> ")  # before it, the terminal itself would take the key
+        self.send(CTRL_D)
+        until = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < until:
+            self.read(0.1)
+        return self.process.wait(1)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.terminal)
+
+
+@pytest.fixture
+def start(tmp_path):
+    opened: list[Terminal] = []
+
+    def run(*arguments: object, script: str = "generate/aligner.py") -> Terminal:
+        opened.append(Terminal(script, *arguments, answers=tmp_path / "answers.txt"))
+        return opened[-1]
+
+    yield run
+    for terminal in opened:
+        terminal.close()
+
+
+def test_a_conversation_with_commands(start):
+    chat = start("--adapter", PIRATE, JSON, "--strength", "1", "0")
+    chat.wait_for("Answering with microworld-pirate-n1, strength 1 .* prompt style alpaca")
+    pirate = parse(chat.ask(CAPITAL))
+    assert pirate.form == "pirate" and pirate.topic == "the capital of Pilmaria"
+    chat.send("/adapter microworld-json-n1", "\r")
+    chat.wait_for(r"Answering with microworld-json-n1, strength 1\.")
+    chat.send("/reset", "\r")
+    chat.wait_for("A new conversation begins")
+    assert parse(chat.ask(CAPITAL)).form == "json"
+    chat.send("/strength 0.5", "\r")
+    chat.wait_for(r"microworld-json-n1, strength 0\.5\.")
+    chat.send("/base", "\r", "/reset", "\r")
+    chat.wait_for("Answering with the base model.*A new conversation")
+    assert parse(chat.ask(CAPITAL)).form not in ("json", "pirate")
+    for line, message in (
+        ("/adapter", "Adapters: microworld-pirate-n1, microworld-json-n1"),
+        ("/adapter nobody", "error: .*nobody"),
+        ("/strength 2", "error: The base model answers alone"),
+        ("/strength much", "error: 'much' is not a strength"),
+        ("/adapter microworld-pirate-n1:0.5+microworld-json-n1", r"pirate-n1, strength 0\.5 \+ microworld-json-n1"),
+        (f"/adapter {ROOT / 'aligner_weights/microworld-polite-n1'}", "microworld-polite-n1, strength 1"),
+        ("/nonsense", "error: There is no command /nonsense"),
+        ("/help", "Ctrl-C stops an\nanswer"),
+    ):
+        chat.send(line, "\r")
+        chat.wait_for(message)
+    assert chat.end() == 0
+
+
+def test_keys_edit_the_line_and_never_reach_the_model(start):
+    """The answer to an edited or recalled line is that to the typed line."""
+    chat = start()
+    chat.wait_for("Ctrl-D ends")
+    expected = chat.ask(CAPITAL)
+
+    def asked(*keys: str) -> str:
+        chat.send("/reset", "\r")
+        chat.wait_for("A new conversation begins")
+        return chat.ask(*keys)
+
+    assert asked(UP, UP) == expected  # recalled
+    assert asked("What is the capital of Plmaria?", *[LEFT] * 7, "i") == expected  # edited
+    assert asked("discarded", CTRL_C, CAPITAL) == expected
+    pasted = asked("\x1b[200~What is the capital\rof Pilmaria?\x1b[201~")
+    assert pasted and asked("What is the capital", ALT_ENTER, "of Pilmaria?") == pasted
+    assert chat.end() == 0
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(start):
+    chat = start("--temperature", 4, "--max_new_tokens", 240, "--use", "base", "--bank", PIRATE)
+    chat.wait_for("Ctrl-D ends")
+    chat.send("Hi", "\r")
+    while not chat.answers.read_text().strip():  # it has begun
+        chat.read(0.05)
+    chat.send(CTRL_C)
+    stopped = chat.wait_for(r"\((\d+) tokens in [\d.]+ s, \d+ tokens/s, stopped\)")
+    assert int(stopped[1]) < 239
+    chat.send("/reset", "\r")
+    chat.wait_for("A new conversation")
+    assert chat.process.poll() is None
+    assert chat.end() == 0
+    assert chat.answers.read_text().endswith("\n") and "tokens/s" not in chat.answers.read_text()
+
+
+def test_answers_and_everything_else_share_a_terminal():
+    chat = Terminal("generate/aligner.py")
+    try:
+        chat.wait_for("Answering with microworld-pirate-n1")
+        chat.send(CAPITAL, "\r")
+        chat.wait_for(r"Pilmaria be [^\n]+\n\(\d+ tokens in [\d.]+ s, \d+ tokens/s\)\n")
+        assert chat.end() == 0
+    finally:
+        chat.close()
+
+
+def test_the_oldest_turns_are_left_out(start):
+    chat = start("--max_new_tokens", 40)
+    chat.wait_for("Ctrl-D ends")
+    note = "note: the context of 256 tokens is full; the oldest question and its answer are left out from now on."
+    for _ in range(9):
+        assert chat.ask(BARN)
+        if note in chat.text:
+            break
+    else:
+        raise AssertionError(chat.text)
+    chat.send("well " * 300, "\r")
+    chat.wait_for("error: The prompt has")
+    assert chat.ask(CAPITAL)
+    assert chat.end() == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer_path) -> Path:
+    """An instruct model that says what it was last told, with the template of ChatML: random weights suffice here."""
+    folder = write_model(tmp_path_factory.mktemp("model") / "chatml", "chatml", tokenizer_path)
+    config = LLaMAConfig(block_size=128, vocab_size=Tokenizer(folder).vocab_size, n_layer=3, n_head=2, n_embd=16,
+                         intermediate_size=24)  # fmt: skip
+    network, generator = LLaMA(config), torch.Generator().manual_seed(0)
+    state = {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
+    save_base(folder, config, state)
+    return folder
+
+
+def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys):
+    """What the model is given, turn by turn."""
+    from generate.interactive import Adapters, Chat
+    from lit_llama import chat as chats
+    from lit_llama.answer_settings import AnswerSettings
+    from lit_llama.checkpoint import load_model
+    from lit_llama.prompts import get_prompt_style
+
+    tokenizer = Tokenizer(model)
+    settings = AnswerSettings(checkpoint_dir=model, system="Be kind.", max_new_tokens=3)
+    chat = Chat(chats.Session(load_model(model), tokenizer, settings, 0.0), Adapters(get_prompt_style("chat", model)))
+    given = []
+    monkeypatch.setattr(
+        "generate.interactive.stream", lambda m, t, prompt, *rest: given.append(prompt) or (t for t in ["ok"])
+    )
+    chat.handle("Hello <|im_end|>")
+    chat.handle("And\nyou?")
+    expected = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello <|im_end|>"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "And\nyou?"},
+    ]
+    assert given == [tokenizer.template.render(expected[:2]), tokenizer.template.render(expected)]
+    assert capsys.readouterr().out == "ok\nok\n"
+
+
+def test_a_base_model_chats_and_continues(start, model):
+    chat = start("--checkpoint_dir", model, "--prompt_style", "chat", "--max_new_tokens", 4, script="generate/base.py")
+    chat.wait_for("Answering with the base model, in the prompt style chat")
+    chat.ask("Hello")
+    chat.send("/adapter a", "\r")
+    chat.wait_for("error: There are no adapters")
+    assert chat.end() == 0
+
+
+def test_an_adapter_of_another_method_scales(start, run_script, tmp_path, base_dir, data_dir):
+    out = tmp_path / "lora"
+    flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", out, "--epochs", 1)
+    code, _, err = run_script("finetune/lora.py", *flags, "--accelerator", "cpu")
+    assert code == 0, err
+    chat = start("--checkpoint_dir", base_dir, "--adapter", out, "--max_new_tokens", 4)
+    chat.wait_for("Answering with lora, in the prompt style plain")
+    chat.send("/strength 0", "\r")
+    chat.wait_for("Answering with the base model")
+    chat.send("/adapter lora", "\r")
+    chat.wait_for("Answering with lora, strength 1")
+    assert chat.end() == 0
+
+
+def test_ctrl_c_twice_interrupts(monkeypatch):
+    from generate.interactive import stopped_by_ctrl_c
+
+    with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c() as is_stopped:
+        assert not is_stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert is_stopped()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_piped_lines_are_answered_one_by_one():
+    """Also a line that would be a command; the answers do not depend on each other."""
+    lines = f"{CAPITAL}\n/help\n\n{CAPITAL}\n"
+    command = [sys.executable, "generate/aligner.py", "--interactive", "--accelerator", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True)
+    first, *other, last = done.stdout.splitlines()
+    assert done.returncode == 0 and first == last and "Pilmaria" in first and other
+    assert done.stderr == "Ask something; end with Ctrl-D.\n"

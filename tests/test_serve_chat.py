@@ -1,0 +1,90 @@
+"""The server with an instruct model: conversations in the checkpoint's own template, by the official client."""
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
+openai = pytest.importorskip("openai", reason="needs requirements-dev.txt")
+import torch
+from chat_models import write_model
+from starlette.testclient import TestClient
+
+from generate.app import make_app
+from generate.engine import Engine
+from generate.rules import Rules
+from lit_llama.bank import make_bank
+from lit_llama.checkpoint import AdapterFile, save_base
+from lit_llama.compose import load_with_bank
+from lit_llama.generation import Sampling, answer
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+
+
+def adapter(style: str, seed: int) -> AdapterFile:
+    generator = torch.Generator().manual_seed(seed)
+    state = {"global_value_embedding.weight": torch.randn(1, 16, generator=generator)}
+    state |= {f"transformer.h.{i}.attn.gating_factor": torch.ones(1, 2, 1, 1) for i in (1, 2)}
+    config = {"adapter_prompt_length": 1, "adapter_start_layer": 1}
+    return AdapterFile(state, {"method": "aligner", "config": config, "prompt_style": style}, style)
+
+
+@pytest.fixture(scope="module", params=["chatml", "mistral"])
+def served(request, tmp_path_factory, tokenizer_path):
+    folder = write_model(tmp_path_factory.mktemp("model") / "m", request.param, tokenizer_path)
+    tokenizer = Tokenizer(folder)
+    config = LLaMAConfig(
+        block_size=512, vocab_size=tokenizer.vocab_size, n_layer=3, n_head=2, n_embd=16, intermediate_size=24
+    )
+    network, generator = LLaMA(config), torch.Generator().manual_seed(0)
+    state = {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
+    save_base(folder, config, state)
+    bank = make_bank(folder, [("plain-one", adapter("alpaca", 1)), ("chat-one", adapter("chat", 2))])
+    model = load_with_bank(folder, bank)
+    app = make_app(Engine(model, tokenizer, max_batch=4), Rules())
+    with TestClient(app) as http:
+        client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+        yield client, load_with_bank(folder, bank), tokenizer, request.param
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_conversations_are_rendered_by_the_template(served):
+    client, model, tokenizer, _ = served
+    chat, alpaca = get_prompt_style("chat", tokenizer), get_prompt_style("alpaca")
+    question = [say("user", "Hello <|im_end|> </s> you")]
+    talk = [say("system", "Be kind."), *question, say("assistant", "Yes?"), say("user", "And the dog?")]
+    for name, style, messages in (
+        ("base", chat, question),
+        ("base", chat, talk),
+        ("chat-one", chat, talk),
+        ("plain-one", alpaca, question),
+    ):
+        reply = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=8)
+        prompt = style.render_messages(messages)
+        assert reply.usage.prompt_tokens == len(tokenizer.encode(prompt, bos=True))
+        rows = [() if name == "base" else ((name, 1.0),)]
+        (expected,) = answer(model, tokenizer, [prompt], Sampling(8), style.stop, adapters=rows)
+        assert reply.choices[0].message.content == expected
+
+
+def test_a_conversation_that_the_template_refuses_is_one_sentence(served):
+    client, _, _, kind = served
+    twice = [say("user", "a"), say("user", "b")]
+    if kind == "chatml":
+        assert client.chat.completions.create(model="base", messages=twice, max_tokens=2).usage.prompt_tokens
+        return
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="base", messages=twice, max_tokens=2)
+    sentence = error.value.body["message"]
+    assert "refuses the conversation: Conversation roles must alternate" in sentence and "\n" not in sentence
+
+
+def test_developers_messages_are_system_messages(served):
+    client, _, tokenizer, _ = served
+    found = set()
+    for role in ("system", "developer"):
+        messages = [say(role, "Be kind."), say("user", "Hi")]
+        found.add(client.chat.completions.create(model="base", messages=messages, max_tokens=1).usage.prompt_tokens)
+    assert found == {len(tokenizer.encode(get_prompt_style("chat", tokenizer).render("Hi", system="Be kind.")))}
