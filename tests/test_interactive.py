@@ -64,7 +64,8 @@ class Terminal:
     def send(self, *keys: str) -> None:
         for key in keys:
             os.write(self.terminal, key.encode())
-            time.sleep(0.2)  # a key that follows Escape at once is another key
+            if key.startswith("\x1b"):
+                time.sleep(0.1)  # a key that follows Escape at once is another key
 
     def ask(self, *keys: str) -> str:
         """Send a message and return its answer."""
@@ -74,7 +75,7 @@ class Terminal:
         return self.answers.read_text()[before:].removesuffix("\n")
 
     def end(self) -> int:
-        self.wait_for("> ")  # before it, the terminal itself would take the key
+        self.wait_for("\n>")  # before it, the terminal itself would take the key
         self.send(CTRL_D)
         until = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < until:
