@@ -84,6 +84,39 @@ class Unstable(UserError):
     """A template renders an earlier answer in another way than the last one."""
 
 
+class Interrupter:
+    """Inserts `GUARD` into special tokens that a text spells, and after and before parts of them at its ends.
+
+    Args:
+        tokens: The special tokens.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        tokens = sorted(filter(None, tokens), key=len, reverse=True)
+        self.longest = len(tokens[0]) if tokens else 0
+        self.begins = {token[:n] for token in tokens for n in range(1, len(token))}
+        self.ends = {token[n:] for token in tokens for n in range(1, len(token))}
+        self.starts = re.compile(f"(?=(?:{'|'.join(map(re.escape, tokens)) or '(?!)'})).", re.DOTALL)
+
+    def __call__(self, value: Any) -> Any:
+        """Return plain data whose texts hold no special token, and form none with what stands beside them."""
+        if isinstance(value, dict):
+            return {name: self(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        text = self.starts.sub(lambda match: match[0] + GUARD, value.replace(GUARD, ""))
+        core = text.strip()
+        lengths = range(1, min(self.longest, len(core)) + 1)
+        begin, end = text.find(core), text.find(core) + len(core)
+        if any(core[-n:] in self.begins for n in lengths):
+            text = text[:end] + GUARD + text[end:]
+        if any(core[:n] in self.ends for n in lengths):
+            text = text[:begin] + GUARD + text[begin:]
+        return text
+
+
 class ChatTemplate:
     """A checkpoint's chat template.
 
@@ -91,20 +124,23 @@ class ChatTemplate:
         source: The Jinja program.
         path: The file that it comes from.
         names: Special tokens by the names under which templates use them, such as `bos_token`.
-        control: All special tokens, as texts.
+        control: The special tokens, as texts.
+        added: Further tokens that the tokenizer never divides, such as `<think>`, which a model may write itself. If
+            the template writes them, only answers may hold them.
     """
 
-    def __init__(self, source: str, path: Path, names: dict[str, str], control: Iterable[str]) -> None:
+    def __init__(
+        self, source: str, path: Path, names: dict[str, str], control: Iterable[str], added: Iterable[str] = ()
+    ) -> None:
         self.source, self.path, self.names = source, path, names
         self.control = sorted(filter(None, control), key=len, reverse=True)
+        self.added = [token for token in added if token.strip() and token in source]
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
-        self._begins = {token[:n] for token in self.control for n in range(1, len(token))}
-        self._ends = {token[n:] for token in self.control for n in range(1, len(token))}
-        alternatives = "|".join(map(re.escape, self.control)) or "(?!)"
-        self._starts = re.compile(f"(?=(?:{alternatives})).", re.DOTALL)
+        self._interrupt_answer = Interrupter(self.control)
+        self._interrupt = Interrupter([*self.control, *self.added]) if self.added else self._interrupt_answer
 
     def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be sent to another process
-        return type(self), (self.source, self.path, self.names, self.control)
+        return type(self), (self.source, self.path, self.names, self.control, self.added)
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool = True, tools: list[Any] | None = None
@@ -127,8 +163,8 @@ class ChatTemplate:
     def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
         values = {
             **self.names,
-            "messages": [{**self._guarded(message), "role": message["role"]} for message in messages],
-            "tools": self._guarded(tools),
+            "messages": [self._guarded(message) for message in messages],
+            "tools": self._interrupt(tools),
             "documents": None,
             "add_generation_prompt": generation_prompt,
         }
@@ -141,6 +177,10 @@ class ChatTemplate:
                     raise UserError(f"it writes more than {MOST_TEXT:,} characters")
                 parts.append(part)
         return "".join(parts)
+
+    def _guarded(self, message: Message) -> Message:
+        interrupt = self._interrupt_answer if message["role"] == "assistant" else self._interrupt
+        return {**interrupt(message), "role": message["role"]}
 
     @cached_property
     def takes_system(self) -> bool:
@@ -202,23 +242,6 @@ class ChatTemplate:
                 end = found + len(self.end_of_turn)
             spans.append((len(before), end))
         return full, spans
-
-    def _guarded(self, value: Any) -> Any:
-        """Return plain data in which no text holds a special token, or a part of one at its beginning or end."""
-        if isinstance(value, dict):
-            return {name: self._guarded(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._guarded(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        text = self._starts.sub(lambda match: match[0] + GUARD, value.replace(GUARD, ""))
-        core, longest = text.strip(), max(map(len, self.control), default=0)
-        begin, end = text.find(core), text.find(core) + len(core)
-        if any(core[-n:] in self._begins for n in range(1, min(longest, len(core)) + 1)):
-            text = text[:end] + GUARD + text[end:]
-        if any(core[:n] in self._ends for n in range(1, min(longest, len(core)) + 1)):
-            text = text[:begin] + GUARD + text[begin:]
-        return text
 
     @cached_property
     def _program(self) -> Any:

@@ -31,6 +31,7 @@ class SentencePiece:
         eos_id: Token that ends a text, -1 for none.
         stop_ids: Tokens that end generation.
         control: Ids of the special tokens, by their texts.
+        added: Ids of further tokens that are never divided, such as `<think>`.
 
     Args:
         content: Content of the file.
@@ -50,6 +51,7 @@ class SentencePiece:
         for text, i in special_tokens(config).items():
             if text in ordinary or (i is not None and i >= self.size):
                 self.control[text] = ordinary.get(text, i)
+        self.added: dict[str, int] = {}
         if listed := ordinary.keys() & self.control.keys():
             self.processor = SentencePieceProcessor(model_proto=as_control(content, listed))
         bos, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
@@ -92,9 +94,10 @@ class HuggingFace:
 
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
         self.content, self.config = content, config
-        self.engine = self._open(specials_as_text=True)
+        self.engine = self._open(content, specials_as_text=True)
         self.size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.control = {t.content: i for i, t in self.engine.get_added_tokens_decoder().items() if t.special}
+        tokens = self.engine.get_added_tokens_decoder().items()
+        self.control, self.added = ({t.content: i for i, t in tokens if t.special is s} for s in (True, False))
         bos, self.eos_id = (self._find(config.get(f"{name}_token")) for name in ("bos", "eos"))
         add_bos = config.get("add_bos_token")
         if not isinstance(add_bos, bool):
@@ -105,8 +108,8 @@ class HuggingFace:
     def __reduce__(self) -> tuple[Any, ...]:  # the engine's own pickle forgets that special tokens are text
         return HuggingFace, (self.content, self.config)
 
-    def _open(self, specials_as_text: bool) -> tokenizers.Tokenizer:
-        engine = tokenizers.Tokenizer.from_buffer(self.content)
+    def _open(self, content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer:
+        engine = tokenizers.Tokenizer.from_buffer(content)
         engine.encode_special_tokens = specials_as_text
         engine.no_truncation()
         engine.no_padding()
@@ -130,33 +133,37 @@ class HuggingFace:
         encoding = self._with_specials.encode(text, add_special_tokens=False)
         if GUARD not in text:
             return encoding.ids
-        control, ids, end = set(self.control.values()), [], 0
-        # the text between two special tokens is encoded again, as text
+        tokens, ids, end = {*self.control.values(), *self.added.values()}, [], 0
+        # the text between two such tokens is encoded again, as text
         for i, (start, next_end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if i in control:
+            if i in tokens:
                 ids += [*self._between(text[end:start], first=not ids), i]
                 end = next_end
         return ids + self._between(text[end:], first=not ids)
 
     def _between(self, text: str, first: bool) -> list[int]:
-        text = text.replace(GUARD, "")
-        return (self if first else self._continued).encode(text) if text else []
+        text, engine = text.replace(GUARD, ""), self._texts[0 if first else 1]
+        return engine.encode(text, add_special_tokens=False).ids if text else []
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
-        return self._open(specials_as_text=False)
+        return self._open(self.content, specials_as_text=False)
 
     @cached_property
-    def _continued(self) -> "HuggingFace":
-        """The tokenizer of a text that is not at the beginning, where some put a space before the first word."""
+    def _texts(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """Tokenizers to which all special and added tokens are text: of a text, and of one that continues another.
+
+        Some put a space before the first word of a text alone.
+        """
         parsed = parse_json(self.content, "tokenizer.json")
+        for token in parsed.get("added_tokens", ()):
+            token["special"] = token["special"] or bool(token["content"].strip())
+        engines = [self._open(json.dumps(parsed).encode(), specials_as_text=True)]
         steps = parsed.get("pre_tokenizer") or {}
-        first = [step for step in steps.get("pretokenizers", [steps]) if step.get("prepend_scheme") == "first"]
-        if not first:
-            return self
-        for step in first:
-            step["prepend_scheme"] = "never"
-        return HuggingFace(json.dumps(parsed).encode(), self.config)
+        for step in steps.get("pretokenizers", [steps]):
+            if step.get("prepend_scheme") == "first":
+                step["prepend_scheme"] = "never"
+        return engines[0], self._open(json.dumps(parsed).encode(), specials_as_text=True)
 
     def decode(self, ids: list[int]) -> str:
         return self.engine.decode(ids)
@@ -267,7 +274,7 @@ class Tokenizer:
         texts = {i: text for text, i in self.chat_engine.control.items()}
         names = {"bos_token": texts.get(self.bos_id), "eos_token": texts.get(self.eos_id), **names}
         names = {name: text for name, text in names.items() if isinstance(text, str)}
-        return ChatTemplate(*found, names, self.chat_engine.control)
+        return ChatTemplate(*found, names, self.chat_engine.control, self.chat_engine.added)
 
     def _open(self, content: bytes, path: Path | None = None) -> SentencePiece | HuggingFace:
         path = path or self.path

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Unstable
+from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import HuggingFace, Tokenizer
 from lit_llama.utils import UserError
@@ -113,6 +114,56 @@ def test_no_combination_of_pieces_becomes_special(kind, parts, folders):
 
 
 OPEN: dict[str, Tokenizer] = {}
+
+
+def test_tokens_that_a_model_writes_itself_stay_text_in_questions(folders):
+    """Such as <think>: not special, never divided, and written by the template too."""
+    tokenizer = Tokenizer(folders["thinking"])
+    think = {tokenizer.engine.engine.token_to_id(text) for text in ("<think>", "</think>")}
+    thought = "<think>\nhm\n</think>\n\nYes."
+
+    def count(question: str, answer: str) -> int:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids = tokenizer.encode(tokenizer.template.render(messages, generation_prompt=False))
+        assert question in tokenizer.decode(ids)
+        return sum(i in think for i in ids)
+
+    assert count("a </think> b", "Yes.") == 2 and count("a </think><|im_end|>", thought) == 2
+    assert count("a", thought) == 2 and count("a", "<|im_end|> " + thought) == 2
+
+
+@pytest.mark.parametrize("scheme", ["sentencepiece", "added"])
+def test_a_sentencepiece_model_without_tokenizer_json(scheme, folders, tokenizer_path, tmp_path):
+    """Its control pieces, listed pieces and added tokens, and texts as tokenizer.json would have them."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    shutil.copy(tokenizer_path, folder)
+    template = TEMPLATES["mistral" if scheme == "sentencepiece" else "chatml"]
+    config = {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}
+    size = Tokenizer(tokenizer_path).vocab_size
+    if scheme == "added":
+        added = {str(size + i): {"content": text, "special": True} for i, text in enumerate(SPECIAL["chatml"][1:])}
+        config |= {"added_tokens_decoder": added, "additional_special_tokens": ["the", "<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(folder)
+    messages = [*TURNS[:2], {"role": "user", "content": "a </s> <s> <|im_end|> the b"}]
+    ids = tokenizer.encode(tokenizer.template.render(messages))
+    if scheme == "sentencepiece":
+        both = Tokenizer(folders["mistral"])
+        assert both.path.name == "tokenizer.model" and both.encode(both.template.render(messages)) == ids
+        assert [i for i in ids if i in (1, 2)] == [1, 2]
+    else:
+        assert tokenizer.stop_ids[:2] == (2, size + 1) and ids.count(size) == 5 and ids.count(size + 1) == 4
+        assert "a </s> <s> <|im_end|> the b" in tokenizer.decode(ids).replace("\u2581", " ")
+        assert write_read(tokenizer, tmp_path / "hf").encode(tokenizer.template.render(messages)) == ids
+
+
+def write_read(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer that scripts write for transformers."""
+    folder.mkdir()
+    write_hf_tokenizer(folder, tokenizer, block_size=64)
+    (folder / "tokenizer.model").unlink()
+    return Tokenizer(folder)
 
 
 def test_texts_that_a_template_joins_do_not_become_special(folders):
