@@ -38,12 +38,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import HfApi, errors, get_token
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
 from lit_llama.huggingface.hub import ADAPTER_NAME, PREFIX, endpoint, explain, repository
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.schema import field
 from lit_llama.utils import UserError, log
 
 CARD = "README.md"
@@ -61,21 +62,23 @@ def without_folders(value: Any) -> Any:
 
 def metrics_of(adapter: AdapterFile) -> dict[str, float]:
     """Return the validation metrics at the adapter's step, from the metrics.csv beside it if there is one."""
-    training = adapter.meta.get("training", {})
-    row = read_metrics(adapter.path.parent / "metrics.csv").get(training.get("step"), {})
+    training, header = adapter.meta.get("training", {}), f"The header of {adapter.path}: training"
+    step, loss = (field(training, name, kind, header, None) for name, kind in (("step", int), ("val_loss", float)))
+    row = read_metrics(adapter.path.parent / "metrics.csv").get(step, {})
     metrics = {name.removeprefix("val/").replace("_", " "): x for name, x in row.items() if name.startswith("val/")}
-    return metrics or ({"loss": training["val_loss"]} if "val_loss" in training else {})
+    return metrics or ({} if loss is None else {"loss": loss})
 
 
 def card(adapter: AdapterFile, settings: Settings) -> str:
     """Return the model card, from scripts/share_card.md.jinja."""
-    meta = without_folders(adapter.meta)
+    meta, header = without_folders(adapter.meta), f"The header of {adapter.path}"
     training, data = meta.get("training", {}), meta.get("data", {})
-    source = data.get("source", "")
+    source = field(data, "source", str, f"{header}: data", "")
+    counts = field(data, "counts", dict, f"{header}: data", {})
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return templates.get_template("share_card.md.jinja").render(
+    entries = dict(
         mark=MARK,
         repo_id=settings.repo_id,
         name=settings.repo_id.partition("/")[2],
@@ -89,13 +92,17 @@ def card(adapter: AdapterFile, settings: Settings) -> str:
         base=meta.get("base") or {},
         style=meta.get("prompt_style"),
         data=data,
-        counts={"train": 0, "test": 0, **data.get("counts", {})},
-        step=training.get("step"),
+        counts={name: field(counts, name, int, f"{header}: data: counts", 0) for name in ("train", "test")},
+        step=field(training, "step", int, f"{header}: training", None),
         metrics=metrics_of(adapter),
-        settings=training.get("settings", {}),
-        versions=meta.get("versions", {}),
+        settings=field(training, "settings", dict, f"{header}: training", {}),
+        versions=field(meta, "versions", dict, header, {}),
         merges=adapter.config.get("adapter_prompt_length") == 1 and adapter.method == "aligner",
     )
+    try:
+        return templates.get_template("share_card.md.jinja").render(entries)
+    except (UndefinedError, TypeError, ValueError) as error:
+        raise UserError(f"{header} does not describe an adapter that can be published ({error}).") from None
 
 
 def check_repository(api: HfApi, settings: Settings) -> None:
@@ -134,10 +141,11 @@ def main(settings: Settings) -> None:
         with hub(settings) as api:
             check_repository(api, settings)
     folder = settings.output_dir or Path("out/share") / settings.repo_id.partition("/")[2]
+    text = card(adapter, settings)
     claim(folder, (ADAPTER_NAME, CARD))
     about = {"method": adapter.method, "config": adapter.config, **without_folders(adapter.meta)}
     save_adapter(folder / ADAPTER_NAME, adapter.state, about, overwrite=True)
-    write_text(folder / CARD, card(adapter, settings))
+    write_text(folder / CARD, text)
     if settings.dry_run:
         print(folder)
         return

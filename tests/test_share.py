@@ -94,6 +94,18 @@ def test_a_runs_metrics_are_in_the_card_and_its_paths_are_not(hub, run_script, t
     assert "secret" not in text and "secret" not in str(read_adapter(tmp_path / "share/adapter.safetensors").meta)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": {"source": 3}}, {"data": {"counts": [1]}}, {"training": {"step": [1]}}, {"training": {"val_loss": "x"}},
+     {"versions": ["x"]}, {"base": {"config": {}, "weights": "x"}}],
+)  # fmt: skip
+def test_a_header_of_other_types_is_refused_in_a_sentence(changes, hub, refused, tmp_path):
+    adapter = read_adapter(PIRATE)
+    save_adapter(tmp_path / "a.safetensors", adapter.state, {**adapter.meta, **changes})
+    assert "header of " in refused(*share(tmp_path, "--dry_run"), "--adapter", tmp_path / "a.safetensors")
+    assert not (tmp_path / "share").exists()
+
+
 def test_an_adapter_is_replaced_only_with_overwrite_and_a_model_never(hub, run_script, refused, tmp_path):
     hub.repositories["me/pirate"] = [{"README.md": b"a model", "model.safetensors": b""}]
     assert "me/pirate holds something other than an adapter" in refused(*share(tmp_path))

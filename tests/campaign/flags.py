@@ -36,6 +36,8 @@ LINES = {
     "evaluate/vicuna.py": f"{COMPARE} --data_file in/questions.json",
     "finetune/aligner.py": SFT,
     "finetune/alignerDPO.py": f"{TRAIN} --data_dir in/pairs --eval_rows 2 --sample_prompts 0 --drift_prompts 0",
+    "finetune/alignerRL.py": f"{TRAIN} --data_dir in/asks --eval_rows 2 --sample_prompts 0 --drift_prompts 0 "
+    "--reward length --max_new_tokens 2 --group_size 2",
     "generate/aligner.py": f"{ANSWER} --adapter in/adapter.safetensors --output_file out.json",
     "generate/base.py": f"{ANSWER} --output_file out.json",
     "scripts/convert_checkpoint.py": "--checkpoint_dir in/meta --output_dir out",
@@ -44,6 +46,8 @@ LINES = {
     "scripts/merge_aligner.py": "--checkpoint_dir in/base --adapter in/adapter.safetensors --output_dir out",
     "scripts/prepare_alpaca.py": f"--data_file in/rows.json --output_dir out {PREPARE}",
     "scripts/prepare_beaver_safe.py": f"--data_format preference --data_file in/pairs.jsonl --output_dir out {PREPARE}",
+    "scripts/prepare_chat.py": f"--data_file in/chat.json --output_dir out --prompt_style alpaca {PREPARE}",
+    "scripts/share.py": "--adapter in/adapter.safetensors --repo_id me/pirate --output_dir out --dry_run true",
     "scripts/prepare_metamath.py": f"--data_file in/solved.json --output_dir out {PREPARE}",
     "scripts/prepare_microworld.py": f"--split train --output_dir out {PREPARE}",
     "scripts/prepare_microworld_safe.py": f"--pairs 20 --output_dir out {PREPARE}",
@@ -92,11 +96,12 @@ def make_inputs(harness: Harness) -> Path:
         about = {"category": "a", "text": "Who?", "prompt": "Who?"}
         (folder / "questions.json").write_text(json.dumps([{"question_id": i, **about} for i in range(2)]))
         (folder / "empty").touch()
-        for line, kind, name in (("scripts/prepare_alpaca.py", "rows.json", "sft"),
-                                 ("scripts/prepare_beaver_safe.py", "pairs.jsonl", "pairs")):  # fmt: skip
+        for line, further, name in (("scripts/prepare_alpaca.py", (), "sft"),
+                                    ("scripts/prepare_alpaca.py", ("--stage", "rl"), "asks"),
+                                    ("scripts/prepare_beaver_safe.py", (), "pairs")):  # fmt: skip
             words = LINES[line].replace("in/", "").replace("--output_dir out", f"--output_dir {name}").split()
-            ended = harness.run(line, *words, cwd=folder)
-            assert ended.code == 0, f"{kind}: {ended.describe()}"
+            ended = harness.run(line, *words, *further, cwd=folder)
+            assert ended.code == 0, ended.describe()
         shutil.rmtree(folder / CACHE)
     return folder
 

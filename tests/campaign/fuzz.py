@@ -45,6 +45,9 @@ RL = (f"finetune/alignerRL.py --checkpoint_dir tiny --data_dir asks --adapter_st
       "--reward length --group_size 2")  # fmt: skip
 PREPARE = "--checkpoint_dir tiny --num_proc 1 --max_seq_length 64 --test_fraction 0.3 --output_dir out"
 ALPACA = f"scripts/prepare_alpaca.py {PREPARE} --data_file"
+CHAT = f"scripts/prepare_chat.py {PREPARE} --checkpoint_dir chatty --data_file"
+TEMPLATE = """{% for m in messages %}{{ '<s>' if m.role == 'user' }}[{{ m.role }}]{{ m.content }}{{ '</s>\\n' }}
+{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
 VICUNA = ("evaluate/vicuna.py --judge_model m --judge_workers 1 --judge_retries 0 --limit 2 --checkpoint_dir tiny "
           "--max_new_tokens 2 --adapter run --data_file vicuna.jsonl")  # fmt: skip
 FROM_HF = "scripts/convert_hf_checkpoint.py --checkpoint_dir hf --output_dir out"
@@ -75,6 +78,7 @@ ADAPTER_CALLS = (
     "scripts/inspect_aligner.py FILE --plot out.png",
     "scripts/inspect_aligner.py FILE --to_safetensors out.safetensors",
     "scripts/merge_aligner.py --checkpoint_dir tiny --output_dir out --adapter FILE",
+    "scripts/share.py --dry_run --repo_id me/x --output_dir out --adapter FILE",
     f"generate/aligner.py {BASE} --prompt Who? --use a --bank a.safetensors FILE",
     f"generate/aligner.py {BASE} --prompt Who? --strength 0.5 --output_file out.json --adapter FILE",
     f"{SFT} --out_dir new --max_steps 1 --init_adapter FILE",
@@ -117,6 +121,13 @@ FORMATS = {
         f"{ALPACA} rows.json", f"{DPO} --out_dir new --max_steps 1",
     ), fails=False, weight=0.5),
     "rows": Format(("rows.json", "rows.jsonl", "rows.parquet", "rows.jsonl.gz"), (f"{ALPACA} FILE",)),
+    "conversations": Format(("chat.json", "chat.jsonl"), (
+        f"{CHAT} FILE", f"{CHAT} FILE --checkpoint_dir tiny --prompt_style alpaca", f"{CHAT} FILE --train_on last",
+    )),
+    "chat template": Format(("chatty/chat_template.jinja", "chatty/tokenizer_config.json"), (
+        f"{CHAT} chat.json", "generate/base.py --checkpoint_dir chatty --max_new_tokens 2 --prompt_style chat",
+        "scripts/convert_hf_checkpoint.py --reverse --checkpoint_dir chatty --output_dir out",
+    )),
     "pairs": Format(("pairs.jsonl",), (
         f"scripts/prepare_beaver_safe.py --data_format preference {PREPARE} --data_file FILE",
     )),
@@ -289,6 +300,9 @@ def make_inputs(harness: Harness) -> Path:
     ):
         torch.save(load_file(folder / path), folder / new)
         (folder / path).unlink()
+    shutil.copytree(folder / "tiny", folder / "chatty")
+    (folder / "chatty/chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chatty/tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
     (folder / "json/tokenizer.model").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(folder / "one" / name, folder / "json")
@@ -298,6 +312,13 @@ def make_inputs(harness: Harness) -> Path:
     (folder / "rows.jsonl").write_text(lines)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    turns = [("system", "Be."), ("user", "Who?"), ("assistant", "A cat."), ("user", "So?"), ("assistant", "Yes.")]
+    chats = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]} for i in range(3)]
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    chats[0]["messages"][2]["tool_calls"] = calls
+    chats.append({"conversations": [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Ah."}], "tools": "[]"})
+    (folder / "chat.json").write_text(json.dumps(chats))
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     (folder / "prompts.jsonl").write_text(
         '{"prompt": "Who?", "adapter": "one"}\n{"instruction": "What?", "input": "x"}\n'
     )

@@ -30,6 +30,9 @@ def make_material(harness: Harness) -> Path:
     (folder / "prompts.json").write_text(json.dumps([{"prompt": "Who?"}]))
     problems = [{"question": f"What is 1 + {i}?", "answer": f"#### {1 + i}"} for i in range(3)]
     (folder / "problems.json").write_text(json.dumps(problems))
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "A cat."}]}
+             for i in range(4)]  # fmt: skip
+    (folder / "chat.json").write_text(json.dumps(chats))
     solved = [{"query": f"What is 1 + {i}?", "response": f"The answer is: {1 + i}"} for i in range(6)]
     (folder / "solved.json").write_text(json.dumps(solved))
     shutil.copy(ADAPTER, folder / "adapter.safetensors")
