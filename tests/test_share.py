@@ -97,7 +97,7 @@ def test_a_runs_metrics_are_in_the_card_and_its_paths_are_not(hub, run_script, t
 @pytest.mark.parametrize(
     "changes",
     [{"data": {"source": 3}}, {"data": {"counts": [1]}}, {"training": {"step": [1]}}, {"training": {"val_loss": "x"}},
-     {"versions": ["x"]}, {"base": {"config": {}, "weights": "x"}}],
+     {"versions": ["x"]}, {"base": {"config": {"a": 1}, "weights": "x"}}],
 )  # fmt: skip
 def test_a_header_of_other_types_is_refused_in_a_sentence(changes, hub, refused, tmp_path):
     adapter = read_adapter(PIRATE)
