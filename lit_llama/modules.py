@@ -57,3 +57,9 @@ class Fp32Parameters:
             if parameter.dtype != torch.float32:
                 parameter.data = values.to(parameter.device)
         return self
+
+
+def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:
+    """Add metrics, times a factor and without gradient, to those of the same names."""
+    for name, value in losses.items():
+        sums[name] = sums[name] + scale * value.detach()

@@ -17,14 +17,14 @@ from lit_llama.data import IGNORE_INDEX, PromptData
 from lit_llama.epochs import plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
-from lit_llama.modules import eval_mode
+from lit_llama.modules import add_scaled, eval_mode
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_weights, group_advantages
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import Trainer, add_scaled
+from lit_llama.train import Trainer
 
 
 @dataclass

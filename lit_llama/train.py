@@ -18,11 +18,12 @@ import torch
 from lit_llama.data import Data, check_rows, rows_sha256
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.model import LLaMA
+from lit_llama.modules import add_scaled
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import Progress, print_notes, write_above_bar
 from lit_llama.run.samples import summarize
 from lit_llama.run.saved_state import best_of, check_saved_state
-from lit_llama.run.schedule import lr_at
+from lit_llama.run.schedule import count_steps, lr_at, stops_early
 from lit_llama.run.setup import Setup
 from lit_llama.sharding import average_gradients, in_step
 from lit_llama.utils import UserError, log
@@ -83,11 +84,7 @@ class Trainer:
         check_rows(train, "training", self.unwrapped.max_tokens)
         check_rows(val, "validation", self.unwrapped.max_tokens)
 
-        self.steps_per_epoch = math.ceil(len(train.lengths) / self.settings.batch_size)
-        self.max_steps = max(1, round(min(self.settings.epochs, 1e9) * self.steps_per_epoch))
-        if self.settings.max_steps is not None:
-            self.max_steps = min(self.max_steps, self.settings.max_steps)
-        self.warmup_steps = round(min(self.settings.warmup_epochs, 1e9) * self.steps_per_epoch)
+        self.steps_per_epoch, self.max_steps, self.warmup_steps = count_steps(self.settings, len(train.lengths))
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # of the run, earlier processes included
         self.val_losses: list[tuple[int, float]] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
@@ -119,9 +116,9 @@ class Trainer:
                         run.log_metrics(self.step, metrics)
                         self.step += 1
                         progress.advance(metrics)
-                        is_last = self.step == self.max_steps
-                        if self.step % settings.eval_interval == 0 or is_last:
+                        if self.step % settings.eval_interval == 0 or self.step == self.max_steps:
                             self.evaluate()
+                        is_last = self.is_over
                         self.seconds = time.perf_counter() - started
                         if self.step % settings.save_interval == 0 or is_last or self.stopping:
                             self.save_state()
@@ -131,13 +128,20 @@ class Trainer:
             run.finish(summary)
         return summary
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done: all are, or the validation loss has stopped improving."""
+        return self.step == self.max_steps or stops_early(self.val_losses, self.settings.early_stopping)
+
     def remaining_steps(self) -> Iterator[list[np.ndarray]]:
         """Yield the micro-batches (row numbers) of every step from `self.step` on."""
         settings = self.settings
         for epoch in range(self.step // self.steps_per_epoch, math.ceil(self.max_steps / self.steps_per_epoch)):
             plan = self.plan(self.train.lengths, settings.batch_size, settings.micro_batch_size, settings.seed, epoch)
             for offset, micro_batches in enumerate(plan):
-                if self.step <= epoch * self.steps_per_epoch + offset < self.max_steps:
+                if self.is_over:
+                    return
+                if self.step <= epoch * self.steps_per_epoch + offset:
                     yield micro_batches
 
     def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
@@ -279,6 +283,7 @@ class Trainer:
         return {
             "trainable_parameters": sum(p.numel() for p in self.trainable.values()),
             "steps": self.step,
+            "stopped_early": self.step < self.max_steps,
             "seconds": round(self.seconds, 1),
             "tokens_per_s": round(self.tokens / self.seconds) if self.seconds else 0,
             "val_loss_before": self.val_losses[0][1],
@@ -293,8 +298,3 @@ class Trainer:
             return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
         best = self.run.path / "best.safetensors"
         return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")
-
-
-def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:
-    for name, value in losses.items():
-        sums[name] = sums[name] + scale * value.detach()

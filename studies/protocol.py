@@ -9,6 +9,7 @@ from typing import Any
 COMMON: dict[str, Any] = {
     "init_adapter": None,
     "max_steps": None,
+    "early_stopping": None,
     "lr_schedule": "cosine",
     "weight_decay": 0.02,
     "grad_clip": 1.0,

@@ -141,7 +141,7 @@ def refused(run_script) -> Callable[..., str]:
     def run(script: str, *arguments: object) -> str:
         code, out, err = run_script(script, *arguments)
         assert (code, out) == (1, "")
-        assert err.startswith("error: ") and err.endswith(".\n") and err.count("\n") == 1, err
+        assert err.startswith("error: ") and err.endswith((".\n", "?\n")) and err.count("\n") == 1, err
         return err.removeprefix("error: ").strip()
 
     return run

@@ -38,7 +38,7 @@ from lit_llama.run.folder import agrees
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.staging import TEMPORARY
 from lit_llama.storage.tensor_files import read_state
-from lit_llama.train import SFTLoss
+from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -291,6 +291,34 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
     assert len(losses(out_dir)["train/loss"]) == 300
 
 
+def test_early_stopping_ends_a_killed_run_at_the_same_step(flags, tmp_path, capsys, monkeypatch):
+    early = dict(max_steps=40, learning_rate=20.0, lr_schedule="constant", eval_interval=2, save_interval=3,
+                 early_stopping=2)  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(flags(whole, **early))
+    assert "stopped after 2 validations without a lower loss" in capsys.readouterr().out
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["stopped_early"] and summary["steps"] < 40
+    *before, second_last, last = losses(whole)["val/loss"].values()
+    assert summary["best_val_loss"] == min(before) <= min(second_last, last)
+    assert summary["best_step"] == summary["steps"] - 4 and max(losses(whole)["train/loss"]) == summary["steps"] - 1
+
+    step_of = Trainer.train_step
+
+    def interrupted(self, micro_batches):
+        if self.step == summary["steps"] - 1:  # after the last saved state
+            raise KeyboardInterrupt
+        return step_of(self, micro_batches)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Trainer, "train_step", interrupted)
+        train(flags(killed, **early))
+    for _ in range(2):  # the second time there is nothing to do
+        train(flags(killed, **early, resume=True))
+        assert_same_losses(killed, whole)
+        assert json.loads((killed / "summary.json").read_text())["steps"] == summary["steps"]
+
+
 def test_resuming_a_finished_run_only_closes_it(finished, flags, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     train(flags(tmp_path / "run", resume=True))
@@ -384,7 +412,7 @@ def test_a_damaged_file_is_one_sentence_and_nothing_changes(finished, flags, tmp
 
 
 def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags, tmp_path, capfd, monkeypatch):
-    step = script.Trainer.train_step
+    step = Trainer.train_step
 
     def terminated(self, rows):
         if self.step == 5:
@@ -392,7 +420,7 @@ def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags,
         return step(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script.Trainer, "train_step", terminated)
+        patch.setattr(Trainer, "train_step", terminated)
         with pytest.raises(SystemExit) as ended:
             train(flags(tmp_path))
     assert ended.value.code == 143

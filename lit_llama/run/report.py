@@ -175,9 +175,11 @@ def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
     """Print the result of a finetuning run to stdout, and the command that generates with it."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
+    waited = f", stopped after {settings.early_stopping} validations without a lower loss"
+    early = waited if summary["stopped_early"] else ""
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps in "
-        f"{duration(summary['seconds'])}\n"
+        f"{duration(summary['seconds'])}{early}\n"
         f"validation   loss {summary['val_loss_before']:.4f} before, {summary['best_val_loss']:.4f} at best "
         f"(step {summary['best_step']}), {summary['last_val_loss']:.4f} at the end\n"
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"

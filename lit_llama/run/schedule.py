@@ -1,6 +1,9 @@
-"""Learning rates over the steps of a run."""
+"""The steps of a run, and the learning rates over them."""
 
 import math
+from collections.abc import Sequence
+
+from lit_llama.run.train_settings import TrainSettings
 
 
 def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule: str = "constant") -> float:
@@ -15,3 +18,16 @@ def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule
         return peak
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def count_steps(settings: TrainSettings, n_rows: int) -> tuple[int, int, int]:
+    """Return the optimizer steps of an epoch, of a run and of its warmup."""
+    per_epoch = math.ceil(n_rows / settings.batch_size)
+    steps = max(1, round(min(settings.epochs, 1e9) * per_epoch))
+    return per_epoch, min(steps, settings.max_steps or steps), round(min(settings.warmup_epochs, 1e9) * per_epoch)
+
+
+def stops_early(val_losses: Sequence[tuple[int, float]], patience: int | None) -> bool:
+    """Return whether none of the last `patience` validations had a lower loss than all before; None never stops."""
+    losses = [loss for _, loss in val_losses]
+    return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])

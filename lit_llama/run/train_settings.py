@@ -36,6 +36,7 @@ class TrainSettings(Checked):
     learning_rate: PositiveFloat  # peak learning rate
     warmup_epochs: NonNegativeFloat  # length of the linear warmup
     max_steps: PositiveInt | None = None  # stop after this many steps even if the epochs are not over
+    early_stopping: PositiveInt | None = None  # stop after this many validations in a row without a lower loss
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine decays to 0
     weight_decay: NonNegativeFloat = 0.02  # weight decay of AdamW; gates and biases have none
     grad_clip: NonNegativeFloat = 1.0  # maximum norm of the gradient; 0 disables clipping
