@@ -13,6 +13,9 @@ LLAMA3_SCALING = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 LLAMA32_SCALING = {**LLAMA3_SCALING, "factor": 32.0}
+QWEN25 = dict(block_size=131072, vocab_size=151936, norm_eps=1e-6, rope_base=1000000, qkv_bias=True)
+QWEN3 = dict(block_size=40960, vocab_size=151936, n_kv_head=8, head_size=128, norm_eps=1e-6, rope_base=1000000,
+             qk_norm=True)  # fmt: skip
 ROPE_SCALINGS = {"llama3": set(LLAMA3_SCALING), "linear": {"rope_type", "factor"}}  # the fields of each type
 MOST = {"n_layer": 1024, "block_size": 2**20, "n_embd": 2**17, "intermediate_size": 2**20, "norm_eps": 1.0}
 MOST_INT, MOST_FLOAT = 2**24, 10**12  # of all other fields
@@ -31,6 +34,8 @@ llama_configs: dict[str, dict[str, Any]] = {
                          intermediate_size=14336, rope_base=500000),
     "Llama-3.1-8B": dict(block_size=131072, vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
                          intermediate_size=14336, rope_base=500000, rope_scaling=LLAMA3_SCALING),
+    "Llama-3.1-70B": dict(block_size=131072, vocab_size=128256, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192,
+                          intermediate_size=28672, rope_base=500000, rope_scaling=LLAMA3_SCALING),
     "Llama-3.2-1B": dict(block_size=131072, vocab_size=128256, n_layer=16, n_head=32, n_kv_head=8, n_embd=2048,
                          intermediate_size=8192, rope_base=500000, rope_scaling=LLAMA32_SCALING, tie_embeddings=True),
     "Llama-3.2-3B": dict(block_size=131072, vocab_size=128256, n_layer=28, n_head=24, n_kv_head=8, n_embd=3072,
@@ -42,6 +47,30 @@ llama_configs: dict[str, dict[str, Any]] = {
                          intermediate_size=2560, rope_base=100000, tie_embeddings=True),
     "SmolLM2-1.7B": dict(block_size=8192, vocab_size=49152, n_layer=24, n_head=32, n_embd=2048,
                          intermediate_size=8192, rope_base=130000, tie_embeddings=True),
+    "SmolLM3-3B": dict(block_size=65536, vocab_size=128256, n_layer=36, n_head=16, n_kv_head=4, n_embd=2048,
+                       intermediate_size=11008, norm_eps=1e-6, rope_base=5000000, tie_embeddings=True,
+                       nope_layers=list(range(3, 36, 4))),
+    "Qwen2.5-0.5B": dict(QWEN25, block_size=32768, n_layer=24, n_head=14, n_kv_head=2, n_embd=896,
+                         intermediate_size=4864, tie_embeddings=True),
+    "Qwen2.5-1.5B": dict(QWEN25, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, intermediate_size=8960,
+                         tie_embeddings=True),
+    "Qwen2.5-3B":   dict(QWEN25, block_size=32768, n_layer=36, n_head=16, n_kv_head=2, n_embd=2048,
+                         intermediate_size=11008, tie_embeddings=True),
+    "Qwen2.5-7B":   dict(QWEN25, vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584,
+                         intermediate_size=18944),
+    "Qwen2.5-14B":  dict(QWEN25, vocab_size=152064, n_layer=48, n_head=40, n_kv_head=8, n_embd=5120,
+                         intermediate_size=13824, norm_eps=1e-5),
+    "Qwen2.5-32B":  dict(QWEN25, vocab_size=152064, n_layer=64, n_head=40, n_kv_head=8, n_embd=5120,
+                         intermediate_size=27648, norm_eps=1e-5),
+    "Qwen3-0.6B": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, intermediate_size=3072, tie_embeddings=True),
+    "Qwen3-1.7B": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, intermediate_size=6144, tie_embeddings=True),
+    "Qwen3-4B":   dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, intermediate_size=9728, tie_embeddings=True),
+    "Qwen3-8B":   dict(QWEN3, n_layer=36, n_head=32, n_embd=4096, intermediate_size=12288),
+    "Qwen3-14B":  dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408),
+    "Qwen3-32B":  dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600),
+    "Mistral-7B-v0.1": dict(block_size=4096, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, intermediate_size=14336),
+    "Mistral-7B-v0.3": dict(block_size=32768, vocab_size=32768, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                            intermediate_size=14336, rope_base=1000000),
     "microworld": dict(block_size=256, vocab_size=2048, n_layer=8, n_head=8, n_embd=192, tie_embeddings=True),
 }
 # fmt: on

@@ -1,0 +1,173 @@
+"""Estimated memory (lit_llama/memory.py) against the measured peak, on a CPU, for random models of a few shapes.
+
+Each case runs in its own process: two training steps, or the answers to a batch of prompts. The peak is what the
+process gained over its size before the model was made. glibc keeps freed blocks of less than 32 MB for later use, and
+they are of no use to tensors that are larger; so each case is measured again with MALLOC_MMAP_THRESHOLD_=65536, which
+returns them, and the estimate is compared with that.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+import torch
+
+from benchmarks.material import SIZE_110M
+from benchmarks.measure import Memory as MeasuredMemory
+from lit_llama import cli
+from lit_llama.generation import Sampling, generate
+from lit_llama.memory import Memory, generation_memory, training_memory
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.tables import markdown_table
+from lit_llama.utils import log
+from lit_llama.variant import mark_only_adapter_as_trainable
+
+TINY = dict(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64)
+QWEN3 = dict(SIZE_110M, n_kv_head=4, qk_norm=True)
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on a random model.
+
+    Args:
+        label: in the table.
+        method, own: the method's name and the settings that differ from its defaults.
+        sequences, tokens: shape of the micro-batch, or of the prompts.
+        new: tokens of each answer; 0 trains.
+        config: of the base.
+    """
+
+    label: str
+    method: str = "aligner"
+    own: dict[str, Any] = field(default_factory=dict)
+    sequences: int = 4
+    tokens: int = 256
+    new: int = 0
+    dtype: torch.dtype = torch.float32
+    gradient_checkpointing: bool = False
+    config: dict[str, Any] = field(default_factory=lambda: SIZE_110M)
+
+    @property
+    def labels(self) -> int:
+        return self.sequences * self.tokens // 2
+
+    @property
+    def model_class(self) -> type[LLaMA]:
+        return LLaMA if self.new else METHODS[self.method]
+
+    @property
+    def model_config(self) -> LLaMAConfig:
+        return self.model_class.config_class(**self.config, **({} if self.new else self.own))
+
+    def estimate(self) -> Memory:
+        if self.new:
+            return generation_memory(LLaMA, self.model_config, rows=self.sequences, prompt=self.tokens, new=self.new,
+                                     dtype=self.dtype)  # fmt: skip
+        return training_memory(
+            self.model_class, self.model_config, sequences=self.sequences, tokens=self.tokens, labels=self.labels,
+            dtype=self.dtype, gradient_checkpointing=self.gradient_checkpointing,
+        )  # fmt: skip
+
+
+CASES = (
+    Case("Aligner, N = 1"),
+    Case("the same, 1 × 1,024 tokens", sequences=1, tokens=1024),
+    Case("Aligner, N = 10", own={"adapter_prompt_length": 10}),
+    Case("Aligner, gradient checkpointing", gradient_checkpointing=True),
+    Case("Aligner, bf16", dtype=torch.bfloat16),
+    Case("Aligner on Qwen3's architecture", config=QWEN3),
+    Case("LoRA, r = 8", method="lora"),
+    Case("LLaMA-Adapter v2", method="adapter_v2"),
+    Case("generation, 8 × (192 + 8) tokens", sequences=8, tokens=192, new=8),
+)
+
+
+def random_model(case: Case) -> LLaMA:
+    with torch.device("meta"):
+        model = case.model_class(case.model_config).to(case.dtype)
+    for name, p in list(model.named_parameters()):
+        module, _, child = name.rpartition(".")
+        values = torch.empty(p.shape, dtype=p.dtype).uniform_(-0.03, 0.03)
+        setattr(model.get_submodule(module), child, torch.nn.Parameter(values))
+    mark_only_adapter_as_trainable(model)
+    model.gradient_checkpointing = case.gradient_checkpointing
+    return model.to("cpu")
+
+
+def run(case: Case) -> None:
+    """Do the task of a case."""
+    torch.manual_seed(0)
+    model, idx = random_model(case), torch.randint(3, case.config["vocab_size"], (case.sequences, case.tokens))
+    if case.new:
+        generate(model, idx.tolist(), Sampling(case.new))
+        return
+    labels = idx.clone()
+    labels[:, : case.tokens - case.labels // case.sequences] = -1
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        (-model.label_logps(idx, labels).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peak(case: Case) -> int:
+    """Return the bytes that this process gains at most while it does the task."""
+    tiny = {**TINY, **{name: case.config[name] for name in ("qk_norm",) if name in case.config}}
+    run(Case("", case.method, case.own, 2, 16, min(case.new, 2), case.dtype, config=tiny))  # libraries start up
+    memory = MeasuredMemory()
+    run(case)
+    return memory.peak()
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Temporarily set environment variables, for processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def measure(case: Case, **variables: str) -> int:
+    """Return the peak of a case in a process with these environment variables."""
+    with environment(**variables), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(peak, case).result()
+
+
+@dataclass
+class Settings:
+    cases: tuple[str, ...] = ()  # parts of the labels of the cases to measure (default: all)
+
+
+def main(settings: Settings) -> None:
+    rows = []
+    for case in CASES:
+        if settings.cases and not any(part in case.label for part in settings.cases):
+            continue
+        log(case.label)
+        estimate, default, exact = case.estimate(), measure(case), measure(case, **EXACT)
+        sizes = [estimate.base + estimate.adapter, estimate.cache + estimate.activations, estimate.total, exact]
+        cells = [f"{size / 1e6:,.0f}" for size in sizes]
+        rows.append([case.label, *cells, f"{estimate.total / exact - 1:+.1%}", f"{default / 1e6:,.0f}"])
+    heads = ["case", "weights", "activations, cache", "estimate", "measured", "difference", "with glibc's default"]
+    print(f"MB. Unless it says otherwise, a training step of 4 × 256 tokens in fp32 on 110M parameters; torch "
+          f"{torch.__version__}, {torch.get_num_threads()} thread(s).\n")  # fmt: skip
+    print(markdown_table(heads, rows))
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,223 @@
+"""How much memory training and generation take, computed from shapes, without weights.
+
+The network runs on PyTorch's meta device, where tensors have shapes and no numbers, and the bytes of all tensors that
+are alive are counted. So what a method keeps for the backward pass needs no formula. Not counted are the workspaces of
+kernels, the fragments that an allocator leaves between tensors, and the libraries (with CUDA, its context).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantize import BLOCK, projections
+from lit_llama.variant import mark_only_adapter_as_trainable
+
+META = torch.device("meta")
+MOMENTS = 8  # bytes of AdamW's two moments, fp32, of a number that is trained
+SCALE_BLOCK = 256  # scales that share a scale of their own, with "-dq"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a task at its peak, in bytes.
+
+    Args:
+        base: the frozen weights, and the rotary tables.
+        adapter: the trained parameters and the moments of their optimizer.
+        cache: keys and values of earlier tokens.
+        activations: what else is alive when most is; in training with the gradients.
+    """
+
+    base: int
+    adapter: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.cache + self.activations
+
+
+def training_memory(
+    model_class: type[LLaMA],
+    config: LLaMAConfig,
+    *,
+    sequences: int,
+    tokens: int,
+    labels: int,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Memory:
+    """Return the memory of a training step, whose largest micro-batch this is.
+
+    Args:
+        model_class, config: of the method.
+        sequences: of the micro-batch; a pair has two.
+        tokens: length of the longest sequence, to which the others are padded.
+        labels: number of tokens that are predicted, of all sequences together.
+        dtype: of the base, and of the computation.
+        quantize: one of `lit_llama.quantize.Quantize`.
+        gradient_checkpointing: recompute each layer in the backward pass.
+    """
+    model = _on_meta(model_class, config, dtype)
+    model.gradient_checkpointing = gradient_checkpointing
+    idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
+
+    def step() -> None:
+        loss = model.label_logps(idx, torch.empty_like(idx)).sum()
+        torch.autograd.backward(loss)  # unlike loss.backward(), it runs under the function mode
+
+    activations = _peak(step, model, labels)
+    adapter = sum(p.nbytes + MOMENTS * p.numel() for p in model.adapter_parameters().values())
+    return Memory(_base_bytes(model, quantize), adapter, 0, activations + _dequantized(model, quantize))
+
+
+def generation_memory(
+    model_class: type[LLaMA],
+    config: LLaMAConfig,
+    *,
+    rows: int,
+    prompt: int,
+    new: int,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+) -> Memory:
+    """Return the memory of generation.
+
+    Args:
+        model_class, config: of the method; `LLaMA` for an Aligner of one token, which is merged into the base.
+        rows: prompts of a batch.
+        prompt, new: tokens of each prompt and each answer.
+        dtype, quantize: as for `training_memory`.
+    """
+    model = _on_meta(model_class, config, dtype)
+    idx = torch.empty(rows, prompt, dtype=torch.long, device=META)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model.unembed(model.hidden(idx)[:, -1]).float().softmax(-1)
+
+    activations = _peak(prefill, model, 0)
+    adapter = sum(p.nbytes for p in model.adapter_parameters().values())
+    cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
+    return Memory(_base_bytes(model, quantize), adapter, cache, activations + _dequantized(model, quantize))
+
+
+def cache_bytes(config: LLaMAConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of `rows` sequences of `length` tokens."""
+    return 2 * config.n_layer * rows * config.n_kv_head * length * config.head_size * dtype.itemsize
+
+
+def count_parameters(model_class: type[LLaMA], config: LLaMAConfig) -> tuple[int, int]:
+    """Return the number of parameters of the base, and of what is trained."""
+    model = _on_meta(model_class, config, torch.bfloat16)
+    trained = sum(p.numel() for p in model.adapter_parameters().values())
+    return sum(p.numel() for p in model.parameters()) - trained, trained
+
+
+def _on_meta(model_class: type[LLaMA], config: LLaMAConfig, dtype: torch.dtype) -> LLaMA:
+    with META:
+        model = model_class(config)
+    mark_only_adapter_as_trainable(model)
+    return model.to(META, dtype)
+
+
+def _base_bytes(model: LLaMA, quantize: str | None) -> int:
+    """Return the bytes of the frozen weights and of the rotary tables."""
+    total = sum(p.nbytes for name, p in model.named_parameters() if not model.is_adapter_parameter(name))
+    for layer in projections(model).values() if quantize else ():
+        total += _quantized_bytes(layer.weight, quantize) - layer.weight.nbytes
+    return total + model.rope.cos.nbytes + model.rope.sin.nbytes
+
+
+def _quantized_bytes(weight: Tensor, quantize: str) -> int:
+    """Return the bytes of a quantized weight and its scales."""
+    if quantize == "int8":
+        return weight.numel() + 4 * len(weight)  # a scale for each row
+    blocks = weight.numel() // BLOCK
+    scales = blocks + 4 * blocks // SCALE_BLOCK if quantize.endswith("-dq") else 4 * blocks
+    return weight.numel() // 2 + scales
+
+
+def _dequantized(model: LLaMA, quantize: str | None) -> int:
+    """Return the bytes of the largest projection in the dtype of the computation, of which one is alive at a time."""
+    return max((layer.weight.nbytes for layer in projections(model).values()), default=0) if quantize else 0
+
+
+# == counting ==
+
+
+def _peak(work: Callable[[], None], model: LLaMA, labels: int) -> int:
+    """Return how many bytes `work` has alive at most, without those of the model."""
+    counter = _AliveBytes(model)
+    with _OnMeta(labels), counter:
+        work()
+    return counter.peak
+
+
+class _AliveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators return, until they are freed."""
+
+    def __init__(self, model: LLaMA) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        tensors = (*model.parameters(), model.rope.cos, model.rope.sin)
+        self.known = {t.untyped_storage()._cdata for t in tensors}  # addresses of storages, which views share
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def free(self, address: int, nbytes: int) -> None:
+        self.known.discard(address)
+        self.alive -= nbytes
+
+
+class _OnMeta(TorchFunctionMode):
+    """Replaces what has no shape on the meta device, or another one than on others.
+
+    Args:
+        labels: number of the tokens that a mask selects.
+    """
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _FlashAttention.apply(*args[:3])
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            places = tuple(torch.empty(self.labels, dtype=torch.long, device=META) for _ in range(args[1].dim()))
+            return args[0][places]
+        return func(*args, **(kwargs or {}))
+
+
+class _FlashAttention(torch.autograd.Function):
+    """The tensors of flash attention (arXiv 2205.14135): no scores, and the log of each query's normalizer is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = q.new_empty(q.shape)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = ctx.saved_tensors
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
