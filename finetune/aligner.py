@@ -50,6 +50,7 @@ class Settings(SFTSettings):
 def main(settings: SFTSettings) -> None:
     # here, so that neither --help nor the scripts that share the settings above load PyTorch
     from lit_llama.data import SFTData
+    from lit_llama.run.dry_run import dry_run
     from lit_llama.run.folder import RunFolder
     from lit_llama.run.report import print_summary
     from lit_llama.run.samples import answer_samples
@@ -64,7 +65,10 @@ def main(settings: SFTSettings) -> None:
     val = SFTData(settings.data_dir, "test", tokenizer, settings.eval_rows)
     setup = set_up_finetuning(settings, train.meta)
     answer = answer_samples(val.prompts(settings.sample_prompts), tokenizer, settings.max_new_tokens)
-    summary = Trainer(setup, train, val, SFTLoss(), run, sample_answers=answer).fit()
+    trainer = Trainer(setup, train, val, SFTLoss(), run, sample_answers=answer)
+    if settings.dry_run:
+        return dry_run(trainer)
+    summary = trainer.fit()
     if run.is_first:
         print_summary(summary, settings)
 

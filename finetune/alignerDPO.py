@@ -87,6 +87,7 @@ from lit_llama.reference import (
     reference_key,
     sampled_kl,
 )
+from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
@@ -123,6 +124,8 @@ def make_losses(
         reference: Reference | None = AdapterReference(start)
         if settings.reference_free:
             reference = None
+        elif settings.precompute_reference and settings.dry_run:  # numbers that stand for those of a long computation
+            reference = StoredReference(torch.zeros(len(data), 2, device=setup.fabric.device))
         elif settings.precompute_reference:
             adapter = setup.adapter_meta["reference"]
             key = reference_key(
@@ -138,8 +141,9 @@ def make_losses(
             logps = cached_reference(data, setup.fabric, setup.model, batches, name, key, cache_dir)
             reference = StoredReference(logps.to(setup.fabric.device))
         loss = DPOLoss(reference, **settings.loss)
-        some_batches = batches[:: max(1, len(batches) // 4)]
-        check_policy_equals_reference(loss, data, setup.fabric, setup.model, some_batches)
+        if not settings.dry_run:
+            some_batches = batches[:: max(1, len(batches) // 4)]
+            check_policy_equals_reference(loss, data, setup.fabric, setup.model, some_batches)
         losses.append(loss)
     return losses[0], losses[1]
 
@@ -180,6 +184,8 @@ def main(settings: Settings) -> None:
     answer = answer_samples(val.prompts(settings.sample_prompts), tokenizer, settings.max_new_tokens)
     trainer = Trainer(setup, train, val, train_loss, run, val_loss=val_loss, val_metrics=kl_to_reference,
                       sample_answers=answer, plan=plan_fixed_epoch)  # fmt: skip
+    if settings.dry_run:
+        return dry_run(trainer)
     summary = trainer.fit()
     if run.is_first:
         plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS, run.title())

@@ -77,6 +77,7 @@ from lit_llama.reference import adapter_sha256, sampled_kl
 from lit_llama.rewards import Reward
 from lit_llama.rl import PolicyLoss
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
+from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import duration, plot_metrics, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
@@ -148,6 +149,8 @@ def main(settings: Settings) -> None:
         val_metrics=further_metrics,
         sample_answers=answer_samples(val.prompts(settings.sample_prompts), tokenizer, settings.max_new_tokens),
     )  # fmt: skip
+    if settings.dry_run:
+        return dry_run(trainer)
     summary = trainer.fit()
     if run.is_first:
         plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS, run.title())

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import BLOCK, projections
+from lit_llama.tables import markdown_table
 from lit_llama.variant import mark_only_adapter_as_trainable
 
 META = torch.device("meta")
@@ -110,6 +111,21 @@ def generation_memory(
     adapter = sum(p.nbytes for p in model.adapter_parameters().values())
     cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
     return Memory(_base_bytes(model, quantize), adapter, cache, activations + _dequantized(model, quantize))
+
+
+def memory_table(tasks: dict[str, Memory]) -> str:
+    """Return a Markdown table of the memory of tasks."""
+    heads = ["", "base", "adapter, optimizer", "cache", "activations, gradients", "total"]
+    rows = [
+        [name, *map(byte_size, (task.base, task.adapter, task.cache, task.activations, task.total))]
+        for name, task in tasks.items()
+    ]
+    return markdown_table(heads, rows)
+
+
+def byte_size(nbytes: int) -> str:
+    """Format bytes as "16.4 GB" or "523 MB"."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def cache_bytes(config: LLaMAConfig, rows: int, length: int, dtype: torch.dtype) -> int:

@@ -65,6 +65,8 @@ class RunFolder:
         self.settings, self.path = settings, settings.out_dir
         self.state_path = self.path / "state.pt"
         self.stopping = False  # after the current step
+        if settings.dry_run:
+            return
         with self.explained():
             self.check()
             if os.environ.get("LOCAL_RANK", "0") == "0" and (self.path / LOCK).exists():

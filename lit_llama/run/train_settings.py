@@ -25,6 +25,7 @@ class TrainSettings(Checked):
     """
 
     may_change = ("out_dir", "save_interval", "resume", "overwrite", "accelerator", "devices", "num_nodes", "strategy")
+    dry_run = False  # a setting of the finetuning scripts
 
     # == What to train on ==
     out_dir: Path  # folder for all files of the run
@@ -88,6 +89,7 @@ class FinetuneSettings(TrainSettings):
     eval_rows: PositiveInt = 512  # validate on at most this many rows, always the same
     sample_prompts: NonNegativeInt = 2  # validation prompts to answer at each validation
     max_new_tokens: PositiveInt = 60  # maximum length of these answers
+    dry_run: bool = False  # print parameters, memory, steps and the time by one measured step, and write nothing
 
     # == Devices ==
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes

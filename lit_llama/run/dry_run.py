@@ -1,0 +1,106 @@
+"""A finetuning run that writes nothing: what the run would take, from its data and one measured step."""
+
+import time
+
+import numpy as np
+import torch
+
+from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
+from lit_llama.methods import METHODS
+from lit_llama.rollouts import Rollouts
+from lit_llama.run.report import duration
+from lit_llama.run.setup import base_dtype
+from lit_llama.train import Trainer
+from lit_llama.utils import UserError, log
+
+WARM_UP = 30  # seconds; a first step that takes less is measured again, without what happens only once
+
+
+def dry_run(trainer: Trainer) -> None:
+    """Print to stdout the parameters, the estimated memory, the number of steps and the time of a run.
+
+    The memory is that of the largest micro-batch. The time is that of the first step, scaled with the number of tokens,
+    padding included; validations, their answers and saved states are not part of it.
+
+    Raises:
+        UserError: The step does not fit into the memory of the GPU, or its loss is not finite.
+    """
+    settings, fabric, lengths = trainer.settings, trainer.fabric, trainer.train.lengths
+    model = trainer.unwrapped
+    n_base, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (False, True))
+    plan = trainer.plan(lengths, settings.batch_size, settings.micro_batch_size, settings.seed, 0)
+    is_first = fabric.global_rank == 0
+    if is_first:
+        quantized = f", layers in {settings.quantize}" if settings.quantize else ""
+        print(f"parameters   {n_base:,} frozen in {str(base_dtype(fabric)).removeprefix('torch.')}{quantized}, "
+              f"{n_trained:,} trained ({settings.method})\n"
+              f"data         {len(lengths):,} rows, up to {lengths.max():,} tokens\n"
+              f"steps        {trainer.max_steps:,} of {settings.batch_size} rows on {fabric.world_size} process(es), "
+              f"{trainer.steps_per_epoch:,} an epoch\n\n"
+              f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
+    first = next(trainer.remaining_steps())
+    log("measuring a step")
+    try:
+        seconds = timed_step(trainer, first)
+        if seconds < WARM_UP:
+            seconds = timed_step(trainer, first)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "A step does not fit into the memory of the GPU: lower --micro_batch_size, or set --gradient_checkpointing "
+            "or --quantize nf4."
+        ) from None
+    if is_first:
+        total = seconds * sum(padded_tokens(lengths, step) for step in plan) / padded_tokens(lengths, first)
+        total *= trainer.max_steps / len(plan)
+        print(f"time         {seconds:.3g} s for a step, measured; about {duration(total)} for {trainer.max_steps:,} "
+              "steps, without validations and sampled answers")  # fmt: skip
+        if fabric.device.type == "cuda":
+            print(f"measured     {byte_size(torch.cuda.max_memory_allocated(fabric.device))} of GPU memory at the peak "
+                  "of this step, which need not have the largest micro-batch")  # fmt: skip
+        print(f"nothing was written to {settings.out_dir}")
+
+
+def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str, Memory]:
+    """Return the memory of the tasks of a step, each for its largest micro-batch."""
+    settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
+    method, rows = METHODS[settings.method], largest(train.lengths, [rows for step in plan for rows in step])
+    shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
+    tasks = {}
+    if isinstance(train, Rollouts):
+        new, sequences = settings.max_new_tokens, len(rows) * train.group_size
+        prompt, labels = int(train.lengths[rows].max()) - 1, sequences * new
+        tokens = min(prompt + new, trainer.unwrapped.max_tokens)
+        tasks["sampling"] = generation_memory(
+            method, config, rows=sequences, prompt=prompt, new=tokens - prompt, **shared
+        )
+    else:
+        batch = train.batch(rows)
+        (sequences, tokens), labels = batch["idx"].shape, int((batch["labels"] != -1).sum())
+    checkpointing = settings.gradient_checkpointing
+    tasks[f"a step, {sequences} × {tokens:,} tokens"] = training_memory(
+        method,
+        config,
+        sequences=sequences,
+        tokens=tokens,
+        labels=labels,
+        gradient_checkpointing=checkpointing,
+        **shared,
+    )
+    return tasks
+
+
+def largest(lengths: np.ndarray, micro_batches: list[np.ndarray]) -> np.ndarray:
+    """Return the micro-batch with the most tokens, padding included."""
+    return max(micro_batches, key=lambda rows: len(rows) * lengths[rows].max())
+
+
+def padded_tokens(lengths: np.ndarray, step: list[np.ndarray]) -> int:
+    """Return the number of tokens of a step, padding included."""
+    return sum(len(rows) * int(lengths[rows].max()) for rows in step)
+
+
+def timed_step(trainer: Trainer, micro_batches: list[np.ndarray]) -> float:
+    """Return the seconds of a step."""
+    began = time.perf_counter()
+    trainer.train_step(micro_batches)  # its metrics are numbers, so that a GPU has finished
+    return time.perf_counter() - began

@@ -1,0 +1,163 @@
+"""Compute the memory that SFT, DPO and generation take, from a model's shapes. No weights are needed.
+
+The model is a known size, a name on the hub, or a folder with a lit_config.json or a config.json. With --table, print
+the table of howto/models.md: all known sizes. The finetuning scripts compute the same for their data with --dry_run.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from lit_llama import cli
+from lit_llama.settings import Checked, NonNegativeInt, PositiveInt, PositiveShare, Quantize
+
+
+@dataclass
+class Settings(Checked):
+    # == Model ==
+    model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or a name on the hub such as Qwen/Qwen3-8B
+    checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or such a file
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights
+    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits
+
+    # == Method ==
+    method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, adapter_v2, lora, bitfit, …
+    method_config: dict[str, Any] | None = None  # further settings of the method, such as {"lora_r": 4}
+    adapter_prompt_length: PositiveInt = 1  # number of prefix tokens N
+    adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
+
+    # == Training ==
+    micro_batch_size: PositiveInt = 4  # sequences of a micro-batch for SFT, and pairs for DPO
+    tokens: PositiveInt = 512  # length of the longest sequence of a micro-batch
+    response_share: PositiveShare = 0.5  # share of the tokens that belong to responses
+    gradient_checkpointing: bool = False  # recompute each layer in the backward pass
+
+    # == Generation ==
+    batch_size: PositiveInt = 1  # prompts that are answered together
+    prompt_tokens: PositiveInt = 1024  # of each
+    new_tokens: PositiveInt = 1024  # of each answer
+
+    # == Output ==
+    table: bool = False  # print one row for each known size
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+from tqdm import tqdm
+
+from lit_llama.checkpoint import CONFIG_NAME
+from lit_llama.config import llama_configs
+from lit_llama.huggingface.config import convert_config
+from lit_llama.memory import Memory, byte_size, count_parameters, generation_memory, memory_table, training_memory
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.run.setup import method_config
+from lit_llama.storage.schema import read_json
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError
+
+HUB = {
+    "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
+    "Llama-2-13B": "meta-llama/Llama-2-13b-hf",
+    "Llama-2-70B": "meta-llama/Llama-2-70b-hf",
+    "Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
+    "TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+OWNERS = {"Llama-3": "meta-llama", "SmolLM": "HuggingFaceTB", "Qwen": "Qwen", "Mistral": "mistralai"}
+
+
+def hub_name(size: str) -> str | None:
+    """Return the name of a size's base model on the hub, None for one that is not there."""
+    owner = next((owner for start, owner in OWNERS.items() if size.startswith(start)), None)
+    return HUB.get(size) or (f"{owner}/{size}" if owner else None)
+
+
+def base_config(settings: Settings) -> LLaMAConfig:
+    """Return the configuration of the model that the settings name.
+
+    Raises:
+        UserError: There is no such model, or its architecture is not supported.
+    """
+    path = settings.checkpoint_dir
+    if path is None:
+        by_hub_name = {hub_name(size): size for size in llama_configs}
+        return LLaMAConfig.from_name(by_hub_name.get(settings.model, settings.model))
+    if path.is_dir():
+        names = [path / name for name in (CONFIG_NAME, "config.json") if (path / name).is_file()]
+        if not names:
+            raise UserError(f"{path} holds neither {CONFIG_NAME} nor config.json.")
+        path = names[0]
+    about = read_json(path, what="model configuration")
+    is_ours = "n_layer" in about and "architectures" not in about
+    return LLaMAConfig.from_json(path) if is_ours else convert_config(about)
+
+
+def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
+    """Return the memory of each task."""
+    settings = within_context(settings, config)
+    method, own = METHODS[settings.method], method_config(settings)
+    with_method = method.config_class(**{**vars(config), **own})
+    shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
+
+    def training(sequences: int) -> Memory:
+        labels = max(1, round(sequences * settings.tokens * settings.response_share))
+        return training_memory(method, with_method, sequences=sequences, tokens=settings.tokens, labels=labels,
+                               gradient_checkpointing=settings.gradient_checkpointing, **shared)  # fmt: skip
+
+    is_merged = settings.method == "aligner" and settings.adapter_prompt_length == 1
+    return {
+        "SFT": training(settings.micro_batch_size),
+        "DPO": training(2 * settings.micro_batch_size),
+        "generation": generation_memory(
+            LLaMA if is_merged else method, config if is_merged else with_method, rows=settings.batch_size,
+            prompt=settings.prompt_tokens, new=settings.new_tokens, **shared,
+        ),
+    }  # fmt: skip
+
+
+def within_context(settings: Settings, config: LLaMAConfig) -> Settings:
+    """Return the settings with lengths that fit into the model's context."""
+    tokens, new = min(settings.tokens, config.block_size), min(settings.new_tokens, config.block_size // 2)
+    prompt = min(settings.prompt_tokens, config.block_size - new)
+    return replace(settings, tokens=tokens, prompt_tokens=prompt, new_tokens=new)
+
+
+def describe(settings: Settings) -> str:
+    """Return what the estimates are for."""
+    layers = f" with layers in {settings.quantize}" if settings.quantize else ""
+    recomputed = ", gradient checkpointing" if settings.gradient_checkpointing else ""
+    return (
+        f"A base in {settings.precision}{layers}. SFT: micro-batches of {settings.micro_batch_size} × "
+        f"{settings.tokens:,} tokens, {settings.response_share:.0%} of them predicted{recomputed}; DPO: as many pairs; "
+        f"generation: {settings.batch_size} × ({settings.prompt_tokens:,} + {settings.new_tokens:,}) tokens."
+    )
+
+
+def main(settings: Settings) -> None:
+    if settings.table:
+        rows = []
+        for size in tqdm([size for size in llama_configs if hub_name(size)], desc="Models"):
+            config = LLaMAConfig.from_name(size)
+            count = count_parameters(LLaMA, config)[0]
+            sizes = [byte_size(memory.total) for memory in estimates(config, settings).values()]
+            rows.append([hub_name(size), f"{count:,}", f"{config.block_size:,}", *sizes])
+        print(describe(settings) + "\n")
+        print(markdown_table(["model", "parameters", "context", "SFT", "DPO", "generation"], rows))
+        return
+    config = base_config(settings)
+    settings = within_context(settings, config)
+    method = METHODS[settings.method] if settings.method in METHODS else LLaMA
+    own = method_config(settings)
+    n_base, n_trained = count_parameters(method, method.config_class(**{**vars(config), **own}))
+    print(f"{settings.checkpoint_dir or settings.model}: {n_base:,} parameters, and {n_trained:,} that are trained "
+          f"({settings.method}).\n{describe(settings)}\n")  # fmt: skip
+    print(memory_table(estimates(config, settings)))
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)
