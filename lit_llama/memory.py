@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -74,8 +75,7 @@ def training_memory(
     idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
 
     def step() -> None:
-        loss = model.label_logps(idx, torch.empty_like(idx)).sum()
-        torch.autograd.backward(loss)  # unlike loss.backward(), it runs under the function mode
+        model.label_logps(idx, torch.empty_like(idx)).sum().backward()
 
     activations = _peak(step, model, labels)
     adapter = sum(p.nbytes + MOMENTS * p.numel() for p in model.adapter_parameters().values())
@@ -175,7 +175,8 @@ def _dequantized(model: LLaMA, quantize: str | None) -> int:
 def _peak(work: Callable[[], None], model: LLaMA, labels: int) -> int:
     """Return how many bytes `work` has alive at most, without those of the model."""
     counter = _AliveBytes(model)
-    with _OnMeta(labels), counter:
+    # a function mode would not reach the layers that the backward pass computes again
+    with patch.object(F, "scaled_dot_product_attention", _flash_attention), _Selection(labels), counter:
         work()
     return counter.peak
 
@@ -204,11 +205,11 @@ class _AliveBytes(TorchDispatchMode):
         self.alive -= nbytes
 
 
-class _OnMeta(TorchFunctionMode):
-    """Replaces what has no shape on the meta device, or another one than on others.
+class _Selection(TorchFunctionMode):
+    """Gives a number to the tokens that a mask selects, which it cannot have without numbers.
 
     Args:
-        labels: number of the tokens that a mask selects.
+        labels: this number.
     """
 
     def __init__(self, labels: int) -> None:
@@ -216,12 +217,15 @@ class _OnMeta(TorchFunctionMode):
         self.labels = labels
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _FlashAttention.apply(*args[:3])
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             places = tuple(torch.empty(self.labels, dtype=torch.long, device=META) for _ in range(args[1].dim()))
             return args[0][places]
         return func(*args, **(kwargs or {}))
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Stand in for `F.scaled_dot_product_attention`, which has no fused kernel on the meta device."""
+    return _FlashAttention.apply(q, k, v)
 
 
 class _FlashAttention(torch.autograd.Function):
