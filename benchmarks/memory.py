@@ -18,11 +18,21 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
+from lit_llama import cli
+
+
+@dataclass
+class Settings:
+    cases: tuple[str, ...] = ()  # parts of the labels of the cases to measure (default: all)
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
 import torch
 
 from benchmarks.material import SIZE_110M
 from benchmarks.measure import Memory as MeasuredMemory
-from lit_llama import cli
 from lit_llama.generation import Sampling, generate
 from lit_llama.memory import Memory, generation_memory, training_memory
 from lit_llama.methods import METHODS
@@ -148,11 +158,6 @@ def measure(case: Case, **variables: str) -> int:
         return executor.submit(peak, case).result()
 
 
-@dataclass
-class Settings:
-    cases: tuple[str, ...] = ()  # parts of the labels of the cases to measure (default: all)
-
-
 def main(settings: Settings) -> None:
     rows = []
     for case in CASES:
@@ -170,4 +175,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
+    cli.run(main, settings)

@@ -17,12 +17,12 @@ def files(folder):
     ("aligner", ()), ("aligner", ("--quantize", "int8", "--gradient_checkpointing")), ("lora", ()),
     ("adapter_v2", ("--precision", "bf16-true")),
 ])  # fmt: skip
-def test_sft(script, more, base_dir, data_dir, tmp_path, run_script, monkeypatch):
+def test_sft(script, more, base_dir, data_dir, tmp_path, run_script):
     if "--quantize" in more:
         pytest.importorskip("bitsandbytes")
     flags = TRAIN if script in ("aligner", "adapter_v2") else TRAIN[:-2]
-    paths = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out", "--accelerator", "cpu")
-    code, out, err = run_script(f"finetune/{script}.py", *paths, *flags, "--dry_run", *more)
+    paths = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out")
+    code, out, err = run_script(f"finetune/{script}.py", *paths, *flags, "--accelerator", "cpu", "--dry_run", *more)
     assert code == 0, err
     assert files(tmp_path) == []
     data = SFTData(data_dir, "train")
@@ -34,9 +34,7 @@ def test_sft(script, more, base_dir, data_dir, tmp_path, run_script, monkeypatch
     assert out.endswith(f"nothing was written to {tmp_path / 'out'}\n")
 
 
-def test_dpo_computes_no_reference(base_dir, preference_dir, tmp_path, run_script, monkeypatch):
-    import finetune.alignerDPO  # noqa: F401
-
+def test_dpo_computes_no_reference(base_dir, preference_dir, tmp_path, run_script):
     before = files(preference_dir.parent)
     paths = ("--checkpoint_dir", base_dir, "--data_dir", preference_dir, "--out_dir", tmp_path / "out")
     code, out, err = run_script("finetune/alignerDPO.py", *paths, *TRAIN, "--accelerator", "cpu", "--dry_run")
