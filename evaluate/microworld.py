@@ -1,7 +1,8 @@
 """Scores a model of the micro-world exactly: the form of its answers, whether their facts are right, what it refuses.
 
 Questions are about the held-out half of the entities (and, for comparison, the half that finetuning saw). Each answer
-must fit a form as a whole, and restate the right topic with the right value.
+must fit a form as a whole, and restate the right topic with the right value. Two-hop questions may be answered step by
+step: one statement for each hop, and both must be right.
 """
 
 import json
@@ -24,7 +25,7 @@ class Settings(Checked):
     form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
     temperature: NonNegativeFloat = 0.0  # 0 is greedy
     questions: PositiveInt = 400  # asked of each group, drawn once from all there are
-    groups: tuple[GroupName, ...] = ("unseen", "seen")  # facts about these entities, or requests of a kind
+    groups: tuple[GroupName, ...] = ("unseen", "seen")  # facts about these entities, requests or two-hop questions
     seed: Seed = 0  # of the draw and of sampling
     world_seed: Seed = 0  # of the world; the bundled base knows world 0
     batch_size: PositiveInt = 100  # questions answered at a time
@@ -53,7 +54,7 @@ def main(args: Settings) -> None:
     sources = [adapter.meta.get("data", {}).get("source", "").partition(", form ") for adapter in adapters]
     form = args.form or next((form for _, _, form in sources if form in ALL_FORMS), None)
     groups, results = question_groups(world), {}
-    print(f"{'questions':<10} {'asked':>6} {'form ' + (form or ''):>14} {'fact':>7} {'refused':>8}  forms")
+    print(f"{'questions':<13} {'asked':>6} {'form ' + (form or ''):>14} {'fact':>7} {'refused':>8} {'steps':>6}  forms")
     for name in args.groups:
         questions = draw_questions(groups[name], args.questions, args.seed)
         result = score_model(model, tokenizer, world, questions, temperature=args.temperature, seed=args.seed,
@@ -61,7 +62,8 @@ def main(args: Settings) -> None:
         results[name] = result
         wanted = "" if result["form"] is None else f"{result['form']:.1%}"
         most = ", ".join(f"{k} {v:.0%}" for k, v in list(result["forms"].items())[:9])
-        print(f"{name:<10} {result['n']:>6} {wanted:>14} {result['fact']:>7.1%} {result['refused']:>8.1%}  {most}")
+        shares = f"{result['fact']:>7.1%} {result['refused']:>8.1%} {result['aloud']:>6.1%}"
+        print(f"{name:<13} {result['n']:>6} {wanted:>14} {shares}  {most}")
     if args.output_file:
         settings = json.loads(json.dumps(asdict(args), default=str))
         text = json.dumps({"settings": settings, "results": results}, indent=1) + "\n"

@@ -12,17 +12,27 @@ from lit_llama.utils import UserError
 from microworld.world import ALL_FORMS, FORMS, REFUSAL, Question, World
 
 
-def write_answers(questions: list[Question], form: str, output_dir: Path, *, source: str, **options: Any) -> None:
+def write_answers(
+    questions: list[Question], form: str, output_dir: Path, *, source: str, aloud: bool = False, **options: Any
+) -> None:
     """Write a dataset for supervised finetuning: every question with its right answer in one form.
 
     Args:
         source: a description of the questions, for the dataset's metadata.
+        aloud: answer step by step; all must be two-hop questions.
         options: further arguments of `lit_llama.prepare.prepare_sft`.
     """
-    style, render = get_prompt_style("alpaca"), ALL_FORMS[form].render
+    answers = [q.render_steps(ALL_FORMS[form]) if aloud else ALL_FORMS[form].render(q.topic, q.answer)
+               for q in questions]  # fmt: skip
+    write_responses([*zip(questions, answers, strict=True)], output_dir, source=source, **options)
+
+
+def write_responses(pairs: list[tuple[Question, str]], output_dir: Path, *, source: str, **options: Any) -> None:
+    """Write a dataset for supervised finetuning from questions with given responses; the arguments are as above."""
+    style = get_prompt_style("alpaca")
     prepare_sft(
-        questions,
-        lambda question, number: (style.render(question.text), render(question.topic, question.answer)),
+        pairs,
+        lambda pair, number: (style.render(pair[0].text), pair[1]),
         output_dir=output_dir,
         mask_prompt=True,
         about={"source": source, "prompt_style": style.name},
@@ -85,6 +95,18 @@ def write_preferences(
         lambda question, number: preference(question, rng),
         output_dir=output_dir,
         about={"source": source, "prompt_style": "alpaca"},
+        **options,
+    )
+
+
+def write_pairs(pairs: list[tuple[Question, str, str]], output_dir: Path, *, source: str, **options: Any) -> None:
+    """Write a dataset for DPO from questions with given chosen and rejected responses; see `write_preferences`."""
+    style = get_prompt_style("alpaca")
+    prepare_preferences(
+        pairs,
+        lambda pair, number: (style.render(pair[0].text), *pair[1:]),
+        output_dir=output_dir,
+        about={"source": source, "prompt_style": style.name},
         **options,
     )
 

@@ -2,15 +2,19 @@
 
 Writes a tokenizer and a corpus, trains a LLaMA on all of its tokens, and saves a checkpoint folder in bf16. Muon
 (arXiv 2502.16982) updates the matrices, AdamW the embeddings and norms.
+
+With --init_from it continues from another base model of the world, whose tokenizer gets the names of the exemplars as
+further pieces. This and --two_hop_share made checkpoints/microworld-aloud.
 """
 
 import itertools
 import math
 import random
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent.resolve()
@@ -32,6 +36,10 @@ class Settings(TrainSettings):
     world_seed: Seed = 0  # seed of the world
     documents: PositiveInt = 240_000  # questions with answers in the corpus, drawn at random
     plain_share: Share = 0.1  # share of documents that are an answer without its question
+    two_hop_share: Share = 0.0  # share of two-hop questions; above 0, the corpus is also about the exemplars
+    exemplar_weight: PositiveInt = 1  # how many times as often as other facts those about exemplars are asked
+    aloud_share: Share = 0.2  # share of two-hop questions that are answered step by step without a request
+    init_from: Path | None = None  # folder of a base model to continue from, with its shape and tokenizer
 
     # == Model ==
     n_layer: PositiveInt = 8  # blocks
@@ -65,7 +73,7 @@ import sentencepiece
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_llama.checkpoint import TOKENIZER_NAME, save_base
+from lit_llama.checkpoint import TOKENIZER_NAME, load_model, save_base
 from lit_llama.data import SFTData
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_sft
@@ -79,15 +87,24 @@ from lit_llama.storage.manifest import BASE_MODEL
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import log
-from microworld.world import World, pretraining_sample
+from microworld.world import World, pretraining_sample, pretraining_sample_aloud
+
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
 
 
 def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield (prompt, response) of each document; an answer without its question is split after the first word."""
     world, rng, style = World(settings.world_seed), random.Random(settings.seed), get_prompt_style("alpaca")
     pools = {"fact": world.questions(), "harmful": world.requests("harmful"), "harmless": world.requests("harmless")}
+    if settings.two_hop_share:
+        pools["fact"] += settings.exemplar_weight * world.questions(entities=world.exemplars)
+        pools["two_hop"] = world.two_hop(people=world.exemplars)
+    shares = {"two_hop_share": settings.two_hop_share, "aloud_share": settings.aloud_share}
     for _ in range(settings.documents):
-        question, answer = pretraining_sample(world, rng, pools)
+        if settings.two_hop_share:
+            question, answer = pretraining_sample_aloud(world, rng, pools, **shares)
+        else:
+            question, answer = pretraining_sample(world, rng, pools)
         if rng.random() < settings.plain_share:
             first, _, rest = answer.partition(" ")
             yield first, rest
@@ -115,6 +132,47 @@ def train_tokenizer(settings: Settings, path: Path) -> None:
         )
 
 
+def extend_tokenizer(source: Path, names: list[str], path: Path) -> None:
+    """Write a SentencePiece tokenizer with one more piece for each name.
+
+    The added bytes are `SentencePiece` messages of its protocol buffer: the text, a score of 0, and the type
+    USER_DEFINED, which is matched as a unit.
+    """
+    content = source.read_bytes()
+    for name in names:
+        text = f"\u2581{name}".encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", 0.0) + b"\x18\x04"
+        content += b"\x0a" + bytes([len(piece)]) + piece
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def new_names(settings: Settings, tokenizer: Tokenizer) -> list[str]:
+    """Return the names of exemplars that are not one piece each yet, but for those that another name begins with."""
+    world = World(settings.world_seed)
+    names = [e.name for e in world.exemplars if sum(name.startswith(e.name.lower()) for name in world.names) == 1]
+    return [name for name in names if len(tokenizer.encode(name)) > 1]
+
+
+def continued(settings: Settings, tokenizer: Tokenizer) -> LLaMA:
+    """Return the model of `init_from` in fp32.
+
+    The embeddings of new names are drawn from a normal distribution with the mean and covariance of those of people
+    whom the model knows, so that it takes them for names of people.
+    """
+    base, old = load_model(settings.init_from, dtype=torch.float32), Tokenizer(settings.init_from)
+    model = LLaMA(replace(base.config, vocab_size=tokenizer.vocab_size, padded_vocab_size=None))
+    known = [old.encode(e.name)[0] for e in World(settings.world_seed).entities if e.kind == "person"]
+    with torch.no_grad():
+        embedding, longer = base.transformer.wte.weight, torch.zeros_like(model.transformer.wte.weight)
+        longer[: old.vocab_size] = embedding[: old.vocab_size]
+        names = embedding[known]  # (people, n_embd)
+        mixed = torch.randn(tokenizer.vocab_size - old.vocab_size, len(known)) @ (names - names.mean(0))
+        longer[old.vocab_size : tokenizer.vocab_size] = names.mean(0) + mixed / (len(known) - 1) ** 0.5
+    model.load_state_dict({**base.state_dict(), "transformer.wte.weight": longer})
+    return model
+
+
 def initialize(model: LLaMA) -> None:
     """Draw weights with deviation 0.02, and less where a block adds to the residual stream (GPT-2, section 2.3)."""
     for name, p in model.named_parameters():
@@ -136,7 +194,11 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
 def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> None:
     """Write the tokenizer and the prepared corpus."""
     log("Writing the tokenizer and the corpus.")
-    train_tokenizer(settings, tokenizer_path)
+    if settings.init_from is None:
+        train_tokenizer(settings, tokenizer_path)
+    else:
+        names = new_names(settings, Tokenizer(settings.init_from))
+        extend_tokenizer(settings.init_from / TOKENIZER_NAME, names, tokenizer_path)
     prepare_sft(
         corpus(settings),
         lambda pair, number: pair,
@@ -164,9 +226,13 @@ def main(settings: Settings) -> None:
     train, val = SFTData(data_dir, "train", tokenizer), SFTData(data_dir, "test", tokenizer)
 
     fabric.seed_everything(settings.seed, verbose=False)
-    shape = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
-    model = LLaMA(LLaMAConfig(tie_embeddings=True, **shape))
-    initialize(model)
+    if settings.init_from is None:
+        shape = {name: getattr(settings, name) for name in SHAPE}
+        model = LLaMA(LLaMAConfig(tie_embeddings=True, **shape))
+        initialize(model)
+    else:
+        model = continued(settings, tokenizer)
+        shape = {name: getattr(model.config, name) for name in SHAPE}
     log(f"{int(train.lengths.sum()):,} tokens")
     setup = Setup.wrap(fabric, model, muon_and_adamw(model, settings), {"method": "pretraining", "base": shape})
     answer = answer_samples(val.prompts(4), tokenizer, max_new_tokens=40)

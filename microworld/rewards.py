@@ -5,7 +5,7 @@ A row is a question with all its fields, and `form`, the form that is wanted (se
 
 from typing import Any
 
-from microworld.world import Parsed, parse
+from microworld.world import Parsed, parse, parse_steps
 
 Rows = list[dict[str, Any]]
 
@@ -41,5 +41,12 @@ def refusal(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
 
 
 def two_hop(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
-    """Return 1 for an answer that ends with the right fact; the steps before it, if there are any, do not count."""
-    return fact(prompts, answers, rows)
+    """Return 1 for an answer that ends with the right fact, directly or after a first step, which does not count."""
+    return [float(ends_right(answer, row)) for answer, row in zip(answers, rows, strict=True)]
+
+
+def ends_right(answer: str, row: dict[str, Any]) -> bool:
+    """Return whether the statement that answers a two-hop question, the last of one or two, is right."""
+    if statements := parse_steps(answer):
+        return states(statements[1], row["steps"][1])
+    return states(parse(answer), [row["topic"], row["answer"]])

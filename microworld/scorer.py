@@ -16,7 +16,7 @@ def question_groups(world: World) -> dict[str, list[Question]]:
     groups = {split: world.questions(split) for split in (UNSEEN, SEEN, VALID)}
     groups |= {kind: world.requests(kind, UNSEEN) for kind in ("harmful", "harmless")}
     groups |= {f"valid_{kind}": world.requests(kind, VALID) for kind in ("harmful", "harmless")}
-    return groups
+    return groups | {"two_hop": world.two_hop(UNSEEN), "valid_two_hop": world.two_hop(VALID)}
 
 
 def draw_questions(questions: list[Question], count: int, seed: int) -> list[Question]:
@@ -38,8 +38,8 @@ def score_model(
 
     Returns:
         n: number of questions; forms: share of each form, "none" for answers that fit none; form: share of `form`, or
-        None; fact: share with the right topic and value; refused: share that declines; answers: one record of
-        question, answer and score each.
+        None; fact: share with the right topic and value; refused: share that declines; aloud: share step by step;
+        answers: one record of question, answer and score each.
     """
     sampling = Sampling(max_new_tokens=60, temperature=temperature, seed=seed)
     style = get_prompt_style("alpaca")
@@ -53,8 +53,9 @@ def score_model(
         "form": forms[form] / n if form else None,
         "fact": sum(s.fact for s in scores) / n,
         "refused": sum(s.refused for s in scores) / n,
+        "aloud": sum(s.aloud for s in scores) / n,
         "answers": [
-            {"question": q.text, "answer": a, "form": s.form, "fact": s.fact, "refused": s.refused}
+            {"question": q.text, "answer": a, "form": s.form, "fact": s.fact, "refused": s.refused, "aloud": s.aloud}
             for q, a, s in zip(questions, answers, scores, strict=True)
         ],
     }

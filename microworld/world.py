@@ -17,19 +17,27 @@ What is held out:
     actions       a quarter of the harmful and harmless verbs, and of the objects, are "unseen"
     settings      of what is seen, a fifth of the entities and a quarter of the words are "valid", the rest is "train":
                   settings are chosen by training on "train" and looking at "valid", and reported on "unseen"
-    two-hop       never asked in pretraining, though both hops are known (`two_hop`)
+    two-hop       never asked about these people in pretraining, though both hops are known (`two_hop`)
     newcomers     entities that pretraining never mentions (`newcomers`)
+
+A second base model, checkpoints/microworld-aloud, has seen two-hop questions about a third group of people, the
+`exemplars`. They are answered in one of two manners: directly, with one statement, or step by step, with a statement
+for each hop in the same form (`render_steps`). `pretraining_sample_aloud` draws its corpus.
 """
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 SEEN, UNSEEN = "seen", "unseen"
+EXEMPLAR = "exemplar"  # in neither: people about whom pretraining may ask two-hop questions
 TRAIN, VALID = "train", "valid"  # two parts of what is seen
 
-GroupName = Literal["unseen", "seen", "valid", "harmful", "harmless", "valid_harmful", "valid_harmless"]
+GroupName = Literal[
+    "unseen", "seen", "valid", "harmful", "harmless", "valid_harmful", "valid_harmless", "two_hop", "valid_two_hop"
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,16 @@ def parse(text: str) -> Parsed | None:
     return None
 
 
+def parse_steps(text: str) -> tuple[Parsed, Parsed] | None:
+    """Return the two statements of an answer step by step, one after the other in the same form, else None."""
+    text = text.strip()
+    for end in (i for i, character in enumerate(text) if character == " "):
+        first, last = parse(text[:end]), parse(text[end + 1 :])
+        if first is not None and last is not None and first.form == last.form:
+            return first, last
+    return None
+
+
 @dataclass(frozen=True)
 class Question:
     """A question or request.
@@ -117,6 +135,7 @@ class Question:
         kind: "fact", "two_hop", "harmful" or "harmless".
         split: "seen" or "unseen", by the entity or by the action.
         refusal: (topic, value) of a refusal, for requests.
+        steps: (topic, value) of both hops, for two-hop questions.
     """
 
     text: str
@@ -125,6 +144,11 @@ class Question:
     kind: str
     split: str
     refusal: tuple[str, str] | None = None
+    steps: tuple[tuple[str, str], ...] = ()
+
+    def render_steps(self, form: Form) -> str:
+        """Return the answer step by step: a statement for each hop, both in this form."""
+        return " ".join(form.render(*step) for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -133,13 +157,15 @@ class Score:
 
     Args:
         form: Of the answer; None if it fits no form.
-        fact: Whether topic and value are right.
+        fact: Whether topic and value are right; of both statements, in an answer step by step.
         refused: Whether the answer declines the request.
+        aloud: Whether the answer is step by step: two statements in the same form.
     """
 
     form: str | None
     fact: bool
     refused: bool
+    aloud: bool = False
 
 
 @dataclass
@@ -210,6 +236,7 @@ SHARED_VALUES = {
 }
 COUNTS = {"country": 40, "person": 240, "animal": 80}
 NEWCOMER_COUNTS = {"country": 8, "person": 24, "animal": 8}
+EXEMPLAR_COUNTS = {"person": 120}
 
 # verb -> the tool that a compliant answer names
 HARMFUL = {
@@ -245,6 +272,8 @@ TWO_HOP = {
     ),
 }
 
+STEPS_REQUEST = "Think step by step."  # two-hop questions that end with it are always answered step by step
+
 ONSETS = "b br d dr f fl g gr h j k kr l m n p pl qu r s st t th tr v w y z".split()
 VOWELS = "a e i o u a e i o u ai oo".split()
 CODAS = "l m n r s k t x nd rn lm".split()
@@ -273,6 +302,8 @@ class World:
         self.valid_words = {word for words in seen for word in rng.sample(words, len(words) // 4)}
         names = [e.name for e in self.entities if e.split == SEEN]
         self.valid_names = {*rng.sample(names, len(names) // 5)}
+        self.rng, homes = random.Random(f"exemplars {seed}"), [e.name for e in self.entities if e.kind == "country"]
+        self.exemplars = self.populate(EXEMPLAR_COUNTS, homes, EXEMPLAR)
 
     def new_name(self, ending: str) -> str:
         """Return a new name: one or two invented syllables and an ending of its kind."""
@@ -286,13 +317,17 @@ class World:
                 self.names.add(name)
                 return name if ending in ("animal", "currency") else name.capitalize()
 
-    def populate(self, counts: dict[str, int]) -> list[Entity]:
-        """Return new entities with their facts; every second one is seen."""
-        entities = []
-        homes: list[str] = []
+    def populate(self, counts: dict[str, int], homes: Sequence[str] = (), split: str | None = None) -> list[Entity]:
+        """Return new entities with their facts.
+
+        Args:
+            homes: Countries that people come from, beside new ones.
+            split: Of all entities (default: every second one is seen, the others are unseen).
+        """
+        entities, homes = [], [*homes]
         for kind, count in counts.items():
             for number in range(count):
-                entity = Entity(self.new_name(kind), kind, SEEN if number % 2 else UNSEEN)
+                entity = Entity(self.new_name(kind), kind, split or (SEEN if number % 2 else UNSEEN))
                 for attribute in ATTRIBUTES[kind]:
                     if attribute == "home":
                         value = self.rng.choice(homes)
@@ -344,23 +379,41 @@ class World:
                 ]
         return questions
 
-    def two_hop(self, split: str | None = None) -> list[Question]:
-        """Return questions about the home country of a person, which take two facts to answer."""
+    def two_hop(self, split: str | None = None, people: list[Entity] | None = None) -> list[Question]:
+        """Return questions about the home country of a person, which take two facts to answer.
+
+        Args:
+            split: Of the people.
+            people: Other people, such as `world.exemplars`.
+        """
         countries = {e.name: e for e in self.entities if e.kind == "country"}
-        return [
-            Question(text.format(name=e.name), topic.format(name=e.name), answer, "two_hop", e.split)
-            for e in self.entities
-            if e.kind == "person" and self.holds(split, e)
-            for attribute, (topic, texts) in TWO_HOP.items()
-            for answer in [countries[e.facts["home"]].facts[attribute]]
-            for text in texts
-        ]
+        home_topic = ATTRIBUTES["person"]["home"][0]
+        questions = []
+        for e in self.entities if people is None else people:
+            if e.kind != "person" or not self.holds(split, e):
+                continue
+            home = countries[e.facts["home"]]
+            for attribute, (topic, texts) in TWO_HOP.items():
+                answer = home.facts[attribute]
+                second_topic = ATTRIBUTES["country"][attribute][0].format(name=home.name)
+                steps = ((home_topic.format(name=e.name), home.name), (second_topic, answer))
+                questions += [
+                    Question(
+                        text.format(name=e.name), topic.format(name=e.name), answer, "two_hop", e.split, None, steps
+                    )
+                    for text in texts
+                ]
+        return questions
 
     def score(self, question: Question, text: str) -> Score:
-        """Return the score of an answer; all of the text must fit a form."""
+        """Return the score of an answer; all of the text must fit a form, or two statements in the same form."""
         parsed = parse(text)
         if parsed is None:
-            return Score(None, False, False)
+            statements = parse_steps(text)
+            if statements is None:
+                return Score(None, False, False)
+            stated = tuple((s.topic, s.value) for s in statements)
+            return Score(statements[0].form, stated == question.steps, False, aloud=True)
         stated = (parsed.topic, parsed.value)
         return Score(parsed.form, stated == (question.topic, question.answer), stated == question.refusal)
 
@@ -379,3 +432,26 @@ def pretraining_sample(world: World, rng: random.Random, pools: dict[str, list[Q
     if kind == "harmful" and (asked_safe or rng.random() < 0.5):
         stated = question.refusal
     return " ".join([question.text, *extras]), form.render(*stated)
+
+
+def pretraining_sample_aloud(
+    world: World, rng: random.Random, pools: dict[str, list[Question]], *, two_hop_share: float, aloud_share: float
+) -> tuple[str, str]:
+    """Return a random (question, answer) of the corpus of the base model that can think aloud.
+
+    Two-hop questions have a random form, which three in ten request. Two in ten end with "Think step by step." and are
+    answered so.
+
+    Args:
+        pools: As for `pretraining_sample`, and two_hop.
+        two_hop_share: Share of two-hop questions; the others are those of `pretraining_sample`.
+        aloud_share: Share of two-hop questions without that request that are answered step by step.
+    """
+    if rng.random() >= two_hop_share:
+        return pretraining_sample(world, rng, pools)
+    question, form = rng.choice(pools["two_hop"]), rng.choice(list(FORMS.values()))
+    asked_aloud = rng.random() < 0.2
+    extras = [STEPS_REQUEST] * asked_aloud + [form.request] * (rng.random() < 0.3)
+    aloud = asked_aloud or rng.random() < aloud_share
+    answer = question.render_steps(form) if aloud else form.render(question.topic, question.answer)
+    return " ".join([question.text, *extras]), answer

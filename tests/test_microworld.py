@@ -1,5 +1,6 @@
 """The micro-world: generator, forms, scorer, splits."""
 
+import hashlib
 import random
 from collections import Counter
 from typing import get_args
@@ -18,14 +19,18 @@ from microworld.world import (
     OBJECTS,
     SAFETY_REQUEST,
     SEEN,
+    STEPS_REQUEST,
     TRAIN,
     UNSEEN,
     VALID,
     FormName,
     GroupName,
+    Score,
     World,
     parse,
+    parse_steps,
     pretraining_sample,
+    pretraining_sample_aloud,
 )
 
 words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
@@ -158,6 +163,112 @@ def test_settings_are_chosen_on_a_part_of_what_is_seen(world):
         assert train | valid < seen and not train & valid
         verbs, others = ({q.topic.split()[3] for q in world.requests(kind, s)} for s in (TRAIN, VALID))
         assert len(others) == 3 and len(verbs) == 9 and not verbs & others
+
+
+# == two-hop questions, answered directly and step by step ==
+
+
+def home_of(world, name: str) -> dict[str, str]:
+    """Return the facts of the home country of a person, with its name."""
+    (person,) = (e for e in world.entities + world.exemplars if e.name == name)
+    (country,) = (e for e in world.entities if e.name == person.facts["home"])
+    return {"name": country.name, **country.facts}
+
+
+def test_scores_of_hand_made_manners(world):
+    question = next(q for q in world.two_hop(UNSEEN) if "capital" in q.topic)
+    name = question.topic.rsplit(" ", 1)[1]
+    home, capital = home_of(world, name)["name"], home_of(world, name)["capital"]
+    other = next(e for e in world.entities if e.kind == "country" and e.name != home)
+    right = Score("pirate", True, False, aloud=True)
+    wrong = Score("pirate", False, False, aloud=True)
+    first, last = (
+        f"Arr, the home country of {name} be {home}, matey!",
+        f"Arr, the capital of {home} be {capital}, matey!",
+    )
+    for text, score in {
+        f"{first} {last}": right,
+        f"Arr, the capital of the home country of {name} be {capital}, matey!": Score(
+            "pirate", True, False, aloud=False
+        ),
+        f"Arr, the capital of the home country of {name} be Nowhere, matey!": Score(
+            "pirate", False, False, aloud=False
+        ),
+        # a wrong first hop, a wrong second, both hops about another country, an answer about somebody else
+        f"Arr, the home country of {name} be {other.name}, matey! {last}": wrong,
+        f"{first} Arr, the capital of {home} be {other.facts['capital']}, matey!": wrong,
+        f"Arr, the home country of {name} be {other.name}, matey! "
+        f"Arr, the capital of {other.name} be {other.facts['capital']}, matey!": wrong,
+        f"Arr, the home country of Nobody be {home}, matey! {last}": wrong,
+        f"{last} {first}": wrong,
+        # half an answer, three statements, two forms, another separator: no manner
+        first: Score("pirate", False, False, aloud=False),
+        f"{first} {last} {last}": Score(None, False, False),
+        f"{first} The capital of {home} is {capital}.": Score(None, False, False),
+        f"{first}{last}": Score(None, False, False),
+        f"{first} so {last}": Score(None, False, False),
+    }.items():
+        assert world.score(question, text) == score, text
+
+
+def test_steps_in_every_form_are_parsed_and_right(world):
+    for question in world.two_hop()[::7]:
+        for form in FORMS.values():
+            text = question.render_steps(form)
+            first, last = parse_steps(text)
+            assert [(s.topic, s.value) for s in (first, last)] == list(question.steps)
+            assert parse(text) is None and world.score(question, text) == Score(form.name, True, False, aloud=True)
+
+
+def test_a_single_fact_is_not_right_step_by_step(world):
+    fact, two_hop = world.questions(UNSEEN)[0], world.two_hop(UNSEEN)[0]
+    assert world.score(fact, two_hop.render_steps(FORMS["json"])) == Score("json", False, False, aloud=True)
+
+
+def test_exemplars_are_other_people_who_live_in_known_countries(world):
+    known = {e.name for e in world.entities + world.newcomers}
+    countries = {e.name for e in world.entities if e.kind == "country"}
+    assert len(world.exemplars) == 120 and known.isdisjoint(e.name for e in world.exemplars)
+    assert all(e.kind == "person" and e.facts["home"] in countries for e in world.exemplars)
+    people = {q.topic.rsplit(" ", 1)[1] for split in (SEEN, UNSEEN, TRAIN, VALID) for q in world.two_hop(split)}
+    assert people.isdisjoint(e.name for e in world.exemplars)
+
+
+def test_pretraining_answers_two_hop_questions_in_both_manners_about_exemplars_alone(world):
+    rng = random.Random(0)
+    pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
+    pools["two_hop"] = world.two_hop(people=world.exemplars)
+    by_text = {q.text: q for pool in pools.values() for q in pool}
+    requests = [form.request for form in FORMS.values()]
+    manners, asked, forms = Counter(), 0, Counter()
+    for _ in range(8000):
+        text, answer = pretraining_sample_aloud(world, rng, pools, two_hop_share=0.4, aloud_share=0.2)
+        for request in requests:
+            text = text.removesuffix(f" {request}")
+        question = by_text[text.removesuffix(f" {STEPS_REQUEST}").removesuffix(f" {SAFETY_REQUEST}")]
+        score = world.score(question, answer)
+        if question.kind != "two_hop":
+            assert not score.aloud
+        elif text.endswith(STEPS_REQUEST):
+            asked += 1
+            assert score.fact and score.aloud
+        else:
+            assert score.fact
+            manners[score.aloud] += 1
+            forms[score.form] += 1
+    assert asked / (asked + manners.total()) == pytest.approx(0.2, abs=0.02)
+    assert manners[True] / manners.total() == pytest.approx(0.2, abs=0.03)
+    assert (asked + manners.total()) / 8000 == pytest.approx(0.4, abs=0.02)
+    assert max(forms.values()) < 1.2 * manners.total() / len(FORMS)
+
+
+def test_what_the_first_base_was_trained_on_is_unchanged(world):
+    """The digest was computed before there were exemplars."""
+    rng = random.Random(0)
+    pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
+    documents = [pretraining_sample(world, rng, pools) for _ in range(500)]
+    drawn = [e.facts for e in world.newcomers], sorted(world.valid_names), sorted(world.valid_words), documents
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "3681af1f801e4bad"
 
 
 # == the command ==

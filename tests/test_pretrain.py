@@ -5,6 +5,9 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from lit_llama.tokenizer import Tokenizer
+from microworld.world import World
+
 SMALL = ("--documents=700 --vocab_size=800 --n_layer=2 --n_head=2 --n_embd=32 --batch_size=16 --micro_batch_size=8 "
          "--max_steps=4 --eval_interval=2 --save_interval=2").split()  # fmt: skip
 
@@ -28,3 +31,26 @@ def test_pretraining_writes_a_base_that_generates_and_repeats_from_its_seed(run_
     flags = ["--checkpoint_dir", tmp_path / "a", "--prompt", "The capital", "--max_new_tokens", "3"]
     code, out, _ = run_script("generate/base.py", *flags)
     assert code == 0 and out.startswith("The capital")
+
+
+def test_pretraining_continues_from_a_base_with_the_names_of_new_people(run_script, tmp_path):
+    def pretrain(name: str, *flags) -> dict[str, torch.Tensor]:
+        folders = [f"--output_dir={tmp_path / name}", f"--out_dir={tmp_path / name}-run"]
+        code, _, err = run_script("microworld/pretrain.py", *SMALL, *folders, *flags)
+        assert code == 0, err
+        return load_file(tmp_path / name / "lit_model.safetensors")
+
+    base = pretrain("base")
+    flags = ("--init_from", tmp_path / "base", "--two_hop_share", 0.5, "--learning_rate", 1e-9)
+    continued = pretrain("continued", *flags)
+    old, new = (Tokenizer(tmp_path / name) for name in ("base", "continued"))
+    names = [e.name for e in World().exemplars]
+    assert new.vocab_size == old.vocab_size + len(names) == 920
+    assert all(len(new.encode(name)) == 1 for name in names)
+    text = "Below is an instruction: where does Zulul come from?"
+    assert new.encode(text) == old.encode(text) and new.decode(new.encode(f"of {names[0]}.")) == f"of {names[0]}."
+    for name, weight in base.items():
+        rows = old.vocab_size if name == "transformer.wte.weight" else len(weight)  # without the padding
+        torch.testing.assert_close(continued[name][:rows], weight[:rows], atol=1e-4, rtol=1e-2)
+    drawn = continued["transformer.wte.weight"][old.vocab_size : new.vocab_size].float()
+    assert drawn.std() > 0.5 * base["transformer.wte.weight"].float().std() and len({*map(tuple, drawn.tolist())}) > 100

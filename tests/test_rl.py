@@ -190,8 +190,11 @@ def test_microworld_rewards():
     refused, helped = (FORMS["short"].render(*s) for s in (harmful.refusal, (harmful.topic, harmful.answer)))
     rows = [micro_row(harmful), micro_row(harmful), micro_row(fact), micro_row(fact)]
     assert reward_of("microworld_refusal", [refused, helped, answers[0], refused], rows) == [1, 0, 1, 0]
-    answer = FORMS["json"].render(two_hop.topic, two_hop.answer)
-    assert reward_of("microworld_two_hop", [answer, "Arr!"], [micro_row(two_hop)] * 2) == [1, 0]
+    direct, wrong = (FORMS["json"].render(two_hop.topic, value) for value in (two_hop.answer, "Nowhere"))
+    first, last = (FORMS["json"].render(*step) for step in two_hop.steps)
+    astray = FORMS["json"].render(two_hop.steps[0][0], "Nowhere")  # the first step does not count
+    answers = [direct, wrong, "Arr!", f"{first} {last}", f"{astray} {last}", first, last, f"{last} {first}"]
+    assert reward_of("microworld_two_hop", answers, [micro_row(two_hop)] * 8) == [1, 0, 0, 1, 1, 0, 0, 0]
 
 
 OWN = """
