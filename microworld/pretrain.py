@@ -23,7 +23,7 @@ sys.path.append(str(HERE.parent))  # run without installing
 
 from lit_llama import cli
 from lit_llama.run.train_settings import Precision, TrainSettings
-from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Share
+from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, Seed, Share
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Settings(TrainSettings):
     exemplar_weight: PositiveInt = 1  # how many times as often as other facts those about exemplars are asked
     aloud_share: Share = 0.2  # share of two-hop questions that are answered step by step without a request
     init_from: Path | None = None  # folder of a base model to continue from, with its shape and tokenizer
+    blend_with: Path | None = None  # folder of the base model that init_from itself continued from, to average with
+    blend_share: PositiveShare = 1.0  # share of init_from in the average; the rest restores what was forgotten
 
     # == Model ==
     n_layer: PositiveInt = 8  # blocks
@@ -170,7 +172,23 @@ def continued(settings: Settings, tokenizer: Tokenizer) -> LLaMA:
         mixed = torch.randn(tokenizer.vocab_size - old.vocab_size, len(known)) @ (names - names.mean(0))
         longer[old.vocab_size : tokenizer.vocab_size] = names.mean(0) + mixed / (len(known) - 1) ** 0.5
     model.load_state_dict({**base.state_dict(), "transformer.wte.weight": longer})
+    if settings.blend_with is not None:
+        average(model, load_model(settings.blend_with, dtype=torch.float32), settings.blend_share)
     return model
+
+
+@torch.no_grad()
+def average(model: LLaMA, other: LLaMA, share: float) -> None:
+    """Average the weights with those of the model it was finetuned from (WiSE-FT, arXiv 2109.01903, equation 1).
+
+    Args:
+        model: Changed in place; pieces that only it has keep their embeddings.
+        share: Of `model`.
+    """
+    size = other.config.vocab_size
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        rows = size if name == "transformer.wte.weight" else len(p)
+        p[:rows] = share * p[:rows] + (1 - share) * q[:rows]
 
 
 def initialize(model: LLaMA) -> None:
