@@ -512,9 +512,26 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 # == several processes ==
 
 
+def two_machines(arguments: list[str]) -> tuple[int, str, str]:
+    """Run the script in a process for each of two machines, as howto/large_models.md tells, and return the first's end."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
+    fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
+    arguments = [argument for argument in arguments if argument != "--accelerator=cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen([*fabric_run, f"--node-rank={node}", ROOT / "finetune/aligner.py", *arguments], **pipes)
+        for node in (0, 1)
+    )
+    out, err = first.communicate(timeout=300)
+    assert (second.communicate(timeout=60)[0], second.returncode) == ("", first.returncode)
+    return first.returncode, out, err
+
+
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
-    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "hsdp"), ("fabric run", "fsdp")],
+    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "hsdp"), ("fabric run", "fsdp"), ("machines", "fsdp")],
 )
 def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strategy):
     # the sixth step is one row and the validation one batch: the second process has nothing there
@@ -522,23 +539,46 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strateg
     train(flags(tmp_path / "one", **changes))
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
-    if launcher == "fabric run":
-        arguments.remove("--accelerator=cpu")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        fabric_run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}"]
-        run = [*fabric_run, "--devices=2", f"--strategy={strategy}", "--accelerator=cpu", script_path]
+    if launcher == "machines":
+        code, out, err = two_machines(arguments)
     else:
         run = [sys.executable, script_path, "--devices=2", f"--strategy={strategy}"]
-    result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout.count("trained      40 parameters") == 1
+        if launcher == "fabric run":
+            arguments.remove("--accelerator=cpu")
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}", "--devices=2",
+                   f"--strategy={strategy}", "--accelerator=cpu", script_path]  # fmt: skip
+        result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
+        code, out, err = result.returncode, result.stdout, result.stderr
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert out.count("trained      40 parameters") == 1
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
     assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
     # AdamW forgives a gradient that is off by a factor
     one, two = (read_metrics(tmp_path / run / "metrics.csv") for run in ("one", "two"))
     assert all(two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-4) for step in range(7))
+    one, two = (read_adapter(tmp_path / run) for run in ("one", "two"))
+    assert two.state.keys() == one.state.keys() and two.meta["base"] == one.meta["base"]
+    assert all(torch.allclose(two.state[name], t, atol=1e-4) for name, t in one.state.items())
+
+
+def test_a_run_on_one_device_continues_on_two_that_share_the_base(flags, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    earlier = read_adapter(finished).state  # of some step; what counts is that both continue from the same
+    torch.save(
+        {**state, "adapter": earlier, "step": 8, "val_losses": state["val_losses"][:2]}, tmp_path / "run/state.pt"
+    )
+    shutil.copytree(tmp_path / "run", tmp_path / "shared")
+    train(flags(tmp_path / "run", resume=True))
+    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
+    command += flags(tmp_path / "shared", resume=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "continues from step 8." in done.stderr
+    assert_same_losses(tmp_path / "shared", tmp_path / "run", tolerance=1e-5)
 
 
 def test_dropout_is_the_same_on_any_number_of_devices(flags, tmp_path):

@@ -19,6 +19,7 @@ from lit_llama.data import SFTData
 from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import lr_at
 
@@ -52,7 +53,7 @@ def parse(script: Path, words: list[str]) -> Any:
 @pytest.mark.parametrize("path", SFT_RECIPES, ids=lambda path: path.stem)
 def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
     args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
-    data, size, n = re.fullmatch(r"(alpaca|metamath)_(7|13)b_n(\d+)", path.stem).groups()
+    data, size, n = re.fullmatch(r"(alpaca|metamath)_(7|13|70)b_n(\d+)", path.stem).groups()
     assert (args.adapter_prompt_length, args.adapter_start_layer) == (int(n), 2)
     assert args.checkpoint_dir == Path(f"checkpoints/Llama-2-{size}B")
     assert args.data_dir == Path("data") / data
@@ -64,10 +65,32 @@ def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
 
 
 def test_there_is_a_recipe_for_each_setting_of_the_paper():
-    alpaca = {f"alpaca_{size}_n{n}" for size in ("7b", "13b") for n in (1, 10)}
+    alpaca = {f"alpaca_{size}_n{n}" for size in ("7b", "13b") for n in (1, 10)} | {"alpaca_70b_n1"}
     metamath = {f"metamath_7b_n{n}" for n in (1, 10, 100, 300)}
     others = {"beaver_dpo_7b_n1", "metamath_llama32_3b_n1", "metamath_llama32_3b_n10"}
     assert {path.stem for path in RECIPES} == alpaca | metamath | others
+
+
+def test_the_page_on_large_models_computes_right():
+    page = (ROOT / "howto/large_models.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.endswith("GB |")]
+    assert [row[0] for row in rows] == ["Llama-2-13B", "30B", "Llama-2-70B"]
+    for name, *row in rows:
+        with torch.device("meta"):
+            network = LLaMA.from_name(name)
+        n, block = (sum(p.numel() for p in part.parameters()) for part in (network, network.transformer.h[0]))
+        replicated = network.transformer.ln_f.scale.numel()
+        each = [2 * ((n - replicated) / devices + replicated + 3 * block) for devices in (2, 4, 8, 16)]
+        sizes = [f"{2 * n / 1e9:.1f} GB", f"{2 * block / 1e9:.2f} GB", *(f"{size / 1e9:.1f} GB" for size in each)]
+        assert row == [f"{n:,}", *sizes]
+    config = network.config
+    assert f"{2 * config.n_layer * config.n_embd / 1e6:.2f} MB for Llama-2-70B, so 5.4 GB" in page
+    assert round(8 * 512 * 2 * config.n_layer * config.n_embd / 1e9, 1) == 5.4
+    with torch.device("meta"):
+        trained = METHODS["aligner"].from_name(name).adapter_parameters().values()
+    assert sum(p.numel() for p in trained) == 13_184 and "trains 13,184 numbers on Llama-2-70B" in page
+    settings = parse(ROOT / "finetune/aligner.py", ["--config", str(ROOT / "howto/recipes/alpaca_70b_n1.yaml")])
+    assert (settings.strategy, settings.devices, settings.gradient_checkpointing) == ("fsdp", 8, True)
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])

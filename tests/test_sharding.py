@@ -1,6 +1,7 @@
 """A base that two processes share, over gloo: the numbers of one process, and half of its memory in each."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,18 @@ import pytest
 import torch
 import toys
 
+from lit_llama.answer_settings import AnswerSettings
 from lit_llama.checkpoint import save_adapter, save_base
+from lit_llama.compose import load_with_bank
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
-from lit_llama.sharding import in_step, is_sharded, only_assists
+from lit_llama.run.train_settings import FinetuneSettings
+from lit_llama.sharding import check_shardable, in_step, is_sharded, only_assists
+from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
+REQUIRED: dict = dict(out_dir=Path("out"), checkpoint_dir=Path("base"), data_dir=Path("data"), epochs=1, batch_size=1,
+                      micro_batch_size=1, learning_rate=1, warmup_epochs=0, eval_interval=1, save_interval=1)  # fmt: skip
 START = f"""
 import json, sys
 from pathlib import Path
@@ -205,3 +213,50 @@ def test_a_complete_base_is_not_affected():
     assert not is_sharded(model) and not only_assists(model)
     with in_step(model):
         model(toys.token_ids(1, 4))
+
+
+def test_what_does_not_go_with_a_sharded_base_is_a_sentence():
+    with pytest.raises(UserError, match="--quantize nf4 does not work with a base that is sharded over devices"):
+        check_shardable(toys.base(), "nf4")
+    with torch.device("meta"):
+        trains_head = METHODS["adapter_v2"](METHODS["adapter_v2"].config_class(**toys.SIZES))
+    with pytest.raises(UserError, match="cannot be sharded with this method, which trains the output layer"):
+        check_shardable(trains_head)
+    for method in METHODS.keys() - {"adapter_v2"}:
+        with torch.device("meta"):
+            check_shardable(METHODS[method](METHODS[method].config_class(**toys.SIZES)))
+    for changes in ({"quantize": "nf4"}, {"interactive": True}):
+        with pytest.raises(UserError, match=f"--{next(iter(changes))} needs a complete base on one device"):
+            AnswerSettings(devices=2, **changes)
+    with pytest.raises(UserError, match="--quantize int8 and --strategy hsdp exclude each other"):
+        FinetuneSettings(quantize="int8", strategy="hsdp", **REQUIRED)
+    with pytest.raises(UserError, match="with --devices, use --adapter with a single one"):
+        load_with_bank(Path("base"), {}, mesh=object())
+
+
+def generated(tmp_path: Path, devices: int, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "generate/aligner.py", "--accelerator=cpu", f"--devices={devices}"]
+    command += ["--prompt", "What is the capital of Pilmaria?", "How do I repair the old barn?", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("adapter", ["microworld-pirate-n1", "microworld-pirate-n10"])
+def test_generation_on_two_devices_prints_what_one_prints_once(tmp_path, adapter):
+    folder = ROOT / "aligner_weights" / adapter
+    if not folder.is_dir():
+        pytest.skip(f"there is no bundled adapter {adapter}")
+    one, two = (
+        generated(tmp_path, n, "--adapter", folder, "--compare_base", "--output_file", tmp_path / f"{n}.json")
+        for n in (1, 2)
+    )
+    assert (two.returncode, two.stdout) == (0, one.stdout), two.stderr
+    assert two.stdout.count("matey!") == 2 and two.stderr.count("tokens/s") == 2
+    assert (tmp_path / "2.json").read_text() == (tmp_path / "1.json").read_text()
+
+
+def test_a_prompt_without_room_is_one_sentence_of_two_processes(tmp_path):
+    done = generated(tmp_path, 2, "word " * 400)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(
+        r"error: Prompt 3 of 3 has \d+ tokens and the model's context 256: no room for [^\n]*\n", done.stderr
+    )
