@@ -67,9 +67,7 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
     if quantize is not None:
         raise UserError(f"--quantize {quantize} does not work with a base that is sharded over devices; choose one.")
     if type(model).label_logps is not LLaMA.label_logps:  # it could read the output layer several times in a pass
-        raise UserError(
-            "A base cannot be sharded with this method, which changes the output layer; use --strategy ddp."
-        )
+        raise UserError("A base cannot be sharded with this method, which trains the output layer; use --strategy ddp.")
 
 
 def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:

@@ -513,7 +513,7 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 
 
 def two_machines(arguments: list[str]) -> tuple[int, str, str]:
-    """Run the script in a process for each of two machines, as howto/large_models.md tells, and return the first's end."""
+    """Start the script once for each of two machines, as in howto/large_models.md; return exit code and output."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
