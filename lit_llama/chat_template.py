@@ -170,7 +170,9 @@ class ChatTemplate:
         }
         parts: list[str] = []
         n_characters = 0
-        with explained(self.path):
+        from lit_llama.sandbox import limited
+
+        with explained(self.path), limited():
             for part in self._program.generate(**values):
                 n_characters += len(part)
                 if n_characters > MOST_TEXT:
@@ -276,6 +278,8 @@ def explained(path: Path) -> Iterator[None]:
             raise Refusal(f"The chat template refuses the conversation: {reason}.") from None
         if isinstance(error, TemplateSyntaxError):
             reason = f"line {error.lineno}: {reason}"
+        elif type(error).__name__ == "TooLong":
+            reason = "it runs too long"
         elif not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
         raise UserError(f"The chat template in {path} cannot be used ({reason}).") from None

@@ -116,6 +116,14 @@ def _ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def last_words(text: str) -> None:
+    """Print a message, on a line of its own: progress bars that did not reach their end are closed."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()
+    log(text)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a folder without access, Ctrl-C or a full GPU into one line on stderr and an exit code.
@@ -139,20 +147,20 @@ def exit_on_user_error() -> Iterator[None]:
             sys.stdout.flush()
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake
-                log(f"error: {error}")
+                last_words(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
-            log("interrupted")
+            last_words("interrupted")
             sys.exit(130)
         except Exception as error:
             if is_lost_connection(error):
-                log("error: Another process of this run ended; it printed the reason, or it was killed.")
+                last_words("error: Another process of this run ended; it printed the reason, or it was killed.")
                 with suppress(UserError, SystemExit):
                     sys.stdout.flush()
                 os._exit(1)  # the threads of torch.distributed would abort a usual exit
             if not (sentence := explain(error)):
                 raise
-            log(f"error: {sentence}")
+            last_words(f"error: {sentence}")
             sys.exit(1)
         finally:
             with suppress(UserError, SystemExit):  # the exit code is decided

@@ -1,7 +1,12 @@
 """The environment in which chat templates run: Jinja's sandbox with the names that transformers gives to templates."""
 
+import ctypes
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import nodes
@@ -13,6 +18,44 @@ from lit_llama.chat_template import GUARD, Refusal
 
 MOST_REPEATED = 1_000_000  # characters or items of a product such as "-" * 80
 MOST_BITS = 1_000_000  # of a power
+MOST_SECONDS = 10.0  # of a rendering
+MOST_BYTES = 2**30  # that a rendering may add to the process's memory
+
+
+class TooLong(Exception):
+    """A template runs too long."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Limit the time and, on Linux, the memory of a block: loops and long texts may be nested without end.
+
+    Raises:
+        TooLong: The block ran for more than `MOST_SECONDS`.
+        MemoryError: It needed more than `MOST_BYTES`.
+    """
+    import resource
+
+    ended, lock, thread = False, threading.Lock(), ctypes.c_ulong(threading.get_ident())
+
+    def interrupt() -> None:
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TooLong))
+
+    timer, before = threading.Timer(MOST_SECONDS, interrupt), resource.getrlimit(resource.RLIMIT_AS)
+    timer.daemon = True
+    timer.start()
+    try:
+        with suppress(OSError, ValueError):  # another system, or a lower limit of the user's
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, before[1]))
+        yield
+    finally:
+        with lock:
+            ended = True
+        timer.cancel()
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class GenerationTag(Extension):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from chat_models import GENERATED, SPECIAL, TEMPLATES, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_llama import sandbox
 from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Unstable
 from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
 from lit_llama.prompts import get_prompt_style
@@ -287,11 +289,18 @@ HOSTILE = {
     "{% include '/etc/passwd' %}": "TypeError",
     "{{ 1 / 0 }}": "ZeroDivisionError",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
-}
+    "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}":
+        "it runs too long",
+    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(50) }}": "it runs too long",
+}  # fmt: skip
+if sys.platform == "linux":  # where memory can be limited
+    HOSTILE["{{ 'x'.ljust(10 ** 10) }}"] = "MemoryError"
+    HOSTILE["{% set n = namespace(x='x' * 999) %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"] = ""
 
 
 @pytest.mark.parametrize("source", HOSTILE)
-def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path):
+def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "MOST_SECONDS", 2.0)
     template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
     with pytest.raises(UserError) as error:
         template.render(TURNS)

@@ -127,6 +127,14 @@ with exit_on_user_error():
         assert "Traceback" not in done.stderr
 
 
+def test_a_sentence_begins_its_own_line_after_a_progress_bar(tmp_path):
+    program = "from tqdm import tqdm; from lit_llama.console import exit_on_user_error as e\n"
+    program += "from lit_llama.utils import UserError\nwith e():\n for i in tqdm(range(9)): raise UserError('No.')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and done.stderr.endswith("\nerror: No.\n")
+
+
 def test_errors_of_the_system_are_sentences():
     assert explain(MemoryError()).startswith("The memory is full")
     assert "no permission to read /x" in explain(PermissionError(errno.EACCES, "", "/x"))
