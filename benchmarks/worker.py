@@ -21,6 +21,7 @@ from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
+from lit_llama.logps import find_labels
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
 
@@ -97,7 +98,7 @@ class Worker:
             idx = torch.randint(3, self.model.config.vocab_size, (count, length), device=self.device)
             prompt = torch.arange(length, device=self.device) < length - response
             labels, lengths = idx.masked_fill(prompt, IGNORE_INDEX), torch.full((count,), length)
-            return {"idx": idx, "labels": labels, "lengths": lengths}
+            return {"idx": idx, "labels": labels, "label_index": find_labels(labels), "lengths": lengths}
         if data not in self.data:
             self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.settings["data"] / data, "train")
         source = self.data[data]
@@ -174,8 +175,8 @@ class Ours(Worker):
             )
 
     def loss(self, batch: Batch, kind: str) -> torch.Tensor:
-        idx, labels = batch["idx"], batch["labels"]
-        logps = self.model.label_logps(idx, labels)
+        idx, labels, index = batch["idx"], batch["labels"], batch["label_index"]
+        logps = self.model.label_logps(idx, labels, index)
         if kind == "sft":
             return -logps.mean()
         reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
@@ -183,8 +184,8 @@ class Ours(Worker):
             if not hasattr(self, "reference"):
                 self.reference = self._load_base()
             with torch.no_grad():
-                reference = sum_logps_by_row(self.reference.label_logps(idx, labels), labels)
-        return dpo_loss(*sum_logps_by_row(logps, labels).chunk(2), *reference.chunk(2))[0].mean()
+                reference = sum_logps_by_row(self.reference.label_logps(idx, labels, index), labels, index)
+        return dpo_loss(*sum_logps_by_row(logps, labels, index).chunk(2), *reference.chunk(2))[0].mean()
 
     def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         for tokens in decode(self.model, prompts, Sampling(n_new)):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lit_llama.model as llama
 from lit_llama import adapter, aligner
-from lit_llama.logps import IGNORE_INDEX, LOGP_CHUNK
+from lit_llama.logps import chunk_size
 from lit_llama.modules import Fp32Parameters
 from lit_llama.variant import layers_of
 
@@ -102,12 +102,12 @@ class LLaMA(adapter.LLaMA):
             elif isinstance(module, aligner.Prefix | aligner.CausalSelfAttention):
                 module.reset_parameters()
 
-    def label_logps(self, idx: Tensor, labels: Tensor) -> Tensor:
+    def label_logps(self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None) -> Tensor:
         if self.lm_head is None:
-            return super().label_logps(idx, labels)
-        x, targets = self.hidden(idx)[:, :-1], labels[:, 1:]
-        predicts = targets != IGNORE_INDEX
-        chunks = zip(x[predicts].split(LOGP_CHUNK), targets[predicts].split(LOGP_CHUNK), strict=True)
+            return super().label_logps(idx, labels, label_index)
+        hidden, targets = self.predicting(idx, labels, label_index)
+        size = chunk_size(self.lm_head.weight)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(self.chunk_logps, h, t, use_reentrant=False) for h, t in chunks])
 
     def chunk_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from lit_llama.logps import IGNORE_INDEX
+from lit_llama.logps import IGNORE_INDEX, find_labels
 from lit_llama.storage.arrow_files import load_split
 from lit_llama.storage.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
@@ -188,7 +188,7 @@ class SFTData(Split):
         return digest.hexdigest()
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return idx and labels, (B, T) int64, padded on the right; labels are -1 where nothing is predicted."""
+        """Return rows as `pad_rows` does; labels are -1 where nothing is predicted."""
         ids = [torch.from_numpy(row).long() for row in self.rows[indices]["input_ids"]]
         labels = [row.clone() for row in ids]
         for row, n_masked in zip(labels, self.n_masked[indices], strict=True):
@@ -196,8 +196,7 @@ class SFTData(Split):
         for row, i in zip(labels, indices if self.gaps is not None else (), strict=False):
             for start, end in self.gaps[i].reshape(-1, 2):
                 row[start:end] = IGNORE_INDEX
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {"idx": pad(ids, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
+        return pad_rows(ids, labels)
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return the first rows as (prompt, response) token ids; of a conversation, the first of its answers."""
@@ -233,8 +232,7 @@ class PreferenceData(Split):
         """Return B pairs as a batch of 2B sequences: first all chosen, then all rejected ones.
 
         Returns:
-            idx, labels: (2B, T) int64, padded on the right; labels are -1 in the prompt and the padding.
-            rows: (B,) int64, the row number of each pair.
+            The tensors of `pad_rows`, and rows: (B,) int64, the row number of each pair.
         """
         rows = self.rows[indices]
         ids, labels = [], []
@@ -243,12 +241,7 @@ class PreferenceData(Split):
                 prompt, response = torch.tensor(prompt).long(), torch.tensor(response).long()
                 ids.append(torch.cat((prompt, response)))
                 labels.append(torch.cat((torch.full((len(prompt),), IGNORE_INDEX), response)))
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "idx": pad(ids, batch_first=True),
-            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "rows": torch.as_tensor(indices),
-        }
+        return {**pad_rows(ids, labels), "rows": torch.as_tensor(indices)}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return the first rows as (prompt, chosen response) token ids."""
@@ -289,6 +282,13 @@ class PromptData(Split):
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return the first rows as (prompt, no response) token ids."""
         return [(ids, []) for ids in self.prompt_ids(np.arange(min(count, len(self))))]
+
+
+def pad_rows(ids: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return idx and labels, (B, T) int64, padded on the right, and label_index, (n,) from `find_labels`."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    idx, padded = pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    return {"idx": idx, "labels": padded, "label_index": find_labels(padded)}
 
 
 def check_rows(data: Data, split: str, max_tokens: int) -> None:

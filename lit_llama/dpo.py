@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from lit_llama.data import IGNORE_INDEX
+from lit_llama.logps import IGNORE_INDEX, find_labels
 from lit_llama.run.train_settings import LossType
 from lit_llama.utils import UserError
 
@@ -39,11 +39,13 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return each.sum(-1)
 
 
-def sum_logps_by_row(logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps`."""
-    predicts = labels[:, 1:] != IGNORE_INDEX
-    # index_add would add in an order that varies from call to call on a GPU
-    return logps.new_zeros(predicts.shape).masked_scatter(predicts, logps).sum(-1)
+def sum_logps_by_row(
+    logps: torch.Tensor, labels: torch.Tensor, label_index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps` for the same labels."""
+    index = find_labels(labels) if label_index is None else label_index
+    # adding into (B,) would use an order that varies from call to call on a GPU
+    return logps.new_zeros(labels.numel()).index_copy(0, index, logps).view(labels.shape)[:, :-1].sum(-1)
 
 
 def dpo_loss(
@@ -98,7 +100,8 @@ def dpo_loss(
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probabilities of a batch of B pairs, (2B,): of the chosen, then of the rejected responses."""
-    return sum_logps_by_row(model(batch["idx"], batch["labels"]), batch["labels"])
+    labels, index = batch["labels"], batch["label_index"]
+    return sum_logps_by_row(model(batch["idx"], labels, index), labels, index)
 
 
 class DPOLoss:

@@ -8,10 +8,12 @@ A row's tokens depend on its own prompt and seed alone, not on the batch that it
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from lit_llama.compiled import RecordedStep, Step, eager_unless
 from lit_llama.kv_cache import KVCache
 from lit_llama.live_text import LiveText, cut_at_stop
 from lit_llama.model import LLaMA
@@ -116,9 +118,9 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     cache.length, cache.even = model.n_virtual_tokens + max(lengths), len(set(lengths)) == 1
     groups, logits = length_groups(lengths), []
     for group in groups:
-        rows = [torch.tensor(prompts[row], device=device) for row in group]
+        rows = [torch.tensor(prompts[row]) for row in group]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         if len(groups) == 1:
             return last_logits(model, idx, last, cache)
         length = model.n_virtual_tokens + idx.size(1)
@@ -163,17 +165,51 @@ def decode(
     weight = model.transformer.wte.weight
     n_new = min(sampling.max_new_tokens, max(remaining_context(model, prompt) for prompt in prompts))
     max_length = min(max(map(len, prompts)) + n_new, model.max_tokens)
-    cache = KVCache(model.config, len(prompts), model.n_virtual_tokens + max_length, weight.device, weight.dtype)
+    is_compiled = model.compiled == "decoding"
+    slots = model.n_virtual_tokens + max_length
+    cache = KVCache(model.config, len(prompts), slots, weight.device, weight.dtype, static=is_compiled)
+    step: Step = partial(decode_one_token, model, cache=cache)
+    if is_compiled and weight.device.type == "cuda":
+        step = RecordedStep(step)
     generators = sampling.generators(range(len(prompts)) if rows is None else rows, weight.device)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     with eval_mode(model), model.inference():
-        logits = prefill(model, prompts, cache)
+        with eager_unless(model, "prefill"):
+            logits = prefill(model, prompts, cache)
         for i in range(n_new):
             tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without the padding
             yield tokens
             if i + 1 < n_new:
                 # a row whose context is full overwrites its last slot
-                logits = decode_one_token(model, tokens, (positions + i).clamp(max=model.max_tokens - 1), cache)
+                with eager_unless(model, "decoding"):
+                    logits = step(tokens, (positions + i).clamp(max=model.max_tokens - 1))
+
+
+def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
+    """Yield the tokens of each step of `decode` as numbers.
+
+    On a GPU a step is read while the next one runs, so that the device does not wait for the program. What is computed
+    after the last step that is needed is lost: one step.
+    """
+    before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+    for tokens in steps:
+        if not tokens.is_cuda:
+            yield tokens.tolist()
+            continue
+        copied = torch.cuda.Event()
+        now = tokens.to("cpu", non_blocking=True), copied  # into pinned memory
+        copied.record()
+        if before is not None:
+            yield finished_copy(*before)
+        before = now
+    if before is not None:
+        yield finished_copy(*before)
+
+
+def finished_copy(tokens: torch.Tensor, copied: torch.cuda.Event) -> list[int]:
+    """Return the numbers of a copy once it is complete; later work of the device is not waited for."""
+    copied.synchronize()
+    return tokens.tolist()
 
 
 def remaining_context(model: LLaMA, prompt: list[int]) -> int:
@@ -214,8 +250,8 @@ def generate(
     """
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    for tokens in decode(model, prompts, sampling, rows):
-        for row, token in enumerate(tokens.tolist()):
+    for tokens in read(decode(model, prompts, sampling, rows)):
+        for row, token in enumerate(tokens):
             if row not in running:
                 continue
             if token not in stop_ids:
@@ -246,10 +282,10 @@ def stream(
     text = LiveText(tokenizer, ids if echo else [], stop)
     if echo:
         yield tokenizer.decode(ids)
-    for token in decode(model, [ids], sampling):
-        if token.item() in tokenizer.stop_ids:
+    for (token,) in read(decode(model, [ids], sampling)):
+        if token in tokenizer.stop_ids:
             break
-        text.push(token.item())
+        text.push(token)
         if text.stopped:
             break
         if piece := text.take():

@@ -17,14 +17,24 @@ class KVCache:
     Args:
         batch_size: number of rows.
         max_length: number of tokens a row can hold.
+        static: tokens attend to all slots, with those after them masked, so that the shapes of a decoding step never
+            change (for lit_llama/compiled.py). Otherwise slots that no row has reached are left out, which is faster.
     """
 
     def __init__(
-        self, config: LLaMAConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: LLaMAConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        static: bool = False,
     ) -> None:
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.static = static
         self.length = 0  # of the longest row; slots from there on are not read
         self.even = False  # whether all rows have the same length
         rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
@@ -37,9 +47,9 @@ class KVCache:
 
     def mask(self, positions: Tensor) -> Tensor | None:
         """Return (B, 1, T, S), True for the slots up to a token's position; None if every token attends to all."""
-        if self.even and positions.size(1) == 1:
+        if self.even and positions.size(1) == 1 and not self.static:
             return None
-        slots = torch.arange(self.length, device=positions.device)
+        slots = torch.arange(self.k.size(3) if self.static else self.length, device=positions.device)
         return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
 
 
@@ -65,4 +75,6 @@ class LayerCache:
             return k, v
         for buffer, new in ((self.k, k), (self.v, v)):
             buffer.view(-1, buffer.size(-1)).index_copy_(0, self.slots, new.reshape(-1, buffer.size(-1)))
+        if self.cache.static:
+            return self.k, self.v
         return self.k[:, :, : self.cache.length], self.v[:, :, : self.cache.length]

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -1  # a label that nothing predicts
-LOGP_CHUNK = 512  # tokens whose logits are held at once: 66 MB in fp32 for a vocabulary of 32,000
+LOGP_CHUNK = 512  # tokens whose logits are held at once, at least: 66 MB in fp32 for a vocabulary of 32,000
+GPU_SHARE = 64  # on a GPU they may take this fraction of its memory: 1 / 64
 
 
 class LabelLogps(nn.Module):
@@ -26,8 +27,21 @@ class LabelLogps(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, idx: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.module(idx) if labels is None else self.module.label_logps(idx, labels)
+    def forward(self, idx: Tensor, labels: Tensor | None = None, label_index: Tensor | None = None) -> Tensor:
+        return self.module(idx) if labels is None else self.module.label_logps(idx, labels, label_index)
+
+
+def find_labels(labels: Tensor) -> Tensor:
+    """Return the positions that predict a label, (n,) int64, as indices of the tokens b·T + t in row-major order.
+
+    Their number depends on the data: on a GPU this waits for the device, so batches are made with it on the CPU.
+
+    Args:
+        labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return predicts.flatten().nonzero().squeeze(1)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -45,9 +59,23 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         (n,) fp32, in nats.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
-        chunks = zip(hidden.split(LOGP_CHUNK), targets.split(LOGP_CHUNK), strict=True)
+        size = chunk_size(weight)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(chunk_logps, h, weight, t, use_reentrant=False)[0] for h, t in chunks])
     return FrozenLogps.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad)
+
+
+def chunk_size(weight: Tensor) -> int:
+    """Return the number of tokens whose logits are held at once, for an output layer (V, C).
+
+    On a GPU it grows with the memory of the device, up to 8192, because larger products are faster. It does not depend
+    on the memory that happens to be free: a resumed run, and a DPO reference, must be rounded in the same way.
+    """
+    if weight.device.type != "cuda":
+        return LOGP_CHUNK
+    memory = torch.cuda.get_device_properties(weight.device).total_memory
+    tokens = memory // GPU_SHARE // (weight.size(0) * (4 + 2 * weight.element_size()))  # fp32, and two in its dtype
+    return min(8192, max(LOGP_CHUNK, 1 << max(0, tokens.bit_length() - 1)))
 
 
 def chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +95,8 @@ class FrozenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiable: bool) -> Tensor:
         of_targets, negative_slopes = [], []
-        for h, t in zip(hidden.split(LOGP_CHUNK), targets.split(LOGP_CHUNK), strict=True):
+        size = chunk_size(weight)
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
             target_logps, logps = chunk_logps(h, weight, t)
             of_targets.append(target_logps)
             if differentiable:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llama.config import LLaMAConfig, llama_configs  # noqa: F401
 from lit_llama.kv_cache import KVCache, LayerCache
-from lit_llama.logps import IGNORE_INDEX, token_logps
+from lit_llama.logps import find_labels, token_logps
 from lit_llama.rope import RoPE, rotate
 from lit_llama.utils import UserError
 from lit_llama.variant import Variant
@@ -68,7 +68,7 @@ class LLaMA(Variant):
         """
         return self.unembed(self.hidden(idx, cache, positions))
 
-    def label_logps(self, idx: Tensor, labels: Tensor) -> Tensor:
+    def label_logps(self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None) -> Tensor:
         """Return the log-probabilities of n labels, (n,) fp32 in row-major order.
 
         The output layer is applied only to the positions that predict a label.
@@ -76,10 +76,14 @@ class LLaMA(Variant):
         Args:
             idx: (B, T) token ids, as for `forward`.
             labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
+            label_index: (n,) from `find_labels`; without it a GPU is waited for.
         """
-        x, targets = self.hidden(idx)[:, :-1], labels[:, 1:]
-        predicts = targets != IGNORE_INDEX
-        return self.hidden_logps(x[predicts], targets[predicts])
+        return self.hidden_logps(*self.predicting(idx, labels, label_index))
+
+    def predicting(self, idx: Tensor, labels: Tensor, label_index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (n, C) that predict the labels, and the labels (n,)."""
+        index = find_labels(labels) if label_index is None else label_index
+        return self.hidden(idx).flatten(0, 1).index_select(0, index), labels.flatten().index_select(0, index + 1)
 
     def hidden_logps(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the log-probabilities of tokens, (n,) fp32, for normalized hidden states (n, C) and token ids (n,)."""
@@ -214,8 +218,10 @@ class CausalSelfAttention(nn.Module):
             mask: (B, 1, T, S), True where a token attends to a key. None is causal attention with S = T, or attention
                 to all keys for T = 1.
         """
+        # a plain bool, also where the length is a symbol of torch.compile
+        is_causal = True if mask is None and q.size(2) > 1 else False
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, enable_gqa=k.size(1) != q.size(1)
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.size(1) != q.size(1)
         )
 
     def constants(self, dtype: torch.dtype) -> Any:

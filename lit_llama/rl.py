@@ -13,7 +13,6 @@ divide the advantages by the standard deviation of the rewards; both are options
 import torch
 from torch import Tensor
 
-from lit_llama.data import IGNORE_INDEX
 from lit_llama.modules import eval_mode, swapped_parameters
 from lit_llama.run.train_settings import LengthTerm
 
@@ -70,11 +69,6 @@ def kl_estimates(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def row_of_each_label(labels: Tensor) -> Tensor:
-    """Return the row of each log-probability of `LLaMA.label_logps`, (n,), for labels (B, T)."""
-    return (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
-
-
 class PolicyLoss:
     """Minus the objective, for a batch of B answers in complete groups, and what is logged beside it.
 
@@ -95,11 +89,11 @@ class PolicyLoss:
             of an answer's tokens, which estimates the entropy in nats per token; kl: the mean KL_t of an answer's
             tokens, with β above 0.
         """
-        answer = row_of_each_label(batch["labels"])
+        answer = batch["label_index"] // batch["labels"].size(1)  # of each label, (n,)
         weight, mean_weight = batch["weights"][answer], batch["mean_weights"][answer]
         advantages = batch["advantages"][answer]
         reference = self.reference_logps(model, batch) if self.kl_weight else None
-        logps = model(batch["idx"], batch["labels"])  # (n,)
+        logps = model(batch["idx"], batch["labels"], batch["label_index"])  # (n,)
         old = batch.get("old_logps", logps.detach())
         objective = clipped_objective(logps, old, advantages, self.clip)
         ratio = (logps.detach() - old).exp()
@@ -117,4 +111,4 @@ class PolicyLoss:
     def reference_logps(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the log-probabilities of the labels under π_ref: the same base with other adapter weights."""
         with torch.no_grad(), eval_mode(model), swapped_parameters(model, self.start):
-            return model(batch["idx"], batch["labels"])
+            return model(batch["idx"], batch["labels"], batch["label_index"])

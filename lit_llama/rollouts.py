@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.data import IGNORE_INDEX, PromptData
+from lit_llama.data import IGNORE_INDEX, PromptData, pad_rows
 from lit_llama.epochs import plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
@@ -132,7 +132,7 @@ class Rollouts:
         """Return the sampled answers to a micro-batch of prompts.
 
         Returns:
-            idx, labels: (answers, T) int64, padded on the right; labels are -1 in the prompt and the padding.
+            idx, labels, label_index: as `pad_rows` for (answers, T); labels are -1 in the prompt and the padding.
             advantages, weights, mean_weights: (answers,) for `lit_llama.rl.PolicyLoss`.
             old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
         """
@@ -140,12 +140,11 @@ class Rollouts:
 
 
 def padded(answers: Answers) -> dict[str, Tensor]:
-    """Return idx and labels, (answers, T) int64, padded on the right."""
+    """Return the tensors of `pad_rows` for prompts with their answers."""
     pairs = [(torch.tensor(p), torch.tensor(a)) for p, a in zip(answers.prompts, answers.ids, strict=True)]
     idx = [torch.cat(pair) for pair in pairs]
     labels = [torch.cat((torch.full_like(prompt, IGNORE_INDEX), answer)) for prompt, answer in pairs]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {"idx": pad(idx, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX)}
+    return pad_rows(idx, labels)
 
 
 class PolicyTrainer(Trainer):
@@ -181,7 +180,9 @@ class PolicyTrainer(Trainer):
                     batch = self.train.batch(rows)
                     on_device = self.fabric.to_device(batch)
                     with torch.no_grad(), eval_mode(self.model):
-                        batch["old_logps"] = self.model(on_device["idx"], on_device["labels"])
+                        batch["old_logps"] = self.model(
+                            on_device["idx"], on_device["labels"], on_device["label_index"]
+                        )
         metrics = self.mean_over_processes(sums, sum(map(len, micro_batches)))
         return {f"train/{name}": value for name, value in metrics.items()}
 

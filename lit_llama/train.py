@@ -38,7 +38,7 @@ class SFTLoss:
     """The negative log-likelihood of the labels, in nats."""
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"loss": -model(batch["idx"], batch["labels"]).sum()}
+        return {"loss": -model(batch["idx"], batch["labels"], batch["label_index"]).sum()}
 
 
 class Trainer:

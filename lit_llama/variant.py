@@ -21,6 +21,8 @@ from lit_llama.utils import UserError
 class Variant(nn.Module):
     """Base class of `lit_llama.model.LLaMA` with the methods that its variants override."""
 
+    compiled: str | None = None  # what the layers are compiled for: "training" or "decoding"; see lit_llama/compiled.py
+
     @staticmethod
     def is_adapter_parameter(name: str) -> bool:
         """Return whether a parameter belongs to the adapter, which is trained and saved, or to the frozen base."""

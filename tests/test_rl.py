@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lit_llama.logps import find_labels
 from lit_llama.rewards import REWARDS, Reward
 from lit_llama.rl import PolicyLoss, answer_weights, clipped_objective, group_advantages, kl_estimates
 from lit_llama.rollouts import falling_score
@@ -65,7 +66,7 @@ class Bigrams(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(torch.randn(size, size, dtype=torch.float64, generator=generator))
 
-    def forward(self, idx: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, labels: torch.Tensor, label_index: torch.Tensor) -> torch.Tensor:
         logps = self.table.log_softmax(-1)
         predicts = labels[:, 1:] != -1
         return logps[idx[:, :-1], labels[:, 1:].clamp(min=0)][predicts]
@@ -78,7 +79,8 @@ def batch_of(answers: list[list[int]], advantages: list[float], weights: list[fl
     labels = torch.tensor([[-1, *answer, *[-1] * (longest - len(answer))] for answer in answers])
     own = torch.tensor([1 / (len(answers) * len(answer)) for answer in answers], dtype=torch.float64)
     of = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    return {"idx": idx, "labels": labels, "advantages": of(advantages), "weights": of(weights), "mean_weights": own}
+    of_answers = {"advantages": of(advantages), "weights": of(weights), "mean_weights": own}
+    return {"idx": idx, "labels": labels, "label_index": find_labels(labels), **of_answers}
 
 
 ANSWERS, ADVANTAGES = [[1, 2, 3], [4], [2, 2]], [1.5, -1.0, 0.0]
@@ -89,7 +91,7 @@ def moved_policy() -> tuple[Bigrams, dict[str, torch.Tensor], PolicyLoss, Bigram
     with torch.no_grad():
         old.table += 0.3 * torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     batch = batch_of(ANSWERS, ADVANTAGES, [1 / 9, 1 / 3, 1 / 6])
-    batch["old_logps"] = old(batch["idx"], batch["labels"]).detach()
+    batch["old_logps"] = old(batch["idx"], batch["labels"], batch["label_index"]).detach()
     return policy, batch, PolicyLoss(clip=0.1, kl_weight=0.05, start={"table": start.table.detach()}), old, start
 
 

@@ -1,0 +1,81 @@
+"""Compiled layers, and decoding steps as CUDA graphs (`--compile`).
+
+Each layer is compiled by itself: all layers of a kind share the code, so that compiling takes seconds and not minutes.
+On a GPU a decoding step of all layers is recorded once per batch as a CUDA graph, and then costs one launch. This needs
+shapes and addresses that stay the same: a static `KVCache`, and token and position tensors that are written in place.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_llama.utils import UserError
+from lit_llama.variant import Variant
+
+Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B,) and their positions (B,) -> logits (B, V)
+RECOMPILE_LIMIT = 64  # versions of a layer's code that may be compiled
+WARM_UP = 3  # steps before a recording: the first ones compile, choose algorithms and allocate workspaces
+
+
+def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: str = "inductor") -> None:
+    """Compile the layers of a model, in place. The compiler runs when they are first called.
+
+    Args:
+        purpose: what the compiled layers are used for; everything else runs as before.
+        backend: of `torch.compile`.
+
+    Raises:
+        UserError: The layers cannot be compiled: they are quantized.
+    """
+    if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.transformer.h.modules()):
+        raise UserError("--compile and --quantize do not go together: quantized layers cannot be compiled.")
+    import torch._dynamo  # takes a second
+
+    # a few layer classes, each with and without gradients and with one shape or several; the default is 8
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for block in model.transformer.h:
+        block.compile(fullgraph=True, backend=backend)
+    model.compiled = purpose
+
+
+def eager_unless(model: Variant, purpose: str) -> AbstractContextManager:
+    """Temporarily run a model without its compiled layers, unless they are for this purpose."""
+    # only where something is compiled, because importing the compiler takes a second
+    return nullcontext() if model.compiled in (None, purpose) else torch.compiler.set_stance("force_eager")
+
+
+class RecordedStep:
+    """A decoding step that is recorded as a CUDA graph when it is first called, and replayed from then on.
+
+    The logits that it returns are overwritten by the next call.
+
+    Args:
+        step: of static shapes; calling it twice with the same arguments must be the same as calling it once.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.graph = step, torch.cuda.CUDAGraph()
+        self.tokens = self.positions = self.logits = None
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.logits is None:
+            self.record(tokens, positions)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits
+
+    def record(self, tokens: Tensor, positions: Tensor) -> None:
+        self.tokens, self.positions = tokens.clone(), positions.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.step(self.tokens, self.positions)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(self.tokens, self.positions)

@@ -1,0 +1,150 @@
+"""Compiled layers compute what plain ones do, without graph breaks; decoding steps keep their shapes and addresses."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import toys
+from test_on_device import MODELS, sft_batch
+
+from lit_llama.compiled import compile_, eager_unless
+from lit_llama.generation import Sampling, decode_one_token, generate, prefill
+from lit_llama.kv_cache import KVCache
+from lit_llama.model import LLaMA
+from lit_llama.utils import UserError
+
+# with N = 1 an Aligner adds its values without attention
+METHODS = [
+    kind for kind in MODELS if "bank" not in kind and (kind.endswith("3") or kind.startswith(("base", "aligner")))
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def without_compiled_code() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def with_inductor(kinds: list[str], one: str) -> list:
+    """Parameters (kind, backend): all with the eager backend, and one through the compiler of machine code."""
+    return [(kind, "eager") for kind in kinds] + [(one, "inductor")]
+
+
+@pytest.mark.parametrize("kind, backend", with_inductor(METHODS, "aligner, N = 3"))
+def test_generation_gives_the_same_tokens(kind, backend):
+    network = MODELS[kind]()
+    # shapes of the first batch are compiled as constants, those of the second as symbols
+    batches = [(toys.prompts(3, 9, 5), Sampling(6)), (toys.prompts(6, 6), Sampling(6, temperature=1.0, seed=3))]
+    batches = batches[:1] if backend == "inductor" else batches
+    expected = [generate(network, *batch) for batch in batches]
+    compile_(network, "decoding", backend)
+    assert [generate(network, *batch) for batch in batches] == expected
+    assert all(len(set(map(tuple, answers))) > 1 for answers in expected)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@torch.inference_mode()
+def test_a_static_step_keeps_shapes_and_addresses_and_compiles_once(kind):
+    network, lengths = MODELS[kind]().eval(), [3, 9, 5]
+    compile_(network, "decoding", "eager")
+    slots = network.n_virtual_tokens + 20
+    cache = KVCache(network.config, 3, slots, CPU, torch.float32, static=True)
+    masks, run_blocks = [], network.run_blocks
+
+    def watched(x, cache, positions):
+        masks.append(cache.mask(positions).shape)
+        assert {layer.update(*[torch.zeros(3, 2, 1, 8)] * 2)[0].shape for layer in cache.layers(positions)} == {
+            (3, 2, slots, 8)
+        }
+        return run_blocks(x, cache, positions)
+
+    with network.inference(), eager_unless(network, "prefill"):
+        logits = prefill(network, toys.prompts(*lengths), cache)
+    buffers = cache.k.data_ptr(), cache.v.data_ptr()
+    network.run_blocks = watched
+    with network.inference():
+        for i in range(4):
+            positions = torch.tensor(lengths) + i
+            if i == 1:
+                torch.compiler.set_stance("fail_on_recompile")
+            logits = decode_one_token(network, logits.argmax(-1), positions, cache)
+    torch.compiler.set_stance("default")
+    assert masks == [(3, 1, 1, slots)] * 4
+    assert (cache.k.data_ptr(), cache.v.data_ptr()) == buffers
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@torch.inference_mode()
+def test_a_decoding_step_is_one_graph(kind):
+    network = MODELS[kind]().eval()
+    prompts, tokens, positions = toys.prompts(4, 7), torch.tensor([5, 6]), torch.tensor([4, 7])
+    caches = [KVCache(network.config, 2, 12 + network.n_virtual_tokens, CPU, torch.float32, static=True) for _ in "ab"]
+    with network.inference():
+        for cache in caches:
+            prefill(network, prompts, cache)
+        step = torch.compile(lambda t, p, c: network(t.unsqueeze(1), cache=c, positions=p.unsqueeze(1)),
+                             fullgraph=True, backend="eager")  # fmt: skip
+        compiled = step(tokens, positions, caches[0])[:, -1]
+        assert torch.equal(compiled, decode_one_token(network, tokens, positions, caches[1]))
+    assert torch.equal(caches[0].k, caches[1].k)
+
+
+@pytest.mark.parametrize("kind", ["base, N = 1", "aligner, N = 1", "aligner, N = 3"])
+@torch.inference_mode()
+def test_a_static_step_computes_what_a_growing_one_does_and_can_be_repeated(kind):
+    network, prompts = MODELS[kind]().eval(), toys.prompts(3, 9, 5)
+    logits = []
+    for static in (False, True):
+        cache = KVCache(network.config, 3, 30, CPU, torch.float32, static=static)
+        prefill(network, prompts, cache)
+        step = torch.tensor([7, 8, 9]), torch.tensor([3, 9, 5]), cache
+        first = decode_one_token(network, *step)
+        if static:  # as when a step is recorded
+            assert torch.equal(decode_one_token(network, *step), first)
+        logits.append(first)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, backend", with_inductor([k for k in METHODS if "base" not in k], "aligner, N = 3"))
+def test_training_gives_the_same_gradients(kind, backend):
+    results = []
+    for compiled in (False, True):
+        network = MODELS[kind]()
+        for name, p in network.named_parameters():
+            p.requires_grad_(network.is_adapter_parameter(name))
+        if compiled:
+            compile_(network, "training", backend)
+        losses = []
+        for length, checkpointing in ((9, False),) if backend == "inductor" else ((9, False), (12, True)):
+            torch.manual_seed(0)  # of dropout
+            idx = toys.token_ids(2, length, seed=length)
+            network.gradient_checkpointing = checkpointing
+            loss = -network.label_logps(idx, idx).mean()
+            loss.backward()
+            losses.append(loss.detach())
+        # not through the compiled layers, which are for training
+        answers = generate(network, toys.prompts(4, 6), Sampling(4))
+        results.append((losses, [p.grad for p in network.parameters() if p.requires_grad], answers))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_generation_leaves_layers_alone_that_are_compiled_for_training(monkeypatch):
+    network = MODELS["aligner, N = 3"]()
+
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    compile_(network, "training", refuse)
+    assert generate(network, toys.prompts(4, 6), Sampling(4)) == generate(
+        MODELS["aligner, N = 3"](), toys.prompts(4, 6), Sampling(4)
+    )
+    with pytest.raises(Exception, match="compiled"):
+        network.label_logps(sft_batch()["idx"], sft_batch()["labels"])
+
+
+def test_quantized_layers_are_refused():
+    network = LLaMA(toys.base().config)
+    network.transformer.h[0].mlp.c_fc1.weight = torch.nn.Parameter(torch.zeros(4, 4).byte(), requires_grad=False)
+    with pytest.raises(UserError, match="--compile and --quantize do not go together"):
+        compile_(network, "decoding")
