@@ -41,6 +41,7 @@ class AnswerSettings(Checked):
     devices: PositiveInt = 1  # more than one share the base, each holding a part of it
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    compile: bool = False  # compile the layers with torch.compile, for many answers; on a GPU with CUDA graphs
 
     def __post_init__(self) -> None:
         super().__post_init__()

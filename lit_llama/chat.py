@@ -13,6 +13,7 @@ import torch
 
 from lit_llama.answer_settings import AnswerSettings
 from lit_llama.checkpoint import versions, weights_path
+from lit_llama.compiled import compile_
 from lit_llama.generation import answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
@@ -185,11 +186,14 @@ def open_session(settings: AnswerSettings, tokenizer: Tokenizer, load: Callable[
     """Load the model.
 
     Raises:
-        UserError: A file is missing or damaged.
+        UserError: A file is missing or damaged, or the model cannot be compiled.
     """
     began = time.perf_counter()
     model = load()
-    model = model if is_sharded(model) else pack_(model)
+    if settings.compile:
+        compile_(model, "decoding")
+    elif not is_sharded(model):
+        pack_(model)
     return Session(model, tokenizer, settings, time.perf_counter() - began)
 
 

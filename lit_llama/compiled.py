@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_llama.sharding import is_sharded
 from lit_llama.utils import UserError
 from lit_llama.variant import Variant
 
@@ -29,8 +30,10 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
         backend: of `torch.compile`.
 
     Raises:
-        UserError: The layers cannot be compiled: they are quantized.
+        UserError: The layers cannot be compiled: they are quantized, or shared by several processes.
     """
+    if is_sharded(model):
+        raise UserError("--compile does not work with layers that several processes share.")
     if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.transformer.h.modules()):
         raise UserError("--compile and --quantize do not go together: quantized layers cannot be compiled.")
     import torch._dynamo  # takes a second

@@ -21,6 +21,7 @@ from lit_llama.modules import add_scaled, eval_mode
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_weights, group_advantages
+from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
 from lit_llama.tokenizer import Tokenizer
@@ -160,30 +161,29 @@ class PolicyTrainer(Trainer):
     def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
         super().__init__(*args, **options)
         self.val_answerer, self.score = val_answerer, score
+        self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
 
-    def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
-        """Sample answers, make `updates_per_batch` optimizer steps with them, and return the metrics of the last."""
+    def train_step(self, micro_batches: list[np.ndarray]) -> Step:
+        """Sample answers, make `updates_per_batch` optimizer steps with them, and return the last one."""
         sampled = self.sample(micro_batches)
         for _ in range(self.settings.updates_per_batch):
-            metrics = super().train_step(micro_batches)
-        return metrics | sampled
+            step = super().train_step(micro_batches)
+        return step._replace(further=sampled)
 
     def sample(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
         """Sample the answers of this process and return metrics, means over the prompts of all processes."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.train.batches.clear()
         with in_step(self.model):
-            for rows, scale in self.share_of_process(micro_batches):
+            for rows, scale in share_of_process(self.fabric, micro_batches):
                 sampled = self.train.sample(self.unwrapped, self.step, rows)
                 add_scaled(sums, self.fabric.to_device(sampled), scale)
                 if self.settings.updates_per_batch > 1:  # the first update does not need them: its ratio is 1
                     batch = self.train.batch(rows)
                     on_device = self.fabric.to_device(batch)
                     with torch.no_grad(), eval_mode(self.model):
-                        batch["old_logps"] = self.model(
-                            on_device["idx"], on_device["labels"], on_device["label_index"]
-                        )
-        metrics = self.mean_over_processes(sums, sum(map(len, micro_batches)))
+                        batch["old_logps"] = self.model(on_device["idx"], on_device["labels"], on_device["label_index"])
+        metrics = mean_over_processes(self.fabric, sums, sum(map(len, micro_batches)))
         return {f"train/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class PolicyTrainer(Trainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
         with in_step(self.model):
-            for rows, scale in self.share_of_process(plan_validation(self.val.lengths, batch_size)):
+            for rows, scale in share_of_process(self.fabric, plan_validation(self.val.lengths, batch_size)):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)
                 if self.train.reward is not self.score:
@@ -205,7 +205,7 @@ class PolicyTrainer(Trainer):
                     "ended": torch.tensor(answers.ended).float().sum(),
                 }
                 add_scaled(sums, self.fabric.to_device(metrics), scale)
-        return self.mean_over_processes(sums, len(self.val))
+        return mean_over_processes(self.fabric, sums, len(self.val))
 
     def summary(self) -> dict[str, Any]:
         summary = super().summary()

@@ -25,6 +25,7 @@ from lit_llama.run.samples import summarize
 from lit_llama.run.saved_state import best_of, check_saved_state
 from lit_llama.run.schedule import count_steps, lr_at, stops_early
 from lit_llama.run.setup import Setup
+from lit_llama.run.steps import Batches, Step, mean_over_processes, read_metrics, share_of_process
 from lit_llama.sharding import average_gradients, in_step
 from lit_llama.utils import UserError, log
 
@@ -78,6 +79,8 @@ class Trainer:
         self.run, self.settings, self.adapter_meta = run, run.settings, setup.adapter_meta
         self.val_metrics, self.sample_answers, self.plan = val_metrics, sample_answers, plan
         self.unwrapped = setup.unwrapped
+        self.log_interval = 1 if setup.fabric.device.type == "cpu" else run.settings.log_interval
+        self.batches = Batches(train, setup.fabric)
         self.trainable = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
         assert not wrong, f"trainable parameters must be fp32: {wrong}"
@@ -110,20 +113,27 @@ class Trainer:
                     self.evaluate()
                     self.save_state()
                 with Progress(self.step, self.max_steps, enabled=run.is_first) as progress:
-                    started = time.perf_counter() - self.seconds
-                    for micro_batches in self.remaining_steps():
-                        metrics = self.train_step(micro_batches)
-                        run.log_metrics(self.step, metrics)
+                    started, taken = time.perf_counter() - self.seconds, []
+                    for micro_batches in self.batches.look_ahead(self.remaining_steps()):
+                        taken.append(self.train_step(micro_batches))
                         self.step += 1
-                        progress.advance(metrics)
-                        if self.step % settings.eval_interval == 0 or self.step == self.max_steps:
+                        evaluates = self.step == self.max_steps or self.step % settings.eval_interval == 0
+                        saves = self.step % settings.save_interval == 0
+                        if evaluates or saves or len(taken) == self.log_interval:
+                            for step, metrics in zip(taken, self.read(taken), strict=True):
+                                run.log_metrics(step.number, metrics)
+                                progress.advance(metrics)
+                            taken = []
+                        if evaluates:
                             self.evaluate()
                         is_last = self.is_over
                         self.seconds = time.perf_counter() - started
-                        if self.step % settings.save_interval == 0 or is_last or self.stopping:
+                        if saves or is_last or self.stopping:
                             self.save_state()
                         if self.stopping and not is_last:
                             run.leave(128 + signal.SIGTERM)
+                        if is_last:
+                            break  # the next step was planned already
             summary = self.summary()
             run.finish(summary)
         return summary
@@ -139,50 +149,54 @@ class Trainer:
         for epoch in range(self.step // self.steps_per_epoch, math.ceil(self.max_steps / self.steps_per_epoch)):
             plan = self.plan(self.train.lengths, settings.batch_size, settings.micro_batch_size, settings.seed, epoch)
             for offset, micro_batches in enumerate(plan):
-                if self.is_over:
-                    return
-                if self.step <= epoch * self.steps_per_epoch + offset:
+                if self.step <= epoch * self.steps_per_epoch + offset < self.max_steps and not self.is_over:
                     yield micro_batches
 
-    def train_step(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
-        """Take one optimizer step and return its metrics; the losses are means over the targets of all processes."""
+    def train_step(self, micro_batches: list[np.ndarray]) -> Step:
+        """Take one optimizer step, without waiting for the device."""
         fabric, settings, began = self.fabric, self.settings, time.perf_counter()
         lr = self.set_learning_rate()
         total = sum(float(self.train.weights[rows].sum()) for rows in micro_batches)
 
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
-        not_finite = []
-        share = self.share_of_process(micro_batches)
+        bad = []
+        share = share_of_process(fabric, micro_batches)
         for i, (rows, scale) in enumerate(share):
             number = fabric.global_rank + i * fabric.world_size  # of the micro-batch in the step
             # for dropout, which some methods have: the same for a micro-batch in whichever process
             torch.manual_seed((settings.seed * 1_000_003 + self.step + (number << 53)) % 2**64)
-            batch = fabric.to_device(self.train.batch(rows))
+            batch = self.batches[rows]
             with fabric.no_backward_sync(self.model, enabled=i + 1 < len(share)):
                 losses = self.loss(self.model, batch)
                 # DDP averages the gradients of the processes, but their sum is needed
                 fabric.backward(losses["loss"] * (scale * fabric.world_size / total))
             add_scaled(sums, losses, scale)
-            not_finite.append((~losses["loss"].detach().isfinite(), rows))
+            bad.append((~losses["loss"].detach().isfinite(), rows))
         average_gradients(fabric, self.model)
-        sums["stopping"] = torch.tensor(float(self.run.stopping), device=fabric.device)
-        metrics = self.mean_over_processes(sums, total)
-        self.stopping = metrics.pop("stopping") > 0
-
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), settings.grad_clip or math.inf).item()
-        for name, value in (("loss", metrics["loss"]), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                rows = np.concatenate([rows for bad, rows in not_finite if bad] or micro_batches).tolist()
-                listed = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
-                raise self.diverged(f"The {name} is {value} in step {self.step}, rows {listed}, at lr {lr:.1e}")
+        sums["stopping"] = torch.full((), float(self.run.stopping), device=fabric.device)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), settings.grad_clip or math.inf)
+        tokens = sum(int(self.train.tokens[rows].sum()) for rows in micro_batches)
+        step = Step(self.step, dict(sums), total, norm, lr, tokens, micro_batches, bad, began, {})
+        if norm.device.type == "cpu" and not norm.isfinite():
+            self.read([step])  # raises an error before the weights change; on a GPU that would wait in each step
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-        tokens = sum(int(self.train.tokens[rows].sum()) for rows in micro_batches)
         self.tokens += tokens
-        losses = {f"train/{name}": value for name, value in metrics.items()}
-        return {**losses, "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / (time.perf_counter() - began)}
+        return step
+
+    def read(self, steps: list[Step]) -> list[dict[str, float]]:
+        """Return the metrics of steps, waiting for the device.
+
+        Raises:
+            UserError: A loss or gradient is not finite. On a GPU the optimizer has used it; nothing is saved.
+        """
+        metrics = read_metrics(self.fabric, steps)
+        for step, own in zip(steps, metrics, strict=True):
+            self.stopping = own.pop("train/stopping") > 0
+            if problem := step.problem(own):
+                raise self.diverged(problem, step.number)
+        return metrics
 
     def set_learning_rate(self) -> float:
         """Give all optimizers the learning rate of the current step and return it."""
@@ -198,38 +212,24 @@ class Trainer:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
-    def share_of_process(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, float]]:
-        """Return the micro-batches of this process and the factor of their losses.
-
-        All processes have the same number, because they exchange gradients and may share the base: those with fewer
-        compute the first one again, with a factor of 0.
-        """
-        mine = [(rows, 1.0) for rows in micro_batches[self.fabric.global_rank :: self.fabric.world_size]]
-        missing = math.ceil(len(micro_batches) / self.fabric.world_size) - len(mine)
-        return mine + missing * [(micro_batches[0], 0.0)]
-
-    def mean_over_processes(self, sums: dict[str, torch.Tensor], total: float) -> dict[str, float]:
-        """Return the sums of all processes divided by the total weight."""
-        stacked = self.fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
-        return {name: value / total for name, value in zip(sums, stacked.tolist(), strict=True)}
-
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the mean losses over the validation data, always in the same batches."""
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.model.eval()
-        for rows, scale in self.share_of_process(plan_validation(self.val.lengths, self.settings.micro_batch_size)):
+        batches = plan_validation(self.val.lengths, self.settings.micro_batch_size)
+        for rows, scale in share_of_process(self.fabric, batches):
             batch = self.fabric.to_device(self.val.batch(rows))
             add_scaled(sums, self.val_loss(self.model, batch), scale)
         self.model.train()
-        return self.mean_over_processes(sums, float(self.val.weights.sum()))
+        return mean_over_processes(self.fabric, sums, float(self.val.weights.sum()))
 
     def evaluate(self) -> None:
         """Validate, keep the best adapter and answer validation prompts."""
         metrics = self.validate()
         self.run.log_metrics(self.step, {f"val/{name}": value for name, value in metrics.items()})
         if not math.isfinite(metrics["loss"]):
-            raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps")
+            raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps", self.step)
         self.val_losses.append((self.step, metrics["loss"]))
         is_best = best_of(self.val_losses)[0] == self.step
         if is_best:
@@ -292,9 +292,9 @@ class Trainer:
             "last_val_loss": self.val_losses[-1][1],
         }
 
-    def diverged(self, problem: str) -> UserError:
-        """Return the error for a value that is not finite."""
-        if self.step == 0:
+    def diverged(self, problem: str, step: int) -> UserError:
+        """Return the error for a value that is not finite in or after a step."""
+        if step == 0:
             return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
         best = self.run.path / "best.safetensors"
         return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")

@@ -18,13 +18,14 @@ import torch
 import toys
 from torch.nn import functional as F
 
-from lit_llama import aligner
+from lit_llama import aligner, train
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run.folder import NAMES, RunFolder
 from lit_llama.run.report import MetricsLog, Progress, read_metrics, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
+from lit_llama.run.steps import Batches
 from lit_llama.run.train_settings import TrainSettings
 from lit_llama.storage.files import claim
 from lit_llama.train import SFTLoss, Trainer, lr_at
@@ -236,13 +237,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base_dir, data_dir, tmp_
             logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-1, reduction="sum"
         )
         counts += int((batch["labels"] != -1).sum())
-    assert trainer.train_step(micro_batches)["train/loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
+    (metrics,) = trainer.read([trainer.train_step(micro_batches)])
+    assert metrics["train/loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
 
 
 def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=plain_sgd, grad_clip=0.01)
     before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
-    metrics = trainer.train_step([np.arange(8)])
+    (metrics,) = trainer.read([trainer.train_step([np.arange(8)])])
     moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in trainer.trainable.items()])
     assert metrics["grad_norm"] > 0.02
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -279,6 +281,22 @@ def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir,
     assert {state["exp_avg"].dtype for o in trainer.optimizers for state in o.state.values()} == {torch.float32}
 
 
+def test_metrics_that_are_read_together_are_those_of_each_step(base_dir, data_dir, tmp_path, monkeypatch):
+    """As on a GPU: metrics are read every `log_interval` steps, and batches are built in a thread."""
+    read, reads, runs = train.read_metrics, [], []
+    monkeypatch.setattr(train, "read_metrics", lambda fabric, steps: reads.append(len(steps)) or read(fabric, steps))
+    for interval in (1, 3):
+        out_dir = tmp_path / str(interval)
+        trainer = trainer_for(base_dir, data_dir, out_dir, epochs=2.0, eval_interval=4, learning_rate=0.01)
+        trainer.log_interval, trainer.batches = interval, Batches(trainer.train, trainer.fabric, ahead=interval > 1)
+        trainer.fit()
+        assert not trainer.batches.ready
+        rows = csv.DictReader((out_dir / "metrics.csv").open())
+        runs.append([{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows])
+    assert runs[0] == runs[1] and len(runs[0]) == 13
+    assert reads == [1] * 12 + [3, 1] * 3
+
+
 def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.step = 7
@@ -290,7 +308,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_
 
     trainer.loss = broken
     with pytest.raises(UserError, match=r"^The loss is inf in step 7, rows 20, 21, 22, at lr 1\.0e\+00: lower"):
-        trainer.train_step([np.array([1, 2]), np.array([20, 21, 22])])
+        trainer.read([trainer.train_step([np.array([1, 2]), np.array([20, 21, 22])])])
     assert all(torch.equal(p.detach(), healthy[name]) for name, p in trainer.trainable.items())
 
 

@@ -10,6 +10,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Sing
 
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter
+from lit_llama.compiled import compile_
 from lit_llama.device import computes_bf16
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
@@ -132,6 +133,8 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     )
     mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = settings.gradient_checkpointing
+    if settings.compile:
+        compile_(model, "training")
     meta = {
         "method": settings.method,
         "config": config if adapter is None else adapter.config,
@@ -191,4 +194,6 @@ def adamw(model: LLaMA, settings: TrainSettings) -> torch.optim.Optimizer:
         if p.requires_grad:
             (no_decay if name.endswith(("gating_factor", "bias", "adapter_scale")) else decay).append(p)
     groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, weight_decay=settings.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.is_cuda for group in groups for p in group["params"])  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=fused or None)

@@ -24,7 +24,8 @@ class TrainSettings(Checked):
         UserError: A value is out of range.
     """
 
-    may_change = ("out_dir", "save_interval", "resume", "overwrite", "accelerator", "devices", "num_nodes", "strategy")
+    may_change = ("out_dir", "log_interval", "save_interval", "resume", "overwrite", "accelerator", "devices", "num_nodes",
+                  "strategy")  # fmt: skip
     dry_run = False  # a setting of the finetuning scripts
 
     # == What to train on ==
@@ -44,6 +45,7 @@ class TrainSettings(Checked):
     seed: Seed = 1337  # seed of the initial weights, the order of the data and the samples
 
     # == Reporting ==
+    log_interval: PositiveInt = 10  # steps whose metrics are read from a GPU together; on a CPU each step is read
     eval_interval: PositiveInt  # steps between validations
     save_interval: PositiveInt  # steps between saved states, from which --resume continues
     resume: bool = False  # continue the run in out_dir
@@ -93,8 +95,12 @@ class FinetuneSettings(TrainSettings):
 
     # == Devices ==
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes
+    compile: bool = False  # compile the layers with torch.compile: the first steps take longer, later ones are faster
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize is not None and self.strategy in ("fsdp", "hsdp"):
             raise UserError(f"--quantize {self.quantize} and --strategy {self.strategy} exclude each other.")
+        if self.compile and (self.quantize is not None or self.strategy in ("fsdp", "hsdp")):
+            other = f"--strategy {self.strategy}" if self.quantize is None else f"--quantize {self.quantize}"
+            raise UserError(f"--compile and {other} exclude each other.")
