@@ -201,12 +201,17 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def publish(path: Path, title: str, parts: list[str], device: torch.device) -> None:
-    """Write a report in Markdown and print it: what ran where, then its parts."""
+    """Write a report and print it."""
+    print(write_report(path, title, parts, device), end="")
+
+
+def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> str:
+    """Write a report in Markdown: what ran where, then its parts. Return its text."""
     machine = "\n".join(f"- {name}: {value}" for name, value in describe_machine(device).items())
     text = "\n\n".join([f"# {title}", machine, *parts]) + "\n"
     claim(path.parent, [path.name])
     write_text(path, text)
-    print(text, end="")
+    return text
 
 
 def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:

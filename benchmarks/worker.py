@@ -20,7 +20,7 @@ from lit_llama.checkpoint import CONFIG_NAME, load_model
 from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
-from lit_llama.generation import Sampling, decode, generate
+from lit_llama.generation import Sampling, decode, generate, read
 from lit_llama.logps import find_labels
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
@@ -188,8 +188,7 @@ class Ours(Worker):
         return dpo_loss(*sum_logps_by_row(logps, labels, index).chunk(2), *reference.chunk(2))[0].mean()
 
     def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
-        for tokens in decode(self.model, prompts, Sampling(n_new)):
-            tokens.tolist()
+        for _ in read(decode(self.model, prompts, Sampling(n_new))):
             on_token()
 
     def answer_all(self, prompts: list[list[int]], n_new: int, batch_size: int) -> dict[str, Any]:

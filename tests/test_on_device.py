@@ -174,7 +174,7 @@ WAITS = {
     "dpo.py: DPOLoss.__init__": "once per run",
     "steps.py: read_metrics": "the metrics of `log_interval` steps",
     "steps.py: Step.problem": "the rows whose loss is not finite, when training ends for it",
-    "train.py: Trainer.mean_over_processes": "the losses of a validation",
+    "steps.py: mean_over_processes": "the losses of a validation",
     "reference.py: check_policy_equals_reference": "once per run",
     "reference.py: compute_reference": "once per run",
     "reference.py: adapter_sha256": "once per run",

@@ -1,0 +1,182 @@
+"""Everything that a GPU has to show, in one command: first that it computes what the CPU does, then how fast.
+
+The checks run on the bundled micro-world model, the measurements on random weights of the shape --size, which are made
+on the device; nothing is downloaded. One Markdown page holds all rows, and is written anew after each part. The part
+"peers" is not among the default ones: it installs transformers, PEFT and LitGPT and writes 27 GB of weights for 7B.
+On a CPU, with --accelerator cpu --size microworld, it shows that the command itself works.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from benchmarks.settings import DeviceSettings
+from lit_llama import cli
+from lit_llama.settings import PositiveInt
+
+Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode", "peers"]
+
+
+@dataclass
+class Settings(DeviceSettings):
+    # == What to check and to measure ==
+    parts: tuple[Part, ...] = ("logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train",
+                               "decode")  # fmt: skip  # in this order
+    size: str = "Llama-2-7B"  # 110M, or a name of lit_llama.model.llama_configs
+    out_dir: Path = Path("out/benchmark")  # the page, and the files of the checks
+
+    # == How to measure ==
+    rounds: PositiveInt = 7  # turns of every contestant
+    rows: PositiveInt = 8  # of a micro-batch
+    length: PositiveInt = 512  # tokens of each row, half of them labels
+    prompt_length: PositiveInt = 128  # tokens of each prompt
+    new_tokens: PositiveInt = 128  # to generate
+    batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from benchmarks import harness as b
+from benchmarks import training
+from benchmarks.gpu_checks import CHECKS
+from benchmarks.material import decode_bytes, dtype_name, shape, training_flops
+from benchmarks.measure import compare, copy_bandwidth, matmul_rate, with_interval
+from benchmarks.worker import Ours
+from lit_llama.compiled import compile_
+from lit_llama.device import pick_device
+from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError, log
+
+Rows = Iterator[list[str]]  # what, target, measured, verdict
+
+
+def make_worker(settings: Settings, device: torch.device, dtype: torch.dtype, n: int) -> Ours:
+    """Return a contestant with random weights on the device and an Aligner of `n` tokens."""
+    worker = Ours({"threads": torch.get_num_threads(), "weights": None, "device": device, "dtype": dtype})
+    worker.build(n=n, config=asdict(shape(settings.size)))
+    return worker
+
+
+def measure_training(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
+    """Utilization and memory of a training step, with and without compiled layers, and DPO beside SFT."""
+    worker = make_worker(settings, device, dtype, 1)
+    response = settings.length // 2
+    batch = [(settings.rows, settings.length, response)]
+    sft, dpo = (partial(worker.step, batches=batch, data="random", loss=loss) for loss in ("sft", "dpo"))
+    peak = matmul_rate(device, dtype, "wall")
+
+    def rates(steps: list[dict]) -> list[float]:
+        return [step["lengths"].sum() / sum(step["seconds"].values()) for step in steps]
+
+    def utilization(what: str, steps: list[dict]) -> list[str]:
+        flops = training_flops(worker.model.config, steps[0]["lengths"]) / steps[0]["lengths"].sum()
+        used = f"{np.median(rates(steps)) * flops / peak:.0%} ({with_interval(rates(steps))} tokens/s)"
+        return [f"training, {what}: utilization of the rate of a large product", "≥ 60 %", used, ""]
+
+    _, found = b.take_turns({"SFT": sft, "DPO": dpo}, settings.rounds, [])
+    yield utilization("N = 1", found["SFT"])
+    seconds = {name: [sum(step["seconds"].values()) for step in steps] for name, steps in found.items()}
+    yield ["time, DPO over SFT", "≤ 1.05", *compare(seconds["DPO"], seconds["SFT"])]
+    if device.type == "cuda":  # on a CPU the memory of other models in this process counts too
+        ratio = found["DPO"][-1]["peak"] / found["SFT"][-1]["peak"]
+        yield ["peak memory, DPO over SFT", "≤ 1.1", f"{ratio:.2f}", ""]
+        beyond = found["SFT"][-1]["beyond"]
+        yield ["memory beyond the weights, N = 1", "≤ 0.5 × the leanest peer's", f"{beyond / 1e9:.2f} GB", ""]
+        compile_(worker.model, "training")
+        _, compiled = b.take_turns({"compiled": sft}, settings.rounds, [])
+        yield utilization("N = 1, --compile", compiled["compiled"])
+
+
+def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
+    """Decoding against the bandwidth, plain and with compiled layers and CUDA graphs; a batch against one by one."""
+    worker, rng = make_worker(settings, device, dtype, 1), np.random.default_rng(0)
+    config, bandwidth = worker.model.config, copy_bandwidth(device, "wall")
+    yield ["bandwidth of a copy, read and written", "", f"{bandwidth / 1e9:,.0f} GB/s", ""]
+    length, new = settings.prompt_length, settings.new_tokens
+
+    def prompts(count: int) -> list[list[int]]:
+        return rng.integers(3, config.vocab_size, (count, length)).tolist()
+
+    worker.model.eval().requires_grad_(False)
+    for what in ("", ", --compile") if device.type == "cuda" else ("",):
+        if what:
+            compile_(worker.model, "decoding")
+        for size in settings.batch_sizes:
+            turn = partial(worker.generate, prompts=prompts(size), n_new=new)
+            _, found = b.take_turns({"decode": turn}, max(3, settings.rounds // 2), [])
+            rates = [size * (new - 1) / answer["decode"] for answer in found["decode"]]
+            limit = size * bandwidth / decode_bytes(config, dtype, size, length + new / 2)
+            used = f"{np.median(rates) / limit:.0%} ({with_interval(rates)} tokens/s)"
+            yield [f"decode, batch {size}{what}: share of the bandwidth limit", "≥ 85 %", used, ""]
+        many = prompts(max(settings.batch_sizes))
+        turns = {str(size): partial(worker.answer_all, many, new, size) for size in (len(many), 1)}
+        _, found = b.take_turns(turns, 1, [])
+        together, alone = ([answer["seconds"] for answer in found[str(size)]] for size in (len(many), 1))
+        ratio = compare(alone, together, 1)
+        yield [f"tokens/s, {len(many)} prompts as one batch over one by one{what}", "≥ 20", *ratio]
+
+
+def measure_peers(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
+    """Training beside PEFT and LitGPT, as benchmarks/training.py measures it."""
+    run = b.start_run(training.Settings(
+        accelerator=settings.accelerator, precision="bf16" if dtype == torch.bfloat16 else "32", size=settings.size,
+        rounds=settings.rounds, out_dir=settings.out_dir, micro_batch_size=settings.rows, max_length=settings.length,
+        dpo=False, growth=False,
+    ))  # fmt: skip
+    _, found = training.measure(run)
+    yield from training.ratios(run, found)
+    yield from ([note, "", "", ""] for note in run.notes)
+
+
+MEASUREMENTS = {"train": measure_training, "decode": measure_decoding, "peers": measure_peers}
+
+
+def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[list[list[str]], bool]:
+    """Return the rows of a part, and whether it succeeded. The other parts run whatever happens in this one."""
+    rows: list[list[str]] = []
+    try:
+        if part in CHECKS:
+            rows += ([*row, ""] for row in CHECKS[part](device, settings.out_dir))
+        else:
+            for row in MEASUREMENTS[part](settings, device, dtype):
+                rows.append(row)
+    except Exception as error:  # of any library: a driver, a compiler, a peer
+        sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log(f"{part}: {sentence}")
+        return [*rows, [part, "", f"failed: {sentence}", ""]], False
+    return rows, True
+
+
+def main(settings: Settings) -> None:
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    path = settings.out_dir / f"gpu-{settings.size}-{device.type}.md"
+    tables, failed = [], []
+    for part in settings.parts:
+        began = time.perf_counter()
+        log(f"== {part}")
+        rows, succeeded = run_part(part, settings, device, dtype)
+        failed += [] if succeeded else [part]
+        title = f"## {part}, {time.perf_counter() - began:.0f} s"
+        tables += [title, markdown_table(["what", "target", "measured", "verdict"], rows)]
+        text = b.write_report(path, f"{device.type}, {settings.size}, {dtype_name(dtype)}", tables, device)
+        log("\n".join(f"{row[0]}: {row[2]}" for row in rows))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(text, end="")
+    if failed:
+        raise UserError(f"Failed: {', '.join(failed)}; {path} says why.")
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)
