@@ -24,8 +24,8 @@ class TrainSettings(Checked):
         UserError: A value is out of range.
     """
 
-    may_change = ("out_dir", "log_interval", "save_interval", "resume", "overwrite", "accelerator", "devices", "num_nodes",
-                  "strategy")  # fmt: skip
+    may_change = ("out_dir", "log_interval", "save_interval", "resume", "overwrite", "accelerator", "devices",
+                  "num_nodes", "strategy")  # fmt: skip
     dry_run = False  # a setting of the finetuning scripts
 
     # == What to train on ==
