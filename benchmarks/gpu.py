@@ -18,13 +18,15 @@ from lit_llama import cli
 from lit_llama.settings import PositiveInt
 
 Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode", "peers"]
+USUAL: tuple[Part, ...] = (
+    "logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode"
+)  # fmt: skip
 
 
 @dataclass
 class Settings(DeviceSettings):
     # == What to check and to measure ==
-    parts: tuple[Part, ...] = ("logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train",
-                               "decode")  # fmt: skip  # in this order
+    parts: tuple[Part, ...] = USUAL  # in this order
     size: str = "Llama-2-7B"  # 110M, or a name of lit_llama.model.llama_configs
     out_dir: Path = Path("out/benchmark")  # the page, and the files of the checks
 
