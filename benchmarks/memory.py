@@ -43,7 +43,8 @@ from lit_llama.variant import mark_only_adapter_as_trainable
 
 TINY = dict(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64)
 SIZE_49M = dict(SIZE_110M, vocab_size=8000, n_layer=6)
-QWEN3 = dict(SIZE_49M, n_kv_head=4, qk_norm=True)
+SIZE_14M = dict(SIZE_49M, n_head=6, n_embd=384, intermediate_size=1024)
+QWEN3 = dict(SIZE_14M, n_kv_head=2, qk_norm=True)
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -96,12 +97,12 @@ CASES = (
     Case("Aligner, N = 1, 1 × 1,024 tokens", sequences=1, tokens=1024),
     Case("Aligner, N = 1, 110M parameters, 2 × 256 tokens", sequences=2, config=SIZE_110M),
     Case("Aligner, N = 10", own={"adapter_prompt_length": 10}),
-    Case("Aligner, gradient checkpointing", gradient_checkpointing=True),
-    Case("Aligner, bf16", dtype=torch.bfloat16),
-    Case("Aligner on Qwen3's architecture", config=QWEN3),
-    Case("LoRA, r = 8", method="lora"),
-    Case("LLaMA-Adapter v2", method="adapter_v2"),
-    Case("generation, 8 × (192 + 4) tokens", sequences=8, tokens=192, new=4),
+    Case("14M parameters: gradient checkpointing", gradient_checkpointing=True, config=SIZE_14M),
+    Case("14M: bf16", dtype=torch.bfloat16, config=SIZE_14M),
+    Case("14M: Qwen3's architecture", config=QWEN3),
+    Case("14M: LoRA, r = 8", method="lora", config=SIZE_14M),
+    Case("14M: LLaMA-Adapter v2", method="adapter_v2", config=SIZE_14M),
+    Case("14M: generation, 8 × (192 + 4) tokens", sequences=8, tokens=192, new=4, config=SIZE_14M),
 )
 
 

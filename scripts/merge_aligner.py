@@ -142,6 +142,9 @@ def main(args: Settings) -> None:
             write_base(folder, config, tensors)
             copy_tokenizer(args.checkpoint_dir, folder)
         write_text(folder / CARD, json.dumps(card, indent=2, default=str) + "\n")
+    if args.format == "hf" and config.qk_norm and config.proj_bias:
+        log("note: vLLM's Qwen3 has no bias on the attention output and would ignore the adapter; serve this model "
+            "with transformers, or the adapter with generate/serve.py.")  # fmt: skip
     log(f"The prompt style of the adapter is: {adapter.meta.get('prompt_style', 'not in its file')}")
     print(args.output_dir)
 
