@@ -358,3 +358,25 @@ def test_special_tokens_stay_text_in_another_process(folders):
     assert isinstance(tokenizer.engine, HuggingFace)
     assert not set(tokenizer.encode("a <|eot_id|>")) & set(tokenizer.stop_ids)
     assert tokenizer.template.render(TURNS[:1]) == Tokenizer(folders["llama3"]).template.render(TURNS[:1])
+
+
+# == evaluation ==
+
+
+def test_worked_examples_are_earlier_turns(folders):
+    from evaluate.common import few_shot
+
+    style = get_prompt_style("chat", folders["chatml"])
+    asked = few_shot(style, [("1 + 1?", "2")], "2 + 2?")
+    turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
+    assert asked == style.render_messages([{"role": role, "content": text} for role, text in turns])
+    assert isinstance(asked, ChatText)
+
+
+def test_what_cannot_ask_in_a_chat_template_is_one_sentence(refused, folders, tmp_path):
+    (tmp_path / "m").mkdir()
+    for path in (Path(__file__).parents[1] / "checkpoints/microworld").iterdir():
+        (tmp_path / "m" / path.name).symlink_to(path)
+    (tmp_path / "m" / "chat_template.jinja").write_text(TEMPLATES["mistral"])
+    flags = ("--checkpoint_dir", tmp_path / "m", "--prompt_style", "chat", "--output_dir", tmp_path / "out")
+    assert "use --scoring generate" in refused("evaluate/mmlu.py", *flags, "--data_file", tmp_path)
