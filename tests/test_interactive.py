@@ -50,7 +50,7 @@ class Terminal:
                 return False
         return True
 
-    def wait_for(self, pattern: str, seconds: float = 90) -> re.Match:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match:
         """Return the next match after the last one."""
         until = time.monotonic() + seconds
         while True:
@@ -77,7 +77,7 @@ class Terminal:
     def end(self) -> int:
         self.wait_for("\n>")  # before it, the terminal itself would take the key
         self.send(CTRL_D)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while self.process.poll() is None and time.monotonic() < until:
             self.read(0.1)
         return self.process.wait(1)
