@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import BLOCK, projections
 from lit_llama.tables import markdown_table
+from lit_llama.utils import UserError
 from lit_llama.variant import mark_only_adapter_as_trainable
 
 META = torch.device("meta")
+MOST_TOKENS = 2**22  # of a micro-batch
 MOMENTS = 8  # bytes of AdamW's two moments, fp32, of a number that is trained
 SCALE_BLOCK = 256  # scales that share a scale of their own, with "-dq"
 
@@ -69,7 +71,15 @@ def training_memory(
         dtype: of the base, and of the computation.
         quantize: one of `lit_llama.quantize.Quantize`.
         gradient_checkpointing: recompute each layer in the backward pass.
+
+    Raises:
+        UserError: The micro-batch is larger than any device can hold; to count its blocks would take hours.
     """
+    if sequences * tokens > MOST_TOKENS:
+        raise UserError(
+            f"A micro-batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,}, which no "
+            "device holds; lower the sequences or the tokens."
+        )
     model = _on_meta(model_class, config, dtype)
     model.gradient_checkpointing = gradient_checkpointing
     idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
