@@ -1,9 +1,9 @@
 """Reinforcement learning with Aligner: a frozen LLaMA learns from a reward that a function gives to its own answers.
 
 A step samples a group of answers to each of several prompts, and makes answers more likely that got more reward than
-the others of their group (GRPO, lit_llama/rl.py). Without arguments the bundled micro-world model learns a form; first
-run python scripts/prepare_microworld.py --stage rl. Edit the values below, pass flags of the same name, or name a
-YAML file with --config.
+the others of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer
+two-hop questions, which it can do only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit
+the values below, pass flags of the same name, or name a YAML file with --config.
 """
 
 import os
@@ -25,7 +25,7 @@ class Settings(FinetuneSettings):
     may_change = (*(name for name in FinetuneSettings.may_change if name != "max_new_tokens"), "drift_prompts")
 
     # == What to train on ==
-    checkpoint_dir: Path = Path("checkpoints/microworld")  # folder of the frozen base model
+    checkpoint_dir: Path = Path("checkpoints/microworld-aloud")  # folder of the frozen base model
     data_dir: Path = Path("data/microworld-rl")  # prompts, from a scripts/prepare_*.py with --stage rl
     init_adapter: Path | None = None  # start from this adapter (default: start from the base)
     out_dir: Path = Path("out/rl/microworld")  # folder for all files of the run
@@ -37,7 +37,7 @@ class Settings(FinetuneSettings):
     adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
 
     # == Reward ==
-    reward: str = "microworld_answer"  # a name in lit_llama/rewards.py, or module:function of your own
+    reward: str = "microworld_two_hop"  # a name in lit_llama/rewards.py, or module:function of your own
     reward_options: dict[str, Any] | None = None  # keyword arguments of the reward function, such as {"words": 10}
     score: str | None = None  # reward that is 1 for right answers to held-out prompts (default: that of --reward)
 
@@ -56,12 +56,12 @@ class Settings(FinetuneSettings):
     micro_batch_size: PositiveInt = 8  # prompts per sampling and forward pass on one device; divides batch_size
     learning_rate: PositiveFloat = 0.2  # peak learning rate of AdamW
     warmup_epochs: NonNegativeFloat = 0.0  # length of the linear warmup
-    max_steps: PositiveInt | None = 50  # stop after this many steps even if the epochs are not over
+    max_steps: PositiveInt | None = 30  # stop after this many steps even if the epochs are not over
 
     # == Reporting ==
-    eval_interval: PositiveInt = 25  # steps between validations
+    eval_interval: PositiveInt = 15  # steps between validations
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
-    save_interval: PositiveInt = 25  # steps between saved states, from which --resume continues
+    save_interval: PositiveInt = 15  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # of these prompts, answers to print and to save
     drift_prompts: NonNegativeInt = (
         32  # of these prompts, those for the KL to the start, from sampled answers; 0 for none

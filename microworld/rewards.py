@@ -46,7 +46,7 @@ def two_hop(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
 
 
 def ends_right(answer: str, row: dict[str, Any]) -> bool:
-    """Return whether the statement that answers a two-hop question, the last of one or two, is right."""
+    """Return whether the statement that answers a question is right: the last of one, or of two for two hops."""
     if statements := parse_steps(answer):
-        return states(statements[1], row["steps"][1])
+        return bool(row["steps"]) and states(statements[1], row["steps"][1])
     return states(parse(answer), [row["topic"], row["answer"]])

@@ -1,9 +1,11 @@
 """Prepare a finetuning dataset of the micro-world: questions about the seen half of its entities, answered in one form.
 
 The other half is held out, so that `evaluate/microworld.py` can tell a learned form from learned answers. With
---stage rl the dataset has the questions without answers, and its validation split consists of held-out entities.
+--stage rl the dataset has the questions without answers, and its validation split consists of held-out entities. By
+default these are two-hop questions for checkpoints/microworld-aloud.
 """
 
+import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 from lit_llama import cli
 from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.settings import OpenShare, PositiveInt, Seed
+from lit_llama.utils import UserError
 from microworld.world import FormName
 
 
@@ -21,12 +24,17 @@ from microworld.world import FormName
 class Settings(PrepareSettings):
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write questions with answers, or prompts for reinforcement learning
-    questions: Literal["facts", "two_hop"] = "facts"  # rl: what is asked; two_hop takes two facts to answer
+    questions: Literal["facts", "two_hop", "mixed"] | None = (
+        None  # two_hop takes two facts to answer, mixed is half of each (default: facts, and two_hop for rl)
+    )
+    manner: Literal["direct", "aloud"] = "direct"  # sft: answer two-hop questions at once, or step by step
     form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
     split: Literal["seen", "train"] = "seen"  # "train" omits entities by which settings are chosen
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
-    output_dir: Path | None = None  # folder to write (default: data/microworld-FORM, or -rl)
-    checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
+    output_dir: Path | None = None  # folder to write (default: data/microworld-FORM, -two_hop-MANNER, or -rl)
+    checkpoint_dir: Path | None = (
+        None  # base model whose tokenizer is used (default: checkpoints/microworld, and -aloud for two_hop)
+    )
     max_seq_length: PositiveInt = 256  # most tokens of prompt and response
     test_fraction: OpenShare = 0.1  # share of the rows held out for validation
 
@@ -38,17 +46,40 @@ from microworld.datasets import write_answers, write_prompts
 from microworld.world import SEEN, UNSEEN, VALID, World
 
 
+def with_defaults(settings: Settings) -> Settings:
+    """Return the settings with the defaults that depend on others.
+
+    Raises:
+        UserError: Facts are to be answered step by step.
+    """
+    questions = settings.questions or ("two_hop" if settings.stage == "rl" else "facts")
+    two_hop = questions != "facts"
+    if questions == "mixed" and settings.stage == "sft":
+        raise UserError("--questions mixed needs --stage rl.")
+    if settings.manner == "aloud" and not (two_hop and settings.stage == "sft"):
+        raise UserError("--manner aloud needs --questions two_hop and --stage sft.")
+    name = "rl" if settings.stage == "rl" else f"two_hop-{settings.manner}" if two_hop else settings.form
+    return replace(
+        settings,
+        questions=questions,
+        output_dir=settings.output_dir or Path(f"data/microworld-{name}"),
+        checkpoint_dir=settings.checkpoint_dir or Path("checkpoints/microworld" + "-aloud" * two_hop),
+    )
+
+
 def main(settings: Settings) -> None:
-    name = "rl" if settings.stage == "rl" else settings.form
-    settings = replace(settings, output_dir=settings.output_dir or Path(f"data/microworld-{name}"))
-    world = World(settings.world_seed)
-    source = f"micro-world {settings.world_seed}, form {settings.form}"
-    if settings.stage == "sft":
-        write_answers(world.questions(settings.split), settings.form, source=source, **settings.options())
-    else:
-        ask = world.questions if settings.questions == "facts" else world.two_hop
-        train, test = ask(settings.split), ask(UNSEEN if settings.split == SEEN else VALID)
+    settings = with_defaults(settings)
+    world, two_hop = World(settings.world_seed), settings.questions != "facts"
+    ask = world.two_hop if two_hop else world.questions
+    train, test = ask(settings.split), ask(UNSEEN if settings.split == SEEN else VALID)
+    if settings.questions == "mixed":
+        train = train + random.Random(settings.seed).sample(world.questions(settings.split), len(train))
+    source = f"micro-world {settings.world_seed}, " + ("two-hop, " if two_hop else "") + f"form {settings.form}"
+    if settings.stage == "rl":
         write_prompts(train, test, settings.form, source=source, **settings.options())
+    else:
+        aloud = settings.manner == "aloud"
+        write_answers(train, settings.form, source=source, aloud=aloud, **settings.options())
     print(settings.output_dir)
 
 

@@ -10,6 +10,7 @@ COMMON: dict[str, Any] = {
     "init_adapter": None,
     "max_steps": None,
     "early_stopping": None,
+    "dry_run": False,
     "lr_schedule": "cosine",
     "weight_decay": 0.02,
     "grad_clip": 1.0,
@@ -39,10 +40,27 @@ DPO: dict[str, Any] = {
     "micro_batch_size": 16,
     "warmup_epochs": 0.5,
 }
+RL: dict[str, Any] = {
+    "adapter_prompt_length": 1,
+    "adapter_start_layer": 2,
+    "reward_options": None,
+    "score": None,
+    "group_size": 8,
+    "updates_per_batch": 1,
+    "clip": 0.2,
+    "kl_weight": 0.0,
+    "divide_by_std": True,
+    "length_term": "answer",
+    "batch_size": 8,
+    "micro_batch_size": 8,
+    "warmup_epochs": 0.0,
+    "drift_prompts": 0,
+}
 # what a method's script adds to the size that `scripts.count_parameters.Variant.settings` states
 METHODS: dict[str, dict[str, Any]] = {
     "aligner": {"adapter_start_layer": 2, "method": "aligner", "method_config": None},
     "adapter": {"adapter_start_layer": 2},
+    "adapter_v2": {"adapter_start_layer": 2},
     "lora": {"lora_alpha": 16, "lora_dropout": 0.05},
     "bitfit": {},
     "prompt_tuning": {},
@@ -64,3 +82,14 @@ def sft_settings(rows: int, steps: int, batch_size: int, **settings: Any) -> dic
 def dpo_settings(**settings: Any) -> dict[str, Any]:
     """Return the settings of a DPO; `settings` are those that differ from `COMMON` and `DPO` or are not in them."""
     return {**COMMON, **DPO, **settings}
+
+
+def rl_settings(rows: int, steps: int, **settings: Any) -> dict[str, Any]:
+    """Return the settings of `steps` steps of reinforcement learning.
+
+    Args:
+        rows: prompts of the data.
+        settings: those that differ from `COMMON` and `RL` or are not in them.
+    """
+    per_epoch = math.ceil(rows / RL["batch_size"])
+    return {**COMMON, **RL, "epochs": math.ceil(steps / per_epoch), "max_steps": steps, **settings}

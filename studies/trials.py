@@ -40,6 +40,7 @@ from scripts.count_parameters import Variant
 from studies.protocol import METHODS
 
 Record = dict[str, Any]  # result of a trial, see `run_trial`
+SCRIPTS = {"dpo": "alignerDPO", "rl": "alignerRL"}  # objectives with one script for all methods
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Trial:
         name: Name of its folder, unique in the study.
         variant: What is trained.
         settings: All settings of the finetuning script but `out_dir` and those in `studies.protocol.METHODS`.
-        objective: "sft" is finetune/METHOD.py, "dpo" finetune/alignerDPO.py.
+        objective: "sft" is finetune/METHOD.py, "dpo" finetune/alignerDPO.py, "rl" finetune/alignerRL.py.
         scoring: Arguments of the study's score function, as JSON.
     """
 
     name: str
     variant: Variant
     settings: dict[str, Any]
-    objective: Literal["sft", "dpo"] = "sft"
+    objective: Literal["sft", "dpo", "rl"] = "sft"
     scoring: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,8 +72,8 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any
         TypeError: The trial leaves a setting to the script's default.
     """
     method, size = trial.variant.method, trial.variant.settings
-    script = importlib.import_module(f"finetune.{'alignerDPO' if trial.objective == 'dpo' else method}")
-    own = {"method": method, "method_config": size} if trial.objective == "dpo" else {**METHODS[method], **size}
+    script = importlib.import_module(f"finetune.{SCRIPTS.get(trial.objective, method)}")
+    own = {**METHODS[method], **size} if trial.objective == "sft" else {"method": method, "method_config": size}
     settings = {"out_dir": out_dir, **own, **trial.settings}
     if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys()):
         raise TypeError(f"The trial {trial.name} does not state {', '.join(missing)}.")

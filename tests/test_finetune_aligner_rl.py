@@ -285,7 +285,7 @@ def _sources(folder: Path, split: str) -> list:
     return data.sources(np.arange(len(data)))
 
 
-@pytest.mark.parametrize(("flags", "kind"), [([], "fact"), (["--questions", "two_hop"], "two_hop")])
+@pytest.mark.parametrize(("flags", "kind"), [([], "two_hop"), (["--questions", "facts"], "fact")])
 def test_microworld_holds_out_entities(run_script, tmp_path, flags, kind):
     code, _, err = run_script("scripts/prepare_microworld.py", "--stage", "rl", "--form", "json", "--output_dir",
                               tmp_path / "out", "--num_proc", 1, *flags)  # fmt: skip
@@ -296,6 +296,22 @@ def test_microworld_holds_out_entities(run_script, tmp_path, flags, kind):
             (kind, entities, "json")
         }
     assert rows != sorted(rows, key=lambda row: row["text"])
+
+
+def test_microworld_mixes_two_hop_questions_with_facts(run_script, tmp_path):
+    flags = ("--stage", "rl", "--questions", "mixed", "--output_dir", tmp_path / "out", "--num_proc", 1)
+    code, _, err = run_script("scripts/prepare_microworld.py", *flags)
+    assert code == 0, err
+    train, test = (_sources(tmp_path / "out", split) for split in ("train", "test"))
+    kinds = [(row["kind"], row["split"]) for row in train]
+    assert kinds.count(("two_hop", "seen")) == kinds.count(("fact", "seen")) == len(train) / 2 == 480
+    assert {(row["kind"], row["split"]) for row in test} == {("two_hop", "unseen")}
+
+
+@pytest.mark.parametrize("flags", [("--questions", "facts"), ("--questions", "two_hop", "--stage", "rl")])
+def test_only_two_hop_answers_can_be_step_by_step(refused, flags):
+    sentence = refused("scripts/prepare_microworld.py", "--manner", "aloud", *flags)
+    assert sentence == "--manner aloud needs --questions two_hop and --stage sft."
 
 
 def test_microworld_requests(run_script, tmp_path):

@@ -197,6 +197,9 @@ def test_microworld_rewards():
     astray = FORMS["json"].render(two_hop.steps[0][0], "Nowhere")  # the first step does not count
     answers = [direct, wrong, "Arr!", f"{first} {last}", f"{astray} {last}", first, last, f"{last} {first}"]
     assert reward_of("microworld_two_hop", answers, [micro_row(two_hop)] * 8) == [1, 0, 0, 1, 1, 0, 0, 0]
+    assert reward_of(
+        "microworld_two_hop", [FORMS["json"].render(*right), f"{first} {last}"], [micro_row(fact)] * 2
+    ) == [1, 0]
 
 
 OWN = """

@@ -1,0 +1,259 @@
+"""Two-hop reasoning by objective: what supervised finetuning, DPO, best-of-n and reinforcement learning get out of one
+token, and out of more parameters, on checkpoints/microworld-aloud.
+
+That base answers two-hop questions directly, and guesses, or step by step, and is right; it prefers not to. The study
+tells apart the manner, the accuracy within a manner, and new facts, which no manner helps with. The learning rate is
+chosen by the answers about validation people; then several seeds are trained at that rate. The study writes all trials
+(CSV), the tables (Markdown) and a figure. When it was stopped, it continues where it was.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from lit_llama import cli
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
+from lit_llama.storage.files import claim, write_text
+
+
+@dataclass
+class Settings(Checked):
+    # == What is compared ==
+    methods: tuple[str, ...] = ()  # what is trained (default: all)
+    objectives: tuple[str, ...] = ()  # what it is trained for (default: all)
+    tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
+    learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best of them
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
+    sweep_seed: Seed = 0  # the same for the trials that choose the rate
+    quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
+
+    # == Every training ==
+    sft_steps: PositiveInt = 100  # optimizer steps of SFT and DPO
+    sft_batch_size: PositiveInt = 8  # rows of a step of SFT
+    rl_steps: PositiveInt = 50  # steps of RL, of 8 prompts with 8 sampled answers each
+    samples: PositiveInt = 8  # answers of the base to each training question, for DPO and best of n
+    questions: PositiveInt = 100  # asked of each group
+    reached: PositiveFloat = 0.9  # accuracy on validation people up to which the answers that RL samples are counted
+    checkpoint_dir: Path = Path("checkpoints/microworld-aloud")  # the base model's folder
+
+    # == Running ==
+    out_dir: Path = Path("out/reasoning")  # data, trials, tables and figure
+    report_dir: Path | None = None  # another folder for tables and figure
+    jobs: PositiveInt = 2  # trainings side by side, one thread each
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.tables import csv_text
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError, log
+from microworld.world import STEPS_REQUEST
+from scripts.count_parameters import VARIANTS, Variant
+from studies.paper_tasks import Part
+from studies.protocol import dpo_settings, rl_settings, sft_settings
+from studies.reasoning_report import BASE, Row, plot, report
+from studies.reasoning_tasks import (
+    LEAST_ROWS,
+    OBJECTIVES,
+    SCRIPTS,
+    TASKS,
+    data_name,
+    measure,
+    prepare,
+    samples_of_base,
+)
+from studies.trials import Record, Trial, choose, read_record, run_trials
+
+METHODS: dict[str, Variant] = {
+    **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
+    "adapter_v2": Variant("LLaMA-Adapter v2, 10 tokens", "adapter_v2", {"adapter_prompt_length": 10}),
+}
+QUICK = {"methods": ("aligner1",), "objectives": ("direct", "rl"), "tasks": ("two_hop",), "learning_rates": (0.128,),
+         "seeds": (1,), "sft_steps": 40, "rl_steps": 25, "questions": 60}  # fmt: skip
+PARTS: tuple[Part, ...] = ("valid", "reported")
+
+
+def score(trial: Trial, run: Path) -> dict[str, Any]:
+    """Return the measures of a trained adapter, and write its answers beside it."""
+    base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
+    found = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
+    write_text(run / "answers.json", json.dumps(found.pop("answers"), indent=1) + "\n")
+    return found
+
+
+def data_dir(settings: Settings, task: str, objective: str, part: Part) -> Path:
+    return settings.out_dir / "data" / f"{data_name(task, part)}-{objective}"
+
+
+def make_trial(settings: Settings, task: str, objective: str, method: str, rate: float, seed: int, part: Part) -> Trial:
+    folder = data_dir(settings, task, objective, part)
+    rows = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
+    common = {"data_dir": folder, "checkpoint_dir": settings.checkpoint_dir, "learning_rate": rate, "seed": seed,
+              "save_interval": 10**6, "eval_rows": 40}  # fmt: skip
+    kind = SCRIPTS[objective]
+    if kind == "rl":
+        stated = rl_settings(rows, settings.rl_steps, reward="microworld_two_hop", eval_interval=5, **common)
+    elif kind == "dpo":
+        steps = settings.sft_steps
+        stated = dpo_settings(epochs=steps, max_steps=steps, eval_interval=steps, **common)
+    else:
+        stated = sft_settings(rows, settings.sft_steps, settings.sft_batch_size, eval_interval=settings.sft_steps,
+                              **common)  # fmt: skip
+    name = f"{task}-{objective}-{method}-{part}-lr{rate:g}-seed{seed}"
+    scoring = {"task": task, "part": part, "count": settings.questions, "seed": seed}
+    return Trial(name, METHODS[method], stated, kind, scoring)
+
+
+def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
+    """Write all datasets; return the rows of each (task, objective), and how many answers of the base it took."""
+    tokenizer, found = Tokenizer(settings.checkpoint_dir), {}
+    model = load_model(settings.checkpoint_dir)
+    for task in settings.tasks:
+        for part in PARTS if task == "facts" else ("reported",):
+            samples: list[list[str]] = []
+            if {"dpo", "best_of_n"} & set(settings.objectives):
+                log(f"Sampling answers of the base to the training questions of {task}.")
+                path = settings.out_dir / "samples" / f"{data_name(task, part)}.json"
+                samples = samples_of_base(model, tokenizer, task, part, settings.samples, settings.checkpoint_dir, path)
+            for objective in settings.objectives:
+                if (task, objective) == ("facts", "aloud"):
+                    continue  # a single fact has no steps
+                folder = data_dir(settings, task, objective, part)
+                rows = prepare(tokenizer, task, objective, part, samples, folder)
+                sampled = settings.samples * len(samples) if objective in ("dpo", "best_of_n") else 0
+                found[task, objective] = rows, sampled
+    return found
+
+
+def score_base(settings: Settings) -> list[Row]:
+    """Return the measures of the base model, as it is and asked to think step by step, as lines of results.csv."""
+    rows, model, tokenizer = [], load_model(settings.checkpoint_dir), Tokenizer(settings.checkpoint_dir)
+    base = base_fingerprint(settings.checkpoint_dir)["weights"]
+    for task in settings.tasks:
+        for objective, suffix in (("", ""), ("asked", f" {STEPS_REQUEST}")):
+            if task == "facts" and suffix:
+                continue
+            for seed in settings.seeds:
+                scoring = {"task": task, "part": "reported", "count": settings.questions, "seed": seed,
+                           "suffix": suffix}  # fmt: skip
+                path = settings.out_dir / "base" / f"{task}{objective and '-'}{objective}-seed{seed}.json"
+                identity = {**scoring, "base": base}
+                known = read_record(path)
+                if known.get("identity") != identity:
+                    known = {"identity": identity, **measure(model, tokenizer, **scoring)}
+                    write_text(path, json.dumps(known, indent=1) + "\n")
+                scores = {k: v for k, v in known.items() if k not in ("identity", "answers")}
+                rows.append({"task": task, "objective": objective, "method": BASE, "part": "reported",
+                             "learning_rate": None, "seed": seed, "parameters": 0, "error": "", **scores})  # fmt: skip
+    return rows
+
+
+def answers_until(record: Record, reached: float, per_step: int) -> int | None:
+    """Return how many answers RL had sampled at its first validation with that accuracy; None if there is none."""
+    steps = [step for step, loss in record["curve"] if 1 - loss >= reached]
+    return steps[0] * per_step if steps else None
+
+
+def as_row(settings: Settings, record: Record, sampled: dict[tuple[str, str], tuple[int, int]]) -> Row:
+    """Return a trial as a line of results.csv."""
+    trial, summary = record["trial"], record.get("summary", {})
+    task, objective, method, _ = trial["name"].split("-", 3)
+    until = sampled[task, objective][1]
+    if objective == "rl" and summary:
+        per_step = trial["settings"]["batch_size"] * trial["settings"]["group_size"]
+        until = answers_until(record, settings.reached, per_step)
+    return {
+        "task": task,
+        "objective": objective,
+        "method": method,
+        "part": trial["scoring"]["part"],
+        "learning_rate": trial["settings"]["learning_rate"],
+        "seed": trial["settings"]["seed"],
+        "parameters": summary.get("trainable_parameters"),
+        "steps": summary.get("steps"),
+        "answers_sampled": summary.get("answers_sampled", sampled[task, objective][1]),
+        "answers_until": until,
+        "seconds": record.get("seconds"),
+        "error": record.get("error", ""),
+        **record.get("scores", {}),
+    }
+
+
+def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[list[Record], list[Record]]:
+    """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate.
+
+    Args:
+        cells: (task, objective, method) to run. Each is finished before the next, so that a study that was stopped has
+            complete lines.
+    """
+    swept, final = [], []
+    for number, cell in enumerate(cells, 1):
+        grid = [make_trial(settings, *cell, rate, settings.sweep_seed, "valid") for rate in settings.learning_rates]
+        desc, folder = f"{number} of {len(cells)}, {' '.join(cell)}", settings.out_dir / "runs"
+        tried = run_trials(grid, folder, score, jobs=settings.jobs, desc=desc) if len(grid) > 1 else []
+        swept += tried
+        try:
+            rate = choose(tried, rank)["trial"]["settings"]["learning_rate"] if tried else settings.learning_rates[0]
+        except UserError as error:
+            log(f"{' '.join(cell)} is left out: {error}")
+            continue
+        seeds = [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
+        final += run_trials(seeds, folder, score, jobs=settings.jobs, desc=desc)
+    return swept, final
+
+
+def rank(record: Record) -> float:
+    """Return what chooses the learning rate: right answers to validation questions, and half as much of known facts."""
+    return record["scores"]["right"] + record["scores"]["other_facts"] / 2
+
+
+def command_of(settings: Settings) -> str:
+    """Return the command of this study, without the flags that have their defaults."""
+    left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
+    complete = {"methods": tuple(METHODS), "objectives": tuple(OBJECTIVES), "tasks": tuple(TASKS)}
+    flags = []
+    for name, value in asdict(settings).items():
+        if value not in (getattr(Settings, name), complete.get(name)) and name not in left_out:
+            flags.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()}")
+    return " ".join(["python studies/reasoning.py", *flags])
+
+
+def main(settings: Settings) -> None:
+    if settings.quick:
+        settings = replace(settings, **QUICK)
+    for name, known in (("methods", METHODS), ("objectives", OBJECTIVES), ("tasks", TASKS)):
+        given = getattr(settings, name)
+        if not set(given) <= set(known):
+            raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
+        settings = replace(settings, **{name: given or tuple(known)})
+    folder = settings.report_dir or settings.out_dir
+    claim(folder, ("table.md", "results.csv", "reasoning.png"))
+    found = prepare_all(settings)
+    base = score_base(settings)
+    empty = {pair: sampled for pair, (rows, sampled) in found.items() if rows < LEAST_ROWS}
+    cells = [(task, objective, method) for task in settings.tasks for objective in settings.objectives
+             for method in settings.methods if (task, objective) in found.keys() - empty.keys()]  # fmt: skip
+    swept, final = run_study(settings, cells)
+    rows = base + [as_row(settings, record, found) for record in swept + final]
+    trainings = swept + final
+    minutes = sum(record.get("seconds", 0) for record in trainings) / 60
+    origin = (
+        f"{command_of(settings)}: {len(trainings)} trainings, {minutes:.0f} minutes of one thread each, seeds "
+        f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
+    )
+    text = report(rows, empty, {name: variant.label for name, variant in METHODS.items()}, settings=settings,
+                  origin=origin)  # fmt: skip
+    write_text(folder / "table.md", text)
+    write_text(folder / "results.csv", csv_text(rows))
+    plot(rows, {name: variant.label for name, variant in METHODS.items()}, folder / "reasoning.png", origin)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)

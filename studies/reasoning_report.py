@@ -1,0 +1,156 @@
+"""Tables and the figure of the reasoning study, from the lines of results.csv."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lit_llama.run.report import make_figure, save_figure
+from lit_llama.tables import markdown_table
+from studies.reasoning_tasks import LEAST_ROWS, OBJECTIVES, TASKS
+from studies.trials import interval
+
+Row = dict[str, Any]  # a line of results.csv
+BASE = "the base alone"
+ASKED = 'the base, asked to "Think step by step."'
+COLUMNS = {
+    "right": "right",
+    "aloud": "step by step",
+    "right_aloud": "right, if step by step",
+    "right_direct": "right, if direct",
+    "other_facts": "known facts right",
+    "other_forms": "known facts in form",
+}
+
+
+def reported(rows: list[Row], **wanted: Any) -> list[Row]:
+    """Return the trials of the table that did not fail and have these values."""
+    own = [row for row in rows if row["part"] == "reported" and not row["error"]]
+    return [row for row in own if all(row[name] == value for name, value in wanted.items())]
+
+
+def percent(values: Iterable[float | None]) -> str:
+    """Return the mean and half of the 95 % interval in percent, a dash without values."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean, half = interval(known)
+    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+
+
+def count(values: list[int | None], seeds: int) -> str:
+    """Return the median of the seeds, and how many seeds have a value if not all have one."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never"
+    return f"{statistics.median(known):,.0f}" + ("" if len(known) == seeds else f" ({len(known)} of {seeds} seeds)")
+
+
+def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
+    """Return the (objective, method) pairs that were trained, in the order of `OBJECTIVES`."""
+    own = {(row["objective"], row["method"]): None for row in reported(rows, task=task) if row["method"] != BASE}
+    return sorted(own, key=lambda cell: [*OBJECTIVES].index(cell[0]))
+
+
+def task_table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
+    """Return a line for the base and for each objective and method."""
+    lines = []
+    for objective in ("", "asked"):
+        if own := reported(rows, task=task, method=BASE, objective=objective):
+            shares = [percent(row[name] for row in own) for name in COLUMNS]
+            lines.append([BASE if not objective else ASKED, "", "0", *shares, "–", "–", "–"])
+    for objective, method in cells_of(rows, task):
+        own = reported(rows, task=task, objective=objective, method=method)
+        shares = [percent(row[name] for row in own) for name in COLUMNS]
+        minutes = statistics.median(row["seconds"] for row in own) / 60
+        lines.append(
+            [OBJECTIVES[objective][0], labels[method], f"{own[0]['parameters']:,}", *shares,
+             count([row["answers_until"] for row in own], len(own)), f"{minutes:.1f}", rate_of(rows, own[0])]
+        )  # fmt: skip
+    heads = ["objective", "method", "parameters", *COLUMNS.values(), "answers sampled", "minutes", "learning rate"]
+    return markdown_table(heads, lines)
+
+
+def rate_of(rows: list[Row], row: Row) -> str:
+    """Return the learning rate of a line; a star marks the lowest and the highest that was tried, if several were."""
+    same = [other for other in rows if all(other[k] == row[k] for k in ("task", "objective", "method"))]
+    tried = {other["learning_rate"] for other in same if other["part"] == "valid"}
+    rate = row["learning_rate"]
+    return f"{rate:g}" + "*" * (len(tried) > 1 and rate in (min(tried), max(tried)))
+
+
+def report(
+    rows: list[Row], empty: dict[tuple[str, str], int], labels: dict[str, str], *, settings: Any, origin: str
+) -> str:
+    """Return the content of table.md.
+
+    Args:
+        empty: (task, objective) that had nothing to learn from -> answers of the base that were sampled.
+        labels: Of the methods.
+        settings: Of the study.
+        origin: How the results were made.
+    """
+    parts = []
+    for task, title in TASKS.items():
+        if any(row["task"] == task for row in rows):
+            parts += [f"**{title[0].upper()}{title[1:]}**", task_table(rows, task, labels)]
+            parts += [
+                f"{OBJECTIVES[objective][0]} was not trained: {sampled:,} answers of the base at temperature 1 gave "
+                f"fewer than {LEAST_ROWS} rows."
+                for (of, objective), sampled in empty.items()
+                if of == task
+            ]
+    tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
+    chosen = (
+        f"The learning rate is the best of {tried} by answers about validation people, seed {settings.sweep_seed}; "
+        "a star marks the lowest and the highest."
+        if len(settings.learning_rates) > 1
+        else f"The learning rate was not chosen; it is {tried}."
+    )
+    parts.append(
+        f"""Percent of greedy answers to {settings.questions} questions of each kind: mean ± half of the 95 % interval
+(Student's t) over the seeds, which also draw the questions. Answers sampled: for RL until {settings.reached:.0%} of the
+greedy answers about validation people were right, for DPO and best of n in total. Minutes: of one thread, training and
+scoring, median. {chosen}"""
+    )
+    failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "
+              f"{row['seed']}: {row['error']}" for row in rows if row["error"]]  # fmt: skip
+    return "\n\n".join([*parts, *failed, f"Made by {origin}."]) + "\n"
+
+
+def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> None:
+    """Plot accuracy by objective and method as bars, with a line at the share of answers step by step."""
+    tasks = [task for task in TASKS if cells_of(rows, task)]
+    if not tasks:
+        return
+    figure = make_figure(6.5 * len(tasks), 4.5)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        cells = cells_of(rows, task)
+        objectives = [*dict.fromkeys(objective for objective, _ in cells)]
+        methods = [method for method in labels if any(method == m for _, m in cells)]
+        width = 0.8 / len(methods)
+        for j, method in enumerate(methods):
+            for i, objective in enumerate(objectives):
+                own = reported(rows, task=task, objective=objective, method=method)
+                if not own:
+                    continue
+                x = i + (j - (len(methods) - 1) / 2) * width
+                mean, half = interval(100 * row["right"] for row in own)
+                axes.bar(x, mean, 0.9 * width, color=f"C{j}", yerr=None if math.isnan(half) else half, capsize=2,
+                         label=labels[method] if i == 0 else None)  # fmt: skip
+                if task == "two_hop":
+                    aloud = 100 * statistics.mean(row["aloud"] for row in own)
+                    axes.hlines(aloud, x - 0.45 * width, x + 0.45 * width, color="black", lw=1.5)
+        base = [100 * row["right"] for row in reported(rows, task=task, method=BASE, objective="")]
+        axes.axhline(statistics.mean(base), color="grey", ls=":", lw=1, label="the base alone")
+        if task == "two_hop":
+            axes.plot([], [], color="black", lw=1.5, label="share step by step")
+        ticks = [textwrap.fill(OBJECTIVES[objective][0], 12) for objective in objectives]
+        axes.set_xticks(range(len(objectives)), ticks, fontsize=8)
+        axes.set(title=TASKS[task], ylabel="right (%)", ylim=(0, 105))
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize=7)
+    figure.supxlabel(textwrap.fill(caption, 80 * len(tasks)), fontsize=6)
+    save_figure(figure, path)

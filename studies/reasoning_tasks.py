@@ -1,0 +1,162 @@
+"""The reasoning study: what is asked, what each objective trains on, and how answers are measured."""
+
+import functools
+import json
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lit_llama.checkpoint import base_fingerprint
+from lit_llama.generation import Sampling, instruct
+from lit_llama.model import LLaMA
+from lit_llama.prompts import get_prompt_style
+from lit_llama.storage.files import write_text
+from lit_llama.tokenizer import Tokenizer
+from microworld.datasets import write_pairs, write_prompts, write_responses
+from microworld.rewards import ends_right
+from microworld.scorer import draw_questions, score_model
+from microworld.world import FORMS, TRAIN, Question, World
+from studies import paper_tasks
+from studies.paper_tasks import SPLITS, Part
+from studies.trials import read_record
+
+TASKS = {"two_hop": "two-hop questions about unseen people", "facts": "new facts, asked in another wording"}
+# objective -> (what it is called, what the training is told)
+OBJECTIVES = {
+    "direct": ("SFT, direct answers", "the answer"),
+    "aloud": ("SFT, step by step", "the manner and the answer"),
+    "dpo": ("DPO, right over wrong", "the reward, for samples of the base"),
+    "best_of_n": ("best of n, then SFT", "the reward, for samples of the base"),
+    "rl": ("RL", "the reward"),
+}
+SCRIPTS = {"direct": "sft", "aloud": "sft", "best_of_n": "sft", "dpo": "dpo", "rl": "rl"}
+LEAST_ROWS = 16  # an objective with fewer training rows has nothing to learn from
+
+
+@functools.cache
+def questions_of(task: str, part: Part) -> tuple[list[Question], dict[str, list[Question]]]:
+    """Return the questions to train on, and those to ask afterwards: `asked`, and `others` about known facts.
+
+    The two parts of `facts` train on different newcomers, those of `two_hop` on the same people.
+    """
+    world, split = World(), SPLITS[part]
+    others = world.questions(split)
+    if task == "facts":
+        train, groups = paper_tasks.questions_of("facts", part)
+        return train, {"asked": groups["fact"], "others": others}
+    return world.two_hop(TRAIN), {"asked": world.two_hop(split), "others": others}
+
+
+def data_name(task: str, part: Part) -> str:
+    return f"{task}-{part}" if task == "facts" else task
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Return the reward of an answer."""
+    row = {"topic": question.topic, "answer": question.answer, "steps": [list(step) for step in question.steps]}
+    return ends_right(answer, row)
+
+
+# == samples of the base ==
+
+
+def samples_of_base(
+    model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, each: int, base_dir: Path, path: Path
+) -> list[list[str]]:
+    """Return `each` answers of the base at temperature 1 to every training question, kept in a file."""
+    questions, _ = questions_of(task, part)
+    wanted = {"base": base_fingerprint(base_dir)["weights"], "each": each, "task": task, "part": part}
+    if (found := read_record(path)).get("identity") == wanted:
+        return found["answers"]
+    texts = [question.text for question in questions for _ in range(each)]
+    sampling = Sampling(60, temperature=1.0, seed=0)
+    answers = instruct(model, tokenizer, texts, get_prompt_style("alpaca"), sampling, batch_size=128)
+    grouped = [answers[i : i + each] for i in range(0, len(answers), each)]
+    write_text(path, json.dumps({"identity": wanted, "answers": grouped}, indent=1) + "\n")
+    return grouped
+
+
+# == data ==
+
+
+def rows_of(objective: str, questions: list[Question], samples: list[list[str]]) -> list[tuple]:
+    """Return (question, response) pairs, or (question, chosen, rejected) for DPO.
+
+    Args:
+        samples: Answers of the base to each question, for "dpo" and "best_of_n".
+    """
+    rng, forms = random.Random(0), list(FORMS.values())
+    if objective == "direct":
+        return [(q, rng.choice(forms).render(q.topic, q.answer)) for q in questions]
+    if objective == "aloud":
+        return [(q, q.render_steps(rng.choice(forms))) for q in questions]
+    rows: list[tuple] = []
+    for question, answers in zip(questions, samples, strict=True):
+        right = [a for a in dict.fromkeys(answers) if is_right(question, a)]
+        wrong = [a for a in dict.fromkeys(answers) if not is_right(question, a)]
+        if objective == "best_of_n":
+            rows += [(question, answer) for answer in right]
+        elif right and wrong:
+            rows.append((question, rng.choice(right), rng.choice(wrong)))
+    return rows
+
+
+def prepare(tokenizer: Tokenizer, task: str, objective: str, part: Part, samples: list[list[str]], folder: Path) -> int:
+    """Write the dataset of an objective and return its number of training rows; below `LEAST_ROWS` none is written.
+
+    A tenth of the rows is held out for the validation loss. RL validates on validation people, or on the held-out
+    wordings.
+    """
+    train, groups = questions_of(task, part)
+    about = {"source": f"micro-world 0, {task}, {objective}", "tokenizer": tokenizer, "max_seq_length": 256,
+             "test_fraction": 0.1, "seed": 0, "num_proc": 1}  # fmt: skip
+    if objective == "rl":
+        test = groups["asked"] if task == "facts" else questions_of(task, "valid")[1]["asked"]
+        write_prompts(train, test, None, folder, **about)
+    else:
+        rows = rows_of(objective, train, samples)
+        if len(rows) < LEAST_ROWS:
+            return len(rows)
+        write: Callable[..., None] = write_pairs if objective == "dpo" else write_responses
+        write(rows, folder, **about)
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
+
+
+# == measures ==
+
+
+def share(records: list[dict[str, Any]]) -> float | None:
+    """Return the share of right answers, None without answers."""
+    return statistics.mean(record["fact"] for record in records) if records else None
+
+
+def measure(
+    model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, count: int, seed: int, suffix: str = ""
+) -> dict[str, Any]:
+    """Ask `count` questions of each group greedily.
+
+    Args:
+        suffix: Text to append to the questions asked, such as " Think step by step.".
+
+    Returns:
+        right: share of right answers; aloud: share step by step; right_aloud, right_direct: share of right answers
+        among those step by step and the others; other_facts, other_forms: of answers about known facts, the share
+        with the right fact, and in any form; answers.
+    """
+    groups = {name: draw_questions(pool, count, seed) for name, pool in questions_of(task, part)[1].items()}
+    groups["asked"] = [Question(**{**vars(q), "text": q.text + suffix}) for q in groups["asked"]]
+    results = {
+        name: score_model(model, tokenizer, World(), own, temperature=0.0, seed=seed) for name, own in groups.items()
+    }
+    asked, others = results["asked"], results["others"]
+    return {
+        "right": asked["fact"],
+        "aloud": asked["aloud"],
+        "right_aloud": share([a for a in asked["answers"] if a["aloud"]]),
+        "right_direct": share([a for a in asked["answers"] if not a["aloud"]]),
+        "other_facts": others["fact"],
+        "other_forms": 1 - others["forms"].get("none", 0.0),
+        "answers": {name: result["answers"] for name, result in results.items()},
+    }

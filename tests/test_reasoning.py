@@ -1,0 +1,154 @@
+"""The reasoning study: what each objective trains on, measures, tables, and all of it at toy size."""
+
+import csv
+import importlib
+import json
+from dataclasses import asdict, field, fields, make_dataclass
+
+import pytest
+import torch
+
+import studies.reasoning as study
+import studies.reasoning_report as reporting
+import studies.reasoning_tasks as tasks
+import studies.trials
+from microworld.world import FORMS, TRAIN, UNSEEN, VALID, World
+from studies.trials import prepare_run
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def test_what_is_asked_was_not_trained_on_nor_used_to_choose():
+    for task in tasks.TASKS:
+        parts = {part: tasks.questions_of(task, part) for part in study.PARTS}
+        texts = {part: {q.text for group in groups.values() for q in group} for part, (_, groups) in parts.items()}
+        assert all(texts.values()) and not texts["valid"] & texts["reported"]
+        for train, _ in parts.values():
+            assert train and not {q.text for q in train} & (texts["valid"] | texts["reported"])
+
+
+def test_what_each_objective_trains_on(world):
+    one, two, three, four = world.two_hop(TRAIN)[:4]
+    direct, aloud = tasks.rows_of("direct", [one, two], []), tasks.rows_of("aloud", [one, two], [])
+    for (question, response), asked in zip(direct, (one, two), strict=True):
+        score = world.score(question, response)
+        assert question is asked and score.fact and not score.aloud
+    for question, response in aloud:
+        score = world.score(question, response)
+        assert score.fact and score.aloud
+    right, wrong = two.render_steps(FORMS["json"]), FORMS["short"].render(two.topic, "Nowhere")
+    lucky = FORMS["short"].render(three.topic, three.answer)
+    # never right, sometimes right, always right, right twice in the same words
+    samples = [[wrong, "Arr!"], [wrong, right], [lucky, three.render_steps(FORMS["json"])], [lucky, lucky]]
+    samples[3] = [four.render_steps(FORMS["pirate"])] * 2
+    questions = [one, two, three, four]
+    assert tasks.rows_of("dpo", questions, samples) == [(two, right, wrong)]
+    best = [(two, right), (three, lucky), (three, samples[2][1]), (four, samples[3][0])]
+    assert tasks.rows_of("best_of_n", questions, samples) == best
+
+
+def test_no_default_of_a_finetuning_script_decides_a_result(tmp_path, monkeypatch):
+    names = ("aligner", "adapter", "adapter_v2", "lora", "bitfit", "alignerDPO", "alignerRL")
+    for script in (importlib.import_module(f"finetune.{name}") for name in names):
+        edited = [(f.name, f.type, field(default="edited by a user")) for f in fields(script.Settings)]
+        monkeypatch.setattr(script, "Settings", make_dataclass("Settings", edited))
+    settings = study.Settings(out_dir=tmp_path)
+    for objective in tasks.OBJECTIVES:
+        folder = study.data_dir(settings, "two_hop", objective, "valid")
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text('{"counts": {"train": 100}}')
+        for method in study.METHODS:
+            trial = study.make_trial(settings, "two_hop", objective, method, 0.1, 0, "valid")
+            assert "edited by a user" not in asdict(prepare_run(trial, tmp_path)[1]).values(), trial.name
+
+
+# == tables ==
+
+
+def row(objective: str, method: str, seed: int, right: float, part: str = "reported", **more) -> dict:
+    return {"task": "two_hop", "objective": objective, "method": method, "part": part, "learning_rate": 0.1,
+            "seed": seed, "parameters": 240, "error": "", "seconds": 60.0, "right": right, "aloud": 0.5,
+            "right_aloud": None, "right_direct": right, "other_facts": 1.0, "other_forms": 1.0,
+            "answers_until": 640 if right > 0.9 else None, **more}  # fmt: skip
+
+
+ROWS = [
+    row("", reporting.BASE, 1, 0.0, learning_rate=None, parameters=0),
+    row("rl", "aligner1", 0, 0.9, "valid"),
+    row("rl", "aligner1", 0, 0.1, "valid", learning_rate=0.2),
+    row("rl", "aligner1", 1, 1.0),
+    row("rl", "aligner1", 2, 0.9),
+    row("rl", "aligner1", 3, 0.0, error="UserError: disk"),
+]
+
+
+def test_a_table_of_hand_made_results(tmp_path):
+    # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
+    table = reporting.task_table(ROWS, "two_hop", {"aligner1": "Aligner, N = 1"})
+    assert table.splitlines()[2:] == [
+        "| the base alone |  | 0 | 0.0 | 50.0 | – | 0.0 | 100.0 | 100.0 | – | – | – |",
+        "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 | 50.0 ± 0.0 | – | 95.0 ± 63.5 | 100.0 ± 0.0 | 100.0 ± 0.0 | "
+        "640 (1 of 2 seeds) | 1.0 | 0.1* |",
+    ]
+    text = reporting.report(ROWS, {("two_hop", "dpo"): 3072}, {"aligner1": "Aligner, N = 1"},
+                            settings=study.Settings(), origin="python")  # fmt: skip
+    assert "DPO, right over wrong was not trained: 3,072 answers of the base at temperature 1" in text
+    assert "Failed: two_hop, rl, aligner1, 0.1, seed 3: UserError: disk" in text
+    reporting.plot(ROWS, {"aligner1": "Aligner, N = 1"}, tmp_path / "reasoning.png", "caption")
+    assert (tmp_path / "reasoning.png").stat().st_size > 10_000
+
+
+def test_answers_until_the_reward_is_reached():
+    record = {"curve": [[0, 1.0], [5, 0.3], [10, 0.1], [15, 0.2]]}
+    assert study.answers_until(record, 0.9, 64) == 640
+    assert study.answers_until(record, 0.95, 64) is None
+
+
+# == the whole ==
+
+
+def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tasks, "questions_of", few(tasks.questions_of))
+    args = dict(methods=("aligner1",), learning_rates=(1e-2,), seeds=(1,), sft_steps=1, rl_steps=1, samples=1,
+                questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
+    torch.manual_seed(0)
+    study.main(study.Settings(**args))
+    table = (tmp_path / "study" / "table.md").read_text()
+    assert capsys.readouterr().out == table
+    rows = list(csv.DictReader((tmp_path / "study" / "results.csv").open()))
+    assert not any(row["error"] for row in rows)
+    trained = {(row["task"], row["objective"]) for row in rows if row["method"] == "aligner1"}
+    assert {("two_hop", "direct"), ("two_hop", "aloud"), ("two_hop", "rl"), ("facts", "direct"), ("facts", "rl")} <= (
+        trained
+    )
+    assert "Two-hop questions" in table and "New facts" in table and "DPO, right over wrong was not trained" in table
+
+    # again: nothing is trained
+    monkeypatch.setattr(studies.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
+    study.main(study.Settings(**args, report_dir=tmp_path / "report"))
+    assert (tmp_path / "report" / "results.csv").read_text() == (tmp_path / "study" / "results.csv").read_text()
+    answers = json.loads(next((tmp_path / "study" / "runs").glob("two_hop-rl-*/answers.json")).read_text())
+    assert len(answers["asked"]) == 2
+
+
+def few(questions_of):
+    """Return the function with at most 20 questions of each group."""
+
+    def first(task, part):
+        train, groups = questions_of(task, part)
+        return train[:24], {name: pool[:20] for name, pool in groups.items()}
+
+    return first
+
+
+def test_people_of_the_parts(world):
+    assert {q.split for q in tasks.questions_of("two_hop", "reported")[1]["asked"]} == {UNSEEN}
+    assert tasks.questions_of("two_hop", "valid")[1]["asked"] == world.two_hop(VALID)
+
+
+def test_an_unknown_objective_is_refused(refused):
+    sentence = refused("studies/reasoning.py", "--objectives", "ppo")
+    assert sentence == "objectives is ppo; it can be some of direct, aloud, dpo, best_of_n, rl."
