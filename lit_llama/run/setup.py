@@ -19,6 +19,7 @@ from lit_llama.run.processes import SHARDED, fabric_strategy, launch, watch_proc
 from lit_llama.run.train_settings import FinetuneSettings, Precision, TrainSettings
 from lit_llama.sharding import base_mesh
 from lit_llama.storage.schema import field
+from lit_llama.threads import note_if_busy
 from lit_llama.utils import UserError
 
 S = TypeVar("S", bound=FinetuneSettings)
@@ -120,6 +121,8 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     """
     adapter, config = initial_adapter(settings), method_config(settings)
     fabric = make_fabric(settings)
+    if fabric.device.type == "cpu" and fabric.global_rank == 0:
+        note_if_busy(torch.get_num_threads() * fabric.world_size)
     fabric.seed_everything(settings.seed, verbose=False)
     model = load_model(
         settings.checkpoint_dir,

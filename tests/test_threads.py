@@ -1,0 +1,31 @@
+"""How threads wait is set before PyTorch is imported; a busy machine is noted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_llama import threads
+
+ROOT = Path(__file__).parents[1]
+PRINT = "import os, sys; from lit_llama import cli; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [({}, "PASSIVE False"), ({"OMP_WAIT_POLICY": "active"}, "active False"), ({"GOMP_SPINCOUNT": "9"}, "None False")],
+)
+def test_threads_wait_passively_unless_the_environment_says_otherwise(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name not in threads.WAITING} | given
+    done = subprocess.run([sys.executable, "-c", PRINT], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == expected + "\n", done.stderr
+
+
+@pytest.mark.parametrize("n_threads, load, noted", [(1, 9.0, False), (4, 0.2, False), (4, 2.1, True), (2, 2.0, False)])
+def test_a_busy_machine_is_noted(n_threads, load, noted, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load), raising=False)
+    threads.note_if_busy(n_threads)
+    assert ("4 threads for 4 cores, of which other programs use 2.1" in capsys.readouterr().err) == noted
