@@ -102,5 +102,5 @@ def padded_tokens(lengths: np.ndarray, step: list[np.ndarray]) -> int:
 def timed_step(trainer: Trainer, micro_batches: list[np.ndarray]) -> float:
     """Return the seconds of a step."""
     began = time.perf_counter()
-    trainer.train_step(micro_batches)  # its metrics are numbers, so that a GPU has finished
+    trainer.read([trainer.train_step(micro_batches)])  # waits for a GPU, and checks that the loss is finite
     return time.perf_counter() - began
