@@ -14,7 +14,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -85,9 +84,10 @@ def training_memory(
     idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
 
     def step() -> None:
-        model.label_logps(idx, torch.empty_like(idx)).sum().backward()
+        label_index = torch.empty(labels, dtype=torch.long, device=META)
+        model.label_logps(idx, torch.empty_like(idx), label_index).sum().backward()
 
-    activations = _peak(step, model, labels)
+    activations = _peak(step, model)
     adapter = sum(p.nbytes + MOMENTS * p.numel() for p in model.adapter_parameters().values())
     return Memory(_base_bytes(model, quantize), adapter, 0, activations + _dequantized(model, quantize))
 
@@ -117,7 +117,7 @@ def generation_memory(
     def prefill() -> None:
         model.unembed(model.hidden(idx)[:, -1]).float().softmax(-1)
 
-    activations = _peak(prefill, model, 0)
+    activations = _peak(prefill, model)
     adapter = sum(p.nbytes for p in model.adapter_parameters().values())
     cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
     return Memory(_base_bytes(model, quantize), adapter, cache, activations + _dequantized(model, quantize))
@@ -182,11 +182,11 @@ def _dequantized(model: LLaMA, quantize: str | None) -> int:
 # == counting ==
 
 
-def _peak(work: Callable[[], None], model: LLaMA, labels: int) -> int:
+def _peak(work: Callable[[], None], model: LLaMA) -> int:
     """Return how many bytes `work` has alive at most, without those of the model."""
     counter = _AliveBytes(model)
     # a function mode would not reach the layers that the backward pass computes again
-    with patch.object(F, "scaled_dot_product_attention", _flash_attention), _Selection(labels), counter:
+    with patch.object(F, "scaled_dot_product_attention", _flash_attention), counter:
         work()
     return counter.peak
 
@@ -213,24 +213,6 @@ class _AliveBytes(TorchDispatchMode):
     def free(self, address: int, nbytes: int) -> None:
         self.known.discard(address)
         self.alive -= nbytes
-
-
-class _Selection(TorchFunctionMode):
-    """Gives a number to the tokens that a mask selects, which it cannot have without numbers.
-
-    Args:
-        labels: this number.
-    """
-
-    def __init__(self, labels: int) -> None:
-        super().__init__()
-        self.labels = labels
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            places = tuple(torch.empty(self.labels, dtype=torch.long, device=META) for _ in range(args[1].dim()))
-            return args[0][places]
-        return func(*args, **(kwargs or {}))
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
