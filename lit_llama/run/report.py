@@ -196,7 +196,8 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
     """Plot metrics over steps, from a metrics.csv.
 
     Args:
-        panels: The label of each panel's y-axis -> its metrics, each drawn for training and validation if logged.
+        panels: The label of each panel's y-axis -> its metrics. Each is drawn for training, as a thin line, and for
+            validation, with dots, if it was logged.
         title: The title of the figure.
     """
     from matplotlib.ticker import MaxNLocator
@@ -208,17 +209,16 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
     figure.suptitle(title, wrap=True)
     for axes, (label, names) in zip(grid, panels.items(), strict=True):
         for i, name in enumerate(names):
-            which = f"{name}, ".replace("_", " ") if len(names) > 1 else ""
+            several = {"label": name.replace("_", " "), "color": f"C{i}"} if len(names) > 1 else {}
             curves = {
-                f"train/{name}": ("training, each step", {"lw": 1, "alpha": 0.5}),
-                f"val/{name}": ("validation", {"marker": "o", "ms": 4}),
-                name: ("each step", {"lw": 1}),
+                f"train/{name}": {"label": "training, each step", "color": "C0", "lw": 1, "alpha": 0.5, **several},
+                f"val/{name}": {"label": "validation", "color": "C1", "marker": "o", "ms": 4, **several},
+                name: {"label": "each step", "color": "C0", "lw": 1, **several},
             }
-            for column, (what, style) in curves.items():
+            for column, style in curves.items():
                 points = [(step, row[column]) for step, row in rows.items() if column in row]
                 if points:
-                    color = f"C{2 * i + column.startswith('val/')}"
-                    axes.plot(*zip(*points, strict=True), label=which + what, color=color, **style)
+                    axes.plot(*zip(*points, strict=True), **style)
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -227,8 +227,10 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
 
 
 def legend_above(axes: "Axes") -> None:
-    """Add a legend above a panel, where it hides no curve: at most two entries in a line."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize="small", borderaxespad=0.2)
+    """Add a legend above a panel, where it hides no curve. Of curves with the same label the last has the entry."""
+    handles = {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
+    axes.legend(handles.values(), handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False,
+                fontsize="small", borderaxespad=0.2)  # fmt: skip
 
 
 def make_figure(width: float, height: float) -> "Figure":
