@@ -11,6 +11,7 @@ COMMON: dict[str, Any] = {
     "max_steps": None,
     "early_stopping": None,
     "dry_run": False,
+    "logger": "tensorboard",
     "lr_schedule": "cosine",
     "weight_decay": 0.02,
     "grad_clip": 1.0,

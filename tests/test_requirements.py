@@ -16,6 +16,7 @@ OPTIONAL = {
     "transformers",
     "bitsandbytes",
     "httpx",
+    "wandb",
 }  # flags and benchmarks need them; so do the tests
 SERVER = {"generate/app.py", "generate/guard.py", "generate/openai_format.py"}  # imported when the server starts
 PEERS = {"peft", "litgpt", "lm-eval"}  # compared with in benchmarks or evaluated by, if they are installed

@@ -33,8 +33,9 @@ import yaml
 from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import is_ours, save_adapter, versions
+from lit_llama.run.loggers import Loggers, check_logger
 from lit_llama.run.processes import together
-from lit_llama.run.report import EventFile, MetricsLog, plot_losses
+from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import best_of, damaged, read_saved_state
 from lit_llama.run.train_settings import TrainSettings
@@ -67,6 +68,7 @@ class RunFolder:
         self.stopping = False  # after the current step
         if settings.dry_run:
             return
+        check_logger(settings.logger)
         with self.explained():
             self.check()
             if os.environ.get("LOCAL_RANK", "0") == "0" and (self.path / LOCK).exists():
@@ -177,7 +179,7 @@ class RunFolder:
                 self.samples = read_samples(self.path / "samples.jsonl", self.saved_step)
             self.remove_files(keep_run=state is not None)
             self.write_description()
-            self.open_events()
+            self.open_loggers(state)
             self.metrics.save()
             if state is not None:
                 self.add_samples(self.saved_step, [])
@@ -208,13 +210,13 @@ class RunFolder:
         }
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
-    def open_events(self) -> None:
-        """Write what was logged so far to a new TensorBoard log."""
+    def open_loggers(self, state: dict[str, Any] | None) -> None:
+        """Write what was logged so far to a new TensorBoard log, and continue the run on Weights & Biases."""
         name = f"tensorboard/events.out.tfevents.{time.time_ns()}"
         claim(self.path, [name])
-        self.events = EventFile(self.path / name)
-        for step, values in self.metrics.rows.items():
-            self.events.add(step, values)
+        self.loggers = Loggers(self.path / name, self.metrics.rows)
+        if self.settings.logger == "wandb":
+            self.loggers.open_wandb(self.path, self.title(), self.json_settings(), state or {})
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
@@ -249,7 +251,7 @@ class RunFolder:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
                 with self.explained():
-                    self.events.close()
+                    self.loggers.close()
                     self.metrics.save()
 
     def stop_after_step(self, *_: Any) -> None:
@@ -273,7 +275,7 @@ class RunFolder:
         """Add metrics to the row of a step."""
         if self.is_first:
             self.metrics.log(step, values)
-            self.events.add(step, values)
+            self.loggers.add(step, values)
 
     def add_samples(self, step: int, records: list[dict[str, str]]) -> None:
         """Add the answers of a validation to samples.jsonl."""
@@ -305,7 +307,7 @@ class RunFolder:
             self.metrics.save()
             record = {"settings": json.dumps(self.json_settings()), "identity": json.dumps(_as_json(self.identity))}
             with atomic_write(self.state_path) as path:
-                torch.save({**state, **record}, path)
+                torch.save({**state, **record, **self.loggers.state}, path)
             self.saved_step = state["step"]
             self.save_adapter("last", state["adapter"], state["step"], state["val_losses"][-1][1])
 

@@ -89,27 +89,6 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         raise UserError(f"{path} is not a table of metrics; move it away to continue without it.") from None
 
 
-class EventFile:
-    """A TensorBoard log. Written at once, by this thread: torch's SummaryWriter loses errors of a thread of its own."""
-
-    def __init__(self, path: Path) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter  # takes a third of a second to import
-
-        path.parent.mkdir(exist_ok=True)
-        self.file = path.open("xb", buffering=0)
-        self.records = RecordWriter(self.file)
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self.records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-
-    def close(self) -> None:
-        self.file.close()
-
-
 class Progress:
     """Progress of a run on stderr, as a context manager: a bar on a terminal, a line every few seconds in a log file.
 

@@ -24,7 +24,7 @@ class TrainSettings(Checked):
         UserError: A value is out of range.
     """
 
-    may_change = ("out_dir", "log_interval", "save_interval", "resume", "overwrite", "accelerator", "devices",
+    may_change = ("out_dir", "log_interval", "save_interval", "logger", "resume", "overwrite", "accelerator", "devices",
                   "num_nodes", "strategy")  # fmt: skip
     dry_run = False  # a setting of the finetuning scripts
 
@@ -48,6 +48,7 @@ class TrainSettings(Checked):
     log_interval: PositiveInt = 10  # steps whose metrics are read from a GPU together; on a CPU each step is read
     eval_interval: PositiveInt  # steps between validations
     save_interval: PositiveInt  # steps between saved states, from which --resume continues
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: on Weights & Biases, too
     resume: bool = False  # continue the run in out_dir
     overwrite: bool = False  # replace the run in out_dir
 

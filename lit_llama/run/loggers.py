@@ -1,0 +1,105 @@
+"""Where a run's metrics go besides metrics.csv: a TensorBoard log, and Weights & Biases with `--logger wandb`."""
+
+import os
+import re
+import secrets
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lit_llama.utils import UserError
+
+
+def check_logger(name: str) -> None:
+    """Check that what a logger needs is installed, before a model is loaded.
+
+    Raises:
+        UserError: It is not.
+    """
+    if name == "wandb" and find_spec("wandb") is None:
+        raise UserError("--logger wandb needs wandb, which is not installed: pip install wandb.")
+
+
+class EventFile:
+    """A TensorBoard log. Written at once, by this thread: torch's SummaryWriter loses errors of a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # takes a third of a second to import
+
+        path.parent.mkdir(exist_ok=True)
+        self.file = path.open("xb", buffering=0)
+        self.records = RecordWriter(self.file)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self.records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WandbRun:
+    """A run on Weights & Biases, through Lightning's logger.
+
+    The environment variables WANDB_PROJECT (default: aligner), WANDB_ENTITY and WANDB_MODE say where it goes; with
+    WANDB_MODE=offline it stays in the folder.
+
+    Args:
+        folder: Receives wandb's own files.
+        name: Name of the run there.
+        settings: Its configuration there.
+        id: Its id there; one that exists is continued.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], id: str) -> None:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger  # takes seconds to import
+
+        self.logger = WandbLogger(
+            name=name,
+            save_dir=folder,
+            version=id,
+            project=os.environ.get("WANDB_PROJECT", "aligner"),
+            config=settings,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self.logger.experiment  # noqa: B018  (the first access begins the run)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        self.logger.log_metrics(values, step)
+
+    def close(self) -> None:
+        self.logger.experiment.finish()
+
+
+class Loggers:
+    """All loggers of a process, of which each gets every metric.
+
+    Args:
+        event_file: The TensorBoard log to write.
+        rows: What earlier processes of the run logged, which the new TensorBoard log repeats.
+    """
+
+    def __init__(self, event_file: Path, rows: dict[int, dict[str, float]]) -> None:
+        self.open: list[EventFile | WandbRun] = [EventFile(event_file)]
+        self.state: dict[str, str] = {}  # what state.pt records, to continue
+        for step, values in rows.items():
+            self.add(step, values)
+
+    def open_wandb(self, folder: Path, name: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
+        """Begin a run on Weights & Biases, or continue the one of a saved state."""
+        known = str(state.get("wandb"))
+        self.state["wandb"] = known if re.fullmatch("[0-9a-f]{8}", known) else secrets.token_hex(4)
+        self.open.append(WandbRun(folder, name, settings, self.state["wandb"]))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        for logger in self.open:
+            logger.add(step, values)
+
+    def close(self) -> None:
+        for logger in self.open:
+            logger.close()

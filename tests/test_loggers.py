@@ -1,0 +1,39 @@
+"""Weights & Biases beside TensorBoard, offline."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune.aligner as script
+from lit_llama import cli
+
+SHORT = ("--max_steps=4", "--batch_size=8", "--micro_batch_size=8", "--adapter_start_layer=1", "--eval_interval=2",
+         "--save_interval=2", "--sample_prompts=0", "--accelerator=cpu")  # fmt: skip
+
+
+def train(base_dir: Path, data_dir: Path, out_dir: Path, *flags: str) -> None:
+    folders = (f"--checkpoint_dir={base_dir}", f"--data_dir={data_dir}", f"--out_dir={out_dir}")
+    script.main(cli.parse(script.Settings, [*folders, *SHORT, *flags]))
+
+
+def test_a_missing_wandb_is_one_sentence(base_dir, data_dir, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    folders = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "run")
+    sentence = refused("finetune/aligner.py", *folders, *SHORT, "--logger", "wandb")
+    assert sentence == "--logger wandb needs wandb, which is not installed: pip install wandb."
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_is_continued_there(base_dir, data_dir, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    train(base_dir, data_dir, run, "--logger=wandb")
+    train(base_dir, data_dir, run, "--logger=wandb", "--resume")
+    ids = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1  # of both processes
+    logged = b"".join(path.read_bytes() for path in (run / "wandb").rglob("*.wandb"))
+    assert all(name in logged for name in (b"val/loss", b"train/loss", b"grad_norm", b"learning_rate"))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
