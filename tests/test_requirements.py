@@ -16,10 +16,9 @@ OPTIONAL = {
     "transformers",
     "bitsandbytes",
     "httpx",
-    "wandb",
 }  # flags and benchmarks need them; so do the tests
 SERVER = {"generate/app.py", "generate/guard.py", "generate/openai_format.py"}  # imported when the server starts
-PEERS = {"peft", "litgpt", "lm-eval"}  # compared with in benchmarks or evaluated by, if they are installed
+PEERS = {"peft", "litgpt", "lm-eval", "wandb"}  # used if they are installed
 USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
