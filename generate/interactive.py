@@ -315,6 +315,7 @@ def line_reader() -> Any:
         event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # what a terminal makes of Enter that is pressed before the prompt is there
     def begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

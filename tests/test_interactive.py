@@ -140,7 +140,7 @@ def test_keys_edit_the_line_and_never_reach_the_model(start):
 
     def asked(*keys: str) -> str:
         chat.send("/reset", "\r")
-        chat.wait_for("A new conversation begins")
+        chat.wait_for("A new conversation begins.*\n>")
         return chat.ask(*keys)
 
     assert asked(UP, UP) == expected  # recalled
