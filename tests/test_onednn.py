@@ -12,6 +12,7 @@ from lit_llama.checkpoint import AdapterFile, load_model, save_base
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate
 from lit_llama.onednn import PRIVATE_OPERATORS, PackedLinear, gains, pack_
+from lit_llama.tokenizer import Tokenizer
 
 MODELS = {
     "base": toys.base,
@@ -126,5 +127,5 @@ def test_the_generate_scripts_pack(base_dir):
     def load():
         return load_model(base_dir, dtype=torch.bfloat16)
 
-    session = open_session(AnswerSettings(checkpoint_dir=base_dir), load)
+    session = open_session(AnswerSettings(checkpoint_dir=base_dir), Tokenizer(base_dir), load)
     assert isinstance(session.model.transformer.h[0].attn.c_attn, PackedLinear)
