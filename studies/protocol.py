@@ -12,6 +12,8 @@ COMMON: dict[str, Any] = {
     "early_stopping": None,
     "dry_run": False,
     "logger": "tensorboard",
+    "log_interval": 10,
+    "compile": False,
     "lr_schedule": "cosine",
     "weight_decay": 0.02,
     "grad_clip": 1.0,
