@@ -21,6 +21,7 @@ from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_preferences, prepare_sft
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")
@@ -145,3 +146,18 @@ def refused(run_script) -> Callable[..., str]:
         return err.removeprefix("error: ").strip()
 
     return run
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[..., str]:
+    """Call a function that refuses a user's mistake, also one in the command line, and return the sentence."""
+
+    def sentence(function: Callable, *args: object) -> str:
+        with pytest.raises((UserError, SystemExit)) as error:
+            function(*args)
+        if error.type is UserError:
+            return str(error.value)
+        assert error.value.code in (1, 2)
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+    return sentence

@@ -343,10 +343,8 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(settings, tmp_path, changes, sentence):
-    with pytest.raises(UserError) as error:
-        train(settings(tmp_path / "run", **changes))
-    assert str(error.value).startswith(sentence)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(settings, refusal, tmp_path, changes, sentence):
+    assert refusal(train, settings(tmp_path / "run", **changes)).startswith(sentence)
     assert not (tmp_path / "run").exists()
 
 

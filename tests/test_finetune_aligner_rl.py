@@ -240,10 +240,8 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path, strategy, sam
     ],
     ids=str,
 )
-def test_a_mistake_is_one_sentence(settings, tmp_path, changes, sentence):
-    with pytest.raises(UserError) as error:
-        train(settings(tmp_path / "run", **changes))
-    assert str(error.value).startswith(sentence)
+def test_a_mistake_is_one_sentence(settings, refusal, tmp_path, changes, sentence):
+    assert refusal(train, settings(tmp_path / "run", **changes)).startswith(sentence)
     assert not (tmp_path / "run/state.pt").exists()
 
 

@@ -78,7 +78,7 @@ def labelled(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
     for split in ("train", "test"):
         data = SFTData(folder, split, tokenizer)
         batch = data.batch(np.arange(len(data)))
-        for idx, labels, weight, length in zip(*batch.values(), data.weights, data.lengths, strict=True):
+        for idx, labels, weight, length in zip(batch["idx"], batch["labels"], data.weights, data.lengths, strict=True):
             assert ((labels == idx) | (labels == -1)).all() and (labels[length:] == -1).all()
             assert weight == (labels != -1).sum()
             runs: list[list[int]] = []
