@@ -274,7 +274,8 @@ def test_history_is_rendered_turn_by_turn():
     user, parts = message("user", "One?"), message("user", [{"type": "text", "text": "Two?"}])
     assert render_messages([user], style) == style.render("One?")
     turns = [message("system", "Be kind."), user, message("assistant", " 1 "), parts]
-    assert render_messages(turns, style) == "Human: Be kind.\n\nOne? Assistant:  1\n\nHuman: Two? Assistant: "
+    # one line, as the dialogues that this style is for are prepared
+    assert render_messages(turns, style) == "Human: Be kind.\n\nOne? Assistant: 1 Human: Two? Assistant: "
     with pytest.raises(UserError, match="last"):
         render_messages([message("system", "a")], style)
 
