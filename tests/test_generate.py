@@ -95,7 +95,7 @@ def test_mistakes_get_one_line(refused, tmp_path):
     json_pth = tmp_path / "aligner.pth"
     json_pth.write_text('{"question": "Which?"}\n')
     assert "it is JSON text" in refused("generate/aligner.py", "--adapter", json_pth)
-    assert "no checkpoint at" in refused("generate/aligner.py", "--adapter", tmp_path / "none.pth")
+    assert "no adapter at" in refused("generate/aligner.py", "--adapter", tmp_path / "none.pth")
     assert "empty" in refused("generate/aligner.py", "--prompt", " ")
     assert "context 256" in refused("generate/aligner.py", "--prompt", "well " * 300)
     assert "max_new_tokens is 0" in refused("generate/aligner.py", "--max_new_tokens", "0")
