@@ -172,7 +172,7 @@ def test_answers_and_everything_else_share_a_terminal():
     try:
         chat.wait_for("Answering with microworld-pirate-n1")
         chat.send(CAPITAL, "\r")
-        chat.wait_for(r"Pilmaria be [^\n]+\n\(\d+ tokens in [\d.]+ s, \d+ tokens/s\)\n")
+        chat.wait_for(r"Pilmaria be [^\n]+\n\(\d+ tokens in [\d.]+ s, \d+ tokens/s\)")
         assert chat.end() == 0
     finally:
         chat.close()
