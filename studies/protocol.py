@@ -1,6 +1,7 @@
 """Every setting of the trainings that studies compare and ship.
 
-No default of a finetuning script decides a result: `studies.trials` refuses a trial that leaves a setting to one.
+No default of a finetuning script decides a result: `studies.trials` refuses a trial that leaves a setting to one if it
+changes weights or losses.
 """
 
 import math
@@ -11,8 +12,6 @@ COMMON: dict[str, Any] = {
     "max_steps": None,
     "early_stopping": None,
     "dry_run": False,
-    "logger": "tensorboard",
-    "log_interval": 10,
     "compile": False,
     "lr_schedule": "cosine",
     "weight_decay": 0.02,
@@ -20,7 +19,6 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
     "sample_prompts": 0,
     "max_new_tokens": 60,
-    "resume": False,
     "overwrite": True,
     "accelerator": "cpu",
     "devices": 1,

@@ -32,9 +32,9 @@ class Settings(Checked):
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
 
     # == Every training ==
-    sft_steps: PositiveInt = 100  # optimizer steps of SFT and DPO
+    sft_steps: PositiveInt = 60  # optimizer steps of SFT and DPO
     sft_batch_size: PositiveInt = 8  # rows of a step of SFT
-    rl_steps: PositiveInt = 50  # steps of RL, of 8 prompts with 8 sampled answers each
+    rl_steps: PositiveInt = 30  # steps of RL, of 8 prompts with 8 sampled answers each
     samples: PositiveInt = 8  # answers of the base to each training question, for DPO and best of n
     questions: PositiveInt = 100  # asked of each group
     reached: PositiveFloat = 0.9  # accuracy on validation people up to which the answers that RL samples are counted
@@ -98,7 +98,8 @@ def make_trial(settings: Settings, task: str, objective: str, method: str, rate:
               "save_interval": 10**6, "eval_rows": 40}  # fmt: skip
     kind = SCRIPTS[objective]
     if kind == "rl":
-        stated = rl_settings(rows, settings.rl_steps, reward="microworld_two_hop", eval_interval=5, **common)
+        interval = 5 if part == "reported" else settings.rl_steps  # trials that choose the rate need no curve
+        stated = rl_settings(rows, settings.rl_steps, reward="microworld_two_hop", eval_interval=interval, **common)
     elif kind == "dpo":
         steps = settings.sft_steps
         stated = dpo_settings(epochs=steps, max_steps=steps, eval_interval=steps, **common)

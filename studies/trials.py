@@ -50,7 +50,8 @@ class Trial:
     Args:
         name: Name of its folder, unique in the study.
         variant: What is trained.
-        settings: All settings of the finetuning script but `out_dir` and those in `studies.protocol.METHODS`.
+        settings: The settings of the finetuning script but those in `studies.protocol.METHODS`. Those in the script's
+            `may_change` can be left to their defaults.
         objective: "sft" is finetune/METHOD.py, "dpo" finetune/alignerDPO.py, "rl" finetune/alignerRL.py.
         scoring: Arguments of the study's score function, as JSON.
     """
@@ -69,13 +70,13 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any
     """Return `main` of the trial's script, and its settings.
 
     Raises:
-        TypeError: The trial leaves a setting to the script's default.
+        TypeError: The trial leaves a setting that matters to the script's default.
     """
     method, size = trial.variant.method, trial.variant.settings
     script = importlib.import_module(f"finetune.{SCRIPTS.get(trial.objective, method)}")
     own = {**METHODS[method], **size} if trial.objective == "sft" else {"method": method, "method_config": size}
     settings = {"out_dir": out_dir, **own, **trial.settings}
-    if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys()):
+    if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys() - set(script.Settings.may_change)):
         raise TypeError(f"The trial {trial.name} does not state {', '.join(missing)}.")
     return script.main, script.Settings(**settings)
 
@@ -83,12 +84,13 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any
 def identity(trial: Trial, settings: Any) -> dict[str, Any]:
     """Return what a finished trial must share with a wanted one for its record to count.
 
-    That is all settings, the weights of the base, the rows of the data, and what was scored, wherever the folders are.
+    That is all settings that change weights or losses, the weights of the base, the rows of the data, and what was
+    scored, wherever the folders are.
     """
     rows = hashlib.sha256()
     for split in ("train", "test"):
         rows.update(json.dumps(Dataset.load_from_disk(f"{settings.data_dir}/{split}").to_dict()).encode())
-    stated = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "data_dir", "checkpoint_dir")}
+    stated = {k: v for k, v in asdict(settings).items() if k not in settings.may_change}
     if trial.objective == "sft":  # whose method stands beside the settings
         stated = {k: v for k, v in stated.items() if k not in ("method", "method_config")}
     found = {

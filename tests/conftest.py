@@ -1,5 +1,6 @@
 """A tiny base model and dataset, made once, as real files; and the real material, where there is some."""
 
+import importlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; also for the processes that tests start
@@ -9,6 +10,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, field, fields, make_dataclass
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_preferences, prepare_sft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
+from studies.trials import Trial, prepare_run
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any machine")
@@ -161,3 +164,23 @@ def refusal(capsys) -> Callable[..., str]:
         return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
 
     return sentence
+
+
+@pytest.fixture
+def left_to_defaults(monkeypatch) -> Callable[..., set[str]]:
+    """Edit the defaults of all finetuning scripts, and return the settings of a trial that they decide.
+
+    A setting that changes neither weights nor losses does not count.
+    """
+    for path in sorted((Path(__file__).parent.parent / "finetune").glob("[!_]*.py")):
+        script = importlib.import_module(f"finetune.{path.stem}")
+        edited = [(f.name, f.type, field(default="edited by a user")) for f in fields(script.Settings)]
+        kept = {"may_change": script.Settings.may_change}
+        monkeypatch.setattr(script, "Settings", make_dataclass("Settings", edited, namespace=kept))
+
+    def left(trial: Trial, folder: Path) -> set[str]:
+        settings = prepare_run(trial, folder)[1]
+        found = {name for name, value in asdict(settings).items() if value == "edited by a user"}
+        return found - set(settings.may_change)
+
+    return left
