@@ -45,18 +45,16 @@ class LLaMAConfig(llama.LLaMAConfig):
             raise UserError(f"adapter_start_layer is {start}; it must be from 0 to {last}.")
 
 
-def prefix_kv(attn: llama.CausalSelfAttention, prefix: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer's keys and gated values of prefix tokens, per query head: (m, nh, P, hs) each.
+def gated_kv(keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and gated values of prefix tokens, per query head: (m, nh, P, hs) each.
 
     Args:
-        attn: the layer's attention, of any variant.
-        prefix: (m, P, C), in the dtype in which the layer computes.
+        keys, values: (m, ng, P, hs), a layer's `keys_values` of the prefix: not rotated.
         gate: (m, nh, 1, 1), fp32.
     """
-    keys, values = attn.keys_values(prefix)  # (m, ng, P, hs), with the layer's key norm, not rotated
-    groups = attn.config.n_head // attn.config.n_kv_head
+    groups = gate.size(1) // keys.size(1)
     keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
-    return keys, (gate * values).to(prefix.dtype)  # the gate commutes with softmax(…)·V
+    return keys, (gate * values).to(keys.dtype)  # the gate commutes with softmax(…)·V
 
 
 def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
     Args:
         q: (B, nh, T, hs), rotated.
-        keys, values: (B or 1, nh, P, hs), from `prefix_kv`.
+        keys, values: (B or 1, nh, P, hs), from `gated_kv`.
     """
     if keys.size(2) == 1:
         return values
@@ -93,7 +91,8 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and gated values of the prefix, (1, nh, P, hs) each, in `dtype`."""
-        return prefix_kv(self, self.prefix[0].weight.to(dtype).unsqueeze(0), self.gating_factor)
+        keys, values = self.keys_values(self.prefix[0].weight.to(dtype).unsqueeze(0))
+        return gated_kv(keys, values, self.gating_factor)
 
 
 class LLaMA(llama.LLaMA):

@@ -6,11 +6,12 @@
 
     a layer's attention in row i:   Attn(q, k, v) + Σ strength · gate × softmax(q·Kᵀ/√hs)·V    over the sum of row i
 
-Strengths multiply the gates. When a batch begins, each layer projects the batch's distinct prefixes once, which reads
-c_attn once, about a quarter of what one decoded token reads. For N = 1 a row then adds a constant to each layer.
+Strengths multiply the gates. When a batch begins, each layer projects those of its distinct prefixes that are not among
+the last used ones, of which `PROJECTED_BYTES` are kept. For N = 1 a row then adds a constant to each layer.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 import lit_llama.model as llama
-from lit_llama.aligner import prefix_attention, prefix_kv
-from lit_llama.bank import BASE, Bank, make_bank
+from lit_llama.aligner import gated_kv, prefix_attention
+from lit_llama.bank import BASE, Bank, Slot, make_bank
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.merge import merge_aligners_
 from lit_llama.modules import swapped_parameters
 from lit_llama.utils import UserError
 
+PROJECTED_BYTES = (
+    2**28
+)  # of the projected prefixes that a model keeps; a prefix of 10 tokens takes 4.9 MB at 7B in bf16
 Sum = tuple[tuple[str, float], ...]  # names in a bank, and their strengths
 Row = Sum | str | None  # a name stands for ((name, 1.0),), None for ()
 
@@ -59,7 +63,7 @@ class Term(NamedTuple):
     """What rows of a batch with prefixes of one length N add to one layer's attention.
 
     Args:
-        keys, values: (n, nh, N, hs) from `prefix_kv`.
+        keys, values: (n, nh, N, hs) from `gated_kv`.
         rows: (n,) their rows in the batch, a row may occur several times; None means all rows in order, or for n = 1
             that all rows share them.
     """
@@ -74,6 +78,44 @@ class Term(NamedTuple):
             places, which = (rows.unsqueeze(1) == self.rows).nonzero(as_tuple=True)
             return Term(self.keys[which], self.values[which], places)
         return self if len(self.values) == 1 else Term(self.keys[rows], self.values[rows], None)
+
+
+class Projected(NamedTuple):
+    """A prefix in the layers from the bank's start layer up.
+
+    Args:
+        slot: of its adapter in the bank. It is another object after a swap.
+        keys, values: (layers, ng, N, hs) from `keys_values`. For N = 1 nothing reads the keys, and they are the values.
+    """
+
+    slot: Slot
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes * (1 if self.keys is self.values else 2)
+
+
+class LastUsed(OrderedDict[str, Projected]):
+    """The projected prefixes that were used last, by their names in a bank, up to `PROJECTED_BYTES`."""
+
+    nbytes = 0
+
+    def use(self, name: str, slot: Slot) -> Projected | None:
+        """Return the prefix of a name, None if it is not here or the adapter was exchanged."""
+        if name not in self:
+            return None
+        self.move_to_end(name)
+        return self[name] if self[name].slot is slot else None
+
+    def keep(self, name: str, projected: Projected) -> None:
+        if name in self:
+            self.nbytes -= self.pop(name).nbytes
+        self[name] = projected
+        self.nbytes += projected.nbytes
+        while self.nbytes > PROJECTED_BYTES:
+            self.nbytes -= self.popitem(last=False)[1].nbytes
 
 
 class CausalSelfAttention(llama.CausalSelfAttention):
@@ -102,6 +144,10 @@ class LLaMA(llama.LLaMA):
 
     bank: Bank
     sums: Sequence[Sum] = ((),)
+
+    def __init__(self, config: llama.LLaMAConfig) -> None:
+        super().__init__(config)
+        self.projected = LastUsed()
 
     @staticmethod
     def make_attention(config: llama.LLaMAConfig, layer: int) -> CausalSelfAttention:
@@ -150,25 +196,44 @@ class LLaMA(llama.LLaMA):
     @torch.no_grad()
     def _terms(self, sums: Sequence[Sum]) -> list[list[Term]]:
         """Return each layer's terms for a batch with these sums."""
-        weight = self.transformer.wte.weight
-        parts = list(dict.fromkeys(part for terms in sums for part in terms))  # distinct (name, strength) pairs
+        device = self.transformer.wte.weight.device
+        names = list(dict.fromkeys(name for terms in sums for name, _ in terms))
         layers: list[list[Term]] = [[] for _ in self.transformer.h]
-        for indices, prefixes, gates in self.bank.gather([name for name, _ in parts]):
-            place = {parts[i]: n for n, i in enumerate(indices)}
-            pairs = [(place[part], row) for row, terms in enumerate(sums) for part in terms if part in place]
-            which, rows = torch.tensor(pairs, device=weight.device).unbind(1)
-            rows = None if [row for _, row in pairs] == list(range(len(sums))) else rows
-            strengths = torch.tensor([parts[i][1] for i in indices], device=gates.device)
-            gates = (strengths[:, None, None] * gates).to(weight.device)  # (m, layers, nh)
-            for layer, layer_gates in enumerate(gates.unbind(1), self.bank.start_layer):
-                attn = self.transformer.h[layer].attn
-                keys, values = prefix_kv(attn, prefixes.to(weight), layer_gates[:, :, None, None])
-                keys, values = keys[which], values[which]  # (n, nh, N, hs)
+        for indices, prefixes, gates in self.bank.gather(names):
+            place = {names[i]: n for n, i in enumerate(indices)}
+            keys, values = self._project(list(place), prefixes)
+            used = [(place[name], strength, row) for row, terms in enumerate(sums) for name, strength in terms
+                    if name in place]  # fmt: skip
+            which, strengths, rows = (torch.tensor(column) for column in zip(*used, strict=True))
+            in_order = rows.tolist() == list(range(len(sums)))
+            gates = (strengths[:, None, None] * gates.cpu()[which]).to(device)  # (n, layers, nh)
+            which, rows = which.to(device), None if in_order else rows.to(device)
+            for i, layer_gates in enumerate(gates.unbind(1)):
+                k, v = gated_kv(keys[i][which], values[i][which], layer_gates[:, :, None, None])  # (n, nh, N, hs)
+                added = layers[self.bank.start_layer + i]
                 if len(sums) == 1:  # for batches of any size
-                    layers[layer] += [Term(k, v, None) for k, v in zip(keys.split(1), values.split(1), strict=True)]
+                    added += [Term(*pair, None) for pair in zip(k.split(1), v.split(1), strict=True)]
                 else:
-                    layers[layer].append(Term(keys, values, rows))
+                    added.append(Term(k, v, rows))
         return layers
+
+    def _project(self, names: list[str], prefixes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of m prefixes (m, N, C) in each layer, (layers, m, ng, N, hs) both."""
+        slots = [self.bank[name] for name in names]
+        batch = {name: self.projected.use(name, slot) for name, slot in zip(names, slots, strict=True)}
+        new = [i for i, name in enumerate(names) if batch[name] is None]
+        if new:
+            x = prefixes[new].to(self.transformer.wte.weight)
+            pairs = [block.attn.keys_values(x) for block in self.transformer.h[self.bank.start_layer :]]
+            for i, *pair in zip(new, *(torch.stack(t, 1) for t in zip(*pairs, strict=True)), strict=True):
+                values = pair[1].clone()
+                keys = values if values.size(2) == 1 else pair[0].clone()
+                batch[names[i]] = Projected(slots[i], keys, values)
+                self.projected.keep(names[i], batch[names[i]])
+        values = torch.stack([projected.values for projected in batch.values()], 1)
+        if values.size(3) == 1:
+            return values, values
+        return torch.stack([projected.keys for projected in batch.values()], 1), values
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Raise the error for unknown names that `use` would."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_llama.aligner import prefix_kv
+from lit_llama.aligner import gated_kv
 from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.utils import UserError
 
@@ -23,7 +23,9 @@ def output_bias(attn: CausalSelfAttention, aligners: Iterable[tuple[Tensor, Tens
         attn: the layer's attention; its own bias, if any, is included.
         aligners: prefix (1, C), in the dtype in which the layer computes, and gate (1, nh, 1, 1) of each.
     """
-    values = sum(prefix_kv(attn, prefix.unsqueeze(0), gate)[1] for prefix, gate in aligners)  # (1, nh, 1, hs)
+    values = sum(
+        gated_kv(*attn.keys_values(prefix.unsqueeze(0)), gate)[1] for prefix, gate in aligners
+    )  # (1, nh, 1, hs)
     return attn.c_proj(values.flatten(1)).squeeze(0)
 
 

@@ -206,8 +206,13 @@ class CausalSelfAttention(nn.Module):
 
         They are what a variant adds to attend to. The queries that meet the keys are normalized, so the keys are too.
         """
-        qk, v = self.heads(x)
-        return qk[:, self.config.n_head :], v
+        if type(self.c_attn) is not nn.Linear:  # its weight may be packed, quantized or adapted
+            qk, v = self.heads(x)
+            return qk[:, self.config.n_head :], v
+        rows = slice(self.widths[0], None)
+        kv = F.linear(x, self.c_attn.weight[rows], None if self.c_attn.bias is None else self.c_attn.bias[rows])
+        k, v = kv.unflatten(-1, (-1, self.config.head_size)).transpose(1, 2).chunk(2, dim=1)
+        return (self.k_norm(k) if self.config.qk_norm else k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention output (B, nh, T, hs), before the output projection. Variants override this step.

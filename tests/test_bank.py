@@ -145,6 +145,67 @@ def test_under_a_bf16_base_a_batch_is_as_near_as_rounding_allows(folders, shape,
         assert (together[row].float() - exact).square().mean() < 1.5 * (single - exact).square().mean() + 1e-6
 
 
+# == Projected prefixes ==
+
+
+def watch_projections(model: LLaMA, monkeypatch) -> list[int]:
+    """Return a list that grows by the number of prefixes whenever the last layer projects some."""
+    attn, counts = model.transformer.h[-1].attn, []
+    keys_values = attn.keys_values
+
+    def counted(x):
+        counts.append(len(x))
+        return keys_values(x)
+
+    monkeypatch.setattr(attn, "keys_values", counted)
+    return counts
+
+
+@each_shape
+def test_a_prefix_is_projected_once_at_any_strength_and_again_after_a_swap(folders, shape, monkeypatch):
+    folder, adapters = folders[shape], adapters_of(shape)
+    bank, idx = filled(folder, adapters), token_ids(2, 12)
+    model = load_with_bank(folder, bank)
+    counts = watch_projections(model, monkeypatch)
+    rows = [[("three", 1.0), ("a", 0.5)], [("three", 0.5), ("late three", 1.0)]]
+    for _ in range(2):
+        with model.using(rows):
+            together = model(idx)
+    assert counts == [1, 2]  # N = 1, then N = 3
+    with model.using(["seven", "three"]):
+        model(idx)
+    assert counts == [1, 2, 1]
+    with model.using(rows):
+        assert torch.equal(model(idx), together)
+
+    bank.swap("three", adapters["late three"])
+    with model.using(["three", "late three"]):
+        swapped = model(idx)
+    assert counts == [1, 2, 1, 1]
+    expected = alone(folder, adapters, "late three")(idx)
+    torch.testing.assert_close(swapped, expected, atol=3e-5, rtol=1e-5)
+
+
+def test_projected_prefixes_are_kept_up_to_a_size(folders, monkeypatch):
+    folder, adapters = folders["gqa"], adapters_of("gqa")
+    model = load_with_bank(folder, filled(folder, adapters))
+    with model.using(["three", "a"]):
+        pass
+    config = model.config
+    one = (config.n_layer - 1) * config.n_kv_head * config.head_size * 4  # bytes of the values of a token
+    assert model.projected.nbytes == sum(kept.nbytes for kept in model.projected.values()) == (1 + 2 * 3) * one
+    monkeypatch.setattr("lit_llama.compose.PROJECTED_BYTES", 2 * 3 * one + one)
+    with model.using(["three"]), model.using(["b"]):
+        assert list(model.projected) == ["three", "b"]  # the one that was used longest ago is gone
+    idx = token_ids(3, 12)
+    with model.using(["seven", "three", "late three"]):  # more than are kept
+        together = model(idx)
+    assert model.projected.nbytes <= 2 * 3 * one + one
+    for row, name in enumerate(["seven", "three", "late three"]):
+        expected = alone(folder, adapters, name)(idx[row : row + 1])[0]
+        torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
+
+
 def test_a_bf16_bank_holds_the_rounded_adapter(folders):
     folder, adapters = folders["gqa"], adapters_of("gqa")
     bank = filled(folder, adapters, dtype=torch.bfloat16)

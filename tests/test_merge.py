@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, onednn
 from lit_llama import model as llama
-from lit_llama.aligner import prefix_kv
+from lit_llama.aligner import gated_kv
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
 from lit_llama.generation import Sampling, answer, generate
 from lit_llama.merge import merge_aligners_
@@ -251,7 +251,7 @@ def merged_and_aligned(dtype=torch.float32, strengths=(1.0,), **sizes):
                 attend, gate = own.attn.attend, strength * other.attn.gating_factor.detach()
                 prefix = model.global_value_embedding.weight.detach().to(dtype).unsqueeze(0)
                 own.attn.attend = lambda q, k, v, mask, own=own, attend=attend, gate=gate, prefix=prefix: (
-                    attend(q, k, v, mask) + prefix_kv(own.attn, prefix, gate)[1]
+                    attend(q, k, v, mask) + gated_kv(*own.attn.keys_values(prefix), gate)[1]
                 )
     return plain, aligned_model
 
