@@ -9,10 +9,11 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -48,7 +49,7 @@ from benchmarks.material import START, dtype_name, random_adapter, random_weight
 from benchmarks.measure import Memory, compare, now, number, timed, with_interval
 from lit_llama.bank import Bank
 from lit_llama.checkpoint import load_model
-from lit_llama.compose import load_adapted, load_with_bank
+from lit_llama.compose import LastUsed, load_adapted, load_with_bank
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -57,8 +58,27 @@ from lit_llama.tables import markdown_table
 from lit_llama.utils import log
 
 NAME_BYTES = 400  # of the main memory, at most, for a name and its entry
+ASSIGNMENTS = 10  # repetitions of gathering and projecting the adapters of a batch
 SAVED_BYTES = 1e9  # banks up to this size are also written to a file and opened
-Batch = tuple[LLaMA, list[str | None] | None]  # a model, and the adapters of the rows if it has a bank
+Rates = dict[str, list[float]]  # tokens/s of each kind of batch, in each round
+
+
+class Batch(NamedTuple):
+    """How a batch is answered.
+
+    Args:
+        names: the adapters of the rows, None for a model without a bank.
+        anew: project all prefixes, also those that the model keeps from the last batch.
+    """
+
+    model: LLaMA
+    names: list[str | None] | None = None
+    anew: bool = False
+
+    def assign(self) -> AbstractContextManager:
+        if self.anew:
+            self.model.projected = LastUsed()
+        return nullcontext() if self.names is None else self.model.using(self.names)
 
 
 # == speed ==
@@ -71,19 +91,20 @@ def make_batches(settings: Settings, size: str, device: torch.device, dtype: tor
     bank, options = Bank(config, start_layer=START, dtype=torch.bfloat16), {"device": device, "dtype": dtype}
     many = pack_(load_with_bank(base, bank, **options))
     batches: dict[str, Batch] = {
-        "base": (pack_(load_model(base, **options)), None),
-        "base, through the bank's model": (many, [None] * rows),
+        "base": Batch(pack_(load_model(base, **options))),
+        "base, through the bank's model": Batch(many, [None] * rows),
     }
     for n in settings.lengths:
         for i in range(rows):
             bank.add(f"{n}-{i}", random_adapter(config, n))
-        batches[without_bank(n)] = (pack_(load_adapted(base, [bank.adapter(f"{n}-0")], **options)), None)
+        batches[without_bank(n)] = Batch(pack_(load_adapted(base, [bank.adapter(f"{n}-0")], **options)))
         for different in sorted({1, min(64, rows), rows}):
             names = [f"{n}-{i % different}" for i in range(rows)]
-            batches[f"N = {n}, bank, {different} in the batch"] = (many, names)
+            batches[f"N = {n}, bank, {different} in the batch"] = Batch(many, names)
+        batches[f"N = {n}, bank, {rows} in the batch, projected anew"] = Batch(many, names, anew=True)
     cycle = [*settings.lengths, None]
     mixed = [n and f"{n}-{i}" for i, n in enumerate(cycle * rows)][:rows]
-    batches[f"bank, N = {', '.join(map(str, settings.lengths))} and the base mixed"] = (many, mixed)
+    batches[f"bank, N = {', '.join(map(str, settings.lengths))} and the base mixed"] = Batch(many, mixed)
     return batches
 
 
@@ -91,22 +112,41 @@ def without_bank(n: int) -> str:
     return f"N = {n}, one adapter, no bank"
 
 
-def measure_speed(settings: Settings, size: str, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
+def measure_speed(settings: Settings, batches: dict[str, Batch], size: str, device: torch.device) -> Rates:
     """Return the tokens/s of each kind of batch: gathering and projecting the adapters, prefill, decoding."""
     prompts = torch.randint(3, shape(size).vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
 
-    def answer(model: LLaMA, names: list[str | None] | None) -> None:
-        with nullcontext() if names is None else model.using(names):
-            generate(model, prompts, Sampling(settings.new_tokens))
+    def answer(batch: Batch) -> None:
+        with batch.assign():
+            generate(batch.model, prompts, Sampling(settings.new_tokens))
 
-    batches = make_batches(settings, size, device, dtype)
-    turns = {name: partial(timed, partial(answer, *batch), device) for name, batch in batches.items()}
+    turns = {name: partial(timed, partial(answer, batch), device) for name, batch in batches.items()}
     tokens = settings.batch_size * settings.new_tokens
     _, seconds = b.take_turns(turns, settings.rounds, notes=[])
     return {name: [tokens / s for s in own] for name, own in seconds.items()}
 
 
-def speed_table(settings: Settings, rates: dict[str, list[float]]) -> str:
+def assigning_table(settings: Settings, batches: dict[str, Batch], device: torch.device) -> str:
+    """Return the milliseconds in which the adapters of a batch are gathered and projected, by their number."""
+    rows = []
+    for n in settings.lengths:
+        model, names, _ = batches[f"N = {n}, bank, {settings.batch_size} in the batch"]
+        for different in sorted({1, min(8, len(names)), min(64, len(names)), len(names)}):
+            cells = []
+            for anew in (True, False):
+                batch = Batch(model, [names[i % different] for i in range(len(names))], anew)
+                enter(batch)
+                cells.append([1000 * timed(partial(enter, batch), device) for _ in range(ASSIGNMENTS)])
+            rows.append([f"N = {n}, {different}", *map(with_interval, cells)])
+    return markdown_table(["adapters in the batch", "ms, projected anew", "ms, kept from the last batch"], rows)
+
+
+def enter(batch: Batch) -> None:
+    with batch.assign():
+        pass
+
+
+def speed_table(settings: Settings, rates: Rates) -> str:
     rows = []
     for name, values in rates.items():
         other = next((without_bank(n) for n in settings.lengths if name.startswith(f"N = {n},")), "base")
@@ -187,7 +227,11 @@ def main(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     device, dtype = pick_device(settings.accelerator, settings.precision)
-    rates = {size: measure_speed(settings, size, device, dtype) for size in settings.sizes}
+    rates, assigning = {}, {}
+    for size in settings.sizes:
+        batches = make_batches(settings, size, device, dtype)
+        rates[size] = measure_speed(settings, batches, size, device)
+        assigning[size] = assigning_table(settings, batches, device)
     banks = {}
     for width in settings.widths:  # each in its own process, so that its memory can be told apart
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -199,7 +243,7 @@ def main(settings: Settings) -> None:
         f"## Speed\n\n{settings.batch_size} prompts of {settings.prompt_tokens} tokens as one batch, "
         f"{settings.new_tokens} new tokens each, greedy, random weights in {dtype_name(dtype)}. Gathering and "
         "projecting the adapters is part of the time.",
-        *(f"### {size}\n\n{speed_table(settings, found)}" for size, found in rates.items()),
+        *(f"### {size}\n\n{speed_table(settings, found)}\n\n{assigning[size]}" for size, found in rates.items()),
         f"## Size and speed of a bank\n\nAdapters of one token, at most {settings.memory_gb:g} GB. Times are medians, "
         "with the 99 % quantile in brackets.\n\n" + markdown_table(["at the width of", *banks], lines),
     ]
