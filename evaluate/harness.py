@@ -55,7 +55,7 @@ from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
-from lit_llama.prompts import CHAT
+from lit_llama.prompts import is_chat
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
 
@@ -353,7 +353,7 @@ def main(settings: Settings) -> dict[str, Any]:
     results = Results(
         settings.output_dir, {"benchmark": "lm_eval", "lm_eval": lm_eval.__version__, **made_by}, settings.overwrite
     )
-    if settings.prompt_style == CHAT:
+    if is_chat(settings.prompt_style):
         raise UserError("The harness builds its prompts from plain text; --prompt_style chat cannot be used with it.")
     manager = open_tasks(settings)
     model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)

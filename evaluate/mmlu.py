@@ -69,7 +69,7 @@ from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
 from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
 from lit_llama.generation import Sampling
 from lit_llama.modules import eval_mode
-from lit_llama.prompts import CHAT, PromptStyle
+from lit_llama.prompts import ChatStyle, PromptStyle
 from lit_llama.utils import UserError
 
 # == Prompts ==
@@ -244,7 +244,7 @@ def show(summary: dict[str, Any], shots: int) -> str:
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     style = pick_style(settings)
-    if settings.scoring == "letters" and style.name == CHAT:
+    if settings.scoring == "letters" and isinstance(style, ChatStyle):
         raise UserError("After a chat template, letters are no continuation of the prompt; use --scoring generate.")
     questions = make_questions(settings, style)
     made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings)}

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lit_llama.console import did_you_mean
 from lit_llama.storage.schema import field, read_bytes, read_json
 from lit_llama.utils import UserError
 
@@ -127,12 +128,19 @@ class ChatTemplate:
         control: The special tokens, as texts.
         added: Further tokens that the tokenizer never divides, such as `<think>`, which a model may write itself. If
             the template writes them, only answers may hold them.
+        variables: Further variables of the template, such as Qwen3's `enable_thinking`.
     """
 
     def __init__(
-        self, source: str, path: Path, names: dict[str, str], control: Iterable[str], added: Iterable[str] = ()
+        self,
+        source: str,
+        path: Path,
+        names: dict[str, str],
+        control: Iterable[str],
+        added: Iterable[str] = (),
+        variables: dict[str, Any] | None = None,
     ) -> None:
-        self.source, self.path, self.names = source, path, names
+        self.source, self.path, self.names, self.variables = source, path, names, variables or {}
         self.control = sorted(filter(None, control), key=len, reverse=True)
         self.added = [token for token in added if token.strip() and token in source]
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
@@ -140,7 +148,22 @@ class ChatTemplate:
         self._interrupt = Interrupter([*self.control, *self.added]) if self.added else self._interrupt_answer
 
     def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be sent to another process
-        return type(self), (self.source, self.path, self.names, self.control, self.added)
+        return type(self), (self.source, self.path, self.names, self.control, self.added, self.variables)
+
+    def with_variables(self, variables: dict[str, Any]) -> "ChatTemplate":
+        """Return the template with further variables, such as `enable_thinking`.
+
+        Raises:
+            UserError: The template does not read one of them, or it is invalid.
+        """
+        from lit_llama.sandbox import variables_of
+
+        with explained(self.path):
+            known = variables_of(self.source) - self._values((), False, None).keys()
+        if unknown := sorted(variables.keys() - known):
+            near = did_you_mean(unknown[0], sorted(known))
+            raise UserError(f"The chat template in {self.path} has no variable {unknown[0]!r}{near}")
+        return ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool = True, tools: list[Any] | None = None
@@ -160,20 +183,23 @@ class ChatTemplate:
         placed = messages if self.takes_system else without_system(messages)
         return ChatText(self._run(placed, generation_prompt, tools), first, messages, tools)
 
-    def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
-        values = {
+    def _values(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None) -> dict[str, Any]:
+        return {
             **self.names,
             "messages": [self._guarded(message) for message in messages],
             "tools": self._interrupt(tools),
             "documents": None,
             "add_generation_prompt": generation_prompt,
         }
+
+    def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
+        values = {**self._interrupt(self.variables), **self._values(messages, generation_prompt, tools)}
         parts: list[str] = []
         n_characters = 0
-        from lit_llama.sandbox import limited
+        from lit_llama.sandbox import limited, program
 
         with explained(self.path), limited():
-            for part in self._program.generate(**values):
+            for part in program(self.source).generate(**values):
                 n_characters += len(part)
                 if n_characters > MOST_TEXT:
                     raise UserError(f"it writes more than {MOST_TEXT:,} characters")
@@ -244,12 +270,6 @@ class ChatTemplate:
                 end = found + len(self.end_of_turn)
             spans.append((len(before), end))
         return full, spans
-
-    @cached_property
-    def _program(self) -> Any:
-        from lit_llama.sandbox import make_environment
-
-        return make_environment().from_string(self.source)
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:

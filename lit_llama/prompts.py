@@ -1,6 +1,8 @@
 """Prompt styles: templates that turn an instruction, or a conversation, into the text that the model continues."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +93,7 @@ class PromptStyle:
 
 @dataclass(frozen=True)
 class ChatStyle(PromptStyle):
-    """The chat template of a checkpoint.
+    """The chat template of a checkpoint, with the variables that the style's name sets.
 
     Args:
         chat: The template.
@@ -170,16 +172,16 @@ def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> Promp
     """Return the prompt style of a name.
 
     Args:
-        name: One of `PROMPT_STYLES`, or "chat", the chat template of a checkpoint.
+        name: One of `PROMPT_STYLES`, or "chat", the chat template of a checkpoint. Values for variables of the template
+            may follow, as in "chat:enable_thinking=false".
         base: The checkpoint's tokenizer or folder, for "chat".
 
     Raises:
-        UserError: There is no such style, or the checkpoint has no chat template.
+        UserError: There is no such style, the checkpoint has no chat template, or it reads no such variable.
     """
     if name in PROMPT_STYLES:
         return PROMPT_STYLES[name]
-    if name != CHAT:
-        raise UserError(f"There is no prompt style {name!r}; known are {', '.join((*PROMPT_STYLES, CHAT))}.")
+    variables = template_variables(check_style_name(name))
     from lit_llama.tokenizer import Tokenizer
 
     tokenizer = base if isinstance(base, Tokenizer) else Tokenizer(base)
@@ -189,7 +191,7 @@ def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> Promp
             "chat_template.jinja nor an entry in tokenizer_config.json. Convert an instruct model again, or choose "
             "another style."
         )
-    return ChatStyle(CHAT, "", chat=tokenizer.template)
+    return ChatStyle(name, "", chat=tokenizer.template.with_variables(variables) if variables else tokenizer.template)
 
 
 def check_style_name(name: str) -> str:
@@ -198,4 +200,31 @@ def check_style_name(name: str) -> str:
     Raises:
         UserError: There is none.
     """
-    return name if name == CHAT else get_prompt_style(name).name
+    if name not in PROMPT_STYLES and not is_chat(name):
+        raise UserError(f"There is no prompt style {name!r}; known are {', '.join((*PROMPT_STYLES, CHAT))}.")
+    template_variables(name)
+    return name
+
+
+def is_chat(name: str) -> bool:
+    """Return whether a prompt style is the checkpoint's own chat template."""
+    return name.partition(":")[0] == CHAT
+
+
+def template_variables(name: str) -> dict[str, Any]:
+    """Return the variables that the name of a chat style sets: true, false, null and numbers as such, else texts.
+
+    Raises:
+        UserError: The name is not of the form "chat:NAME=VALUE,NAME=VALUE".
+    """
+    _, colon, assignments = name.partition(":")
+    variables: dict[str, Any] = {}
+    for assignment in assignments.split(",") if colon else ():
+        variable, equals, value = assignment.partition("=")
+        if not (equals and variable.isidentifier()) or variable in variables:
+            raise UserError(f"The prompt style {name!r} is not of the form chat:NAME=VALUE,NAME=VALUE, each name once.")
+        variables[variable] = value
+        with suppress(ValueError, RecursionError):
+            read = json.loads(value.lower())
+            variables[variable] = value if isinstance(read, str | list | dict) else read
+    return variables

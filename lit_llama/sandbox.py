@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import nodes
+from jinja2 import Template, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -106,3 +107,16 @@ def make_environment() -> Environment:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
+
+
+@lru_cache(16)
+def program(source: str) -> Template:
+    """Return a template, ready to run."""
+    return make_environment().from_string(source)
+
+
+@lru_cache(16)
+def variables_of(source: str) -> set[str]:
+    """Return the names that a template reads from its surroundings, without those that the environment defines."""
+    environment = make_environment()
+    return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()

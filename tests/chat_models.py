@@ -76,7 +76,10 @@ THINKING = """{%- set ns = namespace(last=-1) %}
     {%- endif %}
     {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{%- endif %}"""
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- "<think>\\n\\n</think>\\n\\n" }}{%- endif %}
+{%- endif %}"""
 
 MISTRAL = """{{ bos_token }}{% for message in messages %}
 {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}

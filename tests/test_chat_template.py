@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from lit_llama import sandbox
 from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Unstable
 from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
-from lit_llama.prompts import get_prompt_style
+from lit_llama.prompts import get_prompt_style, template_variables
 from lit_llama.tokenizer import HuggingFace, Tokenizer
 from lit_llama.utils import UserError
 
@@ -224,6 +225,44 @@ def test_tools_and_other_fields_reach_the_template(folders):
     thinking = Tokenizer(folders["thinking"]).template
     answer = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
     assert "<think>\n2 and 2\n</think>\n\n4<|im_end|>" in thinking.render([TURNS[0], answer], generation_prompt=False)
+
+
+def test_variables_of_the_template_are_part_of_the_styles_name(folders):
+    style = get_prompt_style("chat:enable_thinking=false", folders["thinking"])
+    prompt = style.render("Hi", system="Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert str(prompt) == theirs(folders["thinking"]).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert prompt.endswith("<think>\n\n</think>\n\n") and style.reply(prompt, "Hello.") == "Hello.<|im_end|>"
+    assert style.about == {"prompt_style": "chat:enable_thinking=false", "chat_template_sha256": style.chat.sha256}
+    assert pickle.loads(pickle.dumps(style)).render("Hi", system="Be brief.") == prompt
+    assert get_prompt_style("chat", folders["thinking"]).render("Hi").endswith("assistant\n")
+
+
+def test_values_of_variables(tmp_path):
+    source = "{% if a is not defined %}{% set a = 1 %}{% endif %}{{ [a, b, c, d, e] }}{{ raise_exception }}"
+    template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
+    values = template_variables("chat:a=False,b=null,c=1.5,d=low,e=[1]")
+    assert values == {"a": False, "b": None, "c": 1.5, "d": "low", "e": "[1]"}
+    assert template.with_variables(values).render(TURNS[:1]).startswith("[False, None, 1.5, 'low', '[1]']")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("chat:enable_thinkin=false", "has no variable 'enable_thinkin'; did you mean enable_thinking?"),
+        ("chat:messages=1", "has no variable 'messages'"),
+        ("chat:raise_exception=1", "has no variable 'raise_exception'"),
+        ("chat:", "The prompt style 'chat:' is not of the form chat:NAME=VALUE,NAME=VALUE"),
+        ("chat:thinking", "'chat:thinking' is not of the form"),
+        ("chat:enable_thinking=1,enable_thinking=2", "VALUE, each name once."),
+        ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; known are"),
+    ],
+)
+def test_a_variable_that_cannot_be_set_is_one_sentence(name, sentence, folders):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        get_prompt_style(name, folders["thinking"])
 
 
 # == spans of answers ==

@@ -330,6 +330,20 @@ def test_training_counts_the_answers_alone_and_generation_takes_the_style(prepar
     assert code == 1 and "has no chat template" in err
 
 
+def test_generation_uses_the_variables_of_the_template_that_training_used(prepare, models, run_script, tmp_path):
+    style = "chat:enable_thinking=false"
+    folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["thinking"], "--prompt_style", style)
+    flags = ("--checkpoint_dir", models["thinking"], "--accelerator", "cpu")
+    code, _, err = run_script("finetune/aligner.py", "--data_dir", folder, "--out_dir", tmp_path / "run", *flags,
+                              "--max_steps", 1, "--adapter_start_layer", 1, "--max_new_tokens", 2)  # fmt: skip
+    assert code == 0, err
+    assert read_adapter(tmp_path / "run").meta["prompt_style"] == style
+    code, _, err = run_script("generate/aligner.py", "--adapter", tmp_path / "run", *flags, "--prompt", "the cat",
+                              "--max_new_tokens", 5, "--output_file", tmp_path / "answers.jsonl")  # fmt: skip
+    assert code == 0, err
+    assert f'"style": "{style}"' in (tmp_path / "answers.jsonl").read_text()
+
+
 def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, refused):
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
     (models["chatml"] / "chat_template.jinja").write_text("{{ messages }}")
