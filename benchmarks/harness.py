@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import worker
 from benchmarks.material import dtype_name, random_weights, shape
-from benchmarks.measure import median_interval
+from benchmarks.measure import copy_bandwidth, matmul_rate, median_interval
 from benchmarks.settings import Clock, PeerSettings
 from lit_llama.checkpoint import versions
 from lit_llama.device import pick_device
@@ -34,6 +34,10 @@ from lit_llama.utils import UserError, log
 Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.worker.Worker`
 Turns = Mapping[str, Callable[[], Any]]  # contestant -> what it does in its turn
 Answers = dict[str, list[Any]]  # contestant -> what its turns returned
+
+# those that decide how fast products are: flag in /proc/cpuinfo -> name
+INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16",
+                    "asimd": "NEON", "sve": "SVE", "bf16": "BF16"}  # fmt: skip
 
 
 # == contestants ==
@@ -184,20 +188,34 @@ def install_peers(folder: Path, notes: list[str]) -> Path:
 # == reports ==
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
+def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name and its `INSTRUCTION_SETS`; without the file, PyTorch's word for the latter."""
+    fields = {}
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    sets = [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} with {', '.join(sets) or torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_run(device: torch.device) -> str:
+    """Return a list in Markdown: the machine, how fast it is in this run, the versions, the date, and the command."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    return {
-        "machine": f"{cpu}, {os.cpu_count()} cores{gpu}{load}",
+    fp32, bf16 = (matmul_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    lines = {
+        "machine": f"{describe_cpu()}, {os.cpu_count()} cores{gpu}{load}",
         "threads": str(torch.get_num_threads()),
+        "in this run": f"a copy reads and writes {copy_bandwidth(device) / 1e9:,.1f} GB/s; a large matrix product does "
+        f"{fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16 ({bf16 / fp32:.1f} ×)",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
 def publish(path: Path, title: str, parts: list[str], device: torch.device) -> None:
@@ -207,8 +225,7 @@ def publish(path: Path, title: str, parts: list[str], device: torch.device) -> N
 
 def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> str:
     """Write a report in Markdown: what ran where, then its parts. Return its text."""
-    machine = "\n".join(f"- {name}: {value}" for name, value in describe_machine(device).items())
-    text = "\n\n".join([f"# {title}", machine, *parts]) + "\n"
+    text = "\n\n".join([f"# {title}", describe_run(device), *parts]) + "\n"
     claim(path.parent, [path.name])
     write_text(path, text)
     return text

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.harness import check_clock, take_turns
+from benchmarks.harness import check_clock, describe_run, take_turns
 from benchmarks.measure import compare, timed, with_interval
 from evaluate import mmlu
 from evaluate.common import load
@@ -75,6 +75,7 @@ def main(settings: Settings) -> None:
             notes=[],
         )
     tokens, padded = sum(lengths.values()), sum(len(batch) * len(batch[0]) for batch in batches)
+    print(f"{describe_run(device)}\n")
     print(f"{len(lengths)} questions, {tokens} tokens, {1 - tokens / padded:.1%} padding\n")
     scored, plain = ([tokens / s for s in seconds[name]] for name in turns)
     rows = [

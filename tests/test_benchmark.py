@@ -44,6 +44,29 @@ def test_padding_by_hand():
     assert material.padding_share(lengths, [np.array([i]) for i in range(4)]) == 0
 
 
+CPUINFO = {
+    "processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n\nprocessor\t: 1\n"
+    "model name\t: Some Xeon\nflags\t\t: fpu\n": "Some Xeon with AVX2, AVX-512, AVX512-BF16, AMX-BF16",
+    "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n": " with NEON, BF16",
+}
+
+
+@pytest.mark.parametrize("text, expected", CPUINFO.items())
+def test_the_kind_of_processor(text, expected, tmp_path):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert harness.describe_cpu(tmp_path / "cpuinfo").endswith(expected)
+    assert torch.backends.cpu.get_cpu_capability() in harness.describe_cpu(tmp_path / "missing")
+
+
+def test_a_report_states_the_machine_and_its_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 33.6e9)
+    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype: {4: 195e9, 2: 429e9}[dtype.itemsize])
+    text = harness.write_report(tmp_path / "out/report.md", "Title", ["A part."], measure.CPU)
+    rates = "a large matrix product does 195 GFLOP/s in fp32, 429 in bf16 (2.2 ×)"
+    assert f"- in this run: a copy reads and writes 33.6 GB/s; {rates}\n" in text
+    assert f"- machine: {harness.describe_cpu()}, " in text and "# Title" in text
+
+
 @pytest.mark.parametrize("micro_batch_size", [4, 8])
 def test_little_of_an_epoch_on_alpacas_lengths_is_padding(micro_batch_size):
     prompts, lengths = material.alpaca_lengths(20_000, 512)
