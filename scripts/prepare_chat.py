@@ -31,7 +31,7 @@ class Settings(PrepareSettings):
     # == What to write ==
     output_dir: Path = Path("data/chat")  # folder to write
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct")  # model whose tokenizer and template are used
-    prompt_style: str = "chat"  # the checkpoint's own template, also chat:NAME=VALUE; or alpaca, orca, beaver, hh, plain
+    prompt_style: str = "chat"  # the checkpoint's template, also chat:NAME=VALUE; or alpaca, orca, beaver, hh, plain
     train_on: Literal["all", "last"] = "all"  # train on all answers of a conversation, or on the last one
     max_seq_length: int = 2048  # most tokens of a conversation; longer ones end after an earlier answer
 
