@@ -1,5 +1,7 @@
 """The arithmetic of the benchmarks' reports, and our own side of them on a toy."""
 
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import benchmarks.generation as generation
 import benchmarks.loading as loading
 import benchmarks.training as training
+import benchmarks.waiting as waiting
 from benchmarks import harness, material, measure
 from benchmarks.worker import Ours
 from lit_llama.epochs import plan_epoch
@@ -257,3 +260,17 @@ def test_our_contestants_error_is_its_sentence():
     with pytest.raises(UserError, match=r"^ours: There is no model configuration at nowhere"):
         contestant("load")
     contestant.close()
+
+
+def test_threads_wait_as_they_are_told(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    with waiting.environment({"GOMP_SPINCOUNT": "9"}):
+        assert "OMP_WAIT_POLICY" not in os.environ and os.environ["GOMP_SPINCOUNT"] == "9"
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_busy_programs_end():
+    with waiting.busy_programs(1):
+        (program,) = multiprocessing.active_children()
+    assert not program.is_alive()

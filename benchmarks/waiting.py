@@ -1,0 +1,120 @@
+"""Time of a training step by how OpenMP's threads wait for work, spinning or asleep; idle and beside busy programs.
+
+A step consists of many short parallel parts, between which threads wait for each other. A thread that spins starts the
+next part sooner, but holds a core that another program, or the thread it waits for, may need.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+
+from benchmarks.settings import BenchmarkSettings
+from lit_llama import cli
+from lit_llama.settings import NonNegativeInt, PositiveInt
+
+
+@dataclass
+class Settings(BenchmarkSettings):
+    # == What to measure ==
+    size: str = "microworld"  # 110M, or a name of lit_llama.model.llama_configs
+    rows: PositiveInt = 8  # of a training step
+    length: PositiveInt = 100  # tokens of a row
+    busy: tuple[NonNegativeInt, ...] = (0, 1)  # programs beside it, each of which fills a core
+
+
+if __name__ == "__main__":
+    settings = cli.parse(Settings)  # --help does not wait for PyTorch
+
+import torch
+
+from benchmarks import harness as b
+from benchmarks.material import shape
+from benchmarks.measure import CPU, compare, ratio_table, with_interval
+from lit_llama.tables import markdown_table
+from lit_llama.threads import WAITING
+
+ASLEEP, SPINNING = "asleep", "spinning first"
+POLICIES = {
+    ASLEEP: {"OMP_WAIT_POLICY": "PASSIVE"},
+    # what GNU's OpenMP does by default. With OMP_WAIT_POLICY=ACTIVE a process would also spin in the turns of others
+    SPINNING: {"GOMP_SPINCOUNT": "300000"},
+}
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set how threads wait in the processes that are started meanwhile."""
+    old = {name: os.environ.pop(name, None) for name in WAITING}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def keep_busy() -> None:
+    while True:
+        pass
+
+
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run programs that each fill a core."""
+    programs = [multiprocessing.get_context("spawn").Process(target=keep_busy, daemon=True) for _ in range(count)]
+    for program in programs:
+        program.start()
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.join()
+
+
+def measure(settings: Settings) -> dict[int, dict[str, list[float]]]:
+    """Return the seconds of training steps: busy programs -> policy -> one value per round."""
+    spec = {"kind": "ours", "n": 1, "weights": None, "device": CPU, "dtype": torch.float32}
+    batch = [(settings.rows, settings.length, settings.length // 2)]
+    found = {}
+    with ExitStack() as stack:
+        contestants = {}
+        for name, variables in POLICIES.items():
+            contestant = stack.enter_context(closing(b.Contestant(name, **spec, threads=torch.get_num_threads())))
+            with environment(variables):  # the first call starts the process
+                contestant("build", n=1, config=asdict(shape(settings.size)))
+            contestants[name] = partial(contestant, "step", batches=batch, data="random")
+        for count in settings.busy:
+            with busy_programs(count):
+                _, steps = b.take_turns(contestants, settings.rounds, [])
+            found[count] = {name: [sum(step["seconds"].values()) for step in own] for name, own in steps.items()}
+    return found
+
+
+def main(settings: Settings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    found = measure(settings)
+    names = {count: f"beside {count} busy" if count else "idle" for count in found}
+    rows = [[name, *(with_interval([1000 * s for s in found[count][name]]) for count in found)] for name in POLICIES]
+    ratios = [
+        [f"time, {SPINNING} over {ASLEEP}, {names[count]}", "", *compare(own[SPINNING], own[ASLEEP])]
+        for count, own in found.items()
+    ]
+    title = f"A training step of {settings.rows} × {settings.length} tokens, {settings.size}, N = 1, fp32"
+    table = markdown_table(["threads that wait are", *(f"ms, {name}" for name in names.values())], rows)
+    parts = [f"## {title}\n\n{table}", ratio_table(ratios)]
+    b.publish(settings.out_dir / f"waiting-{settings.size}.md", "How threads wait", parts, CPU)
+
+
+if __name__ == "__main__":
+    cli.run(main, settings)
