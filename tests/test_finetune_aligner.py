@@ -530,7 +530,7 @@ def two_machines(arguments: list[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
-    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "hsdp"), ("fabric run", "fsdp"), ("machines", "fsdp")],
+    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("fabric run", "hsdp"), ("machines", "fsdp")],
 )
 def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strategy):
     # the sixth step is one row and the validation one batch: the second process has nothing there
@@ -547,7 +547,7 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strateg
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}", "--devices=2",
-                   f"--strategy={strategy}", "--accelerator=cpu", script_path]  # fmt: skip
+                   "--accelerator=cpu", "--", script_path, f"--strategy={strategy}"]  # fmt: skip
         result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
         code, out, err = result.returncode, result.stdout, result.stderr
     assert code == 0, err
