@@ -1,0 +1,96 @@
+"""A merged adapter in vLLM: the same token ids and the same greedy answers as with the adapter.
+
+vLLM pins its versions of torch and transformers, so it has an environment of its own (howto/serve.md):
+
+    VLLM_PYTHON=vllm/bin/python python -m pytest tests/test_vllm.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_llama.checkpoint import read_adapter
+from lit_llama.compose import load_adapted
+from lit_llama.generation import Sampling, instruct
+from lit_llama.prompts import get_prompt_style
+from lit_llama.tokenizer import Tokenizer
+from microworld.world import UNSEEN, World
+
+PYTHON = os.environ.get("VLLM_PYTHON")
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no Python with vLLM")
+
+BASE, ADAPTER = Path("checkpoints/microworld"), Path("aligner_weights/microworld-pirate-n1")
+QUESTIONS, MAX_NEW_TOKENS = 40, 40
+PROGRAM = """
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    folder, prompts, answers, max_tokens = sys.argv[1:]
+    model = LLM(folder, dtype="float32", max_model_len=256, enforce_eager=True)
+    outputs = model.generate(json.load(open(prompts)), SamplingParams(temperature=0, max_tokens=int(max_tokens)))
+    json.dump([[o.prompt_token_ids, o.outputs[0].text] for o in outputs], open(answers, "w"))
+"""
+
+
+def pad_heads(folder: Path, head_dim: int = 32) -> None:
+    """Give the heads of a merged folder more dimensions, which are zero: vLLM's CPU attention takes 32, 64, ..."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    n_head, before = config["num_attention_heads"], config["head_dim"]
+    # the rotary frequencies theta ** (-2i / head_dim) stay, as does the scale of the scores, 1 / sqrt(head_dim)
+    theta = config["rope_theta"] ** (head_dim / before)
+    path.write_text(json.dumps({**config, "head_dim": head_dim, "rope_theta": theta}))
+
+    def pad(rows: torch.Tensor) -> torch.Tensor:  # (n_head * before, ...) to (n_head * head_dim, ...)
+        halves = rows.unflatten(0, (n_head, 2, before // 2))  # of rotary pairs
+        padded = halves.new_zeros(n_head, 2, head_dim // 2, *halves.shape[3:])
+        padded[:, :, : before // 2] = halves
+        return padded.flatten(0, 2)
+
+    state = load_file(folder / "model.safetensors")
+    for name, t in state.items():
+        if "q_proj" in name:
+            state[name] = pad(t.float() * (head_dim / before) ** 0.5)
+        elif "k_proj" in name or "v_proj" in name:
+            state[name] = pad(t)
+        elif name.endswith("o_proj.weight"):
+            state[name] = pad(t.T).T.contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_token_ids_and_greedy_answers_are_equal(tmp_path):
+    tokenizer, style = Tokenizer(BASE), get_prompt_style("alpaca")
+    questions = [question.text for question in World().questions(UNSEEN)[:QUESTIONS]]
+    prompts = [style.render(question) for question in questions]
+    merge = [
+        "scripts/merge_aligner.py",
+        "--checkpoint_dir",
+        BASE,
+        "--adapter",
+        ADAPTER,
+        "--output_dir",
+        tmp_path / "hf",
+    ]
+    subprocess.run([sys.executable, *merge], check=True, capture_output=True)
+    pad_heads(tmp_path / "hf")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    command = [PYTHON, "program.py", "hf", "prompts.json", "answers.json", str(MAX_NEW_TOKENS)]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **settings})
+    theirs = json.loads((tmp_path / "answers.json").read_text())
+    assert [ids for ids, _ in theirs] == [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+
+    model = load_adapted(BASE, [read_adapter(ADAPTER)], (1.0,))
+    ours = instruct(model, tokenizer, questions, style, Sampling(MAX_NEW_TOKENS))
+    assert [answer.strip() for _, answer in theirs] == ours
+    assert sum(answer.startswith("Arr") for answer in ours) > 0.9 * QUESTIONS
