@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error, hide_interrupts
-from lit_llama.settings import Setting, check_config, describe, metavar
+from lit_llama.settings import Setting, check_config, check_environment, describe, metavar
 from lit_llama.threads import wait_passively
 from lit_llama.utils import UserError, check_text, log
 
@@ -39,6 +39,7 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
 
     A wrong command line ends the process with one line and exit code 2, a value out of range with exit code 1.
     """
+    check_environment()
     parser, settings = make_parser(settings_class), {setting.name: setting for setting in describe(settings_class)}
     args = [check_text(arg, "The command line") for arg in (sys.argv[1:] if args is None else args)]
     flags = [f"--{name}" for name in (*settings, "config", "print_config", "help")]

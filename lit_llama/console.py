@@ -146,7 +146,8 @@ def exit_on_user_error() -> Iterator[None]:
                 raise
             sys.stdout.flush()
         except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run meet the same mistake
+            rank = os.environ.get("LOCAL_RANK", "0")
+            if rank == "0" or not rank.isdecimal():  # all processes of a run meet the same mistake
                 last_words(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:

@@ -11,6 +11,7 @@ The type of a number names its range, which is checked when the settings are con
 import inspect
 import io
 import math
+import os
 import tokenize
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -61,6 +62,21 @@ PositiveShare = Annotated[float, Range(above=0, most=1)]
 OpenShare = Annotated[float, Range(above=0, below=1)]
 
 Quantize = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]  # dq: the scales are quantized too
+
+# set by launchers (torchrun, srun, jsrun, Lightning) to number the processes of a run; libraries read them on import
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
+         "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "JSM_NAMESPACE_RANK")  # fmt: skip
+
+
+def check_environment() -> None:
+    """Check the environment variables that number the processes of a run.
+
+    Raises:
+        UserError: One is not a number.
+    """
+    for name in RANKS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"The environment variable {name} is {os.environ[name]!r}, not a number; unset it.")
 
 
 class Checked:

@@ -291,6 +291,13 @@ def test_of_several_processes_one_speaks(settings_class, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_a_rank_that_is_no_number_is_one_line(settings_class, monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "abc")
+    assert run(settings_class, print, monkeypatch) == 1
+    assert capsys.readouterr() == ("", f"error: The environment variable {name} is 'abc', not a number; unset it.\n")
+
+
 def test_ctrl_c_is_no_traceback(settings_class, monkeypatch, capsys):
     assert run(settings_class, raising(KeyboardInterrupt()), monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -161,6 +161,14 @@ def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy, sentence)
         make_fabric(Settings(out_dir=tmp_path, strategy=strategy, devices=2))
 
 
+def test_a_launchers_environment_without_all_variables_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with pytest.raises(
+        UserError, match="variables of SLURM or torchrun, but not SLURM_NODEID: start the script with srun"
+    ):
+        make_fabric(Settings(out_dir=tmp_path, devices=2))
+
+
 def test_half_precision_without_loss_scaling_is_refused(tmp_path):
     with pytest.raises(UserError, match="precision 16-true is not supported; use 32-true, bf16-true, bf16-mixed"):
         make_fabric(Settings(out_dir=tmp_path, precision="16-true"))

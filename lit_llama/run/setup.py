@@ -81,6 +81,11 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         flags["precision"] = "bf16-true" if computes_bf16(accelerator) else "32-true"
     try:
         fabric = Fabric(**{name: value for name, value in flags.items() if name not in given})
+    except KeyError as error:
+        raise UserError(
+            f"The environment has some variables of SLURM or torchrun, but not {error.args[0]}: start the script with "
+            "srun or torchrun, or unset these variables."
+        ) from None
     except Exception as error:  # of many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
     check_fabric(fabric, strategy, isinstance(settings, FinetuneSettings))
