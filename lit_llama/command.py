@@ -6,6 +6,7 @@ aligner finetune --help     is     python finetune/aligner.py --help
 import ast
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -33,7 +34,9 @@ def main() -> None:
     if not ROOT.joinpath("finetune").is_dir():
         sys.exit("error: The aligner command needs the repository; run pip install -e . in a clone.")
     if name not in available():
-        sys.exit(f"error: There is no command {name}; choose one of {', '.join(available())}.")
+        near = get_close_matches(name, available(), 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(available())}."
+        sys.exit(f"error: There is no command {name}{hint}")
     os.execv(sys.executable, [sys.executable, str(ROOT / COMMANDS[name]), *arguments])
 
 

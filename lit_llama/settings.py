@@ -179,8 +179,12 @@ def check_config(path: Path, settings: dict[str, Setting]) -> None:
     """Check a YAML file of settings before jsonargparse reads it, which then checks the types of single values.
 
     Raises:
-        UserError: It is no mapping, names an unknown setting, or holds no list where several values belong.
+        UserError: There is no such file, it is no mapping, names an unknown setting, or holds no list where several
+            values belong.
     """
+    if not os.path.lexists(path) and path.parent.is_dir():
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.y*ml")])
+        raise UserError(f"There is no settings file at {path}{near}")
     for name, value in read_yaml(path).items():
         if name not in settings:
             raise UserError(f"There is no setting {name!r}{did_you_mean(str(name), settings)}")

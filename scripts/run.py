@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -80,26 +81,30 @@ def cpu_build() -> str:
     return next(line for line in lines if line.startswith("torch==")) + "+cpu"
 
 
-def scripts() -> str:
-    """Return a list of all scripts with the first sentence of each."""
+def scripts() -> dict[str, Path]:
+    """Return all scripts by their path in the repository."""
+    found = {}
+    for room in ("finetune", "generate", "scripts", "evaluate", "microworld", "studies", "benchmarks"):
+        for path in sorted((ROOT / room).glob("*.py")):
+            if not path.samefile(__file__) and "\n    cli.run(main" in path.read_text(encoding="utf-8"):
+                found[f"{room}/{path.name}"] = path
+    return found
+
+
+def overview() -> str:
+    """Return the usage, and a list of all scripts with the first sentence of each."""
     sys.path.append(str(ROOT))
     from lit_llama.command import first_sentence
 
-    lines = []
-    for room in ("finetune", "generate", "scripts", "evaluate", "microworld", "studies", "benchmarks"):
-        for path in sorted((ROOT / room).glob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            if path.samefile(__file__) or "\n    cli.run(main" not in text:
-                continue
-            lines.append(f"    {room}/{path.name}\n        {first_sentence(path)}")
-    return "\n".join(lines)
+    lines = [f"    {name}\n        {first_sentence(path)}" for name, path in scripts().items()]
+    return "\n".join([f"{__doc__}\nScripts:\n", *lines])
 
 
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
         stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(f"{__doc__}\nScripts:\n\n{scripts()}")
+        print(overview())
         sys.exit(0 if len(sys.argv) > 1 else 2)
     cpu = sys.argv[1] == "--cpu"
     what, *arguments = sys.argv[1 + cpu :] or ["demo"]
@@ -111,7 +116,8 @@ def main() -> None:
     elif (ROOT / what).is_file():
         command = [what, *arguments]
     else:
-        stop(f"There is no script {what}; try demo, test, or a path like generate/aligner.py.")
+        near = get_close_matches(what, ["demo", "test", *scripts()], 1)
+        stop(f"There is no script {what}; {f'did you mean {near[0]}?' if near else '--help lists all.'}")
     install(requirements, cpu)
     sys.exit(subprocess.run([str(PYTHON), *command], cwd=ROOT).returncode)
 

@@ -247,6 +247,7 @@ def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
         (["--limit", "1.5"], "--limit: expected INT, got '1.5'"),
         (["--rate", "9" * 400], "int too large to convert to float"),
         (["--config", "/nowhere.yaml"], "There is no settings file at /nowhere.yaml."),
+        (["--config", "{yaml}x"], "There is no settings file at {yaml}x; did you mean wrong.yaml?"),
         (["--config", "{yaml}"], "There is no setting 'rat_e'; did you mean rate?"),
     ],
 )
@@ -254,6 +255,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(settings_class, tmp_pa
     (tmp_path / "wrong.yaml").write_text("rat_e: 1\n")
     with pytest.raises(SystemExit) as stopped:
         parse(settings_class, [a.replace("{yaml}", str(tmp_path / "wrong.yaml")) for a in arguments])
+    sentence = sentence.replace("{yaml}", str(tmp_path / "wrong.yaml"))
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", f"error: {sentence} (see python tools/tool.py --help)\n")
 

@@ -33,9 +33,17 @@ def test_a_command_passes_its_arguments_on(tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("error: ") and "none.safetensors" in result.stderr
 
 
-def test_an_unknown_command_is_refused_with_the_others():
+def test_an_unknown_command_is_refused_with_a_near_one_or_all():
     result = run("-m", "lit_llama.command", "fintune")
-    assert result.returncode == 1 and "fintune" in result.stderr and "finetune" in result.stderr
+    assert (result.returncode, result.stderr) == (1, "error: There is no command fintune; did you mean finetune?\n")
+    result = run("-m", "lit_llama.command", "xyz")
+    assert result.returncode == 1 and "choose one of demo, finetune, dpo" in result.stderr
+
+
+def test_run_py_suggests_a_near_script():
+    result = run("scripts/run.py", "generate/alinger.py")
+    sentence = "error: There is no script generate/alinger.py; did you mean generate/aligner.py?\n"
+    assert (result.returncode, result.stderr) == (1, sentence)
 
 
 def test_run_py_lists_every_script_with_its_first_sentence():
