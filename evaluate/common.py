@@ -29,7 +29,7 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
-from lit_llama.storage.files import claim, unwritable, write_text
+from lit_llama.storage.files import LOCK, claim, locked, unwritable, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -180,22 +180,30 @@ class Results:
         overwrite: replace the results of other settings. Other files in the folder are never touched.
 
     Raises:
-        UserError: the folder has results of other settings, or files of these names that are not an evaluation's.
+        UserError: the folder has results of other settings, or files of these names that are not an evaluation's, or
+            another process writes into it.
     """
 
     def __init__(self, output_dir: Path, made_by: dict[str, Any], overwrite: bool = False) -> None:
         self.output_dir = Path(output_dir)
         self.made_by = json.loads(json.dumps(made_by, default=str))
         self.overwrite = overwrite
-        self.file = JsonLines(self.output_dir / ANSWERS)
-        if any("made_by" not in record or "id" not in record for record in self.file.records):
-            raise UserError(f"{self.file.path} was not written by an evaluation; choose another --output_dir.")
-        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE), adopt=bool(self.file.records))
+        self.file = self._read()
+        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE, LOCK), adopt=bool(self.file.records))
+        self._lock = locked(self.output_dir / LOCK)  # held until this object or the process ends
+        self._lock.__enter__()
+        self.file = self._read()  # the process that had the lock may have written
         for record in self.file.records:
             if differing := self._differing(record["made_by"]):
                 self._replace(differing)
                 break
         self.by_id = {record["id"]: record for record in self.file.records}
+
+    def _read(self) -> JsonLines:
+        file = JsonLines(self.output_dir / ANSWERS)
+        if any("made_by" not in record or "id" not in record for record in file.records):
+            raise UserError(f"{file.path} was not written by an evaluation; choose another --output_dir.")
+        return file
 
     def _differing(self, made_by: dict[str, Any]) -> str:
         """Describe the first setting that differs from a record's; empty if none does."""

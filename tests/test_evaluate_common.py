@@ -80,6 +80,15 @@ def test_results_of_other_settings_are_kept(evaluated, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
+    first = common.Results(tmp_path, {})
+    with pytest.raises(UserError, match=r"Another process is writing into .*; wait until it ends, or choose another"):
+        common.Results(tmp_path, {})
+    first.add({"id": 1, "prompt": "the cat"})
+    del first
+    assert common.Results(tmp_path, {}).by_id.keys() == {1}
+
+
 def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
     path = tmp_path / common.ANSWERS
     path.write_text('{"answer": "mine"}\n')
@@ -149,6 +158,7 @@ def test_a_record_without_a_field_is_no_answer(tmp_path):
     results = common.Results(tmp_path, {"model": "m"})
     complete = {"answer": "a", "tokens": 1, "ended": True, "seconds": 0.1}
     results.add({"id": 1, "prompt": "p", **complete}, {"id": 2, "prompt": "q", "answer": "a"})
+    del results
     again = common.Results(tmp_path, {"model": "m"})
     assert again.answered({1: "p", 2: "q"}) == {1, 2}
     assert again.answered({1: "p", 2: "q"}, common.ANSWER_FIELDS) == {1}

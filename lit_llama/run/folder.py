@@ -39,7 +39,7 @@ from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import best_of, damaged, read_saved_state
 from lit_llama.run.train_settings import TrainSettings
-from lit_llama.storage.files import atomic_write, check_claim, claim, locked, unwritable, write_text
+from lit_llama.storage.files import LOCK, atomic_write, check_claim, claim, locked, unwritable, write_text
 from lit_llama.storage.manifest import OUTPUTS, read_manifest
 from lit_llama.storage.schema import parse_json
 from lit_llama.utils import UserError, log
@@ -47,7 +47,6 @@ from lit_llama.utils import UserError, log
 # in the order in which --overwrite deletes them: until state.pt is gone, --resume restores what was before it
 FILES = ("loss.png", "metrics.png", "summary.json", "best.safetensors", "last.safetensors", "state.pt", "metrics.csv",
          "samples.jsonl")  # fmt: skip
-LOCK = ".aligner-lock"
 NAMES = (*FILES, "config.yaml", "environment.json", LOCK)
 
 

@@ -24,6 +24,7 @@ from lit_llama.storage.manifest import FORMAT, MANIFEST, OUTPUTS, find_strangers
 from lit_llama.storage.staging import TEMPORARY, settle, staged, synchronize
 from lit_llama.utils import UserError, log
 
+LOCK = ".aligner-lock"  # in folders that programs keep writing to, for `locked`
 NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
 
