@@ -355,6 +355,8 @@ async def settle(server: Server) -> tuple[float, int]:
 def main(settings: Settings) -> None:
     if find_spec("httpx") is None:
         raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)  # as the server's
     parts = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
     b.publish(
         settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")
