@@ -160,6 +160,8 @@ class Ours(Worker):
         torch.manual_seed(0)
         with self.device:
             model = aligner.LLaMA(aligner.LLaMAConfig(**config, **_aligned(n))) if n else LLaMA(LLaMAConfig(**config))
+        # as trained ones; PyTorch's embeddings give probabilities below 1e-38, which CPUs compute slowly
+        torch.nn.init.normal_(model.transformer.wte.weight, std=0.02)
         self._train(model.to(self.dtype))
         return {}
 
