@@ -280,7 +280,7 @@ def test_a_merged_model_can_be_packed_and_answers_the_same_again(dtype, proj_bia
     exact, _ = merged_and_aligned(torch.float64, **sizes)
     idx, prompts = toys.token_ids(2, 12), toys.prompts(3, 9)
     expected = generate(plain, prompts, Sampling(8))
-    packed = pack_(plain, lambda weights: [True] * len(weights))
+    packed = pack_(plain, lambda weights: True)
     for _ in range(2):
         assert generate(packed, prompts, Sampling(8)) == expected
     error = (packed(idx).double() - exact(idx)).square().mean() / exact(idx).square().mean()
@@ -291,7 +291,7 @@ def test_an_aligner_generates_on_a_packed_base_with_an_output_bias(monkeypatch):
     monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
     network, prompts = toys.aligned(1, proj_bias=True), toys.prompts(3, 9)
     expected = generate(network, prompts, Sampling(8))
-    pack_(network, lambda weights: [True] * len(weights))
+    pack_(network, lambda weights: True)
     for _ in range(2):
         assert generate(network, prompts, Sampling(8)) == expected
 
