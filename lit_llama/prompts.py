@@ -168,6 +168,15 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
 }
 
 
+def instruction_of(prompt: str) -> str:
+    """Return the instruction of a prompt, to be shown; the prompt itself if it is in none of `PROMPT_STYLES`."""
+    for style in PROMPT_STYLES.values():
+        before, after = (part.strip() for part in style.template.split("{instruction}"))
+        if after and prompt.startswith(before) and prompt.rstrip().endswith(after):
+            return prompt.rstrip()[len(before) : -len(after)].strip()
+    return prompt
+
+
 def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> PromptStyle:
     """Return the prompt style of a name.
 

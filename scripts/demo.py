@@ -59,7 +59,8 @@ def step(title: str, script: str, **flags: object) -> None:
 
 
 def _words(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    return [] if value is True else words  # a flag alone is true
 
 
 def score(settings: Settings, title: str, name: str, **flags: object) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from lit_llama.prompts import PROMPT_STYLES, get_prompt_style
+from lit_llama.prompts import PROMPT_STYLES, get_prompt_style, instruction_of
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -125,3 +125,10 @@ def test_a_tokenizer_with_a_changed_byte_is_a_mistake(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="is not a SentencePiece model"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPT_STYLES if name != "plain"])
+def test_the_instruction_of_a_prompt_is_found_to_be_shown(name):
+    prompt = PROMPT_STYLES[name].render("Where is the cat?")
+    assert instruction_of(prompt) == instruction_of(prompt.strip()) == "Where is the cat?"
+    assert instruction_of("Where is the cat?") == "Where is the cat?"

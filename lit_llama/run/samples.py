@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
+from lit_llama.prompts import instruction_of
 from lit_llama.storage.schema import field, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -35,8 +36,8 @@ def answer_samples(
 
 
 def summarize(record: Record) -> str:
-    """Return one line: the end of the prompt and the beginning of the answer."""
-    prompt, answer = _on_one_line(record["prompt"]), _on_one_line(record["answer"])
+    """Return one line: the end of the instruction and the beginning of the answer."""
+    prompt, answer = _on_one_line(instruction_of(record["prompt"])), _on_one_line(record["answer"])
     prompt = prompt if len(prompt) <= 50 else "…" + prompt[-50:]
     answer = answer if len(answer) <= 90 else answer[:90] + "…"
     return f"  {prompt} -> {answer}"
@@ -75,7 +76,7 @@ def compare_samples(samples: Path) -> str:
     first = {record["prompt"]: record for record in reversed(records)}
     last_step = max((record["step"] for record in records), default=0)
     return "".join(
-        f"\n> {r['prompt']}\nbefore: {first[r['prompt']]['answer']}\nafter:  {r['answer']}\n"
+        f"\n> {instruction_of(r['prompt'])}\nbefore: {first[r['prompt']]['answer']}\nafter:  {r['answer']}\n"
         for r in records
         if r["step"] == last_step
     )
