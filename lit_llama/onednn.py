@@ -27,7 +27,7 @@ PRIVATE_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_
 
 ROWS = (1, 8)  # of the measured products: the tokens of one prompt, and of a batch
 MIN_GAIN = 1.1  # a model is packed if products are faster by this factor, as the geometric mean over ROWS,
-MAX_LOSS = 1.05  # and for no number of rows slower by this one: two measurements of the same differ by as much
+MAX_LOSS = 1.1  # and for no number of rows slower by this one; two measurements of the same differ by as much
 MIN_WEIGHTS = 2**23  # of a model's linear layers; smaller models stay plain without a measurement
 SAMPLE_BYTES = 2**25  # of the measured weights; each is read again after all others, so that caches miss
 PASSES = 6  # over all of them; the first does not count
