@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,20 @@ def test_threads_wait_passively_unless_the_environment_says_otherwise(given, exp
     assert done.stdout == expected + "\n", done.stderr
 
 
-@pytest.mark.parametrize("n_threads, load, noted", [(1, 9.0, False), (4, 0.2, False), (4, 2.1, True), (2, 2.0, False)])
-def test_a_busy_machine_is_noted(n_threads, load, noted, monkeypatch, capsys):
+@pytest.mark.parametrize("n_threads, busy, noted", [(1, 9.0, False), (4, 0.2, False), (4, 2.1, True), (2, 2.0, False),
+                                                     (4, None, False)])  # fmt: skip
+def test_a_busy_machine_is_noted(n_threads, busy, noted, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load), raising=False)
+    monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     threads.note_if_busy(n_threads)
     assert ("4 threads for 4 cores, of which other programs use 2.1" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="needs Linux")
+def test_a_program_that_runs_is_counted():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
+        try:
+            time.sleep(0.3)
+            assert threads.busy_cores() >= 0.2  # it may share a core with this process
+        finally:
+            program.kill()
