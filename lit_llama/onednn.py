@@ -105,7 +105,7 @@ def gains_from_packing(weights: Sequence[Tensor]) -> bool:
 
 
 def gains(plain: Times, packed: Times) -> bool:
-    """Return whether packed products are enough faster on average, and for no number of rows slower."""
+    """Return whether packed products are enough faster on average, and for no number of rows much slower."""
     if not all(times > 0 for times in packed):
         return False
     ratios = [p / q for p, q in zip(plain, packed, strict=True)]
