@@ -204,9 +204,9 @@ class LLaMA(llama.LLaMA):
             keys, values = self._project(list(place), prefixes)
             used = [(place[name], strength, row) for row, terms in enumerate(sums) for name, strength in terms
                     if name in place]  # fmt: skip
-            which, strengths, rows = (torch.tensor(column) for column in zip(*used, strict=True))
-            in_order = rows.tolist() == list(range(len(sums)))
-            gates = (strengths[:, None, None] * gates.cpu()[which]).to(device)  # (n, layers, nh)
+            in_order = [row for _, _, row in used] == list(range(len(sums)))
+            which, strengths, rows = (torch.tensor(column, device=gates.device) for column in zip(*used, strict=True))
+            gates = (strengths[:, None, None] * gates[which]).to(device)  # (n, layers, nh)
             which, rows = which.to(device), None if in_order else rows.to(device)
             for i, layer_gates in enumerate(gates.unbind(1)):
                 k, v = gated_kv(keys[i][which], values[i][which], layer_gates[:, :, None, None])  # (n, nh, N, hs)

@@ -256,15 +256,19 @@ def test_an_adapter_of_another_method_scales(start, run_script, tmp_path, base_d
     assert chat.end() == 0
 
 
-def test_ctrl_c_twice_interrupts(monkeypatch):
+def test_ctrl_c_twice_interrupts():
     from generate.interactive import stopped_by_ctrl_c
 
-    with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c() as is_stopped:
-        assert not is_stopped()
-        signal.raise_signal(signal.SIGINT)
-        assert is_stopped()
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c() as is_stopped:
+            assert not is_stopped()
+            signal.raise_signal(signal.SIGINT)
+            assert is_stopped()
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_piped_lines_are_answered_one_by_one():
