@@ -86,7 +86,7 @@ def measure(settings: Settings) -> dict[int, dict[str, list[float]]]:
     """Return the seconds of training steps: busy programs -> policy -> one value per round."""
     spec = {"kind": "ours", "n": 1, "weights": None, "device": CPU, "dtype": torch.float32}
     batch = [(settings.rows, settings.length, settings.length // 2)]
-    found = {}
+    seconds = {}
     with ExitStack() as stack:
         contestants = {}
         for name, variables in POLICIES.items():
@@ -97,21 +97,23 @@ def measure(settings: Settings) -> dict[int, dict[str, list[float]]]:
         for count in settings.busy:
             with busy_programs(count):
                 _, steps = b.take_turns(contestants, settings.rounds, [])
-            found[count] = {name: [sum(step["seconds"].values()) for step in own] for name, own in steps.items()}
-    return found
+            seconds[count] = {name: [sum(step["seconds"].values()) for step in taken] for name, taken in steps.items()}
+    return seconds
 
 
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    found = measure(settings)
-    names = {count: f"beside {count} busy" if count else "idle" for count in found}
-    rows = [[name, *(with_interval([1000 * s for s in found[count][name]]) for count in found)] for name in POLICIES]
+    seconds = measure(settings)
+    names = {count: f"beside {count} busy" if count else "idle" for count in seconds}
+    rows = [
+        [name, *(with_interval([1000 * s for s in times[name]]) for times in seconds.values())] for name in POLICIES
+    ]
     ratios = [
-        [f"time, {name} over {ASLEEP}, {names[count]}", "", *compare(own[name], own[ASLEEP])]
+        [f"time, {name} over {ASLEEP}, {names[count]}", "", *compare(times[name], times[ASLEEP])]
         for name in POLICIES
         if name != ASLEEP
-        for count, own in found.items()
+        for count, times in seconds.items()
     ]
     title = f"A training step of {settings.rows} × {settings.length} tokens, {settings.size}, N = 1, fp32"
     table = markdown_table(["threads that wait are", *(f"ms, {name}" for name in names.values())], rows)

@@ -27,10 +27,10 @@ PRIVATE_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_
 
 ROWS = (1, 8)  # of the measured products: the tokens of one prompt, and of a batch
 MIN_GAIN = 1.1  # a model is packed if products are faster by this factor, as the geometric mean over ROWS,
-MAX_LOSS = 1.1  # and for no number of rows slower by this one; two measurements of the same differ by as much
+MAX_LOSS = 1.05  # and for no number of rows slower by this one, by which measurements of equal products differ
 MIN_WEIGHTS = 2**23  # of a model's linear layers; smaller models stay plain without a measurement
 SAMPLE_BYTES = 2**25  # of the measured weights; each is read again after all others, so that caches miss
-PASSES = 6  # over all of them; the first does not count
+PASSES = 12  # over all of them; the first does not count
 
 Times = tuple[float, ...]  # seconds of products with each number of ROWS
 
@@ -105,7 +105,7 @@ def gains_from_packing(weights: Sequence[Tensor]) -> bool:
 
 
 def gains(plain: Times, packed: Times) -> bool:
-    """Return whether packed products are enough faster on average, and for no number of rows much slower."""
+    """Return whether packed products are enough faster on average, and for no number of rows slower."""
     if not all(times > 0 for times in packed):
         return False
     ratios = [p / q for p, q in zip(plain, packed, strict=True)]

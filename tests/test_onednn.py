@@ -116,8 +116,8 @@ PLAIN = (1.0, 2.0)  # seconds with one row and with eight
     [
         (PLAIN, False),
         ((0.95, 1.9), False),  # too little
-        ((1.12, 0.2), False),  # slower with one row
-        ((0.5, 2.3), False),  # slower with eight
+        ((1.1, 0.2), False),  # slower with one row
+        ((0.5, 2.2), False),  # slower with eight
         ((1.0, 1.6), True),
         ((0.8, 2.0), True),
         ((0.5, 0.5), True),

@@ -33,7 +33,16 @@ def test_a_busy_machine_is_noted(n_threads, busy, noted, monkeypatch, capsys):
     assert ("4 threads for 4 cores, of which other programs use 2.1" in capsys.readouterr().err) == noted
 
 
-@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="needs Linux")
+@pytest.mark.parametrize("text, busy", [("9.81 9.60 9.20 3/420 77\n", 2.0), ("0.00 0.00 0.00 1/9 77\n", 0.0),
+                                        ("0.00 0.00\n", None), ("a b c d\n", None), (None, None)])  # fmt: skip
+def test_running_programs_are_read_from_the_fourth_field(text, busy, tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "LOAD_AVERAGES", tmp_path / "loadavg")
+    if text is not None:
+        threads.LOAD_AVERAGES.write_text(text)
+    assert threads.busy_cores() == busy
+
+
+@pytest.mark.skipif(not threads.LOAD_AVERAGES.exists(), reason="needs Linux")
 def test_a_program_that_runs_is_counted():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
         try:
