@@ -1,11 +1,14 @@
 """Write prepared datasets: tokenize rows, split them, and save a folder that `lit_llama.data` reads."""
 
+import functools
 import hashlib
 import json
 import os
 import re
 import signal
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,17 +260,55 @@ def _check_prompts(prompts: Sequence[Hashable]) -> None:
         raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
 
 
+SECONDS_TO_END = 0.2  # which a worker has after SIGTERM
+
+_signals_to_first_process = threading.Event()
+
+
+@contextmanager
+def signals_to_first_process() -> Iterator[None]:
+    """Let processes that are forked in this context leave Ctrl-C and SIGTERM to this one, which ends them.
+
+    A pool waits forever for a lock if a worker dies that holds it. So workers ignore SIGINT from the start, and SIGTERM
+    ends them after `SECONDS_TO_END`, in which the pool takes the lock.
+    """
+    if hasattr(os, "register_at_fork"):
+        _register_fork_hooks()
+    _signals_to_first_process.set()
+    try:
+        yield
+    finally:
+        _signals_to_first_process.clear()
+
+
+@functools.cache  # hooks cannot be removed
+def _register_fork_hooks() -> None:
+    """Change the signal handlers of a new process before any signal reaches it."""
+    both, masks = {signal.SIGINT, signal.SIGTERM}, threading.local()
+
+    def block() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def in_child() -> None:
+        if _signals_to_first_process.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_END))
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
+
+
 def _tokenize(
     texts: list[tuple[str, ...]], encode: Callable[..., dict[str, Any]], key: list, num_proc: int, cache_dir: Path
 ) -> Dataset:
     """Return `encode(*texts)` of every row; results are cached under the hash of `key`."""
 
     def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
-        if os.getpid() != first_process:  # which ends the others on Ctrl-C
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if parents.setdefault(os.getpid(), os.getppid()) != os.getppid():  # it was killed
-                os._exit(1)
+        if os.getpid() != first_process and parents.setdefault(os.getpid(), os.getppid()) != os.getppid():
+            os._exit(1)  # the first process was killed
         columns = (map(kind, batch[name]) for name, kind in zip(names, kinds, strict=True))  # Arrow knows only str
         rows = [encode(*row) for row in zip(*columns, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
@@ -275,15 +316,16 @@ def _tokenize(
     def fill(folder: Path) -> None:
         enable_progress_bars()
         try:
-            dataset.map(
-                encode_batch,
-                batched=True,
-                remove_columns=names,
-                num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
-                cache_file_name=str(folder / "rows.arrow"),
-                new_fingerprint=digest,
-                desc="Tokenizing",
-            )
+            with signals_to_first_process():
+                dataset.map(
+                    encode_batch,
+                    batched=True,
+                    remove_columns=names,
+                    num_proc=num_proc if len(dataset) >= 1000 * num_proc > 1000 else None,
+                    cache_file_name=str(folder / "rows.arrow"),
+                    new_fingerprint=digest,
+                    desc="Tokenizing",
+                )
         except Exception as error:
             if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # the others did not end in time
                 raise error.__context__ from None

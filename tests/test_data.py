@@ -1,5 +1,6 @@
 """Reading rows, preparing folders, batches and epochs."""
 
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData
-from lit_llama.epochs import plan_epoch
+from lit_llama.epochs import plan_epoch, plan_random_epoch
 from lit_llama.prepare import held_out_by_hash, prepare_sft
 from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.prompts import get_prompt_style
@@ -378,34 +379,46 @@ def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
 
 
 @given(
+    plan=st.sampled_from([plan_epoch, plan_random_epoch]),
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
     micro=st.integers(1, 5),
     accumulate=st.integers(1, 4),
     seed=st.integers(0, 99),
     epoch=st.integers(0, 5),
 )
-def test_an_epoch_is_every_row_once(lengths, micro, accumulate, seed, epoch):
+def test_an_epoch_is_every_row_once(plan, lengths, micro, accumulate, seed, epoch):
     lengths, batch = np.array(lengths), micro * accumulate
     before, state = lengths.copy(), np.random.get_state()[1].copy()
-    steps = plan_epoch(lengths, batch, micro, seed, epoch)
+    steps = plan(lengths, batch, micro, seed, epoch)
     assert sorted(int(row) for step in steps for m in step for row in m) == list(range(len(lengths)))
     assert len(steps) == -(-len(lengths) // batch)
     for step in steps[:-1]:
         assert [len(m) for m in step] == [micro] * accumulate
     assert all(1 <= len(m) <= micro for m in steps[-1]) and len(steps[-1]) <= accumulate
-    again = plan_epoch(lengths, batch, micro, seed, epoch)
+    again = plan(lengths, batch, micro, seed, epoch)
     assert [[m.tolist() for m in step] for step in steps] == [[m.tolist() for m in step] for step in again]
     assert np.array_equal(lengths, before) and np.array_equal(state, np.random.get_state()[1])
 
 
-def test_epochs_and_seeds_differ():
+@pytest.mark.parametrize("plan", [plan_epoch, plan_random_epoch])
+def test_epochs_and_seeds_differ(plan):
     lengths = np.arange(200) % 37 + 1
     orders = {
-        str([m.tolist() for step in plan_epoch(lengths, 16, 4, seed, epoch) for m in step])
+        str([m.tolist() for step in plan(lengths, 16, 4, seed, epoch) for m in step])
         for seed in (0, 1)
         for epoch in (0, 1)
     }
     assert len(orders) == 4
+
+
+def test_the_steps_of_rl_have_prompts_of_both_lengths():
+    """With 200 short and 200 long prompts, a step of 16 has one kind with a probability of 2 ** -15."""
+    lengths = np.repeat([10, 30], 200)
+    for step in plan_random_epoch(lengths, 16, 4, seed=0, epoch=0):
+        assert set(lengths[np.concatenate(step)]) == {10, 30}
+        assert all((np.diff(lengths[micro]) >= 0).all() for micro in step)  # sorted, so that padding is little
+    plain = [{*lengths[np.concatenate(step)]} for step in plan_epoch(lengths, 16, 16, seed=0, epoch=0)]
+    assert {10} in plain and {30} in plain
 
 
 def padding_share(lengths: np.ndarray, steps: list[list[np.ndarray]]) -> float:
@@ -455,6 +468,28 @@ def test_a_signal_ends_all_processes_without_a_traceback(number, code, tmp_path,
             time.sleep(0.1)
     assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "base", "err", ".aligner-cache"}
     assert not list(tmp_path.glob(".aligner-cache/.aligner-tmp*"))
+
+
+def test_sigterm_ends_a_pool_with_an_idle_worker(tmp_path, tokenizer_path):
+    """A worker without work holds the lock of the pool's queue; the pool would wait for it forever."""
+    outputs = ["sat"] * 1000 + ["sat " * 30_000] * 1000  # the first worker is done at once
+    rows = [{"instruction": f"the cat {i}", "input": "", "output": output} for i, output in enumerate(outputs)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = f"--data_file rows.json --output_dir out --num_proc 2 --max_seq_length {2**20}".split()
+    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", "--checkpoint_dir", tokenizer_path.parent, *words]
+    with (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=err, start_new_session=True)
+    while b" 1000/" not in (tmp_path / "err").read_bytes():
+        assert process.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        assert process.wait(60) == 143
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_prepare(tmp_path: Path, tokenizer_path: Path, *arguments: str) -> subprocess.CompletedProcess:
