@@ -51,17 +51,17 @@ class Settings(FinetuneSettings):
     length_term: LengthTerm = "answer"  # divide by the tokens of an answer, or by max_new_tokens (Dr. GRPO)
 
     # == Optimization (a step samples once, and is an optimizer step for each of updates_per_batch) ==
-    epochs: PositiveFloat = 1.0  # passes over the prompts, not necessarily a whole number
-    batch_size: PositiveInt = 8  # prompts per step, over all devices
-    micro_batch_size: PositiveInt = 8  # prompts per sampling and forward pass on one device; divides batch_size
-    learning_rate: PositiveFloat = 0.2  # peak learning rate of AdamW
+    epochs: PositiveFloat = 2.0  # passes over the prompts, not necessarily a whole number
+    batch_size: PositiveInt = 16  # prompts per step, over all devices
+    micro_batch_size: PositiveInt = 16  # prompts per sampling and forward pass on one device; divides batch_size
+    learning_rate: PositiveFloat = 0.4  # peak learning rate of AdamW
     warmup_epochs: NonNegativeFloat = 0.0  # length of the linear warmup
-    max_steps: PositiveInt | None = 30  # stop after this many steps even if the epochs are not over
+    max_steps: PositiveInt | None = 80  # stop after this many steps even if the epochs are not over
 
     # == Reporting ==
-    eval_interval: PositiveInt = 15  # steps between validations
+    eval_interval: PositiveInt = 20  # steps between validations
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
-    save_interval: PositiveInt = 15  # steps between saved states, from which --resume continues
+    save_interval: PositiveInt = 20  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # of these prompts, answers to print and to save
     drift_prompts: NonNegativeInt = (
         32  # of these prompts, those for the KL to the start, from sampled answers; 0 for none

@@ -47,6 +47,20 @@ def plan_fixed_epoch(
     return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
 
 
+def plan_random_epoch(
+    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """Return the micro-batches of an epoch like `plan_epoch`, but draw the rows of a step from all rows.
+
+    Prompts of one kind have similar lengths. With rows of similar length a step of RL would see one kind of prompt, and
+    the next step undo it for another.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    steps = np.split(order, range(batch_size, len(order), batch_size))
+    by_length = [step[np.argsort(lengths[step], kind="stable")] for step in steps]
+    return [np.split(step, range(micro_batch_size, len(step), micro_batch_size)) for step in by_length]
+
+
 def plan_validation(lengths: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
     """Return all rows, sorted by length, as micro-batches (row numbers)."""
     order = np.argsort(lengths, kind="stable")

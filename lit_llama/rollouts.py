@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.data import IGNORE_INDEX, PromptData, pad_rows
-from lit_llama.epochs import plan_validation
+from lit_llama.epochs import plan_random_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
 from lit_llama.modules import add_scaled, eval_mode
@@ -159,7 +159,7 @@ class PolicyTrainer(Trainer):
     train: Rollouts
 
     def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, plan=plan_random_epoch, **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
 

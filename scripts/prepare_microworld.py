@@ -2,12 +2,15 @@
 
 The other half is held out, so that `evaluate/microworld.py` can tell a learned form from learned answers. With
 --stage rl the dataset has the questions without answers, and its validation split consists of held-out entities. By
-default these are two-hop questions for checkpoints/microworld-aloud.
+default these are two-hop questions for checkpoints/microworld-aloud, and for training also as many facts, so that the
+model keeps them.
 """
 
 import random
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +28,7 @@ class Settings(PrepareSettings):
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write questions with answers, or prompts for reinforcement learning
     questions: Literal["facts", "two_hop", "mixed"] | None = (
-        None  # two_hop takes two facts to answer, mixed is half of each (default: facts, and two_hop for rl)
+        None  # two_hop takes two facts to answer, mixed is half of each (default: facts, and mixed for rl)
     )
     manner: Literal["direct", "aloud"] = "direct"  # sft: answer two-hop questions at once, or step by step
     form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
@@ -43,7 +46,7 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from microworld.datasets import write_answers, write_prompts
-from microworld.world import SEEN, UNSEEN, VALID, World
+from microworld.world import SEEN, UNSEEN, VALID, Question, World
 
 
 def with_defaults(settings: Settings) -> Settings:
@@ -52,7 +55,7 @@ def with_defaults(settings: Settings) -> Settings:
     Raises:
         UserError: Facts are to be answered step by step.
     """
-    questions = settings.questions or ("two_hop" if settings.stage == "rl" else "facts")
+    questions = settings.questions or ("mixed" if settings.stage == "rl" else "facts")
     two_hop = questions != "facts"
     if questions == "mixed" and settings.stage == "sft":
         raise UserError("--questions mixed needs --stage rl.")
@@ -67,13 +70,43 @@ def with_defaults(settings: Settings) -> Settings:
     )
 
 
+def draw_evenly(questions: list[Question], count: int, rng: random.Random) -> list[Question]:
+    """Return `count` questions, as many about each relation (job, capital, …) as about the others.
+
+    A relation with too few questions has them several times.
+    """
+    by_relation = defaultdict(list)
+    for question in rng.sample(questions, len(questions)):
+        by_relation[relation(question.topic)].append(question)
+    in_turn = cycle(cycle(group) for group in by_relation.values())
+    return [next(group) for group in islice(in_turn, count)]
+
+
+def relation(topic: str) -> str:
+    """Return what a topic says about an entity: "the capital of" for "the capital of Plikovia"."""
+    return topic.rpartition(" ")[0]
+
+
+def facts_to_keep(facts: list[Question], two_hop: list[Question], rng: random.Random) -> list[Question]:
+    """Return as many facts as there are two-hop questions, for prompts that keep a model's other answers right.
+
+    One half is about what the two-hop questions ask for: a model that learns to begin with a person's home country will
+    also do so when it is asked for the capital of a country. The other half is about everything else.
+    """
+    asked_for = {relation(question.steps[-1][0]) for question in two_hop}
+    similar = [question for question in facts if relation(question.topic) in asked_for]
+    others = [question for question in facts if relation(question.topic) not in asked_for]
+    half = len(two_hop) // 2
+    return draw_evenly(similar, half, rng) + draw_evenly(others, len(two_hop) - half, rng)
+
+
 def main(settings: Settings) -> None:
     settings = with_defaults(settings)
     world, two_hop = World(settings.world_seed), settings.questions != "facts"
     ask = world.two_hop if two_hop else world.questions
     train, test = ask(settings.split), ask(UNSEEN if settings.split == SEEN else VALID)
     if settings.questions == "mixed":
-        train = train + random.Random(settings.seed).sample(world.questions(settings.split), len(train))
+        train = train + facts_to_keep(world.questions(settings.split), train, random.Random(settings.seed))
     source = f"micro-world {settings.world_seed}, " + ("two-hop, " if two_hop else "") + f"form {settings.form}"
     if settings.stage == "rl":
         write_prompts(train, test, settings.form, source=source, **settings.options())

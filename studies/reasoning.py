@@ -16,7 +16,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
+from lit_llama.settings import Checked, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from lit_llama.storage.files import claim, write_text
 
 
@@ -27,6 +27,7 @@ class Settings(Checked):
     objectives: tuple[str, ...] = ()  # what it is trained for (default: all)
     tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
     learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best of them
+    extra_rates: NonNegativeInt = 2  # further rates beyond the best, while it is the lowest or the highest
     seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
     sweep_seed: Seed = 0  # the same for the trials that choose the rate
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
@@ -68,7 +69,7 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Record, Trial, choose, read_record, run_trials
+from studies.trials import Record, Trial, at_edge, choose, read_record, run_trials
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -195,18 +196,41 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
     """
     swept, final = [], []
     for number, cell in enumerate(cells, 1):
-        grid = [make_trial(settings, *cell, rate, settings.sweep_seed, "valid") for rate in settings.learning_rates]
-        desc, folder = f"{number} of {len(cells)}, {' '.join(cell)}", settings.out_dir / "runs"
-        tried = run_trials(grid, folder, score, jobs=settings.jobs, desc=desc) if len(grid) > 1 else []
-        swept += tried
+        desc = f"{number} of {len(cells)}, {' '.join(cell)}"
         try:
-            rate = choose(tried, rank)["trial"]["settings"]["learning_rate"] if tried else settings.learning_rates[0]
+            tried, rate = sweep(settings, cell, desc)
         except UserError as error:
             log(f"{' '.join(cell)} is left out: {error}")
             continue
+        swept += tried
         seeds = [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
-        final += run_trials(seeds, folder, score, jobs=settings.jobs, desc=desc)
+        final += run_trials(seeds, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
     return swept, final
+
+
+def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[list[Record], float]:
+    """Return the trials that choose a learning rate, and the rate.
+
+    While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. A single
+    rate is returned without a trial.
+
+    Raises:
+        UserError: All trials failed.
+    """
+    rates, tried = sorted(settings.learning_rates), []
+    if len(rates) == 1:
+        return [], rates[0]
+    wanted = rates
+    while True:
+        grid = [make_trial(settings, *cell, rate, settings.sweep_seed, "valid") for rate in wanted]
+        tried += run_trials(grid, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
+        best = choose(tried, rank)
+        rate = best["trial"]["settings"]["learning_rate"]
+        if not at_edge(best, tried) or len(rates) == len(settings.learning_rates) + settings.extra_rates:
+            return tried, rate
+        beyond = rates[0] ** 2 / rates[1] if rate == rates[0] else rates[-1] ** 2 / rates[-2]
+        wanted = [float(f"{beyond:.3g}")]
+        rates = sorted(rates + wanted)
 
 
 def rank(record: Record) -> float:

@@ -104,8 +104,9 @@ def report(
             ]
     tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
     chosen = (
-        f"The learning rate is the best of {tried} by answers about validation people, seed {settings.sweep_seed}; "
-        "a star marks the lowest and the highest."
+        f"The learning rate is the best of {tried} by answers about validation people, seed {settings.sweep_seed}. "
+        f"While it was the lowest or the highest, a rate beyond it was tried, at most {settings.extra_rates} times; a "
+        "star marks a rate that is still the lowest or the highest."
         if len(settings.learning_rates) > 1
         else f"The learning rate was not chosen; it is {tried}."
     )
@@ -130,6 +131,7 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
         cells = cells_of(rows, task)
         objectives = [*dict.fromkeys(objective for objective, _ in cells)]
         methods = [method for method in labels if any(method == m for _, m in cells)]
+        first = {method: next(objective for objective, m in cells if m == method) for method in methods}
         width = 0.8 / len(methods)
         for j, method in enumerate(methods):
             for i, objective in enumerate(objectives):
@@ -139,7 +141,7 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
                 x = i + (j - (len(methods) - 1) / 2) * width
                 mean, half = interval(100 * row["right"] for row in own)
                 axes.bar(x, mean, 0.9 * width, color=f"C{j}", yerr=None if math.isnan(half) else half, capsize=2,
-                         label=labels[method] if i == 0 else None)  # fmt: skip
+                         label=labels[method] if objective == first[method] else None)  # fmt: skip
                 if task == "two_hop":
                     aloud = 100 * statistics.mean(row["aloud"] for row in own)
                     axes.hlines(aloud, x - 0.45 * width, x + 0.45 * width, color="black", lw=1.5)

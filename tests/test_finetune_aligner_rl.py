@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_validation_is_greedy_and_over_the_whole_split(finished, base_dir, promp
 
 def test_the_reward_rises(settings, tmp_path):
     """A random model learns to write more words."""
-    train(settings(tmp_path / "run", max_steps=20, eval_interval=20, save_interval=20, drift_prompts=0,
+    train(settings(tmp_path / "run", max_steps=40, eval_interval=40, save_interval=40, drift_prompts=0,
                    reward_options='{"words": 6}', learning_rate=0.5, group_size=8))  # fmt: skip
     rewards = [row["train/reward"] for row in read_metrics(tmp_path / "run/metrics.csv").values() if "lr" in row]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05, rewards
@@ -283,7 +284,9 @@ def _sources(folder: Path, split: str) -> list:
     return data.sources(np.arange(len(data)))
 
 
-@pytest.mark.parametrize(("flags", "kind"), [([], "two_hop"), (["--questions", "facts"], "fact")])
+@pytest.mark.parametrize(
+    ("flags", "kind"), [(["--questions", "two_hop"], "two_hop"), (["--questions", "facts"], "fact")]
+)
 def test_microworld_holds_out_entities(run_script, tmp_path, flags, kind):
     code, _, err = run_script("scripts/prepare_microworld.py", "--stage", "rl", "--form", "json", "--output_dir",
                               tmp_path / "out", "--num_proc", 1, *flags)  # fmt: skip
@@ -297,12 +300,15 @@ def test_microworld_holds_out_entities(run_script, tmp_path, flags, kind):
 
 
 def test_microworld_mixes_two_hop_questions_with_facts(run_script, tmp_path):
-    flags = ("--stage", "rl", "--questions", "mixed", "--output_dir", tmp_path / "out", "--num_proc", 1)
-    code, _, err = run_script("scripts/prepare_microworld.py", *flags)
+    code, _, err = run_script("scripts/prepare_microworld.py", "--stage", "rl", "--output_dir", tmp_path / "out",
+                              "--num_proc", 1)  # fmt: skip
     assert code == 0, err
     train, test = (_sources(tmp_path / "out", split) for split in ("train", "test"))
     kinds = [(row["kind"], row["split"]) for row in train]
     assert kinds.count(("two_hop", "seen")) == kinds.count(("fact", "seen")) == len(train) / 2 == 480
+    facts = Counter(row["topic"].rsplit(" ", 1)[0] for row in train if row["kind"] == "fact")
+    assert facts.pop("the capital of") == facts.pop("the language of") == 120  # 60 questions each, twice
+    assert len(facts) == 7 and set(facts.values()) == {34, 35}  # 240 / 7 of each other relation
     assert {(row["kind"], row["split"]) for row in test} == {("two_hop", "unseen")}
 
 

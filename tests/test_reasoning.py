@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import studies.reasoning_report as reporting
 import studies.reasoning_tasks as tasks
 import studies.trials
 from microworld.world import FORMS, TRAIN, UNSEEN, VALID, World
-from studies.trials import prepare_run
+from studies.trials import Trial, prepare_run
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,29 @@ def test_answers_until_the_reward_is_reached():
     record = {"curve": [[0, 1.0], [5, 0.3], [10, 0.1], [15, 0.2]]}
     assert study.answers_until(record, 0.9, 64) == 640
     assert study.answers_until(record, 0.95, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [
+        (0.128, [0.008, 0.032, 0.128, 0.512], 0.128),  # inside: no further rate
+        (0.002, [0.008, 0.032, 0.128, 0.512, 0.002, 0.0005], 0.002),
+        (0.0001, [0.008, 0.032, 0.128, 0.512, 0.002, 0.0005], 0.0005),  # still at the edge after two more
+        (2.05, [0.008, 0.032, 0.128, 0.512, 2.05, 8.21], 2.05),
+    ],
+)
+def test_the_sweep_goes_on_beyond_the_edge(monkeypatch, best, tried, chosen):
+    """The scores fall with the distance from a best rate."""
+
+    def results(trials, *args, **kwargs):
+        scores = [-abs(math.log(trial.settings["learning_rate"] / best)) for trial in trials]
+        return [{"trial": {"settings": trial.settings}, "scores": {"right": score, "other_facts": 0},
+                 "summary": {"last_val_loss": 0}} for trial, score in zip(trials, scores, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(study, "make_trial", lambda settings, *cell: Trial("", None, {"learning_rate": cell[3]}))
+    monkeypatch.setattr(study, "run_trials", results)
+    records, rate = study.sweep(study.Settings(), ("two_hop", "rl", "lora"), "")
+    assert [record["trial"]["settings"]["learning_rate"] for record in records] == tried and rate == chosen
 
 
 # == the whole ==
