@@ -128,6 +128,7 @@ def main(settings: Settings) -> None:
         seed=settings.seed,
         divide_by_std=settings.divide_by_std,
         length_term=settings.length_term,
+        keep_equal=settings.kl_weight > 0,
     )
     setup = set_up_finetuning(settings, train.meta)
     model = setup.unwrapped

@@ -90,14 +90,15 @@ class Rollouts:
         seed: Of sampling.
         divide_by_std: As for `group_advantages`.
         length_term: As for `answer_weights`.
+        keep_equal: Keep groups whose rewards are all equal. Their advantages are 0, so only the KL term trains on them.
     """
 
     def __init__(
         self, answerer: Answerer, reward: Reward, *, group_size: int, seed: int, divide_by_std: bool,
-        length_term: LengthTerm,
+        length_term: LengthTerm, keep_equal: bool,
     ) -> None:  # fmt: skip
         self.answerer, self.reward, self.group_size, self.seed = answerer, reward, group_size, seed
-        self.divide_by_std, self.length_term = divide_by_std, length_term
+        self.divide_by_std, self.length_term, self.keep_equal = divide_by_std, length_term, keep_equal
         self.lengths, self.weights = answerer.data.lengths, answerer.data.weights
         self.tokens, self.sha256 = group_size * self.lengths, answerer.data.sha256
         self.batches: dict[bytes, dict[str, Tensor]] = {}  # of the current step, by their rows
@@ -114,17 +115,24 @@ class Rollouts:
         rewards = self.answerer.rewards(self.reward, answers).view(-1, self.group_size)
         lengths = torch.tensor([len(ids) for ids in answers.ids])
         ended = torch.tensor(answers.ended).float()
-        self.batches[rows.tobytes()] = {
-            **padded(answers),
+        has_signal = (rewards != rewards[:, :1]).any(1)
+        trained = has_signal.nonzero().flatten() if has_signal.any() else torch.tensor([0])  # a batch is not empty
+        if self.keep_equal:
+            trained = torch.arange(len(rewards))
+        kept = (trained[:, None] * self.group_size + torch.arange(self.group_size)).flatten()  # of the answers
+        means = answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens)
+        batch = {
             "advantages": group_advantages(rewards, self.divide_by_std).flatten(),
             "weights": answer_weights(lengths, self.group_size, self.length_term, self.answerer.max_new_tokens),
-            "mean_weights": answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens),
+            "mean_weights": means * len(rewards) / len(trained),  # the trainer divides by all prompts
         }
+        batch = {name: values[kept] for name, values in batch.items()}
+        self.batches[rows.tobytes()] = {**padded(answers, kept.tolist()), **batch}
         self.tokens[rows] = self.group_size * self.lengths[rows] + lengths.view(-1, self.group_size).sum(1).numpy()
         return {
             "reward": rewards.mean(1).sum(),
             "reward_std": rewards.std(1, correction=0).sum(),
-            "no_signal": (rewards == rewards[:, :1]).all(1).float().sum(),
+            "no_signal": (~has_signal).float().sum(),
             "answer_tokens": lengths.sum() / self.group_size,
             "ended": ended.sum() / self.group_size,
         }
@@ -134,15 +142,16 @@ class Rollouts:
 
         Returns:
             idx, labels, label_index: as `pad_rows` for (answers, T); labels are -1 in the prompt and the padding.
+                Without `keep_equal`, of the groups with different rewards, or of the first group if there are none.
             advantages, weights, mean_weights: (answers,) for `lit_llama.rl.PolicyLoss`.
             old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
         """
         return self.batches[indices.tobytes()]
 
 
-def padded(answers: Answers) -> dict[str, Tensor]:
-    """Return the tensors of `pad_rows` for prompts with their answers."""
-    pairs = [(torch.tensor(p), torch.tensor(a)) for p, a in zip(answers.prompts, answers.ids, strict=True)]
+def padded(answers: Answers, kept: list[int]) -> dict[str, Tensor]:
+    """Return the tensors of `pad_rows` for some of the answers with their prompts."""
+    pairs = [(torch.tensor(answers.prompts[i]), torch.tensor(answers.ids[i])) for i in kept]
     idx = [torch.cat(pair) for pair in pairs]
     labels = [torch.cat((torch.full_like(prompt, IGNORE_INDEX), answer)) for prompt, answer in pairs]
     return pad_rows(idx, labels)

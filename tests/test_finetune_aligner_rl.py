@@ -13,11 +13,14 @@ import torch
 
 import finetune.alignerRL as script
 from lit_llama import cli
+from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import PromptData
 from lit_llama.generation import Sampling, generate
+from lit_llama.logps import LabelLogps
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.rewards import Reward
+from lit_llama.rl import PolicyLoss
 from lit_llama.rollouts import Answerer, Rollouts
 from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
@@ -86,7 +89,7 @@ def test_the_dataset(prompt_dir, tokenizer):
 def rollouts(prompt_dir, tokenizer) -> Rollouts:
     answerer = Answerer(PromptData(prompt_dir, "train", tokenizer), tokenizer, 6)
     return Rollouts(answerer, Reward("length", {"words": 2}), group_size=3, seed=5, divide_by_std=True,
-                    length_term="answer")  # fmt: skip
+                    length_term="answer", keep_equal=True)  # fmt: skip
 
 
 def test_a_batch_holds_the_answers_in_groups(rollouts, base_dir):
@@ -131,6 +134,39 @@ def test_what_is_sampled_depends_on_step_and_row_but_not_on_the_batch(rollouts, 
     assert together[2] == alone[2]
     assert len({tuple(a) for group in together.values() for a in group}) > 5
     assert answers(2, [2]) != alone
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1, 0, 1, 0, 2, 2, 2], [1] * 9])
+def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, values):
+    """The loss and the gradients are those of all groups; the entropy is the mean over the groups that are left."""
+    torch.manual_seed(0)
+    model = load_model(base_dir, method="aligner", method_config={"adapter_start_layer": 0})
+    mark_only_adapter_as_trainable(model)
+    for name, p in model.named_parameters():
+        if "gating_factor" in name:
+            torch.nn.init.normal_(p)
+    wrapped, rows = LabelLogps(model), np.array([4, 2, 9])
+    monkeypatch.setattr(Answerer, "rewards", lambda *args: torch.tensor(values, dtype=torch.float32))
+    loss, sums, gradients, batches = PolicyLoss(clip=0.2, kl_weight=0.0, start={}), {}, {}, {}
+    for keep_equal in (True, False):
+        rollouts.keep_equal = keep_equal
+        sampled = rollouts.sample(model, 0, rows)
+        batches[keep_equal] = rollouts.batch(rows)
+        sums[keep_equal] = loss(wrapped, batches[keep_equal])
+        model.zero_grad()
+        sums[keep_equal]["loss"].backward()
+        gradients[keep_equal] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    left = [1] if len(set(values)) > 1 else [0]
+    assert sampled["no_signal"].item() == (2 if len(set(values)) > 1 else 3)
+    whole, part = (batches[keep_equal]["idx"] for keep_equal in (True, False))
+    assert len(part) == 3 and torch.equal(part, whole[3 * left[0] : 3 * left[0] + 3, : part.size(1)])
+    torch.testing.assert_close(sums[False]["loss"], sums[True]["loss"])
+    torch.testing.assert_close(gradients[False], gradients[True])
+    assert gradients[True].any() == (len(set(values)) > 1)
+    logps = wrapped(part, batches[False]["labels"], batches[False]["label_index"]).detach()
+    answer = batches[False]["label_index"] // part.size(1)
+    means = [-logps[answer == i].mean() for i in range(3)]
+    assert sums[False]["entropy"].item() / len(rows) == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
 
 
 # == the run ==
