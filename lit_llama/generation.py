@@ -5,8 +5,8 @@
 A row's tokens depend on its own prompt and seed alone, not on the batch that it is in. A KV cache lives for one call.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -147,7 +147,11 @@ def decode_one_token(model: LLaMA, tokens: torch.Tensor, positions: torch.Tensor
 
 @torch.inference_mode()
 def decode(
-    model: LLaMA, prompts: list[list[int]], sampling: Sampling, rows: list[int] | None = None
+    model: LLaMA,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    rows: list[int] | None = None,
+    running: Collection[int] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the next token of every row, (B,), until `max_new_tokens` or until every row's context is full.
 
@@ -157,6 +161,8 @@ def decode(
         prompts: token ids, of any lengths.
         rows: numbers that seed each row's random numbers (default: 0, 1, ...). A caller that splits its prompts into
             batches passes their numbers among all prompts, so that batching does not change the answers.
+        running: indices of the prompts that still need tokens, which the caller removes as they end. Once these are at
+            most half of the rows, the others are no longer computed, and their tokens are 0.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the context.
@@ -173,16 +179,29 @@ def decode(
         step = RecordedStep(step)
     generators = sampling.generators(range(len(prompts)) if rows is None else rows, weight.device)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    with eval_mode(model), model.inference():
+    computed: Sequence[int] = range(len(prompts))  # the prompt of each row of the cache
+    with eval_mode(model), model.inference(), ExitStack() as selections:
         with eager_unless(model, "prefill"):
             logits = prefill(model, prompts, cache)
         for i in range(n_new):
             tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without the padding
-            yield tokens
+            yield tokens if len(computed) == len(prompts) else scatter(tokens, computed, len(prompts))
+            if running and len(running) <= len(computed) // 2 and not is_compiled:
+                kept = [row for row, prompt in enumerate(computed) if prompt in running]
+                computed, generators = [computed[row] for row in kept], [generators[row] for row in kept]
+                selections.enter_context(model.selecting(kept))
+                on_device = torch.tensor(kept, device=weight.device)
+                cache.keep(on_device)
+                tokens, positions = tokens[on_device], positions[on_device]
             if i + 1 < n_new:
                 # a row whose context is full overwrites its last slot
                 with eager_unless(model, "decoding"):
                     logits = step(tokens, (positions + i).clamp(max=model.max_tokens - 1))
+
+
+def scatter(tokens: torch.Tensor, rows: Sequence[int], n_rows: int) -> torch.Tensor:
+    """Return (n_rows,) with the tokens at the given rows, and 0 elsewhere."""
+    return tokens.new_zeros(n_rows).index_copy(0, torch.tensor(rows, device=tokens.device), tokens)
 
 
 def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
@@ -250,7 +269,7 @@ def generate(
     """
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    for tokens in read(decode(model, prompts, sampling, rows)):
+    for tokens in read(decode(model, prompts, sampling, rows, running)):
         for row, token in enumerate(tokens):
             if row not in running:
                 continue

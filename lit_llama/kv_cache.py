@@ -40,6 +40,10 @@ class KVCache:
         rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
         self.starts = rows.view(batch_size, config.n_kv_head, 1)  # index of each head's first slot in a layer's buffer
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, (n,) int64."""
+        self.k, self.v, self.starts = self.k[:, rows], self.v[:, rows], self.starts[: len(rows)]
+
     def layers(self, positions: Tensor | None) -> "list[LayerCache]":
         """Return a view of each layer, for tokens at `positions` (B, T), or at 0 … T-1 of an empty cache if None."""
         slots = None if positions is None else (self.starts + positions.unsqueeze(1)).flatten()  # (B·ng·T,)

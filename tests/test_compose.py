@@ -122,8 +122,13 @@ def test_each_row_has_its_own_sum(folder, bank):
 def test_generation_with_a_sum_for_each_row(folder, bank, group_tokens, monkeypatch):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
     model, asked, sampling = load_with_bank(folder, bank), prompts(5, 20, 1, 9, 3, 14, 7), Sampling(8, 1.0)
+    longest = [2, 8, 1, 4, 8, 1, 3]  # rows that have ended are dropped
     with model.using(SUMS):
         together = generate(model, asked, sampling)
+        ends = [ids[:n] for ids, n in zip(together, longest, strict=True)]
+        cut = generate(model, asked, sampling, finished=lambda ids: ids in ends)
+        assert generate(model, asked, sampling) == together  # the rows are as before
+    assert cut == ends
     for row, terms in enumerate(SUMS):
         alone = load_with_bank(folder, bank, terms, merge=row % 2 == 0)
         assert together[row] == generate(alone, [asked[row]], sampling, rows=[row])[0]

@@ -89,6 +89,25 @@ def test_a_batch_equals_one_by_one(kind, sampling, grouping):
     assert [len(ids) for ids in together] == [10] * 5
 
 
+@each_model
+@pytest.mark.parametrize("sampling", [Sampling(30), Sampling(30, 1.0, seed=3)], ids=["greedy", "sampled"])
+def test_rows_that_have_ended_are_no_longer_computed(kind, sampling, grouping, monkeypatch):
+    network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7, 3, 9, 20)
+    ended = {"finished": lambda ids: len(ids) >= 3 + ids[0] % 28}
+    rows, forward = [], type(network).forward
+    monkeypatch.setattr(
+        type(network), "forward", lambda self, x, **given: rows.append(len(x)) or forward(self, x, **given)
+    )
+    together = generate(network, prompts, sampling, **ended)
+    computed, lengths = rows[:], [len(ids) for ids in together]
+    assert len(set(lengths)) > 3 and len(computed) == max(lengths) - 1
+    left = [sum(n > step for n in lengths) for step in range(1, max(lengths))]  # rows that need another token
+    assert all(need <= n and (n == need or n < 2 * need) for n, need in zip(computed, left, strict=True))
+    assert computed[0] == 8 and computed[-1] < 8
+    for row, prompt in enumerate(prompts):
+        assert together[row] == generate(network, [prompt], sampling, rows=[row], **ended)[0]
+
+
 def test_the_context_of_one_row_does_not_cut_the_others(grouping):
     network, prompts = toys.base(), toys.prompts(60, 5, 63, 50)
     sampling = Sampling(max_new_tokens=20, temperature=1.0)
