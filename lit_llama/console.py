@@ -1,5 +1,6 @@
 """What a user sees: text that cannot control the terminal, one clear sentence for a mistake, and an exit code."""
 
+import functools
 import logging
 import os
 import signal
@@ -17,6 +18,9 @@ from lit_llama.storage.schema import unreadable
 from lit_llama.utils import UserError, log, printable
 
 CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
+SECONDS_TO_END = 0.2  # which a worker of `signals_to_first_process` has after SIGTERM
+
+_signals_to_first_process = threading.Event()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -114,6 +118,42 @@ def _ended_by_sigterm() -> Iterator[None]:
     finally:
         if usual:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def signals_to_first_process() -> Iterator[None]:
+    """Let processes that are forked in this context leave Ctrl-C and SIGTERM to this one, which ends them.
+
+    A pool waits forever for a lock if a worker dies that holds it. So workers ignore SIGINT from the start, and SIGTERM
+    ends them after `SECONDS_TO_END`, in which the pool takes the lock.
+    """
+    if hasattr(os, "register_at_fork"):
+        _register_fork_hooks()
+    _signals_to_first_process.set()
+    try:
+        yield
+    finally:
+        _signals_to_first_process.clear()
+
+
+@functools.cache  # hooks cannot be removed
+def _register_fork_hooks() -> None:
+    """Change the signal handlers of a new process before any signal reaches it."""
+    both, masks = {signal.SIGINT, signal.SIGTERM}, threading.local()
+
+    def block() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def in_child() -> None:
+        if _signals_to_first_process.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_END))
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
 
 
 def last_words(text: str) -> None:

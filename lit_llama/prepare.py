@@ -1,20 +1,17 @@
 """Write prepared datasets: tokenize rows, split them, and save a folder that `lit_llama.data` reads."""
 
-import functools
 import hashlib
 import json
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, enable_progress_bars
 
+from lit_llama.console import signals_to_first_process
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.prompts import PromptStyle
 from lit_llama.storage.cache import cache_folder, fill_once
@@ -258,47 +255,6 @@ def held_out_by_hash(prompts: Sequence[str], test_fraction: float, seed: int) ->
 def _check_prompts(prompts: Sequence[Hashable]) -> None:
     if len(set(prompts)) < 2:
         raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
-
-
-SECONDS_TO_END = 0.2  # which a worker has after SIGTERM
-
-_signals_to_first_process = threading.Event()
-
-
-@contextmanager
-def signals_to_first_process() -> Iterator[None]:
-    """Let processes that are forked in this context leave Ctrl-C and SIGTERM to this one, which ends them.
-
-    A pool waits forever for a lock if a worker dies that holds it. So workers ignore SIGINT from the start, and SIGTERM
-    ends them after `SECONDS_TO_END`, in which the pool takes the lock.
-    """
-    if hasattr(os, "register_at_fork"):
-        _register_fork_hooks()
-    _signals_to_first_process.set()
-    try:
-        yield
-    finally:
-        _signals_to_first_process.clear()
-
-
-@functools.cache  # hooks cannot be removed
-def _register_fork_hooks() -> None:
-    """Change the signal handlers of a new process before any signal reaches it."""
-    both, masks = {signal.SIGINT, signal.SIGTERM}, threading.local()
-
-    def block() -> None:
-        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
-
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
-
-    def in_child() -> None:
-        if _signals_to_first_process.is_set():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_END))
-        unblock()
-
-    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
 
 
 def _tokenize(

@@ -195,10 +195,11 @@ WAITS = {
     "data.py: PreferenceData.prompts": "on the CPU",
     "data.py: PromptData.prompt_ids": "on the CPU",
     "data.py: PromptData.sha256": "on the CPU",
+    "rollouts.py: Rollouts.sample": "rewards are on the CPU",
 }
 FILES = {line.partition(":")[0] for line in WAITS} | {
     "aligner.py", "adapter.py", "adapter_v2.py", "bitfit.py", "compiled.py", "kv_cache.py", "lora.py", "merge.py",
-    "prompt_tuning.py", "rl.py", "rope.py",
+    "prompt_tuning.py", "rl.py", "rope.py", "sampling.py",
 }  # fmt: skip
 
 
