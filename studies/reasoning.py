@@ -269,7 +269,7 @@ def main(settings: Settings) -> None:
     trainings = swept + final
     minutes = sum(record.get("seconds", 0) for record in trainings) / 60
     origin = (
-        f"{command_of(settings)}: {len(trainings)} trainings, {minutes:.0f} minutes of one thread each, seeds "
+        f"{command_of(settings)}: {len(trainings)} trainings, {minutes:.0f} minutes of one thread in all, seeds "
         f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
     )
     text = report(rows, empty, {name: variant.label for name, variant in METHODS.items()}, settings=settings,
