@@ -125,29 +125,25 @@ def decode(
         step = RecordedStep(step)
     generators = sampling.generators(range(len(prompts)) if rows is None else rows, weight.device)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    computed: Sequence[int] = range(len(prompts))  # the prompt of each row of the cache
+    computed = list(range(len(prompts)))  # the prompt of each row of the cache
+    places: torch.Tensor | None = None  # the same on the device, once rows were dropped
     with eval_mode(model), model.inference(), ExitStack() as selections:
         with eager_unless(model, "prefill"):
             logits = prefill(model, prompts, cache)
         for i in range(n_new):
             tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without the padding
-            yield tokens if len(computed) == len(prompts) else scatter(tokens, computed, len(prompts))
+            yield tokens if places is None else tokens.new_zeros(len(prompts)).index_copy(0, places, tokens)
             if running and len(running) <= len(computed) // 2 and not is_compiled:
                 kept = [row for row, prompt in enumerate(computed) if prompt in running]
                 computed, generators = [computed[row] for row in kept], [generators[row] for row in kept]
                 selections.enter_context(model.selecting(kept))
-                on_device = torch.tensor(kept, device=weight.device)
-                cache.keep(on_device)
-                tokens, positions = tokens[on_device], positions[on_device]
+                places, rows_kept = torch.tensor([computed, kept], device=weight.device)
+                cache.keep(rows_kept)
+                tokens, positions = tokens[rows_kept], positions[rows_kept]
             if i + 1 < n_new:
                 # a row whose context is full overwrites its last slot
                 with eager_unless(model, "decoding"):
                     logits = step(tokens, (positions + i).clamp(max=model.max_tokens - 1))
-
-
-def scatter(tokens: torch.Tensor, rows: Sequence[int], n_rows: int) -> torch.Tensor:
-    """Return (n_rows,) with the tokens at the given rows, and 0 elsewhere."""
-    return tokens.new_zeros(n_rows).index_copy(0, torch.tensor(rows, device=tokens.device), tokens)
 
 
 def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
