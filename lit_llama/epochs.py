@@ -4,12 +4,16 @@ import numpy as np
 
 
 def plan_epoch(
-    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
+    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int, sorted_batches: int = 16
 ) -> list[list[np.ndarray]]:
     """Return the micro-batches of an epoch: every row once, in random order, next to rows of similar length.
 
-    Rows are shuffled, sorted by length within groups of 16 batches and cut into micro-batches, which are shuffled
-    within their group. A pure function of its arguments, so that a resumed run sees the same batches.
+    Rows are shuffled, sorted by length within groups of batches and cut into micro-batches, which are shuffled within
+    their group. A pure function of its arguments, so that a resumed run sees the same batches.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        sorted_batches: number of batches in a group; with 1, the rows of a step are drawn from all rows.
 
     Returns:
         One list of micro-batches (row numbers) per optimizer step; the last step and its last micro-batch can be
@@ -18,7 +22,7 @@ def plan_epoch(
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     steps: list[list[np.ndarray]] = []
-    for group in np.split(order, range(16 * batch_size, len(order), 16 * batch_size)):
+    for group in np.split(order, range(sorted_batches * batch_size, len(order), sorted_batches * batch_size)):
         group = group[np.argsort(lengths[group], kind="stable")]
         full = len(group) // batch_size * batch_size
         # the rows of a short step are drawn at random, so that they are not always the longest
@@ -45,20 +49,6 @@ def plan_fixed_epoch(
     order = np.random.default_rng((seed, epoch)).permutation(len(fixed))
     per_step = batch_size // micro_batch_size
     return [[fixed[i] for i in order[start : start + per_step]] for start in range(0, len(order), per_step)]
-
-
-def plan_random_epoch(
-    lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
-) -> list[list[np.ndarray]]:
-    """Return the micro-batches of an epoch like `plan_epoch`, but draw the rows of a step from all rows.
-
-    Prompts of one kind have similar lengths. With rows of similar length a step of RL would see one kind of prompt, and
-    the next step undo it for another.
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-    steps = np.split(order, range(batch_size, len(order), batch_size))
-    by_length = [step[np.argsort(lengths[step], kind="stable")] for step in steps]
-    return [np.split(step, range(micro_batch_size, len(step), micro_batch_size)) for step in by_length]
 
 
 def plan_validation(lengths: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ resumed run gets the same answers and rewards.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.data import IGNORE_INDEX, PromptData, pad_rows
-from lit_llama.epochs import plan_random_epoch, plan_validation
+from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
 from lit_llama.modules import add_scaled, eval_mode
@@ -116,9 +117,9 @@ class Rollouts:
         lengths = torch.tensor([len(ids) for ids in answers.ids])
         ended = torch.tensor(answers.ended).float()
         has_signal = (rewards != rewards[:, :1]).any(1)
-        trained = has_signal.nonzero().flatten() if has_signal.any() else torch.tensor([0])  # a batch is not empty
-        if self.keep_equal:
-            trained = torch.arange(len(rewards))
+        trained = torch.arange(len(rewards)) if self.keep_equal else has_signal.nonzero().flatten()
+        if len(trained) == 0:  # a batch is never empty
+            trained = torch.tensor([0])
         kept = (trained[:, None] * self.group_size + torch.arange(self.group_size)).flatten()  # of the answers
         means = answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens)
         batch = {
@@ -168,7 +169,8 @@ class PolicyTrainer(Trainer):
     train: Rollouts
 
     def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
-        super().__init__(*args, plan=plan_random_epoch, **options)
+        # prompts of one kind have similar lengths; steps of one kind each would undo one another
+        super().__init__(*args, plan=partial(plan_epoch, sorted_batches=1), **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.data import IGNORE_INDEX, SFTData
-from lit_llama.epochs import plan_epoch, plan_random_epoch
+from lit_llama.epochs import plan_epoch
 from lit_llama.prepare import held_out_by_hash, prepare_sft
 from lit_llama.prepare_settings import PrepareSettings
 from lit_llama.prompts import get_prompt_style
@@ -377,9 +377,11 @@ def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
 
 # == plan_epoch ==
 
+PLANS = [plan_epoch, functools.partial(plan_epoch, sorted_batches=1)]
+
 
 @given(
-    plan=st.sampled_from([plan_epoch, plan_random_epoch]),
+    plan=st.sampled_from(PLANS),
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=300),
     micro=st.integers(1, 5),
     accumulate=st.integers(1, 4),
@@ -400,7 +402,7 @@ def test_an_epoch_is_every_row_once(plan, lengths, micro, accumulate, seed, epoc
     assert np.array_equal(lengths, before) and np.array_equal(state, np.random.get_state()[1])
 
 
-@pytest.mark.parametrize("plan", [plan_epoch, plan_random_epoch])
+@pytest.mark.parametrize("plan", PLANS, ids=["grouped", "random"])
 def test_epochs_and_seeds_differ(plan):
     lengths = np.arange(200) % 37 + 1
     orders = {
@@ -411,12 +413,12 @@ def test_epochs_and_seeds_differ(plan):
     assert len(orders) == 4
 
 
-def test_the_steps_of_rl_have_prompts_of_both_lengths():
+def test_steps_that_draw_from_all_rows_have_both_lengths():
     """With 200 short and 200 long prompts, a step of 16 has one kind with a probability of 2 ** -15."""
     lengths = np.repeat([10, 30], 200)
-    for step in plan_random_epoch(lengths, 16, 4, seed=0, epoch=0):
+    for step in plan_epoch(lengths, 16, 4, seed=0, epoch=0, sorted_batches=1):
         assert set(lengths[np.concatenate(step)]) == {10, 30}
-        assert all((np.diff(lengths[micro]) >= 0).all() for micro in step)  # sorted, so that padding is little
+        assert all((np.diff(lengths[micro]) >= 0).all() for micro in step)  # sorted within the step: little padding
     plain = [{*lengths[np.concatenate(step)]} for step in plan_epoch(lengths, 16, 16, seed=0, epoch=0)]
     assert {10} in plain and {30} in plain
 
