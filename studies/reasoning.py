@@ -8,6 +8,7 @@ chosen by the answers about validation people; then several seeds are trained at
 """
 
 import json
+import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ class Settings(Checked):
     learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best of them
     extra_rates: NonNegativeInt = 2  # further rates beyond the best, while it is the lowest or the highest
     seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
-    sweep_seed: Seed = 0  # the same for the trials that choose the rate
+    sweep_seeds: tuple[Seed, ...] = (0, 4, 5)  # of trials that choose the rate: the first; all for the two best
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
 
     # == Every training ==
@@ -211,26 +212,44 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
 def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[list[Record], float]:
     """Return the trials that choose a learning rate, and the rate.
 
-    While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. A single
-    rate is returned without a trial.
+    While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. One seed can
+    be lucky, so the two best rates are tried with the other seeds as well, and the better mean decides. A single rate
+    is returned without a trial.
 
     Raises:
         UserError: All trials failed.
     """
-    rates, tried = sorted(settings.learning_rates), []
+    rates, first, tried = sorted(settings.learning_rates), settings.sweep_seeds[0], []
     if len(rates) == 1:
         return [], rates[0]
+
+    def run(rates: list[float], seeds: tuple[int, ...]) -> list[Record]:
+        grid = [make_trial(settings, *cell, rate, seed, "valid") for rate in rates for seed in seeds]
+        return run_trials(grid, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
+
     wanted = rates
     while True:
-        grid = [make_trial(settings, *cell, rate, settings.sweep_seed, "valid") for rate in wanted]
-        tried += run_trials(grid, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
+        tried += run(wanted, (first,))
         best = choose(tried, rank)
         rate = best["trial"]["settings"]["learning_rate"]
         if not at_edge(best, tried) or len(rates) == len(settings.learning_rates) + settings.extra_rates:
-            return tried, rate
+            break
         beyond = rates[0] ** 2 / rates[1] if rate == rates[0] else rates[-1] ** 2 / rates[-2]
         wanted = [float(f"{beyond:.3g}")]
         rates = sorted(rates + wanted)
+    if not settings.sweep_seeds[1:]:
+        return tried, rate
+    two = [rate]
+    if rest := [record for record in tried if "error" not in record and record is not best]:
+        two.append(choose(rest, rank)["trial"]["settings"]["learning_rate"])
+    tried += run(two, settings.sweep_seeds[1:])
+    return tried, max(two, key=lambda rate: mean_rank(tried, rate))
+
+
+def mean_rank(records: list[Record], rate: float) -> float:
+    """Return the mean `rank` of the trials at a learning rate; a failed trial counts 0."""
+    same = [record for record in records if record["trial"]["settings"]["learning_rate"] == rate]
+    return statistics.mean(0 if "error" in record else rank(record) for record in same)
 
 
 def rank(record: Record) -> float:

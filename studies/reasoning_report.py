@@ -103,10 +103,12 @@ def report(
                 if of == task
             ]
     tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
+    first, *others = map(str, settings.sweep_seeds)
+    repeated = f", and for the two best rates also with {' and '.join(others)}" if others else ""
     chosen = (
-        f"The learning rate is the best of {tried} by answers about validation people, seed {settings.sweep_seed}. "
-        f"While it was the lowest or the highest, a rate beyond it was tried, at most {settings.extra_rates} times; a "
-        "star marks a rate that is still the lowest or the highest."
+        f"The learning rate is the best of {tried} by answers about validation people and to other questions, with "
+        f"seed {first}{repeated}. While it was the lowest or the highest, a rate beyond it was tried, at most "
+        f"{settings.extra_rates} times; a star marks a rate that is still the lowest or the highest."
         if len(settings.learning_rates) > 1
         else f"The learning rate was not chosen; it is {tried}."
     )

@@ -102,6 +102,29 @@ def test_answers_until_the_reward_is_reached():
     assert study.answers_until(record, 0.95, 64) is None
 
 
+def sweep(monkeypatch, right, **settings) -> tuple[list[tuple[float, int]], float]:
+    """Return the (rate, seed) pairs that a sweep tries, and the rate that it chooses, if `right` of both is the score.
+
+    A trial fails where `right` is None.
+    """
+
+    def results(trials, *args, **kwargs):
+        return [{"trial": {"settings": trial.settings}, **result(**trial.settings)} for trial in trials]
+
+    def result(learning_rate, seed):
+        if (score := right(learning_rate, seed)) is None:
+            return {"error": "UserError: NaN"}
+        return {"scores": {"right": score, "other_facts": 0}, "summary": {"last_val_loss": 0}}
+
+    def make_trial(settings, task, objective, method, rate, seed, part):
+        return Trial("", None, {"learning_rate": rate, "seed": seed})
+
+    monkeypatch.setattr(study, "make_trial", make_trial)
+    monkeypatch.setattr(study, "run_trials", results)
+    records, rate = study.sweep(study.Settings(**settings), ("two_hop", "rl", "lora"), "")
+    return [tuple(record["trial"]["settings"].values()) for record in records], rate
+
+
 @pytest.mark.parametrize(
     ("best", "tried", "chosen"),
     [
@@ -113,16 +136,26 @@ def test_answers_until_the_reward_is_reached():
 )
 def test_the_sweep_goes_on_beyond_the_edge(monkeypatch, best, tried, chosen):
     """The scores fall with the distance from a best rate."""
+    pairs, rate = sweep(monkeypatch, lambda rate, seed: -abs(math.log(rate / best)), sweep_seeds=(0,))
+    assert pairs == [(rate, 0) for rate in tried] and rate == chosen
 
-    def results(trials, *args, **kwargs):
-        scores = [-abs(math.log(trial.settings["learning_rate"] / best)) for trial in trials]
-        return [{"trial": {"settings": trial.settings}, "scores": {"right": score, "other_facts": 0},
-                 "summary": {"last_val_loss": 0}} for trial, score in zip(trials, scores, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(study, "make_trial", lambda settings, *cell: Trial("", None, {"learning_rate": cell[3]}))
-    monkeypatch.setattr(study, "run_trials", results)
-    records, rate = study.sweep(study.Settings(), ("two_hop", "rl", "lora"), "")
-    assert [record["trial"]["settings"]["learning_rate"] for record in records] == tried and rate == chosen
+def test_the_two_best_rates_are_tried_with_more_seeds(monkeypatch):
+    rates = (0.1, 0.2, 0.3, 0.4)
+    first = dict(zip(rates, (0.1, 0.8, 0.9, 0.7), strict=True))  # by the first seed
+
+    def lucky(rate, seed):  # the best rate of the first seed collapses with another
+        return first[rate] if seed == 0 else 0.0 if (rate, seed) == (0.3, 5) else 0.85
+
+    pairs, rate = sweep(monkeypatch, lucky, learning_rates=rates)
+    assert pairs == [(rate, 0) for rate in rates] + [(rate, seed) for rate in (0.3, 0.2) for seed in (4, 5)]
+    assert rate == 0.2
+    assert sweep(monkeypatch, lambda rate, seed: first[rate], learning_rates=rates)[1] == 0.3
+    # a training that fails counts 0, and a rate that fails with the first seed is not one of the two
+    failing = sweep(monkeypatch, lambda *pair: None if pair == (0.3, 5) else lucky(*pair), learning_rates=rates)
+    assert failing == (pairs, 0.2)
+    assert sweep(monkeypatch, lambda rate, seed: 0.5 if rate == 0.2 else None, learning_rates=rates) == (
+        [(rate, 0) for rate in rates] + [(0.2, 4), (0.2, 5)], 0.2)  # fmt: skip
 
 
 # == the whole ==
