@@ -186,7 +186,7 @@ def exit_on_user_error() -> Iterator[None]:
                 raise
             sys.stdout.flush()
         except UserError as error:
-            rank = os.environ.get("LOCAL_RANK", "0")
+            rank = os.environ.get("LOCAL_RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # a launcher sets both
             if rank == "0" or not rank.isdecimal():  # all processes of a run meet the same mistake
                 last_words(f"error: {error}")
             sys.exit(1)

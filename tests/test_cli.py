@@ -289,8 +289,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(settings_class, monkeypatch
 
 def test_of_several_processes_one_speaks(settings_class, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr().err == ""
+    monkeypatch.delenv("WORLD_SIZE")  # a rank that some program left behind
+    assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
+    assert capsys.readouterr().err == "error: There is no x.\n"
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])

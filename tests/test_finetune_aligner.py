@@ -563,6 +563,20 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strateg
     assert all(torch.allclose(two.state[name], t, atol=1e-4) for name, t in one.state.items())
 
 
+def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
+    """It would train on one of the two devices."""
+    job = {"SLURM_NTASKS": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+           "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}  # fmt: skip
+    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", *flags(tmp_path / "run")]
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: SLURM or torchrun started 1 of 2 processes: let it start as many on each machine as --devices says "
+        "(srun --ntasks-per-node=2, torchrun --nproc-per-node=2)."
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_one_device_continues_on_two_that_share_the_base(flags, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)

@@ -91,6 +91,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     check_fabric(fabric, strategy, isinstance(settings, FinetuneSettings))
     if not launched:
         launch(fabric, settings.num_nodes)
+    check_processes(fabric)
     watch_processes(fabric)
     return fabric
 
@@ -108,6 +109,19 @@ def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
     precisions, precision = get_args(Precision)[1:], fabric.strategy.precision.precision
     if precision not in precisions:
         raise UserError(f"The precision {precision} is not supported; use {', '.join(precisions)}.")
+
+
+def check_processes(fabric: Fabric) -> None:
+    """Refuse to train on fewer devices than the settings ask for, if SLURM or torchrun started fewer processes."""
+    if not isinstance(fabric.strategy, DDPStrategy | ModelParallelStrategy):
+        return
+    devices = fabric.strategy.num_processes
+    wanted = devices * fabric.strategy.num_nodes
+    if fabric.world_size != wanted:
+        raise UserError(
+            f"SLURM or torchrun started {fabric.world_size} of {wanted} processes: let it start as many on each "
+            f"machine as --devices says (srun --ntasks-per-node={devices}, torchrun --nproc-per-node={devices})."
+        )
 
 
 def base_dtype(fabric: Fabric) -> torch.dtype:
