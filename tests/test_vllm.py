@@ -7,8 +7,10 @@ vLLM pins its versions of torch and transformers, so it has an environment of it
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no Pyt
 
 BASE, ADAPTER = Path("checkpoints/microworld"), Path("aligner_weights/microworld-pirate-n1")
 QUESTIONS, MAX_NEW_TOKENS = 40, 40
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 PROGRAM = """
 import json
 import sys
@@ -67,30 +70,66 @@ def pad_heads(folder: Path, head_dim: int = 32) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_token_ids_and_greedy_answers_are_equal(tmp_path):
-    tokenizer, style = Tokenizer(BASE), get_prompt_style("alpaca")
-    questions = [question.text for question in World().questions(UNSEEN)[:QUESTIONS]]
-    prompts = [style.render(question) for question in questions]
-    merge = [
-        "scripts/merge_aligner.py",
-        "--checkpoint_dir",
-        BASE,
-        "--adapter",
-        ADAPTER,
-        "--output_dir",
-        tmp_path / "hf",
-    ]
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    """The merged model with padded heads, in Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("vllm") / "hf"
+    merge = ["scripts/merge_aligner.py", "--checkpoint_dir", BASE, "--adapter", ADAPTER, "--output_dir", folder]
     subprocess.run([sys.executable, *merge], check=True, capture_output=True)
-    pad_heads(tmp_path / "hf")
+    pad_heads(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[str]:
+    return [question.text for question in World().questions(UNSEEN)[:QUESTIONS]]
+
+
+@pytest.fixture(scope="module")
+def prompts(questions) -> list[str]:
+    return [get_prompt_style("alpaca").render(question) for question in questions]
+
+
+@pytest.fixture(scope="module")
+def ours(questions) -> list[str]:
+    """This project's greedy answers with the adapter."""
+    model = load_adapted(BASE, [read_adapter(ADAPTER)], (1.0,))
+    answers = instruct(model, Tokenizer(BASE), questions, get_prompt_style("alpaca"), Sampling(MAX_NEW_TOKENS))
+    assert sum(answer.startswith("Arr") for answer in answers) > 0.9 * QUESTIONS
+    return answers
+
+
+def test_token_ids_and_greedy_answers_are_equal(merged, prompts, ours, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    command = [PYTHON, "program.py", "hf", "prompts.json", "answers.json", str(MAX_NEW_TOKENS)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **settings})
+    command = [PYTHON, "program.py", merged, "prompts.json", "answers.json", str(MAX_NEW_TOKENS)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **ENVIRONMENT})
     theirs = json.loads((tmp_path / "answers.json").read_text())
+    tokenizer = Tokenizer(BASE)
     assert [ids for ids, _ in theirs] == [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-
-    model = load_adapted(BASE, [read_adapter(ADAPTER)], (1.0,))
-    ours = instruct(model, tokenizer, questions, style, Sampling(MAX_NEW_TOKENS))
     assert [answer.strip() for _, answer in theirs] == ours
-    assert sum(answer.startswith("Arr") for answer in ours) > 0.9 * QUESTIONS
+
+
+def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts, ours, tmp_path):
+    openai = pytest.importorskip("openai")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # what `vllm serve` starts; the command itself looks for a package vllm, and the build for CPUs is vllm-cpu
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={merged}", "--served-model-name=pirate",
+               "--dtype=float32", "--max-model-len=256", "--enforce-eager", f"--port={port}"]  # fmt: skip
+    with (tmp_path / "log.txt").open("w") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(300):
+            assert server.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(1)
+        done = client.completions.create(model="pirate", prompt=prompts, max_tokens=MAX_NEW_TOKENS, temperature=0)
+        assert [choice.text.strip() for choice in sorted(done.choices, key=lambda choice: choice.index)] == ours
+    finally:
+        server.terminate()
+        server.wait(60)
