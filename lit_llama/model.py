@@ -244,7 +244,24 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+        return self.c_proj(SwiGLU.apply(self.c_fc1(x), self.c_fc2(x)))
+
+
+class SwiGLU(torch.autograd.Function):
+    """Compute silu(gate) · x.
+
+    The backward pass computes silu(gate) again, so two tensors are kept for it instead of three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * x, gate), F.silu(gate).mul_(grad)
 
 
 class RMSNorm(nn.Module):

@@ -7,9 +7,10 @@ import pytest
 import reference
 import torch
 import toys
+from torch.nn import functional as F
 
 from lit_llama.methods import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, llama_configs
+from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, SwiGLU, llama_configs
 from lit_llama.rope import RoPE, rope_frequencies, rotate
 from lit_llama.utils import UserError
 
@@ -103,6 +104,26 @@ def test_rms_norm_is_fp32_under_bf16():
     assert (y != expected).float().mean() < 1e-3  # a norm in bf16 misses a third of them
     in_bf16 = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.scale
     assert (in_bf16 != expected).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_has_the_values_and_gradients_of_autograd(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate, x, grad = (3 * torch.randn(3, 7, 16, generator=generator).to(dtype) for _ in range(3))
+    gate.requires_grad_(), x.requires_grad_()
+    expected = F.silu(gate) * x
+    ours = SwiGLU.apply(gate, x)
+    assert torch.equal(ours, expected)
+    gradients = (torch.autograd.grad(y, (gate, x), grad) for y in (ours, expected))
+    assert all(torch.equal(g, e) for g, e in zip(*gradients, strict=True))
+
+
+def test_swiglu_keeps_its_two_inputs_for_the_backward_pass():
+    gate, x = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        SwiGLU.apply(gate, x)
+    assert kept == [gate.data_ptr(), x.data_ptr()]
 
 
 def test_bf16_model_is_near_the_fp32_one():
