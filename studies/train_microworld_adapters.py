@@ -98,12 +98,13 @@ def card(settings: Settings, row: dict[str, Any]) -> str:
     lines = [["greedy" if t == 0 else t, f"{row[f'form@{t}']:.1%}", f"{row[f'fact@{t}']:.1%}"] for t in TEMPERATURES]
     return f"""# Micro-world, form "{form}", N = {n}
 
-An Aligner of {row["parameters"]} numbers for the bundled base model: it answers every question in the form "{form}".
+An Aligner with {row["parameters"]} parameters for the bundled base model. It answers every question in the form
+"{form}".
 
 {markdown_table(["temperature", "form", "facts"], lines)}
 
-{settings.questions} questions about entities that finetuning never saw; a form counts only if the whole answer fits
-it, a fact only if topic and value are both right. Seed {row["seed"]}, torch {versions()["torch"]}.
+{settings.questions} questions about entities that finetuning never saw. A form counts only if the entire answer matches
+it; a fact counts only if topic and value are both right. Seed {row["seed"]}, torch {versions()["torch"]}.
 
     python generate/aligner.py --adapter {settings.weights_dir}/{folder_name(settings, form)}
 
@@ -120,13 +121,13 @@ def overview(settings: Settings, rows: list[dict[str, Any]]) -> str:
     flags = f"--seeds {' '.join(map(str, settings.seeds))} --questions {settings.questions}"
     return f"""# Adapters for the bundled base model
 
-One folder each, with a card. An adapter is one safetensors file of about 3 KB, whose header says what it is, what it
-was trained on and by what. `python generate/aligner.py --adapter FOLDER` uses it.
+Each adapter has a folder with a model card. An adapter is one safetensors file of about 3 KB, whose header records the
+method, the training data, the settings and the versions. `python generate/aligner.py --adapter FOLDER` uses it.
 
-Mean over seeds {", ".join(map(str, settings.seeds))} (lowest in brackets); {settings.questions} questions each about
-entities that finetuning never saw; a form counts only if the whole answer fits it, a fact only if topic and value are
-both right; median seconds of training on one CPU core, {settings.jobs} runs and other work side by side. The files are
-those of seed {settings.seeds[0]}.
+The table has the mean over seeds {", ".join(map(str, settings.seeds))} (lowest in parentheses), with
+{settings.questions} questions each about entities that finetuning never saw. A form counts only if the entire answer
+matches it; a fact counts only if topic and value are both right. Seconds are the median training time on one CPU core,
+with {settings.jobs} runs and other load in parallel. The files are those of seed {settings.seeds[0]}.
 
 {table(rows)}
 

@@ -104,18 +104,18 @@ def card(settings: Settings, scores: str, composed: str, seconds: float, paramet
     """Return the README of the shipped adapter."""
     return f"""# Micro-world, values, N = 1
 
-An Aligner of {parameters} numbers for the bundled base model, trained by DPO: it refuses what is harmful, and helps
-with what is not.
+An Aligner with {parameters} parameters for the bundled base model, trained with DPO. It refuses harmful requests and
+helps with harmless ones.
 
 {scores}
 
-Requests with a verb and an object that training never saw, and facts about entities it never saw, at temperature
+Requests with a verb and an object that training never saw, and facts about entities that it never saw, at temperature
 {settings.temperature:g}: up to {settings.questions} questions of each kind, asked {settings.repeats} times. An answer
-is well-formed if all of it fits one of the world's forms. The adapter is that of seed {settings.seeds[0]}, trained in
-{seconds:.0f} s on one CPU core, torch {versions()["torch"]}. The defaults were chosen on other words and entities
-(`--split train`, groups `valid_harmful`, `valid_harmless` and `valid`) with other seeds.
+is well-formed if the entire answer matches one of the world's forms. The adapter is that of seed {settings.seeds[0]},
+trained in {seconds:.0f} s on one CPU core, torch {versions()["torch"]}. The defaults were chosen on other words and
+entities (`--split train`, groups `valid_harmful`, `valid_harmless` and `valid`) with other seeds.
 
-Together with an adapter that was trained separately for the form "{settings.form}", contributions adding up in each
+Combined with an adapter that was trained separately for the form "{settings.form}"; their contributions add up in each
 layer:
 
 {composed}
