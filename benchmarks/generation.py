@@ -113,7 +113,7 @@ def main(settings: Settings) -> None:
         what = f"tokens/s, {settings.one_by_one} prompts as one batch over one by one"
         ratios.append([what, target, *compare(*batching, 1)])
     b.plot_bars(run.path("generation", ".png"), {
-        f"decode, tokens/s, batch {size}": {name: decode_rates(run, size, seconds_of) for name, seconds_of in times.items()}
+        f"decode, tokens/s, batch {size}": {name: decode_rates(run, size, parts) for name, parts in times.items()}
         for size, times in results.items()
     })  # fmt: skip
     limit = f"The bandwidth limit is that of a copy in the same run: {bandwidth / 1e9:,.1f} GB/s, read and written."
