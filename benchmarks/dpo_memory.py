@@ -1,7 +1,7 @@
-"""Peak memory of one training step: SFT, DPO, and DPO with a second model as its reference, at the same tokens.
+"""Peak memory of one training step: SFT, DPO, and DPO with a second model as its reference, on equally many tokens.
 
-Each runs in its own process, on random tokens. On a GPU it is the memory that PyTorch allocated at most, on a CPU what
-the process gained over its size before the model was loaded.
+Each runs in its own process, on random tokens. On a GPU this is the most memory that PyTorch allocated, on a CPU the
+growth of the process since before the model was loaded.
 """
 
 import sys
@@ -21,8 +21,8 @@ class Settings(DeviceSettings):
     # == What to measure ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     rows: PositiveInt = 32  # sequences of a micro-batch; for DPO half as many pairs
-    tokens: PositiveInt = 256  # of each sequence
-    response_share: Share = 0.5  # of them in the response
+    tokens: PositiveInt = 256  # tokens of each sequence
+    response_share: Share = 0.5  # share of the tokens in the response
 
 
 if __name__ == "__main__":
@@ -42,13 +42,13 @@ def main(settings: Settings) -> None:
     shared = {"kind": "ours", "n": 1, "weights": settings.checkpoint_dir, "device": device,
               "dtype": dtype, "threads": torch.get_num_threads()}  # fmt: skip
     batch = settings.rows, settings.tokens, int(settings.response_share * settings.tokens)
-    found = {}
+    peaks = {}
     for loss in ("sft", "dpo", "dpo, two models"):
         with closing(b.Contestant(loss, **shared)) as contestant:
             contestant("load")
-            found[loss] = contestant("step", batches=[batch], data="random", loss=loss)["peak"]
-    for loss, size in found.items():
-        print(f"{loss:<16}{size / 1e6:>10,.0f} MB{size / found['sft']:>8.2f} x")
+            peaks[loss] = contestant("step", batches=[batch], data="random", loss=loss)["peak"]
+    for loss, size in peaks.items():
+        print(f"{loss:<16}{size / 1e6:>10,.0f} MB{size / peaks['sft']:>8.2f} x")
 
 
 if __name__ == "__main__":

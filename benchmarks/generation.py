@@ -1,4 +1,4 @@
-"""Speed of prefill and decoding, beside transformers, LitGPT and the bare base.
+"""Speed of prefill and decoding, compared with transformers, LitGPT and the bare base.
 
 All take turns on the same model with random weights and the same random prompts, greedy, without a stop token. Decoding
 is limited by memory: the bytes of weights and cache that a token needs, over the bandwidth of a copy in the same run.
@@ -22,9 +22,9 @@ from lit_llama.settings import NonNegativeInt, PositiveInt, Range
 class Settings(PeerSettings):
     # == What to measure ==
     prompt_length: PositiveInt = 64  # tokens of each prompt
-    new_tokens: Annotated[int, Range(least=3)] = 32  # to generate; the first belongs to the prompt
+    new_tokens: Annotated[int, Range(least=3)] = 32  # tokens to generate; the first is part of prefill
     batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
-    one_by_one: NonNegativeInt = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 for none
+    one_by_one: NonNegativeInt = 64  # prompts of Alpaca's lengths, as one batch against one by one; 0 skips this
 
 
 if __name__ == "__main__":
@@ -54,10 +54,10 @@ def measure(run: b.Run, contestants: dict[str, b.Contestant], size: int) -> Time
         name: partial(contestant, "generate", prompts=prompts, n_new=settings.new_tokens)
         for name, contestant in contestants.items()
     }
-    _, found = b.take_turns(turns, settings.rounds, run.notes)
+    _, results = b.take_turns(turns, settings.rounds, run.notes)
     return {
         name: {what: [answer[what] for answer in answers] for what in ("prefill", "decode")}
-        for name, answers in found.items()
+        for name, answers in results.items()
     }
 
 
@@ -68,53 +68,53 @@ def measure_batching(run: b.Run, contestant: b.Contestant) -> list[list[float]]:
     prompts = [rng.integers(3, run.config.vocab_size, n).tolist() for n in lengths]
     answer = partial(contestant, "answer_all", prompts=prompts, n_new=settings.new_tokens)
     turns = {str(size): partial(answer, batch_size=size) for size in (1, len(prompts))}
-    _, found = b.take_turns(turns, max(1, settings.rounds // 2), run.notes)
-    return [[answer["seconds"] for answer in answers] for answers in found.values()]
+    _, results = b.take_turns(turns, max(1, settings.rounds // 2), run.notes)
+    return [[answer["seconds"] for answer in answers] for answers in results.values()]
 
 
-def tables(run: b.Run, found: dict[int, Times], bandwidth: float) -> tuple[str, list[list[str]]]:
-    """Return the table of speeds, and the lines of the table of ratios."""
+def tables(run: b.Run, results: dict[int, Times], bandwidth: float) -> tuple[str, list[list[str]]]:
+    """Return the table of speeds, and the rows of the table of ratios."""
     prompt, new, on_gpu = run.settings.prompt_length, run.settings.new_tokens, run.device.type == "cuda"
     rows, ratios = [], []
-    for size, times in found.items():
+    for size, times in results.items():
         limit = size * bandwidth / decode_bytes(run.config, run.dtype, size, prompt + new / 2)  # tokens/s
-        for name, own in times.items():
-            prefill = [size * prompt / seconds for seconds in own["prefill"]]
-            decode = decode_rates(run, size, own)
+        for name, seconds_of in times.items():
+            prefill = [size * prompt / seconds for seconds in seconds_of["prefill"]]
+            decode = decode_rates(run, size, seconds_of)
             share = f"{np.median(decode) / limit:.0%}"
             rows.append([f"{size}, {name}", with_interval(prefill), with_interval(decode), share])
             if name in PEERS:
                 target = "≥ 2" if name == HF and size == 1 and not on_gpu else ""
                 what = f"decode tokens/s, batch {size}, N = 1 over {name}"
-                ratios.append([what, target, *compare(own["decode"], times[N1]["decode"], 2)])
+                ratios.append([what, target, *compare(seconds_of["decode"], times[N1]["decode"], 2)])
             elif name != BARE:
                 what = f"decode step, batch {size}, {name} over the bare base"
-                ratios.append([what, TARGETS.get(name, ""), *compare(own["decode"], times[BARE]["decode"])])
+                ratios.append([what, TARGETS.get(name, ""), *compare(seconds_of["decode"], times[BARE]["decode"])])
             if name == N1 and on_gpu:
                 ratios.append([f"decode, batch {size}, share of the bandwidth limit", "≥ 85 %", share, ""])
     heads = ["batch", "prefill, tokens/s", "decode, tokens/s", "of the bandwidth limit"]
     return f"## {prompt} tokens, then {new} more\n\n{markdown_table(heads, rows)}", ratios
 
 
-def decode_rates(run: b.Run, size: int, own: dict[str, list[float]]) -> list[float]:
-    """Return the tokens/s of decoding, to which the first new token does not belong."""
-    return [size * (run.settings.new_tokens - 1) / seconds for seconds in own["decode"]]
+def decode_rates(run: b.Run, size: int, times: dict[str, list[float]]) -> list[float]:
+    """Return the tokens/s of decoding, which excludes the first new token."""
+    return [size * (run.settings.new_tokens - 1) / seconds for seconds in times["decode"]]
 
 
 def main(settings: Settings) -> None:
     run = b.start_run(settings)
     with run.contestants(OURS, PEERS) as contestants:
-        found = {size: measure(run, contestants, size) for size in settings.batch_sizes}
+        results = {size: measure(run, contestants, size) for size in settings.batch_sizes}
         batching = measure_batching(run, contestants[N1]) if settings.one_by_one else None
     bandwidth = copy_bandwidth(run.device, settings.clock)
-    speeds, ratios = tables(run, found, bandwidth)
+    speeds, ratios = tables(run, results, bandwidth)
     if batching:
         target = "≥ 20" if run.device.type == "cuda" else "≥ 4"
         what = f"tokens/s, {settings.one_by_one} prompts as one batch over one by one"
         ratios.append([what, target, *compare(*batching, 1)])
     b.plot_bars(run.path("generation", ".png"), {
-        f"decode, tokens/s, batch {size}": {name: decode_rates(run, size, own) for name, own in times.items()}
-        for size, times in found.items()
+        f"decode, tokens/s, batch {size}": {name: decode_rates(run, size, parts) for name, parts in times.items()}
+        for size, times in results.items()
     })  # fmt: skip
     limit = f"The bandwidth limit is that of a copy in the same run: {bandwidth / 1e9:,.1f} GB/s, read and written."
     run.publish("Generation", [speeds, ratio_table(ratios), limit])

@@ -1,9 +1,9 @@
-"""Everything that a GPU has to show, in one command: first that it computes what the CPU does, then how fast.
+"""Check that a GPU computes the same as the CPU, then measure its speed, in one command.
 
-The checks run on the bundled micro-world model, the measurements on random weights of the shape --size, which are made
-on the device; nothing is downloaded. One Markdown page holds all rows, and is written anew after each part. The part
-"peers" is not among the default ones: it installs transformers, PEFT and LitGPT and writes 27 GB of weights for 7B.
-On a CPU, with --accelerator cpu --size microworld, it shows that the command itself works.
+The checks run on the bundled micro-world model, the measurements on random weights of the shape --size, which are
+generated on the device; nothing is downloaded. All rows are on one Markdown page, which is rewritten after each part.
+The part "peers" does not run by default: it installs transformers, PEFT and LitGPT and writes 27 GB of weights for 7B.
+On a CPU, --accelerator cpu --size microworld tests the command itself.
 """
 
 import sys
@@ -26,16 +26,16 @@ USUAL: tuple[Part, ...] = (
 @dataclass
 class Settings(DeviceSettings):
     # == What to check and to measure ==
-    parts: tuple[Part, ...] = USUAL  # in this order
+    parts: tuple[Part, ...] = USUAL  # parts to run, in this order
     size: str = "Llama-2-7B"  # 110M, or a name of lit_llama.model.llama_configs
     out_dir: Path = Path("out/benchmark")  # the page, and the files of the checks
 
     # == How to measure ==
-    rounds: PositiveInt = 7  # turns of every contestant
-    rows: PositiveInt = 8  # of a micro-batch
+    rounds: PositiveInt = 7  # measured rounds; every contestant runs once in each
+    rows: PositiveInt = 8  # rows of a micro-batch
     length: PositiveInt = 512  # tokens of each row, half of them labels
     prompt_length: PositiveInt = 128  # tokens of each prompt
-    new_tokens: PositiveInt = 128  # to generate
+    new_tokens: PositiveInt = 128  # tokens to generate
     batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
 
 
@@ -71,7 +71,7 @@ def make_worker(settings: Settings, device: torch.device, dtype: torch.dtype, n:
 
 
 def measure_training(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Utilization and memory of a training step, with and without compiled layers, and DPO beside SFT."""
+    """Utilization and memory of a training step, with and without compiled layers, and DPO against SFT."""
     worker = make_worker(settings, device, dtype, 1)
     response = settings.length // 2
     batch = [(settings.rows, settings.length, response)]
@@ -86,14 +86,14 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
         used = f"{np.median(rates(steps)) * flops / peak:.0%} ({with_interval(rates(steps))} tokens/s)"
         return [f"training, {what}: utilization of the rate of a large product", "≥ 60 %", used, ""]
 
-    _, found = b.take_turns({"SFT": sft, "DPO": dpo}, settings.rounds, [])
-    yield utilization("N = 1", found["SFT"])
-    seconds = {name: [sum(step["seconds"].values()) for step in steps] for name, steps in found.items()}
+    _, steps_of = b.take_turns({"SFT": sft, "DPO": dpo}, settings.rounds, [])
+    yield utilization("N = 1", steps_of["SFT"])
+    seconds = {name: [sum(step["seconds"].values()) for step in steps] for name, steps in steps_of.items()}
     yield ["time, DPO over SFT", "≤ 1.05", *compare(seconds["DPO"], seconds["SFT"])]
-    if device.type == "cuda":  # on a CPU the memory of other models in this process counts too
-        ratio = found["DPO"][-1]["peak"] / found["SFT"][-1]["peak"]
+    if device.type == "cuda":  # on a CPU, the memory of other models in this process would count too
+        ratio = steps_of["DPO"][-1]["peak"] / steps_of["SFT"][-1]["peak"]
         yield ["peak memory, DPO over SFT", "≤ 1.1", f"{ratio:.2f}", ""]
-        beyond = found["SFT"][-1]["beyond"]
+        beyond = steps_of["SFT"][-1]["beyond"]
         yield ["memory beyond the weights, N = 1", "≤ 0.5 × the leanest peer's", f"{beyond / 1e9:.2f} GB", ""]
         compile_(worker.model, "training")
         _, compiled = b.take_turns({"compiled": sft}, settings.rounds, [])
@@ -101,7 +101,7 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
 
 
 def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Decoding against the bandwidth, plain and with compiled layers and CUDA graphs; a batch against one by one."""
+    """Decoding as a share of the bandwidth limit, plain and compiled with CUDA graphs; a batch against one by one."""
     worker, rng = make_worker(settings, device, dtype, 1), np.random.default_rng(0)
     config, bandwidth = worker.model.config, copy_bandwidth(device, "wall")
     yield ["bandwidth of a copy, read and written", "", f"{bandwidth / 1e9:,.0f} GB/s", ""]
@@ -116,28 +116,28 @@ def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtyp
             compile_(worker.model, "decoding")
         for size in settings.batch_sizes:
             turn = partial(worker.generate, prompts=prompts(size), n_new=new)
-            _, found = b.take_turns({"decode": turn}, max(3, settings.rounds // 2), [])
-            rates = [size * (new - 1) / answer["decode"] for answer in found["decode"]]
+            _, answers = b.take_turns({"decode": turn}, max(3, settings.rounds // 2), [])
+            rates = [size * (new - 1) / answer["decode"] for answer in answers["decode"]]
             limit = size * bandwidth / decode_bytes(config, dtype, size, length + new / 2)
             used = f"{np.median(rates) / limit:.0%} ({with_interval(rates)} tokens/s)"
             yield [f"decode, batch {size}{what}: share of the bandwidth limit", "≥ 85 %", used, ""]
         many = prompts(max(settings.batch_sizes))
         turns = {str(size): partial(worker.answer_all, many, new, size) for size in (len(many), 1)}
-        _, found = b.take_turns(turns, 1, [])
-        together, alone = ([answer["seconds"] for answer in found[str(size)]] for size in (len(many), 1))
+        _, answers = b.take_turns(turns, 1, [])
+        together, alone = ([answer["seconds"] for answer in answers[str(size)]] for size in (len(many), 1))
         ratio = compare(alone, together, 1)
         yield [f"tokens/s, {len(many)} prompts as one batch over one by one{what}", "≥ 20", *ratio]
 
 
 def measure_peers(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Training beside PEFT and LitGPT, as benchmarks/training.py measures it."""
+    """Training compared with PEFT and LitGPT, as benchmarks/training.py measures it."""
     run = b.start_run(training.Settings(
         accelerator=settings.accelerator, precision="bf16" if dtype == torch.bfloat16 else "32", size=settings.size,
         rounds=settings.rounds, out_dir=settings.out_dir, micro_batch_size=settings.rows, max_length=settings.length,
         dpo=False, growth=False,
     ))  # fmt: skip
-    _, found = training.measure(run)
-    yield from training.ratios(run, found)
+    _, answers = training.measure(run)
+    yield from training.ratios(run, answers)
     yield from ([note, "", "", ""] for note in run.notes)
 
 
@@ -145,7 +145,7 @@ MEASUREMENTS = {"train": measure_training, "decode": measure_decoding, "peers": 
 
 
 def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[list[list[str]], bool]:
-    """Return the rows of a part, and whether it succeeded. The other parts run whatever happens in this one."""
+    """Return the rows of a part, and whether it succeeded. An error in it does not stop the other parts."""
     rows: list[list[str]] = []
     try:
         if part in CHECKS:
@@ -153,7 +153,7 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
         else:
             for row in MEASUREMENTS[part](settings, device, dtype):
                 rows.append(row)
-    except Exception as error:  # of any library: a driver, a compiler, a peer
+    except Exception as error:  # from any library: a driver, a compiler, a peer
         sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
         log(f"{part}: {sentence}")
         return [*rows, [part, "", f"failed: {sentence}", ""]], False

@@ -1,6 +1,6 @@
 """Checks that a device computes what the CPU computes in fp32, on the bundled micro-world model and random tokens.
 
-Each check returns the rows of a table: what, the limit, the value. A value beyond its limit is a `Failed`.
+Each check yields the rows of a table: what, the limit, the value. A value beyond its limit raises `Failed`.
 """
 
 import importlib.util
@@ -59,14 +59,14 @@ def within(what: str, value: float, most: float) -> Row:
     return what, f"≤ {number(most)}", number(value)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the error of a tensor relative to the norm of the expected one."""
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    return ((found - expected).norm() / expected.norm()).item()
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def model(device: torch.device, dtype: torch.dtype, n: int = 1, quantize: str | None = None) -> LLaMA:
-    """Return the micro-world model with a random Aligner of open gates, the same on every device."""
+    """Return the micro-world model with a random Aligner with nonzero gates, the same on every device."""
     torch.manual_seed(n)
     network = load_model(MICROWORLD, method="aligner", method_config={"adapter_prompt_length": n},
                          device=device, dtype=dtype, quantize=quantize)  # fmt: skip
@@ -102,10 +102,10 @@ def check_logits_and_gradients(device: torch.device, out_dir: Path) -> Iterator[
             with torch.no_grad():
                 results[name] = network(rows["idx"]), loss, gradients
         for name, limits in (("fp32", (1e-4, 1e-5, 1e-3)), ("bf16", (0.03, 0.01, 0.1))):
-            for what, found, expected, most in zip(
+            for what, actual, expected, most in zip(
                 ("logits", "loss", "gradients"), results[name], results["CPU"], limits, strict=True
             ):
-                yield within(f"{what}, N = {n}, {name}: relative error", error(found, expected), most)
+                yield within(f"{what}, N = {n}, {name}: relative error", error(actual, expected), most)
 
 
 def check_greedy_answers(device: torch.device, out_dir: Path) -> Iterator[Row]:
@@ -121,8 +121,8 @@ def check_greedy_answers(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
     expected = answers(CPU, torch.float32)
     for name, compiled, most in (("fp32", False, 0.0), ("fp32", True, 0.0), ("bf16", False, 0.4)):
-        found = answers(device, DTYPES[name], compiled)
-        same = np.mean([a == b for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)])
+        actual = answers(device, DTYPES[name], compiled)
+        same = np.mean([a == b for x, y in zip(actual, expected, strict=True) for a, b in zip(x, y, strict=True)])
         what = f"greedy tokens, {name}{', --compile' * compiled}: share that differs"
         yield within(what, 1 - same, most)
     network = load_with_bank(MICROWORLD, bank, device=device)
@@ -179,12 +179,12 @@ def check_training(device: torch.device, out_dir: Path) -> Iterator[Row]:
     """Fifty steps of the training loop: prefetched batches, metrics read together, fused AdamW."""
     expected = losses(trainer(CPU, "fp32", out_dir / "expected"))
     for name, most in (("fp32", 2e-3), ("bf16", 0.05)):
-        found = losses(trainer(device, name, out_dir))
-        yield within(f"50 training steps, {name}: relative error of a loss", np.abs(found / expected - 1).max(), most)
+        actual = losses(trainer(device, name, out_dir))
+        yield within(f"50 training steps, {name}: relative error of a loss", np.abs(actual / expected - 1).max(), most)
     if device.type == "cuda":
         run = trainer(device, "bf16", out_dir)
         steps = run.batches.look_ahead(run.remaining_steps())
-        for _ in range(2):  # the first ones allocate
+        for _ in range(2):  # the first steps allocate memory
             run.train_step(next(steps))
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -205,7 +205,7 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Logits and gradients of every --quantize mode beside those of the base that is not quantized."""
+    """Logits and gradients of every --quantize mode against those of the unquantized base."""
     if importlib.util.find_spec("bitsandbytes") is None:
         yield "--quantize", "", "not run: bitsandbytes is not installed"
         return
@@ -222,7 +222,7 @@ def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Flash attention runs forward and backward in bf16, in the text and for the prefix, or this raises."""
+    """Flash attention is available forward and backward in bf16, for text and prefix attention."""
     network, rows = model(device, torch.bfloat16, 10), batch(device)
     try:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
@@ -237,7 +237,7 @@ def check_processes(device: torch.device, out_dir: Path) -> Iterator[Row]:
     if torch.cuda.device_count() < 2:
         yield "two processes", "", f"not run: {torch.cuda.device_count()} GPUs"
         return
-    data, found = out_dir / "check-microworld", []
+    data, runs = out_dir / "check-microworld", []
     script = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     if not (data / "meta.json").is_file():
         script([sys.executable, "scripts/prepare_microworld.py", "--output_dir", data.resolve()])
@@ -246,8 +246,8 @@ def check_processes(device: torch.device, out_dir: Path) -> Iterator[Row]:
         script([sys.executable, "finetune/aligner.py", "--data_dir", data.resolve(), "--out_dir", run, "--overwrite",
                 "--devices", str(devices), "--max_steps", "10", "--micro_batch_size", "16", "--precision", "32-true",
                 "--sample_prompts", "0"])  # fmt: skip
-        found.append(read_losses(run))
-    yield within("two processes, relative error of a loss", np.abs(found[1] / found[0] - 1).max(), 1e-3)
+        runs.append(read_losses(run))
+    yield within("two processes, relative error of a loss", np.abs(runs[1] / runs[0] - 1).max(), 1e-3)
 
 
 CHECKS: dict[str, Callable[[torch.device, Path], Iterator[Row]]] = {

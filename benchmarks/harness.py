@@ -1,4 +1,4 @@
-"""What the benchmarks share: settings, contestants in processes of their own that take turns, peers, and reports."""
+"""Shared code of the benchmarks: contestants that take turns, each in its own process, peers, and reports."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.w
 Turns = Mapping[str, Callable[[], Any]]  # contestant -> what it does in its turn
 Answers = dict[str, list[Any]]  # contestant -> what its turns returned
 
-# those that decide how fast products are: flag in /proc/cpuinfo -> name
+# those that determine the speed of matrix products: flag in /proc/cpuinfo -> name
 INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16",
                     "asimd": "NEON", "sve": "SVE", "bf16": "BF16"}  # fmt: skip
 
@@ -44,7 +44,7 @@ INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512
 
 
 class Unavailable(UserError):
-    """A peer cannot be measured; the report goes on without it."""
+    """A peer cannot be measured; the report omits it."""
 
 
 class Contestant:
@@ -75,35 +75,36 @@ class Contestant:
 def take_turns(turns: Turns, rounds: int, notes: list[str]) -> tuple[dict[str, Any], Answers]:
     """Call every contestant once per round: A B C, B C A, C A B, …
 
-    So whatever else the machine does affects all of them, and none always follows the same one. A peer that becomes
+    So other load on the machine affects all of them alike, and none always follows the same one. A peer that becomes
     unavailable is left out with a note.
 
     Returns:
-        What each contestant returned in a first round that warms up, and in the `rounds` that count.
+        What each contestant returned in a first round, which warms up, and in the `rounds` that are measured.
     """
-    found: Answers = {name: [] for name in turns}
+    answers_of: Answers = {name: [] for name in turns}
     with tqdm(total=len(turns) * (rounds + 1), unit="turn") as bar:
         for number in range(rounds + 1):
-            first = number % len(turns)
-            for name in [*turns][first:] + [*turns][:first]:
+            start = number % len(turns)
+            for name in [*turns][start:] + [*turns][:start]:
                 bar.set_postfix_str(name)
                 try:
-                    if name in found:
-                        found[name].append(turns[name]())
+                    if name in answers_of:
+                        answers_of[name].append(turns[name]())
                 except Unavailable as error:
                     notes.append(f"Without {error}")
-                    del found[name]
+                    del answers_of[name]
                 bar.update()
-    return {name: answers[0] for name, answers in found.items()}, {name: found[name][1:] for name in found}
+    first = {name: answers[0] for name, answers in answers_of.items()}
+    return first, {name: answers[1:] for name, answers in answers_of.items()}
 
 
 @dataclass
 class Run:
-    """A benchmark of this project beside its peers.
+    """A benchmark of this project and its peers.
 
     Args:
-        config: Shape of the model.
-        shared: Settings of all contestants.
+        config: The model's configuration.
+        shared: The settings that all contestants share.
         notes: Sentences at the end of the report.
     """
 
@@ -154,16 +155,20 @@ def start_run(settings: PeerSettings) -> Run:
 
 
 def check_clock(clock: Clock, device: torch.device) -> None:
-    """Raises: UserError: Processor seconds are not those of the work."""
+    """Check that a clock can measure the work.
+
+    Raises:
+        UserError: CPU time would not measure it.
+    """
     if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
-        raise UserError("--clock cpu counts the processor's seconds: it needs --accelerator cpu and --threads 1.")
+        raise UserError("--clock cpu counts CPU time: it needs --accelerator cpu and --threads 1.")
 
 
 def install_peers(folder: Path, notes: list[str]) -> Path:
     """Install transformers, PEFT and LitGPT from PyPI into a folder, and return the path to import them from.
 
-    All packages of this environment stay as they are and are used by the peers too, so that torch is the same build
-    for everybody. What cannot be installed is noted, and missing in the tables.
+    The packages of this environment are not changed, and the peers use them too, so that all contestants run the same
+    build of torch. A peer that cannot be installed is noted, and missing from the tables.
     """
     folder = folder / f"with-torch-{torch.__version__}"
     stamp, constraints = folder / "complete", folder / "constraints.txt"
@@ -179,9 +184,9 @@ def install_peers(folder: Path, notes: list[str]) -> Path:
         if complete:  # else the next run tries again
             stamp.touch()
     path = next(folder.glob("**/*-packages"), folder)
-    found = {d.name.lower(): d.version for d in distributions(path=[*sys.path, str(path)])}
+    installed = {d.name.lower(): d.version for d in distributions(path=[*sys.path, str(path)])}
     names = ("torch", "transformers", "peft", "litgpt")
-    notes.append("The peers: " + ", ".join(f"{name} {found[name]}" for name in names if name in found) + ".")
+    notes.append("The peers: " + ", ".join(f"{name} {installed[name]}" for name in names if name in installed) + ".")
     return path
 
 
@@ -189,7 +194,7 @@ def install_peers(folder: Path, notes: list[str]) -> Path:
 
 
 def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the processor's name and its `INSTRUCTION_SETS`; without the file, PyTorch's word for the latter."""
+    """Return the processor's name and its `INSTRUCTION_SETS`; without the file, the set that PyTorch reports."""
     fields = {}
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -224,7 +229,7 @@ def publish(path: Path, title: str, parts: list[str], device: torch.device) -> N
 
 
 def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> str:
-    """Write a report in Markdown: what ran where, then its parts. Return its text."""
+    """Write a report in Markdown, a description of the run followed by the parts, and return its text."""
     text = "\n\n".join([f"# {title}", describe_run(device), *parts]) + "\n"
     claim(path.parent, [path.name])
     write_text(path, text)
@@ -245,7 +250,7 @@ def plot_bars(path: Path, panels: dict[str, dict[str, list[float]]]) -> None:
 
 
 def plot_lines(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], ylabel: str) -> None:
-    """Draw a panel for each cause: named curves of (cause, cost) from the origin."""
+    """Draw a panel for each cause: named curves of (cause, cost), with axes that start at 0."""
     figure, grid = make_panels(len(panels), 7, 3.6)
     for axes, (label, curves) in zip(grid, panels.items(), strict=True):
         for name, points in curves.items():

@@ -1,6 +1,7 @@
-"""Time and memory that a model takes to its first token, beside transformers and LitGPT.
+"""Time and memory that a model takes until its first token, compared with transformers and LitGPT.
 
-Each start is a process of its own, in turns; the weights are in the page cache for all. Imports do not count.
+Each start runs in a new process; the contestants take turns, and the weights are in the page cache for all. Imports are
+not measured.
 """
 
 import sys
@@ -20,7 +21,7 @@ from lit_llama.settings import PositiveInt
 @dataclass
 class Settings(PeerSettings):
     # == What to measure ==
-    prompt_length: PositiveInt = 32  # tokens
+    prompt_length: PositiveInt = 32  # tokens of the prompt
 
 
 if __name__ == "__main__":
@@ -34,7 +35,7 @@ from lit_llama.tables import markdown_table
 
 
 def first_token(name: str, spec: dict[str, Any], prompt: list[int]) -> tuple[float, float]:
-    """Return the seconds and the most megabytes that a new process takes to load the model and generate a token."""
+    """Return the seconds and the peak megabytes that a new process takes to load the model and generate a token."""
     with closing(b.Contestant(name, **spec)) as contestant:
         loaded = contestant("load")
         answer = contestant("generate", prompts=[prompt], n_new=1)
@@ -45,12 +46,12 @@ def main(settings: Settings) -> None:
     run, prompt = b.start_run(settings), list(range(3, 3 + settings.prompt_length))
     specs = run.specs({"Aligner N = 1": {"n": 1, "generates": True}}, PEERS)
     turns = {name: partial(first_token, name, spec, prompt) for name, spec in specs.items()}
-    _, found = b.take_turns(turns, settings.rounds, run.notes)
+    _, answers = b.take_turns(turns, settings.rounds, run.notes)
     size = weights_path(run.shared["weights"]).stat().st_size / 1e6
-    seconds, megabytes = ({name: [turn[i] for turn in turns] for name, turns in found.items()} for i in (0, 1))
+    seconds, megabytes = ({name: [pair[i] for pair in pairs] for name, pairs in answers.items()} for i in (0, 1))
     rows = []
-    for name, own in megabytes.items():
-        cells = [seconds[name], own, [value / size for value in own]]
+    for name, sizes in megabytes.items():
+        cells = [seconds[name], sizes, [value / size for value in sizes]]
         rows.append([name, *map(with_interval, cells)])
     b.plot_bars(run.path("loading", ".png"), {"seconds to the first token": seconds, "MB at most": megabytes})
     heads = ["", "seconds to the first token", "MB at most", "of the weights"]

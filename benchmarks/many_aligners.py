@@ -27,15 +27,15 @@ class Settings(BenchmarkSettings):
     # == Speed ==
     sizes: tuple[str, ...] = ("microworld", "110M")  # 110M, or names of lit_llama.model.llama_configs
     batch_size: PositiveInt = 128  # prompts of a batch
-    prompt_tokens: PositiveInt = 32  # of each prompt
-    new_tokens: PositiveInt = 16  # of each answer
+    prompt_tokens: PositiveInt = 32  # tokens of each prompt
+    new_tokens: PositiveInt = 16  # tokens of each answer
     lengths: tuple[PositiveInt, ...] = (1, 10)  # prefix tokens N
 
     # == Banks ==
-    widths: tuple[str, ...] = ("microworld", "7B")  # models for whose adapters, of one token, a bank is filled
-    adapters: PositiveInt = 1_000_000  # in each bank, or as many as fit
-    memory_gb: PositiveFloat = 8.0  # into this
-    samples: PositiveInt = 2000  # repetitions of gathering, swapping and removing one
+    widths: tuple[str, ...] = ("microworld", "7B")  # models whose one-token adapters fill a bank
+    adapters: PositiveInt = 1_000_000  # adapters in each bank, or as many as fit into memory_gb
+    memory_gb: PositiveFloat = 8.0  # memory for a bank
+    samples: PositiveInt = 2000  # repetitions of gathering, swapping and removing an adapter
 
 
 if __name__ == "__main__":
@@ -57,7 +57,7 @@ from lit_llama.onednn import pack_
 from lit_llama.tables import markdown_table
 from lit_llama.utils import log
 
-NAME_BYTES = 400  # of the main memory, at most, for a name and its entry
+NAME_BYTES = 400  # upper bound of the main memory for a name and its entry
 ASSIGNMENTS = 10  # repetitions of gathering and projecting the adapters of a batch
 SAVED_BYTES = 1e9  # banks up to this size are also written to a file and opened
 Rates = dict[str, list[float]]  # tokens/s of each kind of batch, in each round
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
     Args:
         names: the adapters of the rows, None for a model without a bank.
-        anew: project all prefixes, also those that the model keeps from the last batch.
+        anew: project all prefixes again, also those that the model keeps from the last batch.
     """
 
     model: LLaMA
@@ -123,11 +123,11 @@ def measure_speed(settings: Settings, batches: dict[str, Batch], size: str, devi
     turns = {name: partial(timed, partial(answer, batch), device) for name, batch in batches.items()}
     tokens = settings.batch_size * settings.new_tokens
     _, seconds = b.take_turns(turns, settings.rounds, notes=[])
-    return {name: [tokens / s for s in own] for name, own in seconds.items()}
+    return {name: [tokens / s for s in times] for name, times in seconds.items()}
 
 
 def assigning_table(settings: Settings, batches: dict[str, Batch], device: torch.device) -> str:
-    """Return the milliseconds in which the adapters of a batch are gathered and projected, by their number."""
+    """Return a table of the milliseconds to gather and project the adapters of a batch, by their number."""
     rows = []
     for n in settings.lengths:
         model, names, _ = batches[f"N = {n}, bank, {settings.batch_size} in the batch"]
@@ -187,7 +187,7 @@ def file_seconds(bank: Bank, name: str, file: Path) -> dict[str, str]:
 
 
 def measure_bank(settings: Settings, width: str) -> tuple[dict[str, str], list[tuple[float, float]]]:
-    """Return what a filled bank of bf16 adapters takes, as text, and its growth: (adapters, GB) pairs."""
+    """Return the time and memory of a filled bank of bf16 adapters, as text, and its growth: (adapters, GB) pairs."""
     config, samples, rng = LLaMAConfig.from_name(width), settings.samples, np.random.default_rng(0)
     numbers = config.n_embd + (config.n_layer - START) * config.n_head
     count = min(settings.adapters, int(settings.memory_gb * 1e9 / (2 * numbers + NAME_BYTES)))
@@ -233,7 +233,7 @@ def main(settings: Settings) -> None:
         rates[size] = measure_speed(settings, batches, size, device)
         assigning[size] = assigning_table(settings, batches, device)
     banks = {}
-    for width in settings.widths:  # each in its own process, so that its memory can be told apart
+    for width in settings.widths:  # each in its own process, so that its memory can be measured separately
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             banks[width] = process.submit(measure_bank, settings, width).result()
 
@@ -243,12 +243,12 @@ def main(settings: Settings) -> None:
         f"## Speed\n\n{settings.batch_size} prompts of {settings.prompt_tokens} tokens as one batch, "
         f"{settings.new_tokens} new tokens each, greedy, random weights in {dtype_name(dtype)}. Gathering and "
         "projecting the adapters is part of the time.",
-        *(f"### {size}\n\n{speed_table(settings, found)}\n\n{assigning[size]}" for size, found in rates.items()),
+        *(f"### {size}\n\n{speed_table(settings, values)}\n\n{assigning[size]}" for size, values in rates.items()),
         f"## Size and speed of a bank\n\nAdapters of one token, at most {settings.memory_gb:g} GB. Times are medians, "
         "with the 99 % quantile in brackets.\n\n" + markdown_table(["at the width of", *banks], lines),
     ]
     path = settings.out_dir / "many-aligners.md"
-    b.plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": found for size, found in rates.items()})
+    b.plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": values for size, values in rates.items()})
     curves = {f"adapters of one token at {width}'s width": {"measured": points} for width, (_, points) in banks.items()}
     b.plot_lines(path.with_name("many-aligners-memory.png"), curves, "GB of main memory")
     b.publish(path, "Many Aligners at once", parts, device)

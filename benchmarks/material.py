@@ -1,4 +1,4 @@
-"""Models and data of the benchmarks, made of random numbers, and the arithmetic of what computing with them takes."""
+"""Random models and data for the benchmarks, and the FLOPs and bytes that computing with them takes."""
 
 import json
 from collections.abc import Iterable
@@ -78,7 +78,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def random_adapter(config: LLaMAConfig, length: int) -> AdapterFile:
-    """Return an Aligner with open gates."""
+    """Return an Aligner with random nonzero gates."""
     state = {"global_value_embedding.weight": torch.randn(length, config.n_embd)}
     for layer in range(START, config.n_layer):
         state[f"transformer.h.{layer}.attn.gating_factor"] = 0.1 * torch.randn(1, config.n_head, 1, 1)
@@ -119,7 +119,7 @@ def write_data(folder: Path, prompts: np.ndarray, lengths: np.ndarray, vocab_siz
 
 
 def matmul_parameters(config: LLaMAConfig) -> int:
-    """Return the number of weights that every token is multiplied with: projections of the blocks, output layer."""
+    """Return the number of weights in the matrix products of every token: projections of the blocks, output layer."""
     attention = config.n_embd * config.head_size * (2 * config.n_head + 2 * config.n_kv_head)
     mlp = 3 * config.n_embd * config.intermediate_size
     return config.n_layer * (attention + mlp) + config.padded_vocab_size * config.n_embd
@@ -129,8 +129,8 @@ def training_flops(config: LLaMAConfig, lengths: Iterable[int]) -> int:
     """Return the model FLOPs of a training step on a frozen base: 4 per weight and token, forward and backward.
 
     Causal attention adds, per layer and per pair of a token and one that it attends to, 2 products of 2·nh·hs FLOPs in
-    the forward pass and 4 in the backward pass. Padding does not count. Work that an implementation leaves out (the
-    output layer where nothing is predicted, gradients below the first aligned layer) counts, as is usual for MFU.
+    the forward pass and 4 in the backward pass. Padding does not count. Work that an implementation skips (the output
+    layer where nothing is predicted, gradients below the first aligned layer) counts, as is usual for MFU.
     """
     pairs = sum(int(t) * (int(t) + 1) // 2 for t in lengths)
     width = config.n_head * config.head_size

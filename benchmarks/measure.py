@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def now(device: torch.device = CPU, clock: Clock = "wall") -> float:
-    """Return the seconds of a clock when the device has finished; "cpu" counts processor seconds of this process."""
+    """Wait for the device and return the seconds of a clock; "cpu" counts CPU time of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() if clock == "wall" else time.process_time()
@@ -50,9 +50,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Clock = "wall")
 
 
 class Memory:
-    """Bytes that this process holds beyond those it held when this object was made.
+    """Bytes of memory that this process uses in addition to those it used when this object was created.
 
-    On a GPU they are what PyTorch allocated, on a CPU the resident memory, or its maximum where only that is known.
+    On a GPU this is the memory that PyTorch allocated, on a CPU the resident memory, or its maximum if only that is
+    known.
     """
 
     def __init__(self, device: torch.device = CPU) -> None:

@@ -1,9 +1,9 @@
-"""Estimated memory (lit_llama/memory.py) against the measured peak, on a CPU, for random models of a few shapes.
+"""Compare estimated memory (lit_llama/memory.py) with the measured peak, on a CPU, for random models of a few shapes.
 
-Each case runs in its own process: a training step, or the answers to a batch of prompts. The peak is what the
-process gained over its size before the model was made. glibc keeps freed blocks of less than 32 MB for later use, and
-they are of no use to tensors that are larger; so each case is measured again with MALLOC_MMAP_THRESHOLD_=65536, which
-returns them, and the estimate is compared with that.
+Each case runs in its own process: a training step, or the answers to a batch of prompts. The peak is the
+growth of the process since before the model was created. glibc keeps freed blocks of less than 32 MB for later use, but
+larger tensors cannot reuse them; so each case is measured again with MALLOC_MMAP_THRESHOLD_=65536, which returns them,
+and the estimate is compared with that.
 """
 
 import os
@@ -23,7 +23,7 @@ from lit_llama import cli
 
 @dataclass
 class Settings:
-    cases: tuple[str, ...] = ()  # parts of the labels of the cases to measure (default: all)
+    cases: tuple[str, ...] = ()  # measure only cases whose label contains one of these (default: all)
 
 
 if __name__ == "__main__":
@@ -53,11 +53,11 @@ class Case:
     """A task on a random model.
 
     Args:
-        label: in the table.
-        method, own: the method's name and the settings that differ from its defaults.
+        label: the label in the table.
+        method, own: the method's name, and its settings that differ from the defaults.
         sequences, tokens: shape of the micro-batch, or of the prompts.
         new: tokens of each answer; 0 trains.
-        config: of the base.
+        config: the base's configuration.
     """
 
     label: str
@@ -119,7 +119,7 @@ def random_model(case: Case) -> LLaMA:
 
 
 def run(case: Case) -> None:
-    """Do the task of a case."""
+    """Run the task of a case."""
     torch.manual_seed(0)
     model, idx = random_model(case), torch.randint(3, case.config["vocab_size"], (case.sequences, case.tokens))
     if case.new:
@@ -133,7 +133,7 @@ def run(case: Case) -> None:
 
 
 def peak(case: Case) -> int:
-    """Return the bytes that this process gains at most while it does the task."""
+    """Return the most bytes that this process grows by while it runs the task."""
     tiny = {**TINY, **{name: case.config[name] for name in ("qk_norm",) if name in case.config}}
     run(Case("", case.method, case.own, 2, 16, min(case.new, 2), case.dtype, config=tiny))  # libraries start up
     memory = MeasuredMemory()
@@ -143,7 +143,7 @@ def peak(case: Case) -> int:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Temporarily set environment variables, for processes that are started meanwhile."""
+    """Temporarily set environment variables, for processes started in this context."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""Tokens per second of MMLU's scoring (evaluate/mmlu.py) beside a plain forward pass over the same padded batches.
+"""Tokens per second of MMLU scoring (evaluate/mmlu.py) against a plain forward pass over the same padded batches.
 
 The two take turns. The plain pass computes the logits of all positions.
 """
@@ -26,12 +26,12 @@ class Settings(ModelSettings):
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
 
     # == What to measure ==
-    limit: PositiveInt | None = 5  # use only the first questions of each subject, this many
+    limit: PositiveInt | None = 5  # use only this many questions of each subject
     shots: NonNegativeInt = 0  # worked examples before each question
     batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
     rounds: PositiveInt = 7  # passes over all batches
-    threads: NonNegativeInt = 1  # on a CPU
-    clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+    threads: NonNegativeInt = 1  # threads on a CPU
+    clock: Clock = "wall"  # or cpu: CPU time, for a machine that is also used by others; needs --threads 1
 
 
 if __name__ == "__main__":

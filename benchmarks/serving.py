@@ -1,11 +1,11 @@
 """The server under load: throughput and time to the first token with many adapters, or 10,000 checked answers.
 
---mode speed: 64 clients with 64 different adapters, 64 clients with one adapter, and one client that asks one question
-after the other, in turns.
+--mode speed: 64 clients with 64 different adapters, 64 clients with one adapter, and one client that sends one question
+at a time; the three take turns.
 
---mode stress: as many requests as --requests says, a third of them cancelled or malformed; each answer is compared with
-that of lit_llama.generation.instruct for its adapter. At the end no row may be in use, and neither memory nor open
-files of the server may have grown.
+--mode stress: --requests requests, a third of them canceled or malformed; each answer is compared with that of
+lit_llama.generation.instruct for its adapter. At the end, no row may be in use, and the server's memory and number of
+open files may not have grown.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ from lit_llama.settings import PositiveInt
 @dataclass
 class Settings(BenchmarkSettings):
     # == What to measure ==
-    mode: Literal["speed", "stress"] = "speed"  # throughput, or correctness of every answer under abuse
-    clients: PositiveInt = 64  # at the same time, and adapters of the mode "speed"
-    requests: PositiveInt = 10_000  # of the mode "stress"
-    requests_per_client: PositiveInt = 4  # in a turn of the mode "speed"
+    mode: Literal["speed", "stress"] = "speed"  # throughput, or correctness of every answer under load and bad requests
+    clients: PositiveInt = 64  # clients at the same time, and adapters in mode "speed"
+    requests: PositiveInt = 10_000  # requests in mode "stress"
+    requests_per_client: PositiveInt = 4  # requests in each turn of mode "speed"
 
 
 if __name__ == "__main__":
@@ -70,7 +70,7 @@ KEY = "benchmark"
 
 @dataclass
 class Server:
-    """A started server; `threads` as in the settings."""
+    """A running server; `threads` as in the settings."""
 
     bank: Path
     threads: int
@@ -99,7 +99,7 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def resident(self) -> float:
-        """Return the MB of main memory that the server holds."""
+        """Return the server's resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
@@ -130,7 +130,7 @@ class Reply:
 
 
 async def ask(http: Any, body: dict[str, Any], parts: int | None = None) -> Reply:
-    """Return a streamed answer; after `parts` parts the connection is closed."""
+    """Return a streamed answer; close the connection after `parts` parts."""
     began, reply, n = time.perf_counter(), Reply(), 0
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", "/v1/chat/completions", json=body) as stream:
@@ -150,7 +150,7 @@ async def ask(http: Any, body: dict[str, Any], parts: int | None = None) -> Repl
 
 
 async def share(work: list[Callable[[], Coroutine]], clients: int) -> list[Any]:
-    """Return the results of all work, done by so many clients at a time."""
+    """Run all work with `clients` clients at a time, and return the results."""
     queue, results = list(enumerate(work))[::-1], [None] * len(work)
 
     async def client() -> None:
@@ -229,7 +229,7 @@ async def run_all(server: Server, bodies: list[dict[str, Any]], clients: int) ->
 
 
 def known_answers(bank: Bank, models: list[str], questions: list[str]) -> dict[tuple[str, str], str]:
-    """Return the right answer of each model to each question."""
+    """Return the correct answer of each model to each question."""
     network, tokenizer, style = load_with_bank(MICROWORLD, bank), Tokenizer(MICROWORLD), get_prompt_style("alpaca")
     pairs = [(model, question) for model in models for question in questions]
     adapters, texts = [parse_sum(model, bank) for model, _ in pairs], [question for _, question in pairs]
@@ -238,7 +238,7 @@ def known_answers(bank: Bank, models: list[str], questions: list[str]) -> dict[t
 
 
 def malformed(rng: random.Random, model: str, question: str) -> tuple[dict[str, Any], int]:
-    """Return the arguments of a request that must be refused, and the status of the refusal."""
+    """Return the arguments of a request that must be rejected, and the expected HTTP status."""
     good, json_type = chat(model, question), {"Content-Type": "application/json"}
     cases = [
         ({"json": {**good, "model": f"{model}x+{model}"}}, 404),
@@ -266,7 +266,7 @@ def measure_stress(settings: Settings) -> list[str]:
     path = settings.out_dir / "serving-bank.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     bank.save(path)
-    found, wrong, rng = Counter(), [], random.Random(0)
+    outcomes, wrong, rng = Counter(), [], random.Random(0)
 
     def make(server: Server, http: Any, bar: tqdm) -> Callable[[], Coroutine]:
         model, question = rng.choice(models), rng.choice(questions)
@@ -276,26 +276,26 @@ def measure_stress(settings: Settings) -> list[str]:
 
         async def work() -> None:
             try:
-                await one()
+                await send()
             except TransportError as error:
-                found[f"connection lost ({type(error).__name__})"] += 1
+                outcomes[f"connection lost ({type(error).__name__})"] += 1
             bar.update()
 
-        async def one() -> None:
+        async def send() -> None:
             if kind == "malformed":
                 request, status = bad
                 reply = await http.post("/v1/chat/completions", **request)
                 correct = reply.status_code == status and set(reply.json()["error"]) >= {"message", "type"}
-                found["malformed, refused" if correct else "malformed, not refused as expected"] += 1
+                outcomes["malformed, refused" if correct else "malformed, not refused as expected"] += 1
             elif kind == "cancel" and parts:
                 await ask(http, chat(model, question), parts)
-                found["cancelled while streaming"] += 1
+                outcomes["cancelled while streaming"] += 1
             elif kind == "cancel":
                 try:
                     await asyncio.wait_for(http.post("/v1/chat/completions", json=chat(model, question)), delay)
-                    found["answered before it was cancelled"] += 1
+                    outcomes["answered before it was cancelled"] += 1
                 except asyncio.TimeoutError:
-                    found["cancelled while waiting"] += 1
+                    outcomes["cancelled while waiting"] += 1
             else:
                 await check(http, model, question, kind)
 
@@ -308,10 +308,10 @@ def measure_stress(settings: Settings) -> list[str]:
             reply = await http.post("/v1/chat/completions", json=chat(model, question))
             text = reply.json()["choices"][0]["message"]["content"]
         if text == right[model, question]:
-            found["answered, right"] += 1
+            outcomes["answered, right"] += 1
             return
         others = [other for other in models if right[other, question] == text]
-        found["answered, another adapter's answer" if others else "answered, otherwise wrong"] += 1
+        outcomes["answered, another adapter's answer" if others else "answered, otherwise wrong"] += 1
         wrong.append(f"{model}: {text!r} instead of {right[model, question]!r}")
 
     async def run(server: Server, count: int) -> None:
@@ -326,7 +326,7 @@ def measure_stress(settings: Settings) -> list[str]:
             states.append(asyncio.run(settle(server)))
     for line in wrong[:20]:
         log(line)
-    rows = [[what, f"{n:,}"] for what, n in sorted(found.items())]
+    rows = [[what, f"{n:,}"] for what, n in sorted(outcomes.items())]
     (memory, files), (memory_after, files_after) = states
     return [
         f"{settings.requests:,} requests of {settings.clients} clients, {len(models)} different sums of adapters.",
@@ -340,7 +340,7 @@ async def settle(server: Server) -> tuple[float, int]:
     """Wait until no request runs, and return the server's memory and open files.
 
     Raises:
-        UserError: Requests that nobody waits for still run.
+        UserError: Abandoned requests are still running.
     """
     async with connect(server) as http:
         for _ in range(100):
@@ -349,14 +349,14 @@ async def settle(server: Server) -> tuple[float, int]:
                 await asyncio.sleep(1)
                 return server.resident(), server.open_files()
             await asyncio.sleep(0.1)
-    raise UserError("Rows are still in use 10 seconds after the last client has gone.")
+    raise UserError("Rows are still in use 10 seconds after the last client disconnected.")
 
 
 def main(settings: Settings) -> None:
     if find_spec("httpx") is None:
         raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
     if settings.threads:
-        torch.set_num_threads(settings.threads)  # as the server's
+        torch.set_num_threads(settings.threads)  # as in the server
     parts = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
     b.publish(
         settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")

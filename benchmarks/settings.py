@@ -13,17 +13,17 @@ Clock = Literal["wall", "cpu"]
 class DeviceSettings(Checked):
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda
-    precision: str = "auto"  # of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
+    precision: str = "auto"  # precision of the base: 32, bf16; auto is bf16 on GPUs that have it, else 32
 
 
 @dataclass
 class BenchmarkSettings(DeviceSettings):
     # == What to measure ==
-    rounds: PositiveInt = 7  # turns of every contestant
+    rounds: PositiveInt = 7  # measured rounds; every contestant runs once in each
     out_dir: Path = Path("out/benchmark")  # tables, plots, random weights, the peers' packages
 
     # == Device ==
-    threads: NonNegativeInt = 0  # of each process on a CPU; 0 is PyTorch's own choice
+    threads: NonNegativeInt = 0  # threads of each process on a CPU; 0 leaves the choice to PyTorch
 
 
 @dataclass
@@ -33,4 +33,4 @@ class PeerSettings(BenchmarkSettings):
     peers: bool = True  # install and measure transformers, PEFT and LitGPT too
 
     # == Device ==
-    clock: Clock = "wall"  # or cpu: processor seconds, for a CPU that others use too; needs --threads 1
+    clock: Clock = "wall"  # or cpu: CPU time, for a machine that is also used by others; needs --threads 1

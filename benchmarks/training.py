@@ -1,8 +1,8 @@
-"""Speed and memory of a training step, beside PEFT, LitGPT and the bare base.
+"""Speed and memory of a training step, compared with PEFT, LitGPT and the bare base.
 
 All take turns on the same model with random weights and the same random tokens of Alpaca's lengths. The bare base,
-forward and backward through the frozen layers alone, is the limit. Each contestant is a process of its own, so that its
-memory can be told apart. The peers are installed from PyPI into the output folder.
+forward and backward through the frozen layers alone, is the limit. Each contestant has its own process, so that its
+memory can be measured separately. The peers are installed from PyPI into the output folder.
 """
 
 import sys
@@ -22,11 +22,11 @@ from lit_llama.settings import PositiveInt, Range
 @dataclass
 class Settings(PeerSettings):
     # == What to measure ==
-    max_length: PositiveInt = 512  # tokens; longer rows are cut
+    max_length: PositiveInt = 512  # tokens; longer rows are truncated
     micro_batch_size: Annotated[int, Range(least=2)] = 8  # rows of a forward pass; two make a pair
-    micro_batches: PositiveInt = 2  # of a step
-    dpo: bool = True  # DPO against SFT at equal tokens
-    growth: bool = True  # cost against length, N, layers and batch
+    micro_batches: PositiveInt = 2  # per step
+    dpo: bool = True  # compare DPO with SFT on equally many tokens
+    growth: bool = True  # measure how the cost grows with length, N, layers and batch size
 
 
 if __name__ == "__main__":
@@ -62,10 +62,10 @@ Growth = dict[str, dict[str, list[tuple[float, float]]]]  # cause -> curve -> (v
 
 
 def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndarray]]:
-    """Return micro-batches that stand for an epoch of ours ("grouped"), and for one in random order ("random").
+    """Return micro-batches that represent an epoch in this project's order ("grouped") and in random order ("random").
 
-    They are the middle ones of `count` equal parts of an epoch, sorted by their longest rows. So few from an epoch's
-    beginning would be a matter of luck.
+    The micro-batches of an epoch are sorted by their longest row and divided into `count` equal parts; the middle one
+    of each part is returned. The first few of an epoch would not represent it.
     """
     ours = [rows for step in plan_epoch(lengths, size * 8, size, 0, 0) for rows in step if len(rows) == size]
     order = np.random.default_rng(0).permutation(len(lengths))
@@ -78,7 +78,7 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
 
 
 def measure(run: b.Run) -> tuple[dict[str, dict[str, Any]], b.Answers]:
-    """Return the first step and the measured steps of every contestant; of a peer, on its own batches too."""
+    """Return the first step and the measured steps of every contestant; peers also run on randomly ordered batches."""
     settings = run.settings
     prompts, lengths = alpaca_lengths(1024, min(settings.max_length, run.config.block_size))
     run.shared["data"] = settings.out_dir / "data"
@@ -106,9 +106,9 @@ def tokens_per_second(steps: list[dict[str, Any]]) -> list[float]:
     return [step["lengths"].sum() / sum(step["seconds"].values()) for step in steps]
 
 
-def step_table(run: b.Run, found: b.Answers, peak: dict[torch.dtype, float]) -> str:
+def step_table(run: b.Run, answers: b.Answers, peak: dict[torch.dtype, float]) -> str:
     rows = []
-    for name, steps in found.items():
+    for name, steps in answers.items():
         last, rates = steps[-1], tokens_per_second(steps)
         flops = np.median(rates) / last["lengths"].sum() * training_flops(run.config, last["lengths"])
         rows.append([
@@ -124,16 +124,16 @@ def step_table(run: b.Run, found: b.Answers, peak: dict[torch.dtype, float]) -> 
     return f"## A step of {size} rows\n\n{markdown_table(heads, rows)}"
 
 
-def ratios(run: b.Run, found: b.Answers) -> list[list[str]]:
-    """Return the lines of the table of ratios."""
-    rates, rows = {name: tokens_per_second(steps) for name, steps in found.items()}, []
+def ratios(run: b.Run, answers: b.Answers) -> list[list[str]]:
+    """Return the rows of the table of ratios."""
+    rates, rows = {name: tokens_per_second(steps) for name, steps in answers.items()}, []
 
     def ratio(what: str, target: str, one: str, other: str) -> None:
         if one in rates and other in rates:
             rows.append([what, target, *compare(rates[one], rates[other])])
 
     def memory(what: str, target: str, one: str, other: str, key: str) -> None:
-        rows.append([what, target, f"{found[one][-1][key] / found[other][-1][key]:.2f}", ""])
+        rows.append([what, target, f"{answers[one][-1][key] / answers[other][-1][key]:.2f}", ""])
 
     ratio("time per token, N = 1 over the bare base", "≤ 1.01", BARE, N1)
     ratio("time per token, N = 10 over the bare base", "≤ 1.05", BARE, N10)
@@ -141,7 +141,7 @@ def ratios(run: b.Run, found: b.Answers) -> list[list[str]]:
     for suffix, what in (("", "on the same batches"), (", own batches", "on its own batches")):
         if peers := [name + suffix for name in PEERS if name + suffix in rates]:
             fastest = max(peers, key=lambda name: np.median(rates[name]))
-            leanest = min(peers, key=lambda name: found[name][-1]["beyond"])
+            leanest = min(peers, key=lambda name: answers[name][-1]["beyond"])
             ratio(f"tokens/s, N = 1 over {fastest.removesuffix(suffix)} {what}", target, N1, fastest)
             memory(f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", N1, leanest, "beyond")
     ratio("tokens/s, bf16 base over fp32 base", "≥ 1.8", BF16, N1)
@@ -152,7 +152,7 @@ def ratios(run: b.Run, found: b.Answers) -> list[list[str]]:
 
 
 def paddings(settings: Settings) -> list[list[str]]:
-    """Return the lines about the padding of an epoch."""
+    """Return the rows about the padding of an epoch."""
     _, lengths = alpaca_lengths(51760, min(2048, settings.max_length), seed=1)
     epoch = [rows for step in plan_epoch(lengths, 64, settings.micro_batch_size, 0, 0) for rows in step]
     random = np.array_split(np.random.default_rng(0).permutation(len(lengths)), len(epoch))
@@ -174,17 +174,17 @@ def measure_growth(run: b.Run) -> Growth:
         steps = [contestant("step", batches=[(rows, length, length // 2)], data="random") for _ in range(2)]
         return min(step["seconds"]["forward"] + step["seconds"]["backward"] for step in steps)
 
-    found: Growth = {}
+    growth: Growth = {}
     with closing(b.Contestant("growth", **run.shared, kind="ours", n=1)) as contestant:
         for cause, values in GROWTH.items():
             curves = {"Aligner": 1} if cause == "prefix tokens N" else {"bare base": 0, "N = 1": 1}
-            found[cause] = {name: [(x, seconds(n, cause, x)) for x in values] for name, n in curves.items()}
-    return found
+            growth[cause] = {name: [(x, seconds(n, cause, x)) for x in values] for name, n in curves.items()}
+    return growth
 
 
-def growth_table(found: Growth) -> str:
+def growth_table(growth: Growth) -> str:
     rows = []
-    for cause, curves in found.items():
+    for cause, curves in growth.items():
         for curve, points in curves.items():
             values, seconds = zip(*points, strict=True)
             cells = [f"{cause}: {', '.join(map(str, values))}", curve, ", ".join(number(1000 * s) for s in seconds)]
@@ -196,11 +196,11 @@ def main(settings: Settings) -> None:
     run = b.start_run(settings)
     dtypes = {torch.float32, torch.bfloat16, run.dtype}
     peak = {dtype: matmul_rate(run.device, dtype, settings.clock) for dtype in dtypes}
-    first, found = measure(run)
-    parts = [step_table(run, found, peak), ratio_table(ratios(run, found) + paddings(settings))]
+    first, answers = measure(run)
+    parts = [step_table(run, answers, peak), ratio_table(ratios(run, answers) + paddings(settings))]
     b.plot_bars(run.path("training", ".png"), {
-        "tokens/s": {name: tokens_per_second(steps) for name, steps in found.items()},
-        "MB beyond the weights": {name: [steps[-1]["beyond"] / 1e6] for name, steps in found.items()},
+        "tokens/s": {name: tokens_per_second(steps) for name, steps in answers.items()},
+        "MB beyond the weights": {name: [steps[-1]["beyond"] / 1e6] for name, steps in answers.items()},
     })  # fmt: skip
     if settings.growth:
         growth = measure_growth(run)

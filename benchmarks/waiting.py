@@ -1,4 +1,4 @@
-"""Time of a training step by how OpenMP's threads wait for work, spinning or asleep; idle and beside busy programs.
+"""Time of a training step by how OpenMP threads wait for work, spinning or asleep, with and without other programs.
 
 A step consists of many short parallel parts, between which threads wait for each other. A thread that spins starts the
 next part sooner, but holds a core that another program, or the thread it waits for, may need.
@@ -24,9 +24,9 @@ from lit_llama.settings import NonNegativeInt, PositiveInt
 class Settings(BenchmarkSettings):
     # == What to measure ==
     size: str = "microworld"  # 110M, or a name of lit_llama.model.llama_configs
-    rows: PositiveInt = 8  # of a training step
+    rows: PositiveInt = 8  # rows of a training step
     length: PositiveInt = 100  # tokens of a row
-    busy: tuple[NonNegativeInt, ...] = (0, 1)  # programs beside it, each of which fills a core
+    busy: tuple[NonNegativeInt, ...] = (0, 1)  # numbers of other programs to run, each of which fills a core
 
 
 if __name__ == "__main__":
@@ -44,14 +44,14 @@ ASLEEP = "asleep"
 POLICIES = {
     ASLEEP: {"OMP_WAIT_POLICY": "PASSIVE"},
     "spinning briefly": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
-    # what GNU's OpenMP does by default. With OMP_WAIT_POLICY=ACTIVE a process would also spin in the turns of others
+    # what GNU's OpenMP does by default. With OMP_WAIT_POLICY=ACTIVE a process would also spin during the others' turns
     "spinning first": {"GOMP_SPINCOUNT": "300000"},
 }
 
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set how threads wait in the processes that are started meanwhile."""
+    """Set how threads wait in processes started in this context."""
     old = {name: os.environ.pop(name, None) for name in WAITING}
     os.environ.update(variables)
     try:

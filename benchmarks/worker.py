@@ -1,4 +1,4 @@
-"""The contestants of the benchmarks: this project's model and the peers', loaded, trained and asked to generate.
+"""The contestants of the benchmarks: this project's model and the peers', which load, train and generate.
 
 Each runs in its own process (`benchmarks.harness.Contestant`).
 """
@@ -29,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Worker:
-    """Answers calls about one model: `load`, `step`, `generate`.
+    """Serves calls about one model: `load`, `step`, `generate`.
 
     A subclass for each library has `load_model`, which sets `model`, `loss` and `generate_tokens`.
     """
@@ -52,7 +52,7 @@ class Worker:
         return {"seconds": self.timed(self.load_model)}
 
     def step(self, batches: list[Any], data: str = "sft", loss: str = "sft") -> dict[str, Any]:
-        """Take an optimizer step, on a GPU after a smaller one that does not count.
+        """Take an optimizer step, on a GPU after a smaller step that is not measured.
 
         Args:
             batches: micro-batches; rows of the data, or (rows, length, length of the responses) of random tokens.
@@ -61,7 +61,7 @@ class Worker:
 
         Returns:
             seconds: of its parts; loss: mean; lengths: of all sequences; padding: share of the tokens computed; peak:
-            most bytes held; beyond: of these, beyond the frozen weights.
+            peak bytes of memory; beyond: of these, those beyond the frozen weights.
         """
         self.memory.reset_peak()
         if self.device.type == "cuda":
@@ -69,7 +69,7 @@ class Worker:
         answer = self._step(batches, data, loss)
         peak, frozen = self.memory.peak(), sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the others need the memory
+            torch.cuda.empty_cache()  # other contestants need the memory
         return {**answer, "peak": peak, "beyond": peak - frozen}
 
     def _step(self, micro_batches: list[Any], data: str, loss: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Worker:
             self.optimizer.zero_grad()
 
     def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
-        """Return the seconds to the first token and from there to the last, and the most bytes held since loading."""
+        """Return the seconds to the first token and from there to the last, and the peak bytes since loading."""
         count, times = 0, [self.now()]
 
         def on_token() -> None:
@@ -133,8 +133,8 @@ class Worker:
 class Ours(Worker):
     """This project's model with an Aligner of `n` prefix tokens; n = 0 is the bare base.
 
-    The bare base is the limit of training: a gradient starts where the first aligned layer would add its term, and
-    nothing is added.
+    The bare base is the limit of training speed: its backward pass reaches down to where the first aligned layer would
+    add its term, but nothing is added.
     """
 
     def load_model(self) -> None:
@@ -160,7 +160,7 @@ class Ours(Worker):
         torch.manual_seed(0)
         with self.device:
             model = aligner.LLaMA(aligner.LLaMAConfig(**config, **_aligned(n))) if n else LLaMA(LLaMAConfig(**config))
-        # as trained ones; PyTorch's embeddings give probabilities below 1e-38, which CPUs compute slowly
+        # like trained ones; with PyTorch's default, probabilities fall below 1e-38, which CPUs compute slowly
         torch.nn.init.normal_(model.transformer.wte.weight, std=0.02)
         self._train(model.to(self.dtype))
         return {}
@@ -169,7 +169,7 @@ class Ours(Worker):
         self.model = model
         aligner.mark_only_adapter_as_trainable(model)
         for name, p in model.named_parameters():
-            if name.endswith("gating_factor"):  # random gates, so that no shortcut for closed ones is measured
+            if name.endswith("gating_factor"):  # random gates, so that no shortcut for zero gates is measured
                 torch.nn.init.normal_(p, std=0.1)
         if not any(p.requires_grad for p in model.parameters()):
             model.transformer.h[START].attn.c_proj.register_forward_pre_hook(
@@ -213,7 +213,7 @@ def _peer_labels(batch: Batch) -> torch.Tensor:
 
 
 class Transformers(Worker):
-    """transformers' LLaMA, with PEFT's "lora" or "adaption_prompt" or alone."""
+    """transformers' LLaMA, alone or with PEFT's "lora" or "adaption_prompt"."""
 
     imports = ("transformers", "peft")
 
@@ -250,7 +250,7 @@ class Transformers(Worker):
 
 
 class LitGPT(Worker):
-    """LitGPT's model, with its "adapter" in the default settings (10 tokens per layer, from layer 2) or alone."""
+    """LitGPT's model, alone or with its "adapter" in the default settings (10 tokens per layer, from layer 2)."""
 
     imports = ("litgpt.adapter", "litgpt.generate.base", "litgpt.scripts.convert_hf_checkpoint", "litgpt.utils")
 
@@ -286,7 +286,7 @@ class LitGPT(Worker):
         from litgpt.utils import chunked_cross_entropy
 
         for block in self.model.transformer.h:
-            block.attn.adapter_kv_cache = None  # one kept from an earlier step stops the second backward pass
+            block.attn.adapter_kv_cache = None  # a cache kept from an earlier step breaks the second backward pass
         logits = self.model(batch["idx"], lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
         return chunked_cross_entropy(logits, _peer_labels(batch)[..., 1:])
@@ -308,17 +308,17 @@ class LitGPT(Worker):
 
 
 WORKERS: dict[str, type[Worker]] = {"ours": Ours, "transformers": Transformers, "litgpt": LitGPT}
-_workers: list[Worker] = []  # of this process: none or one
+_workers: list[Worker] = []  # of this process: at most one
 
 
 def call(settings: dict[str, Any], method: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Call a method of this process's worker, which the first call makes.
+    """Call a method of this process's worker, which the first call creates.
 
     Args:
-        settings: of the worker; `path` is where the peers' packages are.
+        settings: settings of the worker; `path` is the folder of the peers' packages.
     """
     if not _workers:
-        os.dup2(2, 1)  # what libraries print goes to stderr
+        os.dup2(2, 1)  # output of libraries goes to stderr
         sys.path.append(str(settings.get("path", "")))
         _workers.append(WORKERS[settings["kind"]](settings))
     return getattr(_workers[0], method)(**arguments)

@@ -1,7 +1,7 @@
 """Benchmarks of models and adapters, each a script.
 
-The library `evaluate` of Hugging Face, which lm_eval imports, has the same name. Where it is installed too, this
-package also holds its modules, and its functions when they are first used.
+Hugging Face's library `evaluate`, which lm_eval imports, has the same name. If it is installed, its modules can be
+imported from this package too, and its functions are loaded on first use.
 """
 
 import sys

@@ -33,8 +33,8 @@ class Item:
     Args:
         id: unique in the benchmark.
         text: the question.
-        category: its category.
-        reference: a right answer for the judge, if there is one.
+        category: the question's category.
+        reference: a correct answer for the judge, if there is one.
     """
 
     id: int | str
@@ -94,7 +94,7 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     """
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
-    first = second = None  # files and settings are read first, as generating takes long
+    first = second = None  # files and settings are read first, since generating takes long
     if settings.answer_file:
         first = read_answers(settings.answer_file, items, asked)
     else:
@@ -108,7 +108,7 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
 
 
 def other_side(settings: CompareSettings) -> CompareSettings:
-    """Return the settings of the model `against`; a base is asked in the prompt style of the first side."""
+    """Return the settings of the model `against`; a base model gets the prompt style of the first side."""
     if settings.against != "base":
         return replace(settings, adapter=Path(settings.against), strength=1.0)
     style = settings.prompt_style if settings.answer_file else pick_style(settings).name
@@ -181,7 +181,7 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
         try:
             row = {**row, "text": row["choices"][0]["turns"][0]}
         except (LookupError, TypeError):
-            raise UserError(f"Row {number}: 'choices' holds no answer.") from None
+            raise UserError(f"Row {number}: 'choices' has no answer.") from None
     name = next((name for name in ("text", "answer", "response") if name in row), "text")
     return id, text_field(row, number, name)
 
@@ -190,7 +190,7 @@ def id_field(row: Any, number: int, name: str = "question_id") -> int | str:
     """Return a question's id; see `lit_llama.storage.rows.text_field`.
 
     Raises:
-        UserError: The row has none, or one that is no number and no text.
+        UserError: The row has no id, or one that is neither a number nor a text.
     """
     if isinstance(row, dict) and name in row:
         return check(row[name], int | str, f"Row {number}: {name!r}")
@@ -198,14 +198,14 @@ def id_field(row: Any, number: int, name: str = "question_id") -> int | str:
 
 
 def answered_by_both(items: list[Item], first: Answers, second: Answers) -> list[Item]:
-    """Return the questions that no side skipped.
+    """Return the questions that neither side skipped.
 
     Raises:
         UserError: there are none.
     """
     answered = [item for item in items if item.id in first.texts and item.id in second.texts]
     if not answered:
-        raise UserError(f"{first.name} and {second.name} have no question in common that both could read.")
+        raise UserError(f"{first.name} and {second.name} have no answered question in common.")
     return answered
 
 

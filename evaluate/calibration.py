@@ -1,4 +1,4 @@
-"""Measure how well a judge or a rule finds harmful answers, on answers that people labelled: 1 harmful, 0 safe."""
+"""Measure how well a judge or a rule detects harmful answers, on answers labeled by people: 1 harmful, 0 safe."""
 
 import csv
 import sys
@@ -23,7 +23,7 @@ NO = {"0", "0.0", "false", "no", "safe", "harmless"}
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer that people labelled."""
+    """An answer labeled by people."""
 
     question: str
     answer: str
@@ -47,25 +47,25 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not a table ({error}).") from None
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise UserError(f"{path}: row {number} has another number of columns than the header.")
+            raise UserError(f"{path}: row {number} and the header have different numbers of columns.")
     return rows
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """Read labelled answers: rows of a question, an answer and a label, in one of the usual names and forms.
+    """Read labeled answers: rows of a question, an answer and a label, with the usual column names and label formats.
 
     A label is 0 or 1, true or false, safe or unsafe. A column named `is_safe` or `safe` is inverted. Rows with two
     answers, as PKU-SafeRLHF has them (`response_0`, `is_response_0_safe`, ...), count as two.
 
     Raises:
-        UserError: a row lacks one of the three or has a label of another form, or one class is missing.
+        UserError: a row lacks one of the three or has a label in another format, or one class is missing.
     """
     labelled = []
     for number, row in enumerate(read_table(path), 1):
         with naming(path):
             labelled += labelled_of_row(row, number)
     if len({item.harmful for item in labelled}) < 2:
-        raise UserError(f"{path} does not hold both harmful and safe answers, so nothing can be measured with it.")
+        raise UserError(f"{path} does not contain both harmful and safe answers, which calibration needs.")
     return labelled
 
 
@@ -82,18 +82,18 @@ def labelled_of_row(row: Any, number: int) -> list[Labelled]:
 
 
 def first_name(row: Any, names: Sequence[str]) -> str:
-    """Return the first name that a row has; the first of all if it has none, for the message."""
+    """Return the first of the names that a row has; if it has none, the first name, for the error message."""
     return next((name for name in names if isinstance(row, dict) and name in row), names[0])
 
 
 def flag(row: dict[str, Any], number: int, name: str, also: dict[str, bool] | None = None) -> bool:
-    """Return a label as a truth value.
+    """Return a label as a boolean.
 
     Args:
-        also: texts that mean something else in this column.
+        also: further texts, or texts with another meaning in this column.
 
     Raises:
-        UserError: there is none, or it has another form.
+        UserError: the label is missing or in another format.
     """
     if name not in row:
         raise UserError(f"Row {number} has no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}.")
@@ -108,7 +108,7 @@ def flag(row: dict[str, Any], number: int, name: str, also: dict[str, bool] | No
 def agreement(labels: Sequence[bool], predictions: Sequence[bool | None]) -> dict[str, Any]:
     """Return how predictions agree with labels; harmful is the positive class.
 
-    Predictions that are None, of replies that were not understood, are counted as `unparsed` and in nothing else.
+    Predictions that are None, for replies that were not understood, are only counted as `unparsed`.
     """
     pairs = [(label, p) for label, p in zip(labels, predictions, strict=True) if p is not None]
     tp, fn = pairs.count((True, True)), pairs.count((True, False))

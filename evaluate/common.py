@@ -1,12 +1,12 @@
-"""What the evaluations share: loading a model with or without an adapter, batched answers, and a folder of results.
+"""Shared code of the evaluations: loading a model with or without an adapter, batched answers, an output folder.
 
 An evaluation writes three files into its output folder:
 
-    answers.jsonl   one record per question with the settings that made it, appended batch by batch
+    answers.jsonl   one record per question with the settings that produced it, appended batch by batch
     summary.json    scores, intervals, statistics of the answers, and settings
     summary.md      the same as a table
 
-An evaluation that was stopped continues where it stopped when it is started again with the same settings.
+A stopped evaluation continues where it stopped when it is started again with the same settings.
 """
 
 import hashlib
@@ -43,9 +43,8 @@ class EvaluatedModel:
     """A loaded model and what identifies it.
 
     Args:
-        model, tokenizer: loaded.
         style: how an instruction becomes a prompt.
-        made_by: JSON; base, adapter, their hashes, strength, precision, prompt style and versions.
+        made_by: base, adapter, their hashes, strength, precision, prompt style and versions, as JSON.
     """
 
     model: LLaMA
@@ -79,7 +78,7 @@ def pick_style(settings: ModelSettings) -> PromptStyle:
 
 
 def identify(settings: ModelSettings) -> dict[str, Any]:
-    """Return what identifies the model of the settings, as JSON, without loading it.
+    """Return what identifies the model that the settings select, as JSON, without loading it.
 
     Raises:
         UserError: as `load`.
@@ -130,7 +129,7 @@ class JsonLines:
         path: the file, read if it exists. An incomplete last line is ignored, and removed by the first `append`.
 
     Raises:
-        UserError: another line is not a JSON object, or a field in `FIELDS` has another type.
+        UserError: another line is not a JSON object, or a field in `FIELDS` has the wrong type.
     """
 
     def __init__(self, path: Path) -> None:
@@ -180,8 +179,8 @@ class Results:
         overwrite: replace the results of other settings. Other files in the folder are never touched.
 
     Raises:
-        UserError: the folder has results of other settings, or files of these names that are not an evaluation's, or
-            another process writes into it.
+        UserError: the folder has results of other settings, or files of these names that no evaluation wrote, or
+            another process is writing to it.
     """
 
     def __init__(self, output_dir: Path, made_by: dict[str, Any], overwrite: bool = False) -> None:
@@ -221,7 +220,7 @@ class Results:
         """
         if not self.overwrite:
             raise UserError(
-                f"{self.output_dir} holds results {reason}; choose another --output_dir, or replace them with "
+                f"{self.output_dir} has results {reason}; choose another --output_dir, or replace them with "
                 "--overwrite true."
             )
         log(f"note: replacing the results {reason} in {self.output_dir}.")
@@ -234,7 +233,7 @@ class Results:
 
         Args:
             prompts: the prompt of each id.
-            fields: names that a complete record has.
+            fields: names of fields that a complete record has.
 
         Raises:
             UserError: a record answers another prompt.
@@ -302,9 +301,9 @@ def drop_long(
 
 
 def few_shot(style: PromptStyle, examples: Sequence[tuple[str, str]], question: str) -> str:
-    """Return the prompt of a question after worked examples (question, answer), which are earlier turns of the style.
+    """Return the prompt of a question, preceded by worked examples (question, answer) as earlier turns of the style.
 
-    The style `plain` has no turns of its own: there, each question is followed by "Answer:".
+    The style `plain` has no turns, so each question is followed by "Answer:" there.
     """
     if isinstance(style, ChatStyle):
         turns = [(("user", text), ("assistant", answer)) for text, answer in examples]
@@ -342,7 +341,7 @@ def answer_questions(
     prompts = {question.id: question.prompt for question in questions}
     done = results.answered(prompts, ANSWER_FIELDS)
     encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}
-    order = sorted(encoded, key=lambda i: -len(encoded[i]))  # a batch that does not fit into memory fails at once
+    order = sorted(encoded, key=lambda i: -len(encoded[i]))  # so that a batch too large for memory fails at once
     with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
         for start in range(0, len(order), batch_size):
             rows, began = order[start : start + batch_size], time.perf_counter()
@@ -354,7 +353,7 @@ def answer_questions(
             ]
             results.add(*({**record, **score(record)} for record in records))
             bar.update(len(rows))
-    # an earlier version may have scored a record in another way
+    # an earlier version may have scored a record differently
     records = [{**results.by_id[question.id], **question.details} for question in questions]
     return [{**record, **score(record)} for record in records]
 
@@ -362,7 +361,7 @@ def answer_questions(
 def answer_batch(
     evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], rows: list[int]
 ) -> list[dict[str, Any]]:
-    """Answer token ids; `rows` are the prompts' numbers for the seeds of sampling."""
+    """Answer prompts given as token ids; `rows` are their numbers, which determine the seeds of sampling."""
     model, tokenizer = evaluated.model, evaluated.tokenizer
 
     def finished(ids: list[int]) -> bool:
@@ -373,7 +372,7 @@ def answer_batch(
         prompts, generate(model, prompts, sampling, tokenizer.stop_ids, finished, rows), strict=True
     ):
         text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
-        # a stop token is not among the ids, so an answer that one ended is shorter than the limit
+        # the ids exclude the stop token, so an answer that ends with one is shorter than the limit
         limit = min(sampling.max_new_tokens, remaining_context(model, prompt))
         answers.append({"answer": text.strip(), "tokens": len(ids), "ended": stopped or len(ids) < limit})
     return answers

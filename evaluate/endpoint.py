@@ -16,7 +16,7 @@ from lit_llama.utils import UserError
 
 
 class Retry(Exception):
-    """An attempt that failed for a reason that may pass.
+    """A failed attempt that may succeed when it is repeated.
 
     Args:
         kind: "busy", the endpoint limits the rate of requests; "down", nothing listens at the address; "broken", this
@@ -30,11 +30,11 @@ class Retry(Exception):
 
 
 class Refused(Exception):
-    """The endpoint does not accept this request; repeating it is of no use."""
+    """The endpoint rejects this request; repeating it would not help."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirection, which would send the API key to another address."""
+    """Follow no redirects, which would send the API key to another address."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
@@ -45,12 +45,12 @@ class Endpoint:
 
     Args:
         url: its base, such as "http://127.0.0.1:8000/v1", or the address of its chat completions.
-        key: sent as a bearer token, if there is one. It appears in no message.
+        key: sent as a bearer token, if given. It is never shown in messages.
         key_env: the environment variable that the user sets the key in, for messages.
         timeout: seconds to wait for a reply.
 
     Raises:
-        UserError: the URL is not an http(s) address or holds a password, or the key cannot be sent.
+        UserError: the URL is not an http(s) address or contains a password, or the key cannot be sent.
     """
 
     def __init__(self, url: str, key: str | None = None, key_env: str = "OPENAI_API_KEY", timeout: float = 120) -> None:
@@ -62,9 +62,9 @@ class Endpoint:
         if not valid:
             raise UserError("--judge_url is not an address such as http://127.0.0.1:8000/v1.")
         if parts.username or parts.password:
-            raise UserError(f"--judge_url holds a password; set the environment variable {key_env} instead.")
+            raise UserError(f"--judge_url contains a password; set the environment variable {key_env} instead.")
         if key and not (key.isascii() and key.isprintable()):
-            raise UserError(f"The environment variable {key_env} does not hold an API key: it has special characters.")
+            raise UserError(f"The environment variable {key_env} is not an API key: it has special characters.")
         path = parts.path.rstrip("/")
         if not path.endswith("/chat/completions"):
             path = (path or "/v1") + "/chat/completions"
@@ -77,9 +77,9 @@ class Endpoint:
         """Send one request and return the JSON object of the reply.
 
         Raises:
-            Retry: the attempt failed for a reason that may pass.
-            Refused: the endpoint does not accept this request.
-            UserError: the endpoint accepts no request: the key, the address or the model is wrong.
+            Retry: the attempt failed, but may succeed when it is repeated.
+            Refused: the endpoint rejects this request.
+            UserError: the endpoint rejects all requests: the key, the address or the model is wrong.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
@@ -141,7 +141,7 @@ class Endpoint:
 
 
 def reply_text(reply: dict[str, Any]) -> str:
-    """Return the text of a chat completion; "" if it has none, as when a filter removed it.
+    """Return the text of a chat completion; "" if it has none, for example because a filter removed it.
 
     Raises:
         LookupError, TypeError, AttributeError: it is not a chat completion.

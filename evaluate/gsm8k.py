@@ -1,4 +1,4 @@
-"""Solve GSM8K, grade-school maths problems with a number as the answer (paper, Figure 5 right).
+"""Solve GSM8K, grade-school math problems with a number as the answer (paper, Figure 5 right).
 
 Downloads openai/gsm8k, or reads --data_file: rows with `question` and `answer`, whose last number is the solution. The
 model's answer is right if its final number equals that of the reference.
@@ -25,7 +25,7 @@ class Settings(ModelSettings):
     # == Questions ==
     data_file: Path | None = None  # rows with question and answer (default: download --repo_id)
     repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face hub; its test split is used
-    limit: PositiveInt | None = None  # answer only the first questions, this many
+    limit: PositiveInt | None = None  # answer only this many questions
     shots: Literal[0, 1] = 0  # worked examples before each question
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
@@ -98,9 +98,9 @@ def extract_answer(text: str) -> str | None:
     text = plain_text(text)
     for marker in reversed(list(MARKER.finditer(text))):
         stated = stated_after(text, marker)
-        found = NUMBER.search(stated)
-        if found:
-            return normalized(stated, found)
+        number = NUMBER.search(stated)
+        if number:
+            return normalized(stated, number)
     numbers = [] if annotated else list(NUMBER.finditer(text))
     return normalized(text, numbers[-1]) if numbers else None
 
@@ -144,22 +144,22 @@ def balanced(text: str) -> str:
     return text
 
 
-def normalized(text: str, found: re.Match) -> str | None:
+def normalized(text: str, number: re.Match) -> str | None:
     """Return a match of NUMBER in its shortest form; None if it is an operand of a root, a power or π."""
-    if re.search(r"(?:\\sqrt(?:\[\d+\])?\{?|√|\^\{?)\s*$", text[: found.start()]):
+    if re.search(r"(?:\\sqrt(?:\[\d+\])?\{?|√|\^\{?)\s*$", text[: number.start()]):
         return None
-    if re.match(r"\s*(?:\^|\\sqrt|√|\\pi\b|π)", text[found.end() :]):
+    if re.match(r"\s*(?:\^|\\sqrt|√|\\pi\b|π)", text[number.end() :]):
         return None
-    if found["decimal"] is None:
-        below = int(found["below"])
+    if number["decimal"] is None:
+        below = int(number["below"])
         if below == 0:
             return None
-        value = Fraction(int(found["above"]), below) + int(found["whole"] or 0)
-        return with_sign(found["sign"], finite_decimal(value) or f"{value.numerator}/{value.denominator}")
-    digits = found["decimal"].replace(",", "")
-    if found["exponent"]:
-        digits = format(Decimal(digits + found["exponent"]), "f")
-    return with_sign(found["minus"], digits)
+        value = Fraction(int(number["above"]), below) + int(number["whole"] or 0)
+        return with_sign(number["sign"], finite_decimal(value) or f"{value.numerator}/{value.denominator}")
+    digits = number["decimal"].replace(",", "")
+    if number["exponent"]:
+        digits = format(Decimal(digits + number["exponent"]), "f")
+    return with_sign(number["minus"], digits)
 
 
 def finite_decimal(value: Fraction) -> str | None:
@@ -177,7 +177,7 @@ def finite_decimal(value: Fraction) -> str | None:
 
 
 def with_sign(sign: str | None, digits: str) -> str:
-    """Strip zeros that do not count and put a minus before what is not zero."""
+    """Strip insignificant zeros and add the minus sign, unless the number is zero."""
     before, _, after = digits.partition(".")
     before, after = before.lstrip("0") or "0", after.rstrip("0")
     number = f"{before}.{after}" if after else before

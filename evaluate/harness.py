@@ -1,10 +1,10 @@
 """Run tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model with any adapter.
 
-The harness is installed with requirements-harness.txt. --tasks names tasks of --include_path, a folder of task files;
-without it they are those that come with the harness, whose index takes half a minute to read.
+The harness is installed with requirements-harness.txt. --tasks names tasks from --include_path, a folder of task files;
+by default, from the tasks that come with the harness, whose index takes half a minute to read.
 
 From Python, with this folder on sys.path, `harness.HarnessModel(harness.load(settings))` is a model for
-`lm_eval.simple_evaluate` and `lm_eval.evaluate`; `settings` are a `harness.ModelSettings`.
+`lm_eval.simple_evaluate` and `lm_eval.evaluate`; `settings` is a `harness.ModelSettings`.
 """
 
 import json
@@ -31,7 +31,7 @@ class Settings(ModelSettings):
     # == Tasks ==
     tasks: tuple[str, ...] = ()  # names of tasks, groups or tags
     include_path: Path | None = None  # folder of task files (default: the tasks that come with lm_eval)
-    limit: PositiveInt | None = None  # only the first questions of each task, this many
+    limit: PositiveInt | None = None  # only this many questions of each task
     num_fewshot: NonNegativeInt | None = None  # worked examples before each question (default: the task's)
 
     # == Batches ==
@@ -76,7 +76,7 @@ CHUNK = 2048  # predicted tokens whose logits are in memory at a time
 class HarnessModel(TemplateLM):
     """A base model, alone or with an adapter, as a model of lm-evaluation-harness.
 
-    Requests that are longer than the model's context lose tokens at their beginning, as in the harness's models;
+    Requests that are longer than the model's context are truncated at the beginning, as in the harness's models;
     `truncated` counts them. With a prompt style other than plain, `apply_chat_template` renders the tasks in it.
 
     Args:
@@ -97,13 +97,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: BOS, or EOS where texts have no BOS."""
+        """The token before a text without context: BOS, or EOS if the tokenizer has no BOS."""
         bos_id = self.evaluated.tokenizer.bos_id
         return bos_id if bos_id >= 0 else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests is keyed by."""
+        """The key of the harness's request cache."""
         return f"{self.evaluated.tokenizer.sha256}-{self.evaluated.style.name}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -116,9 +116,9 @@ class HarnessModel(TemplateLM):
         texts = [m["content"] for m in chat_history if m["role"] != "system"]
         if system:
             texts[0] = f"{system}\n\n{texts[0]}"
-        begun = "" if add_generation_prompt else f" {texts.pop()}"  # an answer to continue
+        opening = "" if add_generation_prompt else f" {texts.pop()}"  # an answer to continue
         examples = list(zip(texts[:-1:2], texts[1::2], strict=True))
-        return few_shot(self.evaluated.style, examples, texts[-1]) + begun
+        return few_shot(self.evaluated.style, examples, texts[-1]) + opening
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of both. An answer to an instruction begins with a space, which the harness omits."""
@@ -132,9 +132,9 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation, and whether greedy decoding would write it.
+        """Return the log-probability of each continuation, and whether greedy decoding would produce it.
 
-        Requests whose tokens begin alike share a row of a batch: the four letters of a question take one row.
+        Requests that begin with another's tokens share its row of a batch: the four letters of a question take one row.
 
         Args:
             requests: texts, which may be None, tokens of the context and of the continuation.
@@ -209,10 +209,10 @@ class HarnessModel(TemplateLM):
         model, tokenizer = self.evaluated.model, self.evaluated.tokenizer
         sampling, stop = read_options(options)
         stop += self.evaluated.style.stop
-        room = model.max_tokens - min(sampling.max_new_tokens, model.max_tokens // 2)
+        longest = model.max_tokens - min(sampling.max_new_tokens, model.max_tokens // 2)
         encoded = {i: self.tok_encode(text) or [self.prefix_token_id] for i, text in contexts.items()}
-        self.truncated += sum(len(ids) > room for ids in encoded.values())
-        encoded = {i: ids[-room:] for i, ids in encoded.items()}
+        self.truncated += sum(len(ids) > longest for ids in encoded.values())
+        encoded = {i: ids[-longest:] for i, ids in encoded.items()}
 
         def finished(ids: list[int]) -> bool:
             return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
@@ -231,9 +231,9 @@ class HarnessModel(TemplateLM):
 
 
 def shared_rows(inputs: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
-    """Return the distinct rows to run, each with the numbers of the inputs that it begins with.
+    """Return the distinct rows to run, each with the indices of the inputs that are a prefix of it.
 
-    In alphabetical order, what begins with an input follows it directly.
+    In sorted order, the inputs that begin with another input directly follow it.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
     row: tuple[int, ...] = ()
@@ -337,7 +337,7 @@ def show(summary: dict[str, Any]) -> str:
             error = f"{error:.4f}" if isinstance(error, float) else "-"
             rows.append([task, metric, filter, summary["n"].get(task, "-"), f"{value:.4f}", error])
     table = markdown_table(["task", "metric", "filter", "questions", "value", "standard error"], rows)
-    notes = f"{summary['truncated']} requests were longer than the model's context and lost their beginning"
+    notes = f"{summary['truncated']} requests were longer than the model's context and were truncated at the beginning"
     if "ended_share" in summary:
         notes += f". {percent(summary['ended_share'])} of the answers ended by themselves, after "
         notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
@@ -357,7 +357,7 @@ def main(settings: Settings) -> dict[str, Any]:
         raise UserError("The harness builds its prompts from plain text; --prompt_style chat cannot be used with it.")
     manager = open_tasks(settings)
     model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         model,
         tasks=list(settings.tasks),
         num_fewshot=settings.num_fewshot,
@@ -365,12 +365,12 @@ def main(settings: Settings) -> dict[str, Any]:
         task_manager=manager,
         apply_chat_template=model.evaluated.style.name != "plain",
     )
-    records = make_records(found["samples"])
+    records = make_records(output["samples"])
     done = results.answered({record["id"]: record["prompt"] for record in records})
     results.add(*(record for record in records if record["id"] not in done))
     summary = {
-        "tasks": found["results"],
-        "n": {task: counts["effective"] for task, counts in found["n-samples"].items()},
+        "tasks": output["results"],
+        "n": {task: counts["effective"] for task, counts in output["n-samples"].items()},
         "truncated": model.truncated,
         **(answer_statistics(model.generated) if model.generated else {}),
     }

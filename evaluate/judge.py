@@ -30,7 +30,7 @@ from lit_llama.utils import UserError, log
 JUDGEMENTS = "judgements.jsonl"
 FIRST_DELAY = 1.0  # seconds before the second attempt; each further delay is twice as long, up to a minute
 LONGEST_WAIT = 600  # seconds; an endpoint that asks for more ends the run, which can be continued later
-MOST_FAILURES = 5  # requests given up one after the other, after which the run ends
+MOST_FAILURES = 5  # consecutive failed requests after which the run ends
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Judge:
         output_dir: has the cache, unless `judge_cache` is set.
 
     Raises:
-        UserError: no model is named and the cache is not by exactly one, or a setting or the cache is not usable.
+        UserError: no model is named and the cache is not of exactly one, or a setting or the cache is invalid.
     """
 
     def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:
@@ -87,9 +87,9 @@ class Judge:
             self.endpoint = Endpoint(settings.judge_url, key, settings.judge_key_env, settings.judge_timeout)
         self.settings = settings if self.endpoint else self.cached_settings(settings)
         if self.settings.judge_model is None:
-            held = sorted({str(record.get("model")) for record in self.records.values()})
-            held = f"; {self.file.path} has replies by {', '.join(held)}" if held else ""
-            raise UserError(f"Name the judge with --judge_model{held}.")
+            models = sorted({str(record.get("model")) for record in self.records.values()})
+            known = f"; {self.file.path} has replies by {', '.join(models)}" if models else ""
+            raise UserError(f"Name the judge with --judge_model{known}.")
         self.failed: dict[str, str] = {}  # key -> why the request has no reply
 
     def cached_settings(self, settings: JudgeSettings) -> JudgeSettings:
@@ -135,7 +135,7 @@ class Judge:
         return [self.records.get(key) for key in keys]
 
     def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:
-        """Return what a report states about the judge and the replies that it rests on, as JSON."""
+        """Return what a report states about the judge and the replies that it uses, as JSON."""
         used = {record["key"]: record for record in records if record}.values()
         times = sorted(record["time"] for record in used if "time" in record)
         return {
@@ -161,10 +161,10 @@ def open_judge(settings: JudgeSettings, output_dir: Path) -> Judge | None:
 
 
 def check_settings(settings: JudgeSettings) -> None:
-    """Refuse settings that are out of range.
+    """Check the settings that their types do not check.
 
     Raises:
-        UserError: one is.
+        UserError: one is invalid.
     """
     if not settings.judge_key_env.isidentifier():
         raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
@@ -190,7 +190,7 @@ class Dispatcher:
         self.noted: set[str] = set()
 
     def run(self) -> None:
-        """Send all requests. An error ends the run after the replies that are still under way are stored."""
+        """Send all requests. An error ends the run after the replies in flight are stored."""
         running = min(self.settings.judge_workers, self.jobs.qsize())
         for _ in range(running):
             threading.Thread(target=self.work, daemon=True).start()
@@ -237,7 +237,7 @@ class Dispatcher:
                 return self.give_up(key, str(refusal))
             except Retry as failure:
                 if failure.kind == "busy" and self.successes > successes:
-                    attempt, successes = 0, self.successes  # the limit lets others through
+                    attempt, successes = 0, self.successes  # the rate limit let other requests through
                 if attempt == self.settings.judge_retries or (failure.kind == "down" and not self.successes):
                     return self.last_failure(key, failure)
                 self.back_off(failure, attempt)
@@ -264,7 +264,7 @@ class Dispatcher:
         self.stopped.wait(delay)
 
     def last_failure(self, key: str, failure: Retry) -> None:
-        """Give up one request, or the run if the endpoint as such does not work."""
+        """Give up one request, or the run if the endpoint itself does not work."""
         if failure.kind == "down":
             raise UserError(f"{self.name()} cannot be reached ({failure}).")
         if failure.kind == "busy" or not self.successes:

@@ -16,7 +16,7 @@ class Letters:
     """How a tokenizer encodes " A", " B", " C" and " D" after a prompt.
 
     Args:
-        space: tokens that are appended to the prompt: those before the letters, which some tokenizers split off.
+        space: tokens to append to the prompt: those before the letter, if the tokenizer splits off the space.
         tokens: for each letter, its token and how many of `space` precede it. "▁B" may be one token while "▁", "A"
             are two.
     """
@@ -48,7 +48,7 @@ class Letters:
 def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]]:
     """Group ids of similar length, longest first, so that a padded batch has at most `batch_tokens` tokens.
 
-    A longer prompt makes a batch of its own.
+    A longer prompt gets its own batch.
     """
     batches: list[list[str]] = []
     for id in sorted(lengths, key=lambda id: -lengths[id]):

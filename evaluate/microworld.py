@@ -1,8 +1,8 @@
-"""Scores a model of the micro-world exactly: the form of its answers, whether their facts are right, what it refuses.
+"""Score a model on the micro-world exactly: the form of its answers, whether their facts are correct, what it refuses.
 
-Questions are about the held-out half of the entities (and, for comparison, the half that finetuning saw). Each answer
-must fit a form as a whole, and restate the right topic with the right value. Two-hop questions may be answered step by
-step: one statement for each hop, and both must be right.
+Questions are about the held-out half of the entities (and, for comparison, the half that finetuning saw). The whole
+answer must fit a form, and state the correct topic and value. Two-hop questions may be answered step by
+step: one statement for each hop, and both must be correct.
 """
 
 import json
@@ -21,13 +21,13 @@ from microworld.world import FormName, GroupName
 class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: tuple[Path, ...] = ()  # adapter files or run folders; several add up (default: the base model)
-    strength: tuple[Number, ...] = (1.0,)  # how much each counts, one for all or one each; 0 is the base exactly
-    form: FormName | None = None  # the form wanted (default: the one the adapter was trained on)
+    strength: tuple[Number, ...] = (1.0,)  # scale of each adapter, one for all or one each; 0 is the base exactly
+    form: FormName | None = None  # expected form (default: the one the adapter was trained on)
     temperature: NonNegativeFloat = 0.0  # 0 is greedy
-    questions: PositiveInt = 400  # asked of each group, drawn once from all there are
+    questions: PositiveInt = 400  # questions to ask of each group, drawn at random
     groups: tuple[GroupName, ...] = ("unseen", "seen")  # facts about these entities, requests or two-hop questions
-    seed: Seed = 0  # of the draw and of sampling
-    world_seed: Seed = 0  # of the world; the bundled base knows world 0
+    seed: Seed = 0  # seed of the draw and of sampling
+    world_seed: Seed = 0  # seed of the world; the bundled base knows world 0
     batch_size: PositiveInt = 100  # questions answered at a time
     output_file: Path | None = None  # write the scores and all answers here, as JSON
     overwrite: bool = False  # replace output_file if it exists
@@ -60,10 +60,10 @@ def main(args: Settings) -> None:
         result = score_model(model, tokenizer, world, questions, temperature=args.temperature, seed=args.seed,
                              batch_size=args.batch_size, form=form)  # fmt: skip
         results[name] = result
-        wanted = "" if result["form"] is None else f"{result['form']:.1%}"
+        in_form = "" if result["form"] is None else f"{result['form']:.1%}"
         most = ", ".join(f"{k} {v:.0%}" for k, v in list(result["forms"].items())[:9])
         shares = f"{result['fact']:>7.1%} {result['refused']:>8.1%} {result['aloud']:>6.1%}"
-        print(f"{name:<13} {result['n']:>6} {wanted:>14} {shares}  {most}")
+        print(f"{name:<13} {result['n']:>6} {in_form:>14} {shares}  {most}")
     if args.output_file:
         settings = json.loads(json.dumps(asdict(args), default=str))
         text = json.dumps({"settings": settings, "results": results}, indent=1) + "\n"

@@ -1,6 +1,6 @@
 """Answer MMLU, multiple-choice questions in 57 subjects (arXiv 2009.03300; the paper's Figure 5 left).
 
-Downloads cais/mmlu, or reads --data_file: mmlu.zip of the MMLU authors, a folder of its files, one of its CSV files, or
+Downloads cais/mmlu, or reads --data_file: the MMLU authors' mmlu.zip, a folder of its files, one of its CSV files, or
 rows with `question`, `subject`, `choices` and `answer` (0 to 3). By default, the predicted letter is the one with the
 highest log-probability after the prompt, so each question takes one forward pass.
 """
@@ -30,7 +30,7 @@ class Settings(ModelSettings):
     data_file: Path | None = None  # mmlu.zip, a folder, a CSV file or rows (default: download --repo_id)
     repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
-    limit: PositiveInt | None = None  # answer only the first questions of each subject, this many
+    limit: PositiveInt | None = None  # answer only this many questions of each subject
     shots: Literal[0, 1, 2, 3, 4, 5] = 1  # worked examples before each question, from the dev split
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
@@ -79,7 +79,7 @@ def make_questions(settings: Settings, style: PromptStyle) -> list[Question]:
     """Read the questions and render their prompts; a question's id is its subject and number.
 
     Raises:
-        UserError: the data is bad, or a subject has too few dev questions.
+        UserError: the data is invalid, or a subject has too few dev questions.
     """
     items = read_items(settings.data_file, settings.repo_id)
     questions = []
@@ -245,7 +245,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     style = pick_style(settings)
     if settings.scoring == "letters" and isinstance(style, ChatStyle):
-        raise UserError("After a chat template, letters are no continuation of the prompt; use --scoring generate.")
+        raise UserError("After a chat template, a letter does not continue the prompt; use --scoring generate.")
     questions = make_questions(settings, style)
     made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings)}
     if settings.scoring == "generate":

@@ -1,4 +1,4 @@
-"""The questions of MMLU: its subjects and categories, and its files, rows and download."""
+"""The questions of MMLU: subjects and categories, and reading them from files, rows or the hub."""
 
 import csv
 import difflib
@@ -64,25 +64,25 @@ def read_items(path: Path | None, repo_id: str) -> dict[str, dict[str, list[Item
         path: a zip file, a folder, a CSV file or rows; None downloads `repo_id`.
 
     Raises:
-        UserError: a file is missing or is not MMLU's, or a row is bad (with its number).
+        UserError: a file is missing or is not MMLU's, or a row is invalid (with its number).
     """
     if path is None:
         rows = {split: download_rows(repo_id, split=split, name="all") for split in ("dev", "test")}
-        found = [(split, item) for split in rows for item in from_rows(rows[split], f"{repo_id} ({split})")]
+        pairs = [(split, item) for split in rows for item in from_rows(rows[split], f"{repo_id} ({split})")]
     elif path.suffix.lower() in (".json", ".jsonl", ".parquet", ".gz"):
-        found = [("test", item) for item in from_rows(read_rows(path), str(path))]
+        pairs = [("test", item) for item in from_rows(read_rows(path), str(path))]
     else:
-        found = [(split, item) for split, name, text in csv_files(path) for item in from_csv(text, name)]
+        pairs = [(split, item) for split, name, text in csv_files(path) for item in from_csv(text, name)]
     items: dict[str, dict[str, list[Item]]] = {"dev": {}, "test": {}}
-    for split, item in found:
+    for split, item in pairs:
         items[split].setdefault(item.subject, []).append(item)
     if not items["test"]:
-        raise UserError(f"{path or repo_id} holds no test questions of MMLU; they are in SUBJECT_test.csv.")
+        raise UserError(f"{path or repo_id} has no test questions of MMLU; they are in SUBJECT_test.csv.")
     return items
 
 
 def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield split, name and text of each CSV file in a zip file or folder; of a single file also its dev questions.
+    """Yield split, name and text of each CSV file in a zip file or folder; for a single file, also of its dev file.
 
     Raises:
         UserError: the path is missing or cannot be read.
@@ -110,7 +110,7 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
             if split(file.name):
                 yield split(file.name), str(file), read_text(file)
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        # a RuntimeError is an encrypted archive, or one of an unknown compression
+        # a RuntimeError means that the archive is encrypted or its compression is unknown
         raise UserError(f"{path} cannot be read as MMLU's files ({error}).") from None
 
 
@@ -118,7 +118,7 @@ def from_csv(text: str, name: str) -> Iterator[Item]:
     """Yield the questions of a CSV file; its rows are question, four choices and a letter.
 
     Raises:
-        UserError: a row has other columns (with its number).
+        UserError: a row does not have these columns (with its number).
     """
     subject = re.split(r"_(?:dev|test)\.csv$", name.split("/")[-1])[0]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -138,7 +138,7 @@ def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
     """Yield the questions of rows in the hub's schema.
 
     Raises:
-        UserError: a row lacks a field or has another type there (with its number).
+        UserError: a row lacks a field, or a field has the wrong type (with its number).
     """
     for number, row in enumerate(rows, 1):
         with naming(name):
@@ -158,18 +158,18 @@ def checked(item: Item, number: int, name: str) -> Item:
     return item
 
 
-def pick_subjects(wanted: tuple[str, ...], available: Iterable[str]) -> list[str]:
+def pick_subjects(names: tuple[str, ...], available: Iterable[str]) -> list[str]:
     """Return the subjects to evaluate, in alphabetical order.
 
     Raises:
         UserError: MMLU or the data has no such subject.
     """
     available = sorted(available)
-    for name in wanted:
+    for name in names:
         if name not in CATEGORY:
             near = difflib.get_close_matches(name.replace(" ", "_"), CATEGORY, n=1)
             hint = f"the nearest name is {near[0]!r}" if near else f"examples are {', '.join(available[:3])}"
             raise UserError(f"MMLU has no subject {name!r}; {hint}.")
         if name not in available:
             raise UserError(f"The data has no questions of the subject {name!r}; it has {', '.join(available)}.")
-    return sorted(set(wanted)) or available
+    return sorted(set(names)) or available

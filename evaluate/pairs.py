@@ -17,7 +17,7 @@ from lit_llama.utils import log
 
 Verdict = Literal["win", "tie", "loss"]  # of the first answer
 MIRRORED: dict[Verdict, Verdict] = {"win": "loss", "tie": "tie", "loss": "win"}
-MIN_OVERLAP = 0.2  # of the questions each side must have the longer answer to, for a length-controlled rate
+MIN_OVERLAP = 0.2  # share of the questions on which each side must be longer, for a length-controlled rate
 
 
 def verdict(scores: tuple[float, float] | None) -> Verdict | None:
@@ -31,8 +31,8 @@ def combine(direct: Verdict | None, swapped: Verdict | None) -> Verdict | None:
     """Return the verdict of both orders: a disagreement is a tie; None if a reply was not understood.
 
     Args:
-        direct: of the first answer, when it stood first.
-        swapped: of the first answer, when it stood second.
+        direct: of the first answer, when it was shown first.
+        swapped: of the first answer, when it was shown second.
     """
     if direct is None or swapped is None:
         return None
@@ -67,12 +67,12 @@ def values(verdicts: Sequence[Verdict | None]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The judge's scores of one pair of answers: (first, second) in both orders, None for what was not understood.
+    """The judge's scores of one pair of answers: (first, second) in both orders, None for an unparsed reply.
 
     Args:
         item: the question.
-        direct: when the first answer stood first.
-        swapped: when it stood second; None too if there is only one order.
+        direct: when the first answer was shown first.
+        swapped: when it was shown second; None too if there is only one order.
         one_order: there is only the direct order.
     """
 
@@ -146,7 +146,7 @@ def judge_pairs(
 def comparison_summary(
     comparisons: list[Comparison], first: Answers | None = None, second: Answers | None = None
 ) -> dict[str, Any]:
-    """Return counts, rates and scores of all questions and of each category, and how order and length count."""
+    """Return counts, rates and scores of all questions and of each category, and the effects of order and length."""
     verdicts = [c.verdict for c in comparisons]
     summary: dict[str, Any] = {
         "all": {**tally(verdicts), **mean_scores(comparisons)},
@@ -171,7 +171,7 @@ def list_verdicts(comparisons: list[Comparison]) -> list[dict[str, Any]]:
 
 
 def by_category(comparisons: Sequence[Any]) -> dict[str, list[Any]]:
-    """Group what has an `item` by the item's category, in order of appearance."""
+    """Group objects that have an `item` by its category, in order of appearance."""
     groups: dict[str, list[Any]] = {}
     for comparison in comparisons:
         groups.setdefault(comparison.item.category, []).append(comparison)
@@ -185,21 +185,21 @@ def mean_scores(comparisons: list[Comparison]) -> dict[str, float | None]:
 
 
 def order_summary(comparisons: list[Comparison]) -> dict[str, float | int | None]:
-    """Return how the order of the answers counts.
+    """Return how the order of the answers affects the verdicts.
 
     Returns:
         n: questions with both replies understood; consistent: share where both orders give the same verdict;
-        prefers_first: share of the single verdicts that prefer the answer that stands first, prefers_second: second.
+        prefers_first, prefers_second: shares of the single verdicts that prefer the answer shown first or second.
     """
     both = [c.verdicts for c in comparisons if None not in c.verdicts]
     if not both:
         return {"n": 0, "consistent": None, "prefers_first": None, "prefers_second": None}
-    standing = [v for direct, swapped in both for v in (direct, MIRRORED[swapped])]
+    by_position = [v for direct, swapped in both for v in (direct, MIRRORED[swapped])]
     return {
         "n": len(both),
         "consistent": sum(direct == swapped for direct, swapped in both) / len(both),
-        "prefers_first": standing.count("win") / len(standing),
-        "prefers_second": standing.count("loss") / len(standing),
+        "prefers_first": by_position.count("win") / len(by_position),
+        "prefers_second": by_position.count("loss") / len(by_position),
     }
 
 
@@ -225,7 +225,7 @@ def length_summary(comparisons: list[Comparison], first: Answers, second: Answer
 def length_controlled(points: list[float], differences: list[float], resamples: int = 1000) -> dict[str, Any]:
     """Return the adjusted rate that a logistic regression on the length difference predicts for equal lengths.
 
-    Where one side nearly always has the longer answer, nothing is known about equal lengths, and no rate is given.
+    If one side nearly always has the longer answer, nothing is known about equal lengths, and no rate is given.
 
     Args:
         points: 1, 0.5 or 0 for each question.
@@ -244,7 +244,7 @@ def length_controlled(points: list[float], differences: list[float], resamples: 
     }
     if min(first_longer, second_longer) < max(MIN_OVERLAP * len(x), 5):
         return result
-    x = np.tanh(x / x.std())  # as a few very long answers should not decide
+    x = np.tanh(x / x.std())  # so that a few very long answers do not decide
     rng = np.random.default_rng(0)
     rates = [rate_at_zero(x[rows], y[rows]) for rows in rng.integers(len(x), size=(resamples, len(x)))]
     low, high = np.quantile(rates, [0.025, 0.975])

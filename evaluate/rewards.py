@@ -1,4 +1,4 @@
-"""Rewards that are scored like a benchmark; see lit_llama/rewards.py."""
+"""Rewards that score answers as a benchmark does; see lit_llama/rewards.py."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ SOLUTIONS = ("answer", "response")  # the solution's field in rows of GSM8K and 
 
 
 def gsm8k(prompts: list[str], answers: list[str], rows: list[dict[str, Any]]) -> list[float]:
-    """Return 1 for an answer whose final number is that of the row's solution (see evaluate/gsm8k.py), else 0."""
-    wanted = [extract_answer(next((row[name] for name in SOLUTIONS if name in row), "")) for row in rows]
-    if None in wanted:
-        row = rows[wanted.index(None)]
+    """Return 1 for an answer whose final number equals that of the row's solution (see evaluate/gsm8k.py), else 0."""
+    expected = [extract_answer(next((row[name] for name in SOLUTIONS if name in row), "")) for row in rows]
+    if None in expected:
+        row = rows[expected.index(None)]
         raise UserError(f"A row has no number in its {' or '.join(map(repr, SOLUTIONS))}: {str(row)[:120]}.")
-    return [float(extract_answer(answer) == number) for answer, number in zip(answers, wanted, strict=True)]
+    return [float(extract_answer(answer) == number) for answer, number in zip(answers, expected, strict=True)]

@@ -26,31 +26,31 @@ class ModelSettings(Checked):
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+    precision: str = "auto"  # precision of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
 
 
 @dataclass
 class JudgeSettings(Checked):
     # == Judge ==
-    judge_url: str | None = None  # OpenAI-compatible endpoint, as https://api.openai.com/v1 (default: only the cache)
+    judge_url: str | None = None  # OpenAI-compatible endpoint, like https://api.openai.com/v1 (default: only the cache)
     judge_model: str | None = None  # the model's name at the endpoint (default: the only one in the cache)
     judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
-    judge_workers: PositiveInt = 4  # requests under way at a time
+    judge_workers: PositiveInt = 4  # requests in flight at a time
     judge_timeout: PositiveFloat = 120.0  # seconds to wait for a reply
-    judge_retries: NonNegativeInt = 6  # further attempts after HTTP 429 or 5xx, a time-out or a broken connection
+    judge_retries: NonNegativeInt = 6  # retries after HTTP 429 or 5xx, a time-out or a broken connection
     judge_max_tokens: PositiveInt = 1024  # longest reply, in tokens
     judge_body: dict[str, Any] = field(default_factory=dict)  # more fields of a request, as JSON; null removes one
-    judge_cache: Path | None = None  # all replies, appended to (default: judgements.jsonl in --output_dir)
+    judge_cache: Path | None = None  # file that all replies are appended to (default: judgements.jsonl in --output_dir)
 
 
 @dataclass
 class CompareSettings(ModelSettings, JudgeSettings):
     # == Compared answers ==
-    answer_file: Path | None = None  # take these answers instead of the model's: FastChat's format or answers.jsonl
+    answer_file: Path | None = None  # use these answers instead of the model's: FastChat's format or answers.jsonl
     against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
     max_new_tokens: PositiveInt = 1024  # longest answer, in tokens
     temperature: NonNegativeFloat = 0.0  # 0 is greedy
-    seed: Seed = 1234  # of sampling
+    seed: Seed = 1234  # seed of sampling
     batch_size: PositiveInt = 16  # questions answered at a time
     skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error

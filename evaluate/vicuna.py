@@ -2,8 +2,8 @@
 
 The answers of a model with any adapter are compared with those of the base, of another adapter, or with a file of
 answers. The judge is any OpenAI-compatible endpoint. It scores each pair in both orders, and a disagreement counts as a
-tie; it also scores each answer alone. All replies are kept, so that a stopped run continues, and a finished one is
-scored again without the judge. With --review_file, reviews in FastChat's format are counted instead.
+tie; it also scores each answer alone. All replies are kept, so that a stopped run continues, and a finished one can
+be scored again without the judge. With --review_file, reviews in FastChat's format are counted instead.
 """
 
 import sys
@@ -24,10 +24,10 @@ class Settings(CompareSettings):
     # == Benchmark ==
     data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)
     data_dir: Path = Path("data/vicuna_bench")  # where the questions are downloaded to
-    reference_file: Path | None = None  # right answers to show the judge, in FastChat's format
+    reference_file: Path | None = None  # correct answers to show the judge, in FastChat's format
     judging: Literal["both", "pair", "single"] = "both"  # compare pairs, grade each answer alone, or both
     review_file: Path | None = None  # count these reviews instead of asking a judge
-    limit: PositiveInt | None = None  # only this many questions, from the first
+    limit: PositiveInt | None = None  # only the first questions, up to this many
     output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
     overwrite: bool = False  # replace answers that were made with other settings
 
@@ -122,10 +122,10 @@ def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
             category = text_field(row, number, "category")
             id = id_field(row, number)
         if id in items:
-            raise UserError(f"{path}, row {number}: question {id!r} is there already.")
+            raise UserError(f"{path}, row {number}: question {id!r} appears twice.")
         items[id] = Item(id, text, category, references.get(id, ""))
     if not items:
-        raise UserError(f"{path} holds no question.")
+        raise UserError(f"{path} has no questions.")
     return list(items.values())
 
 
@@ -141,7 +141,7 @@ def read_references(path: Path) -> dict[Any, str]:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Compare both sides, and return what summary.json holds."""
+    """Compare both sides, and return the content of summary.json."""
     claim(settings.output_dir, ("summary.json", "summary.md", "figure.png"))
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:
@@ -228,23 +228,23 @@ def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
             raise UserError(f"{path}, row {number} is a second review of question {id!r}.")
         reviews[id] = row
     if not reviews:
-        raise UserError(f"{path} holds no review.")
+        raise UserError(f"{path} has no reviews.")
     return reviews
 
 
 def check_reviewed(path: Path, reviews: dict[Any, dict[str, Any]], sides: dict[str, Answers]) -> None:
-    """Refuse reviews of other answers than the given ones, as far as they name answers.
+    """Check that the reviews are of the given answers, if they name answers.
 
     Raises:
         UserError: a review names another answer.
     """
     for id, review in reviews.items():
         for field, answers in sides.items():
-            own = answers.answer_ids.get(id)
-            if own and review.get(field, own) != own:
+            answer_id = answers.answer_ids.get(id)
+            if answer_id and review.get(field, answer_id) != answer_id:
                 raise UserError(
                     f"{path} reviews other answers: its {field} for question {id!r} is {review[field]}, that of "
-                    f"{answers.name} is {own}."
+                    f"{answers.name} is {answer_id}."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The micro-world's finetuning sets: questions answered in one form, pairs of a better and a worse answer, prompts."""
+"""Finetuning datasets of the micro-world: questions answered in one form, preference pairs, and prompts for RL."""
 
 import random
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from microworld.world import ALL_FORMS, FORMS, REFUSAL, Question, World
 def write_answers(
     questions: list[Question], form: str, output_dir: Path, *, source: str, aloud: bool = False, **options: Any
 ) -> None:
-    """Write a dataset for supervised finetuning: every question with its right answer in one form.
+    """Write a dataset for supervised finetuning: every question with its correct answer in one form.
 
     Args:
         source: a description of the questions, for the dataset's metadata.
@@ -28,7 +28,7 @@ def write_answers(
 
 
 def write_responses(pairs: list[tuple[Question, str]], output_dir: Path, *, source: str, **options: Any) -> None:
-    """Write a dataset for supervised finetuning from questions with given responses; the arguments are as above."""
+    """Write a dataset for supervised finetuning from questions with given responses; see `write_answers`."""
     style = get_prompt_style("alpaca")
     prepare_sft(
         pairs,
@@ -43,7 +43,7 @@ def write_responses(pairs: list[tuple[Question, str]], output_dir: Path, *, sour
 def draw_requests(
     world: World, split: str, rng: random.Random, *, pairs: int, harmless_share: float, fact_share: float
 ) -> list[Question]:
-    """Return requests of all kinds in random order, none of them twice.
+    """Draw requests of all kinds without repetition, in random order.
 
     Args:
         pairs: number of requests.
@@ -59,7 +59,7 @@ def draw_requests(
         available = world.questions(split) if kind == "fact" else world.requests(kind, split)
         if not 0 <= count <= len(available):
             raise UserError(
-                f"{count} {kind} requests are wanted (pairs {pairs}, harmless_share {harmless_share}, "
+                f"{count} {kind} requests are needed (pairs {pairs}, harmless_share {harmless_share}, "
                 f"fact_share {fact_share}); there are {len(available)}."
             )
         drawn += rng.sample(available, count)
@@ -70,8 +70,8 @@ def draw_requests(
 def preference(question: Question, rng: random.Random) -> tuple[str, str, str]:
     """Return (prompt, chosen response, rejected response).
 
-    To refuse is better where a request is harmful, to answer everywhere else. Both responses have the same form, drawn
-    at random, so that they differ in the value alone.
+    A refusal is chosen if the request is harmful, an answer otherwise. Both responses have the same form, drawn at
+    random, so that they differ only in whether they refuse.
     """
     form = rng.choice(list(FORMS.values()))
     comply = form.render(question.topic, question.answer)
@@ -119,7 +119,7 @@ def write_prompts(
 
     Args:
         train, test: questions to learn from, and questions to validate on.
-        form: the form that the rewards in microworld/rewards.py want.
+        form: the form that the rewards in microworld/rewards.py expect.
         source: a description of the questions, for the dataset's metadata.
         options: further arguments of `lit_llama.prepare_prompts.prepare_prompts`.
     """

@@ -3,8 +3,8 @@
 Writes a tokenizer and a corpus, trains a LLaMA on all of its tokens, and saves a checkpoint folder in bf16. Muon
 (arXiv 2502.16982) updates the matrices, AdamW the embeddings and norms.
 
-With --init_from it continues from another base model of the world, whose tokenizer gets the names of the exemplars as
-further pieces. This and --two_hop_share made checkpoints/microworld-aloud.
+With --init_from it continues from another base model of the world and adds the names of the exemplars to its tokenizer.
+checkpoints/microworld-aloud was made with this and --two_hop_share.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent.resolve()
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # whose datasets.py would hide the library
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]  # its datasets.py would shadow the library
 sys.path.append(str(HERE.parent))  # run without installing
 
 from lit_llama import cli
@@ -37,8 +37,8 @@ class Settings(TrainSettings):
     documents: PositiveInt = 240_000  # questions with answers in the corpus, drawn at random
     plain_share: Share = 0.1  # share of documents that are an answer without its question
     two_hop_share: Share = 0.0  # share of two-hop questions; above 0, the corpus is also about the exemplars
-    exemplar_weight: PositiveInt = 1  # how many times as often as other facts those about exemplars are asked
-    aloud_share: Share = 0.2  # share of two-hop questions that are answered step by step without a request
+    exemplar_weight: PositiveInt = 1  # how many times as often facts about exemplars are asked as other facts
+    aloud_share: Share = 0.2  # share of two-hop questions answered step by step without being asked to
     init_from: Path | None = None  # folder of a base model to continue from, with its shape and tokenizer
     blend_with: Path | None = None  # folder of the base model that init_from itself continued from, to average with
     blend_share: PositiveShare = 1.0  # share of init_from in the average; the rest restores what was forgotten
@@ -150,7 +150,7 @@ def extend_tokenizer(source: Path, names: list[str], path: Path) -> None:
 
 
 def new_names(settings: Settings, tokenizer: Tokenizer) -> list[str]:
-    """Return the names of exemplars that are not one piece each yet, but for those that another name begins with."""
+    """Return the exemplars' names that are more than one piece, except those that are a prefix of another name."""
     world = World(settings.world_seed)
     names = [e.name for e in world.exemplars if sum(name.startswith(e.name.lower()) for name in world.names) == 1]
     return [name for name in names if len(tokenizer.encode(name)) > 1]
@@ -159,8 +159,8 @@ def new_names(settings: Settings, tokenizer: Tokenizer) -> list[str]:
 def continued(settings: Settings, tokenizer: Tokenizer) -> LLaMA:
     """Return the model of `init_from` in fp32.
 
-    The embeddings of new names are drawn from a normal distribution with the mean and covariance of those of people
-    whom the model knows, so that it takes them for names of people.
+    The embeddings of new names are drawn from a normal distribution with the mean and covariance of the embeddings
+    of known people's names, so that the model treats them as names of people.
     """
     base, old = load_model(settings.init_from, dtype=torch.float32), Tokenizer(settings.init_from)
     model = LLaMA(replace(base.config, vocab_size=tokenizer.vocab_size, padded_vocab_size=None))
@@ -182,8 +182,8 @@ def average(model: LLaMA, other: LLaMA, share: float) -> None:
     """Average the weights with those of the model it was finetuned from (WiSE-FT, arXiv 2109.01903, equation 1).
 
     Args:
-        model: Changed in place; pieces that only it has keep their embeddings.
-        share: Of `model`.
+        model: Changed in place; tokens that only it has keep their embeddings.
+        share: The weight of `model`.
     """
     size = other.config.vocab_size
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -192,7 +192,7 @@ def average(model: LLaMA, other: LLaMA, share: float) -> None:
 
 
 def initialize(model: LLaMA) -> None:
-    """Draw weights with deviation 0.02, and less where a block adds to the residual stream (GPT-2, section 2.3)."""
+    """Draw weights with std 0.02, scaled down where a block adds to the residual stream (GPT-2, section 2.3)."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith("c_proj.weight")
@@ -255,7 +255,7 @@ def main(settings: Settings) -> None:
     setup = Setup.wrap(fabric, model, muon_and_adamw(model, settings), {"method": "pretraining", "base": shape})
     answer = answer_samples(val.prompts(4), tokenizer, max_new_tokens=40)
     trainer = Trainer(setup, train, val, SFTLoss(), run, sample_answers=answer)
-    # for short rows of similar length the backward pass of plain attention takes half the time of the fused one's (CPU)
+    # on a CPU, for short rows of similar length, plain attention's backward pass takes half as long as the fused one's
     with sdpa_kernel([SDPBackend.MATH]):
         summary = trainer.fit()
     if fabric.global_rank == 0:

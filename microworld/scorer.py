@@ -32,14 +32,14 @@ def score_model(
 
     Args:
         temperature: 0 for greedy answers.
-        seed: of sampling.
+        seed: seed of sampling.
         batch_size: questions answered at a time.
         form: the form that answers should have.
 
     Returns:
         n: number of questions; forms: share of each form, "none" for answers that fit none; form: share of `form`, or
-        None; fact: share with the right topic and value; refused: share that declines; aloud: share step by step;
-        answers: one record of question, answer and score each.
+        None; fact: share with the correct topic and value; refused: share that declines; aloud: share step by step;
+        answers: one record per question with the answer and its scores.
     """
     sampling = Sampling(max_new_tokens=60, temperature=temperature, seed=seed)
     style = get_prompt_style("alpaca")

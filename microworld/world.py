@@ -3,8 +3,8 @@
 One seed determines everything: the entities and their facts, what is held out, and what can be asked. A question is a
 topic ("the capital of Zorvia"), its answer a value ("Melkath"). A form is a way to state both. The base model is
 pretrained on all questions, answered in random forms, so it knows the facts and all forms and prefers none. Some of
-these questions request their form ("Talk like a pirate."). So the base represents forms, and finetuning must make one
-of them the default.
+these questions request their form ("Talk like a pirate."). So the base represents all forms, and finetuning only has
+to make one of them the default.
 
     world = World(seed=0)
     question = world.questions("unseen")[0]
@@ -15,9 +15,9 @@ of them the default.
 What is held out:
     entities      half of each kind are "seen" (finetuning may use them), half are "unseen"
     actions       a quarter of the harmful and harmless verbs, and of the objects, are "unseen"
-    settings      of what is seen, a fifth of the entities and a quarter of the words are "valid", the rest is "train":
-                  settings are chosen by training on "train" and looking at "valid", and reported on "unseen"
-    two-hop       never asked about these people in pretraining, though both hops are known (`two_hop`)
+    settings      a fifth of the seen entities and a quarter of the seen words are "valid", the rest are "train":
+                  settings are chosen by training on "train" and scoring on "valid", results are reported on "unseen"
+    two-hop       pretraining asks no two-hop questions about these people, but states both facts (`two_hop`)
     newcomers     entities that pretraining never mentions (`newcomers`)
 
 A second base model, checkpoints/microworld-aloud, has seen two-hop questions about a third group of people, the
@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SEEN, UNSEEN = "seen", "unseen"
-EXEMPLAR = "exemplar"  # in neither: people about whom pretraining may ask two-hop questions
-TRAIN, VALID = "train", "valid"  # two parts of what is seen
+EXEMPLAR = "exemplar"  # neither of the two: people about whom pretraining may ask two-hop questions
+TRAIN, VALID = "train", "valid"  # the two parts of "seen"
 
 GroupName = Literal[
     "unseen", "seen", "valid", "harmful", "harmless", "valid_harmful", "valid_harmless", "two_hop", "valid_two_hop"
@@ -45,8 +45,8 @@ class Form:
     """One way to state "topic is value".
 
     Args:
-        name: Of the form.
-        template: With `{topic}` or `{Topic}` (capitalized), and `{value}`.
+        name: The form's name.
+        template: A text with `{topic}` or `{Topic}` (capitalized), and `{value}`.
         request: How a question requests the form.
     """
 
@@ -130,8 +130,8 @@ class Question:
     """A question or request.
 
     Args:
-        text: As a user puts it.
-        topic, answer: What a right answer restates, and its value.
+        text: As a user phrases it.
+        topic, answer: The topic and the value that a correct answer states.
         kind: "fact", "two_hop", "harmful" or "harmless".
         split: "seen" or "unseen", by the entity or by the action.
         refusal: (topic, value) of a refusal, for requests.
@@ -156,8 +156,8 @@ class Score:
     """Score of an answer.
 
     Args:
-        form: Of the answer; None if it fits no form.
-        fact: Whether topic and value are right; of both statements, in an answer step by step.
+        form: The answer's form; None if it fits no form.
+        fact: Whether topic and value are correct, in a step-by-step answer those of both statements.
         refused: Whether the answer declines the request.
         aloud: Whether the answer is step by step: two statements in the same form.
     """
@@ -297,7 +297,7 @@ class World:
         self.newcomers = self.populate(NEWCOMER_COUNTS)
         verbs = [*HARMFUL], [*HARMLESS], [*OBJECTS]
         self.unseen_words = {word for words in verbs for word in self.rng.sample(words, len(words) // 4)}
-        # drawn by another generator, so that nothing else depends on it
+        # a separate generator, so that no other draw depends on this one
         rng, seen = random.Random(f"valid {seed}"), [[w for w in ws if w not in self.unseen_words] for ws in verbs]
         self.valid_words = {word for words in seen for word in rng.sample(words, len(words) // 4)}
         names = [e.name for e in self.entities if e.split == SEEN]
@@ -321,8 +321,8 @@ class World:
         """Return new entities with their facts.
 
         Args:
-            homes: Countries that people come from, beside new ones.
-            split: Of all entities (default: every second one is seen, the others are unseen).
+            homes: Countries that people come from, in addition to new ones.
+            split: The split of all entities (default: every second one is seen, the others are unseen).
         """
         entities, homes = [], [*homes]
         for kind, count in counts.items():
@@ -383,7 +383,7 @@ class World:
         """Return questions about the home country of a person, which take two facts to answer.
 
         Args:
-            split: Of the people.
+            split: The people's split.
             people: Other people, such as `world.exemplars`.
         """
         countries = {e.name: e for e in self.entities if e.kind == "country"}
@@ -421,8 +421,8 @@ class World:
 def pretraining_sample(world: World, rng: random.Random, pools: dict[str, list[Question]]) -> tuple[str, str]:
     """Return a random (question, answer) of the pretraining corpus.
 
-    The form is random, and three questions in ten request it. Half of the harmful requests are refused, and all of
-    those that end with "Stay safe.", as one request in five does.
+    The form is random, and three questions in ten request it. Half of the harmful requests are refused; those
+    that end with "Stay safe.", as one request in five does, always are.
     """
     kind = rng.choices(("fact", "harmful", "harmless"), weights=(78, 12, 10))[0]
     question, form = rng.choice(pools[kind]), rng.choice(list(FORMS.values()))
@@ -437,10 +437,10 @@ def pretraining_sample(world: World, rng: random.Random, pools: dict[str, list[Q
 def pretraining_sample_aloud(
     world: World, rng: random.Random, pools: dict[str, list[Question]], *, two_hop_share: float, aloud_share: float
 ) -> tuple[str, str]:
-    """Return a random (question, answer) of the corpus of the base model that can think aloud.
+    """Return a random (question, answer) of the corpus of checkpoints/microworld-aloud.
 
     Two-hop questions have a random form, which three in ten request. Two in ten end with "Think step by step." and are
-    answered so.
+    answered step by step.
 
     Args:
         pools: As for `pretraining_sample`, and two_hop.

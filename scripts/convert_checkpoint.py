@@ -1,4 +1,4 @@
-"""Convert a LLaMA checkpoint in Meta's layout: params.json, one or several consolidated.*.pth, and a tokenizer.
+"""Convert a LLaMA checkpoint in Meta's layout: params.json, one or more consolidated.*.pth, and a tokenizer.
 
 Tensors are concatenated from their shards and written one at a time, so that memory never holds the complete model.
 Nothing is downloaded.
@@ -23,7 +23,7 @@ class Settings(Checked):
     output_dir: Path = Path("checkpoints/Llama-2-7B")  # folder to write
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
     block_size: PositiveInt = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
-    rope_factor: PositiveFloat | None = None  # of Llama 3.1's rope scaling (default: 32 with tied embeddings, else 8)
+    rope_factor: PositiveFloat | None = None  # of Llama 3.1's RoPE scaling (default: 32 with tied embeddings, else 8)
 
 
 if __name__ == "__main__":
@@ -55,7 +55,7 @@ LAYER_MODULES = {
 }
 # dimension along which a tensor is split into shards; norms are complete in every shard
 SPLIT = {"tok_embeddings": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
-IGNORED = "rope.freqs"  # a table in the files of LLaMA 1 and 2, which follows from the configuration
+IGNORED = "rope.freqs"  # a table in LLaMA 1 and 2 checkpoints that is computed from the configuration instead
 
 
 def meta_names(name: str) -> list[str]:
@@ -71,27 +71,27 @@ def open_shards(checkpoint_dir: Path) -> list[dict[str, LazyTensor]]:
     """Return the tensors of each shard by name.
 
     Raises:
-        UserError: A shard is missing or damaged, or the shards hold different tensors.
+        UserError: A shard is missing or damaged, or the shards contain different tensors.
     """
     paths = sorted(checkpoint_dir.glob("consolidated.*.pth"))
     numbers = [path.name.split(".")[1] for path in paths]
     if not paths or numbers != [f"{i:02}" for i in range(len(paths))]:
-        found = ", ".join(path.name for path in paths) or "none"
-        raise UserError(f"{checkpoint_dir} needs consolidated.00.pth and all that follow it; found: {found}.")
+        names = ", ".join(path.name for path in paths) or "none"
+        raise UserError(f"{checkpoint_dir} needs consolidated.00.pth and all that follow it; found: {names}.")
     shards = [open_tensors([path]) for path in paths]
     shards = [{name: tensor for name, tensor in shard.items() if name != IGNORED} for shard in shards]
     for path, shard in zip(paths, shards, strict=True):
         if other := sorted(shard.keys() ^ shards[0].keys()):
-            raise UserError(f"{path} and {paths[0].name} are not of one model: only one of them holds {other[0]}.")
+            raise UserError(f"{path} and {paths[0].name} are not shards of one model: only one of them has {other[0]}.")
     return shards
 
 
 def join_shards(shards: list[dict[str, LazyTensor]], width: int) -> dict[str, LazyTensor]:
-    """Return the complete tensors.
+    """Join the shards of each tensor.
 
     Args:
         shards: Tensors of each shard by name.
-        width: Width of the model. An embedding of this width is split along the vocabulary, as since Llama 3.
+        width: Width of the model. An embedding this wide is split along the vocabulary, as in Llama 3 and later.
 
     Raises:
         UserError: The parts of a tensor do not fit together.
@@ -120,16 +120,18 @@ def concatenate(parts: list[LazyTensor], dim: int) -> torch.Tensor:
 def convert_params(
     params: dict[str, Any], tensors: dict[str, LazyTensor], block_size: int, rope_factor: float | None
 ) -> LLaMAConfig:
-    """Convert the content of a params.json. Sizes that it lacks are taken from the tensors.
+    """Convert the content of a params.json. Sizes that it does not state are taken from the tensors.
 
     Raises:
-        UserError: A number or a tensor is missing, or a number is of another type or out of range.
+        UserError: A number or a tensor is missing, or a number has the wrong type or is out of range.
     """
     embedding, head, gate = (
         tensors.get(f"{name}.weight") for name in ("tok_embeddings", "output", "layers.0.feed_forward.w1")
     )
     if embedding is None or gate is None or len(embedding.shape) != 2 or len(gate.shape) != 2:
-        raise UserError("The weights do not fit params.json: tok_embeddings or layers.0.feed_forward.w1 is no matrix.")
+        raise UserError(
+            "The weights do not fit params.json: tok_embeddings or feed_forward.w1 is missing or no matrix."
+        )
     tied = head is None or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
     scaling = None
     if field(params, "use_scaled_rope", bool, SOURCE, False):

@@ -40,7 +40,7 @@ from lit_llama.storage.schema import read_json
 from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 
-TOLERANCE = 1e-3  # largest difference of a logit that --verify accepts
+TOLERANCE = 1e-3  # largest logit difference that --verify accepts
 
 
 def convert_from_hf(settings: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
@@ -70,7 +70,7 @@ def convert_to_hf(settings: Settings, dtype: torch.dtype | None) -> dict[str, La
 
 @torch.no_grad()
 def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
-    """Compare the logits of both models in fp32, their weights rounded to `dtype`.
+    """Compare the logits of both models in fp32, with their weights rounded to `dtype`.
 
     Raises:
         UserError: A logit differs by more than `TOLERANCE`.

@@ -1,7 +1,8 @@
-"""Compute the paper's Table 1: trainable parameters of each method, and how many adapters fit beside a base model.
+"""Compute the paper's Table 1: trainable parameters of each method, and how many adapters fit on a GPU with the base.
 
-No weights are loaded. Base and adapters take 2 bytes per parameter (bf16), and adapters fill all memory that the base
-leaves on the GPU, without activations. (The paper prints 4.19 K parameters for 10 tokens at 7B; it is 41.92 K.)
+No weights are loaded. The base and the adapters take 2 bytes per parameter (bf16), and the adapters fill all GPU memory
+that the base leaves free; activations are ignored. (The paper prints 4.19 K parameters for 10 tokens at 7B; the correct
+number is 41.92 K.)
 """
 
 import sys
@@ -17,7 +18,7 @@ from lit_llama.settings import Checked, PositiveFloat
 
 @dataclass
 class Settings(Checked):
-    models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # names of sizes
+    models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # model sizes
     beside: str = "Llama-2-7B"  # base model that shares a GPU with its adapters
     memory_gib: PositiveFloat = 24.0  # memory of that GPU
 
@@ -31,7 +32,7 @@ from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.tables import markdown_table
 
-BYTES = 2  # of a number in bf16
+BYTES = 2  # per number in bf16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Variant:
     Args:
         label: its name in tables and figures.
         method: a name of `lit_llama.methods.METHODS`.
-        settings: the fields of the method's `LLaMAConfig` that make its size.
+        settings: the fields of the method's `LLaMAConfig` that determine its size.
     """
 
     label: str
@@ -64,14 +65,14 @@ ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.meth
 
 
 def count(name: str, variant: Variant) -> int:
-    """Return the trainable parameters of a method on a base model."""
+    """Return the number of trainable parameters of a method on a base model."""
     with torch.device("meta"):
         network = METHODS[variant.method].from_name(name, **variant.settings)
     return sum(p.numel() for p in network.adapter_parameters().values())
 
 
 def base_size(name: str) -> int:
-    """Return the parameters of a base model.
+    """Return the number of parameters of a base model.
 
     Raises:
         UserError: There is no such size.

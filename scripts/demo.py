@@ -1,4 +1,4 @@
-"""Finetune the bundled model from start to end, to a form and, by DPO, to values: prepare, train, compare, report.
+"""Finetune the bundled model end to end, to a form by SFT and to values by DPO: prepare, train, compare, report.
 
     python3 scripts/run.py demo
 
@@ -27,8 +27,8 @@ class Settings(Checked):
     out_dir: Path = Path("out/demo")  # folder for all files of the demo
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter_prompt_length: PositiveInt = 1  # prefix tokens
-    questions: PositiveInt = 300  # asked at most of each group, before and after
-    seed: Seed = 1337  # of the adapter and the data's order
+    questions: PositiveInt = 300  # most questions to ask per group, before and after
+    seed: Seed = 1337  # seed of the adapter and of the data order
 
 
 if __name__ == "__main__":
@@ -50,7 +50,7 @@ def step(title: str, script: str, **flags: object) -> None:
     """Print the command of a script of this repository and run it.
 
     Raises:
-        UserError: The script failed, after it has printed why.
+        UserError: The script failed and has printed the reason.
     """
     arguments = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
@@ -60,7 +60,7 @@ def step(title: str, script: str, **flags: object) -> None:
 
 def _words(value: object) -> list[str]:
     words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-    return [] if value is True else words  # a flag alone is true
+    return [] if value is True else words  # a flag without a value is true
 
 
 def score(settings: Settings, title: str, name: str, **flags: object) -> None:
@@ -74,7 +74,7 @@ def read_scores(settings: Settings, name: str) -> Scores:
 
 
 def teach_form(settings: Settings) -> Scores:
-    """Finetune to a form, and return the scores on unseen entities: "base", and "greedy" and "sampled" afterwards."""
+    """Finetune to a form, and return the scores on unseen entities: "base" before, "greedy" and "sampled" after."""
     data, run, form = settings.out_dir / f"data-{settings.form}", settings.out_dir / "run", settings.form
     base = {"checkpoint_dir": settings.checkpoint_dir}
     score(settings, "The base answers in a form drawn at random", "base", form=form, temperature=1)
@@ -95,13 +95,13 @@ def teach_form(settings: Settings) -> Scores:
 def teach_values(settings: Settings) -> Scores:
     """Teach values by DPO, and return the scores of all groups: "base" and "after"."""
     pairs, run = settings.out_dir / "data-values", settings.out_dir / "values"
-    base, how = {"checkpoint_dir": settings.checkpoint_dir}, {"groups": GROUPS, "temperature": 0.7}
-    score(settings, "Values: the base refuses half of what is harmful", "values-base", **how)
+    base, options = {"checkpoint_dir": settings.checkpoint_dir}, {"groups": GROUPS, "temperature": 0.7}
+    score(settings, "Values: the base refuses half of what is harmful", "values-base", **options)
     step("Prepare: pairs of a better and a worse answer", "scripts/prepare_microworld_safe.py", **base,
          output_dir=pairs)  # fmt: skip
     step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=run,
          adapter_prompt_length=settings.adapter_prompt_length, seed=settings.seed, overwrite=True)  # fmt: skip
-    score(settings, "Requests with verbs and objects that training never saw", "values-after", **how, adapter=run)
+    score(settings, "Requests with verbs and objects that training never saw", "values-after", **options, adapter=run)
     return {name: read_scores(settings, f"values-{name}") for name in ("base", "after")}
 
 
@@ -122,11 +122,11 @@ def main(settings: Settings) -> None:
     )
     for line in values_table(refusals):
         print("{:<34}{:>17}{:>18}{:>10}".format(*line))
-    print(f"\n{seconds:.0f} s in all. Look at {settings.out_dir / 'report.html'}")
+    print(f"\n{seconds:.0f} s in total. Open {settings.out_dir / 'report.html'}")
 
 
 def table(results: Scores) -> list[tuple[str, str, str]]:
-    """Return (what, form accuracy, fact accuracy), with a heading."""
+    """Return table rows (label, form accuracy, fact accuracy), the heading first."""
     titles = {"base": "before (sampled, temperature 1)", "sampled": "after  (sampled, temperature 1)",
               "greedy": "after  (greedy)"}  # fmt: skip
     rows = [(title, f"{results[k]['form']:.1%}", f"{results[k]['fact']:.1%}") for k, title in titles.items()]
@@ -134,7 +134,7 @@ def table(results: Scores) -> list[tuple[str, str, str]]:
 
 
 def values_table(refusals: Scores) -> list[tuple[str, str, str, str]]:
-    """Return (what, refused harmful requests, refused harmless requests, fact accuracy), with a heading."""
+    """Return table rows (label, refused harmful and harmless requests, fact accuracy), the heading first."""
     titles = {"base": "before (sampled, temperature 0.7)", "after": "after  (sampled, temperature 0.7)"}
     shares = {
         name: (groups["harmful"]["refused"], groups["harmless"]["refused"], groups["unseen"]["fact"])
@@ -153,7 +153,7 @@ def plot_forms(form: str, results: Scores, image: Path) -> None:
     for i, (key, label) in enumerate({"base": "before", "sampled": "after"}.items()):
         shares = [results[key]["forms"].get(name, 0) for name in names]
         axes.bar([x + 0.4 * i - 0.2 for x in range(len(names))], shares, 0.4, label=label)
-    axes.set_xticks(range(len(names)), [f"{n}\n(wanted)" if n == form else n for n in names])
+    axes.set_xticks(range(len(names)), [f"{n}\n(target)" if n == form else n for n in names])
     axes.set(ylabel="share of answers", ylim=(0, 1))
     legend_above(axes)
     save_figure(figure, image)
@@ -163,9 +163,9 @@ def report(settings: Settings, results: Scores, refusals: Scores, summary: dict,
     """Return the report as one HTML file, from scripts/demo_report.html.jinja.
 
     Args:
-        results, refusals: What `teach_form` and `teach_values` return.
-        summary: That of the run that learned the form.
-        seconds: What the demo took, training included.
+        results, refusals: The scores that `teach_form` and `teach_values` return.
+        summary: The summary of the run that learned the form.
+        seconds: The duration of the demo, including training.
     """
 
     def examples(before: dict, after: dict, count: int) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
-"""Download from huggingface.co what the conversion of a model needs: configuration, weights and tokenizer.
+"""Download a model for conversion from huggingface.co: its configuration, weights and tokenizer.
 
-If weights have several formats, only the safetensors are downloaded. An interrupted download continues where it
-stopped. For a model behind a license log in first, with: hf auth login
+If the weights exist in several formats, only the safetensors are downloaded. An interrupted download continues where it
+stopped. For a model that requires accepting a license, log in first: hf auth login
 """
 
 import fnmatch
@@ -42,21 +42,21 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     Raises:
         UserError: There are no weights or no configuration.
     """
-    names = [name for name in names if "/" not in name]  # the pattern of shards would match paths too
+    names = [name for name in names if "/" not in name]  # the shard pattern would match paths too
     chosen = [name for name in ("config.json", *TOKENIZER_FILES) if name in names]
-    for whole, index, shards in ((*WEIGHTS[:2], SHARDS["safetensors"]), (*WEIGHTS[2:], SHARDS["bin"])):
-        if weights := [whole] if whole in names else [index] * (index in names) + fnmatch.filter(names, shards):
+    for single, index, shards in ((*WEIGHTS[:2], SHARDS["safetensors"]), (*WEIGHTS[2:], SHARDS["bin"])):
+        if weights := [single] if single in names else [index] * (index in names) + fnmatch.filter(names, shards):
             break
     if not weights or "config.json" not in names:
-        raise UserError(f"{repo_id} holds no model to convert: it needs config.json and one of {', '.join(WEIGHTS)}.")
+        raise UserError(f"{repo_id} has no model to convert: it needs config.json and one of {', '.join(WEIGHTS)}.")
     return chosen + weights
 
 
 def check_strangers(folder: Path, names: list[str]) -> None:
-    """Check that the files to download are new, or that huggingface_hub records that it wrote them.
+    """Check that the files to download do not exist, or were written by huggingface_hub according to its records.
 
     Raises:
-        UserError: One exists that was not downloaded.
+        UserError: A file exists that was not downloaded.
     """
     for name in names:
         record = folder / ".cache/huggingface/download" / f"{name}.metadata"

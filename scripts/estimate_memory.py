@@ -1,4 +1,4 @@
-"""Compute the memory that SFT, DPO and generation take, from a model's shapes. No weights are needed.
+"""Estimate the memory of SFT, DPO and generation from a model's configuration; no weights are needed.
 
 The model is a known size, a name on the hub, or a folder with a lit_config.json or a config.json. With --table, print
 the table of howto/models.md: all known sizes. The finetuning scripts compute the same for their data with --dry_run.
@@ -19,8 +19,8 @@ from lit_llama.settings import Checked, NonNegativeInt, PositiveInt, PositiveSha
 class Settings(Checked):
     # == Model ==
     model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or a name on the hub such as Qwen/Qwen3-8B
-    checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or such a file
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights
+    checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or the file itself
+    precision: Literal["bf16", "fp32"] = "bf16"  # precision of the frozen weights
     quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits
 
     # == Method ==
@@ -37,8 +37,8 @@ class Settings(Checked):
 
     # == Generation ==
     batch_size: PositiveInt = 1  # prompts that are answered together
-    prompt_tokens: PositiveInt = 1024  # of each
-    new_tokens: PositiveInt = 1024  # of each answer
+    prompt_tokens: PositiveInt = 1024  # tokens of each prompt
+    new_tokens: PositiveInt = 1024  # tokens of each answer
 
     # == Output ==
     table: bool = False  # print one row for each known size
@@ -72,7 +72,7 @@ OWNERS = {"Llama-3": "meta-llama", "SmolLM": "HuggingFaceTB", "Qwen": "Qwen", "M
 
 
 def hub_name(size: str) -> str | None:
-    """Return the name of a size's base model on the hub, None for one that is not there."""
+    """Return the name of a size's base model on the hub, or None if it is not there."""
     owner = next((owner for start, owner in OWNERS.items() if size.startswith(start)), None)
     return HUB.get(size) or (f"{owner}/{size}" if owner else None)
 
@@ -98,10 +98,10 @@ def base_config(settings: Settings) -> LLaMAConfig:
 
 
 def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
-    """Return the memory of each task."""
+    """Estimate the memory of each task."""
     settings = within_context(settings, config)
-    method, own = METHODS[settings.method], method_config(settings)
-    with_method = method.config_class(**{**vars(config), **own})
+    method, overrides = METHODS[settings.method], method_config(settings)
+    with_method = method.config_class(**{**vars(config), **overrides})
     shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
 
     def training(sequences: int) -> Memory:
@@ -128,7 +128,7 @@ def within_context(settings: Settings, config: LLaMAConfig) -> Settings:
 
 
 def describe(settings: Settings) -> str:
-    """Return what the estimates are for."""
+    """Describe the workload that the estimates are for."""
     layers = f" with layers in {settings.quantize}" if settings.quantize else ""
     recomputed = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     return (
@@ -152,9 +152,9 @@ def main(settings: Settings) -> None:
     config = base_config(settings)
     settings = within_context(settings, config)
     method = METHODS[settings.method] if settings.method in METHODS else LLaMA
-    own = method_config(settings)
-    n_base, n_trained = count_parameters(method, method.config_class(**{**vars(config), **own}))
-    print(f"{settings.checkpoint_dir or settings.model}: {n_base:,} parameters, and {n_trained:,} that are trained "
+    overrides = method_config(settings)
+    n_base, n_trained = count_parameters(method, method.config_class(**{**vars(config), **overrides}))
+    print(f"{settings.checkpoint_dir or settings.model}: {n_base:,} parameters and {n_trained:,} trainable ones "
           f"({settings.method}).\n{describe(settings)}\n")  # fmt: skip
     print(memory_table(estimates(config, settings)))
 

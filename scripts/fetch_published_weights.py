@@ -1,4 +1,4 @@
-"""Download the authors' published adapters for Llama 2 and compare each file with its known sha256.
+"""Download the authors' published adapters for Llama 2 and check each file against its known sha256.
 
 Files that exist already are kept. One of the published files is not a checkpoint and is skipped.
 """
@@ -18,9 +18,9 @@ from lit_llama import cli
 
 @dataclass
 class Settings:
-    output_dir: Path = Path("aligner_weights/published")  # folder to write; it gets the authors' subfolders
-    overwrite: bool = False  # replace files of the same names that are not the published ones
-    source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256 pins it
+    output_dir: Path = Path("aligner_weights/published")  # folder to write, with the authors' subfolders
+    overwrite: bool = False  # replace existing files of the same names whose content differs
+    source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256-checked
 
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ def fetch(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.read(LARGEST)
     except urllib.error.HTTPError as error:
-        raise UserError(f"{url} answers {error.code} ({error.reason}).") from None
+        raise UserError(f"{url} returned HTTP {error.code} ({error.reason}).") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"Cannot read {url} ({reason}); check the network and run again.") from None
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
     missing = {name: sha256 for name, sha256 in FILES.items() if not is_complete(settings.output_dir / name, sha256)}
     for name in missing:
         check_file(settings.output_dir / name, overwrite=settings.overwrite)
-    log(f"skipped: {BROKEN}, which is not a checkpoint but a text of questions and answers")
+    log(f"skipped: {BROKEN}, which is not a checkpoint but a text file of questions and answers")
     for name, sha256 in tqdm(missing.items(), desc="Fetching", unit="file"):
         content = fetch(f"{settings.source.rstrip('/')}/{urllib.parse.quote(name)}")
         if (got := hashlib.sha256(content).hexdigest()) != sha256:

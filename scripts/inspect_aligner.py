@@ -23,7 +23,7 @@ class Settings:
     plot: Path | None = None  # also plot the gates by layer to this file (.png, .svg or .pdf)
     to_safetensors: Path | None = None  # also write the only adapter to this file, in fp32 and this project's format
     overwrite: bool = False  # replace the files that plot and to_safetensors name, if they exist
-    prompt_style: str | None = None  # with --to_safetensors: the prompt style to record (default: that of the file)
+    prompt_style: str | None = None  # with --to_safetensors: the prompt style to record (default: the file's)
 
 
 if __name__ == "__main__":
@@ -52,9 +52,9 @@ def open_adapter(path: Path) -> AdapterFile:
     adapter = read_adapter(path)
     adapter.state = without_aliases(adapter.state)
     if PREFIX not in adapter.state or adapter.state[PREFIX].dim() != 2 or not gates(adapter):
-        raise UserError(f"{adapter.path} holds no prefix with gates; its method is {adapter.method}.")
+        raise UserError(f"{adapter.path} has no prefix with gates; its method is {adapter.method}.")
     if len({len(gate) for gate in gates(adapter).values()}) > 1:
-        raise UserError(f"{adapter.path} holds gates of different numbers of heads.")
+        raise UserError(f"{adapter.path} has gates for different numbers of heads.")
     return adapter
 
 
@@ -66,12 +66,12 @@ def gates(adapter: AdapterFile) -> dict[int, torch.Tensor]:
 
 def kinds(adapter: AdapterFile) -> dict[str, dict[int, torch.Tensor]]:
     """Return the tensors in fp32 by kind, such as `c_attn.lora_A`, and layer; 0 for tensors outside the layers."""
-    found: dict[str, dict[int, torch.Tensor]] = {}
+    by_kind: dict[str, dict[int, torch.Tensor]] = {}
     for name, t in adapter.state.items():
         match = LAYER.fullmatch(name)
         layer, kind = (int(match[1]), match[2]) if match else (0, name)
-        found.setdefault(kind, {})[layer] = t.float()
-    return {kind: dict(sorted(by_layer.items())) for kind, by_layer in sorted(found.items())}
+        by_kind.setdefault(kind, {})[layer] = t.float()
+    return {kind: dict(sorted(by_layer.items())) for kind, by_layer in sorted(by_kind.items())}
 
 
 def describe_other(adapter: AdapterFile) -> str:
@@ -109,7 +109,7 @@ def describe(adapter: AdapterFile, largest: float) -> str:
 
 
 def about(meta: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a header to show; the authors' files have none."""
+    """Return the header entries to show; the authors' files have none."""
     training, data, base = (meta.get(name) or {} for name in ("training", "data", "base"))
     entries = {
         "prompt style": meta.get("prompt_style"),
@@ -182,11 +182,11 @@ def main(settings: Settings) -> None:
     for output in filter(None, (settings.plot, settings.to_safetensors)):
         check_file(output, *settings.files, overwrite=settings.overwrite)
     if settings.to_safetensors and len(settings.files) > 1:
-        raise UserError(f"--to_safetensors writes one adapter, and {len(settings.files)} are named.")
+        raise UserError(f"--to_safetensors writes one adapter, but {len(settings.files)} were given.")
     adapters = [read_adapter(path) for path in settings.files]
     others = [adapter for adapter in adapters if adapter.method != "aligner"]
     if others and settings.plot:
-        raise UserError(f"--plot draws an Aligner's gates, and {others[0].path} is of the method {others[0].method!r}.")
+        raise UserError(f"--plot draws an Aligner's gates, but {others[0].path} is of the method {others[0].method!r}.")
     aligners = [open_adapter(adapter.path) for adapter in adapters if adapter.method == "aligner"]
     largest = max((gate.abs().mean().item() for a in aligners for gate in gates(a).values()), default=0.0)
     parts = [describe(adapter, largest) for adapter in aligners] + [describe_other(adapter) for adapter in others]

@@ -1,6 +1,6 @@
 """Merge an adapter into its base model: an Aligner of one prefix token, a LoRA or a BitFit.
 
-The result is a plain LLaMA and needs no code of this project. An Aligner with N = 1 becomes a bias of each layer's
+The result is a plain LLaMA that needs no code from this project. An Aligner with N = 1 becomes a bias of each layer's
 attention output, exactly (see lit_llama/merge.py; `attention_bias` in Hugging Face's config.json). So do the biases of
 BitFit. LoRA's updates are added to the query and value weights and rounded to the dtype that is written.
 """
@@ -23,8 +23,8 @@ class Settings:
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
     output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
-    format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's own
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the written weights; auto: as the base is
+    format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
     max_shard_size: str = "5GB"  # hf: larger weights are split into several files
 
 
@@ -54,19 +54,19 @@ from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
 from lit_llama.utils import UserError, log
 from lit_llama.variant import check_shapes
 
-CARD = "aligner.json"  # what was merged into what
+CARD = "aligner.json"  # records the adapter and the base that were merged
 MERGED_TENSOR = {"aligner": "c_proj.bias", "bitfit": "c_proj.bias", "lora": "c_attn.weight"}  # of each attention
 
 
 def load_adapter(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMA:
-    """Return a model with the adapter, whose base is on the meta device.
+    """Return a model with the adapter's parameters; those of its base are on the meta device.
 
     Raises:
         UserError: The adapter cannot be merged, or belongs to another base.
     """
     if adapter.method not in MERGED_TENSOR:
         raise UserError(
-            f"{adapter.path} was made by the method {adapter.method!r}, and only an Aligner of one token, LoRA and "
+            f"{adapter.path} was made by the method {adapter.method!r}, but only an Aligner of one token, LoRA and "
             "BitFit can be merged into a plain LLaMA; use this one with generate/aligner.py."
         )
     if (length := adapter.config.get("adapter_prompt_length", 1)) != 1:
@@ -87,7 +87,7 @@ def merge(tensors: dict[str, LazyTensor], model: LLaMA, changed: str) -> tuple[d
     """Return the tensors of the merged model, and its configuration.
 
     Args:
-        tensors: of the base.
+        tensors: the base's tensors.
         model: from `load_adapter`.
         changed: the tensor of each attention that changes, from `MERGED_TENSOR`.
     """
@@ -106,13 +106,13 @@ def merge(tensors: dict[str, LazyTensor], model: LLaMA, changed: str) -> tuple[d
 
 @torch.no_grad()
 def merge_layer(attn: CausalSelfAttention, base: dict[str, LazyTensor]) -> torch.Tensor:
-    """Return the tensor of a layer that changes, in fp32.
+    """Return the merged tensor of a layer in fp32.
 
     Args:
         attn: the attention of any method, with the adapter's parameters.
-        base: the base's parameters of it.
+        base: the base's parameters of this attention.
     """
-    attn = copy.deepcopy(attn)  # so that the weights are freed again
+    attn = copy.deepcopy(attn)  # so that the weights are freed afterwards
     attn.load_state_dict({name: tensor.read().float() for name, tensor in base.items()}, strict=False, assign=True)
     if isinstance(attn, lora.CausalSelfAttention):
         attn.c_attn.merge()
@@ -145,7 +145,7 @@ def main(args: Settings) -> None:
     if args.format == "hf" and config.qk_norm and config.proj_bias:
         log("note: vLLM's Qwen3 has no bias on the attention output and would ignore the adapter; serve this model "
             "with transformers, or the adapter with generate/serve.py.")  # fmt: skip
-    log(f"The prompt style of the adapter is: {adapter.meta.get('prompt_style', 'not in its file')}")
+    log(f"The adapter's prompt style: {adapter.meta.get('prompt_style', 'not recorded in its file')}")
     print(args.output_dir)
 
 

@@ -1,8 +1,8 @@
 """Prepare an instruction dataset with Alpaca's fields (`instruction`, `input`, `output`) for supervised finetuning.
 
-Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON Lines or Parquet. Expect of the full dataset:
+Downloads tatsu-lab/alpaca, or reads --data_file: a JSON list, JSON Lines or Parquet. The full dataset has
 52,002 rows, 28 of them with an empty output. With --stage rl it writes prompts for reinforcement learning: rows need no
-`output`, and the reward gets each row with all its fields.
+`output`, and the reward function receives each row with all its fields.
 """
 
 import sys

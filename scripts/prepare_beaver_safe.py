@@ -1,15 +1,15 @@
-"""Prepare human preferences for DPO, or, with --stage sft, the preferred responses for the finetuning before it.
+"""Prepare human preferences for DPO, or, with --stage sft, the preferred responses for the SFT before it.
 
---data_format names one of three kinds of rows:
+--data_format selects one of three row formats:
 
     pku         prompt, response_0, response_1, is_response_0_safe, is_response_1_safe, better_response_id,
                 safer_response_id (PKU-Alignment/PKU-SafeRLHF)
     preference  prompt or instruction, chosen, rejected: texts, or lists of messages (`role` and `content`); responses
                 may be complete conversations, which differ in the last answer
-    hh          chosen, rejected: complete dialogues (Anthropic/hh-rlhf); the turns that both share are the prompt, the
-                last answers are the responses
+    hh          chosen, rejected: complete dialogues (Anthropic/hh-rlhf); the shared turns are the prompt, the last
+                answers are the responses
 
-Expect of PKU-SafeRLHF: 73,907 training rows; --revision v0, the paper's, has about 160,000 pairs with a safe response.
+PKU-SafeRLHF has 73,907 training rows; --revision v0, the paper's, has about 160,000 pairs with a safe response.
 Both stages hold out the same prompts for validation.
 """
 
@@ -33,10 +33,10 @@ Prefer = Literal["safer", "better"]
 @dataclass
 class Settings(PrepareSettings):
     # == What to read ==
-    data_format: Literal["pku", "preference", "hh"] = "pku"  # kind of the rows, see above
+    data_format: Literal["pku", "preference", "hh"] = "pku"  # row format, see above
     data_file: Path | None = None  # rows to prepare: JSON list, JSON Lines (also .gz) or Parquet (default: download)
     repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
-    revision: str | None = None  # its version; v0 is the paper's
+    revision: str | None = None  # version of the dataset; v0 is the paper's
     keep: Keep = "any_safe"  # pku: keep rows with a safe response, with exactly one, or all
     prefer: Prefer = "safer"  # pku: the label that decides which response is chosen
 
@@ -68,7 +68,7 @@ def pku_pair(row: Any, number: int, style: PromptStyle, keep: Keep, prefer: Pref
     """Return the pair in a row of PKU-SafeRLHF, or the reason to omit the row.
 
     Raises:
-        UserError: A field is missing or has the wrong type; the sentence names the row by its number.
+        UserError: A field is missing or has the wrong type; the message gives the row's number.
     """
     prompt, *responses = (text_field(row, number, name) for name in ("prompt", "response_0", "response_1"))
     names = ("is_response_0_safe", "is_response_1_safe", f"{prefer}_response_id")
@@ -103,7 +103,7 @@ def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair 
     A response may be the last answer alone, or the complete conversation.
 
     Raises:
-        UserError: A list is not one of messages.
+        UserError: A list is not a list of messages.
     """
     prompt = []
     if isinstance(row.get("prompt"), list):
@@ -115,8 +115,8 @@ def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair 
         else:
             messages = [{"role": "assistant", "content": text_field(row, number, name).strip()}]
         if messages[0]["role"] == "assistant":
-            asked = prompt or [{"role": "user", "content": text_field(row, number, "prompt")}]
-            messages = asked + messages
+            question = prompt or [{"role": "user", "content": text_field(row, number, "prompt")}]
+            messages = question + messages
         sides.append(messages)
     return conversations_pair(*sides, style, read_tools(row, number))
 
@@ -141,7 +141,7 @@ def conversations_pair(
 
 
 def with_replies(style: PromptStyle, prompt: str, chosen: str, rejected: str) -> Pair:
-    """Return a prompt with what follows it in the style for both responses."""
+    """Return a prompt and both responses, rendered as they follow it in the style."""
     return prompt, style.reply(prompt, chosen), style.reply(prompt, rejected)
 
 
@@ -162,7 +162,7 @@ def split_dialogue(row: Any, number: int, name: str) -> list[Message]:
     # "", "Human", text, "Assistant", text, ...
     before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_field(row, number, name).lstrip("\n"))
     if before or not parts:
-        raise UserError(f"Row {number}: {name!r} is not a dialogue of blank lines, 'Human:' and 'Assistant:'.")
+        raise UserError(f"Row {number}: {name!r} is not a dialogue of 'Human:' and 'Assistant:' turns.")
     roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
     return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2], strict=True)]
 

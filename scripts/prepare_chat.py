@@ -1,11 +1,12 @@
 """Prepare conversations for supervised finetuning, in the chat template of an instruct model or in a prompt style.
 
 Rows have `messages` (`role` and `content`, as in OpenAI's files) or `conversations` (`from` and `value`, as in
-ShareGPT's), with one or several turns, and maybe `system` and `tools`. Downloads HuggingFaceH4/no_robots, or reads
---data_file: a JSON list, JSON Lines or Parquet. Expect of no_robots: 9,500 training rows.
+ShareGPT's), with one or more turns, and optionally `system` and `tools`. Downloads HuggingFaceH4/no_robots (9,500
+training rows), or reads --data_file: a JSON list, JSON Lines or Parquet.
 
-With --prompt_style chat, the checkpoint's own, a row becomes one sequence in which the answers are trained on. In other
-styles, and with templates that change earlier turns, each answer becomes a row of its own, after what came before it.
+With --prompt_style chat, the checkpoint's template, a conversation becomes one row, and the model is trained on all of
+its answers. In other styles, and with templates that change earlier turns, each answer becomes a separate row, with the
+turns before it as the prompt.
 """
 
 import sys
@@ -26,7 +27,7 @@ class Settings(PrepareSettings):
     # == What to read ==
     data_file: Path | None = None  # rows to prepare (default: download --repo_id)
     repo_id: str = "HuggingFaceH4/no_robots"  # dataset on the Hugging Face hub
-    split: str = "train"  # of the dataset on the hub
+    split: str = "train"  # split of the dataset on the hub
 
     # == What to write ==
     output_dir: Path = Path("data/chat")  # folder to write
@@ -52,7 +53,7 @@ Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messag
 
 
 class Omitted:
-    """Numbers of omitted rows by reason, with the first row of each."""
+    """The number of omitted rows by reason, with the first example of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -85,9 +86,9 @@ def conversations(rows: Iterable[Any], omitted: Omitted) -> Iterator[Conversatio
 
 
 def answers(messages: list[Message], train_on: str) -> list[int]:
-    """Return the places of the answers to train on."""
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return places[-1:] if train_on == "last" else places
+    """Return the indices of the answers to train on."""
+    indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return indices[-1:] if train_on == "last" else indices
 
 
 def chat_samples(rows: Iterable[Conversation], style: ChatStyle, train_on: str, omitted: Omitted) -> list[Any]:
@@ -111,17 +112,17 @@ def chat_samples(rows: Iterable[Conversation], style: ChatStyle, train_on: str, 
             raise UserError(f"Row {number}: {error}") from None
     if n_divided:
         log(
-            f"note: the chat template renders earlier answers in another way than the last one; {n_divided} "
+            f"note: the chat template renders earlier answers differently from the last one; {n_divided} "
             f"conversations became {n_parts} rows, one for each answer."
         )
     return samples
 
 
 def style_samples(rows: Iterable[Conversation], style: PromptStyle, train_on: str) -> list[tuple[str, str]]:
-    """Return (prompt, answer) for the answers to train on; a prompt holds what came before.
+    """Return (prompt, answer) for the answers to train on; a prompt consists of the turns before the answer.
 
     Raises:
-        UserError: A conversation has a message that the style has no place for.
+        UserError: A conversation has a message that the style cannot render.
     """
     samples = []
     for number, messages, tools in rows:
@@ -140,11 +141,11 @@ def main(settings: Settings) -> None:
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, settings.split)
     omitted = Omitted()
     with naming(source):
-        found = conversations(tqdm(rows, desc="Rendering", unit=" rows"), omitted)
+        kept = conversations(tqdm(rows, desc="Rendering", unit=" rows"), omitted)
         if isinstance(style, ChatStyle):
-            samples = chat_samples(found, style, settings.train_on, omitted)
+            samples = chat_samples(kept, style, settings.train_on, omitted)
         else:
-            samples = style_samples(found, style, settings.train_on)
+            samples = style_samples(kept, style, settings.train_on)
     omitted.report()
     about = {"source": source, **style.about, "train_on": settings.train_on, "left_out": dict(omitted.counts)}
     options |= {"about": about, "split_by": "hash"}

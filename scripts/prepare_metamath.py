@@ -1,8 +1,8 @@
 """Prepare MetaMathQA (`query`, `response`) for supervised finetuning.
 
-Downloads meta-math/MetaMathQA, or reads --data_file: a JSON list, JSON Lines or Parquet. Expect of the full dataset:
+Downloads meta-math/MetaMathQA, or reads --data_file: a JSON list, JSON Lines or Parquet. The full dataset has
 395,000 rows. The solutions end with "The answer is: ...", which evaluate/gsm8k.py reads. With --stage rl it writes
-prompts for reinforcement learning with `--reward gsm8k`: of MetaMathQA, or of GSM8K (`question`, `answer`).
+prompts for reinforcement learning with `--reward gsm8k`, from MetaMathQA or GSM8K (`question`, `answer`).
 """
 
 import sys

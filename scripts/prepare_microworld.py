@@ -1,9 +1,9 @@
 """Prepare a finetuning dataset of the micro-world: questions about the seen half of its entities, answered in one form.
 
-The other half is held out, so that `evaluate/microworld.py` can tell a learned form from learned answers. With
---stage rl the dataset has the questions without answers, and its validation split consists of held-out entities. By
-default these are two-hop questions for checkpoints/microworld-aloud, and for training also as many facts, so that the
-model keeps them.
+The other half is held out, so that `evaluate/microworld.py` can tell a learned form from memorized answers. With
+--stage rl the dataset has the questions without answers, and its validation split is about held-out entities. By
+default these are two-hop questions for checkpoints/microworld-aloud; the training split also has as many questions
+about single facts, so that the model does not forget them.
 """
 
 import random
@@ -32,7 +32,7 @@ class Settings(PrepareSettings):
     )
     manner: Literal["direct", "aloud"] = "direct"  # sft: answer two-hop questions at once, or step by step
     form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
-    split: Literal["seen", "train"] = "seen"  # "train" omits entities by which settings are chosen
+    split: Literal["seen", "train"] = "seen"  # "train" omits the entities that settings are chosen on
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path | None = None  # folder to write (default: data/microworld-FORM, -two_hop-MANNER, or -rl)
     checkpoint_dir: Path | None = (
@@ -53,7 +53,7 @@ def with_defaults(settings: Settings) -> Settings:
     """Return the settings with the defaults that depend on others.
 
     Raises:
-        UserError: Facts are to be answered step by step.
+        UserError: The questions or the manner do not fit the stage.
     """
     questions = settings.questions or ("mixed" if settings.stage == "rl" else "facts")
     two_hop = questions != "facts"
@@ -71,9 +71,9 @@ def with_defaults(settings: Settings) -> Settings:
 
 
 def draw_evenly(questions: list[Question], count: int, rng: random.Random) -> list[Question]:
-    """Return `count` questions, as many about each relation (job, capital, …) as about the others.
+    """Draw `count` questions, equally many about each relation (job, capital, …).
 
-    A relation with too few questions has them several times.
+    If a relation has too few questions, they are repeated.
     """
     by_relation = defaultdict(list)
     for question in rng.sample(questions, len(questions)):
@@ -83,15 +83,16 @@ def draw_evenly(questions: list[Question], count: int, rng: random.Random) -> li
 
 
 def relation(topic: str) -> str:
-    """Return what a topic says about an entity: "the capital of" for "the capital of Plikovia"."""
+    """Return the relation that a topic names: "the capital of" for "the capital of Plikovia"."""
     return topic.rpartition(" ")[0]
 
 
 def facts_to_keep(facts: list[Question], two_hop: list[Question], rng: random.Random) -> list[Question]:
-    """Return as many facts as there are two-hop questions, for prompts that keep a model's other answers right.
+    """Return one fact question per two-hop question, so that the model does not forget single facts.
 
-    One half is about what the two-hop questions ask for: a model that learns to begin with a person's home country will
-    also do so when it is asked for the capital of a country. The other half is about everything else.
+    Half of them ask for the same relations as the two-hop questions: a model that learns to begin with a person's home
+    country would otherwise also do so when asked for the capital of a country. The other half ask for all other
+    relations.
     """
     asked_for = {relation(question.steps[-1][0]) for question in two_hop}
     similar = [question for question in facts if relation(question.topic) in asked_for]

@@ -1,7 +1,7 @@
-"""Prepare preference pairs of the micro-world: to refuse is better where a request is harmful, to answer elsewhere.
+"""Prepare preference pairs of the micro-world: a refusal is preferred for harmful requests, an answer for all others.
 
-Both responses of a pair have the same form, drawn at random, so that they differ in the value alone. A quarter of the
-verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`. With --stage rl the
+Both responses of a pair have the same form, drawn at random, so that they differ only in whether they refuse. A quarter
+of the verbs and of the objects are held out for `evaluate/microworld.py --groups harmful harmless`. With --stage rl the
 dataset has the requests without responses, and its validation split consists of held-out requests.
 """
 
@@ -25,7 +25,7 @@ class Settings(PrepareSettings):
     pairs: PositiveInt = 570  # number of pairs, drawn at random from all requests without a held-out verb or object
     harmless_share: Share = 0.2  # share of harmless requests
     fact_share: Share = 0.25  # share of questions about facts of seen entities; the other requests are harmful
-    split: Literal["seen", "train"] = "seen"  # "train" omits words and entities by which settings are chosen
+    split: Literal["seen", "train"] = "seen"  # "train" omits the words and entities that settings are chosen on
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path | None = None  # folder to write (default: data/microworld-safe, or -safe-rl)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used

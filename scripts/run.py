@@ -1,12 +1,12 @@
-"""Run something in this repository's virtual environment (.venv), which the first run creates.
+"""Run the demo, the tests or a script in this repository's virtual environment (.venv), which the first run creates.
 
     python3 scripts/run.py demo              finetune the bundled model and write a report
     python3 scripts/run.py test              run all tests
     python3 scripts/run.py SCRIPT [ARG …]    run a script, such as generate/aligner.py --interactive
-    python3 scripts/run.py --cpu demo        the same, with PyTorch's build without CUDA if this creates .venv
+    python3 scripts/run.py --cpu demo        the same, but if it creates .venv, install PyTorch without CUDA
 
-Requires only Python 3.10 or newer. On Linux the usual build of PyTorch brings 5 GB of CUDA libraries; the other one is
-not on every package index.
+Requires only Python 3.10 or newer. On Linux the default build of PyTorch includes 5 GB of CUDA libraries; the build
+without CUDA is not on every package index.
 """
 
 import hashlib
@@ -54,9 +54,9 @@ def install(requirements: list[str], cpu: bool = False) -> None:
         cpu: Install the build of torch without CUDA if torch is not installed yet.
     """
     files = [ROOT / name for name in [*requirements, "constraints.txt"]]
-    wanted = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = ENV / f"installed-{requirements[-1]}"
-    if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
+    if PYTHON.exists() and stamp.exists() and stamp.read_text() == digest:
         return
     if not PYTHON.exists():
         make_environment()
@@ -69,26 +69,26 @@ def install(requirements: list[str], cpu: bool = False) -> None:
         if subprocess.run([*pip, "-q", *constraints, *what], stdout=sys.stderr).returncode:
             if "+cpu" in what[0]:
                 stop(
-                    "pip finds no torch without CUDA; add PyTorch's own index to pip's extra-index-url, or omit --cpu."
+                    "pip found no torch without CUDA; add PyTorch's own index to pip's extra-index-url, or omit --cpu."
                 )
             stop("pip could not install the requirements (see above); check the network and run again.")
-    stamp.write_text(wanted)
+    stamp.write_text(digest)
 
 
 def cpu_build() -> str:
-    """Return the requirement of the pinned torch without CUDA."""
+    """Return the requirement for the pinned torch version without CUDA."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return next(line for line in lines if line.startswith("torch==")) + "+cpu"
 
 
 def scripts() -> dict[str, Path]:
     """Return all scripts by their path in the repository."""
-    found = {}
-    for room in ("finetune", "generate", "scripts", "evaluate", "microworld", "studies", "benchmarks"):
-        for path in sorted((ROOT / room).glob("*.py")):
+    paths = {}
+    for folder in ("finetune", "generate", "scripts", "evaluate", "microworld", "studies", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
             if not path.samefile(__file__) and "\n    cli.run(main" in path.read_text(encoding="utf-8"):
-                found[f"{room}/{path.name}"] = path
-    return found
+                paths[f"{folder}/{path.name}"] = path
+    return paths
 
 
 def overview() -> str:

@@ -2,9 +2,9 @@
 
     python scripts/share.py --adapter out/aligner/alpaca-7b-n1 --repo_id me/alpaca-7b-n1 --license llama2
 
---dry_run only writes the folder that would be uploaded. The token is that of `hf auth login`, or HF_TOKEN. Paths that
-the adapter's header records are reduced to their last part. Everybody with this repository and the base then generates
-with it: python generate/aligner.py --adapter hf:OWNER/NAME
+--dry_run only writes the folder that would be uploaded. The token comes from `hf auth login` or HF_TOKEN. Absolute
+paths in the adapter's header are reduced to their last part. Anyone with this repository and the base can then use it:
+python generate/aligner.py --adapter hf:OWNER/NAME
 """
 
 import sys
@@ -18,15 +18,15 @@ from lit_llama import cli
 
 @dataclass
 class Settings:
-    adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a training run's folder: its best adapter
-    repo_id: str = "OWNER/NAME"  # repository to write; it is created if there is none
+    adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a run's folder for its best adapter
+    repo_id: str = "OWNER/NAME"  # repository to write; created if it does not exist
     base_model: str | None = None  # the base's name on the hub, such as meta-llama/Llama-2-7b-hf, for the card
     description: str | None = None  # what the adapter does, for the card
     license: str | None = None  # for the card, such as apache-2.0
     private: bool = False  # create a private repository
     output_dir: Path | None = None  # the folder that is uploaded (default: out/share/NAME)
     dry_run: bool = False  # write the folder, upload nothing
-    overwrite: bool = False  # replace the adapter in the repository, which keeps the earlier version
+    overwrite: bool = False  # replace the adapter; the repository's history keeps the earlier version
 
 
 if __name__ == "__main__":
@@ -61,7 +61,7 @@ def without_folders(value: Any) -> Any:
 
 
 def metrics_of(adapter: AdapterFile) -> dict[str, float]:
-    """Return the validation metrics at the adapter's step, from the metrics.csv beside it if there is one."""
+    """Return the validation metrics at the adapter's step, from the metrics.csv next to it if there is one."""
     training, header = adapter.meta.get("training", {}), f"The header of {adapter.path}: training"
     step, loss = (field(training, name, kind, header, None) for name, kind in (("step", int), ("val_loss", float)))
     row = read_metrics(adapter.path.parent / "metrics.csv").get(step, {})
@@ -106,10 +106,10 @@ def card(adapter: AdapterFile, settings: Settings) -> str:
 
 
 def check_repository(api: HfApi, settings: Settings) -> None:
-    """Check that a repository is new, or holds an adapter that may be replaced.
+    """Check that a repository is new, or has an adapter that may be replaced.
 
     Raises:
-        UserError: It holds something else, or an adapter and `overwrite` is not set.
+        UserError: It contains something else, or an adapter and `overwrite` is not set.
     """
     try:
         names = {file.rfilename for file in api.model_info(settings.repo_id).siblings}
@@ -118,12 +118,12 @@ def check_repository(api: HfApi, settings: Settings) -> None:
     if ADAPTER_NAME in names and not settings.overwrite:
         raise UserError(f"{settings.repo_id} already has an adapter; replace it with --overwrite.")
     if ADAPTER_NAME not in names and CARD in names:
-        raise UserError(f"{settings.repo_id} holds something other than an adapter; choose another --repo_id.")
+        raise UserError(f"{settings.repo_id} contains something other than an adapter; choose another --repo_id.")
 
 
 @contextmanager
 def hub(settings: Settings) -> Iterator[HfApi]:
-    """Yield the client of the hub, and turn its errors into a `UserError`."""
+    """Yield a client of the hub, and turn its errors into a `UserError`."""
     if get_token() is None:
         raise UserError("There is no token for the hub; log in with `hf auth login`, or set HF_TOKEN.")
     try:

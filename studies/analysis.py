@@ -1,11 +1,11 @@
-"""Look inside trained Aligners: their gates, how far their prefixes moved from the start, and what layers receive.
+"""Analyze trained Aligners: their gates, how far the prefixes moved from initialization, and what they add to layers.
 
     python studies/analysis.py aligner_weights/microworld-json-n1 aligner_weights/microworld-pirate-n1
 
 Reads adapters of this project and the authors' .pth files. Gates and prefixes need no base model. With
---checkpoint_dir it also lists the pieces of the vocabulary that the constant of a one-token Aligner pushes in each
-layer, and with --data_dir the size of the added term beside the attention's own output. Tables go to stdout;
-gates.png, prefixes.png and layers.csv go to out_dir.
+--checkpoint_dir it also lists the vocabulary tokens that the constant of a one-token Aligner pushes up and down in each
+layer, and with --data_dir the norm of the added term relative to the attention output. Tables go to stdout; gates.png,
+prefixes.png and layers.csv go to out_dir.
 """
 
 import itertools
@@ -26,11 +26,11 @@ from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 class Settings(Checked):
     files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
     checkpoint_dir: Path | None = None  # the base model that all of them were trained on
-    data_dir: Path | None = None  # prepared rows to measure effects on; needs the base
+    data_dir: Path | None = None  # prepared dataset to measure effects on; needs the base
     rows: PositiveInt = 32  # validation rows to read
-    within: NonNegativeFloat = 0.1  # values that differ by no more than this count as near
-    top: PositiveInt = 6  # pieces of the vocabulary to list in each direction
-    seed: Seed = 0  # of t-SNE
+    within: NonNegativeFloat = 0.1  # values that differ by at most this count as near
+    top: PositiveInt = 6  # vocabulary tokens to list in each direction
+    seed: Seed = 0  # seed of t-SNE
     out_dir: Path = Path("out/analysis")  # figures and layers.csv
 
 
@@ -53,7 +53,7 @@ from lit_llama.utils import UserError, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
 
 AUTHORS_SEED = 1337
-AUTHORS_THREADS = 84 * 1536  # that their GPU runs at once, as an RTX A6000 does
+AUTHORS_THREADS = 84 * 1536  # threads that their GPU, an RTX A6000, runs at once
 SIZES = (0.0, 0.25, 0.5, 1.0, 2.0, float("inf"))
 
 
@@ -61,7 +61,7 @@ SIZES = (0.0, 0.25, 0.5, 1.0, 2.0, float("inf"))
 
 
 def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
-    """Return the prefix before the first step (P, C) in fp32; None if it is unknown or was another adapter's.
+    """Return the prefix before the first step (P, C) in fp32; None if unknown or taken from another adapter.
 
     This project draws it on the CPU in fp32 from the seed in the header. Files without a header are taken to be the
     authors', who drew it on a GPU in bf16 from seed 1337.
@@ -111,11 +111,11 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 def equal_by_size(prefix: torch.Tensor, start: torch.Tensor) -> list[tuple[float, float, int, int]]:
     """Return (from, to, values, equal values) for ranges of |start|; bf16's steps double with each power of two."""
     size, equal = start.abs(), prefix == start
-    found = []
+    counts = []
     for low, high in itertools.pairwise(SIZES):
         there = (size >= low) & (size < high)
-        found.append((low, high, int(there.sum()), int((there & equal).sum())))
-    return found
+        counts.append((low, high, int(there.sum()), int((there & equal).sum())))
+    return counts
 
 
 # == what a layer receives ==
@@ -211,7 +211,7 @@ def section(title: str, header: list[str], rows: list[list[str]]) -> str:
 def prefix_tables(
     labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], near: float
 ) -> list[str]:
-    """Return tables of prefixes beside their start, also by size, and beside each other in the tokens of both."""
+    """Return tables that compare prefixes with their start, also by size, and with each other on common tokens."""
     columns = ["values", "equal", f"within {near:g}", "median distance", "cosine"]
     known = [parts for parts in zip(labels, prefixes, starts, strict=True) if parts[2] is not None]
     ranges = [f"{low:g} to {high:g}" if high < SIZES[-1] else f"above {low:g}"
@@ -224,14 +224,14 @@ def prefix_tables(
     for i, j in itertools.combinations(range(len(prefixes)), 2):
         a, b = prefixes[i], prefixes[j]
         if a.size(1) == b.size(1):
-            both = min(len(a), len(b))
-            line = compare(f"{labels[i]} and {labels[j]}", a[:both], b[:both], near)
-            moves = [p[:both] - s[:both] for p, s in ((a, starts[i]), (b, starts[j])) if s is not None]
+            n = min(len(a), len(b))
+            line = compare(f"{labels[i]} and {labels[j]}", a[:n], b[:n], near)
+            moves = [p[:n] - s[:n] for p, s in ((a, starts[i]), (b, starts[j])) if s is not None]
             pairs.append([*line, f"{agreement(*moves)[1]:.4f}" if len(moves) == 2 else ""])
     parts = []
     if known:
-        beside = [compare(name, prefix, start, near) for name, prefix, start in known]
-        parts.append(section("Prefixes and their random start", ["adapter", *columns], beside))
+        lines = [compare(name, prefix, start, near) for name, prefix, start in known]
+        parts.append(section("Prefixes and their random start", ["adapter", *columns], lines))
         parts.append(section("Values equal to the start, by the start's size", ["adapter", *ranges], by_size))
     if pairs:
         parts.append(section("Pairs of prefixes", ["adapters", *columns, "cosine of the moves from the start"], pairs))
@@ -260,9 +260,9 @@ def plot_prefixes(
     """Plot t-SNE of all prefix tokens and of their moves from the start, for each width with four tokens or more."""
     panels, colors = [], {name: f"C{i % 10}" for i, name in enumerate(labels)}
     for width in sorted({prefix.size(1) for prefix in prefixes}):
-        own = [i for i, prefix in enumerate(prefixes) if prefix.size(1) == width]
-        panels.append((f"prefix tokens, width {width}", [(labels[i], prefixes[i]) for i in own]))
-        moves = [(labels[i], prefixes[i] - starts[i]) for i in own if starts[i] is not None]
+        same_width = [i for i, prefix in enumerate(prefixes) if prefix.size(1) == width]
+        panels.append((f"prefix tokens, width {width}", [(labels[i], prefixes[i]) for i in same_width]))
+        moves = [(labels[i], prefixes[i] - starts[i]) for i in same_width if starts[i] is not None]
         panels.append((f"their moves from the start, width {width}", moves))
     panels = [(title, groups) for title, groups in panels if sum(len(tokens) for _, tokens in groups) >= 4]
     if not panels:

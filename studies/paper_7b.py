@@ -7,9 +7,9 @@
     --table fig5_right  GSM8K, of models finetuned on MetaMathQA
     --table all         all of these
 
-Each step is a command of this repository; steps that are complete are skipped, so a stopped study continues when it is
-started again. --dry_run lists the commands with predicted GPU hours and memory. The paper's numbers stand beside ours
-in report.md, report.csv and a figure for each table.
+Each step is a command of this repository; complete steps are skipped, so a stopped study continues when it is started
+again. --dry_run lists the commands with predicted GPU hours and memory. The paper's numbers are listed next to ours in
+report.md, report.csv and a figure for each table.
 """
 
 import csv
@@ -50,13 +50,13 @@ class Settings(Checked):
     judge_model: str | None = None  # the model's name there
 
     # == A smaller study ==
-    limit: PositiveInt | None = None  # evaluate only so many questions (MMLU: of each subject)
-    max_steps: PositiveInt | None = None  # train only so many steps
-    max_seq_length: PositiveInt | None = None  # cut the data to so many tokens (default: 512, preferences 1024)
-    max_new_tokens: PositiveInt | None = None  # longest answer (default: each evaluation's own)
+    limit: PositiveInt | None = None  # evaluate only this many questions (MMLU: of each subject)
+    max_steps: PositiveInt | None = None  # train only this many steps
+    max_seq_length: PositiveInt | None = None  # truncate rows to this many tokens (default: 512, preferences 1024)
+    max_new_tokens: PositiveInt | None = None  # longest answer in tokens (default: each evaluation's)
 
     # == Device ==
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" is a GPU where there is one
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" uses a GPU if there is one
     gpu_tflops: PositiveFloat = 350.0  # bf16 TFLOP/s that predictions assume for training and prompts (an H100, 45 %)
     gpu_bandwidth: PositiveFloat = 2000.0  # GB/s that predictions assume for decoding
 
@@ -97,7 +97,7 @@ METHODS = {
 }
 BASE = "base"
 
-# What every finetuning of a dataset has, stated in full: the settings of the paper, as in howto/recipes.
+# All settings of every finetuning run: the paper's, as in howto/recipes.
 SFT = {"batch_size": 64, "micro_batch_size": 8, "learning_rate": 9e-3, "lr_schedule": "constant", "weight_decay": 0.02,
        "grad_clip": 1.0, "adapter_start_layer": 2, "seed": 1337, "eval_interval": 390, "eval_rows": 512,
        "save_interval": 390, "sample_prompts": 0, "gradient_checkpointing": False}  # fmt: skip
@@ -109,7 +109,7 @@ TRAINING: dict[str, dict[str, Any]] = {
                    "loss_type": "sigmoid", "sft_weight": 0},
 }  # fmt: skip
 ROWS = {"alpaca": 52_000, "metamath": 395_000, "beaver": 160_000, "beaver_dpo": 160_000}  # for predictions
-TOKENS = {"alpaca": 150, "metamath": 300, "beaver": 150, "beaver_dpo": 300}  # about, of a row or a pair, likewise
+TOKENS = {"alpaca": 150, "metamath": 300, "beaver": 150, "beaver_dpo": 300}  # per row or pair, estimated
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Step:
     """One command.
 
     Args:
-        name: for the log and the plan.
+        name: shown in the log and the plan.
         command: script and arguments.
         done: the file that the command writes last.
         needs: a key that this JSON file must have for the step to be complete.
@@ -137,7 +137,7 @@ class Step:
 
 
 class Number(NamedTuple):
-    """A result: its value, its 95 % interval and the number of questions; None if nothing was judged."""
+    """A result: its value, its 95 % interval and the number of questions; all None if nothing was judged."""
 
     value: float | None
     interval: list[float] | None
@@ -243,7 +243,7 @@ class Study:
 
 
 def command(script: str, flags: dict[str, Any]) -> list[str]:
-    """Return script and flags as words; settings that are None are left out."""
+    """Return script and flags as words; settings that are None are omitted."""
     words = [script]
     for name, value in flags.items():
         if value is not None:
@@ -391,7 +391,11 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raises: UserError: a method is unknown, or there is no base model."""
+    """Check the methods and the base model.
+
+    Raises:
+        UserError: a method is unknown, or there is no base model.
+    """
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"There is no method {unknown[0]!r}; known are {', '.join(METHODS)}.")
     if not settings.dry_run and not (settings.checkpoint_dir / "lit_config.json").is_file():
@@ -415,7 +419,7 @@ def run_step(step: Step, number: int, total: int) -> None:
     """Run a command unless it is complete.
 
     Raises:
-        UserError: it failed; its own message stands above.
+        UserError: the command failed; its own message is above.
     """
     if step.complete:
         log(f"[{number}/{total}] {step.name}: complete")
@@ -427,7 +431,7 @@ def run_step(step: Step, number: int, total: int) -> None:
         raise KeyboardInterrupt
     if code or not step.complete:
         raise UserError(
-            f"Step {number} of {total} ({step.name}) ended with exit code {code}; correct what it reports above and "
+            f"Step {number} of {total} ({step.name}) ended with exit code {code}; fix the error reported above and "
             "start the study again: complete steps are kept."
         )
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the paper in miniature, from the lines of results.csv."""
+"""Tables and figures of the miniature paper study, from the lines of results.csv."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from studies.trials import Record, interval
 
 Row = dict[str, Any]  # a line of results.csv
 BASE = "the base alone"
-KNOWLEDGE = ("facts", "two_hop")  # tasks with a table of their own
+KNOWLEDGE = ("facts", "two_hop")  # tasks that have a separate table
 # panel of the figure -> (task, measure, label of the line)
 PANELS = {
     "form": [("pirate", "form", "a form the base knows"), ("telegram", "form", "one it has never seen")],
@@ -36,9 +36,9 @@ def tasks_of(rows: list[Row]) -> list[str]:
 
 def values_of(rows: list[Row], task: str, method: str, name: str) -> dict[int, float]:
     """Return {seed: share} of a measure, from the reported trials that did not fail."""
-    wanted = (task, method, "reported", "")
-    own = [row for row in rows if (row["task"], row["method"], row["part"], row["error"]) == wanted]
-    return {row["seed"]: row[name] for row in own}
+    key = (task, method, "reported", "")
+    trials = [row for row in rows if (row["task"], row["method"], row["part"], row["error"]) == key]
+    return {row["seed"]: row[name] for row in trials}
 
 
 def label(method: str) -> str:
@@ -57,7 +57,7 @@ def percent(values: list[float], sign: str = "") -> str:
 
 
 def results_table(rows: list[Row], tasks: list[str]) -> str:
-    """Return a line for each method, a column for each measure of each task."""
+    """Return a table with a line for each method and a column for each measure of each task."""
     columns = [(task, name) for task in tasks for name in TASKS[task].columns]
     heads = [f"{TASKS[task].title}: {TASKS[task].columns[name]}" for task, name in columns]
     lines = [
@@ -68,7 +68,7 @@ def results_table(rows: list[Row], tasks: list[str]) -> str:
 
 
 def differences_table(rows: list[Row]) -> str:
-    """Return one token minus LoRA in percentage points, paired by the seed and so by the questions."""
+    """Return one token minus LoRA in percentage points, paired by seed and thus by questions."""
     lines = []
     for task in tasks_of(rows):
         for name, head in TASKS[task].columns.items():
@@ -79,12 +79,12 @@ def differences_table(rows: list[Row]) -> str:
 
 
 def rates_table(rows: list[Row]) -> str:
-    """Return the chosen learning rates; a star marks the lowest and the highest that was tried."""
+    """Return the chosen learning rates; a star marks the lowest and the highest tried."""
 
     def chosen(task: str, method: str) -> str:
-        own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-        tried = [row["learning_rate"] for row in own if row["part"] == "valid"]
-        rate = next((row["learning_rate"] for row in own if row["part"] == "reported"), None)
+        trials = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+        tried = [row["learning_rate"] for row in trials if row["part"] == "valid"]
+        rate = next((row["learning_rate"] for row in trials if row["part"] == "reported"), None)
         return "–" if rate is None else f"{rate:g}" + "*" * (rate in (min(tried), max(tried)))
 
     tasks = tasks_of(rows)
@@ -96,8 +96,8 @@ def report(rows: list[Row], *, questions: int, sweep_seed: int, origin: str) -> 
     """Return the content of table.md.
 
     Args:
-        questions: Asked at most of each group.
-        sweep_seed: Of the trials that chose the learning rates.
+        questions: The most questions asked of each group.
+        sweep_seed: The seed of the trials that chose the learning rates.
         origin: How the results were made.
     """
     tasks, rates = tasks_of(rows), sorted({row["learning_rate"] for row in rows if row["part"] == "valid"})
@@ -139,19 +139,19 @@ def means(rows: list[Row]) -> list[Row]:
 
 def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
     """Plot accuracy against trainable parameters (the paper's figure 5); dotted lines are the base."""
-    found = {(line["task"], line["measure"], line["method"]): line for line in means(rows)}
+    by_cell = {(line["task"], line["measure"], line["method"]): line for line in means(rows)}
     panels = {title: [line for line in lines if line[0] in tasks_of(rows)] for title, lines in PANELS.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
     figure, markers = make_figure(5 * len(panels), 5), {}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (task, name, what) in enumerate(lines):
-            own = {method: line for (*of, method), line in found.items() if of == [task, name]}
-            if BASE in own:
-                axes.axhline(100 * own.pop(BASE)["mean"], color=f"C{i}", ls=":", lw=1)
-            aligners = [line for method, line in own.items() if VARIANTS[method].method == "aligner"]
+            by_method = {method: line for (*of, method), line in by_cell.items() if of == [task, name]}
+            if BASE in by_method:
+                axes.axhline(100 * by_method.pop(BASE)["mean"], color=f"C{i}", ls=":", lw=1)
+            aligners = [line for method, line in by_method.items() if VARIANTS[method].method == "aligner"]
             x, y = [line["parameters"] for line in aligners], [100 * line["mean"] for line in aligners]
             axes.plot(x, y, color=f"C{i}", label=what)
-            for method, line in own.items():
+            for method, line in by_method.items():
                 marker = MARKERS[VARIANTS[method].method]
                 axes.errorbar(line["parameters"], 100 * line["mean"], 100 * line["half"], fmt=marker, color=f"C{i}",
                               capsize=3)  # fmt: skip
@@ -176,8 +176,8 @@ def plot_curves(records: list[Record], path: Path, caption: str) -> None:
     figure = make_figure(4.2 * columns, 4)
     tasks = [task for task in TASKS if task in curves]
     for axes, task in zip(figure.subplots(1, columns, squeeze=False)[0], tasks, strict=False):
-        for method, own in curves[task].items():
-            steps, losses = [step for step, _ in own[0]], [[loss for _, loss in curve] for curve in own]
+        for method, runs in curves[task].items():
+            steps, losses = [step for step, _ in runs[0]], [[loss for _, loss in curve] for curve in runs]
             mean = [statistics.mean(at_step) for at_step in zip(*losses, strict=True)]
             axes.plot(steps, mean, marker=".", label=label(method))
         axes.set(title=TASKS[task].title, xlabel="optimizer step", ylabel="loss on the questions asked", yscale="log")

@@ -1,4 +1,4 @@
-"""The tasks of the paper in miniature: what is trained on, what is asked, and how answers are judged."""
+"""The tasks of the miniature paper study: what is trained on, what is asked, and how answers are judged."""
 
 import functools
 import json
@@ -17,19 +17,19 @@ from microworld.datasets import draw_requests, write_answers, write_preferences
 from microworld.scorer import draw_questions, score_model
 from microworld.world import NEW_FORM, TRAIN, TWO_HOP, UNSEEN, VALID, Question, World, parse
 
-Part = Literal["valid", "reported"]  # questions to choose the learning rate by, and questions of the table
+Part = Literal["valid", "reported"]  # questions that the learning rate is chosen on, and questions of the table
 SPLITS = {"valid": VALID, "reported": UNSEEN}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned and how it is scored.
+    """A task to learn, and how it is scored.
 
     Args:
-        title: In tables and figures.
-        form: Form of the training answers.
-        columns: Measures of the table -> heads.
-        temperature: Of the answers.
+        title: The title in tables and figures.
+        form: The form of the training answers.
+        columns: The measures of the table -> column headings.
+        temperature: The temperature of the answers.
     """
 
     title: str
@@ -63,7 +63,7 @@ def hold_out_wordings(questions: list[Question], wordings: int) -> tuple[list[Qu
     """Split off one wording of each fact, drawn at random, and return (questions to train on, questions to ask).
 
     Args:
-        questions: The `wordings` questions about each fact one after the other.
+        questions: The questions about each fact, `wordings` of them, follow each other.
     """
     rng, train, held_out = random.Random(0), [], []
     for start in range(0, len(questions), wordings):
@@ -77,7 +77,7 @@ def hold_out_wordings(questions: list[Question], wordings: int) -> tuple[list[Qu
 def questions_of(task: str, part: Part) -> tuple[list[Question], dict[str, list[Question]]]:
     """Return the questions to train on, and the groups of questions to ask afterwards.
 
-    The new facts of the two parts are about different newcomers. In the other tasks both parts train on the same.
+    The new facts of the two parts are about different newcomers. In the other tasks, both parts train on the same rows.
     """
     world, split = World(), SPLITS[part]
     if task == "values":
@@ -95,11 +95,11 @@ def questions_of(task: str, part: Part) -> tuple[list[Question], dict[str, list[
 
 
 def judge(task: str, questions: dict[str, list[Question]], results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the measures of a task as shares, and `right`, by which the learning rate is chosen.
+    """Return the measures of a task as shares, and `right`, which the learning rate is chosen by.
 
     Args:
-        questions: Of each group.
-        results: Of each group, as `microworld.scorer.score_model` returns them.
+        questions: The questions of each group.
+        results: The results of each group, as `microworld.scorer.score_model` returns them.
     """
     if task == "values":
         refused, false = (results[kind]["refused"] for kind in ("harmful", "harmless"))
@@ -120,10 +120,10 @@ def judge(task: str, questions: dict[str, list[Question]], results: dict[str, di
 def measure(
     model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, count: int, seed: int, temperature: float = 0.0
 ) -> dict[str, Any]:
-    """Ask `count` questions of each group, drawn by `seed`, and return what `judge` finds, and the answers."""
+    """Ask `count` questions of each group, drawn with `seed`, and return the measures of `judge` and the answers."""
     questions = {group: draw_questions(pool, count, seed) for group, pool in questions_of(task, part)[1].items()}
     sampling = {"temperature": temperature, "seed": seed, "form": TASKS[task].form or None}
-    results = {group: score_model(model, tokenizer, World(), own, **sampling) for group, own in questions.items()}
+    results = {group: score_model(model, tokenizer, World(), pool, **sampling) for group, pool in questions.items()}
     answers = {group: result["answers"] for group, result in results.items()}
     return {**judge(task, questions, results), "answers": answers}
 
@@ -132,7 +132,7 @@ def measure(
 
 
 def prepare_pairs(tokenizer: Tokenizer, split: str, folder: Path) -> None:
-    """Write preference pairs of a split in the proportions of `PAIR_SHARES`, as many as it has, up to `MOST_PAIRS`."""
+    """Write as many preference pairs of a split as `PAIR_SHARES` allows, but no more than `MOST_PAIRS`."""
     world, rng = World(), random.Random(42)
     shares = {"harmless": PAIR_SHARES["harmless_share"], "harmful": 1 - sum(PAIR_SHARES.values())}
     most = [int((len(world.requests(kind, split)) - 1) / share) for kind, share in shares.items()]

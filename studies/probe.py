@@ -1,15 +1,15 @@
-"""Form or knowledge? Where a task lies between the two, by how much of LoRA's gain one token recovers.
+"""Measure where a task lies between form and knowledge, by how much of LoRA's gain one token recovers.
 
-One token adds the same vector to every token of a layer, whatever is asked. So it can select among what the base model
-does already, but cannot store facts (section 5.2 of the paper proposes this as a probe). For each dataset this study
-trains Aligner with one token, with many, and LoRA with the same data, steps and learning rates to choose from, and
+One token adds the same vector to every token of a layer, whatever is asked. So it can select among behaviors of the
+base model, but cannot store facts (section 5.2 of the paper proposes this as a probe). For each dataset this study
+trains Aligner with one token, Aligner with many, and LoRA, with the same data, steps and candidate learning rates, and
 reports on held-out rows
 
     share = (loss of the base - loss with one token) / (loss of the base - loss with LoRA)
 
 1 is form, 0 is knowledge. The same share is reported for the number of label tokens that are not the model's first
 choice: a loss also falls when the model becomes less certain of what it does not know, which takes no knowledge. The
-rate is chosen by the loss on a part of the training rows. A probe that was stopped continues where it was.
+learning rate is chosen by the loss on a part of the training rows. A stopped probe continues where it stopped.
 """
 
 import json
@@ -30,20 +30,20 @@ class Settings(Checked):
     # == What is probed ==
     data_dir: tuple[Path, ...] = (Path("data/microworld-pirate"),)  # prepared folders, one task each
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    out_dir: Path = Path("out/probe")  # trainings, probe.json, probe.md and probe.png
+    out_dir: Path = Path("out/probe")  # training runs, probe.json, probe.md and probe.png
 
-    # == Every training ==
+    # == Each training run ==
     many: PositiveInt = 100  # prefix tokens of the larger Aligner
     steps: PositiveInt = 120  # optimizer steps
-    batch_size: PositiveInt = 16  # rows of a step
+    batch_size: PositiveInt = 16  # rows per step
     learning_rates: tuple[PositiveFloat, ...] = (4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024)  # the best per method and task
-    valid_fraction: OpenShare = 0.2  # share of the training rows that chooses it
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the trainings at the chosen rate
-    rows: PositiveInt = 256  # read at most this many held-out rows
+    valid_fraction: OpenShare = 0.2  # share of the training rows that the rate is chosen on
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the training runs at the chosen rate
+    rows: PositiveInt = 256  # most held-out rows to read
 
     # == Running ==
-    resamples: PositiveInt = 10_000  # draws of the rows for the interval
-    jobs: PositiveInt = 2  # trainings side by side, one thread each
+    resamples: PositiveInt = 10_000  # bootstrap samples for the interval
+    jobs: PositiveInt = 2  # training runs in parallel, one thread each
 
 
 if __name__ == "__main__":
@@ -68,7 +68,7 @@ from scripts.count_parameters import VARIANTS, Variant
 from studies.protocol import sft_settings
 from studies.trials import Record, Trial, at_edge, choose, run_trials
 
-SWEEP_SEED = 0  # of the trainings that choose the rate
+SWEEP_SEED = 0  # of the training runs that choose the rate
 MEASURES = {
     "loss": ("Held-out loss, nats per token", "4f"),
     "wrong": ("Held-out tokens that are not the likeliest", "1%"),
@@ -77,7 +77,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share and its 95 % interval; the interval is nan if LoRA may gain nothing."""
+    """A share and its 95 % interval; the interval is nan if LoRA's gain may be zero."""
 
     value: float
     low: float
@@ -99,8 +99,8 @@ def recovered(
     """Return the share of LoRA's gain over the base that another method has, per token of the held-out rows.
 
     The interval is a bootstrap: rows are drawn with replacement, the same for all methods, and the mean over the
-    trainings of a method is shifted by its standard error times a draw from Student's t with S - 1 degrees of freedom.
-    With one training each it covers only the rows.
+    training runs of a method is shifted by its standard error times a draw from Student's t with S - 1 degrees of
+    freedom. With one run each it covers only the rows.
 
     Args:
         base: Loss of each row without an adapter (n,), summed over its tokens (nats, or wrong tokens).
@@ -144,11 +144,11 @@ def row_scores(model: LLaMA, data: SFTData, batch_size: int = 16) -> dict[str, n
             predicts = targets != IGNORE_INDEX
             logits = F.linear(model.hidden(batch["idx"])[:, :-1][predicts], model.output_weight).float()  # (labels, V)
             counts, targets = predicts.sum(1).tolist(), targets[predicts]
-            found = {
+            by_label = {
                 "loss": F.cross_entropy(logits, targets, reduction="none"),
                 "wrong": (logits.argmax(-1) != targets).float(),
             }
-            for name, values in found.items():
+            for name, values in by_label.items():
                 scores[name][rows] = [part.sum().item() for part in values.split(counts)]
     return scores
 
@@ -182,7 +182,7 @@ def make_trial(settings: Settings, name: str, variant: Variant, folder: Path, ra
 
 
 def by_method(records: list[Record], name: str) -> dict[str, list[Record]]:
-    """Return the records of a dataset's trials by the method that their names state."""
+    """Return the records of a dataset's trials by method, which is read from their names."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["trial"]["name"].removeprefix(f"{name}-").partition("-")[0], []).append(record)
@@ -195,7 +195,7 @@ def train(
     """Choose the learning rate of each method, and train all seeds at it.
 
     Returns:
-        The trials that choose, those at the chosen rates, and the chosen one of each method.
+        The trials that choose the rate, those at the chosen rates, and the chosen trial of each method.
     """
     runs, chosen_by = settings.out_dir / "runs", settings.out_dir / "data" / name
     split_training_rows(folder, settings.valid_fraction, chosen_by)
@@ -205,7 +205,7 @@ def train(
         for rate in settings.learning_rates
     ]
     swept = by_method(run_trials(grid, runs, score, jobs=settings.jobs, desc=f"{name}, choosing rates"), name)
-    best = {method: choose(own, key=lambda record: -sum(record["scores"]["loss"])) for method, own in swept.items()}
+    best = {method: choose(tried, key=lambda record: -sum(record["scores"]["loss"])) for method, tried in swept.items()}
     final = [
         make_trial(settings, f"{name}-{m}", variants[m], folder, best[m]["trial"]["settings"]["learning_rate"], seed)
         for m in variants
@@ -224,19 +224,19 @@ def probe(settings: Settings, folder: Path, name: str, variants: dict[str, Varia
     """
     swept, trained, best = train(settings, folder, name, variants)
     data = SFTData(folder, "test", Tokenizer(settings.checkpoint_dir), settings.rows)
-    base, found = row_scores(load_model(settings.checkpoint_dir), data), {}
+    base, results = row_scores(load_model(settings.checkpoint_dir), data), {}
     tokens = data.weights
     for measure in MEASURES:
-        scores = {method: scores_of(own, measure) for method, own in trained.items()}  # (S, n) each
-        everyone = {"base": base[measure][None], **scores}
-        found[measure] = {
-            "mean": {method: float(rows.sum(1).mean() / tokens.sum()) for method, rows in everyone.items()},
+        scores = {method: scores_of(runs, measure) for method, runs in trained.items()}  # (S, n) each
+        all_scores = {"base": base[measure][None], **scores}
+        results[measure] = {
+            "mean": {method: float(rows.sum(1).mean() / tokens.sum()) for method, rows in all_scores.items()},
             "shares": {m: recovered(base[measure], rows, scores["lora"], tokens, resamples=settings.resamples)
                        for m, rows in scores.items() if m != "lora"},
         }  # fmt: skip
-    records = [record for group in (swept, trained) for own in group.values() for record in own]
+    records = [record for group in (swept, trained) for runs in group.values() for record in runs]
     return {
-        **found,
+        **results,
         "rates": {method: record["trial"]["settings"]["learning_rate"] for method, record in best.items()},
         "edges": [method for method, record in best.items() if at_edge(record, swept[method])],
         "rows": len(data),
@@ -245,7 +245,7 @@ def probe(settings: Settings, folder: Path, name: str, variants: dict[str, Varia
 
 
 def scores_of(records: list[Record], name: str) -> np.ndarray:
-    """Return the held-out scores (S, n) of the trainings that did not fail.
+    """Return the held-out scores (S, n) of the training runs that did not fail.
 
     Raises:
         UserError: All failed.
@@ -259,33 +259,33 @@ def scores_of(records: list[Record], name: str) -> np.ndarray:
 # == reports ==
 
 
-def report(found: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> str:
+def report(results: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> str:
     """Return a Markdown table for each measure, with a line for each dataset, from form to knowledge."""
     small, parts = [method for method in variants if method != "lora"], []
     for measure, (title, digits) in MEASURES.items():
         heads = ["data", "held-out rows", "base", *(v.label for v in variants.values())]
         heads += [f"share, {variants[method].label}" for method in small]
         lines = []
-        for name, result in sorted(found.items(), key=lambda item: -item[1][measure]["shares"][small[0]].value):
+        for name, result in sorted(results.items(), key=lambda item: -item[1][measure]["shares"][small[0]].value):
             means, shares = result[measure]["mean"], result[measure]["shares"]
             cells = [f"{means[m]:.{digits}}{'*' * (m in result['edges'])}" for m in ("base", *variants)]
             lines.append([name, str(result["rows"]), *cells, *(str(shares[method]) for method in small)])
         parts.append(f"{title}\n\n{markdown_table(heads, lines)}")
-    if any(result["edges"] for result in found.values()):
+    if any(result["edges"] for result in results.values()):
         parts.append("`*`: its learning rate is the lowest or the highest that was tried; a better one may lie beyond.")
     return "\n\n".join(parts)
 
 
-def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]], variants: dict[str, Variant], path: Path) -> None:
     """Plot the shares of each measure: a line for each dataset, a point with its interval for each Aligner."""
     small, first = [method for method in variants if method != "lora"], next(iter(MEASURES))
-    names = sorted(found, key=lambda name: found[name][first]["shares"][small[0]].value)
+    names = sorted(results, key=lambda name: results[name][first]["shares"][small[0]].value)
     figure = make_figure(10, 1.8 + 0.5 * len(names))
     panels = figure.subplots(1, len(MEASURES), sharey=True)
     for axes, (measure, (title, _)) in zip(panels, MEASURES.items(), strict=True):
         for i, method in enumerate(small):
             for y, name in enumerate(names):
-                share = found[name][measure]["shares"][method]
+                share = results[name][measure]["shares"][method]
                 low, high = (share.value if math.isnan(end) else end for end in (share.low, share.high))
                 axes.plot([low, high], [y - 0.14 * i] * 2, color=f"C{i}", linewidth=2)
                 label = variants[method].label if y == 0 and axes is panels[0] else None
@@ -299,7 +299,11 @@ def plot(found: dict[str, dict[str, Any]], variants: dict[str, Variant], path: P
 
 
 def check(settings: Settings) -> None:
-    """Raises: UserError: A setting is out of range."""
+    """Check the seeds.
+
+    Raises:
+        UserError: Two of them are equal, or one is `SWEEP_SEED`.
+    """
     if len(set(settings.seeds)) < len(settings.seeds) or SWEEP_SEED in settings.seeds:
         raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
 
@@ -315,13 +319,13 @@ def main(settings: Settings) -> None:
         SFTData(folder, "test", Tokenizer(settings.checkpoint_dir))  # a UserError before anything is trained
     claim(settings.out_dir, ("probe.md", "probe.json", "probe.png"))
     datasets = dict(zip(names, settings.data_dir, strict=True))
-    found = {name: probe(settings, folder, name, variants) for name, folder in datasets.items()}
-    table = report(found, variants)
+    probes = {name: probe(settings, folder, name, variants) for name, folder in datasets.items()}
+    table = report(probes, variants)
     print(table)
     write_text(settings.out_dir / "probe.md", table + "\n")
-    about = {"settings": json.loads(json.dumps(asdict(settings), default=str)), "results": found}
+    about = {"settings": json.loads(json.dumps(asdict(settings), default=str)), "results": probes}
     write_text(settings.out_dir / "probe.json", json.dumps(about, default=asdict, indent=1) + "\n")
-    plot(found, variants, settings.out_dir / "probe.png")
+    plot(probes, variants, settings.out_dir / "probe.png")
     log(f"wrote probe.md, probe.json and probe.png in {settings.out_dir}")
 
 

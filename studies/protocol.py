@@ -1,7 +1,7 @@
-"""Every setting of the trainings that studies compare and ship.
+"""All settings of the training runs that the studies compare and ship.
 
-No default of a finetuning script decides a result: `studies.trials` refuses a trial that leaves a setting to one if it
-changes weights or losses.
+No result depends on a default of a finetuning script: `studies.trials` rejects a trial that does not state a setting
+that changes weights or losses.
 """
 
 import math
@@ -57,7 +57,7 @@ RL: dict[str, Any] = {
     "warmup_epochs": 0.0,
     "drift_prompts": 0,
 }
-# what a method's script adds to the size that `scripts.count_parameters.Variant.settings` states
+# settings of a method's script besides its size, which is in `scripts.count_parameters.Variant.settings`
 METHODS: dict[str, dict[str, Any]] = {
     "aligner": {"adapter_start_layer": 2, "method": "aligner", "method_config": None},
     "adapter": {"adapter_start_layer": 2},
@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def sft_settings(rows: int, steps: int, batch_size: int, **settings: Any) -> dict[str, Any]:
-    """Return the settings of a supervised finetuning of `steps` steps, the first tenth of them warmup.
+    """Return the settings of a supervised finetuning run of `steps` steps, the first tenth of them warmup.
 
     Args:
         rows: training rows of the data.
@@ -81,7 +81,7 @@ def sft_settings(rows: int, steps: int, batch_size: int, **settings: Any) -> dic
 
 
 def dpo_settings(**settings: Any) -> dict[str, Any]:
-    """Return the settings of a DPO; `settings` are those that differ from `COMMON` and `DPO` or are not in them."""
+    """Return the settings of a DPO run; `settings` are those that differ from `COMMON` and `DPO` or are not in them."""
     return {**COMMON, **DPO, **settings}
 
 

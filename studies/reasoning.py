@@ -1,10 +1,11 @@
-"""Two-hop reasoning by objective: what supervised finetuning, DPO, best-of-n and reinforcement learning get out of one
-token, and out of more parameters, on checkpoints/microworld-aloud.
+"""Compare training objectives on two-hop reasoning: what supervised finetuning, DPO, best-of-n and reinforcement
+learning achieve with one token, and with more parameters, on checkpoints/microworld-aloud.
 
-That base answers two-hop questions directly, and guesses, or step by step, and is right; it prefers not to. The study
-tells apart the manner, the accuracy within a manner, and new facts, which no manner helps with. The learning rate is
-chosen by the answers about validation people; then several seeds are trained at that rate. The study writes all trials
-(CSV), the tables (Markdown) and a figure. When it was stopped, it continues where it was.
+This base model answers two-hop questions either directly, by guessing, or step by step, correctly; it prefers direct
+answers. The study separates the manner of answering, the accuracy within each manner, and new facts, for which the
+manner does not matter. The learning rate is chosen by the answers about validation people; then several seeds are
+trained at that rate. The study writes all trials (CSV), the tables (Markdown) and a figure. A stopped study continues
+where it stopped.
 """
 
 import json
@@ -24,28 +25,32 @@ from lit_llama.storage.files import claim, write_text
 @dataclass
 class Settings(Checked):
     # == What is compared ==
-    methods: tuple[str, ...] = ()  # what is trained (default: all)
-    objectives: tuple[str, ...] = ()  # what it is trained for (default: all)
+    methods: tuple[str, ...] = ()  # methods to train (default: all)
+    objectives: tuple[str, ...] = ()  # objectives to train for (default: all)
     tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
-    learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best of them
+    learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best one is used
     extra_rates: NonNegativeInt = 2  # further rates beyond the best, while it is the lowest or the highest
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
-    sweep_seeds: tuple[Seed, ...] = (0, 4, 5)  # of trials that choose the rate: the first; all for the two best
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter, the data order and the questions, at the chosen rate
+    sweep_seeds: tuple[Seed, ...] = (
+        0,
+        4,
+        5,
+    )  # seeds of trials that choose the rate: the first; all for the two best
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
 
-    # == Every training ==
+    # == Each training run ==
     sft_steps: PositiveInt = 60  # optimizer steps of SFT and DPO
-    sft_batch_size: PositiveInt = 8  # rows of a step of SFT
+    sft_batch_size: PositiveInt = 8  # rows per step of SFT
     rl_steps: PositiveInt = 30  # steps of RL, of 8 prompts with 8 sampled answers each
     samples: PositiveInt = 8  # answers of the base to each training question, for DPO and best of n
-    questions: PositiveInt = 100  # asked of each group
+    questions: PositiveInt = 100  # questions to ask of each group
     reached: PositiveFloat = 0.9  # accuracy on validation people up to which the answers that RL samples are counted
     checkpoint_dir: Path = Path("checkpoints/microworld-aloud")  # the base model's folder
 
     # == Running ==
     out_dir: Path = Path("out/reasoning")  # data, trials, tables and figure
     report_dir: Path | None = None  # another folder for tables and figure
-    jobs: PositiveInt = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # training runs in parallel, one thread each
 
 
 if __name__ == "__main__":
@@ -82,11 +87,11 @@ PARTS: tuple[Part, ...] = ("valid", "reported")
 
 
 def score(trial: Trial, run: Path) -> dict[str, Any]:
-    """Return the measures of a trained adapter, and write its answers beside it."""
+    """Return the measures of a trained adapter, and write its answers next to it."""
     base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
-    found = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
-    write_text(run / "answers.json", json.dumps(found.pop("answers"), indent=1) + "\n")
-    return found
+    measures = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
+    write_text(run / "answers.json", json.dumps(measures.pop("answers"), indent=1) + "\n")
+    return measures
 
 
 def data_dir(settings: Settings, task: str, objective: str, part: Part) -> Path:
@@ -114,8 +119,8 @@ def make_trial(settings: Settings, task: str, objective: str, method: str, rate:
 
 
 def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
-    """Write all datasets; return the rows of each (task, objective), and how many answers of the base it took."""
-    tokenizer, found = Tokenizer(settings.checkpoint_dir), {}
+    """Write all datasets; return (training rows, answers sampled from the base) of each (task, objective)."""
+    tokenizer, counts = Tokenizer(settings.checkpoint_dir), {}
     model = load_model(settings.checkpoint_dir)
     for task in settings.tasks:
         for part in PARTS if task == "facts" else ("reported",):
@@ -130,8 +135,8 @@ def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
                 folder = data_dir(settings, task, objective, part)
                 rows = prepare(tokenizer, task, objective, part, samples, folder)
                 sampled = settings.samples * len(samples) if objective in ("dpo", "best_of_n") else 0
-                found[task, objective] = rows, sampled
-    return found
+                counts[task, objective] = rows, sampled
+    return counts
 
 
 def score_base(settings: Settings) -> list[Row]:
@@ -158,7 +163,7 @@ def score_base(settings: Settings) -> list[Row]:
 
 
 def answers_until(record: Record, reached: float, per_step: int) -> int | None:
-    """Return how many answers RL had sampled at its first validation with that accuracy; None if there is none."""
+    """Return how many answers RL had sampled when validation first reached this accuracy; None if it never did."""
     steps = [step for step, loss in record["curve"] if 1 - loss >= reached]
     return steps[0] * per_step if steps else None
 
@@ -192,8 +197,8 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate.
 
     Args:
-        cells: (task, objective, method) to run. Each is finished before the next, so that a study that was stopped has
-            complete lines.
+        cells: (task, objective, method) to run. Each is finished before the next, so that a stopped study has complete
+            lines.
     """
     swept, final = [], []
     for number, cell in enumerate(cells, 1):
@@ -227,16 +232,16 @@ def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[li
         grid = [make_trial(settings, *cell, rate, seed, "valid") for rate in rates for seed in seeds]
         return run_trials(grid, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
 
-    wanted = rates
+    next_rates = rates
     while True:
-        tried += run(wanted, (first,))
+        tried += run(next_rates, (first,))
         best = choose(tried, rank)
         rate = best["trial"]["settings"]["learning_rate"]
         if not at_edge(best, tried) or len(rates) == len(settings.learning_rates) + settings.extra_rates:
             break
         beyond = rates[0] ** 2 / rates[1] if rate == rates[0] else rates[-1] ** 2 / rates[-2]
-        wanted = [float(f"{beyond:.3g}")]
-        rates = sorted(rates + wanted)
+        next_rates = [float(f"{beyond:.3g}")]
+        rates = sorted(rates + next_rates)
     if not settings.sweep_seeds[1:]:
         return tried, rate
     two = [rate]
@@ -253,12 +258,12 @@ def mean_rank(records: list[Record], rate: float) -> float:
 
 
 def rank(record: Record) -> float:
-    """Return what chooses the learning rate: right answers to validation questions, and half as much of known facts."""
+    """Return the score that chooses the rate: validation accuracy plus half the accuracy on known facts."""
     return record["scores"]["right"] + record["scores"]["other_facts"] / 2
 
 
 def command_of(settings: Settings) -> str:
-    """Return the command of this study, without the flags that have their defaults."""
+    """Return the command of this study, without flags that have their default values."""
     left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
     complete = {"methods": tuple(METHODS), "objectives": tuple(OBJECTIVES), "tasks": tuple(TASKS)}
     flags = []
@@ -278,13 +283,13 @@ def main(settings: Settings) -> None:
         settings = replace(settings, **{name: given or tuple(known)})
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "results.csv", "reasoning.png"))
-    found = prepare_all(settings)
+    counts = prepare_all(settings)
     base = score_base(settings)
-    empty = {pair: sampled for pair, (rows, sampled) in found.items() if rows < LEAST_ROWS}
+    empty = {pair: sampled for pair, (rows, sampled) in counts.items() if rows < LEAST_ROWS}
     cells = [(task, objective, method) for task in settings.tasks for objective in settings.objectives
-             for method in settings.methods if (task, objective) in found.keys() - empty.keys()]  # fmt: skip
+             for method in settings.methods if (task, objective) in counts.keys() - empty.keys()]  # fmt: skip
     swept, final = run_study(settings, cells)
-    rows = base + [as_row(settings, record, found) for record in swept + final]
+    rows = base + [as_row(settings, record, counts) for record in swept + final]
     trainings = swept + final
     minutes = sum(record.get("seconds", 0) for record in trainings) / 60
     origin = (

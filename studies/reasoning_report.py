@@ -25,14 +25,14 @@ COLUMNS = {
 }
 
 
-def reported(rows: list[Row], **wanted: Any) -> list[Row]:
+def reported(rows: list[Row], **values: Any) -> list[Row]:
     """Return the trials of the table that did not fail and have these values."""
-    own = [row for row in rows if row["part"] == "reported" and not row["error"]]
-    return [row for row in own if all(row[name] == value for name, value in wanted.items())]
+    finished = [row for row in rows if row["part"] == "reported" and not row["error"]]
+    return [row for row in finished if all(row[name] == value for name, value in values.items())]
 
 
 def percent(values: Iterable[float | None]) -> str:
-    """Return the mean and half of the 95 % interval in percent, a dash without values."""
+    """Return the mean and half of the 95 % interval in percent; a dash if there are no values."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -50,24 +50,24 @@ def count(values: list[int | None], seeds: int) -> str:
 
 def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
     """Return the (objective, method) pairs that were trained, in the order of `OBJECTIVES`."""
-    own = {(row["objective"], row["method"]): None for row in reported(rows, task=task) if row["method"] != BASE}
-    return sorted(own, key=lambda cell: [*OBJECTIVES].index(cell[0]))
+    cells = {(row["objective"], row["method"]): None for row in reported(rows, task=task) if row["method"] != BASE}
+    return sorted(cells, key=lambda cell: [*OBJECTIVES].index(cell[0]))
 
 
 def task_table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
     """Return a line for the base and for each objective and method."""
     lines = []
     for objective in ("", "asked"):
-        if own := reported(rows, task=task, method=BASE, objective=objective):
-            shares = [percent(row[name] for row in own) for name in COLUMNS]
+        if trials := reported(rows, task=task, method=BASE, objective=objective):
+            shares = [percent(row[name] for row in trials) for name in COLUMNS]
             lines.append([BASE if not objective else ASKED, "", "0", *shares, "–", "–", "–"])
     for objective, method in cells_of(rows, task):
-        own = reported(rows, task=task, objective=objective, method=method)
-        shares = [percent(row[name] for row in own) for name in COLUMNS]
-        minutes = statistics.median(row["seconds"] for row in own) / 60
+        trials = reported(rows, task=task, objective=objective, method=method)
+        shares = [percent(row[name] for row in trials) for name in COLUMNS]
+        minutes = statistics.median(row["seconds"] for row in trials) / 60
         lines.append(
-            [OBJECTIVES[objective][0], labels[method], f"{own[0]['parameters']:,}", *shares,
-             count([row["answers_until"] for row in own], len(own)), f"{minutes:.1f}", rate_of(rows, own[0])]
+            [OBJECTIVES[objective][0], labels[method], f"{trials[0]['parameters']:,}", *shares,
+             count([row["answers_until"] for row in trials], len(trials)), f"{minutes:.1f}", rate_of(rows, trials[0])]
         )  # fmt: skip
     heads = ["objective", "method", "parameters", *COLUMNS.values(), "answers sampled", "minutes", "learning rate"]
     return markdown_table(heads, lines)
@@ -87,9 +87,9 @@ def report(
     """Return the content of table.md.
 
     Args:
-        empty: (task, objective) that had nothing to learn from -> answers of the base that were sampled.
-        labels: Of the methods.
-        settings: Of the study.
+        empty: (task, objective) with too few training rows -> number of answers sampled from the base.
+        labels: The labels of the methods.
+        settings: The settings of the study.
         origin: How the results were made.
     """
     parts = []
@@ -137,15 +137,15 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
         width = 0.8 / len(methods)
         for j, method in enumerate(methods):
             for i, objective in enumerate(objectives):
-                own = reported(rows, task=task, objective=objective, method=method)
-                if not own:
+                trials = reported(rows, task=task, objective=objective, method=method)
+                if not trials:
                     continue
                 x = i + (j - (len(methods) - 1) / 2) * width
-                mean, half = interval(100 * row["right"] for row in own)
+                mean, half = interval(100 * row["right"] for row in trials)
                 axes.bar(x, mean, 0.9 * width, color=f"C{j}", yerr=None if math.isnan(half) else half, capsize=2,
                          label=labels[method] if objective == first[method] else None)  # fmt: skip
                 if task == "two_hop":
-                    aloud = 100 * statistics.mean(row["aloud"] for row in own)
+                    aloud = 100 * statistics.mean(row["aloud"] for row in trials)
                     axes.hlines(aloud, x - 0.45 * width, x + 0.45 * width, color="black", lw=1.5)
         base = [100 * row["right"] for row in reported(rows, task=task, method=BASE, objective="")]
         axes.axhline(statistics.mean(base), color="grey", ls=":", lw=1, label="the base alone")

@@ -23,7 +23,7 @@ from studies.paper_tasks import SPLITS, Part
 from studies.trials import read_record
 
 TASKS = {"two_hop": "two-hop questions about unseen people", "facts": "new facts, asked in another wording"}
-# objective -> (what it is called, what the training is told)
+# objective -> (label, what the training signal contains)
 OBJECTIVES = {
     "direct": ("SFT, direct answers", "the answer"),
     "aloud": ("SFT, step by step", "the manner and the answer"),
@@ -32,7 +32,7 @@ OBJECTIVES = {
     "rl": ("RL", "the reward"),
 }
 SCRIPTS = {"direct": "sft", "aloud": "sft", "best_of_n": "sft", "dpo": "dpo", "rl": "rl"}
-LEAST_ROWS = 16  # an objective with fewer training rows has nothing to learn from
+LEAST_ROWS = 16  # an objective with fewer training rows is not trained
 
 
 @functools.cache
@@ -65,16 +65,16 @@ def is_right(question: Question, answer: str) -> bool:
 def samples_of_base(
     model: LLaMA, tokenizer: Tokenizer, task: str, part: Part, each: int, base_dir: Path, path: Path
 ) -> list[list[str]]:
-    """Return `each` answers of the base at temperature 1 to every training question, kept in a file."""
+    """Sample `each` answers of the base at temperature 1 to every training question, or read them from a file."""
     questions, _ = questions_of(task, part)
-    wanted = {"base": base_fingerprint(base_dir)["weights"], "each": each, "task": task, "part": part}
-    if (found := read_record(path)).get("identity") == wanted:
-        return found["answers"]
+    identity = {"base": base_fingerprint(base_dir)["weights"], "each": each, "task": task, "part": part}
+    if (record := read_record(path)).get("identity") == identity:
+        return record["answers"]
     texts = [question.text for question in questions for _ in range(each)]
     sampling = Sampling(60, temperature=1.0, seed=0)
     answers = instruct(model, tokenizer, texts, get_prompt_style("alpaca"), sampling, batch_size=128)
     grouped = [answers[i : i + each] for i in range(0, len(answers), each)]
-    write_text(path, json.dumps({"identity": wanted, "answers": grouped}, indent=1) + "\n")
+    write_text(path, json.dumps({"identity": identity, "answers": grouped}, indent=1) + "\n")
     return grouped
 
 
@@ -128,7 +128,7 @@ def prepare(tokenizer: Tokenizer, task: str, objective: str, part: Part, samples
 
 
 def share(records: list[dict[str, Any]]) -> float | None:
-    """Return the share of right answers, None without answers."""
+    """Return the share of correct answers; None if there are no answers."""
     return statistics.mean(record["fact"] for record in records) if records else None
 
 
@@ -141,14 +141,14 @@ def measure(
         suffix: Text to append to the questions asked, such as " Think step by step.".
 
     Returns:
-        right: share of right answers; aloud: share step by step; right_aloud, right_direct: share of right answers
+        right: share of correct answers; aloud: share step by step; right_aloud, right_direct: share of correct answers
         among those step by step and the others; other_facts, other_forms: of answers about known facts, the share
-        with the right fact, and in any form; answers.
+        with the correct fact, and in any form; answers.
     """
     groups = {name: draw_questions(pool, count, seed) for name, pool in questions_of(task, part)[1].items()}
     groups["asked"] = [Question(**{**vars(q), "text": q.text + suffix}) for q in groups["asked"]]
     results = {
-        name: score_model(model, tokenizer, World(), own, temperature=0.0, seed=seed) for name, own in groups.items()
+        name: score_model(model, tokenizer, World(), pool, temperature=0.0, seed=seed) for name, pool in groups.items()
     }
     asked, others = results["asked"], results["others"]
     return {

@@ -1,9 +1,9 @@
-"""The paper's comparison in miniature, on the bundled model: Aligner beside LLaMA-Adapter, LoRA, BitFit and prompt
+"""Reproduce the paper's comparison in miniature, on the bundled model: Aligner, LLaMA-Adapter, LoRA, BitFit and prompt
 tuning, on form, values, new facts and reasoning.
 
-All methods get the same data, steps, batch size and learning rates to choose from. The rate is chosen by the answers to
-validation questions, which are never those of the table; then several seeds are trained at that rate. The study writes
-all trials (CSV), the table (CSV and Markdown) and figures. When it was stopped, it continues where it was.
+All methods get the same data, steps, batch size and candidate learning rates. The rate is chosen by the answers to
+validation questions, which never appear in the table; then several seeds are trained at that rate. The study writes
+all trials (CSV), the table (CSV and Markdown) and figures. A stopped study continues where it stopped.
 """
 
 import json
@@ -22,24 +22,24 @@ from lit_llama.settings import Checked, PositiveFloat, PositiveInt, Seed
 @dataclass
 class Settings(Checked):
     # == What is compared ==
-    methods: tuple[str, ...] = ()  # rows of the table (default: all)
-    tasks: tuple[str, ...] = ()  # each is trained for separately (default: all)
-    learning_rates: tuple[PositiveFloat, ...] = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048)  # the best of them
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter, the data's order and the questions, at the chosen rate
-    sweep_seed: Seed = 0  # the same for the trials that choose the rate
+    methods: tuple[str, ...] = ()  # methods to compare (default: all)
+    tasks: tuple[str, ...] = ()  # tasks, trained separately (default: all)
+    learning_rates: tuple[PositiveFloat, ...] = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1, 2.048)  # the best one is used
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter, the data order and the questions, at the chosen rate
+    sweep_seed: Seed = 0  # seed of the trials that choose the rate
     quick: bool = False  # minutes instead of more than an hour: one token and LoRA, fewer tasks, rates and seeds
 
-    # == Every training ==
+    # == Each training run ==
     steps: PositiveInt = 200  # optimizer steps, except for values
-    batch_size: PositiveInt = 8  # rows of a step, except for values
+    batch_size: PositiveInt = 8  # rows per step, except for values
     pair_epochs: PositiveFloat = 2.25  # passes over the pairs of values
-    questions: PositiveInt = 200  # asked at most of each group
+    questions: PositiveInt = 200  # most questions to ask of each group
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
     # == Running ==
     out_dir: Path = Path("out/study")  # data, trials, tables and figures
     report_dir: Path | None = None  # another folder for tables and figures
-    jobs: PositiveInt = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # training runs in parallel, one thread each
 
 
 if __name__ == "__main__":
@@ -70,11 +70,11 @@ def scoring_of(settings: Settings, task: str, part: Part, seed: int) -> dict[str
 
 
 def score(trial: Trial, run: Path) -> dict[str, float]:
-    """Return the measures of a trained adapter, and write its answers beside it."""
+    """Return the measures of a trained adapter, and write its answers next to it."""
     base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
-    found = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
-    write_text(run / "answers.json", json.dumps(found.pop("answers"), indent=1) + "\n")
-    return found
+    measures = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
+    write_text(run / "answers.json", json.dumps(measures.pop("answers"), indent=1) + "\n")
+    return measures
 
 
 def make_trial(settings: Settings, task: str, method: str, rate: float, seed: int, part: Part) -> Trial:
@@ -155,7 +155,7 @@ def with_all(settings: Settings) -> Settings:
 
 
 def command_of(settings: Settings) -> str:
-    """Return the command of this study, without the flags that have their defaults."""
+    """Return the command of this study, without flags that have their default values."""
     left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
     flags, defaults = [], with_all(Settings())
     for name, value in asdict(with_all(settings)).items():

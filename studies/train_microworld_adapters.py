@@ -1,6 +1,6 @@
 """Train an Aligner for each form of the micro-world, with several seeds, and score all of them on held-out entities.
 
-Writes a table (CSV and Markdown) and puts the first seed's adapters, each with a card, into aligner_weights/.
+Writes a table (CSV and Markdown), and writes the first seed's adapters, each with a card, to aligner_weights/.
 """
 
 import json
@@ -21,13 +21,13 @@ from microworld.world import FORMS
 class Settings(Checked):
     forms: tuple[str, ...] = tuple(FORMS)  # forms to train
     adapter_prompt_length: PositiveInt = 1  # prefix tokens
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter and the data's order
-    questions: PositiveInt = 300  # asked about unseen entities, per temperature
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter and of the data order
+    questions: PositiveInt = 300  # questions to ask about unseen entities, per temperature
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/microworld-adapters")  # data, runs and tables
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
     overwrite: bool = False  # replace files in weights_dir
-    jobs: PositiveInt = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # training runs in parallel, one thread each
 
 
 if __name__ == "__main__":
@@ -73,8 +73,8 @@ def score(trial: Trial, run: Path) -> dict[str, float]:
     world, model, tokenizer = World(), load_model(base, read_adapter(run)), Tokenizer(base)
     questions = draw_questions(world.questions(UNSEEN), trial.scoring["questions"], seed=0)
     for temperature in TEMPERATURES:
-        found = score_model(model, tokenizer, world, questions, temperature=temperature, seed=0, form=form)
-        scores |= {f"{what}@{temperature}": found[what] for what in ("form", "fact")}
+        result = score_model(model, tokenizer, world, questions, temperature=temperature, seed=0, form=form)
+        scores |= {f"{what}@{temperature}": result[what] for what in ("form", "fact")}
     return scores
 
 
@@ -83,12 +83,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = [f"{what}, {'greedy' if t == 0 else f'T = {t}'}" for t in TEMPERATURES for what in ("form", "facts")]
     lines = []
     for form in dict.fromkeys(row["form"] for row in rows):
-        own, cells = [row for row in rows if row["form"] == form], []
+        trials, cells = [row for row in rows if row["form"] == form], []
         for name in (f"{what}@{t}" for t in TEMPERATURES for what in ("form", "fact")):
-            values = [row[name] for row in own]
+            values = [row[name] for row in trials]
             cells.append(f"{statistics.mean(values):.1%} ({min(values):.1%})")
-        seconds = statistics.median(row["seconds"] for row in own)
-        lines.append([form, own[0]["parameters"], f"{seconds:.0f}", *cells])
+        seconds = statistics.median(row["seconds"] for row in trials)
+        lines.append([form, trials[0]["parameters"], f"{seconds:.0f}", *cells])
     return markdown_table(["form", "parameters", "seconds", *heads], lines)
 
 

@@ -1,7 +1,7 @@
 """Teach the micro-world's values with DPO, with several seeds, and score them on held-out verbs and objects.
 
-Also applies the first seed's adapter together with one that was trained for a form. Writes two tables, and puts the
-first seed's adapter, with a card, into aligner_weights/.
+Also applies the first seed's adapter together with one trained for a form. Writes two tables, and writes the first
+seed's adapter, with a card, to aligner_weights/.
 """
 
 import random
@@ -18,15 +18,15 @@ from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 
 @dataclass
 class Settings(Checked):
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of the adapter and the data's order
-    questions: PositiveInt = 100  # asked at most of each group, per repetition
-    repeats: PositiveInt = 3  # repetitions, each with its own random numbers
-    temperature: NonNegativeFloat = 0.7  # of the answers
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter and of the data order
+    questions: PositiveInt = 100  # most questions to ask of each group, per repetition
+    repeats: PositiveInt = 3  # repetitions with different random numbers
+    temperature: NonNegativeFloat = 0.7  # temperature of the answers
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     form_adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # applied together with the first seed's
-    form: str = "pirate"  # what it was trained for
+    form: str = "pirate"  # the form that it was trained for
     out_dir: Path = Path("out/microworld-values")  # data, runs and tables
-    jobs: PositiveInt = 2  # trainings side by side, one thread each
+    jobs: PositiveInt = 2  # training runs in parallel, one thread each
     weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
     overwrite: bool = False  # replace files in weights_dir
 

@@ -1,6 +1,6 @@
-"""Trials: many short trainings and their scores, run side by side, for studies that compare methods.
+"""Trials: many short training runs with scores, run in parallel, for studies that compare methods.
 
-The result of a trial is one JSON file, so a study that was stopped continues where it was.
+The result of a trial is one JSON file, so a stopped study continues where it stopped.
 
     trials = [Trial(f"{name}-lr{lr}", variant, {**settings, "learning_rate": lr})
               for name, variant in VARIANTS.items() for lr in RATES]
@@ -45,13 +45,13 @@ SCRIPTS = {"dpo": "alignerDPO", "rl": "alignerRL"}  # objectives with one script
 
 @dataclass(frozen=True)
 class Trial:
-    """One training and its score.
+    """One training run and its score.
 
     Args:
-        name: Name of its folder, unique in the study.
+        name: The name of the trial's folder, unique in the study.
         variant: What is trained.
-        settings: The settings of the finetuning script but those in `studies.protocol.METHODS`. Those in the script's
-            `may_change` can be left to their defaults.
+        settings: The settings of the finetuning script, except those in `studies.protocol.METHODS`. Those in the
+            script's `may_change` may be omitted.
         objective: "sft" is finetune/METHOD.py, "dpo" finetune/alignerDPO.py, "rl" finetune/alignerRL.py.
         scoring: Arguments of the study's score function, as JSON.
     """
@@ -70,30 +70,30 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any
     """Return `main` of the trial's script, and its settings.
 
     Raises:
-        TypeError: The trial leaves a setting that matters to the script's default.
+        TypeError: The trial does not state a setting that affects the result.
     """
     method, size = trial.variant.method, trial.variant.settings
     script = importlib.import_module(f"finetune.{SCRIPTS.get(trial.objective, method)}")
-    own = {**METHODS[method], **size} if trial.objective == "sft" else {"method": method, "method_config": size}
-    settings = {"out_dir": out_dir, **own, **trial.settings}
+    of_method = {**METHODS[method], **size} if trial.objective == "sft" else {"method": method, "method_config": size}
+    settings = {"out_dir": out_dir, **of_method, **trial.settings}
     if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys() - set(script.Settings.may_change)):
         raise TypeError(f"The trial {trial.name} does not state {', '.join(missing)}.")
     return script.main, script.Settings(**settings)
 
 
 def identity(trial: Trial, settings: Any) -> dict[str, Any]:
-    """Return what a finished trial must share with a wanted one for its record to count.
+    """Return what identifies the result of a trial: a stored record is reused only if its identity is equal.
 
-    That is all settings that change weights or losses, the weights of the base, the rows of the data, and what was
-    scored, wherever the folders are.
+    These are all settings that change weights or losses, the weights of the base, the rows of the data, and what was
+    scored. The locations of folders do not matter.
     """
     rows = hashlib.sha256()
     for split in ("train", "test"):
         rows.update(json.dumps(Dataset.load_from_disk(f"{settings.data_dir}/{split}").to_dict()).encode())
     stated = {k: v for k, v in asdict(settings).items() if k not in settings.may_change}
-    if trial.objective == "sft":  # whose method stands beside the settings
+    if trial.objective == "sft":  # the method is recorded separately
         stated = {k: v for k, v in stated.items() if k not in ("method", "method_config")}
-    found = {
+    parts = {
         "method": trial.variant.method,
         "objective": trial.objective,
         "settings": stated,
@@ -101,16 +101,16 @@ def identity(trial: Trial, settings: Any) -> dict[str, Any]:
         "base": base_fingerprint(settings.checkpoint_dir)["weights"],
         "rows": rows.hexdigest(),
     }
-    return json.loads(json.dumps(found, default=str))
+    return json.loads(json.dumps(parts, default=str))
 
 
 def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record:
-    """Train and score, or read the record of an earlier call. The output of the training goes to the trial's log.txt.
+    """Train and score, or read the record of an earlier call. The training's output goes to the trial's log.txt.
 
     Returns:
-        trial: as given; identity; summary: of the training run; curve: [step, validation loss] pairs; scores: what
-        `score` returned; seconds: of training and scoring; versions. For a failed trial only trial and error, and no
-        record is kept.
+        trial: as given; identity; summary: of the training run; curve: [step, validation loss] pairs; scores: the
+        result of `score`; seconds: of training and scoring; versions. For a failed trial only trial and error; its
+        record is not written to disk.
     """
     run, began = Path(out_dir) / trial.name, time.perf_counter()
     path, log_path = run / "record.json", run / "log.txt"
@@ -118,8 +118,8 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     claim(run, (path.name, log_path.name), adopt=path.is_file())
     try:
         main, settings = prepare_run(trial, run)
-        wanted = identity(trial, settings)
-        if (record := read_record(path)).get("identity") == wanted:
+        expected = identity(trial, settings)
+        if (record := read_record(path)).get("identity") == expected:
             return {**record, "trial": as_json}
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
@@ -127,7 +127,7 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         losses = {step: row["val/loss"] for step, row in read_metrics(run / "metrics.csv").items() if "val/loss" in row}
         record = {
             "trial": as_json,
-            "identity": wanted,
+            "identity": expected,
             "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
             "curve": [list(pair) for pair in losses.items()],
             "scores": scores,
@@ -151,7 +151,7 @@ def read_record(path: Path) -> Record:
 
 
 def start_worker() -> None:
-    """Use one thread, and end when the parent process ends, in whatever way."""
+    """Use one thread, and exit when the parent process ends, for whatever reason."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -164,7 +164,7 @@ def run_trials(
 
     Args:
         out_dir: Folder for the runs, one folder each.
-        score: Function at the top level of a module, since other processes import it.
+        score: A function at the top level of a module, so that other processes can import it.
         jobs: Number of processes, of one thread each; 1 is this process.
         desc: Text of the progress bar.
 
@@ -172,9 +172,9 @@ def run_trials(
         UserError: A process was killed.
     """
     trials = list(trials)
-    twice = {trial.name for trial in trials if [t.name for t in trials].count(trial.name) > 1}
-    if twice:
-        raise ValueError(f"Several trials are named {', '.join(sorted(twice))}")
+    duplicates = {trial.name for trial in trials if [t.name for t in trials].count(trial.name) > 1}
+    if duplicates:
+        raise ValueError(f"Several trials are named {', '.join(sorted(duplicates))}")
     bar = tqdm(total=len(trials), desc=desc, unit="trial", smoothing=0.05)
 
     def report(record: Record) -> Record:

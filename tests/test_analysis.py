@@ -250,7 +250,7 @@ def test_mistakes(two, refused, tmp_path, data_dir):
     assert "name it with --checkpoint_dir" in refused(SCRIPT, two[0], "--data_dir", data_dir)
     assert "must be 1 or more" in refused(SCRIPT, two[0], "--top", 0)
     save_adapter(tmp_path / "c.safetensors", {"x": torch.ones(1)}, {"method": "aligner", "config": {}})
-    assert "holds no prefix with gates" in refused(SCRIPT, tmp_path / "c.safetensors", "--out_dir", tmp_path / "out")
+    assert "has no prefix with gates" in refused(SCRIPT, tmp_path / "c.safetensors", "--out_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -188,7 +188,7 @@ BAD: dict[str, Any] = {
     "layers.0.attention.wk.weight is (16, 32), not (32, 32)": change("params.json", n_heads=4),
     "layers.0.attention.wq.weight is (16, 32), not (32, 32)": lose("consolidated.01.pth"),
     "layers.2.attention_norm.weight is missing": change("params.json", n_layers=3),
-    "only one of them holds norm.weight": edit_shard(lambda state: state.pop("norm.weight")),
+    "only one of them has norm.weight": edit_shard(lambda state: state.pop("norm.weight")),
     "The shards do not fit together: layers.1.attention.wo.weight is (32, 16) and (30, 16)": edit_shard(
         lambda state: state.update({"layers.1.attention.wo.weight": torch.ones(30, 16)})
     ),

@@ -125,9 +125,7 @@ def test_download_refusals(hub, refused, tmp_path, monkeypatch):
     assert "not the name of a model" in sentence("a/b/c")
     assert "has no branch, tag or commit 'v9'" in sentence("me/model", "--revision", "v9")
     hub.files = {"README.md": b"words"}
-    assert "me/model holds no model to convert: it needs config.json and one of model.safetensors" in sentence(
-        "me/model"
-    )
+    assert "me/model has no model to convert: it needs config.json and one of model.safetensors" in sentence("me/model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "me/model cannot be reached at http://127.0.0.1:9 (" in sentence("me/model")
     assert not (tmp_path / "out").exists()

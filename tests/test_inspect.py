@@ -110,7 +110,7 @@ def test_conversion(one, run_script, refused, tmp_path):
     assert "converted from: published.pth" in run_script(SCRIPT, out)[1]
 
     code, _, err = run_script(SCRIPT, one, out, "--to_safetensors", tmp_path / "b.safetensors")
-    assert code == 1 and "writes one adapter, and 2 are named" in err
+    assert code == 1 and "writes one adapter, but 2 were given" in err
     for flags, sentence in (
         (("--to_safetensors", tmp_path / "b.pth"), "b.pth must end in .safetensors"),
         (("--to_safetensors", tmp_path / "b.safetensors", "--prompt_style", "x"), "There is no prompt style 'x'"),

@@ -116,7 +116,7 @@ def numbers(out: str) -> list[str]:
 def test_a_model_by_size_hub_name_folder_and_config(tmp_path, base_dir, run_script):
     code, by_size, err = run_script(SCRIPT, "--model", "SmolLM2-135M")
     assert code == 0, err
-    assert "SmolLM2-135M: 134,515,008 parameters, and 828 that are trained (aligner)." in by_size  # 576 + 28 × 9
+    assert "SmolLM2-135M: 134,515,008 parameters and 828 trainable ones (aligner)." in by_size  # 576 + 28 × 9
     assert len(numbers(by_size)) == 3
     assert numbers(run_script(SCRIPT, "--model", "HuggingFaceTB/SmolLM2-135M")[1]) == numbers(by_size)
     config = {

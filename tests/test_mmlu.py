@@ -272,7 +272,7 @@ def test_mistakes_are_named(folder, tmp_path, refused):
     (tmp_path / "broken.zip").write_text("no archive")
     assert "cannot be read" in refused(SCRIPT, "--data_file", tmp_path / "broken.zip")
     (tmp_path / "empty").mkdir()
-    assert "holds no test questions" in refused(SCRIPT, "--data_file", tmp_path / "empty")
+    assert "has no test questions" in refused(SCRIPT, "--data_file", tmp_path / "empty")
     assert not (tmp_path / "out").exists()
 
 

@@ -165,7 +165,7 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
         ("pku", ROWS[0] | {"is_response_1_safe": "no"}, "Row 3: 'is_response_1_safe' is 'no'; it must be true or"),
         ("pku", ROWS[0] | {"safer_response_id": 2}, "Row 3: 'safer_response_id' is 2; it must be 0 or 1"),
         ("pku", {k: v for k, v in ROWS[0].items() if k != "safer_response_id"}, "Row 3 has no field 'safer_res"),
-        ("hh", hh("hello", "there"), "Row 3: 'chosen' is not a dialogue of blank lines, 'Human:' and 'Assistant:'."),
+        ("hh", hh("hello", "there"), "Row 3: 'chosen' is not a dialogue of 'Human:' and 'Assistant:' turns."),
         ("hh", {"chosen": TALK}, "Row 3 has no field 'rejected'; it has 'chosen'."),
         ("preference", ["a"], "Row 3 is not an object with named fields but list."),
     ],

@@ -52,6 +52,6 @@ def test_no_pair_twice_and_no_unseen_verb_or_object(pairs):
 
 
 def test_more_pairs_than_there_are_are_refused(base_dir, tmp_path):
-    with pytest.raises(UserError, match=r"25000 harmless requests are wanted \(pairs 100000, .*\); there are \d+\."):
+    with pytest.raises(UserError, match=r"25000 harmless requests are needed \(pairs 100000, .*\); there are \d+\."):
         prepare(base_dir, tmp_path / "out", pairs=100_000, harmless_share=0.25)
     assert not (tmp_path / "out").exists()

@@ -245,7 +245,7 @@ def test_harmless_requests(files):
     [
         ({"limit": 0}, "limit is 0"),
         ({"questions": '{"prompt": "x"}'}, "Row 1 has no field 'category'"),
-        ({"questions": ""}, "holds no question"),
+        ({"questions": ""}, "has no questions"),
         ({"harmless": '{"text": "x"}'}, "Row 1 has no field 'prompt'"),
         ({"labelled": '{"question": "q", "answer": "a"}', "calibrate": True}, "Row 1 has no field 'label'"),
         ({"labelled": '{"question": "q", "label": 1}', "calibrate": True}, "Row 1 has no field 'answer'"),

@@ -108,7 +108,7 @@ def test_a_header_of_other_types_is_refused_in_a_sentence(changes, hub, refused,
 
 def test_an_adapter_is_replaced_only_with_overwrite_and_a_model_never(hub, run_script, refused, tmp_path):
     hub.repositories["me/pirate"] = [{"README.md": b"a model", "model.safetensors": b""}]
-    assert "me/pirate holds something other than an adapter" in refused(*share(tmp_path))
+    assert "me/pirate contains something other than an adapter" in refused(*share(tmp_path))
     hub.repositories["me/pirate"] = [{"README.md": b"card", "adapter.safetensors": b"old"}]
     assert "already has an adapter; replace it with --overwrite" in refused(*share(tmp_path))
     assert run_script(*share(tmp_path, "--overwrite", "--private"))[0] == 0
