@@ -138,7 +138,9 @@ def assigning_table(settings: Settings, batches: dict[str, Batch], device: torch
                 enter(batch)
                 cells.append([1000 * timed(partial(enter, batch), device) for _ in range(ASSIGNMENTS)])
             rows.append([f"N = {n}, {different}", *map(with_interval, cells)])
-    return markdown_table(["adapters in the batch", "ms, projected for this batch", "ms, cached from the last batch"], rows)
+    return markdown_table(
+        ["adapters in the batch", "ms, projected for this batch", "ms, cached from the last batch"], rows
+    )
 
 
 def enter(batch: Batch) -> None:

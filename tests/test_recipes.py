@@ -227,8 +227,9 @@ def workplace(tmp_path, monkeypatch, base_dir, data_dir) -> Path:
     for name, target in (("checkpoints/microworld", base_dir), ("data/microworld-pirate", data_dir)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
-    state = {"global_value_embedding.weight": torch.randn(1, 32)}
-    state |= {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
+    generator = torch.Generator().manual_seed(0)
+    state = {"global_value_embedding.weight": torch.randn(1, 32, generator=generator)}
+    state |= {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1, generator=generator) for i in (1, 2)}
     meta = {"method": "aligner", "config": {"adapter_prompt_length": 1, "adapter_start_layer": 1},
             "prompt_style": "plain", "training": {"val_loss": 1.5}}  # fmt: skip
     for folder, name in (
@@ -291,7 +292,7 @@ def test_python_of_the_data_page(workplace, capsys):
 
 def test_python_of_the_evaluation_page(workplace, capsys):
     (block,) = python_blocks("evaluate.md")
-    row = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+    row = '{"question": "123456 + 765432?", "answer": "#### 888888"}\n'  # no random model guesses that
     Path("gsm8k_test.jsonl").write_text(3 * row, encoding="utf-8")
     exec(compile(block, "evaluate.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1].startswith("0.0 ")
