@@ -35,7 +35,7 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
     if is_sharded(model):
         raise UserError("--compile does not work with layers that several processes share.")
     if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.transformer.h.modules()):
-        raise UserError("--compile and --quantize do not go together: quantized layers cannot be compiled.")
+        raise UserError("--compile and --quantize cannot be combined: quantized layers cannot be compiled.")
     import torch._dynamo  # takes a second
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8

@@ -510,7 +510,7 @@ def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
 def test_a_file_of_another_method_starts_no_training(runs, refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x")
     said = refused("finetune/aligner.py", *flags, "--init_adapter", runs["lora"])
-    assert said.endswith("was made by the method 'lora' and cannot start a training of 'aligner'.")
+    assert said.endswith("was trained with the method 'lora' and cannot initialize one of the method 'aligner'.")
 
 
 def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir, data_dir):

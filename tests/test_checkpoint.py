@@ -143,7 +143,7 @@ def test_no_adapters(tmp_path):
 
 HEADERS: dict[str, Any] = {
     "config is a list where an object belongs": {"config": [1]},
-    "config has 'n_layer', which is no setting of 'aligner'": {"config": {"n_layer": 2}},
+    "config has 'n_layer', which is not a setting of 'aligner'": {"config": {"n_layer": 2}},
     'adapter_prompt_length is "3" where a whole number': {"config": {"adapter_prompt_length": "3"}},
     "adapter_start_layer is null where": {"config": {"adapter_start_layer": None}},
     "adapter_prompt_length is 1000000000000 where": {"config": {"adapter_prompt_length": 10**12}},
@@ -330,7 +330,7 @@ def test_missing_files(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "lit_model.safetensors").unlink()
     for call in (load_model, base_fingerprint):
-        with pytest.raises(UserError, match=r"holds no lit_model\.safetensors or .*scripts/convert_hf_checkpoint\.py"):
+        with pytest.raises(UserError, match=r"has no lit_model\.safetensors or .*scripts/convert_hf_checkpoint\.py"):
             call(base)
 
 
@@ -341,7 +341,7 @@ def test_weights_that_are_not_the_configuration_s(tmp_path):
     save_file(state, base / "lit_model.safetensors")
     with pytest.raises(UserError, match=r"transformer\.ln_f\.scale is missing"):
         load_model(base)
-    with pytest.raises(UserError, match=r"does not hold the weights its lit_config\.json describes"):
+    with pytest.raises(UserError, match=r"does not have the weights that lit_config\.json describes"):
         base_fingerprint(base)
 
 

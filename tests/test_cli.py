@@ -191,9 +191,9 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
         (b"flag: !!bool x", "is not YAML: a value does not fit the tag"),
         (b'count: !!int ""', "is not YAML: a value does not fit the tag"),
         (b"kind: !!timestamp x", "is not YAML: a value does not fit the tag"),
-        (b"names: {a: b}", "names is an object where a list such as [a, b] belongs."),
-        (b"names: a", 'names is "a" where a list such as [a, b] belongs.'),
-        (b'somewhere: "a\\0b"', "somewhere holds a null character."),
+        (b"names: {a: b}", "names is an object; it must be a list such as [a, b]."),
+        (b"names: a", 'names is "a"; it must be a list such as [a, b].'),
+        (b'somewhere: "a\\0b"', "somewhere contains a null character."),
         (b"config: other.yaml", "There is no setting 'config'"),
     ],
 )

@@ -314,7 +314,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
     prepare(tmp_path / "out", tokenizer, many(4))
     other = tmp_path / "tokenizer.model"
     other.write_bytes(tokenizer_path.read_bytes() + b"\x22\x00")  # an empty field more: another file
-    with pytest.raises(UserError, match="was tokenized with another tokenizer than"):
+    with pytest.raises(UserError, match="was tokenized with a different tokenizer than"):
         SFTData(tmp_path / "out", "train", Tokenizer(other))
 
 

@@ -352,7 +352,7 @@ def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, ref
                            "--checkpoint_dir", models["chatml"])  # fmt: skip
     finally:
         (models["chatml"] / "chat_template.jinja").unlink()
-    assert "was prepared with another chat template" in sentence
+    assert "was prepared with a different chat template" in sentence
 
 
 def test_damaged_gaps_are_refused(prepare, models):
