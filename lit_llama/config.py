@@ -1,4 +1,4 @@
-"""The configuration of a LLaMA-family model, and the sizes of known ones."""
+"""The configuration of a LLaMA-family model, and the configurations of known models."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -99,7 +99,7 @@ class LLaMAConfig:
         nope_layers: layers without rotary positions (NoPE, SmolLM3), counted from 0 (default: none).
 
     Raises:
-        UserError: A field has another type or is out of range, a size does not divide another, or the rope scaling is
+        UserError: A field has the wrong type or is out of range, a size does not divide another, or the rope scaling is
             not supported.
     """
 
@@ -180,7 +180,7 @@ class LLaMAConfig:
         """Read a file written by `to_json`; `overrides` add or replace fields.
 
         Raises:
-            UserError: The file is missing, is not JSON, has fields that this class lacks, or values out of range.
+            UserError: The file is missing, is not JSON, has unknown fields, or has values that are out of range.
         """
         values = read_json(path, what="model configuration")
         if unknown := sorted(values.keys() - {f.name for f in fields(LLaMAConfig)}):
@@ -192,11 +192,11 @@ class LLaMAConfig:
         return cls(**{**values, **overrides})
 
     def to_json(self) -> str:
-        """Return the base model's fields as JSON; those of a variant belong to its adapter."""
+        """Return the base model's fields as JSON; the fields of a variant are saved with its adapter."""
         base = {f.name for f in fields(LLaMAConfig)}
         return json.dumps({k: v for k, v in asdict(self).items() if k in base}, indent=2) + "\n"
 
 
 def round_up(n: int, multiple: int) -> int:
-    """Return the smallest multiple that is not below n."""
+    """Round n up to a multiple."""
     return -(-n // multiple) * multiple

@@ -1,4 +1,4 @@
-"""A frozen base with 4 or 8 bits per weight, through the linear layers of bitsandbytes.
+"""Quantize a frozen base to 4 or 8 bits per weight, with the linear layers of bitsandbytes.
 
 The projections of attention and MLP are quantized. Embedding, output layer, norms and biases keep the precision of the
 run, and adapters stay fp32. Gradients pass through the quantized weights to the adapter (arXiv 2305.14314 for nf4,
@@ -83,7 +83,7 @@ def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
         kind = {"quant_type": mode[:3], "compress_statistics": mode.endswith("-dq")}  # BLOCK is the default
         new = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, **kind)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **kind)
-        # on CPUs with AVX512-BF16 a forward pass without gradients would repack the weights so that none can pass later
+        # on CPUs with AVX512-BF16 a forward pass without gradients would repack the weights, and later ones get none
         new.support_avx512bf16_for_cpu = False
     new.bias = layer.bias
     return new

@@ -418,7 +418,7 @@ def test_a_file_without_a_header_says_what_it_is(method, tmp_path):
     state = {name: p.detach() for name, p in trainable(adapted(method)).items()}
     torch.save(state, tmp_path / "a.pth")
     if method == "lora":
-        with pytest.raises(UserError, match=r"a\.pth cannot be used: .* which would tell their lora_alpha"):
+        with pytest.raises(UserError, match=r"a\.pth cannot be used: .* which is needed for lora_alpha"):
             read_adapter(tmp_path / "a.pth")
     else:
         file = read_adapter(tmp_path / "a.pth")

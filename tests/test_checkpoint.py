@@ -142,17 +142,17 @@ def test_no_adapters(tmp_path):
 
 
 HEADERS: dict[str, Any] = {
-    "config is a list where an object belongs": {"config": [1]},
+    "config is a list; expected an object": {"config": [1]},
     "config has 'n_layer', which is not a setting of 'aligner'": {"config": {"n_layer": 2}},
-    'adapter_prompt_length is "3" where a whole number': {"config": {"adapter_prompt_length": "3"}},
-    "adapter_start_layer is null where": {"config": {"adapter_start_layer": None}},
-    "adapter_prompt_length is 1000000000000 where": {"config": {"adapter_prompt_length": 10**12}},
-    "method is null where text belongs": {"method": None},
-    "method is a list where text belongs": {"method": []},
+    'adapter_prompt_length is "3"; expected a whole number': {"config": {"adapter_prompt_length": "3"}},
+    "adapter_start_layer is null; expected": {"config": {"adapter_start_layer": None}},
+    "adapter_prompt_length is 1000000000000; expected": {"config": {"adapter_prompt_length": 10**12}},
+    "method is null; expected text": {"method": None},
+    "method is a list; expected text": {"method": []},
     "base has no config": {"base": {"weights": "0" * 16}},
-    "base: weights is 1 where text belongs": {"base": {"config": {}, "weights": 1}},
-    'training is "x" where an object belongs': {"training": "x"},
-    "prompt_style is 1 where text or null belongs": {"prompt_style": 1},
+    "base: weights is 1; expected text": {"base": {"config": {}, "weights": 1}},
+    'training is "x"; expected an object': {"training": "x"},
+    "prompt_style is 1; expected text or null": {"prompt_style": 1},
 }
 
 

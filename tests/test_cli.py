@@ -180,8 +180,8 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds null where lines such as seed: 1 belong"),
-        (b"- a", "holds a list where lines"),
+        (b"", "holds null; expected lines such as seed: 1"),
+        (b"- a", "holds a list; expected lines"),
         (b"count: \xff", "is not YAML: 'utf-8' codec can't decode byte 0xff"),
         (b"count: &a {b: *a}", "is not YAML: it holds an alias"),
         (b"[" * 20_000, "is nested more than 64 levels deep"),
