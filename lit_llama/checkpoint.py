@@ -219,7 +219,7 @@ def _check_adapter(adapter: AdapterFile) -> None:
         if t.dim() == 0 or t.numel() == 0:
             raise UserError(f"{adapter.path} is not an adapter: {name} has the shape {tuple(t.shape)}.")
     if adapter.method not in METHODS:
-        raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
+        raise UserError(f"{adapter.path} has the unknown method {adapter.method!r}, not one of {', '.join(METHODS)}.")
     config_class = METHODS[adapter.method].config_class
     if unknown := sorted(adapter.config.keys() - ({f.name for f in fields(config_class)} - base_fields)):
         raise UserError(f"{source}: config has {unknown[0]!r}, which is not a setting of {adapter.method!r}.")

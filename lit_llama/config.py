@@ -152,7 +152,7 @@ class LLaMAConfig:
         if self.rope_scaling is not None:
             kind = field(self.rope_scaling, "rope_type", str | None, "rope_scaling", None)
             if kind not in ROPE_SCALINGS:
-                raise UserError(f"Rope scaling {kind!r} is not supported; known are {' and '.join(ROPE_SCALINGS)}.")
+                raise UserError(f"Rope scaling {kind!r} is not supported, only {' and '.join(ROPE_SCALINGS)}.")
             missing = sorted(ROPE_SCALINGS[kind] - self.rope_scaling.keys())
             if missing:
                 raise UserError(f"Rope scaling {kind!r} lacks {', '.join(missing)}.")
@@ -172,7 +172,7 @@ class LLaMAConfig:
             UserError: The name is not in `llama_configs`.
         """
         if name not in llama_configs:
-            raise UserError(f"There is no model named {name!r}; known are {', '.join(llama_configs)}.")
+            raise UserError(f"There is no model named {name!r}; choose from {', '.join(llama_configs)}.")
         return cls(**{**llama_configs[name], **overrides})
 
     @classmethod

@@ -36,5 +36,5 @@ def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.d
     if precision == "auto":
         precision = "bf16" if computes_bf16(accelerator) else "32"
     if precision not in DTYPES:
-        raise UserError(f"precision is {precision!r}; known are auto, {', '.join(DTYPES)}.")
+        raise UserError(f"precision is {precision!r}; choose from auto, {', '.join(DTYPES)}.")
     return device, DTYPES[precision]

@@ -94,7 +94,7 @@ def dpo_loss(
     elif loss_type == "hinge":
         losses = torch.relu(1 - beta * h)
     else:
-        raise UserError(f"There is no loss type {loss_type!r}; known are sigmoid, ipo and hinge.")
+        raise UserError(f"There is no loss type {loss_type!r}; choose from sigmoid, ipo and hinge.")
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 

@@ -210,7 +210,7 @@ def check_style_name(name: str) -> str:
         UserError: There is no such style.
     """
     if name not in PROMPT_STYLES and not is_chat(name):
-        raise UserError(f"There is no prompt style {name!r}; known are {', '.join((*PROMPT_STYLES, CHAT))}.")
+        raise UserError(f"There is no prompt style {name!r}; choose from {', '.join((*PROMPT_STYLES, CHAT))}.")
     template_variables(name)
     return name
 

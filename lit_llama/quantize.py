@@ -28,7 +28,7 @@ def check_quantize(mode: str, model: LLaMA, device: torch.device) -> None:
             or the width of a layer is not a multiple of the block size of the 4-bit modes.
     """
     if mode not in get_args(Quantize):
-        raise UserError(f"quantize is {mode!r}; known are {', '.join(get_args(Quantize))}.")
+        raise UserError(f"quantize is {mode!r}; choose from {', '.join(get_args(Quantize))}.")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--quantize {mode} works on CUDA and CPU, not on {device.type}; choose another --accelerator.")
     try:

@@ -88,9 +88,7 @@ def load_function(name: str) -> Callable[..., list[float]]:
     """
     module, colon, function = REWARDS.get(name, name).partition(":")
     if not colon:
-        raise UserError(
-            f"There is no reward {name!r}; known are {', '.join(REWARDS)}, and functions as module:function."
-        )
+        raise UserError(f"There is no reward {name!r}; choose from {', '.join(REWARDS)}, or give module:function.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

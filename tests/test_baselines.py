@@ -559,7 +559,7 @@ def test_one_script_trains_every_method(method, runs, tmp_path, base_dir, data_d
 def test_unknown_methods_are_named(refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x", "--method", "lorra")
     said = refused("finetune/aligner.py", *flags)
-    assert said == "There is no method 'lorra'; known are aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
+    assert said == "There is no method 'lorra'; choose from aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
 
 
 def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):

@@ -257,7 +257,7 @@ def test_values_of_variables(tmp_path):
         ("chat:", "The prompt style 'chat:' is not of the form chat:NAME=VALUE,NAME=VALUE"),
         ("chat:thinking", "'chat:thinking' is not of the form"),
         ("chat:enable_thinking=1,enable_thinking=2", "VALUE, each name once."),
-        ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; known are"),
+        ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; choose from"),
     ],
 )
 def test_a_variable_that_cannot_be_set_is_one_sentence(name, sentence, folders):

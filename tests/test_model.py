@@ -234,7 +234,7 @@ def test_config_survives_its_file(tmp_path):
         (dict(rope_scaling=[]), "rope_scaling is a list; expected an object or null"),
         (dict(rope_scaling=dict(rope_type=["linear"])), "rope_scaling: rope_type is a list; expected text or null"),
         (dict(rope_scaling=dict(rope_type="linear", factor="4")), 'factor is "4"; expected a number'),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported; known are llama3 and linear"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported, only llama3 and linear"),
         (dict(rope_scaling=dict(type="linear", factor=4.0)), "None is not supported"),
         (dict(rope_scaling=dict(rope_type="linear")), "'linear' lacks factor"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "lacks high_freq_factor, low_freq_factor, original"),
@@ -264,7 +264,7 @@ def test_bad_config_files_are_refused(tmp_path, text, sentence):
 
 
 def test_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"no model named '8B'; known are 7B, 13B, .*SmolLM2-135M"):
+    with pytest.raises(UserError, match=r"no model named '8B'; choose from 7B, 13B, .*SmolLM2-135M"):
         LLaMA.from_name("8B")
 
 

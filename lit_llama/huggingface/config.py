@@ -117,7 +117,7 @@ def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("Only a part of each head is rotated (partial_rotary_factor), which is not supported.")
     if kind not in ROPE_NUMBERS:
-        raise UserError(f"Rope scaling {kind!r} is not supported; known are {', '.join(map(repr, ROPE_NUMBERS))}.")
+        raise UserError(f"Rope scaling {kind!r} is not supported, only {', '.join(map(repr, ROPE_NUMBERS))}.")
     label = f"{SOURCE}: rope scaling {kind!r}"
     scaling = {"rope_type": kind, **{name: field(rope, name, float, label) for name in ROPE_NUMBERS[kind]}}
     base = field(rope, "rope_theta", float, SOURCE, least=1, most=MOST_FLOAT)

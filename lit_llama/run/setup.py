@@ -198,7 +198,7 @@ def method_config(settings: FinetuneSettings) -> dict[str, Any]:
         UserError: There is no such method, or `method_config` has a name that is not in its configuration.
     """
     if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method!r}; known are {', '.join(METHODS)}.")
+        raise UserError(f"There is no method {settings.method!r}; choose from {', '.join(METHODS)}.")
     base_fields = {field.name for field in fields(LLaMAConfig)}
     method_fields = [field for field in fields(METHODS[settings.method].config_class) if field.name not in base_fields]
     config = {field.name: getattr(settings, field.name, field.default) for field in method_fields}
