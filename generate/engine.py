@@ -89,7 +89,9 @@ class Engine:
                 raise QueueFull("The server is shutting down.")
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
-                raise QueueFull(f"{len(self.waiting)} requests are waiting, of at most {self.max_waiting}; try again later.")
+                raise QueueFull(
+                    f"{len(self.waiting)} requests are waiting, of at most {self.max_waiting}; try again later."
+                )
             for job in jobs:
                 job.submitted = time.monotonic()
             self.waiting.extend(jobs)
