@@ -41,7 +41,7 @@ def shape(size: str) -> LLaMAConfig:
     if size == "110M":
         return LLaMAConfig(**SIZE_110M)
     if size not in llama_configs:
-        raise UserError(f"There is no size {size!r}; known are 110M, {', '.join(llama_configs)}.")
+        raise UserError(f"There is no size {size!r}; choose from 110M, {', '.join(llama_configs)}.")
     return LLaMAConfig.from_name(size)
 
 

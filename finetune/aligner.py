@@ -1,7 +1,7 @@
-"""Supervised finetuning with Aligner: a frozen LLaMA learns a form through a few thousand numbers.
+"""Supervised finetuning with Aligner: teach a frozen LLaMA a form by training a few thousand parameters.
 
 Without arguments it trains one token on the bundled micro-world model; first run python scripts/prepare_microworld.py.
-Edit the values below, pass flags of the same name, or name a YAML file with --config (the paper's: howto/recipes/).
+Edit the values below, pass flags of the same name, or give a YAML file with --config (the paper's: howto/recipes/).
 """
 
 import sys
@@ -48,7 +48,7 @@ class Settings(SFTSettings):
 
 
 def main(settings: SFTSettings) -> None:
-    # here, so that neither --help nor the scripts that share the settings above load PyTorch
+    # imported here, so that neither --help nor the scripts that share the settings above load PyTorch
     from lit_llama.data import SFTData
     from lit_llama.run.dry_run import dry_run
     from lit_llama.run.folder import RunFolder

@@ -1,8 +1,8 @@
 """Direct preference optimization with Aligner: a frozen LLaMA learns values from pairs of a better and a worse answer.
 
-Policy and reference are one base with two small sets of adapter weights, on one device. Without arguments it teaches
-the bundled micro-world model to refuse harmful requests; first run python scripts/prepare_microworld_safe.py. Edit the
-values below, pass flags of the same name, or name a YAML file with --config (the paper's:
+Policy and reference share one base model on one device and differ only in their adapter weights. Without arguments it
+teaches the bundled micro-world model to refuse harmful requests; first run python scripts/prepare_microworld_safe.py.
+Edit the values below, pass flags of the same name, or give a YAML file with --config (the paper's:
 howto/recipes/beaver_dpo_7b_n1.yaml).
 """
 
@@ -37,11 +37,11 @@ class Settings(FinetuneSettings):
 
     # == Preference ==
     beta: PositiveFloat = 1.0  # β: a larger value keeps the policy closer to the reference
-    loss_type: LossType = "sigmoid"  # sigmoid is DPO; or ipo, hinge
-    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # share of swapped labels, for sigmoid
+    loss_type: LossType = "sigmoid"  # sigmoid (DPO), ipo or hinge
+    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0  # assumed share of swapped labels, for sigmoid
     reference_free: bool = False  # compare with a uniform reference instead of the initial adapter
     sft_weight: NonNegativeFloat = 3.0  # weight of the chosen response's mean negative log-likelihood; 0: plain DPO
-    precompute_reference: bool = True  # once, cached beside the data; false: one more forward pass in every step
+    precompute_reference: bool = True  # compute it once and cache it; false: one more forward pass in every step
 
     # == Optimization (a step is always an optimizer step) ==
     epochs: PositiveFloat = 4.5  # passes over the pairs, not necessarily a whole number
@@ -54,13 +54,13 @@ class Settings(FinetuneSettings):
     eval_interval: PositiveInt = 32  # steps between validations
     save_interval: PositiveInt = 64  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # validation prompts to answer at each validation
-    drift_prompts: NonNegativeInt = 32  # validation prompts for the KL to the reference, by sampled answers; 0: none
+    drift_prompts: NonNegativeInt = 32  # validation prompts to estimate the KL to the reference, by sampling; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise UserError(
-                f"label_smoothing is {self.label_smoothing} but only the sigmoid loss has one, not {self.loss_type!r}."
+                f"label_smoothing is {self.label_smoothing}; only the sigmoid loss supports it, not {self.loss_type!r}."
             )
 
     @property
@@ -109,7 +109,7 @@ PANELS = {
 def make_losses(
     settings: Settings, setup: Setup, train: PreferenceData, val: PreferenceData, start: dict[str, torch.Tensor]
 ) -> tuple[DPOLoss, DPOLoss]:
-    """Return the losses of both splits, whose reference are the adapter weights `start`.
+    """Return the training and the validation loss, with the adapter weights `start` as the reference.
 
     Raises:
         UserError: A setting is out of range, or training would not start from the reference.
@@ -124,7 +124,7 @@ def make_losses(
         reference: Reference | None = AdapterReference(start)
         if settings.reference_free:
             reference = None
-        elif settings.precompute_reference and settings.dry_run:  # numbers that stand for those of a long computation
+        elif settings.precompute_reference and settings.dry_run:  # placeholders for a long computation
             reference = StoredReference(torch.zeros(len(data), 2, device=setup.fabric.device))
         elif settings.precompute_reference:
             adapter = setup.adapter_meta["reference"]

@@ -1,9 +1,9 @@
-"""Reinforcement learning with Aligner: a frozen LLaMA learns from a reward that a function gives to its own answers.
+"""Reinforcement learning with Aligner: a frozen LLaMA learns from a function that scores its answers.
 
-A step samples a group of answers to each of several prompts, and makes answers more likely that got more reward than
-the others of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer
+A step samples a group of answers to each of several prompts, and makes the answers more likely that got a higher reward
+than the others of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer
 two-hop questions, which it can do only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit
-the values below, pass flags of the same name, or name a YAML file with --config.
+the values below, pass flags of the same name, or give a YAML file with --config.
 """
 
 import os
@@ -37,15 +37,15 @@ class Settings(FinetuneSettings):
     adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
 
     # == Reward ==
-    reward: str = "microworld_two_hop"  # a name in lit_llama/rewards.py, or module:function of your own
+    reward: str = "microworld_two_hop"  # a name in lit_llama/rewards.py, or your own module:function
     reward_options: dict[str, Any] | None = None  # keyword arguments of the reward function, such as {"words": 10}
     score: str | None = None  # reward that is 1 for right answers to held-out prompts (default: that of --reward)
 
     # == Policy gradient ==
-    group_size: Annotated[int, Range(least=2)] = 8  # answers sampled to each prompt, G, at temperature 1
+    group_size: Annotated[int, Range(least=2)] = 8  # answers sampled per prompt, G, at temperature 1
     max_new_tokens: PositiveInt = 60  # longest answer, in tokens
-    updates_per_batch: PositiveInt = 1  # optimizer steps with the answers of a step
-    clip: OpenShare = 0.2  # ε: changes of a token's probability by a larger share are not rewarded
+    updates_per_batch: PositiveInt = 1  # optimizer steps on the answers of a step
+    clip: OpenShare = 0.2  # ε: a larger relative change of a token's probability is not rewarded
     kl_weight: NonNegativeFloat = 0.0  # β: a larger value keeps the policy closer to its start; 0 saves a forward pass
     divide_by_std: bool = True  # divide advantages by the standard deviation of the group (false: Dr. GRPO)
     length_term: LengthTerm = "answer"  # divide by the tokens of an answer, or by max_new_tokens (Dr. GRPO)
@@ -62,10 +62,8 @@ class Settings(FinetuneSettings):
     eval_interval: PositiveInt = 20  # steps between validations
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
     save_interval: PositiveInt = 20  # steps between saved states, from which --resume continues
-    sample_prompts: NonNegativeInt = 4  # of these prompts, answers to print and to save
-    drift_prompts: NonNegativeInt = (
-        32  # of these prompts, those for the KL to the start, from sampled answers; 0 for none
-    )
+    sample_prompts: NonNegativeInt = 4  # number of these prompts whose answers are printed and saved
+    drift_prompts: NonNegativeInt = 32  # number of these prompts to estimate the KL to the start, by sampling; 0: none
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Answer prompts with a base model and an adapter of any method.
 
-The adapter file states its method, settings, prompt style and base model. Several Aligners are applied together, in the
-prompt style of the first; with --bank, each prompt may name its own. Answers go to stdout, everything else to stderr.
+The adapter file records its method, settings, prompt style and base model. Several Aligners are added up, in the prompt
+style of the first; with --bank, each prompt may use different ones. Answers go to stdout, everything else to stderr.
 
 Examples of --use, where a number after a name is its strength:
 
@@ -27,10 +27,10 @@ from lit_llama.settings import Number
 @dataclass
 class Settings(AnswerSettings):
     # == Model ==
-    adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # files or run folders; several add up
-    strength: tuple[Number, ...] = (1.0,)  # one for all or one each: 0 is the base exactly, 1 as trained
+    adapter: tuple[Path, ...] = (Path("aligner_weights/microworld-pirate-n1"),)  # files or run folders; they add up
+    strength: tuple[Number, ...] = (1.0,)  # one for all or one each: 0 is exactly the base, 1 as trained
 
-    # == Many Aligners, another one for each prompt ==
+    # == Many Aligners, a different one for each prompt ==
     bank: tuple[Path, ...] = ()  # instead of --adapter: a bank's file, or adapter files and folders, addressed by name
     use: tuple[str, ...] = ()  # names in the bank, one for each prompt or one for all; "base", "a:0.5" and "a+b" work
 
@@ -40,7 +40,7 @@ class Settings(AnswerSettings):
         "How do I repair the old barn?",
     )  # instructions to answer
     prompt_style: str | None = None  # alpaca, orca, beaver, hh, plain or chat (default: the adapter's own)
-    compare_base: bool = False  # the base model's answers beside the aligned ones
+    compare_base: bool = False  # also show the base model's answers
 
 
 if __name__ == "__main__":
@@ -67,9 +67,9 @@ from lit_llama.utils import UserError
 
 
 class Plan(NamedTuple):
-    """How requests are answered: loader, requests, prompt style and adapters of each, and what the file records.
+    """How to answer requests: the model's loader, the requests, their styles and adapters, and metadata for the file.
 
-    The chat has no requests, and one style. Adapters are None if the model has the same for all.
+    A chat has no requests and a single style. `adapters` is None if the model has the same adapters for all requests.
     """
 
     load: Callable[[], LLaMA]
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
 def main(settings: Settings) -> None:
     settings.check_output(*settings.adapter, *settings.bank)
     if settings.interactive and settings.compare_base:
-        raise UserError("--interactive and --compare_base do not go together.")
+        raise UserError("--interactive and --compare_base cannot be combined.")
     if settings.interactive and is_terminal():
         return chat(settings, open_tokenizer(settings))
     requests, tokenizer = gather_requests(settings, bank=bool(settings.bank)), open_tokenizer(settings)
@@ -126,7 +126,7 @@ def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer)
     """
     n_rows = max(1, len(requests))  # the chat has no requests and one row
     if len(settings.strength) > 1:
-        raise UserError("With --bank, --strength takes one number for all; single ones go into --use, as in a:0.5+b.")
+        raise UserError("With --bank, --strength takes one number for all; give each its own in --use, as in a:0.5+b.")
     if len(settings.use) not in (0, 1, n_rows):
         raise UserError(f"There are {n_rows} prompts and {len(settings.use)} names in --use; give each its own.")
     bank = open_bank(settings.bank, settings.checkpoint_dir)
@@ -146,7 +146,7 @@ def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer)
 
 
 def chat(settings: Settings, tokenizer: Tokenizer) -> None:
-    """Chat in the terminal. Adapters are not merged into the base, so that they can be scaled and exchanged.
+    """Chat in the terminal. Adapters are not merged into the base, so that they can be scaled and switched.
 
     Raises:
         UserError: A file or setting does not fit.
@@ -174,7 +174,7 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
 
 
 def adapter_names(paths: tuple[Path, ...]) -> list[str]:
-    """Return a name for each adapter: that of its folder or file, or the complete path if two have one name."""
+    """Return a name for each adapter: that of its folder or file, or the complete path if two have the same name."""
     names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 

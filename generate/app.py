@@ -29,7 +29,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
-LISTED = 1000  # adapters that GET /v1/models lists, of possibly a million
+LISTED = 1000  # adapters that GET /v1/models lists, out of up to a million
 PAGE = Path(__file__).parent / "playground.html"
 PAGE_POLICY = (  # what the page may do: its own script and requests to this server, nothing else
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -87,7 +87,7 @@ class Server:
 
         def receiver(index: int) -> Callable[[Event], None]:
             def receive(event: Event) -> None:
-                with suppress(RuntimeError):  # the loop is closed, as the server ends
+                with suppress(RuntimeError):  # the event loop is closed while the server shuts down
                     loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
             return receive
@@ -112,7 +112,7 @@ class Server:
     async def collect(
         self, body: Any, request: Request, format: openai.Format, jobs: list[Job], queue: asyncio.Queue
     ) -> Response:
-        """Return the complete answers, unless the client goes away."""
+        """Return the complete answers, unless the client disconnects."""
 
         async def gather() -> Response:
             choices: dict[int, dict[str, Any]] = {}
@@ -172,17 +172,17 @@ class Server:
     # == adapters ==
 
     def names(self, limit: int) -> list[str]:
-        found: list[str] = []
-        self.engine.edit_bank(lambda bank: found.extend(name for name, _ in zip(bank, range(limit), strict=False)))
-        return found
+        names: list[str] = []
+        self.engine.edit_bank(lambda bank: names.extend(name for name, _ in zip(bank, range(limit), strict=False)))
+        return names
 
     def adapter(self, name: str) -> AdapterFile:
-        found: list[AdapterFile] = []
+        adapters: list[AdapterFile] = []
         try:
-            self.engine.edit_bank(lambda bank: found.append(bank.adapter(name)))
+            self.engine.edit_bank(lambda bank: adapters.append(bank.adapter(name)))
         except UserError as error:
             raise Refusal(404, str(error), "model_not_found", "model") from None
-        return found[0]
+        return adapters[0]
 
     def model_card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "local"}
@@ -195,7 +195,7 @@ class Server:
         return self.model_card(name)
 
     async def describe(self, name: str) -> dict[str, Any]:
-        """Return what the picture of an adapter shows: its gates by layer and head."""
+        """Return the data of the playground's plot of an adapter: its gates by layer and head."""
         adapter = self.adapter(name)
         start, config = adapter.config["adapter_start_layer"], self.engine.model.config
         gates = [
@@ -206,7 +206,7 @@ class Server:
         return {"name": name, "prompt_style": style, "tokens": length, "start_layer": start, "gates": gates}
 
     async def put(self, name: str, request: Request, replace: bool = False) -> JSONResponse:
-        """Add the adapter that is the body of the request, a safetensors file."""
+        """Add the adapter in the body of the request, a safetensors file."""
         if not NAME.fullmatch(name) or name == BASE:
             raise Refusal(400, "The name must be letters, digits, '.', '_' and '-', and not 'base'.", param="name")
         adapter = await asyncio.to_thread(open_upload, name, await request.body(), self.engine.tokenizer)
@@ -219,7 +219,7 @@ class Server:
         return JSONResponse(self.model_card(name), 201)
 
     async def remove(self, name: str) -> dict[str, Any]:
-        self.adapter(name)  # or refuse
+        self.adapter(name)  # raises a refusal if there is none
         self.engine.remove_adapter(name)
         return {"id": name, "object": "model", "deleted": True}
 
@@ -280,7 +280,7 @@ def open_upload(name: str, content: bytes, tokenizer: Tokenizer) -> AdapterFile:
     """Return the adapter in an uploaded file, which must be safetensors: a pickle is not even opened.
 
     Raises:
-        UserError: It is not an adapter, or not one that can be used.
+        UserError: It is not an adapter, or it cannot be used.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.safetensors"
@@ -295,7 +295,7 @@ def open_upload(name: str, content: bytes, tokenizer: Tokenizer) -> AdapterFile:
 
 
 async def events_of(queue: asyncio.Queue, n_open: int) -> AsyncIterator[tuple[int, Event]]:
-    """Yield what the engine reports about jobs, until all have ended."""
+    """Yield the events of jobs, until all have ended."""
     while n_open:
         index, event = await queue.get()
         n_open -= bool(event.finish or event.error)
@@ -303,7 +303,7 @@ async def events_of(queue: asyncio.Queue, n_open: int) -> AsyncIterator[tuple[in
 
 
 async def disconnected(request: Request) -> None:
-    """Return when the client has gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -331,7 +331,7 @@ def metrics_text(engine: Engine) -> str:
     add("requests_total", "counter", "Requests accepted.", {"": counts["requests"]})
     ends = ("stop", "length", "cancelled", "failed", "refused")
     ended = {f'{{end="{end}"}}': counts[end] for end in ends}
-    add("ended_total", "counter", "Requests by how they ended; refused ones found the queue full.", ended)
+    add("ended_total", "counter", "Requests by outcome; they are refused if the queue is full.", ended)
     for name, what in (("prompt_tokens", "Tokens of prompts."), ("new_tokens", "Tokens generated.")):
         add(f"{name}_total", "counter", what, {"": counts[name]})
     add("steps_total", "counter", "Steps of the batch.", {"": counts["steps"]})

@@ -5,7 +5,7 @@
 
 A request joins the batch at the next step and leaves when it is done; the last row then moves into the gap, so that
 the batch has no empty rows. Its tokens are those of `lit_llama.generation.generate` for the same prompt, adapters,
-sampling and row number. It keeps the adapters that it joined with, whatever happens to the bank later.
+sampling and row number. It keeps the adapters that it joined with, even if the bank changes later.
 """
 
 import threading
@@ -37,11 +37,11 @@ class Engine:
     `step` does the work; `start` calls it in a thread. The other methods may be called from any thread.
 
     Args:
-        model: from `load_with_bank`; nobody else uses it meanwhile.
+        model: from `load_with_bank`; nothing else may use it meanwhile.
         max_batch: rows of the batch, for which the KV cache is allocated.
         max_waiting: requests that may wait.
         max_length: tokens of a prompt with its answer (default: the model's context).
-        prefill_tokens: prompts of up to this many tokens in sum join in one step, between two tokens of the others.
+        prefill_tokens: prompts of up to this many tokens in total join in one step, between two tokens of running ones.
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class Engine:
                 raise QueueFull("The server is shutting down.")
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
-                raise QueueFull(f"{len(self.waiting)} requests wait and {self.max_waiting} may; try again later.")
+                raise QueueFull(
+                    f"{len(self.waiting)} requests are waiting, of at most {self.max_waiting}; try again later."
+                )
             for job in jobs:
                 job.submitted = time.monotonic()
             self.waiting.extend(jobs)
@@ -108,7 +110,7 @@ class Engine:
             return parse_sum(text, self.bank)
 
     def edit_bank(self, edit: Callable[[Bank], object]) -> None:
-        """Call `edit` with the bank while nobody else uses it. Running requests keep the adapters that they have."""
+        """Call `edit` with exclusive access to the bank. Running requests keep their adapters."""
         with self.changed:
             edit(self.bank)
 
@@ -148,7 +150,7 @@ class Engine:
                 return self._fail_all(UserError("The server is shutting down."))
             try:
                 self.step()
-            except Exception:  # a mistake of this project, or a full GPU: other requests may still succeed
+            except Exception:  # a bug, or a GPU out of memory: other requests may still succeed
                 log(traceback.format_exc())
                 self._fail_all(RuntimeError("The server failed to compute the answer; its log says why."))
 
@@ -165,7 +167,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Remove the rows of requests that ended, let others join, and generate a token for each row."""
+        """Remove the rows of requests that have ended, let waiting ones join, and generate a token for each row."""
         for job in [row.job for row in self.rows]:
             self._expire(job)
         changed = self._leave()
@@ -186,7 +188,7 @@ class Engine:
         self.counts["rows"] += n
 
     def _expire(self, job: Job) -> bool:
-        """Return whether a request ended otherwise than by its last token: cancelled or after its time."""
+        """End a request that was cancelled or has run out of time. Return whether it is done."""
         if job.cancelled and not job.done:
             job.done = True
             self.counts["cancelled"] += 1
@@ -195,7 +197,7 @@ class Engine:
         return job.done
 
     def _leave(self) -> bool:
-        """Remove the rows that are done; rows from the end take their places. Return whether there were any."""
+        """Remove the rows that are done; rows from the end take their places. Return whether any were removed."""
         n_before, i = len(self.rows), 0
         while i < len(self.rows):
             if not self.rows[i].job.done:
@@ -209,7 +211,7 @@ class Engine:
         return len(self.rows) < n_before
 
     def _next_jobs(self) -> list[Job]:
-        """Take the requests off the queue that join at this step, in their order."""
+        """Take the requests that join at this step off the queue, in order."""
         jobs, n_tokens = [], 0
         for job in list(self.waiting):
             if self._expire(job):
@@ -230,7 +232,7 @@ class Engine:
         """Let waiting requests join: run their prompts, copy keys and values into the cache, choose the first tokens.
 
         Returns:
-            Whether there were any.
+            Whether any joined.
         """
         with ExitStack() as stack:
             with self.changed:
@@ -261,9 +263,9 @@ class Engine:
             self.counts[f"first_tokens_within_{bound:g}"] += seconds <= bound
 
     def _take_terms(self, rows: list[Row]) -> None:
-        """Copy the terms of the model's present batch, which has these rows."""
+        """Copy the adapter terms of the model's current batch to its rows."""
         layers = [block.attn.terms for block in self.model.transformer.h if block.attn.terms]
-        for terms in zip(*layers, strict=True):  # one in all layers
+        for terms in zip(*layers, strict=True):  # the same term in all layers
             keys, values = (torch.stack(tensors) for tensors in zip(*((t.keys, t.values) for t in terms), strict=True))
             members: defaultdict[int, list[int]] = defaultdict(list)
             if terms[0].rows is not None:
@@ -275,7 +277,7 @@ class Engine:
                 rows[row].terms.append((keys[:, indices], values[:, indices]))
 
     def _set_terms(self) -> None:
-        """Give the model the terms of all rows, joined by the lengths of their prefixes."""
+        """Set the model's terms to those of all rows, concatenated by prefix length."""
         members: defaultdict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
         for i, row in enumerate(self.rows):
             for keys, values in row.terms:
@@ -293,7 +295,7 @@ class Engine:
     # == tokens ==
 
     def _append(self, rows: list[Row], logits: Tensor) -> None:
-        """Choose the next token of each row by its logits (B, V), and report what of the answers is final."""
+        """Choose the next token of each row from its logits (B, V), and report the text that is final."""
         logits = logits[:, : self.model.config.vocab_size]  # without the padding
         groups: defaultdict[Sampling, list[int]] = defaultdict(list)
         for i, (row, is_finite) in enumerate(zip(rows, logits.isfinite().all(-1).tolist(), strict=True)):
@@ -302,8 +304,8 @@ class Engine:
             else:
                 self._drop(row)
         for kind, members in groups.items():
-            own = logits if len(members) == len(rows) else logits[members]
-            chosen = sample(own, kind, [rows[i].generator for i in members])
+            group_logits = logits if len(members) == len(rows) else logits[members]
+            chosen = sample(group_logits, kind, [rows[i].generator for i in members])
             for i, token in zip(members, chosen.tolist(), strict=True):
                 job, event = rows[i].job, rows[i].append(token, logits[i])
                 self.counts["new_tokens"] += 1
@@ -313,13 +315,13 @@ class Engine:
                     job.on_event(event)
 
     def _drop(self, row: Row) -> None:
-        """End a request whose numbers overflow, as with a strength of 1e39.
+        """End a request whose logits are not finite, for example because of a strength of 1e39.
 
-        Its keys and values are erased: a later row in its place masks them, but 0 times infinity is not 0.
+        Its keys and values are set to 0: a later row in its place masks them, but 0 times infinity is not 0.
         """
         for buffer in (self.cache.k, self.cache.v):
             buffer[:, self.rows.index(row)] = 0
-        self._finish(row.job, Event(error=UserError("The numbers of the model overflow; use smaller strengths.")))
+        self._finish(row.job, Event(error=UserError("The model's activations overflow; use smaller strengths.")))
 
     def _finish(self, job: Job, event: Event) -> None:
         job.done = True

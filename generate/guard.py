@@ -1,4 +1,4 @@
-"""What happens to a request before and instead of its answer: checks of keys and sizes, and errors."""
+"""Checks of requests before they are answered (host names, keys, sizes), and error responses."""
 
 import asyncio
 import hmac
@@ -13,8 +13,8 @@ from generate.openai_format import error_body
 from generate.rules import Rules
 from lit_llama.utils import UserError
 
-PUBLIC = ("/", "/health")  # paths that need no key: they say nothing about the adapters
-ENOUGH = 8  # times the limit: a longer body is not read
+PUBLIC = ("/", "/health")  # paths that need no key: they reveal nothing about the adapters
+ENOUGH = 8  # a body is read up to this multiple of the limit
 
 
 class Refusal(Exception):
@@ -50,13 +50,13 @@ def explain(error: RequestValidationError) -> Refusal:
     place = [str(part) for part in first["loc"] if part not in ("body", "query")]
     name = place[0] if place else None
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"There is no field {name!r} that this server supports.", param=name)
+        return Refusal(400, f"This server does not support the field {name!r}.", param=name)
     message = first["msg"][:1].lower() + first["msg"][1:]
     return Refusal(400, f"{'.'.join(place) or 'The body'}: {message}.", param=name)
 
 
 class Guard:
-    """Checks keys and sizes before the application sees a request, and reads its body within a limit and a time."""
+    """Checks keys and sizes before the application sees a request, and reads its body within a size and time limit."""
 
     def __init__(self, app: Callable, rules: Rules) -> None:
         self.app, self.rules = app, rules
@@ -83,25 +83,25 @@ class Guard:
         await self.app(scope, replay, send)
 
     def check_host(self, header: str) -> None:
-        """Raise a refusal if the server is addressed by another name than its own."""
+        """Raise a refusal unless the Host header has an allowed name."""
         host = re.sub(r":\d*$", "", header).lower()
         if "*" not in self.rules.hosts and host not in self.rules.hosts:
-            raise Refusal(421, f"This server is not called {host!r}; --allowed_hosts names its names.")
+            raise Refusal(421, f"This server does not accept the host name {host!r}; add it with --allowed_hosts.")
 
     def check_key(self, path: str, header: bytes, is_admin: bool) -> None:
         """Raise a refusal unless the header has the key that a path needs."""
         if is_admin and self.rules.admin_token is None:
             raise Refusal(403, "Adapters cannot be changed here; start the server with --admin_token.")
-        wanted = self.rules.admin_token if is_admin else self.rules.api_key
-        if wanted is None or path in PUBLIC:
+        expected = self.rules.admin_token if is_admin else self.rules.api_key
+        if expected is None or path in PUBLIC:
             return
         scheme, _, key = header.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), wanted.encode()):
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), expected.encode()):
             name = "admin token" if is_admin else "API key"
             raise Refusal(401, f"The {name} is missing or wrong; send it as Authorization: Bearer.", "invalid_api_key")
 
     async def read(self, headers: dict[bytes, bytes], receive: Callable, limit: int) -> bytes:
-        """Return the body, which must arrive within the time and the limit."""
+        """Return the body, which must arrive within the time limit and be no larger than `limit`."""
         stated, body = headers.get(b"content-length", b"0"), b""
         size = int(stated) if stated.isdigit() and len(stated) < 20 else 0
         try:
@@ -118,7 +118,7 @@ class Guard:
 async def receive_body(receive: Callable, limit: int) -> bytes:
     """Return the body, or a part of it that is longer than the limit.
 
-    Up to `ENOUGH` times the limit is read: a client that still writes would not see the answer.
+    Up to `ENOUGH` times the limit is read: a client that is still sending would not see the response.
     """
     body, size = bytearray(), 0
     while size <= ENOUGH * limit:

@@ -1,7 +1,7 @@
 """Chat in a terminal: a conversation with history, line editing and commands.
 
-generate/aligner.py and generate/base.py start it for --interactive. If standard input is no terminal, they answer its
-lines one by one instead.
+generate/aligner.py and generate/base.py start it for --interactive. If standard input is not a terminal, they answer
+its lines one by one instead.
 """
 
 import signal
@@ -35,19 +35,19 @@ answer, Ctrl-D ends the program.
     /reset            begin a new conversation
     /help             show this text
 
-A line that begins with a space is a message, also if a slash follows."""
+A line that begins with a space is a message, even if a slash follows."""
 
 
 # == which model answers ==
 
 
 class Adapters:
-    """The adapters that a chat may switch between; this one has none.
+    """The adapters that a chat can switch between. This base class has none.
 
     Attributes:
         names: Their names.
-        label: What answers now.
-        style: Prompt style of what answers now.
+        label: A description of what answers now.
+        style: The prompt style in use.
     """
 
     names: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Adapters:
 
 
 class OneAdapter(Adapters):
-    """An adapter of any method in its model."""
+    """A single adapter of any method, which is part of the model."""
 
     def __init__(self, model: LLaMA, name: str, style: PromptStyle) -> None:
         super().__init__(style)
@@ -98,9 +98,9 @@ class BankAdapters(Adapters):
 
     Args:
         model: From `load_with_bank`, not merged.
-        tokenizer: Of the base.
-        terms: What answers first.
-        style: Name of the prompt style for all; None is each adapter's own.
+        tokenizer: The tokenizer of the base.
+        terms: The weighted sum to start with.
+        style: Name of the prompt style for all; None uses each adapter's own.
     """
 
     def __init__(self, model: LLaMA, tokenizer: Tokenizer, terms: Sum, style: str | None) -> None:
@@ -136,7 +136,7 @@ class BankAdapters(Adapters):
 
 
 def style_name(terms: Sum, bank: Bank, tokenizer: Tokenizer) -> str:
-    """Return the prompt style of a sum's first adapter; for the base model "chat", or else that of the bank's first."""
+    """Return the prompt style of a sum's first adapter; for the base alone "chat", or else that of the bank's first."""
     if terms:
         return bank[terms[0][0]].style
     return "chat" if tokenizer.template is not None else next((slot.style for slot in bank.values()), "alpaca")
@@ -150,7 +150,7 @@ class Chat:
 
     Args:
         session: The model with its settings.
-        adapters: What it may switch between.
+        adapters: The adapters to switch between.
     """
 
     def __init__(self, session: Session, adapters: Adapters) -> None:
@@ -242,8 +242,8 @@ class Chat:
     def fit(self, turns: list[Message]) -> tuple[list[Message], str]:
         """Return the latest turns that fit into the context with an answer, and their prompt.
 
-        Room is kept for an answer of `max_new_tokens`, or of half the context. Turns are left out as a whole, a
-        question with its answers. The last question may leave less room.
+        Room is kept for an answer of `max_new_tokens`, at most half the context. The oldest turns are left out, each
+        question together with its answers. The last question may leave less room.
 
         Raises:
             UserError: The last question alone is too long.
@@ -315,7 +315,7 @@ def line_reader() -> Any:
         event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("escape", "c-j")  # what a terminal makes of Enter that is pressed before the prompt is there
+    @keys.add("escape", "c-j")  # what a terminal sends for Enter pressed before the prompt appears
     def begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -17,7 +17,7 @@ Terms = list[tuple[Tensor, Tensor]]  # keys and values (layers, n, nh, N, hs) of
 
 
 class QueueFull(UserError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
 
 class TooLong(UserError):
@@ -25,7 +25,7 @@ class TooLong(UserError):
 
 
 class Expired(UserError):
-    """A request took longer than it may."""
+    """A request took longer than allowed."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Token:
     """A token of an answer.
 
     Args:
-        text: what it adds to the answer; the token that completes a character has all of it.
-        start: where the text begins in the answer.
+        text: the text that it adds to the answer; a character of several tokens belongs to the last of them.
+        start: position of the text in the answer.
         logp: log-probability under the model, before temperature, top_k and top_p.
         top: the most likely tokens with their log-probabilities, as texts.
     """
@@ -50,10 +50,10 @@ class Event:
     """A part of an answer.
 
     Args:
-        text: continues the answer.
-        tokens: of which the text consists.
-        finish: "stop" or "length" with the last part.
-        error: why there will be no more; instead of `finish`.
+        text: the next text of the answer.
+        tokens: the tokens of the text.
+        finish: "stop" or "length" in the last part.
+        error: why the answer ended early, instead of `finish`.
     """
 
     text: str = ""
@@ -73,9 +73,9 @@ class Job:
         sampling, row: the row's number in the seed of its random numbers, see `Sampling`.
         stop: texts that end the answer.
         strip: remove white space around the answer.
-        n_top: report log-probabilities of the tokens, and of this many of the most likely ones; None is neither.
+        n_top: report log-probabilities of the tokens, and of this many of the most likely ones; None reports neither.
         streams: report the answer in pieces.
-        seconds: after which it fails, waiting included.
+        seconds: time limit, including the time in the queue.
     """
 
     prompt: list[int]
@@ -98,12 +98,12 @@ class Row:
     """A request in the running batch.
 
     Args:
-        limit: of new tokens.
+        limit: maximum number of new tokens.
 
     Attributes:
-        kind: how its tokens are chosen; rows with equal ones are sampled together.
+        kind: how its tokens are chosen; rows of the same kind are sampled together.
         terms: what its adapters add to each layer.
-        last: token.
+        last: the last token.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, limit: int, device: torch.device) -> None:
@@ -117,11 +117,11 @@ class Row:
 
     @property
     def length(self) -> int:
-        """The number of tokens in the KV cache, while the last one is not."""
+        """The number of tokens in the KV cache; the last token is not in it yet."""
         return len(self.job.prompt) + self.job.n_new - 1
 
     def append(self, token: int, logits: Tensor) -> Event | None:
-        """Append a token, chosen by logits (V,), to the answer and return what there is to report."""
+        """Append a token, chosen from logits (V,), to the answer. Return the event to report, if any."""
         job, text, finish = self.job, self.text, None
         self.last = token
         if token in self.stop_ids:

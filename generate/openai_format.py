@@ -1,4 +1,4 @@
-"""Requests and answers of the server in the form of OpenAI's API."""
+"""The server's requests and responses, in the format of OpenAI's API."""
 
 import time
 import uuid
@@ -14,15 +14,15 @@ from lit_llama.utils import check_text
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop texts of a request, and their characters
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Unused = Annotated[float, Field(ge=0, le=0)]  # a setting that only its neutral value leaves without effect
+Unused = Annotated[float, Field(ge=0, le=0)]  # an unsupported setting: only its neutral value is accepted
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False  # a last part with the numbers of tokens
+    include_usage: bool = False  # send the numbers of tokens in a last part
 
 
 class Request(BaseModel):
-    """What both kinds of requests share. A field that is not listed is refused rather than ignored."""
+    """Fields that both kinds of requests share. Other fields are refused rather than ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +30,7 @@ class Request(BaseModel):
     temperature: float = Field(1.0, ge=0, le=10)  # 0 is greedy
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # not OpenAI's: sample from the k most likely tokens; 0 means all
-    seed: int | None = Field(None, ge=-(2**31), lt=2**31)  # of the random numbers (default: another one each time)
+    seed: int | None = Field(None, ge=-(2**31), lt=2**31)  # of the random numbers (default: a new one each time)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None  # texts that end the answer
     max_tokens: int | None = Field(None, ge=1)  # longest answer (default: the server's)
     stream: bool = False
@@ -70,7 +70,7 @@ class CompletionRequest(Request):
     """The body of POST /v1/completions: texts that the model continues as they are."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)]
-    logprobs: int | None = Field(None, ge=0, le=20)  # of the tokens, and of so many of the most likely ones
+    logprobs: int | None = Field(None, ge=0, le=20)  # of the tokens, and of this many of the most likely ones
     echo: Literal[False] | None = False
     best_of: Literal[1] | None = 1
 
@@ -127,7 +127,7 @@ def render_messages(messages: Sequence[Message], style: PromptStyle) -> str:
 
 
 class CompletionFormat:
-    """How answers to /v1/completions look."""
+    """The format of responses of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -150,7 +150,7 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """How answers to /v1/chat/completions look."""
+    """The format of responses of /v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -178,7 +178,7 @@ class ChatFormat:
 
     @staticmethod
     def entry(text: str, logp: float) -> dict[str, Any]:
-        is_complete = "\ufffd" not in text  # or else it is a part of a character
+        is_complete = "\ufffd" not in text  # otherwise it is a part of a character
         return {"token": text, "logprob": max(logp, -9999.0), "bytes": list(text.encode()) if is_complete else None}
 
 
@@ -186,7 +186,7 @@ Format = type[CompletionFormat] | type[ChatFormat]
 
 
 def head(format: Format, model: str, is_part: bool) -> dict[str, Any]:
-    """Return the fields that all parts of an answer share."""
+    """Return the fields that all parts of a response share."""
     kind = format.chunk_kind if is_part else format.kind
     return {"id": f"{format.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 

@@ -8,16 +8,16 @@ class Rules:
     """Access and limits.
 
     Args:
-        api_key: clients send it; None lets everybody in.
-        admin_token: who adds and removes adapters sends it; None lets nobody do it.
-        hosts: names under which the server may be addressed, "*" for any: a page in a browser can give the server's
-            address another name, and would then be of the same origin.
-        max_body, max_adapter: bytes of a request and of an adapter.
-        max_adapters: adapters in the bank.
-        max_new_tokens: of an answer.
-        seconds: for an answer, waiting included.
-        body_seconds: for the body of a request to arrive.
-        style: prompt style of all requests; None is each adapter's own.
+        api_key: key that clients must send; None allows everybody.
+        admin_token: token that is needed to add and remove adapters; None allows nobody.
+        hosts: host names that requests may use, "*" for any. This prevents DNS rebinding, in which a web page gives the
+            server's address another name, so that it counts as the page's own origin.
+        max_body, max_adapter: maximum size of a request and of an adapter, in bytes.
+        max_adapters: maximum number of adapters in the bank.
+        max_new_tokens: maximum number of tokens in an answer.
+        seconds: time limit of an answer, including the time in the queue.
+        body_seconds: time limit for the body of a request to arrive.
+        style: prompt style of all requests; None uses each adapter's own.
     """
 
     api_key: str | None = None

@@ -31,30 +31,30 @@ class Settings(Checked):
     prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==
-    host: str = "127.0.0.1"  # address to listen at: this machine alone; 0.0.0.0 is all networks
-    port: Port = 8000  # 0 is any free one
-    allowed_hosts: tuple[str, ...] = ()  # names of this server in URLs (default: this machine's, any if not 127.0.0.1)
+    host: str = "127.0.0.1"  # address to listen on: this machine only; 0.0.0.0 is all networks
+    port: Port = 8000  # 0 is any free port
+    allowed_hosts: tuple[str, ...] = ()  # host names in URLs (default: this machine's; any if --host is not local)
 
     # == Access ==
-    api_key: str | None = None  # clients must send it (default: the environment variable ALIGNER_API_KEY; none: open)
-    admin_token: str | None = None  # to change adapters (default: ALIGNER_ADMIN_TOKEN; none: nobody can)
+    api_key: str | None = None  # clients must send it (default: the environment variable ALIGNER_API_KEY, else open)
+    admin_token: str | None = None  # needed to change adapters (default: ALIGNER_ADMIN_TOKEN, else nobody can)
 
     # == Limits ==
     max_batch: PositiveInt = 64  # rows of the running batch; the KV cache is allocated for them
     max_length: PositiveInt | None = None  # tokens of a prompt with its answer (default: the model's context)
     max_new_tokens: PositiveInt = 1024  # longest answer, in tokens, also of requests that state none
     max_waiting: PositiveInt = 256  # requests in the queue; further ones are refused
-    max_connections: PositiveInt = 1024  # at the same time
-    seconds: PositiveFloat = 120.0  # for an answer, waiting included
-    body_seconds: PositiveFloat = 10.0  # for a request to arrive
-    max_body_kb: PositiveInt = 256  # of a request
-    max_adapter_mb: PositiveInt = 16  # of an adapter
-    max_adapters: PositiveInt = 10_000  # in the bank, for adding
+    max_connections: PositiveInt = 1024  # simultaneous connections
+    seconds: PositiveFloat = 120.0  # time limit for an answer, including the time in the queue
+    body_seconds: PositiveFloat = 10.0  # time limit for a request to arrive
+    max_body_kb: PositiveInt = 256  # largest request
+    max_adapter_mb: PositiveInt = 16  # largest adapter that can be added
+    max_adapters: PositiveInt = 10_000  # adapters in the bank; no more can be added
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: as precision)
 
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
             raise
         raise UserError(f"The server needs {error.name}: pip install -r requirements-serve.txt.") from None
     if settings.prompt_style is not None:
-        get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # or an error
+        get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # raises an error if there is none
     rules = make_rules(settings)
     listener = listen(settings.host, settings.port)
     app = make_app(make_engine(settings), rules)
@@ -139,17 +139,17 @@ def make_engine(settings: Settings) -> Engine:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
-        UserError: The address is not this machine's, or taken.
+        UserError: The address is not this machine's, or it is in use.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         reason = os.strerror(error.errno) if getattr(error, "errno", None) and error.errno > 0 else error
-        raise UserError(f"Cannot listen at {host}, port {port} ({reason}); choose another --host or --port.") from None
+        raise UserError(f"Cannot listen on {host}, port {port} ({reason}); choose another --host or --port.") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small LLaMA, the Aligner variant of it, and what training and generating with them takes."""
+"""A small LLaMA, its Aligner variant, and everything needed to train them and generate with them."""
 
 from importlib import import_module
 from typing import Any

@@ -1,6 +1,6 @@
-"""LLaMA-Adapter v1 (arXiv 2303.16199): each layer from the start layer on has a prefix of its own.
+"""LLaMA-Adapter v1 (arXiv 2303.16199): each layer from the start layer on has its own prefix.
 
-The attention is the Aligner's (see the picture in lit_llama/aligner.py), with `attn.adapter_wte` in place of the prefix
+The attention is the Aligner's (see the diagram in lit_llama/aligner.py), with `attn.adapter_wte` in place of the prefix
 shared by all layers. As in Lit-LLaMA the gate is used as it is; the authors' code applies tanh to it.
 """
 
@@ -45,7 +45,7 @@ class LLaMA(llama.LLaMA):
     @staticmethod
     def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         layers = layers_of(state_dict, ".adapter_wte.weight")
-        # the authors' Aligner files repeat the prefix under these names, and version 2 has scales besides
+        # the authors' Aligner files repeat the prefix under these names, and version 2 has scales as well
         others = ("global_value_embedding.weight", ".adapter_scale")
         if not layers or any(name.endswith(others) for name in state_dict):
             return None

@@ -3,8 +3,8 @@
     linear layer    x ──► W·x + b ──► + adapter_bias ──► × adapter_scale      the output layer included
     norm            x ──► x / rms(x) ──► × scale ──► × adapter_scale
 
-The prefixes and gates are those of lit_llama/adapter.py. Biases are 0 and scales 1 at the start. Training a norm's
-adapter_scale beside its frozen scale is training the norm. An output layer that is tied to the embedding has neither.
+The prefixes and gates are those of lit_llama/adapter.py. Biases start at 0 and scales at 1. Training the adapter_scale
+of a norm with a frozen scale amounts to training the norm. An output layer tied to the embedding has neither.
 """
 
 from dataclasses import dataclass

@@ -4,10 +4,10 @@
                       ▲          │                                     ▲
                       │          └──► softmax(q·K_pᵀ/√hs)·V_p × gate ──┘
                       │                             ▲
-    prefix (P, C) ────┴────────────────────────► K_p, V_p, without norm and rotary
+    prefix (P, C) ────┴────────────────────────► K_p, V_p, neither normalized nor rotated
 
-The trained parameters are the prefix (`global_value_embedding`) and a gate per head and layer (`gating_factor`), zero
-at the start. With one token the softmax is 1, and a layer adds the constant gate × V_p: see lit_llama/merge.py.
+The trained parameters are the prefix (`global_value_embedding`) and a gate per head and layer (`gating_factor`), which
+starts at zero. For P = 1 the softmax is 1, so each layer adds the constant gate × V_p: see lit_llama/merge.py.
 """
 
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ class LLaMAConfig(llama.LLaMAConfig):
 
 
 def gated_kv(keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and gated values of prefix tokens, per query head: (m, nh, P, hs) each.
+    """Return the keys and gated values of the prefix tokens, repeated for each query head: (m, nh, P, hs) each.
 
     Args:
-        keys, values: (m, ng, P, hs), a layer's `keys_values` of the prefix: not rotated.
+        keys, values: (m, ng, P, hs), not rotated, from the layer's `keys_values`.
         gate: (m, nh, 1, 1), fp32.
     """
     groups = gate.size(1) // keys.size(1)
@@ -58,7 +58,7 @@ def gated_kv(keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor
 
 
 def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return softmax(q·Kᵀ/√hs)·V: (B, nh, T, hs), or the values themselves for P = 1, where the softmax is 1.
+    """Return softmax(q·Kᵀ/√hs)·V, (B, nh, T, hs). For P = 1 the softmax is 1, and the result is `values` itself.
 
     Args:
         q: (B, nh, T, hs), rotated.
@@ -75,12 +75,12 @@ class Prefix(Fp32Parameters, nn.Embedding):
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
-    """Attention to the text plus gated attention to the prefix."""
+    """Causal self-attention plus gated attention to the prefix."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
         self.gating_factor = nn.Parameter(torch.zeros(1, config.n_head, 1, 1, dtype=torch.float32))
-        self.prefix: list[Prefix] = []  # in a list, as the model owns it
+        self.prefix: list[Prefix] = []  # a list, so that only the model registers the parameter
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.gating_factor)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AnswerSettings(Checked):
-    """Settings of every generate script; each adds its own and gives other defaults."""
+    """Settings of every generate script; each adds its own and overrides some defaults."""
 
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
@@ -38,9 +38,9 @@ class AnswerSettings(Checked):
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-    devices: PositiveInt = 1  # more than one share the base, each holding a part of it
+    devices: PositiveInt = 1  # the base is sharded over several devices
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes (default: as precision)
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: as precision)
     compile: bool = False  # compile the layers with torch.compile, for many answers; on a GPU with CUDA graphs
 
     def __post_init__(self) -> None:
@@ -59,9 +59,9 @@ class AnswerSettings(Checked):
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """Device, dtype and quantization as `load_model` takes them, or device, dtype and mesh of several processes.
+        """Device, dtype and quantization as arguments of `load_model`; with several devices, a mesh of processes.
 
-        They are started when this is first read.
+        The first access starts these processes.
         """
         from lit_llama.device import pick_device  # loads PyTorch
         from lit_llama.run.processes import launch_sharded
@@ -74,10 +74,10 @@ class AnswerSettings(Checked):
         return {"device": fabric.device, "dtype": dtype, "mesh": base_mesh(fabric, "fsdp")}
 
     def check_output(self, *inputs: Path) -> None:
-        """Check that `output_file` may be written and is none of the inputs.
+        """Check that `output_file` may be written and is not one of the inputs.
 
         Raises:
-            UserError: It may not, or is one.
+            UserError: It may not be written, or it is an input.
         """
         if self.output_file:
             check_file(self.output_file, self.prompt_file, self.checkpoint_dir, *inputs, overwrite=self.overwrite)

@@ -1,10 +1,10 @@
-"""A bank: many Aligners of one base, kept in memory under their names.
+"""A bank: many Aligners of one base, kept in memory by name.
 
-A bank stores what was trained, prefix and gates side by side, and no projections of them. For one token at 7B that is
-4,096 + 30 · 32 = 5,056 numbers; the projected values of all layers would be 24 times as many. Batches use a bank
-through lit_llama/compose.py.
+A bank stores only the trained numbers, the prefix followed by the gates, and not their projections. For one token at 7B
+that is 4,096 + 30 · 32 = 5,056 numbers; the projected values of all layers would be 24 times as many. Batches use a
+bank through lit_llama/compose.py.
 
-The file of a bank is a safetensors file with these tensors for i = 0, 1, ...:
+A bank is saved as a safetensors file with these tensors for i = 0, 1, ...:
 
     adapters.i   (n, N·C + layers·nh) fp32 or bf16: n adapters of N tokens each, layers from the start layer up
     names.i      UTF-8 JSON as bytes: [[name, prompt style], ...] of the n adapters
@@ -83,15 +83,15 @@ class Bank(dict[str, Slot]):
         self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
-        # comparing all of a million names takes too long: only those with the longest common beginning
+        # comparing with a million names takes too long: only those with the longest common prefix are compared
         alike = heapq.nlargest(1000, self, key=lambda other: len(os.path.commonprefix([name, other])))  # noqa: RUF071
         near = get_close_matches(name, alike, 3)
-        hint = f"; {'near ones' if near else 'some'} are {', '.join(map(repr, near or alike[:3]))}" if alike else ""
+        hint = f"; {'similar' if near else 'some'} names are {', '.join(map(repr, near or alike[:3]))}" if alike else ""
         raise UserError(f"There is no adapter named {name!r} among the {len(self)} of the bank{hint}.")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all prefixes and gates, without names."""
+        """The size of all prefixes and gates in bytes, without names."""
         return sum(slot.block.size(1) for slot in self.values()) * self.dtype.itemsize
 
     def add(self, name: str, adapter: AdapterFile) -> None:
@@ -106,7 +106,7 @@ class Bank(dict[str, Slot]):
         self._store(name, self._pack(adapter), adapter.meta.get("prompt_style"))
 
     def swap(self, name: str, adapter: AdapterFile) -> None:
-        """Replace the adapter of a name. If `adapter` is refused as in `add`, the bank is unchanged."""
+        """Replace the adapter of a name. If `adapter` is refused, as in `add`, the bank is unchanged."""
         old, packed = self[name], self._pack(adapter)
         self.free[old.block.size(1)].append(old)  # an adapter of the same length takes its row
         self._store(name, packed, adapter.meta.get("prompt_style"))
@@ -128,10 +128,10 @@ class Bank(dict[str, Slot]):
         return AdapterFile(state, meta | ({"base": self.base} if self.base else {}), Path(name))
 
     def check(self, name: str) -> None:
-        """Check that the bank has an adapter of finite numbers. A file is not read for this before it is used.
+        """Check that the bank has an adapter, and that its numbers are finite. `load` does not check this.
 
         Raises:
-            UserError: There is no such name, or its adapter holds NaN or infinity.
+            UserError: There is no such name, or its adapter contains NaN or infinity.
         """
         slot = self[name]
         if not slot.block[slot.row].isfinite().all():
@@ -154,7 +154,7 @@ class Bank(dict[str, Slot]):
         return gathered
 
     def _pack(self, adapter: AdapterFile) -> Tensor:
-        """Check an adapter and return its prefix and gates side by side, (N·C + layers·nh,)."""
+        """Check an adapter and return its prefix and gates, concatenated: (N·C + layers·nh,)."""
         config = self.config
         if adapter.method != "aligner":
             raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; a bank holds Aligners.")
@@ -210,7 +210,7 @@ class Bank(dict[str, Slot]):
         while the bank is in use. Changes to the bank do not change the file.
 
         Raises:
-            UserError: There is no such file, it is not a bank, or it belongs to another base.
+            UserError: The file does not exist, is not a bank, or belongs to another base.
         """
         meta = read_header(path, META_KEY)
         if meta is None:
@@ -228,7 +228,7 @@ class Bank(dict[str, Slot]):
                     bank._insert(block, length, names)
         except UserError as error:
             raise UserError(f"The bank {path} cannot be used: {error}") from None
-        except Exception as error:  # each damage raises its own
+        except Exception as error:  # each kind of damage raises its own type
             raise UserError(f"The bank {path} is damaged ({type(error).__name__}: {error}).") from None
         return bank
 
@@ -240,36 +240,36 @@ class Bank(dict[str, Slot]):
         """
         shape = (len(names), length * self.config.n_embd + self.n_gates)
         if length < 1 or block.shape != shape or block.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"a tensor is {tuple(block.shape)}, {block.dtype}, where {shape} belongs")
+            raise ValueError(f"a tensor is {tuple(block.shape)}, {block.dtype}; it must be {shape}")
         self.dtype, block, count = block.dtype, block.to(self.device), len(self)
         self.update((name, Slot(block, row, sys.intern(style))) for row, (name, style) in enumerate(names))
         if len(self) != count + len(names) or not all(type(name) is str for name, _ in names):
-            raise ValueError("a name occurs twice or is no text")
+            raise ValueError("a name occurs twice or is not text")
 
 
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
     """Return the bank of one bank file, or a bank of adapter files and folders, named after them.
 
     Raises:
-        UserError: A path is neither, an adapter does not belong to the base, or two have one name.
+        UserError: A path is neither, an adapter does not belong to the base, or two have the same name.
     """
     paths = [Path(path) for path in paths]
     if len(paths) == 1 and paths[0].is_file() and read_header(paths[0], META_KEY) is not None:
         bank = Bank.load(paths[0], checkpoint_dir)
         if not bank:
-            raise UserError(f"The bank {paths[0]} holds no adapter.")
+            raise UserError(f"The bank {paths[0]} has no adapters.")
         return bank
     names = [path.resolve().name if path.is_dir() else short_name(path) for path in paths]
     return make_bank(checkpoint_dir, [(n, read_adapter(path)) for n, path in zip(names, paths, strict=True)])
 
 
 def short_name(path: Path) -> str:
-    """Return the name of an adapter in a bank: of its file, or of its repository on the hub."""
+    """Return the name that an adapter gets in a bank: that of its file, or of its repository on the hub."""
     return repository(path)[0].partition("/")[2] if is_on_hub(path) else path.stem
 
 
 def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:
-    """Return a bank of named adapters, whose start layer is the lowest of theirs.
+    """Return a bank of named adapters, with the lowest of their start layers.
 
     Raises:
         UserError: As in `Bank.add`.

@@ -2,7 +2,7 @@
 
 x ──► frozen attention ──► c_proj ──► + adapter_bias (C,), zero at the start
 
-An Aligner of one token also adds a constant to each layer, c_proj.weight × (gate × V_p). Its constants are all made of
+An Aligner of one token also adds a constant to each layer, c_proj.weight × (gate × V_p). All its constants derive from
 the same C numbers and a gate per head, so it is this method with tied weights.
 """
 
@@ -39,7 +39,7 @@ class LLaMA(llama.LLaMA):
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
-    """Attention with a trained bias on its output, beside the base's own bias if there is one."""
+    """Attention with a trained bias on its output, in addition to the base's bias if there is one."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)

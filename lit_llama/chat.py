@@ -1,4 +1,4 @@
-"""What the generate scripts share: settings, prompts in, answers out."""
+"""Functions that the generate scripts share: read prompts, answer them, show and save the answers."""
 
 import json
 import resource
@@ -31,8 +31,8 @@ class Request:
 
     Args:
         prompt, input: instruction and its context.
-        id: of the question in its file, if it has one.
-        adapter: the adapters to answer with, as text for `lit_llama.compose.parse_sum`; None leaves them open.
+        id: id of the question in its file, if it has one.
+        adapter: the adapters to answer with, as text for `lit_llama.compose.parse_sum`; None if not specified.
     """
 
     prompt: str
@@ -48,7 +48,7 @@ def read_requests(path: Path) -> list[Request]:
     `turns` (of which the first is used) and the `question_id` of Vicuna-bench. Any other file has one prompt per line.
 
     Raises:
-        UserError: There is no such file, it has no prompt, or a row has none (with its number).
+        UserError: There is no such file, it has no prompt, or a row has none (the message has its number).
     """
     path = Path(path)
     if path.suffix.lower() in (".json", ".jsonl", ".gz", ".parquet"):
@@ -58,7 +58,7 @@ def read_requests(path: Path) -> list[Request]:
         lines = read_text(path).split("\n")  # not splitlines, which also splits at U+2028
         requests = [Request(line.strip()) for line in lines if line.strip()]
     if not requests:
-        raise UserError(f"{path} holds no prompt.")
+        raise UserError(f"{path} has no prompt.")
     return requests
 
 
@@ -75,7 +75,7 @@ def _request_of(row: Any, number: int) -> Request:
 
 
 def gather_requests(settings: AnswerSettings, bank: bool = False) -> list[Request]:
-    """Return the requests of a command line, none with --interactive. Without a bank, their adapters are ignored."""
+    """Return the requests of a command line; none with --interactive. Without a bank, their adapters are ignored."""
     if settings.interactive:
         return []
     if not settings.prompt_file:
@@ -89,7 +89,7 @@ def gather_requests(settings: AnswerSettings, bank: bool = False) -> list[Reques
 
 @dataclass
 class Session:
-    """A loaded model that answers requests as the settings say."""
+    """A loaded model that answers requests according to the settings."""
 
     model: LLaMA
     tokenizer: Tokenizer
@@ -102,11 +102,11 @@ class Session:
         """Return the answers; in a style that continues its prompts, each prompt with its continuation.
 
         Args:
-            styles: of each request.
-            adapters: of each request; see `answer`.
+            styles: the prompt style of each request.
+            adapters: the adapters of each request; see `answer`.
 
         Raises:
-            UserError: A prompt is empty or longer than the context, or there is no such adapter.
+            UserError: A prompt is empty or longer than the context, or an adapter does not exist.
         """
         system = self.settings.system
         prompts = [style.render(r.prompt, r.input, system) for style, r in zip(styles, requests, strict=True)]

@@ -4,9 +4,9 @@ A template is a Jinja program that comes with the checkpoint, as `chat_template.
 may come from a stranger, so it runs in Jinja's sandbox, on plain data. The names that a template may use are those of
 transformers (its `apply_chat_template`).
 
-Special tokens that the template writes become special tokens of the model; those that a message spells stay text.
-While a template runs, an invisible noncharacter, `GUARD`, therefore interrupts the special tokens in messages.
-`Tokenizer.encode` removes it.
+Special tokens written by the template become special tokens of the model; those spelled out in a message stay text. To
+tell them apart, an invisible noncharacter, `GUARD`, is inserted into the special tokens in messages while a template
+runs; `Tokenizer.encode` removes it.
 """
 
 import hashlib
@@ -22,18 +22,17 @@ from lit_llama.storage.schema import field, read_bytes, read_json
 from lit_llama.utils import UserError
 
 TEMPLATE_NAME = "chat_template.jinja"
-GUARD = "\ufdd0"  # Unicode reserves it for uses within a program
+GUARD = "\ufdd0"  # reserved by Unicode for use within a program
 MOST_TEXT = 10_000_000  # characters that a template may write
-Message = dict[str, Any]  # role, content, and what else the template reads
-PING: Message = {"role": "user", "content": "Ping"}  # asked to learn what a template writes
+Message = dict[str, Any]  # role, content, and other fields that the template reads
+PING: Message = {"role": "user", "content": "Ping"}  # rendered to find out what a template writes
 
 
 class Rendered(str):
     """A conversation as text.
 
     Args:
-        first: Its first question. Conversations with the same first question are not divided between training and
-            validation.
+        first: Its first question. Conversations with the same first question are kept in the same split.
     """
 
     first: str
@@ -48,7 +47,7 @@ class ChatText(Rendered):
     """A conversation rendered by a chat template, or a part of it. Special tokens in it are special.
 
     Args:
-        messages, tools: What was rendered.
+        messages, tools: The messages and tools that were rendered.
     """
 
     messages: Sequence[Message]
@@ -82,11 +81,11 @@ class Refusal(UserError):
 
 
 class Unstable(UserError):
-    """A template renders an earlier answer in another way than the last one."""
+    """A template renders an earlier answer differently from the last one."""
 
 
 class Interrupter:
-    """Inserts `GUARD` into special tokens that a text spells, and after and before parts of them at its ends.
+    """Inserts `GUARD` into special tokens that a text spells out, and next to parts of them at the text's ends.
 
     Args:
         tokens: The special tokens.
@@ -100,7 +99,7 @@ class Interrupter:
         self.starts = re.compile(f"(?=(?:{'|'.join(map(re.escape, tokens)) or '(?!)'})).", re.DOTALL)
 
     def __call__(self, value: Any) -> Any:
-        """Return plain data whose texts hold no special token, and form none with what stands beside them."""
+        """Return plain data whose texts contain no special token, and form none with the text around them."""
         if isinstance(value, dict):
             return {name: self(item) for name, item in value.items()}
         if isinstance(value, list | tuple):
@@ -124,10 +123,10 @@ class ChatTemplate:
     Args:
         source: The Jinja program.
         path: The file that it comes from.
-        names: Special tokens by the names under which templates use them, such as `bos_token`.
+        names: Special tokens by their names in templates, such as `bos_token`.
         control: The special tokens, as texts.
-        added: Further tokens that the tokenizer never divides, such as `<think>`, which a model may write itself. If
-            the template writes them, only answers may hold them.
+        added: Other tokens that the tokenizer never splits, such as `<think>`, which a model may write itself. If the
+            template writes them, only answers may contain them.
         variables: Further variables of the template, such as Qwen3's `enable_thinking`.
     """
 
@@ -171,9 +170,9 @@ class ChatTemplate:
         """Return a conversation as text.
 
         Args:
-            messages: Turns, oldest first. Where the template has no place for a system message, the text of the first
-                one is put before the first question, with an empty line between.
-            generation_prompt: Append what begins the model's answer.
+            messages: Turns, oldest first. If the template does not support system messages, the text of the first one
+                is put before the first question, separated by an empty line.
+            generation_prompt: Append the beginning of the model's answer.
             tools: Descriptions of functions that the model may call.
 
         Raises:
@@ -212,12 +211,12 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether the template has a place for a system message."""
+        """Whether the template supports a system message."""
         try:
             return "Pang" in self._run([{"role": "system", "content": "Pang"}, PING], True)
         except Refusal:
             return False
-        except UserError:  # the conversation itself will show what is wrong
+        except UserError:  # rendering the conversation itself will report what is wrong
             return True
 
     @cached_property
@@ -233,14 +232,14 @@ class ChatTemplate:
     def answer_spans(
         self, messages: Sequence[Message], *, only_last: bool = False, tools: list[Any] | None = None
     ) -> tuple[ChatText, list[tuple[int, int]]]:
-        """Return a conversation that ends with an answer, and where its answers are.
+        """Return a conversation that ends with an answer, and the positions of its answers.
 
         A span begins where generation would begin, after the generation prompt, and ends after the token that ends the
-        turn. What a span holds is thus what the model would generate, after what it would be given.
+        turn. So it contains exactly what the model would generate from the text before it.
 
         Args:
             messages: The conversation.
-            only_last: Return the span of the last answer alone.
+            only_last: Return only the span of the last answer.
             tools: See `render`.
 
         Returns:
@@ -248,7 +247,7 @@ class ChatTemplate:
 
         Raises:
             Unstable: The text of an earlier part changes as the conversation continues.
-            UserError: As `render`, or the template begins a finished answer in another way than its generation prompt.
+            UserError: As `render`, or the template begins a finished answer differently from its generation prompt.
         """
         full, spans = self.render(messages, generation_prompt=False, tools=tools), []
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -258,22 +257,22 @@ class ChatTemplate:
             through = full if is_last else self.render(messages[: i + 1], generation_prompt=False, tools=tools)
             if not through.startswith(before):
                 raise UserError(
-                    f"The chat template in {self.path} begins a finished answer in another way than the answer that "
-                    "it asks for, so that generation would not begin where training did; edit the template."
+                    f"The chat template in {self.path} begins a finished answer differently from its generation "
+                    "prompt, so generation would not begin where training did; edit the template."
                 )
             if not full.startswith(through):
                 raise Unstable(
-                    f"The chat template in {self.path} renders an earlier answer in another way than the last one."
+                    f"The chat template in {self.path} renders an earlier answer differently from the last one."
                 )
             end = len(through)
-            if self.end_of_turn and (found := full.find(self.end_of_turn, len(before), end)) >= 0:
-                end = found + len(self.end_of_turn)
+            if self.end_of_turn and (position := full.find(self.end_of_turn, len(before), end)) >= 0:
+                end = position + len(self.end_of_turn)
             spans.append((len(before), end))
         return full, spans
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """Return a conversation whose system message is part of the first question."""
+    """Return a conversation with the system message moved into the first question."""
     if not messages or messages[0]["role"] != "system" or len(messages) == 1 or messages[1]["role"] != "user":
         return list(messages)
     system, question, *others = messages
@@ -282,7 +281,7 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn whatever a template raises into one sentence.
+    """Turn any exception of a template into one sentence.
 
     Raises:
         UserError: The template failed, or refused the conversation.
@@ -308,7 +307,7 @@ def explained(path: Path) -> Iterator[None]:
 def read_chat_template(folder: Path) -> tuple[str, Path] | None:
     """Return the source of a folder's chat template and the file that it comes from, None if there is no template.
 
-    `chat_template.jinja` takes precedence over `tokenizer_config.json`, where the template is a text, or a list of
+    `chat_template.jinja` takes precedence over `tokenizer_config.json`, where the template is a text, or a list from
     which the one named "default" is used.
 
     Raises:

@@ -1,6 +1,6 @@
 """Checkpoint folders of base models, and adapter files.
 
-The folder of a base model holds `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`) and
+The folder of a base model contains `lit_config.json`, `lit_model.safetensors` (or Lit-LLaMA's `lit-llama.pth`) and
 `tokenizer.model` (or `tokenizer.json`). An adapter is one small safetensors file whose header describes it and
 identifies its base. Files are written under a temporary name and renamed.
 """
@@ -59,7 +59,7 @@ def weights_path(checkpoint_dir: Path) -> Path:
         if (checkpoint_dir / name).is_file():
             return checkpoint_dir / name
     raise UserError(
-        f"{checkpoint_dir} holds no {' or '.join(WEIGHT_NAMES)}; convert a Hugging Face folder with "
+        f"{checkpoint_dir} has no {' or '.join(WEIGHT_NAMES)}; convert a Hugging Face folder with "
         "scripts/convert_hf_checkpoint.py."
     )
 
@@ -73,7 +73,7 @@ def save_base(checkpoint_dir: Path, config: LLaMAConfig, state: dict[str, torch.
 
 
 def write_base(checkpoint_dir: Path, config: LLaMAConfig, tensors: dict[str, LazyTensor]) -> None:
-    """Do the same as `save_base`, one tensor at a time and with a progress bar."""
+    """Write the same files as `save_base`, one tensor at a time and with a progress bar."""
     Path(checkpoint_dir).mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(t.nbytes for t in tensors.values()), desc="Writing", unit="B", unit_scale=True) as bar:
         write_tensors(Path(checkpoint_dir) / WEIGHT_NAMES[0], tensors, bar.update)
@@ -81,12 +81,12 @@ def write_base(checkpoint_dir: Path, config: LLaMAConfig, tensors: dict[str, Laz
 
 
 def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return what identifies a base model: its configuration, and two hashes of a part of its weights.
+    """Return a fingerprint of a base model: its configuration, and two hashes of a sample of its weights.
 
-    `tensors` is a hash of the name and shape of every tensor, of all norm scales and biases, and of eight rows of each
-    matrix, at equal distances; 13 GB are not read. `weights` is what versions before it recorded: a hash of the first
-    four rows of the embedding and of the first and last `c_attn`, and of the first four values of each norm scale.
-    Values are converted to bf16 first: a conversion of the base to fp32 or bf16 keeps the hashes. (A conversion from
+    `tensors` is a hash of the name and shape of every tensor, of all norm scales and biases, and of eight evenly spaced
+    rows of each matrix, so that 13 GB need not be read. `weights` is the hash that earlier versions recorded: of the
+    first four rows of the embedding and of the first and last `c_attn`, and the first four values of each norm scale.
+    Values are converted to bf16 first, so converting the base to fp32 or bf16 keeps the hashes. (Converting it from
     fp32 to fp16 does not, since values are then rounded twice.)
 
     Raises:
@@ -100,7 +100,7 @@ def base_fingerprint(checkpoint_dir: Path) -> dict[str, Any]:
     rows = open_rows(path)
     missing = [name for name in (*names, *rows) if name not in rows or not all(rows[name][0]) or not rows[name][0]]
     if missing:
-        raise UserError(f"{path} does not hold the weights its {CONFIG_NAME} describes: {missing[0]} is missing.")
+        raise UserError(f"{path} does not have the weights that {CONFIG_NAME} describes: {missing[0]} is missing.")
     weights, tensors = hashlib.sha256(), hashlib.sha256()
     for name in names:
         shape, read = rows[name]
@@ -127,8 +127,8 @@ class AdapterFile:
 
     Args:
         state: Tensors by parameter name.
-        meta: The header's description; empty for the authors' files.
-        path: Where the file was read.
+        meta: The header's description; empty for the files of the paper's authors.
+        path: Where the file was read from.
     """
 
     state: dict[str, torch.Tensor]
@@ -160,7 +160,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any
     """Write an adapter file.
 
     Args:
-        path: File to write. A file that exists is replaced if its header shows that this project wrote it.
+        path: File to write. An existing file is replaced if its header shows that this project wrote it.
         state: Tensors by parameter name.
         meta: Description that can be converted to JSON: method, config, base, prompt_style, training, versions.
         overwrite: Replace any file.
@@ -174,7 +174,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], meta: dict[str, Any
 
 
 def is_ours(path: Path, key: str = META_KEY) -> bool:
-    """Return whether a file is an adapter that this project wrote, or what else it marks with a key in the header."""
+    """Return whether this project wrote a file: an adapter, or another kind of file with its `key` in the header."""
     try:
         return read_header(path, key) is not None
     except UserError:
@@ -182,10 +182,10 @@ def is_ours(path: Path, key: str = META_KEY) -> bool:
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """Return the adapter in a file of this project (`.safetensors`) or of the authors (`.pth`).
+    """Return the adapter in a file of this project (`.safetensors`) or of the paper's authors (`.pth`).
 
     Args:
-        path: The file, or a run's folder, which stands for its best adapter, or `hf:owner/name` on the hub.
+        path: The file, a run folder (for its best adapter), or `hf:owner/name` for a repository on the hub.
 
     Raises:
         UserError: The file is missing, or is not an adapter.
@@ -195,10 +195,10 @@ def read_adapter(path: Path) -> AdapterFile:
         near = [str(other) for folder in (path.parent, Path("aligner_weights")) for other in folder.glob("*")]
         raise UserError(f"There is no adapter at {path}{did_you_mean(str(path), near)}")
     if path.is_dir():
-        found = [path / name for name in ("best.safetensors", "adapter.safetensors") if (path / name).is_file()]
-        if not found:
+        files = [path / name for name in ("best.safetensors", "adapter.safetensors") if (path / name).is_file()]
+        if not files:
             raise UserError(f"There is no adapter in the folder {path}.")
-        path = found[0]
+        path = files[0]
     adapter = AdapterFile(read_state(path), path=path)
     if path.suffix.lower() == ".safetensors":
         adapter.meta = read_header(path, META_KEY) or {}
@@ -208,7 +208,7 @@ def read_adapter(path: Path) -> AdapterFile:
 
 def _check_adapter(adapter: AdapterFile) -> None:
     """Check the types of a header's fields, the method's configuration, and that all numbers are finite."""
-    source, of_base = f"The header of {adapter.path}", {f.name for f in fields(LLaMAConfig)}
+    source, base_fields = f"The header of {adapter.path}", {f.name for f in fields(LLaMAConfig)}
     for name, kind in HEADER.items():
         if name in adapter.meta:
             field(adapter.meta, name, kind, source)
@@ -219,16 +219,16 @@ def _check_adapter(adapter: AdapterFile) -> None:
         if t.dim() == 0 or t.numel() == 0:
             raise UserError(f"{adapter.path} is not an adapter: {name} has the shape {tuple(t.shape)}.")
     if adapter.method not in METHODS:
-        raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; known are {', '.join(METHODS)}.")
+        raise UserError(f"{adapter.path} has the unknown method {adapter.method!r}, not one of {', '.join(METHODS)}.")
     config_class = METHODS[adapter.method].config_class
-    if unknown := sorted(adapter.config.keys() - ({f.name for f in fields(config_class)} - of_base)):
-        raise UserError(f"{source}: config has {unknown[0]!r}, which is no setting of {adapter.method!r}.")
+    if unknown := sorted(adapter.config.keys() - ({f.name for f in fields(config_class)} - base_fields)):
+        raise UserError(f"{source}: config has {unknown[0]!r}, which is not a setting of {adapter.method!r}.")
     try:
         config = config_class(n_layer=MOST["n_layer"], block_size=MOST["block_size"], **adapter.config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    if "config" in adapter.meta:  # settings that the header lacks have their defaults
-        adapter.meta["config"] = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_base}
+    if "config" in adapter.meta:  # settings missing from the header have their defaults
+        adapter.meta["config"] = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in base_fields}
     for name, t in adapter.state.items():
         if not t.isfinite().all():
             raise UserError(
@@ -260,7 +260,7 @@ def load_model(
         device: Device of all parameters.
         dtype: Dtype of the base's parameters. Those of the adapter are always fp32.
         quantize: Quantization of the base's projections, one of `lit_llama.settings.Quantize`; they compute in `dtype`.
-        mesh: Processes that share the base; each reads and holds a part of it (see `lit_llama.sharding`).
+        mesh: Processes over which the base is sharded; each reads and stores a part (see `lit_llama.sharding`).
 
     Raises:
         UserError: A file is missing or damaged, the adapter belongs to another base, or the base cannot be quantized or
@@ -275,7 +275,7 @@ def load_model(
         check_base(adapter, checkpoint_dir, config)
     with torch.device("meta"):
         model = model_class(config)
-    later: set[str] = set()  # what stays mapped to the file, to be read layer by layer
+    later: set[str] = set()  # weights that stay memory-mapped for now, to be read layer by layer
     if quantize is not None:
         check_quantize(quantize, model, device)
         later = {f"{name}.weight" for name in projections(model)}
@@ -296,20 +296,20 @@ def load_model(
 
 
 def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtype, later: set[str]) -> None:
-    """Replace the base's parameters, on the meta device, by those of a file; those in `later` stay mapped to it."""
+    """Replace the base's parameters on the meta device with those of a file; those in `later` stay memory-mapped."""
     model.load_state_dict(read_state(path), assign=True)  # checks the shapes before anything is allocated
     for name, p in model.named_parameters():
         if not p.is_meta and name not in later:
             p.data = p.data.to(device, dtype)
     missing = [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]
     if missing:
-        raise UserError(f"{path} holds no base model: {missing[0]} is missing.")
+        raise UserError(f"{path} contains no base model: {missing[0]} is missing.")
 
 
 def check_base(
     adapter: AdapterFile, checkpoint_dir: Path, config: LLaMAConfig, base: dict[str, Any] | None = None
 ) -> None:
-    """Check that an adapter was trained on a base model.
+    """Check that an adapter was trained on this base model.
 
     Args:
         adapter: The adapter. Only its width can be checked if its header does not name a base.
@@ -324,7 +324,7 @@ def check_base(
     if prefix is not None and prefix.size(-1) != config.n_embd:
         raise UserError(
             f"The adapter {adapter.path} is {prefix.size(-1)} wide and the base model in {checkpoint_dir} is "
-            f"{config.n_embd}: it was trained on another model."
+            f"{config.n_embd}: it was trained on a different model."
         )
     trained_on = adapter.meta.get("base")
     if trained_on is None:

@@ -1,9 +1,9 @@
-"""Command lines from a dataclass of settings.
+"""Command-line interfaces from dataclasses of settings.
 
-`parse(Settings)` gives a script a flag for each field of its settings (lit_llama/settings.py), with type check, default
-and a line of `--help`, and the same keys in a YAML file given with `--config`. A tuple takes several values; a field
-named `files` takes the arguments without a flag. Scripts call it before the imports that load PyTorch, which take
-seconds: `--help` and a mistake are answered at once. `run(main, settings)` then does the work.
+`parse(Settings)` gives a script a flag for each field of its settings (lit_llama/settings.py), with a type check, a
+default and a line in `--help`. A YAML file given with `--config` can set the same fields. A tuple takes several values;
+a field named `files` takes the positional arguments. Scripts call `parse` before they import PyTorch, which takes
+seconds, so that `--help` and error messages appear at once. `run(main, settings)` then does the work.
 """
 
 import inspect
@@ -29,7 +29,7 @@ wait_passively()
 
 @exit_on_user_error()
 def run(main: Callable[[S], Any], settings: S) -> None:
-    """Call `main` with the settings; a user's mistake ends the process with one line and exit code 1."""
+    """Call `main` with the settings; a `UserError` ends the process with one line and exit code 1."""
     main(settings)
 
 
@@ -37,7 +37,7 @@ def run(main: Callable[[S], Any], settings: S) -> None:
 def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
     """Return the settings of a command line (default: `sys.argv`).
 
-    A wrong command line ends the process with one line and exit code 2, a value out of range with exit code 1.
+    An invalid command line ends the process with one line and exit code 2, a value out of range with exit code 1.
     """
     check_environment()
     parser, settings = make_parser(settings_class), {setting.name: setting for setting in describe(settings_class)}

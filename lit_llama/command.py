@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the script of a command in this process's place."""
+    """Replace this process with the script of a command."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(overview())
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def available() -> dict[str, Path]:
-    """Return the commands whose script is there."""
+    """Return the commands whose script exists, and its path."""
     return {name: ROOT / script for name, script in COMMANDS.items() if (ROOT / script).is_file()}
 
 

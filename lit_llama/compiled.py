@@ -1,8 +1,8 @@
 """Compiled layers, and decoding steps as CUDA graphs (`--compile`).
 
-Each layer is compiled by itself: all layers of a kind share the code, so that compiling takes seconds and not minutes.
+Each layer is compiled separately: all layers of a kind share the code, so compiling takes seconds instead of minutes.
 On a GPU a decoding step of all layers is recorded once per batch as a CUDA graph, and then costs one launch. This needs
-shapes and addresses that stay the same: a static `KVCache`, and token and position tensors that are written in place.
+fixed shapes and addresses: a static `KVCache`, and token and position tensors that are written in place.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lit_llama.variant import Variant
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B,) and their positions (B,) -> logits (B, V)
 RECOMPILE_LIMIT = 64  # versions of a layer's code that may be compiled
-WARM_UP = 3  # steps before a recording: the first ones compile, choose algorithms and allocate workspaces
+WARM_UP = 3  # steps before recording: the first ones compile, choose algorithms and allocate workspaces
 
 
 def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: str = "inductor") -> None:
@@ -27,15 +27,15 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
     Args:
         purpose: what the compiled layers are used for; everything else runs as before.
-        backend: of `torch.compile`.
+        backend: backend of `torch.compile`.
 
     Raises:
-        UserError: The layers cannot be compiled: they are quantized, or shared by several processes.
+        UserError: The layers cannot be compiled because they are quantized or sharded.
     """
     if is_sharded(model):
-        raise UserError("--compile does not work with layers that several processes share.")
+        raise UserError("--compile does not work with sharded layers.")
     if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.transformer.h.modules()):
-        raise UserError("--compile and --quantize do not go together: quantized layers cannot be compiled.")
+        raise UserError("--compile and --quantize cannot be combined: quantized layers cannot be compiled.")
     import torch._dynamo  # takes a second
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8
@@ -57,7 +57,7 @@ class RecordedStep:
     The logits that it returns are overwritten by the next call.
 
     Args:
-        step: of static shapes; calling it twice with the same arguments must be the same as calling it once.
+        step: a step with static shapes; calling it twice with the same arguments must be the same as calling it once.
     """
 
     def __init__(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Models whose adapters are weighted sums of Aligners, another one in each row of a batch if need be.
+"""Models whose adapters are weighted sums of Aligners; each row of a batch may have a different sum.
 
     row 0   (("pirate", 1.0),)                       one Aligner as trained
     row 1   (("pirate", 1.0), ("polite", 0.5))       two, whose contributions add up
@@ -6,8 +6,8 @@
 
     a layer's attention in row i:   Attn(q, k, v) + Σ strength · gate × softmax(q·Kᵀ/√hs)·V    over the sum of row i
 
-Strengths multiply the gates. When a batch begins, each layer projects those of its distinct prefixes that are not among
-the last used ones, of which `PROJECTED_BYTES` are kept. For N = 1 a row then adds a constant to each layer.
+Strengths multiply the gates. When a batch begins, each layer projects the prefixes of the batch, each once; the most
+recently used projections, up to `PROJECTED_BYTES`, are cached. For N = 1 a row then adds a constant to each layer.
 """
 
 import re
@@ -36,7 +36,7 @@ Row = Sum | str | None  # a name stands for ((name, 1.0),), None for ()
 
 
 def as_sum(row: Row) -> Sum:
-    """Return the weighted sum of a row, without terms of strength 0: they must leave the base bit for bit."""
+    """Return the weighted sum of a row, without terms of strength 0, which must not change the base by a single bit."""
     terms = ((row, 1.0),) if isinstance(row, str) else row or ()
     return tuple((name, float(strength)) for name, strength in terms if strength)
 
@@ -60,12 +60,12 @@ def parse_sum(text: str, bank: Bank) -> Sum:
 
 
 class Term(NamedTuple):
-    """What rows of a batch with prefixes of one length N add to one layer's attention.
+    """The keys and values that prefixes of one length N add to one layer's attention, in some rows of a batch.
 
     Args:
         keys, values: (n, nh, N, hs) from `gated_kv`.
-        rows: (n,) their rows in the batch, a row may occur several times; None means all rows in order, or for n = 1
-            that all rows share them.
+        rows: (n,) their rows in the batch, in which a row may occur several times; None means all rows in order, or for
+            n = 1 that all rows share them.
     """
 
     keys: Tensor
@@ -73,7 +73,7 @@ class Term(NamedTuple):
     rows: Tensor | None
 
     def select(self, rows: Tensor) -> "Term":
-        """Return the term for a batch of these rows (n',) of the original one."""
+        """Return the term for a batch that consists of these rows (n',) of the original batch."""
         if self.rows is not None:
             places, which = (rows.unsqueeze(1) == self.rows).nonzero(as_tuple=True)
             return Term(self.keys[which], self.values[which], places)
@@ -81,11 +81,11 @@ class Term(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """A prefix in the layers from the bank's start layer up.
+    """The projections of a prefix in the layers from the bank's start layer up.
 
     Args:
-        slot: of its adapter in the bank. It is another object after a swap.
-        keys, values: (layers, ng, N, hs) from `keys_values`. For N = 1 nothing reads the keys, and they are the values.
+        slot: the slot of its adapter in the bank; a swap replaces it with another object.
+        keys, values: (layers, ng, N, hs) from `keys_values`. For N = 1 the keys are not needed, and are the values.
     """
 
     slot: Slot
@@ -98,12 +98,12 @@ class Projected(NamedTuple):
 
 
 class LastUsed(OrderedDict[str, Projected]):
-    """The projected prefixes that were used last, by their names in a bank, up to `PROJECTED_BYTES`."""
+    """A cache of the most recently used projected prefixes, by their names in a bank, up to `PROJECTED_BYTES`."""
 
     nbytes = 0
 
     def use(self, name: str, slot: Slot) -> Projected | None:
-        """Return the prefix of a name, None if it is not here or the adapter was exchanged."""
+        """Return the projected prefix of a name, None if it is not cached or its adapter was swapped."""
         if name not in self:
             return None
         self.move_to_end(name)
@@ -119,7 +119,7 @@ class LastUsed(OrderedDict[str, Projected]):
 
 
 class CausalSelfAttention(llama.CausalSelfAttention):
-    """Attention to the text plus each row's terms."""
+    """Causal self-attention plus each row's terms."""
 
     terms: Sequence[Term] = ()
 
@@ -139,7 +139,7 @@ class LLaMA(llama.LLaMA):
 
     Args:
         bank: set by `load_with_bank`.
-        sums: of each row; a single one is for batches of any size.
+        sums: the weighted sum of each row; a single one is for batches of any size.
     """
 
     bank: Bank
@@ -156,7 +156,7 @@ class LLaMA(llama.LLaMA):
     def use(self, rows: Sequence[Row]) -> None:
         """Assign a weighted sum to each row of the following batches; a single one is for batches of any size.
 
-        This is for inference: no gradients reach the adapters. Later changes of the bank have no effect on it.
+        This is for inference: no gradients reach the adapters. Later changes to the bank have no effect on these rows.
 
         Raises:
             UserError: A name is not in the bank; the rows are then unchanged.
@@ -236,7 +236,7 @@ class LLaMA(llama.LLaMA):
         return torch.stack([projected.keys for projected in batch.values()], 1), values
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raise the error for unknown names that `use` would."""
+        """Raise the error that `use` would raise for unknown names."""
         for row in rows:
             for name, _ in as_sum(row):
                 self.bank[name]
@@ -250,12 +250,12 @@ class LLaMA(llama.LLaMA):
 def load_with_bank(
     checkpoint_dir: Path, bank: Bank, row: Row = None, *, merge: bool = False, **options: Any
 ) -> llama.LLaMA:
-    """Load a base whose rows may each use another weighted sum of a bank's Aligners.
+    """Load a base in which each row of a batch may use a different weighted sum of a bank's Aligners.
 
     Args:
         row: the sum of all rows until `LLaMA.use` changes it.
         merge: return a plain LLaMA if all prefixes of `row` have one token: it computes the same function at the
-            base's speed, but its adapters can no longer be scaled or exchanged.
+            base's speed, but its adapters can no longer be scaled or swapped.
         options: device, dtype and quantize of `load_model`.
 
     Raises:
@@ -290,7 +290,7 @@ def load_adapted(
 
     Args:
         adapters: trained on this base.
-        strengths: how much each adapter counts (see its method's `scaled_parameter`); a single one is for all.
+        strengths: strength of each adapter (see its method's `scaled_parameter`); a single one is for all.
         merge, options: see `load_with_bank`.
 
     Raises:
@@ -302,7 +302,7 @@ def load_adapted(
     foreign = [adapter for adapter in adapters if adapter.method != "aligner"]
     if foreign and len(adapters) > 1:
         raise UserError(f"{foreign[0].path} was made by the method {foreign[0].method!r}; only Aligners add up.")
-    if foreign or (len(adapters) == 1 and options.get("mesh") is not None):  # a base is sharded without merging
+    if foreign or (len(adapters) == 1 and options.get("mesh") is not None):  # nothing is merged into a sharded base
         model = load_model(checkpoint_dir, adapters[0], **options)
         for name, p in model.adapter_parameters().items():
             p.data = model.scaled_parameter(name, p.data, strengths[0])
@@ -316,7 +316,7 @@ def load_adapted(
 def scaled_adapter(model: llama.LLaMA, strength: float) -> AbstractContextManager:
     """Temporarily scale a model's adapter: 0 gives the base model bit for bit, 1 the adapter as it is.
 
-    Scaled are gates, LoRA's B or BitFit's biases; see each method's `scaled_parameter`.
+    It scales the gates, LoRA's B or BitFit's biases; see each method's `scaled_parameter`.
 
     Raises:
         UserError: The method does not support this strength.

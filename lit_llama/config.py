@@ -1,4 +1,4 @@
-"""The configuration of a LLaMA-family model, and the sizes of known ones."""
+"""The configuration of a LLaMA-family model, and the configurations of known models."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -99,7 +99,7 @@ class LLaMAConfig:
         nope_layers: layers without rotary positions (NoPE, SmolLM3), counted from 0 (default: none).
 
     Raises:
-        UserError: A field has another type or is out of range, a size does not divide another, or the rope scaling is
+        UserError: A field has the wrong type or is out of range, a size does not divide another, or the rope scaling is
             not supported.
     """
 
@@ -152,7 +152,7 @@ class LLaMAConfig:
         if self.rope_scaling is not None:
             kind = field(self.rope_scaling, "rope_type", str | None, "rope_scaling", None)
             if kind not in ROPE_SCALINGS:
-                raise UserError(f"Rope scaling {kind!r} is not supported; known are {' and '.join(ROPE_SCALINGS)}.")
+                raise UserError(f"Rope scaling {kind!r} is not supported, only {' and '.join(ROPE_SCALINGS)}.")
             missing = sorted(ROPE_SCALINGS[kind] - self.rope_scaling.keys())
             if missing:
                 raise UserError(f"Rope scaling {kind!r} lacks {', '.join(missing)}.")
@@ -172,7 +172,7 @@ class LLaMAConfig:
             UserError: The name is not in `llama_configs`.
         """
         if name not in llama_configs:
-            raise UserError(f"There is no model named {name!r}; known are {', '.join(llama_configs)}.")
+            raise UserError(f"There is no model named {name!r}; choose from {', '.join(llama_configs)}.")
         return cls(**{**llama_configs[name], **overrides})
 
     @classmethod
@@ -180,7 +180,7 @@ class LLaMAConfig:
         """Read a file written by `to_json`; `overrides` add or replace fields.
 
         Raises:
-            UserError: The file is missing, is not JSON, has fields that this class lacks, or values out of range.
+            UserError: The file is missing, is not JSON, has unknown fields, or has values that are out of range.
         """
         values = read_json(path, what="model configuration")
         if unknown := sorted(values.keys() - {f.name for f in fields(LLaMAConfig)}):
@@ -192,11 +192,11 @@ class LLaMAConfig:
         return cls(**{**values, **overrides})
 
     def to_json(self) -> str:
-        """Return the base model's fields as JSON; those of a variant belong to its adapter."""
+        """Return the base model's fields as JSON; the fields of a variant are saved with its adapter."""
         base = {f.name for f in fields(LLaMAConfig)}
         return json.dumps({k: v for k, v in asdict(self).items() if k in base}, indent=2) + "\n"
 
 
 def round_up(n: int, multiple: int) -> int:
-    """Return the smallest multiple that is not below n."""
+    """Round n up to a multiple."""
     return -(-n // multiple) * multiple

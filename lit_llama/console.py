@@ -1,4 +1,4 @@
-"""What a user sees: text that cannot control the terminal, one clear sentence for a mistake, and an exit code."""
+"""Console output: text that cannot control the terminal, one clear sentence for an error, and an exit code."""
 
 import functools
 import logging
@@ -17,14 +17,14 @@ from typing import Any, TextIO
 from lit_llama.storage.schema import unreadable
 from lit_llama.utils import UserError, log, printable
 
-CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
-SECONDS_TO_END = 0.2  # which a worker of `signals_to_first_process` has after SIGTERM
+CLOSED_PIPE = 141  # the exit code that a shell reports for a program ended by SIGPIPE
+SECONDS_TO_END = 0.2  # time that a worker of `signals_to_first_process` has after SIGTERM
 
 _signals_to_first_process = threading.Event()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: a near name, if there is one, and a full stop."""
+    """Return the end of a sentence about an unknown name: a similar name, if there is one, and the punctuation."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else "."
 
@@ -32,10 +32,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 class Output:
     """Standard output or standard error.
 
-    To a pipe or a file, text goes as it is, in UTF-8. On a terminal, standard output shows control characters as escape
-    sequences: prompts, answers and headers of files may come from strangers. (`log` does the same for standard error,
-    where progress bars move the cursor.) A pipe that nobody reads ends the process quietly; a full disk is an error if
-    it stops standard output, and no reason to stop for standard error.
+    Text is written to a pipe or a file unchanged, in UTF-8. On a terminal, standard output shows control characters as
+    escape sequences, because prompts, answers and file headers may come from untrusted sources. (`log` does the same
+    for standard error, where progress bars move the cursor.) A closed pipe ends the process quietly. A full disk is an
+    error for standard output, and is ignored for standard error.
     """
 
     def __init__(self, stream: TextIO | None, is_result: bool) -> None:
@@ -63,7 +63,7 @@ class Output:
         try:
             yield
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # discard what is buffered
             if isinstance(error, BrokenPipeError):
                 sys.exit(CLOSED_PIPE)
             if self.is_result:
@@ -71,12 +71,12 @@ class Output:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Return whether an error of torch.distributed means that another process ended: gloo has no type for it."""
+    """Return whether an error of torch.distributed means that another process has ended; gloo has no type for it."""
     return type(error).__name__ == "DistBackendError" or "/gloo/transport/" in str(error)
 
 
 def hide_interrupts() -> None:
-    """Let Ctrl-C while modules are imported, which takes seconds, end the process without a traceback."""
+    """Let Ctrl-C end the process without a traceback while modules are imported, which takes seconds."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
@@ -87,14 +87,12 @@ def hide_interrupts() -> None:
 
 
 def explain(error: Exception) -> str:
-    """Return a sentence for an error of the system that can occur anywhere; empty for a mistake of this project."""
+    """Return a sentence for a system error that can occur anywhere; empty for a bug of this project."""
     if isinstance(error, OSError) and error.filename and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP):
-        return str(unreadable(error.filename, error))  # of a look at whether there is a file
+        return str(unreadable(error.filename, error))  # raised while checking whether a file exists
     if isinstance(error, UnicodeError) and getattr(error, "encoding", "") == sys.getfilesystemencoding() != "utf-8":
         text = error.object[error.start : error.start + 40]
-        return (
-            f"{text!a} is the name of a file, or in one, and is outside this locale, which is ASCII; set PYTHONUTF8=1."
-        )
+        return f"{text!a} in the name or content of a file is outside this locale, which is ASCII; set PYTHONUTF8=1."
     if type(error).__name__ == "OutOfMemoryError":
         return "The GPU's memory is full; lower the batch size or the sequence length, or use fewer bits."
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
@@ -104,28 +102,29 @@ def explain(error: Exception) -> str:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process like `sys.exit`, so that its processes and temporary files end with it."""
+    """Let SIGTERM end the process like `sys.exit`, so that its child processes and temporary files are cleaned up."""
 
     def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one ends it at once
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
         sys.exit(128 + signal.SIGTERM)
 
-    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if usual:
+    default = threading.current_thread() is threading.main_thread()
+    default = default and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if default:
         signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        if usual:
+        if default:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
 def signals_to_first_process() -> Iterator[None]:
-    """Let processes that are forked in this context leave Ctrl-C and SIGTERM to this one, which ends them.
+    """Let processes forked in this context leave Ctrl-C and SIGTERM to this process, which then ends them.
 
-    A pool waits forever for a lock if a worker dies that holds it. So workers ignore SIGINT from the start, and SIGTERM
-    ends them after `SECONDS_TO_END`, in which the pool takes the lock.
+    If a worker dies while it holds a lock, its pool waits for the lock forever. So workers ignore SIGINT from the
+    start, and SIGTERM ends them only after `SECONDS_TO_END`, in which the pool takes the lock.
     """
     if hasattr(os, "register_at_fork"):
         _register_fork_hooks()
@@ -157,7 +156,7 @@ def _register_fork_hooks() -> None:
 
 
 def last_words(text: str) -> None:
-    """Print a message, on a line of its own: progress bars that did not reach their end are closed."""
+    """Print a message on its own line, after closing unfinished progress bars."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
     for bar in list(getattr(bars, "_instances", ())):
         bar.close()
@@ -166,17 +165,17 @@ def last_words(text: str) -> None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a folder without access, Ctrl-C or a full GPU into one line on stderr and an exit code.
+    """Turn a `UserError`, a permission error, Ctrl-C or a full GPU into one line on stderr and an exit code.
 
-    Other exceptions are mistakes of this project and keep their traceback.
+    Other exceptions are bugs of this project and keep their traceback.
     """
-    # Fabric's advice is for people who write training loops, not for those who run one
+    # Fabric's advice is for authors of training loops, not for their users
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional parts that are only faster
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # refused where it is used as text
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # rejected where it is used as text
     with _ended_by_sigterm(), redirect_stdout(Output(sys.stdout, True)), redirect_stderr(Output(sys.stderr, False)):
         try:
             try:
@@ -187,7 +186,7 @@ def exit_on_user_error() -> Iterator[None]:
             sys.stdout.flush()
         except UserError as error:
             rank = os.environ.get("LOCAL_RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # a launcher sets both
-            if rank == "0" or not rank.isdecimal():  # all processes of a run meet the same mistake
+            if rank == "0" or not rank.isdecimal():  # all processes of a run have the same error
                 last_words(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
@@ -204,5 +203,5 @@ def exit_on_user_error() -> Iterator[None]:
             last_words(f"error: {sentence}")
             sys.exit(1)
         finally:
-            with suppress(UserError, SystemExit):  # the exit code is decided
+            with suppress(UserError, SystemExit):  # the exit code is already set
                 sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Conversations as lists of messages: read them from rows, and prepare them for supervised finetuning.
 
-A row has `messages` of OpenAI's form (`role`, `content`) or `conversations` of ShareGPT's (`from`, `value`).
+A row has `messages` in OpenAI's format (`role`, `content`) or `conversations` in ShareGPT's (`from`, `value`).
 """
 
 import json
@@ -54,7 +54,7 @@ def read_conversation(row: Any, number: int) -> tuple[list[Message], list[Any] |
 
 
 def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
-    """Return the descriptions of tools of a row: a list, or JSON of one.
+    """Return the descriptions of tools in a row: a list, or a list as JSON.
 
     Raises:
         UserError: They are neither.
@@ -70,13 +70,13 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
 
 
 def read_messages(value: Any, label: str) -> list[Message]:
-    """Return messages with the fields `role`, `content` (text) and those of `KEPT`.
+    """Return messages with the fields `role`, `content` (text) and those in `KEPT`.
 
-    White space around answers is removed: templates and generation do so too.
+    White space around answers is removed, as templates and generation do too.
 
     Args:
         value: A list of objects with `role` and `content`, or `from` and `value`.
-        label: What it is, for error messages.
+        label: Description of the value, for error messages.
 
     Raises:
         UserError: It is not a list of messages, or one has an unknown role or no text.
@@ -133,13 +133,13 @@ def prepare_conversations(
 ) -> dict[str, Any]:
     """Write a dataset of conversations for supervised finetuning; only answers are labels.
 
-    A conversation longer than the maximum ends after the last answer that fits. If the first one does not fit, it is
-    truncated, and its last token replaced by the one that ends the turn.
+    A conversation longer than the maximum ends after the last answer that fits. If the first answer does not fit, it is
+    truncated, and its last token is replaced with the one that ends the turn.
 
     Args:
         samples: Conversations and the spans of their answers, from `ChatTemplate.answer_spans`.
-        tokenizer: The tokenizer of the checkpoint with the template.
-        max_seq_length: Maximum length in tokens. A row whose first prompt leaves no space for an answer is dropped.
+        tokenizer: The tokenizer of the checkpoint that the template comes from.
+        max_seq_length: Maximum length in tokens. A row whose first prompt leaves no room for an answer is dropped.
         options: Arguments of `prepare_dataset`.
 
     Returns:

@@ -1,24 +1,25 @@
-"""Prepared datasets, which are memory-mapped in training.
+"""Prepared datasets, which are memory-mapped during training.
 
-A dataset folder, written by `lit_llama.prepare`, holds Arrow files and `meta.json`, which describes them. The columns
-of a dataset for supervised finetuning are
+A dataset folder, written by `lit_llama.prepare`, contains Arrow files and `meta.json`, which describes them.
+
+Columns of a dataset for supervised finetuning:
 
     input_ids        prompt and response, with EOS at the end
-    prompt_length    number of tokens of the prompt; they are labels unless meta.json sets `mask_prompt`
-    gaps             only if meta.json sets `multi_turn`: the further tokens that are no labels, those between two
-                     answers of a conversation, as [start, end, start, end, ...]
+    prompt_length    number of prompt tokens; they are labels too unless meta.json sets `mask_prompt`
+    gaps             only if meta.json sets `multi_turn`: the tokens between two answers of a conversation, which are
+                     not labels either, as [start, end, start, end, ...]
 
-and those of a preference dataset are
+Columns of a preference dataset:
 
     prompt           token ids of the prompt
     chosen, rejected token ids of the two responses, each with EOS at the end unless it was truncated
 
-and those of a dataset of prompts for reinforcement learning
+Columns of a dataset of prompts for reinforcement learning:
 
     prompt           token ids of the prompt
     row              what the reward needs to know, as JSON
 
-The format, the prompt style and the mask are read from meta.json, never guessed from a path.
+The format, the prompt style and the mask are read from meta.json, never inferred from a path.
 """
 
 import hashlib
@@ -52,8 +53,8 @@ class Data(Protocol):
     """What the training loop needs from the rows of a split.
 
     Attributes:
-        lengths: (rows,) tokens of each row, of its longest sequence if it has several.
-        tokens: (rows,) tokens of all sequences of each row.
+        lengths: (rows,) number of tokens of each row; of its longest sequence, if it has several.
+        tokens: (rows,) number of tokens in all sequences of each row.
         weights: (rows,) weight of each row in the mean loss: label tokens for SFT, 1 for a pair.
         sha256: Hash of all tokens.
     """
@@ -71,7 +72,7 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
     """Return meta.json of a dataset folder.
 
     Raises:
-        UserError: There is no dataset folder, or its rows have another format.
+        UserError: There is no dataset folder, or its rows have a different format.
     """
     path = Path(data_dir) / "meta.json"
     if not os.path.exists(path):
@@ -86,16 +87,16 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
 
 
 def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Check that a dataset was prepared with a tokenizer. Older datasets do not name their BOS and EOS.
+    """Check that a dataset was prepared with this tokenizer. Older datasets do not record their BOS and EOS.
 
     Raises:
-        UserError: The file, or the tokens that begin and end a text, are others.
+        UserError: The tokenizer file, its BOS or EOS token, or the chat template differs.
     """
     now = tokenizer.identity
     then = {name: meta.get(name, value) for name, value in now.items()}
     if then["tokenizer_sha256"] != now["tokenizer_sha256"]:
         raise UserError(
-            f"{data_dir} was tokenized with another tokenizer than {tokenizer.path}; prepare it again with this "
+            f"{data_dir} was tokenized with a different tokenizer than {tokenizer.path}; prepare it again with this "
             "base model's --checkpoint_dir."
         )
     if then != now:
@@ -107,7 +108,7 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
     template = meta.get("chat_template_sha256")
     if template is not None and (tokenizer.template is None or tokenizer.template.sha256 != template):
         raise UserError(
-            f"{data_dir} was prepared with another chat template than that of {tokenizer.path.parent}; prepare it "
+            f"{data_dir} was prepared with a different chat template than that of {tokenizer.path.parent}; prepare it "
             "again."
         )
 
@@ -126,11 +127,11 @@ class Split:
         max_rows: If given, only the first rows are used.
 
     Raises:
-        UserError: The folder is missing, damaged or of another format, or was prepared with another tokenizer.
+        UserError: The folder is missing, damaged or of a different format, or was prepared with another tokenizer.
     """
 
     format: str  # format that meta.json must name
-    columns: tuple[str, ...]  # its columns with numbers
+    columns: tuple[str, ...]  # its numeric columns
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         self.meta = read_meta(data_dir, self.format)
@@ -199,7 +200,7 @@ class SFTData(Split):
         return pad_rows(ids, labels)
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
-        """Return the first rows as (prompt, response) token ids; of a conversation, the first of its answers."""
+        """Return the first rows as (prompt, response) token ids; for a conversation, only the first answer."""
         rows = self.rows[:count]
         ends = [None] * count if self.gaps is None else [gaps[0] if len(gaps) else None for gaps in self.gaps]
         pairs = zip(rows["input_ids"], rows["prompt_length"], ends, strict=False)
@@ -276,7 +277,7 @@ class PromptData(Split):
         return [ids.tolist() for ids in self.rows[indices]["prompt"]]
 
     def sources(self, indices: np.ndarray) -> list[Any]:
-        """Return what the dataset holds beside the prompts of rows."""
+        """Return the column `row` of rows: what the reward needs to know about each prompt."""
         return [json.loads(str(row)) for row in self.rows[indices]["row"]]
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
@@ -316,7 +317,7 @@ def rows_sha256(*splits: Data) -> dict[str, str]:
 
 
 def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
-    """Return the sha256 object of [length, token ids], int32, of each of the columns, row by row."""
+    """Return the sha256 object of [length, token ids] as int32, of each column, row by row."""
     tables = [rows.with_format("arrow")[name].combine_chunks() for name in columns]
     lengths = np.stack([table.value_lengths().to_numpy(zero_copy_only=False) for table in tables], 1)
     starts = (np.cumsum(lengths + 1) - (lengths + 1).flatten()).reshape(lengths.shape)
@@ -324,6 +325,6 @@ def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
     numbers[starts] = lengths
     for column, table in enumerate(tables):
         n = lengths[:, column]
-        offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # from a token's place in its column
+        offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # to add to a token's index in its column
         numbers[offsets + np.arange(n.sum())] = table.flatten().to_numpy(zero_copy_only=False)
     return hashlib.sha256(numbers)

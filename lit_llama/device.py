@@ -1,4 +1,4 @@
-"""The device and the precision that a run uses when its flags leave them open."""
+"""The default device and precision of a run."""
 
 import torch
 from lightning.fabric import Fabric
@@ -24,7 +24,7 @@ def computes_bf16(accelerator: str) -> bool:
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of one of Fabric's accelerators, and the dtype of the base model on it.
 
-    The precision "auto" is bf16 where `computes_bf16`, and fp32 elsewhere.
+    The precision "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
 
     Raises:
         UserError: There is no such device or precision.
@@ -36,5 +36,5 @@ def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.d
     if precision == "auto":
         precision = "bf16" if computes_bf16(accelerator) else "32"
     if precision not in DTYPES:
-        raise UserError(f"precision is {precision!r}; known are auto, {', '.join(DTYPES)}.")
+        raise UserError(f"precision is {precision!r}; choose from auto, {', '.join(DTYPES)}.")
     return device, DTYPES[precision]

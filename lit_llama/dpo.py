@@ -5,8 +5,8 @@ reference:
 
     margin = (log π(chosen) - log π(rejected)) - (log π_ref(chosen) - log π_ref(rejected))
 
-Policy and reference are one base model with two small sets of adapter weights (lit_llama/reference.py), so that the
-reference takes no memory.
+Policy and reference share one base model and differ only in their adapter weights (lit_llama/reference.py), so the
+reference takes almost no memory.
 """
 
 import math
@@ -44,7 +44,7 @@ def sum_logps_by_row(
 ) -> torch.Tensor:
     """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps` for the same labels."""
     index = find_labels(labels) if label_index is None else label_index
-    # adding into (B,) would use an order that varies from call to call on a GPU
+    # on a GPU, index_add into (B,) would sum in an order that varies from call to call
     return logps.new_zeros(labels.numel()).index_copy(0, index, logps).view(labels.shape)[:, :-1].sum(-1)
 
 
@@ -68,7 +68,7 @@ def dpo_loss(
         policy_chosen_logps, ...: (B,) log-probabilities of complete responses, in nats.
         beta: β, above 0; a larger value keeps the policy closer to the reference.
         label_smoothing: ε, the assumed share of pairs with swapped labels, from 0 to below 0.5.
-        reference_free: Replace the log-probabilities of the reference by 0.
+        reference_free: Replace the log-probabilities of the reference with 0.
 
     Returns:
         losses, chosen rewards, rejected rewards: (B,) each; a reward is β·(policy - reference), without gradient.
@@ -81,7 +81,7 @@ def dpo_loss(
             f"beta is {beta} and label_smoothing {label_smoothing}; they must be above 0, and 0 or more and below 0.5."
         )
     if label_smoothing and loss_type != "sigmoid":
-        raise UserError(f"label_smoothing is {label_smoothing} but only the sigmoid loss has one, not {loss_type!r}.")
+        raise UserError(f"label_smoothing is {label_smoothing}; only the sigmoid loss supports it, not {loss_type!r}.")
     if reference_free:
         reference_chosen_logps = reference_rejected_logps = torch.zeros_like(policy_chosen_logps)
     # subtracting the reference first makes h exactly 0 where policy and reference are equal
@@ -94,7 +94,7 @@ def dpo_loss(
     elif loss_type == "hinge":
         losses = torch.relu(1 - beta * h)
     else:
-        raise UserError(f"There is no loss type {loss_type!r}; known are sigmoid, ipo and hinge.")
+        raise UserError(f"There is no loss type {loss_type!r}; choose from sigmoid, ipo and hinge.")
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -108,7 +108,7 @@ class DPOLoss:
     """The DPO loss of a batch of `lit_llama.data.PreferenceData`, and its metrics.
 
     Args:
-        reference: Returns the log-probabilities of a batch under the reference; None compares with a uniform one.
+        reference: Returns the log-probabilities of a batch under the reference; None is a uniform reference.
         beta, label_smoothing, loss_type: As for `dpo_loss`.
         sft_weight: Weight of the chosen response's mean negative log-likelihood per token, which is added to the loss
             (arXiv 2404.19733, equation 1).
@@ -155,7 +155,7 @@ class DPOLoss:
         }
 
     def logps(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities under policy and reference, (2B,) each as `pair_logps`."""
+        """Return the log-probabilities under policy and reference, (2B,) each, in the order of `pair_logps`."""
         reference = torch.zeros(len(batch["idx"]), device=batch["idx"].device)
         if self.reference is not None:
             reference = self.reference(model, batch)

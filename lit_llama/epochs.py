@@ -8,11 +8,11 @@ def plan_epoch(
 ) -> list[list[np.ndarray]]:
     """Return the micro-batches of an epoch: every row once, in random order, next to rows of similar length.
 
-    Rows are shuffled, sorted by length within groups of batches and cut into micro-batches, which are shuffled within
-    their group. A pure function of its arguments, so that a resumed run sees the same batches.
+    Rows are shuffled, sorted by length within groups of batches and split into micro-batches, which are shuffled within
+    their group. The result depends only on the arguments, so a resumed run sees the same batches.
 
     Args:
-        lengths: (rows,) tokens of each row.
+        lengths: (rows,) number of tokens of each row.
         sorted_batches: number of batches in a group; with 1, the rows of a step are drawn from all rows.
 
     Returns:
@@ -40,10 +40,10 @@ def plan_epoch(
 def plan_fixed_epoch(
     lengths: np.ndarray, batch_size: int, micro_batch_size: int, seed: int, epoch: int
 ) -> list[list[np.ndarray]]:
-    """Return the micro-batches of an epoch like `plan_epoch`, but always the same ones, in random order.
+    """Return the micro-batches of an epoch as `plan_epoch` does, but always the same ones, in random order.
 
-    Precomputed reference log-probabilities depend on the micro-batch by rounding. With fixed micro-batches they are
-    rounded exactly like those of the policy in training.
+    The rounding of precomputed reference log-probabilities depends on the micro-batch. With fixed micro-batches they
+    are rounded exactly like those of the policy in training.
     """
     fixed = [micro for step in plan_epoch(lengths, batch_size, micro_batch_size, 0, 0) for micro in step]
     order = np.random.default_rng((seed, epoch)).permutation(len(fixed))

@@ -2,7 +2,7 @@
 
     prompts ──► prefill ──► sample ──► decode_one_token ──► sample ──► ...      (`decode`, one step per new token)
 
-A row's tokens depend on its own prompt and seed alone, not on the batch that it is in. A KV cache lives for one call.
+A row's tokens depend only on its prompt and seed, not on the rest of the batch. A KV cache lives for one call.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -30,7 +30,7 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
     """Group rows of similar length, so that padding each group to its longest row adds little work.
 
     A row joins a group if it has at least `MIN_FILL` of the longest row's tokens, or if the padded group has at most
-    `GROUP_TOKENS` tokens, which take about as long as fewer.
+    `GROUP_TOKENS` tokens: a prefill this small takes about as long as a smaller one.
 
     Args:
         lengths: number of tokens of each prompt.
@@ -105,10 +105,10 @@ def decode(
 
     Args:
         prompts: token ids, of any lengths.
-        rows: numbers that seed each row's random numbers (default: 0, 1, ...). A caller that splits its prompts into
-            batches passes their numbers among all prompts, so that batching does not change the answers.
-        running: indices of the prompts that still need tokens, which the caller removes as they end. Once these are at
-            most half of the rows, the others are no longer computed, and their tokens are 0.
+        rows: the number of each row, which seeds its random numbers (default: 0, 1, ...). A caller that splits prompts
+            into batches passes their indices among all prompts, so that batching does not change the answers.
+        running: indices of the prompts that still need tokens; the caller removes those that have ended. Once at most
+            half of the rows are left, the others are no longer computed, and their tokens are 0.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the context.
@@ -126,12 +126,12 @@ def decode(
     generators = sampling.generators(range(len(prompts)) if rows is None else rows, weight.device)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     computed = list(range(len(prompts)))  # the prompt of each row of the cache
-    places: torch.Tensor | None = None  # the same on the device, once rows were dropped
+    places: torch.Tensor | None = None  # `computed` as a tensor on the device, once rows were dropped
     with eval_mode(model), model.inference(), ExitStack() as selections:
         with eager_unless(model, "prefill"):
             logits = prefill(model, prompts, cache)
         for i in range(n_new):
-            tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without the padding
+            tokens = sample(logits[:, : model.config.vocab_size], sampling, generators)  # without vocabulary padding
             yield tokens if places is None else tokens.new_zeros(len(prompts)).index_copy(0, places, tokens)
             if running and len(running) <= len(computed) // 2 and not is_compiled:
                 kept = [row for row, prompt in enumerate(computed) if prompt in running]
@@ -147,10 +147,10 @@ def decode(
 
 
 def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
-    """Yield the tokens of each step of `decode` as numbers.
+    """Yield the tokens of each step of `decode` as a list of ids.
 
-    On a GPU a step is read while the next one runs, so that the device does not wait for the program. What is computed
-    after the last step that is needed is lost: one step.
+    On a GPU a step is read while the next one runs, so that the device does not wait for the program. The price is one
+    step that is computed in vain after the last one that is needed.
     """
     before: tuple[torch.Tensor, torch.cuda.Event] | None = None
     for tokens in steps:
@@ -168,7 +168,7 @@ def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
 
 
 def finished_copy(tokens: torch.Tensor, copied: torch.cuda.Event) -> list[int]:
-    """Return the numbers of a copy once it is complete; later work of the device is not waited for."""
+    """Return the tokens of a copy once it is complete, without waiting for later work of the device."""
     copied.synchronize()
     return tokens.tolist()
 
@@ -207,7 +207,7 @@ def generate(
     Args:
         prompts, rows: see `decode`.
         stop_ids: tokens that end an answer; they are not returned.
-        finished: returns whether an answer ends with the new tokens that it is called with.
+        finished: called with the new tokens of an answer; returns whether the answer is complete.
     """
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -266,16 +266,16 @@ def answer(
     rows: list[int] | None = None,
     adapters: Sequence[Any] | None = None,
 ) -> list[str]:
-    """Return the answers to complete prompt texts, in their order. Prompts of similar length share a batch.
+    """Return the answers to complete prompt texts, in the same order. Prompts of similar length share a batch.
 
     Args:
         stop: texts that end an answer; they are not returned.
         echo: return each prompt with its continuation, unstripped.
         rows: see `decode`.
-        adapters: each prompt's adapters, for a model whose rows may differ; see `lit_llama.compose.LLaMA.using`.
+        adapters: each prompt's adapters, for a model with adapters per row; see `lit_llama.compose.LLaMA.using`.
 
     Raises:
-        UserError: A prompt is empty or longer than the context, or there is no such adapter.
+        UserError: A prompt is empty or longer than the context, or an adapter does not exist.
     """
     encoded = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     check_prompts(model, encoded)  # before the first answer

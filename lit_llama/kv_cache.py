@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, for generation."""
+"""The KV cache: keys and values of earlier tokens, for generation."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from lit_llama.config import LLaMAConfig
 class KVCache:
     """Keys and values of every layer, in buffers that are allocated once.
 
-    The rows of a batch may hold different numbers of tokens. Prompts are padded on the right, and the next token of a
-    row is written at its own position, over the padding.
+    The rows of a batch may have different lengths. Prompts are padded on the right, and the next token of a row is
+    written at its own position, over the padding.
 
     Args:
         batch_size: number of rows.
         max_length: number of tokens a row can hold.
-        static: tokens attend to all slots, with those after them masked, so that the shapes of a decoding step never
-            change (for lit_llama/compiled.py). Otherwise slots that no row has reached are left out, which is faster.
+        static: attend to all slots and mask those after each token, so that the shapes of a decoding step never change
+            (for lit_llama/compiled.py). Otherwise slots that no row has reached are left out, which is faster.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.static = static
-        self.length = 0  # of the longest row; slots from there on are not read
+        self.length = 0  # of the longest row; slots beyond it are not read
         self.even = False  # whether all rows have the same length
         rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
         self.starts = rows.view(batch_size, config.n_kv_head, 1)  # index of each head's first slot in a layer's buffer
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, (n,) int64."""
+        """Keep only these rows, (n,) int64."""
         self.k, self.v, self.starts = self.k[:, rows], self.v[:, rows], self.starts[: len(rows)]
 
     def layers(self, positions: Tensor | None) -> "list[LayerCache]":

@@ -2,11 +2,11 @@
 
 from lit_llama.tokenizer import Tokenizer
 
-CONTEXT = 8  # tokens of the prompt that are decoded with the first ones: some tokenizers drop a space at the beginning
+CONTEXT = 8  # prompt tokens decoded with the first tokens, as some tokenizers drop a space at the beginning of a text
 
 
 class LiveText:
-    """Decodes an answer, in time that does not grow with it, and cuts it at the first stop text.
+    """Decodes an answer, in constant time per token, and cuts it at the first stop text.
 
     Args:
         prompt: token ids before the answer.
@@ -14,8 +14,8 @@ class LiveText:
         strip: remove white space around the answer.
 
     Attributes:
-        text: of the tokens so far, up to a stop text.
-        stopped: whether there was one.
+        text: text of the tokens so far, up to a stop text.
+        stopped: whether there was a stop text.
         n_taken: characters of `text` that `take` has returned or skipped.
     """
 
@@ -25,11 +25,11 @@ class LiveText:
         self.tokenizer, self.stop, self.strip = tokenizer, stop, strip
         self.text, self.stopped, self.n_taken = "", False, 0
         self.window = prompt[-CONTEXT:]  # the last tokens
-        self.n_decoded = len(self.window)  # of them, those whose text is complete
+        self.n_decoded = len(self.window)  # number of them whose text is complete
         self.before = tokenizer.decode(self.window)  # their text
 
     def push(self, token: int) -> str:
-        """Add a token and return what it adds to the text: nothing while a character is incomplete."""
+        """Add a token and return the text that it adds, which is empty while a character is incomplete."""
         self.window.append(token)
         now = self.tokenizer.decode(self.window)
         if now.endswith("\ufffd"):  # a part of a character
@@ -44,13 +44,13 @@ class LiveText:
         return piece
 
     def preview(self, token: int) -> str:
-        """Return what another token would add to the text."""
+        """Return the text that another token would add."""
         return self.tokenizer.decode([*self.window, token])[len(self.before) :]
 
     def take(self, last: bool = False) -> str:
-        """Return what became final since the last call.
+        """Return the text that has become final since the last call.
 
-        A text that may be the beginning of a stop text is not final, nor is white space that may be the answer's end.
+        Text that may be the beginning of a stop text is not final, nor is white space that may be at the answer's end.
 
         Args:
             last: the answer ends here.

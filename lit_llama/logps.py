@@ -1,4 +1,4 @@
-"""Log-probabilities of labels, without the logits of all tokens in memory at once."""
+"""Log-probabilities of labels, computed without holding the logits of all tokens in memory."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -1  # a label that nothing predicts
-LOGP_CHUNK = 512  # tokens whose logits are held at once, at least: 66 MB in fp32 for a vocabulary of 32,000
-GPU_SHARE = 64  # on a GPU they may take this fraction of its memory: 1 / 64
+IGNORE_INDEX = -1  # the label of tokens that are not predicted
+LOGP_CHUNK = 512  # minimum number of tokens whose logits are computed at once: 66 MB in fp32 for a vocabulary of 32,000
+GPU_SHARE = 64  # on a GPU these logits may take 1 / 64 of its memory
 
 
 class LabelLogps(nn.Module):
-    """A model whose `forward` is its `label_logps`, or without labels its logits (B, T, V).
+    """A model whose `forward` returns `label_logps`, or without labels the logits (B, T, V).
 
-    This is what training wraps, as Fabric and DDP only wrap `forward`.
+    Training wraps this module, because Fabric and DDP wrap only `forward`.
 
     Args:
         module: a `lit_llama.model.LLaMA`.
@@ -34,7 +34,7 @@ class LabelLogps(nn.Module):
 def find_labels(labels: Tensor) -> Tensor:
     """Return the positions that predict a label, (n,) int64, as indices of the tokens b·T + t in row-major order.
 
-    Their number depends on the data: on a GPU this waits for the device, so batches are made with it on the CPU.
+    Their number depends on the data, so on a GPU this would synchronize: call it on the CPU when batches are built.
 
     Args:
         labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
@@ -47,8 +47,8 @@ def find_labels(labels: Tensor) -> Tensor:
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the log-probabilities of tokens.
 
-    A frozen output layer is multiplied once forward and once for the gradient, and nothing of size V is kept. One that
-    is trained is multiplied once more in the backward pass.
+    A frozen output layer needs one product for the result and one for the gradient, and no tensor of size V is kept. A
+    trained output layer needs one more product in the backward pass.
 
     Args:
         hidden: (n, C) outputs of the last norm at the positions that predict the tokens.
@@ -66,10 +66,10 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunk_size(weight: Tensor) -> int:
-    """Return the number of tokens whose logits are held at once, for an output layer (V, C).
+    """Return the number of tokens whose logits are computed at once, for an output layer (V, C).
 
     On a GPU it grows with the memory of the device, up to 8192, because larger products are faster. It does not depend
-    on the memory that happens to be free: a resumed run, and a DPO reference, must be rounded in the same way.
+    on the memory that happens to be free, because a resumed run and a DPO reference must be rounded in the same way.
     """
     if weight.device.type != "cuda":
         return LOGP_CHUNK

@@ -3,8 +3,8 @@
 x ──► c_attn ────────────────────────────────► q, k, v ──► + ──► attention
   └─► dropout ─► lora_A (2r, C) ─► lora_B ─► × α / r ──────┘     nothing is added to k
 
-lora_A holds r rows for the query and below them r rows for the value, lora_B (nh·hs + ng·hs, r) likewise. lora_B is
-zero at the start. Names and shapes are those of Lit-LLaMA.
+The first r rows of lora_A are for the query, the last r for the value; the rows of lora_B (nh·hs + ng·hs, r) likewise.
+lora_B is initialized to zero. Names and shapes are those of Lit-LLaMA.
 """
 
 import math
@@ -64,7 +64,7 @@ class LLaMA(llama.LLaMA):
     @staticmethod
     def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
         if any(map(LLaMA.is_adapter_parameter, state_dict)):
-            raise UserError("These are LoRA's tensors without a header, which would tell their lora_alpha.")
+            raise UserError("These are LoRA's tensors without a header, which is needed for lora_alpha.")
         return None
 
     def reset_adapter(self) -> None:

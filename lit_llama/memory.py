@@ -1,8 +1,8 @@
-"""How much memory training and generation take, computed from shapes, without weights.
+"""Estimate the memory of training and generation from shapes, without weights.
 
-The network runs on PyTorch's meta device, where tensors have shapes and no numbers, and the bytes of all tensors that
-are alive are counted. So what a method keeps for the backward pass needs no formula. Not counted are the workspaces of
-kernels, the fragments that an allocator leaves between tensors, and the libraries (with CUDA, its context).
+The network runs on PyTorch's meta device, where tensors have shapes but no data, and the bytes of all live tensors are
+counted, so no formula is needed for what a method keeps for the backward pass. Kernel workspaces, fragmentation of the
+allocator and libraries (with CUDA, its context) are not counted.
 """
 
 import weakref
@@ -24,19 +24,19 @@ from lit_llama.variant import mark_only_adapter_as_trainable
 
 META = torch.device("meta")
 MOST_TOKENS = 2**22  # of a micro-batch
-MOMENTS = 8  # bytes of AdamW's two moments, fp32, of a number that is trained
-SCALE_BLOCK = 256  # scales that share a scale of their own, with "-dq"
+MOMENTS = 8  # bytes of AdamW's two fp32 moments per trained parameter
+SCALE_BLOCK = 256  # scales that share a second scale, with "-dq"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a task at its peak, in bytes.
+    """The peak memory of a task, in bytes.
 
     Args:
         base: the frozen weights, and the rotary tables.
         adapter: the trained parameters and the moments of their optimizer.
         cache: keys and values of earlier tokens.
-        activations: what else is alive when most is; in training with the gradients.
+        activations: all other live tensors at the peak; in training including the gradients.
     """
 
     base: int
@@ -60,19 +60,19 @@ def training_memory(
     quantize: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> Memory:
-    """Return the memory of a training step, whose largest micro-batch this is.
+    """Return the memory of a training step with this largest micro-batch.
 
     Args:
-        model_class, config: of the method.
-        sequences: of the micro-batch; a pair has two.
+        model_class, config: the class of the method and its configuration.
+        sequences: number of sequences in the micro-batch; a pair has two.
         tokens: length of the longest sequence, to which the others are padded.
-        labels: number of tokens that are predicted, of all sequences together.
-        dtype: of the base, and of the computation.
+        labels: total number of predicted tokens in all sequences.
+        dtype: dtype of the base and of the computation.
         quantize: one of `lit_llama.quantize.Quantize`.
         gradient_checkpointing: recompute each layer in the backward pass.
 
     Raises:
-        UserError: The micro-batch is larger than any device can hold; to count its blocks would take hours.
+        UserError: The micro-batch is larger than any device can hold; counting its tensors would take hours.
     """
     if sequences * tokens > MOST_TOKENS:
         raise UserError(
@@ -105,9 +105,10 @@ def generation_memory(
     """Return the memory of generation.
 
     Args:
-        model_class, config: of the method; `LLaMA` for an Aligner of one token, which is merged into the base.
-        rows: prompts of a batch.
-        prompt, new: tokens of each prompt and each answer.
+        model_class, config: the class of the method and its configuration; `LLaMA` for an Aligner of one token, which
+            is merged into the base.
+        rows: number of prompts in a batch.
+        prompt, new: number of tokens in each prompt and each answer.
         dtype, quantize: as for `training_memory`.
     """
     model = _on_meta(model_class, config, dtype)
@@ -144,7 +145,7 @@ def cache_bytes(config: LLaMAConfig, rows: int, length: int, dtype: torch.dtype)
 
 
 def count_parameters(model_class: type[LLaMA], config: LLaMAConfig) -> tuple[int, int]:
-    """Return the number of parameters of the base, and of what is trained."""
+    """Return the number of frozen and of trained parameters."""
     model = _on_meta(model_class, config, torch.bfloat16)
     trained = sum(p.numel() for p in model.adapter_parameters().values())
     return sum(p.numel() for p in model.parameters()) - trained, trained
@@ -175,7 +176,7 @@ def _quantized_bytes(weight: Tensor, quantize: str) -> int:
 
 
 def _dequantized(model: LLaMA, quantize: str | None) -> int:
-    """Return the bytes of the largest projection in the dtype of the computation, of which one is alive at a time."""
+    """Return the bytes of the largest projection in the dtype of the computation; only one is alive at a time."""
     return max((layer.weight.nbytes for layer in projections(model).values()), default=0) if quantize else 0
 
 
@@ -183,7 +184,7 @@ def _dequantized(model: LLaMA, quantize: str | None) -> int:
 
 
 def _peak(work: Callable[[], None], model: LLaMA) -> int:
-    """Return how many bytes `work` has alive at most, without those of the model."""
+    """Return the peak number of live bytes during `work`, without the model."""
     counter = _AliveBytes(model)
     # a function mode would not reach the layers that the backward pass computes again
     with patch.object(F, "scaled_dot_product_attention", _flash_attention), counter:

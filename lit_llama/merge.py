@@ -1,4 +1,4 @@
-"""Aligners of one prefix token as output biases of a plain LLaMA.
+"""Merge Aligners of one prefix token into a plain LLaMA, as output biases.
 
 With one token the softmax over the prefix is 1, so what an Aligner adds to a layer's heads is a constant, gate × V_p.
 After the output projection it is a bias: the merged model computes the same function and needs no Aligner code.
@@ -21,7 +21,7 @@ def output_bias(attn: CausalSelfAttention, aligners: Iterable[tuple[Tensor, Tens
 
     Args:
         attn: the layer's attention; its own bias, if any, is included.
-        aligners: prefix (1, C), in the dtype in which the layer computes, and gate (1, nh, 1, 1) of each.
+        aligners: prefix (1, C), in the compute dtype of the layer, and gate (1, nh, 1, 1) of each.
     """
     values = sum(
         gated_kv(*attn.keys_values(prefix.unsqueeze(0)), gate)[1] for prefix, gate in aligners

@@ -1,6 +1,6 @@
-"""The finetuning methods by name: what `--method`, adapter files and `load_model` refer to.
+"""The finetuning methods by name, as used by `--method`, adapter files and `load_model`.
 
-To add a method, write a module with a subclass of `lit_llama.model.LLaMA` and enter the class here.
+To add a method, write a module with a subclass of `lit_llama.model.LLaMA` and register the class here.
 """
 
 from lit_llama import adapter, adapter_v2, aligner, bitfit, lora, prompt_tuning

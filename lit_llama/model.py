@@ -1,12 +1,12 @@
-"""A decoder-only LLaMA, in Lit-LLaMA's shape and with its parameter names.
+"""A decoder-only LLaMA with Lit-LLaMA's module structure and parameter names.
 
 Shapes in the comments:
     B  batch                 T  tokens of the input        S  tokens attended to
     C  width (n_embd)        V  padded vocabulary          P  prefix tokens (adapters)
     nh query heads           ng key/value heads            hs head size
 
-A variant (Aligner, LLaMA-Adapter, LoRA, ...) subclasses `LLaMA`, replaces the attention module of the layers it
-touches through `make_attention`, and overrides one step there: `CausalSelfAttention.attend`.
+A variant (Aligner, LLaMA-Adapter, LoRA, ...) subclasses `LLaMA`, overrides `make_attention` to replace the attention
+module of the layers that it changes, and there overrides a single step, usually `CausalSelfAttention.attend`.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from lit_llama.variant import Variant
 class LLaMA(Variant):
     """The language model: embedding, `n_layer` blocks, RMSNorm, output layer."""
 
-    config_class = LLaMAConfig  # a variant has its own
+    config_class = LLaMAConfig  # variants override it
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class LLaMA(Variant):
 
         Args:
             idx: (B, T) token ids. Pad on the right with any id: attention is causal, so padding affects no other token.
-            cache: keys and values of earlier tokens, to which this call adds. Without `positions` it must be empty.
+            cache: keys and values of earlier tokens; this call adds its own. It must be empty if `positions` is None.
             positions: (B, T) position of each token in its row; needs `cache` (default: 0 … T-1).
 
         Raises:
-            UserError: T is above `max_tokens`.
+            UserError: T is greater than `max_tokens`.
         """
         return self.unembed(self.hidden(idx, cache, positions))
 
@@ -76,7 +76,7 @@ class LLaMA(Variant):
         Args:
             idx: (B, T) token ids, as for `forward`.
             labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
-            label_index: (n,) from `find_labels`; without it a GPU is waited for.
+            label_index: (n,) from `find_labels`; if None, it is computed here, which synchronizes with a GPU.
         """
         return self.hidden_logps(*self.predicting(idx, labels, label_index))
 
@@ -94,7 +94,7 @@ class LLaMA(Variant):
         return self.run_blocks(self.transformer.wte(idx), cache, positions)
 
     def run_blocks(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Return the same for embedded tokens (B, T, C)."""
+        """Return what `hidden` does, for embedded tokens (B, T, C)."""
         if x.size(1) > self.config.block_size:
             n_tokens = x.size(1) - self.n_virtual_tokens
             raise UserError(f"A sequence of {n_tokens} tokens is longer than the model's {self.max_tokens}.")
@@ -120,7 +120,7 @@ class LLaMA(Variant):
 
     @property
     def n_virtual_tokens(self) -> int:
-        """The number of positions before the first token that a variant fills."""
+        """The number of positions before the first token that a variant fills with learned vectors."""
         return 0
 
     @property
@@ -139,7 +139,7 @@ class LLaMA(Variant):
 
 
 class Block(nn.Module):
-    """One layer of the transformer. `rope`, `mask` and `kv` are those of `CausalSelfAttention`."""
+    """One layer of the transformer. `rope`, `mask` and `kv` are passed to `CausalSelfAttention`."""
 
     def __init__(self, config: LLaMAConfig, attn: "CausalSelfAttention") -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal attention with rotary positions; with fewer key/value heads than query heads, grouped-query attention."""
+    """Causal attention with rotary embeddings; with fewer key/value heads than query heads, grouped-query attention."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_size, config.norm_eps)
             self.k_norm = RMSNorm(config.head_size, config.norm_eps)
-        self.cached: Any = None  # the `constants`, inside `LLaMA.inference`
+        self.cached: Any = None  # the result of `constants`, within `LLaMA.inference`
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None, kv: LayerCache | None = None
@@ -190,9 +190,9 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys of x (B, T, C), below each other (B, nh + ng, T, hs), and values (B, ng, T, hs).
+        """Return the queries and keys of x (B, T, C) in one tensor, (B, nh + ng, T, hs), and the values (B, ng, T, hs).
 
-        Queries and keys are normalized where the architecture has norms for them, and not rotated.
+        Queries and keys are not rotated; they are normalized if the architecture has norms for them.
         """
         nh, ng = self.config.n_head, self.config.n_kv_head
         qk, v = self.c_attn(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2).split((nh + ng, ng), dim=1)
@@ -202,9 +202,9 @@ class CausalSelfAttention(nn.Module):
         return qk, v
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of x (B, T, C), (B, ng, T, hs) each, as `heads` does.
+        """Return only the keys and values of x (B, T, C), (B, ng, T, hs) each.
 
-        They are what a variant adds to attend to. The queries that meet the keys are normalized, so the keys are too.
+        Variants use it for additional tokens to attend to. The keys are normalized if the queries are, as in `heads`.
         """
         if type(self.c_attn) is not nn.Linear:  # its weight may be packed, quantized or adapted
             qk, v = self.heads(x)
@@ -223,14 +223,14 @@ class CausalSelfAttention(nn.Module):
             mask: (B, 1, T, S), True where a token attends to a key. None is causal attention with S = T, or attention
                 to all keys for T = 1.
         """
-        # a plain bool, also where the length is a symbol of torch.compile
+        # a plain bool, even where torch.compile makes the length a symbol
         is_causal = True if mask is None and q.size(2) > 1 else False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.size(1) != q.size(1)
         )
 
     def constants(self, dtype: torch.dtype) -> Any:
-        """Return what a variant's `attend` needs in `dtype` and no text changes."""
+        """Return, in `dtype`, the tensors that a variant's `attend` needs and that do not depend on the text."""
         return None
 
 

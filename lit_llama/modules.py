@@ -24,19 +24,19 @@ def swapped_parameters(model: nn.Module, state: dict[str, Tensor]) -> Iterator[N
     """Temporarily replace parameter values. Gradients must not be computed across the change.
 
     Args:
-        model: a `LLaMA`, also within a `LabelLogps` or as wrapped by Fabric.
+        model: a `LLaMA`, which may be inside a `LabelLogps` or wrapped by Fabric.
         state: new values by parameter name.
     """
     while hasattr(model, "module"):
         model = model.module
     parameters = dict(model.named_parameters())
-    own = {name: parameters[name].data for name in state}
+    original = {name: parameters[name].data for name in state}
     for name, values in state.items():
         parameters[name].data = values
     try:
         yield
     finally:
-        for name, values in own.items():
+        for name, values in original.items():
             parameters[name].data = values
 
 
@@ -60,6 +60,6 @@ class Fp32Parameters:
 
 
 def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:
-    """Add metrics, times a factor and without gradient, to those of the same names."""
+    """Add metrics, times a factor and without gradient, to the sums of the same name."""
     for name, value in losses.items():
         sums[name] = sums[name] + scale * value.detach()

@@ -1,11 +1,11 @@
-"""Linear layers with packed weights, for generation on a CPU, where a measurement finds them faster.
+"""Linear layers with packed weights, for generation on a CPU if a measurement shows that they are faster.
 
-Without them PyTorch multiplies the single row of a decoded token on one thread in fp32, and in bf16 it repacks the
-weights for each product. How much packing gains depends on the processor, its memory, the threads and the dtype.
-Packed layers pass no gradients, and their weights cannot be read or saved.
+Without packing, PyTorch multiplies the single row of a decoded token on one thread in fp32, and in bf16 it repacks the
+weights for each product. The speedup depends on the processor, its memory, the number of threads and the dtype. Packed
+layers pass no gradients, and their weights cannot be read or saved.
 
-This is the only file that calls private operators of PyTorch, those that torch.compile uses for the same purpose. If a
-release lacks them, models stay unpacked: slower, but right.
+This is the only file that calls private operators of PyTorch, which torch.compile uses for the same purpose. If a
+release lacks them, models stay unpacked: slower, but correct.
 """
 
 import itertools
@@ -25,16 +25,16 @@ from lit_llama.model import LLaMA
 
 PRIVATE_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")  # in torch.ops.mkldnn
 
-ROWS = (1, 8)  # of the measured products: the tokens of one prompt, and of a batch
+ROWS = (1, 8)  # numbers of rows of the measured products: the tokens of one prompt, and of a batch
 MIN_GAIN = 1.1  # a model is packed if products are faster by this factor, as the geometric mean over ROWS,
-MAX_LOSS = 1.05  # and for no number of rows slower by this one, by which measurements of equal products differ
-MIN_WEIGHTS = 2**23  # of a model's linear layers; smaller models stay plain without a measurement
-SAMPLE_BYTES = 2**25  # of the measured weights; each is read again after all others, so that caches miss
-PASSES = 12  # over all of them; the first does not count
+MAX_LOSS = 1.05  # and slower by this factor (the noise of such measurements) for no number of rows
+MIN_WEIGHTS = 2**23  # parameters of the linear layers; smaller models stay plain without a measurement
+SAMPLE_BYTES = 2**25  # size of the measured weights; each is read again after all others, so that caches miss
+PASSES = 12  # passes over all of them; the first does not count
 
-Times = tuple[float, ...]  # seconds of products with each number of ROWS
+Times = tuple[float, ...]  # seconds of the products for each number in ROWS
 
-_gains: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # what was measured in this process
+_gains: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # the measurements in this process
 
 
 class PackedLinear(nn.Module):
@@ -63,9 +63,9 @@ def can_pack(weight: Tensor) -> bool:
 def pack_(model: LLaMA, choose: Callable[[Sequence[Tensor]], bool] | None = None) -> LLaMA:
     """Pack the weights of all plain linear layers, in place and one at a time, if that is faster; return the model.
 
-    Layers of a method (LoRA's c_attn) and tied embeddings stay; to the latter a packed output layer is added. Nothing
-    is packed if the copies would fill more than half of the memory: a weight that is mapped from a file can be evicted
-    and read again, a copy cannot.
+    Layers of a method (LoRA's c_attn) and tied embeddings stay unpacked; for the latter, a packed output layer is
+    added. Nothing is packed if the copies would fill more than half of the memory: a weight that is mapped from a file
+    can be evicted and read again, a copy cannot.
 
     Args:
         choose: takes the weights and returns whether to pack them (default: `gains_from_packing`).
@@ -95,7 +95,7 @@ def gains_from_packing(weights: Sequence[Tensor]) -> bool:
     """Return whether decoding with these weights is faster when they are packed.
 
     It is measured once per process for models with the same largest weight, so that a base and its variants are rounded
-    alike.
+    in the same way.
     """
     largest = max(weights, key=Tensor.numel)
     kind = largest.shape, largest.dtype, torch.get_num_threads()
@@ -105,7 +105,7 @@ def gains_from_packing(weights: Sequence[Tensor]) -> bool:
 
 
 def gains(plain: Times, packed: Times) -> bool:
-    """Return whether packed products are enough faster on average, and for no number of rows slower."""
+    """Return whether packed products are fast enough on average, and not slower for any number of rows."""
     if not all(times > 0 for times in packed):
         return False
     ratios = [p / q for p, q in zip(plain, packed, strict=True)]
@@ -116,15 +116,15 @@ def gains(plain: Times, packed: Times) -> bool:
 def measure(weights: Sequence[Tensor], clock: Callable[[], float] = time.perf_counter) -> tuple[Times, Times]:
     """Return the times of products with all weights, plain and packed.
 
-    They are estimated from products with the first rows of a weight of each shape: medians over the passes.
+    They are estimated from products with the first rows of one weight of each shape, as medians over the passes.
 
     Args:
-        clock: returns seconds.
+        clock: returns the time in seconds.
     """
     shapes = defaultdict(list)
     for weight in weights:
         shapes[weight.shape].append(weight)
-    samples, shares = [], []  # weights, and how much there is of each shape in comparison
+    samples, shares = [], []  # weights, and the ratio of all weights of the shape to the sample
     for group in shapes.values():
         sample = group[0][: max(1, SAMPLE_BYTES // len(shapes) // group[0][0].nbytes)]
         samples.append(sample)

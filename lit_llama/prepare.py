@@ -49,9 +49,9 @@ def prepare_sft(
         prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, response). It raises
             `UserError` for an invalid row.
         max_seq_length: Maximum length of prompt and response, in tokens. Longer responses are truncated; a row whose
-            prompt leaves no space for a response is dropped.
+            prompt leaves no room for a response is dropped.
         mask_prompt: Train on the responses only.
-        eos_when_cut: Replace the last token of a truncated response by EOS.
+        eos_when_cut: Replace the last token of a truncated response with EOS.
         options: Arguments of `prepare_dataset`.
 
     Returns:
@@ -99,7 +99,7 @@ def prepare_preferences(
         prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, chosen, rejected). It
             raises `UserError` for an invalid row.
         max_seq_length: Maximum length of the prompt and one response, in tokens. Longer responses are truncated and
-            lose their EOS; a pair whose prompt leaves no space for a response is dropped.
+            lose their EOS; a pair whose prompt leaves no room for a response is dropped.
         options: Arguments of `prepare_dataset`.
 
     Returns:
@@ -155,17 +155,17 @@ def prepare_dataset(
             Rows with an empty text are dropped.
         encode: Function of a row's texts that returns its columns, `dropped` (a reason from `drops`, or "") and `cut`
             (the number of truncated responses).
-        key: What `encode` depends on besides the texts and the tokenizer; it identifies cached results.
-        settings: Further entries of `meta.json`; they must contain `format` and `max_seq_length`.
+        key: Everything that `encode` depends on besides the texts and the tokenizer; it identifies cached results.
+        settings: Further entries of `meta.json`, including `format` and `max_seq_length`.
         output_dir: Folder to write.
         test_fraction: Share of the rows held out for validation, between 0 and 1. Rows with the same prompt stay
             together, and each split gets at least one prompt.
         seed: Seed of the split.
-        num_proc: Number of processes that tokenize.
+        num_proc: Number of processes for tokenization.
         about: Entries of `meta.json` that describe the data, such as its source and prompt style.
-        split_by: "draw" holds out the share exactly. With "hash", whether a prompt is held out depends only on the
-            prompt, the share and the seed: datasets for SFT and DPO from one source hold out the same prompts. With a
-            collection of prompts, these are held out.
+        split_by: "draw" holds out exactly the share. With "hash", whether a prompt is held out depends only on the
+            prompt, the share and the seed, so datasets for SFT and DPO from one source hold out the same prompts. A
+            collection of prompts is held out as it is.
 
     Returns:
         The content of `meta.json`.
@@ -222,7 +222,7 @@ def _describe_drops(counts: dict[str, int]) -> str:
 
 
 def held_out(prompts: Sequence[Hashable], test_fraction: float, seed: int) -> np.ndarray:
-    """Return which rows are for validation, (rows,) bool: prompts are drawn until the share is reached.
+    """Return a mask of the validation rows, (rows,) bool: prompts are drawn until the share is reached.
 
     Raises:
         UserError: All prompts are equal.
@@ -238,9 +238,9 @@ def held_out(prompts: Sequence[Hashable], test_fraction: float, seed: int) -> np
 
 
 def held_out_by_hash(prompts: Sequence[str], test_fraction: float, seed: int) -> np.ndarray:
-    """Return which rows are for validation, (rows,) bool: those whose prompt has a hash below the share.
+    """Return a mask of the validation rows, (rows,) bool: those whose prompt has a hash below the share.
 
-    The other rows do not matter, except that each split gets at least one prompt.
+    It does not depend on the other rows, except that each split gets at least one prompt.
 
     Raises:
         UserError: All prompts are equal.
@@ -265,7 +265,7 @@ def _tokenize(
     def encode_batch(batch: dict[str, list[str]]) -> dict[str, list]:
         if os.getpid() != first_process and parents.setdefault(os.getpid(), os.getppid()) != os.getppid():
             os._exit(1)  # the first process was killed
-        columns = (map(kind, batch[name]) for name, kind in zip(names, kinds, strict=True))  # Arrow knows only str
+        columns = (map(kind, batch[name]) for name, kind in zip(names, kinds, strict=True))  # Arrow returns plain str
         rows = [encode(*row) for row in zip(*columns, strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -283,7 +283,7 @@ def _tokenize(
                     desc="Tokenizing",
                 )
         except Exception as error:
-            if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # the others did not end in time
+            if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # the workers did not end in time
                 raise error.__context__ from None
             raise
         finally:

@@ -10,7 +10,7 @@ from lit_llama.tokenizer import Tokenizer
 
 
 def default_num_proc() -> int:
-    """Return the number of processes that tokenize by default."""
+    """Return the default number of processes for tokenization."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -21,12 +21,12 @@ class PrepareSettings(Checked):
     # == What to write ==
     output_dir: Path = Path("data/my_dataset")  # folder to write
     checkpoint_dir: Path = Path("checkpoints/Llama-2-7B")  # base model whose tokenizer is used
-    max_seq_length: PositiveInt = 512  # most tokens of prompt and response; longer responses are truncated
+    max_seq_length: PositiveInt = 512  # maximum tokens of prompt and response; longer responses are truncated
     test_fraction: OpenShare = 0.04  # share of the rows held out for validation
     seed: Seed = 42  # seed of the split
-    num_proc: PositiveInt = field(default_factory=default_num_proc)  # processes that tokenize
+    num_proc: PositiveInt = field(default_factory=default_num_proc)  # processes for tokenization
 
     def options(self) -> dict[str, Any]:
-        """Return the arguments of `prepare_sft` and `prepare_preferences` that follow from the settings."""
+        """Return the settings as arguments of `prepare_sft` and `prepare_preferences`."""
         names = ("output_dir", "max_seq_length", "test_fraction", "seed", "num_proc")
         return {"tokenizer": Tokenizer(self.checkpoint_dir), **{name: getattr(self, name) for name in names}}

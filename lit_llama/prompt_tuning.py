@@ -4,8 +4,8 @@ prompt_embedding (P, C) ─┐
                          ├──► P + T positions ──► frozen model ──► the last T
 tokens, BOS first ──► wte ┘
 
-As in the paper the vectors come before everything, BOS included. They count in the rotary positions and in the context,
-which holds P tokens fewer. They are initialized with the embeddings of random tokens.
+As in the paper the vectors come before everything, including BOS. They take up rotary positions and context, so P fewer
+tokens fit. They are initialized with the embeddings of random tokens.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class LLaMA(llama.LLaMA):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        tokens = torch.randint(self.config.vocab_size, (self.config.prompt_length,))  # none of the padding
+        tokens = torch.randint(self.config.vocab_size, (self.config.prompt_length,))  # without vocabulary padding
         wte = self.transformer.wte
         self.prompt_embedding.weight.copy_(wte(tokens.to(wte.weight.device)))
 

@@ -24,7 +24,7 @@ class PromptStyle:
         template_with_input: text with `{instruction}` and `{input}`, for instructions with an input; None joins the two
             with a newline and uses `template`.
         stop: texts that end an answer, because they begin the next turn.
-        continues: the prompt is a text to continue, and is shown with its continuation.
+        continues: whether the prompt is a text to continue, which is shown with its continuation.
     """
 
     name: str
@@ -39,7 +39,7 @@ class PromptStyle:
         Args:
             instruction: What the model should do.
             input: Context of the instruction.
-            system: System message, put before the instruction with an empty line between.
+            system: System message, put before the instruction and separated by an empty line.
 
         Raises:
             UserError: The instruction is empty.
@@ -58,16 +58,16 @@ class PromptStyle:
     def render_messages(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
         """Return the prompt of a conversation.
 
-        A single question is rendered as `render` does. Earlier turns come before it, each as its prompt and its answer,
-        with a space between. An empty line separates turns, or a space in styles of one line. System messages are put
-        before the first question, with an empty line between.
+        A single question is rendered as by `render`. Earlier turns come before it, each as its prompt, a space and its
+        answer. Turns are separated by an empty line, or by a space in one-line styles. System messages are put before
+        the first question and separated by an empty line.
 
         Raises:
-            UserError: The last message is not the user's, or one is empty or has a role without a place in the style.
+            UserError: The last message is not the user's, or a message is empty or has a role that the style lacks.
         """
         if tools or (others := [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")]):
             what = "tools" if tools else f"messages with the role {others[0]!r}"
-            raise UserError(f"The prompt style {self.name!r} has no place for {what}; chat templates may have.")
+            raise UserError(f"The prompt style {self.name!r} does not support {what}; a chat template may.")
         system = [message["content"] for message in messages if message["role"] == "system"]
         turns = [message for message in messages if message["role"] != "system"]
         check_turns(turns)
@@ -82,7 +82,7 @@ class PromptStyle:
         return Rendered(prompt, first)
 
     def reply(self, prompt: str, response: str) -> str:
-        """Return what follows a prompt when it is answered with `response`, for training."""
+        """Return the text that follows a prompt answered with `response`, for training."""
         return response
 
     @property
@@ -120,7 +120,7 @@ class ChatStyle(PromptStyle):
             response: The answer; white space around it is removed.
 
         Raises:
-            UserError: The template begins a finished answer in another way than its generation prompt.
+            UserError: The template begins a finished answer differently from its generation prompt.
         """
         if not (prompt and response.strip()):
             return ""
@@ -134,10 +134,10 @@ class ChatStyle(PromptStyle):
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """Check the turns of a conversation that the model is to continue.
+    """Check the turns of a conversation that the model should continue.
 
     Raises:
-        UserError: The last one is an answer, there is none, or a question is empty.
+        UserError: There are no turns, the last one is an answer, or a question is empty.
     """
     if not turns or turns[-1]["role"] == "assistant":
         raise UserError("The last message must be the user's.")
@@ -169,7 +169,7 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
 
 
 def instruction_of(prompt: str) -> str:
-    """Return the instruction of a prompt, to be shown; the prompt itself if it is in none of `PROMPT_STYLES`."""
+    """Return the instruction in a prompt, for display; the prompt itself if it has none of `PROMPT_STYLES`."""
     for style in PROMPT_STYLES.values():
         before, after = (part.strip() for part in style.template.split("{instruction}"))
         if after and prompt.startswith(before) and prompt.rstrip().endswith(after):
@@ -186,7 +186,7 @@ def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> Promp
         base: The checkpoint's tokenizer or folder, for "chat".
 
     Raises:
-        UserError: There is no such style, the checkpoint has no chat template, or it reads no such variable.
+        UserError: There is no such style, the checkpoint has no chat template, or the template has no such variable.
     """
     if name in PROMPT_STYLES:
         return PROMPT_STYLES[name]
@@ -204,13 +204,13 @@ def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> Promp
 
 
 def check_style_name(name: str) -> str:
-    """Return the name of a prompt style.
+    """Return the name of a prompt style, after checking it.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such style.
     """
     if name not in PROMPT_STYLES and not is_chat(name):
-        raise UserError(f"There is no prompt style {name!r}; known are {', '.join((*PROMPT_STYLES, CHAT))}.")
+        raise UserError(f"There is no prompt style {name!r}; choose from {', '.join((*PROMPT_STYLES, CHAT))}.")
     template_variables(name)
     return name
 
@@ -221,7 +221,7 @@ def is_chat(name: str) -> bool:
 
 
 def template_variables(name: str) -> dict[str, Any]:
-    """Return the variables that the name of a chat style sets: true, false, null and numbers as such, else texts.
+    """Return the variables that the name of a chat style sets: booleans, null and numbers as such, all else as text.
 
     Raises:
         UserError: The name is not of the form "chat:NAME=VALUE,NAME=VALUE".
@@ -234,6 +234,6 @@ def template_variables(name: str) -> dict[str, Any]:
             raise UserError(f"The prompt style {name!r} is not of the form chat:NAME=VALUE,NAME=VALUE, each name once.")
         variables[variable] = value
         with suppress(ValueError, RecursionError):
-            read = json.loads(value.lower())
-            variables[variable] = value if isinstance(read, str | list | dict) else read
+            parsed = json.loads(value.lower())
+            variables[variable] = value if isinstance(parsed, str | list | dict) else parsed
     return variables

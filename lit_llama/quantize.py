@@ -1,4 +1,4 @@
-"""A frozen base with 4 or 8 bits per weight, through the linear layers of bitsandbytes.
+"""Quantize a frozen base to 4 or 8 bits per weight, with the linear layers of bitsandbytes.
 
 The projections of attention and MLP are quantized. Embedding, output layer, norms and biases keep the precision of the
 run, and adapters stay fp32. Gradients pass through the quantized weights to the adapter (arXiv 2305.14314 for nf4,
@@ -28,7 +28,7 @@ def check_quantize(mode: str, model: LLaMA, device: torch.device) -> None:
             or the width of a layer is not a multiple of the block size of the 4-bit modes.
     """
     if mode not in get_args(Quantize):
-        raise UserError(f"quantize is {mode!r}; known are {', '.join(get_args(Quantize))}.")
+        raise UserError(f"quantize is {mode!r}; choose from {', '.join(get_args(Quantize))}.")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--quantize {mode} works on CUDA and CPU, not on {device.type}; choose another --accelerator.")
     try:
@@ -83,7 +83,7 @@ def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
         kind = {"quant_type": mode[:3], "compress_statistics": mode.endswith("-dq")}  # BLOCK is the default
         new = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, **kind)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **kind)
-        # on CPUs with AVX512-BF16 a forward pass without gradients would repack the weights so that none can pass later
+        # on CPUs with AVX512-BF16 a forward pass without gradients would repack the weights, and later ones get none
         new.support_avx512bf16_for_cpu = False
     new.bias = layer.bias
     return new

@@ -43,7 +43,7 @@ class StoredReference:
 
 
 class AdapterReference:
-    """The base with other adapter weights, computed for each batch.
+    """Log-probabilities of the base with other adapter weights, computed for each batch.
 
     Args:
         state: The adapter weights.
@@ -104,7 +104,7 @@ def reference_key(
 
 
 def instruction_set() -> str:
-    """Return what the rounding on a CPU depends on: the instructions that PyTorch uses and those that there are."""
+    """Identify the instructions that PyTorch uses and those that the CPU has; rounding depends on them."""
     flags = ""
     with suppress(OSError):  # Linux only
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
@@ -118,8 +118,8 @@ def compute_reference(
 ) -> torch.Tensor:
     """Return the log-probabilities of the chosen and the rejected responses under the model, (rows, 2) fp32.
 
-    They are computed in the micro-batches of training, so that bf16 rounds them like those of the policy. Several
-    processes share the work.
+    They are computed in the micro-batches of training, so that bf16 rounds them as it rounds those of the policy. The
+    work is divided among all processes.
     """
     logps = torch.zeros(len(data), 2, device=fabric.device)
     mine = batches[fabric.global_rank :: fabric.world_size]
@@ -161,7 +161,7 @@ def cached_reference(
 def check_policy_equals_reference(
     loss: DPOLoss, data: PreferenceData, fabric: Fabric, model: torch.nn.Module, batches: list[np.ndarray]
 ) -> None:
-    """Check that training starts from the reference: all margins are 0, and the loss is ln 2 or that of its type.
+    """Check that training starts from the reference: all margins are 0, and the loss is ln 2 (or that of another type).
 
     Raises:
         UserError: A margin or the loss is off by more than 1e-5.
@@ -219,7 +219,7 @@ def sampled_kl(
 
 
 def answer_logp(model: LLaMA, ids: torch.Tensor, n_prompt: int) -> torch.Tensor:
-    """Return the log-probability of an answer, whichever stop token ends it: () fp32, in nats.
+    """Return the log-probability of an answer, summed over the stop tokens that may end it: () fp32, in nats.
 
     Args:
         ids: (endings, T) the prompt of `n_prompt` tokens, the answer, and one of the stop tokens.

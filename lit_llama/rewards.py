@@ -1,12 +1,12 @@
-"""Rewards by name: functions that score sampled answers.
+"""Reward functions, which score sampled answers, and their names.
 
-A reward is a function of a batch of prompts, answers (texts) and rows (what the dataset holds beside each prompt), and
-of options by name, if it has any:
+A reward function takes a batch of prompts and answers (texts) and of rows (further data of each prompt in the dataset),
+and keyword options, if it has any:
 
     def reward(prompts: list[str], answers: list[str], rows: list[Any], **options) -> list[float]
 
-It is named `module:function`, or by a short name from `REWARDS`. Modules are imported when they are named, so that a
-reward may live in any room, or in a file of the current folder.
+It is selected as `module:function`, or by a short name in `REWARDS`. Its module is imported only then, so it may be
+part of any package or a file in the current folder.
 """
 
 import importlib
@@ -51,7 +51,7 @@ class Reward:
             numbers: The number of each row in the dataset, for error messages.
 
         Raises:
-            UserError: The function fails, or a reward is not a finite number. The sentence names the row.
+            UserError: The function fails, or a reward is not a finite number. The message names the row.
         """
         try:
             return self.checked(self.function(prompts, answers, rows, **self.options), numbers, rows)
@@ -70,12 +70,12 @@ class Reward:
         return [float(value) for value in values]
 
     def explain(self, error: Exception, *columns: list[Any]) -> str:
-        """Return a sentence for an exception, with the first row for which the function raises one alone."""
+        """Return an error message that names the first row for which the function fails by itself."""
         for prompt, answer, row, number in zip(*columns, strict=True):
             try:
                 float(next(iter(self.function([prompt], [answer], [row], **self.options))))
-            except Exception as alone:
-                problem = " ".join(f"{type(alone).__name__}: {alone}".split())
+            except Exception as row_error:
+                problem = " ".join(f"{type(row_error).__name__}: {row_error}".split())
                 return f"The reward {self.name} fails for row {number} ({shortened(row)}): {problem}."
         return f"The reward {self.name} fails for {len(columns[0])} answers: {type(error).__name__}: {error}."
 
@@ -84,13 +84,11 @@ def load_function(name: str) -> Callable[..., list[float]]:
     """Return the function of a reward; modules are also looked for in the current folder.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such function.
     """
     module, colon, function = REWARDS.get(name, name).partition(":")
     if not colon:
-        raise UserError(
-            f"There is no reward {name!r}; known are {', '.join(REWARDS)}, and functions as module:function."
-        )
+        raise UserError(f"There is no reward {name!r}; choose from {', '.join(REWARDS)}, or give module:function.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -105,5 +103,5 @@ def shortened(row: Any) -> str:
 
 
 def length(prompts: list[str], answers: list[str], rows: list[Any], words: int = 20) -> list[float]:
-    """Return 1 for an answer of `words` words, and linearly less for others, to 0 for an empty or twice as long one."""
+    """Return 1 for an answer of `words` words, falling linearly to 0 for an empty answer and for one twice as long."""
     return [max(0.0, 1 - abs(len(answer.split()) - words) / words) for answer in answers]

@@ -1,12 +1,12 @@
 """Reinforcement learning from a reward per answer: group-relative policy optimization (GRPO, arXiv 2402.03300).
 
-A prompt gets a group of G answers o_1 … o_G, sampled from the policy π_old, and each answer a reward r_i. What is
-maximized, the mean over prompts of
+For each prompt, a group of G answers o_1 … o_G is sampled from the policy π_old, and each answer gets a reward r_i. The
+objective, which is maximized, is the mean over prompts of
 
     1/G Σ_i 1/L_i Σ_t [ min(ρ_t·A_i, clip(ρ_t, 1 - ε, 1 + ε)·A_i) - β·KL_t ],    ρ_t = π(o_i,t) / π_old(o_i,t)
 
-is equation 3 of that paper, with the advantages A_i of its section 4.1.2 and KL_t of its equation 4. There L_i is the
-number of tokens of the answer. Dr. GRPO (arXiv 2503.20783, section 3.2) has the same L for all answers and does not
+This is equation 3 of that paper, with the advantages A_i of its section 4.1.2 and KL_t of its equation 4. L_i is the
+number of tokens of answer i. Dr. GRPO (arXiv 2503.20783, section 3.2) uses the same L for all answers and does not
 divide the advantages by the standard deviation of the rewards; both are options here.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from lit_llama.modules import eval_mode, swapped_parameters
 from lit_llama.run.train_settings import LengthTerm
 
-STD_EPSILON = 1e-4  # added to the standard deviation, so that equal rewards, which rounding tells apart, have no signal
+STD_EPSILON = 1e-4  # added to the standard deviation, so that rounding errors in equal rewards are not amplified
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """Return the advantage of each answer over its group: A_i = (r_i - mean(r)) / std(r).
 
-    Equal rewards have the advantage 0.
+    If all rewards of a group are equal, its advantages are 0.
 
     Args:
         rewards: (prompts, G).
@@ -42,7 +42,7 @@ def answer_weights(lengths: Tensor, group_size: int, length_term: LengthTerm, ma
 
     Args:
         lengths: (answers,) number of tokens of each.
-        length_term: "answer" has L_i = the length of the answer (GRPO), "constant" L_i = `max_new_tokens` (Dr. GRPO).
+        length_term: "answer" sets L_i to the length of the answer (GRPO), "constant" to `max_new_tokens` (Dr. GRPO).
     """
     per_answer = lengths if length_term == "answer" else torch.full_like(lengths, max_new_tokens)
     return 1.0 / (group_size * per_answer)
@@ -70,7 +70,7 @@ def kl_estimates(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 
 class PolicyLoss:
-    """Minus the objective, for a batch of B answers in complete groups, and what is logged beside it.
+    """Minus the objective, for a batch of B answers in complete groups, and the metrics that are logged with it.
 
     Args:
         clip: ε, above 0 and below 1.
@@ -87,9 +87,9 @@ class PolicyLoss:
         Returns:
             loss; clipped: the share of tokens whose gradient the clip removes; entropy: minus the mean log-probability
             of an answer's tokens, which estimates the entropy in nats per token; kl: the mean KL_t of an answer's
-            tokens, with β above 0.
+            tokens, if β is above 0.
         """
-        answer = batch["label_index"] // batch["labels"].size(1)  # of each label, (n,)
+        answer = batch["label_index"] // batch["labels"].size(1)  # the answer of each label, (n,)
         weight, mean_weight = batch["weights"][answer], batch["mean_weights"][answer]
         advantages = batch["advantages"][answer]
         reference = self.reference_logps(model, batch) if self.kl_weight else None

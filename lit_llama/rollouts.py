@@ -1,8 +1,8 @@
 """Sampling in reinforcement learning: the answers of a step as training data, and greedy answers to held-out prompts.
 
-A step samples a group of answers to each of its prompts from the current policy, scores them, and makes one or more
-optimizer steps with them. What is sampled depends on the seed, the number of the step and the policy alone, so that a
-resumed run gets the same answers and rewards.
+A step samples a group of answers to each of its prompts from the current policy, scores them, and takes one or more
+optimizer steps on them. The answers depend only on the seed, the step number and the policy, so a resumed run gets the
+same answers and rewards.
 """
 
 from collections import defaultdict
@@ -34,9 +34,9 @@ class Answers:
     """Answers of a model.
 
     Args:
-        prompts, ids: Token ids of each prompt and its answer; an answer that ended has the stop token at its end.
+        prompts, ids: Token ids of each prompt and its answer; the ids of a finished answer include the stop token.
         texts: The answers as text, up to the first stop text of the prompt style.
-        ended: Whether each ended with a stop token.
+        ended: Whether each answer ended with a stop token.
         rows: (answers,) row number of each prompt.
     """
 
@@ -61,7 +61,7 @@ class Answerer:
     def answers(
         self, model: LLaMA, rows: np.ndarray, *, each: int = 1, temperature: float = 0.0, seed: int = 0
     ) -> Answers:
-        """Return `each` answers to every row, those of a row next to each other."""
+        """Return `each` answers to the prompt of every row; the answers of a row are adjacent."""
         seeds = (rows[:, None] * each + np.arange(each)).flatten().tolist()
         rows = np.repeat(rows, each)
         prompts = self.data.prompt_ids(rows)
@@ -87,8 +87,8 @@ class Rollouts:
 
     Args:
         reward: Scores the answers.
-        group_size: Answers to each prompt G, 2 or more.
-        seed: Of sampling.
+        group_size: Number of answers to each prompt, G, 2 or more.
+        seed: Seed of sampling.
         divide_by_std: As for `group_advantages`.
         length_term: As for `answer_weights`.
         keep_equal: Keep groups whose rewards are all equal. Their advantages are 0, so only the KL term trains on them.
@@ -108,8 +108,8 @@ class Rollouts:
         """Sample and score answers to the prompts of a micro-batch, which `batch` then returns.
 
         Returns:
-            Sums over the prompts: reward, its standard deviation in the group, whether all rewards of a group are equal
-            (no_signal), tokens of an answer, the share of answers that ended.
+            Sums over the prompts: mean reward and standard deviation of its group, whether all rewards of the group are
+            equal (no_signal), mean number of tokens of an answer, share of answers that ended.
         """
         seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         answers = self.answerer.answers(model, rows, each=self.group_size, temperature=1.0, seed=seed)
@@ -118,7 +118,7 @@ class Rollouts:
         ended = torch.tensor(answers.ended).float()
         has_signal = (rewards != rewards[:, :1]).any(1)
         trained = torch.arange(len(rewards)) if self.keep_equal else has_signal.nonzero().flatten()
-        if len(trained) == 0:  # a batch is never empty
+        if len(trained) == 0:  # a batch must not be empty
             trained = torch.tensor([0])
         kept = (trained[:, None] * self.group_size + torch.arange(self.group_size)).flatten()  # of the answers
         means = answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens)
@@ -143,7 +143,7 @@ class Rollouts:
 
         Returns:
             idx, labels, label_index: as `pad_rows` for (answers, T); labels are -1 in the prompt and the padding.
-                Without `keep_equal`, of the groups with different rewards, or of the first group if there are none.
+                Without `keep_equal`, only groups whose rewards differ, or the first group if there are none.
             advantages, weights, mean_weights: (answers,) for `lit_llama.rl.PolicyLoss`.
             old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
         """
@@ -151,7 +151,7 @@ class Rollouts:
 
 
 def padded(answers: Answers, kept: list[int]) -> dict[str, Tensor]:
-    """Return the tensors of `pad_rows` for some of the answers with their prompts."""
+    """Return the answers with the indices `kept`, with their prompts, as `pad_rows` does."""
     pairs = [(torch.tensor(answers.prompts[i]), torch.tensor(answers.ids[i])) for i in kept]
     idx = [torch.cat(pair) for pair in pairs]
     labels = [torch.cat((torch.full_like(prompt, IGNORE_INDEX), answer)) for prompt, answer in pairs]
@@ -169,13 +169,13 @@ class PolicyTrainer(Trainer):
     train: Rollouts
 
     def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
-        # prompts of one kind have similar lengths; steps of one kind each would undo one another
+        # not sorted by length: prompts of one kind have similar lengths, and steps of one kind each would undo another
         super().__init__(*args, plan=partial(plan_epoch, sorted_batches=1), **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
 
     def train_step(self, micro_batches: list[np.ndarray]) -> Step:
-        """Sample answers, make `updates_per_batch` optimizer steps with them, and return the last one."""
+        """Sample answers, take `updates_per_batch` optimizer steps on them, and return the last step."""
         sampled = self.sample(micro_batches)
         for _ in range(self.settings.updates_per_batch):
             step = super().train_step(micro_batches)
@@ -222,7 +222,7 @@ class PolicyTrainer(Trainer):
         summary = super().summary()
         if self.run.is_first:
             rows = sorted(self.run.metrics.rows.items())
-            # none if a metrics.csv was moved away and the run was over
+            # there are none if metrics.csv was moved away after the last step
             accuracies = [row["val/accuracy"] for _, row in rows if "val/accuracy" in row] or [None]
             epochs, steps = divmod(self.step, self.steps_per_epoch)
             prompts = epochs * len(self.train.lengths) + steps * self.settings.batch_size
@@ -238,8 +238,8 @@ def falling_score(rows: dict[int, dict[str, float]]) -> str | None:
     """Return a warning if the reward of the sampled answers rose and the accuracy on held-out prompts fell.
 
     Args:
-        rows: The metrics of a run by step (`MetricsLog.rows`). The reward is compared between the steps before the
-            second and those before the last validation, the accuracy, which must fall by 5 points, with its highest.
+        rows: The metrics of a run by step (`MetricsLog.rows`). The mean reward between the last two validations is
+            compared with that between the first two. The last accuracy must be more than 5 points below the highest.
     """
     accuracies = {step: row["val/accuracy"] for step, row in sorted(rows.items()) if "val/accuracy" in row}
     if len(accuracies) < 3:
@@ -254,6 +254,6 @@ def falling_score(rows: dict[int, dict[str, float]]) -> str | None:
         return None
     return (
         f"warning: the reward of sampled answers rose from {first:.3f} to {last:.3f}, but the accuracy on held-out "
-        f"prompts fell from {best:.1%} to {now:.1%}: the reward may be met by wrong answers. Read samples.jsonl, lower "
+        f"prompts fell from {best:.1%} to {now:.1%}: wrong answers may earn the reward. Read samples.jsonl, lower "
         "--learning_rate, or raise --kl_weight."
     )

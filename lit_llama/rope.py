@@ -13,7 +13,7 @@ from lit_llama.config import LLaMAConfig
 class RoPE(nn.Module):
     """Tables of rotary position embeddings (arXiv 2104.09864), fp32.
 
-    They are no buffers, so that casting the model does not round them: in bf16 the positions above 256 collide.
+    They are not buffers, so that casting the model does not round them: in bf16, positions above 256 collide.
     """
 
     def __init__(self, config: LLaMAConfig) -> None:
@@ -28,7 +28,7 @@ class RoPE(nn.Module):
         return self
 
     def forward(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cos and sin of the angles at positions, each value once for either number of a pair.
+        """Return the cos and sin of the angles at positions, each value twice: once for each number of a pair.
 
         Args:
             positions: a slice of T positions, or a tensor (B, T).
@@ -63,7 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """See `rotate`. A function of its own halves the time of the backward pass, which rotates the gradient back."""
+    """See `rotate`. A custom function halves the time of the backward pass, which rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The choice of the next token: greedy, or at random with a temperature, top-k and top-p."""
+"""Choose the next token: greedily, or by sampling with temperature, top-k and top-p."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class Sampling(Checked):
 
     Args:
         max_new_tokens: longest answer, in tokens.
-        temperature: 0 is greedy, and so is less than `GREEDY`; 1 samples from the model's distribution.
+        temperature: 0, or anything below `GREEDY`, is greedy; 1 samples from the model's distribution.
         top_k: sample from the k most likely tokens; 0 means all.
         top_p: sample from the smallest set of most likely tokens that reaches this probability; 1 means all.
-        seed: of the random numbers; each row has its own generator, seeded with the pair (seed, row).
+        seed: seed of sampling; each row has its own generator, seeded with the pair (seed, row).
 
     Raises:
         UserError: A value is out of range.

@@ -1,4 +1,4 @@
-"""The environment in which chat templates run: Jinja's sandbox with the names that transformers gives to templates."""
+"""The environment in which chat templates run: Jinja's sandbox with the names that transformers gives templates."""
 
 import ctypes
 import json
@@ -29,7 +29,7 @@ class TooLong(Exception):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Limit the time and, on Linux, the memory of a block: loops and long texts may be nested without end.
+    """Limit the time and, on Linux, the memory of a block, because a template may nest loops and long texts.
 
     Raises:
         TooLong: The block ran for more than `MOST_SECONDS`.
@@ -48,7 +48,7 @@ def limited() -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        with suppress(OSError, ValueError):  # another system, or a lower limit of the user's
+        with suppress(OSError, ValueError):  # not Linux, or the user has set a lower limit
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, before[1]))
         yield
@@ -60,7 +60,7 @@ def limited() -> Iterator[None]:
 
 
 class GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`, with which some templates mark what the model writes: its content."""
+    """`{% generation %} ... {% endgeneration %}`, with which some templates mark the model's text: only its content."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -70,7 +70,7 @@ class GenerationTag(Extension):
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, without products and powers that would fill the memory."""
+    """The sandbox; it rejects products and powers that would fill the memory."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -117,6 +117,6 @@ def program(source: str) -> Template:
 
 @lru_cache(16)
 def variables_of(source: str) -> set[str]:
-    """Return the names that a template reads from its surroundings, without those that the environment defines."""
+    """Return the names of the variables that a template reads, without those that the environment defines."""
     environment = make_environment()
     return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()

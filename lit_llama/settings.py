@@ -1,11 +1,11 @@
-"""Settings of a script: a dataclass whose fields are explained by the comment on their line.
+"""Settings of a script: a dataclass in which the comment on the line of each field explains it.
 
 @dataclass
 class Settings(Checked):
     # == Optimization ==
     learning_rate: PositiveFloat = 9e-3  # peak learning rate
 
-The type of a number names its range, which is checked when the settings are constructed.
+The type of a number defines its range, which is checked when the settings are constructed.
 """
 
 import inspect
@@ -26,11 +26,11 @@ from lit_llama.utils import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have: finite ones within all bounds.
+    """The range of a number, which must be finite and within all bounds.
 
     Args:
-        least, most: the bounds, if they are allowed themselves.
-        above, below: the bounds, if they are not.
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
     """
 
     least: float = -math.inf
@@ -39,7 +39,7 @@ class Range:
     below: float = math.inf
 
     def expected(self, number: float) -> str:
-        """Return what a number must be instead, such as "1 or more"; empty if it is allowed."""
+        """Return what a number out of range must be, such as "1 or more"; empty for a number in range."""
         if number != number:
             return "a number"
         if number < self.least or number <= self.above:
@@ -53,7 +53,7 @@ METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|
 MAX_INT = 2**31 - 1
 PositiveInt = Annotated[int, Range(least=1, most=MAX_INT)]
 NonNegativeInt = Annotated[int, Range(least=0, most=MAX_INT)]
-Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # NumPy takes no others
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # the seeds that NumPy accepts
 Number = Annotated[float, Range()]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
@@ -83,7 +83,7 @@ class Checked:
     """Base of settings whose numbers are checked.
 
     Raises:
-        UserError: A number is out of the range that its type names, or a setting is null that may not be.
+        UserError: A number is out of range, or a setting that must have a value is null.
     """
 
     def __post_init__(self) -> None:
@@ -100,12 +100,12 @@ class Checked:
 
 @cache
 def ranges(settings_class: type) -> dict[str, Range]:
-    """Return the ranges of all settings whose types name one, in the class or in a base of it."""
-    found = {}
+    """Return the range of each setting whose type defines one, including inherited settings."""
+    by_name = {}
     for cls in reversed(inspect.getmro(settings_class)):
         hints = get_type_hints(cls, include_extras=True)
-        found |= {name: allowed for name, hint in hints.items() if (allowed := range_of(hint))}
-    return found
+        by_name |= {name: allowed for name, hint in hints.items() if (allowed := range_of(hint))}
+    return by_name
 
 
 def range_of(hint: Any) -> Range | None:
@@ -118,11 +118,11 @@ class Setting:
     """One field of a settings class.
 
     Args:
-        name, type, default: of the field; `type` is that of one value where there are several, `default` is `MISSING`
-            where the field has none.
+        name, type, default: those of the field. For a tuple, `type` is that of one value; `default` is `MISSING` if the
+            field has none.
         comment: the comment on the line of the field.
         group: the text of the last comment `# == Group ==` before it.
-        several: the field is a tuple.
+        several: whether the field is a tuple.
     """
 
     name: str
@@ -149,7 +149,7 @@ def describe(settings_class: type) -> list[Setting]:
 
 
 def metavar(type_: Any) -> str:
-    """Return what a value of the type looks like, such as "INT" or "true|false"."""
+    """Return a placeholder for a value of the type, such as "INT" or "true|false"."""
     if get_origin(type_) is Literal:
         return "{" + ",".join(map(str, get_args(type_))) + "}"
     if get_origin(type_) not in (None, dict):
@@ -158,7 +158,7 @@ def metavar(type_: Any) -> str:
 
 
 def field_comments(settings_class: type) -> dict[str, tuple[str, str]]:
-    """Return the comment and the group of each field. A field that a class defines again stands with that class."""
+    """Return the comment and the group of each field. A field that a class overrides is listed with that class."""
     comments: dict[str, tuple[str, str]] = {}
     for cls in inspect.getmro(settings_class)[:-1]:
         group, name = "Settings", None
@@ -176,11 +176,11 @@ def field_comments(settings_class: type) -> dict[str, tuple[str, str]]:
 
 
 def check_config(path: Path, settings: dict[str, Setting]) -> None:
-    """Check a YAML file of settings before jsonargparse reads it, which then checks the types of single values.
+    """Check a YAML file of settings before jsonargparse reads it and checks the types of its values.
 
     Raises:
-        UserError: There is no such file, it is no mapping, names an unknown setting, or holds no list where several
-            values belong.
+        UserError: The file does not exist, is not a mapping, has an unknown setting, or a value that must be a list is
+            not one.
     """
     if not os.path.lexists(path) and path.parent.is_dir():
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.y*ml")])
@@ -189,6 +189,6 @@ def check_config(path: Path, settings: dict[str, Setting]) -> None:
         if name not in settings:
             raise UserError(f"There is no setting {name!r}{did_you_mean(str(name), settings)}")
         if settings[name].several and not isinstance(value, list | None):
-            raise UserError(f"{path}: {name} is {shown(value)} where a list such as [a, b] belongs.")
+            raise UserError(f"{path}: {name} is {shown(value)}; it must be a list such as [a, b].")
         if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{path}: {name} holds a null character.")
+            raise UserError(f"{path}: {name} contains a null character.")

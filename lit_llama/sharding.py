@@ -1,13 +1,13 @@
-"""A frozen base that several processes share, each holding a part: fully sharded data parallel, PyTorch's FSDP2.
+"""Shard a frozen base over several processes: fully sharded data parallel, PyTorch's FSDP2.
 
     process 0   ½ of wte │ ½ of block 0 │ ½ of block 1 │ … │ ½ of lm_head │ norm, prefix and gates
     process 1   ½ of wte │ ½ of block 0 │ ½ of block 1 │ … │ ½ of lm_head │ norm, prefix and gates
 
-The rows of every matrix are divided among the processes. A layer is gathered from all of them for the time of its
-forward pass, and again for its backward pass. What is trained is replicated: a few thousand numbers in fp32.
+The rows of every matrix are divided among the processes. A layer is gathered from all of them for its forward pass, and
+again for its backward pass. The trained parameters, a few thousand numbers in fp32, are replicated.
 
-So every forward pass of one process needs the others. Training gives all of them the same number of passes; elsewhere
-those that have nothing to do assist the others (`in_step`).
+So every forward pass of one process needs the others. In training all processes make the same number of passes;
+elsewhere, processes without work of their own assist the others (`in_step`).
 """
 
 import ctypes
@@ -32,7 +32,7 @@ def base_mesh(fabric: Fabric, strategy: str) -> DeviceMesh | None:
     """Return the processes that share a base: those of all machines for "fsdp", of one machine for "hsdp", else None.
 
     Args:
-        fabric: Launched.
+        fabric: Fabric, already launched.
     """
     if not isinstance(fabric.strategy, ModelParallelStrategy):
         return None
@@ -47,12 +47,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def only_assists(model: nn.Module) -> bool:
-    """Return whether this process has no prompts of its own to answer, because another one has the sharded base too."""
+    """Return whether this process has no prompts to answer itself and only assists the first one with its shard."""
     return is_sharded(model) and unwrapped(model).transformer.wte.weight.device_mesh.get_local_rank() > 0
 
 
 def unwrapped(model: nn.Module) -> LLaMA:
-    """Return the LLaMA within a `LabelLogps`, also as wrapped by Fabric."""
+    """Return the LLaMA inside a `LabelLogps`, which may be wrapped by Fabric."""
     while hasattr(model, "module"):
         model = model.module
     return model
@@ -62,7 +62,7 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
     """Check that a base can be sharded, before its weights are read.
 
     Raises:
-        UserError: It is to be quantized, or the method trains the output layer.
+        UserError: The base is to be quantized, or the method trains the output layer.
     """
     if quantize is not None:
         raise UserError(f"--quantize {quantize} does not work with a base that is sharded over devices; choose one.")
@@ -71,12 +71,12 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
 
 
 def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the parameters of the base by this process's rows of them, in place.
+    """Replace the parameters of the base with this process's rows of them, in place.
 
-    All processes of the mesh call this together. Of a matrix that is mapped to a file, a process reads its rows alone.
+    All processes of the mesh must call this together. A process reads only its rows of a memory-mapped matrix.
 
     Args:
-        model: With all weights, on the CPU; those of the base can be mapped to a file.
+        model: The model with all weights, on the CPU; those of the base can be memory-mapped.
         mesh: The processes that share the base.
         device: Device of all parameters.
         dtype: Dtype of the base's parameters.
@@ -92,25 +92,25 @@ def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: tor
         fully_shard(module, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
         for name, mapped in base.items():
             rows = own_rows(mapped, mesh).to(device, dtype, copy=True)
-            whole = {"shape": mapped.shape, "stride": mapped.stride()}
-            set_frozen(module, name, DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, **whole))
+            layout = {"shape": mapped.shape, "stride": mapped.stride()}
+            set_frozen(module, name, DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, **layout))
     for p in model.parameters():
         if not isinstance(p, DTensor):
             p.data = p.data.to(device, p.dtype if p in adapter else dtype)
     model.rope.to(device)
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()))  # owns nothing, and lets layers be prefetched
     register_fsdp_forward_method(model, "hidden")
-    for name in ("unembed", "hidden_logps"):  # what reads the output layer
+    for name in ("unembed", "hidden_logps"):  # the methods that read the output layer
         setattr(head, name, getattr(model, name))
         register_fsdp_forward_method(head, name)
         setattr(model, name, getattr(head, name))
-    model.inference = nullcontext  # outside of a pass no layer is gathered, so each pass projects the prefix
+    model.inference = nullcontext  # layers are gathered only during a pass, so each pass projects the prefix
     with torch.no_grad():  # FSDP2 allocates in the first pass; what is allocated in inference mode could not be trained
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
 
 
 def own_rows(t: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Return the rows of a tensor that FSDP2 gives to this process, none if there are too few."""
+    """Return the rows of a tensor that FSDP2 assigns to this process; none if there are too few."""
     chunks = t.chunk(mesh.size())
     return chunks[mesh.get_local_rank()] if mesh.get_local_rank() < len(chunks) else t[:0]
 
@@ -121,7 +121,7 @@ def set_frozen(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc return large blocks to the system when they are freed. Its default would keep many gathered layers."""
+    """Let glibc return large blocks to the system when they are freed; by default it keeps many gathered layers."""
     M_MMAP_THRESHOLD = -3
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
@@ -131,8 +131,8 @@ def return_freed_memory() -> None:
 def in_step(model: nn.Module) -> Iterator[None]:
     """Let the processes of a sharded base make different numbers of forward passes in a block, without gradients.
 
-    A process at the end of its block joins in the passes of the others, with one token, until all are at the end. With
-    a base that is not sharded this does nothing.
+    A process that has finished its block takes part in the passes of the others, with one token, until all have
+    finished. If the base is not sharded, this does nothing.
     """
     if not is_sharded(model):
         yield
@@ -163,7 +163,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
 
 
 def average_gradients(fabric: Fabric, model: nn.Module) -> None:
-    """Average the gradients of the replicated parameters over all processes; for other models DDP has done so."""
+    """Average the gradients of the replicated parameters over all processes; for other models DDP does this."""
     if is_sharded(model):
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         flat = fabric.all_reduce(torch.cat([grad.flatten() for grad in gradients]), reduce_op="mean")

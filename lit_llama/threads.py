@@ -1,4 +1,4 @@
-"""Threads of OpenMP beside other programs: how they wait, and whether there are cores for them. Imports no PyTorch."""
+"""OpenMP threads on a machine with other programs: how they wait, and whether cores are free. Does not import torch."""
 
 import os
 import time
@@ -11,19 +11,19 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # environment 
 
 
 def wait_passively() -> None:
-    """Let threads sleep while they wait for work, unless the environment says how they wait.
+    """Let threads sleep while they wait for work, unless the environment sets how they wait.
 
-    By default they spin, and beside another busy program each then waits for a core that a spinning one holds. OpenMP
-    reads the variable when PyTorch is imported.
+    By default they spin. If another program is busy, threads with work then wait for cores that spinning threads
+    occupy. OpenMP reads the variable when PyTorch is imported.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def busy_cores() -> float | None:
-    """Return how many cores other programs use at this moment, None where that is not known.
+    """Return how many cores other programs use at this moment, None if that is not known. Takes 40 ms.
 
-    The load average is not used: it still counts work that ended a minute ago. Takes 40 ms.
+    The load average is not used because it still counts work that ended a minute ago.
     """
     samples = []
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, SentencePiece's or Hugging Face's."""
+"""The tokenizer of a checkpoint, in SentencePiece's or Hugging Face's format."""
 
 import hashlib
 import json
@@ -31,12 +31,12 @@ class SentencePiece:
         eos_id: Token that ends a text, -1 for none.
         stop_ids: Tokens that end generation.
         control: Ids of the special tokens, by their texts.
-        added: Ids of further tokens that are never divided, such as `<think>`.
+        added: Ids of further tokens that are never split, such as `<think>`.
 
     Args:
         content: Content of the file.
         config: Content of `tokenizer_config.json`. A text begins with BOS unless `add_bos_token` is false. Special
-            tokens that it adds or lists are special, also if the file has them as ordinary pieces.
+            tokens that it adds or lists are special even if the file has them as ordinary pieces.
     """
 
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class SentencePiece:
 
 
 def as_control(content: bytes, texts: Collection[str]) -> bytes:
-    """Return a `tokenizer.model` in which some pieces are control tokens, which no text contains."""
+    """Return a `tokenizer.model` in which some pieces are control tokens, into which no text is encoded."""
     model = ModelProto.FromString(content)
     for piece in model.pieces:
         if piece.piece in texts:
@@ -88,8 +88,8 @@ class HuggingFace:
 
     Args:
         content: Content of the file.
-        config: Content of `tokenizer_config.json`, which names the special tokens. Whether a text begins with BOS is
-            `add_bos_token`, or follows from the tokenizer's template: SmolLM2 and Qwen2 have none.
+        config: Content of `tokenizer_config.json`, which names the special tokens. `add_bos_token` sets whether a text
+            begins with BOS; without it, the tokenizer's post-processor does (SmolLM2 and Qwen2 add none).
     """
 
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class HuggingFace:
         self.bos_id = bos if add_bos else -1
         self.stop_ids = (self.eos_id, bos)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the engine's own pickle forgets that special tokens are text
+    def __reduce__(self) -> tuple[Any, ...]:  # the engine's pickle loses `encode_special_tokens`
         return HuggingFace, (self.content, self.config)
 
     def _open(self, content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer:
@@ -122,8 +122,8 @@ class HuggingFace:
 
     def _find(self, token: str | None) -> int:
         """Return the id of a token, -1 for none."""
-        found = self.engine.token_to_id(token or "")
-        return -1 if found is None else found
+        token_id = self.engine.token_to_id(token or "")
+        return -1 if token_id is None else token_id
 
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text, add_special_tokens=False).ids
@@ -151,9 +151,9 @@ class HuggingFace:
 
     @cached_property
     def _texts(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """Tokenizers to which all special and added tokens are text: of a text, and of one that continues another.
+        """Tokenizers that encode special and added tokens as text: one for the beginning of a text, one for the rest.
 
-        Some put a space before the first word of a text alone.
+        They differ if the tokenizer puts a space before the first word of a text.
         """
         parsed = parse_json(self.content, "tokenizer.json")
         for token in parsed.get("added_tokens", ()):
@@ -170,20 +170,20 @@ class HuggingFace:
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, int | None]:
-    """Return the special tokens that a `tokenizer_config.json` adds or lists, with their ids where it states them."""
-    found: dict[str, int | None] = {}
+    """Return the special tokens that a `tokenizer_config.json` adds or lists, with their ids if it has them."""
+    special: dict[str, int | None] = {}
     listed = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
     for tokens in (list(t.values()) if isinstance(t, dict) else t for t in listed):
         for token in tokens if isinstance(tokens, list) else ():
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str) and text:
-                found[text] = None
+                special[text] = None
     added = config.get("added_tokens_decoder")
     for i, token in added.items() if isinstance(added, dict) else ():
         is_special = isinstance(token, dict) and token.get("special") is True and isinstance(token.get("content"), str)
         if is_special and token["content"] and i.isdecimal() and int(i) <= MOST_INT:
-            found[token["content"]] = int(i)
-    return found
+            special[token["content"]] = int(i)
+    return special
 
 
 def split_at(control: Collection[str], text: str) -> list[str]:
@@ -195,9 +195,9 @@ def split_at(control: Collection[str], text: str) -> list[str]:
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    Special tokens that are written in a text are encoded as text; only `bos=True` and `eos=True` add them, and chat
-    templates. Generation ends at EOS, at the tokens that `generation_config.json` lists as EOS, and at the one with
-    which the chat template ends an answer.
+    Special tokens that are spelled out in a text are encoded as text; only `bos=True`, `eos=True` and chat templates
+    add special tokens. Generation ends at EOS, at the tokens that `generation_config.json` lists as EOS, and at the
+    token with which the chat template ends an answer.
 
     Attributes:
         template: The chat template of the checkpoint, None if it has none.
@@ -206,7 +206,7 @@ class Tokenizer:
         path: The folder, or one of its files `tokenizer.model` and `tokenizer.json`.
 
     Raises:
-        UserError: The file is missing or damaged, or no token ends a text.
+        UserError: The file is missing or damaged, or it has no EOS.
     """
 
     def __init__(self, path: Path) -> None:
@@ -241,10 +241,10 @@ class Tokenizer:
             self.vocab_size = max([self.vocab_size, *added])
 
     def check_fit(self, config: LLaMAConfig) -> None:
-        """Check that a model has all tokens.
+        """Check that a model's vocabulary has all tokens.
 
         Raises:
-            UserError: It has not.
+            UserError: It has fewer.
         """
         if self.engine.size > config.padded_vocab_size:
             raise UserError(
@@ -254,27 +254,27 @@ class Tokenizer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that token ids depend on: the file, and the tokens that begin and end a text."""
+        """Everything that token ids depend on: the file, BOS and EOS."""
         return {"tokenizer_sha256": self.sha256, "bos_id": self.bos_id, "eos_id": self.eos_id}
 
     @cached_property
     def chat_engine(self) -> SentencePiece | HuggingFace:
-        """The tokenizer of chats: `tokenizer.json` if there is one, which other programs use for them."""
+        """The tokenizer for chats: `tokenizer.json` if there is one, as in other programs."""
         path = self.path.parent / "tokenizer.json"
         if self.path.suffix.lower() == ".json" or not path.is_file():
             return self.engine
         return self._open(read_bytes(path), path)
 
     def _open_template(self) -> ChatTemplate | None:
-        found = read_chat_template(self.path.parent)
-        if found is None:
+        template = read_chat_template(self.path.parent)
+        if template is None:
             return None
         names = {**self._read_beside("special_tokens_map.json"), **self._read_beside("tokenizer_config.json")}
         names = {n: t.get("content") if isinstance(t, dict) else t for n, t in names.items() if n in TEMPLATE_NAMES}
         texts = {i: text for text, i in self.chat_engine.control.items()}
         names = {"bos_token": texts.get(self.bos_id), "eos_token": texts.get(self.eos_id), **names}
         names = {name: text for name, text in names.items() if isinstance(text, str)}
-        return ChatTemplate(*found, names, self.chat_engine.control, self.chat_engine.added)
+        return ChatTemplate(*template, names, self.chat_engine.control, self.chat_engine.added)
 
     def _open(self, content: bytes, path: Path | None = None) -> SentencePiece | HuggingFace:
         path = path or self.path
@@ -302,8 +302,7 @@ class Tokenizer:
         """Return the token ids of a text.
 
         Args:
-            text: The text. In a `ChatText`, special tokens are special and all are there; the other arguments then
-                have no effect.
+            text: The text. A `ChatText` already contains all special tokens, so the other arguments have no effect.
             bos: Begin with BOS, if texts of this checkpoint do.
             eos: End with EOS.
         """
@@ -329,18 +328,18 @@ class Tokenizer:
         return ids if ids[-1:] and ids[-1] in self.stop_ids else [*ids, self.eos_id]
 
     def check_boundary(self, before: list[int], ids: list[int]) -> None:
-        """Check that the token ids of a chat begin with those of its beginning.
+        """Check that the token ids of a chat begin with those of its beginning, `before`.
 
         Raises:
-            UserError: They do not: training and generation would see other tokens.
+            UserError: They do not, so training and generation would see different tokens.
         """
         if ids[: len(before)] != before:
             raise UserError(
                 "The end of a prompt and the beginning of its answer become one token of "
-                f"{self.path.parent}, so that training and generation would see other tokens; edit the chat template "
+                f"{self.path.parent}, so training and generation would see different tokens; edit the chat template "
                 "so that its generation prompt ends with a special token or a newline."
             )
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids. Ids beyond the vocabulary, which a padded model can emit, are ignored."""
+        """Return the text of token ids. Ids beyond the vocabulary, which a padded model can generate, are ignored."""
         return self.engine.decode([i for i in ids if i < self.vocab_size])

@@ -1,8 +1,8 @@
-"""The training loop of every script: they differ in their data and their loss.
+"""The training loop that all scripts share; they differ only in their data and loss.
 
 A step is always an optimizer step. Its gradient is that of the mean loss over all targets of the step (label tokens for
-SFT, pairs for DPO), however the rows are divided into micro-batches and over processes. What a step computes depends on
-the seed, its number and the weights alone, so that a killed run continues to the same losses.
+SFT, pairs for DPO), regardless of how the rows are split into micro-batches and across processes. A step depends only
+on the seed, its number and the weights, so a run that is killed and resumed reaches the same losses.
 """
 
 import math
@@ -48,14 +48,14 @@ class Trainer:
     Args:
         setup: Fabric, the model, the optimizers and the metadata of adapter files. The learning rate of a parameter
             group is that of `lr_at`, times its `lr_scale` if it has one.
-        train, val: The data to learn from and the data to validate on.
+        train, val: The training and the validation data.
         loss: The loss to minimize.
-        run: The files of the run, and its settings.
-        val_loss: The loss on `val` if it needs another object (default: `loss`).
+        run: The run folder, with the settings of the run.
+        val_loss: The loss on `val`, if it needs a separate object (default: `loss`).
         val_metrics: Called with the unwrapped model at each validation; returns further metrics.
         sample_answers: Called with the unwrapped model at each validation; returns records
             {"prompt", "answer", ...} for samples.jsonl.
-        plan: Returns the micro-batches of an epoch, with the arguments of `plan_epoch`.
+        plan: Returns the micro-batches of an epoch; takes the arguments of `plan_epoch`.
 
     Raises:
         UserError: There are no rows, or a row is longer than the model's context.
@@ -88,10 +88,10 @@ class Trainer:
         check_rows(val, "validation", self.unwrapped.max_tokens)
 
         self.steps_per_epoch, self.max_steps, self.warmup_steps = count_steps(self.settings, len(train.lengths))
-        self.step, self.seconds, self.tokens = 0, 0.0, 0  # of the run, earlier processes included
+        self.step, self.seconds, self.tokens = 0, 0.0, 0  # of the whole run, including earlier processes
         self.val_losses: list[tuple[int, float]] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapter with the lowest validation loss
-        self.stopping = False  # a process of the run got SIGTERM
+        self.stopping = False  # whether a process of the run has received SIGTERM
 
     def fit(self) -> dict[str, Any]:
         """Train to the last step and return the content of summary.json.
@@ -113,17 +113,17 @@ class Trainer:
                     self.evaluate()
                     self.save_state()
                 with Progress(self.step, self.max_steps, enabled=run.is_first) as progress:
-                    started, taken = time.perf_counter() - self.seconds, []
+                    started, unread = time.perf_counter() - self.seconds, []
                     for micro_batches in self.batches.look_ahead(self.remaining_steps()):
-                        taken.append(self.train_step(micro_batches))
+                        unread.append(self.train_step(micro_batches))
                         self.step += 1
                         evaluates = self.step == self.max_steps or self.step % settings.eval_interval == 0
                         saves = self.step % settings.save_interval == 0
-                        if evaluates or saves or len(taken) == self.log_interval:
-                            for step, metrics in zip(taken, self.read(taken), strict=True):
+                        if evaluates or saves or len(unread) == self.log_interval:
+                            for step, metrics in zip(unread, self.read(unread), strict=True):
                                 run.log_metrics(step.number, metrics)
                                 progress.advance(metrics)
-                            taken = []
+                            unread = []
                         if evaluates:
                             self.evaluate()
                         is_last = self.is_over
@@ -133,14 +133,14 @@ class Trainer:
                         if self.stopping and not is_last:
                             run.leave(128 + signal.SIGTERM)
                         if is_last:
-                            break  # the next step was planned already
+                            break  # `look_ahead` may have planned another step
             summary = self.summary()
             run.finish(summary)
         return summary
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step is done: all are, or the validation loss has stopped improving."""
+        """Whether training has ended: all steps are done, or the validation loss has stopped improving."""
         return self.step == self.max_steps or stops_early(self.val_losses, self.settings.early_stopping)
 
     def remaining_steps(self) -> Iterator[list[np.ndarray]]:
@@ -162,8 +162,8 @@ class Trainer:
         bad = []
         share = share_of_process(fabric, micro_batches)
         for i, (rows, scale) in enumerate(share):
-            number = fabric.global_rank + i * fabric.world_size  # of the micro-batch in the step
-            # for dropout, which some methods have: the same for a micro-batch in whichever process
+            number = fabric.global_rank + i * fabric.world_size  # index of the micro-batch in the step
+            # for methods with dropout: a micro-batch has the same seed in whichever process it runs
             torch.manual_seed((settings.seed * 1_000_003 + self.step + (number << 53)) % 2**64)
             batch = self.batches[rows]
             with fabric.no_backward_sync(self.model, enabled=i + 1 < len(share)):
@@ -178,7 +178,7 @@ class Trainer:
         tokens = sum(int(self.train.tokens[rows].sum()) for rows in micro_batches)
         step = Step(self.step, dict(sums), total, norm, lr, tokens, micro_batches, bad, began, {})
         if norm.device.type == "cpu" and not norm.isfinite():
-            self.read([step])  # raises an error before the weights change; on a GPU that would wait in each step
+            self.read([step])  # raises before the weights change; on a GPU this would synchronize in every step
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -186,20 +186,20 @@ class Trainer:
         return step
 
     def read(self, steps: list[Step]) -> list[dict[str, float]]:
-        """Return the metrics of steps, waiting for the device.
+        """Return the metrics of steps; this synchronizes with the device.
 
         Raises:
-            UserError: A loss or gradient is not finite. On a GPU the optimizer has used it; nothing is saved.
+            UserError: A loss or gradient is not finite. On a GPU the optimizer has already used it; nothing is saved.
         """
         metrics = read_metrics(self.fabric, steps)
-        for step, own in zip(steps, metrics, strict=True):
-            self.stopping = own.pop("train/stopping") > 0
-            if problem := step.problem(own):
+        for step, values in zip(steps, metrics, strict=True):
+            self.stopping = values.pop("train/stopping") > 0
+            if problem := step.problem(values):
                 raise self.diverged(problem, step.number)
         return metrics
 
     def set_learning_rate(self) -> float:
-        """Give all optimizers the learning rate of the current step and return it."""
+        """Set the learning rate of the current step in all optimizers and return it."""
         lr = lr_at(
             self.step,
             peak=self.settings.learning_rate,
@@ -248,7 +248,7 @@ class Trainer:
             write_above_bar("\n".join([line, *map(summarize, records)]))
 
     def save_state(self) -> None:
-        """Save everything that a resumed run needs, between two steps."""
+        """Save everything needed to resume the run; called between two steps."""
         with self.run.together():
             self.run.save_state({
                 "step": self.step,
@@ -262,10 +262,10 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Continue from a state of `save_state`; None starts a new run.
+        """Restore a state that `save_state` saved; None starts a new run.
 
         Raises:
-            UserError: The state does not fit this run, or holds values that are not finite.
+            UserError: The state does not fit this run, or contains values that are not finite.
         """
         if state is None:
             return
@@ -293,7 +293,7 @@ class Trainer:
         }
 
     def diverged(self, problem: str, step: int) -> UserError:
-        """Return the error for a value that is not finite in or after a step."""
+        """Return the error for a loss or gradient that is not finite in or after a step."""
         if step == 0:
             return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
         best = self.run.path / "best.safetensors"

@@ -1,4 +1,4 @@
-"""Errors for users, messages, and checks of text that comes from outside."""
+"""Errors for users, messages, and checks of text from untrusted sources."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 
 
 def printable(text: str) -> str:
-    """Return a text that cannot control a terminal: control characters as escape sequences such as "\\x1b"."""
+    """Return a text that cannot control a terminal, with control characters as escape sequences such as "\\x1b"."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -28,10 +28,10 @@ def log(text: str = "") -> None:
 
 
 def check_text(text: str, source: str) -> str:
-    """Return a text that can be encoded: no invalid UTF-8 from a command line, no "\\ud800" from JSON.
+    """Return a text after checking that it can be encoded: no invalid UTF-8 (command line), no "\\ud800" (JSON).
 
     Raises:
-        UserError: It cannot.
+        UserError: It cannot be encoded.
     """
     if halves := re.search("[\ud800-\udfff]", text):
         is_byte = "\udc80" <= halves[0] <= "\udcff"  # how Python represents a byte that it cannot decode
@@ -43,11 +43,11 @@ def check_text(text: str, source: str) -> str:
 
 
 def plain_name(name: Any, source: Path) -> str:
-    """Return a name that was read from a file, which must be the name of a file in the same folder.
+    """Return a name that was read from a file, after checking that it names a file in the same folder.
 
     Raises:
-        UserError: It is not text, or a path to elsewhere.
+        UserError: It is not text, or is a path to another folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise UserError(f"{source} names {name!r} where the name of a file in its folder belongs.")
+        raise UserError(f"{source} names {name!r}; expected the name of a file in its folder.")
     return name

@@ -1,8 +1,8 @@
-"""What the variants of LLaMA (Aligner, LoRA, ...) share: which parameters are the adapter's, and how these are
-initialized, loaded and scaled.
+"""The base class of all variants of LLaMA (Aligner, LoRA, ...): which parameters belong to the adapter, and how they
+are initialized, loaded and scaled.
 
-A variant subclasses `lit_llama.model.LLaMA`, overrides `is_adapter_parameter`, and changes one step of the network, as
-a rule through `make_attention` and `CausalSelfAttention.attend`.
+A variant subclasses `lit_llama.model.LLaMA`, overrides `is_adapter_parameter`, and changes one step of the network,
+usually through `make_attention` and `CausalSelfAttention.attend`.
 """
 
 import math
@@ -25,7 +25,7 @@ class Variant(nn.Module):
 
     @staticmethod
     def is_adapter_parameter(name: str) -> bool:
-        """Return whether a parameter belongs to the adapter, which is trained and saved, or to the frozen base."""
+        """Return whether a parameter belongs to the adapter, which is trained and saved, and not to the frozen base."""
         return False
 
     @staticmethod
@@ -55,9 +55,9 @@ class Variant(nn.Module):
         return dict(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
-        """Load the base, the adapter, or both; a part must be complete.
+        """Load the base, the adapter, or both; each must be complete.
 
-        Adapter parameters stay fp32, whatever the dtype of the file, also with `assign`.
+        Adapter parameters stay fp32 regardless of the dtype of the file, even with `assign`.
 
         Raises:
             UserError: A tensor is unknown, missing or of the wrong shape.
@@ -74,7 +74,7 @@ class Variant(nn.Module):
         return {name: p for name, p in self.named_parameters() if self.is_adapter_parameter(name)}
 
     def initialize_adapter(self) -> None:
-        """Allocate the adapter on the CPU, so that a seed means the same on every device, and call `reset_adapter`.
+        """Allocate the adapter on the CPU, so a seed gives the same values on every device, and call `reset_adapter`.
 
         Raises:
             TypeError: A parameter was not initialized.
@@ -87,7 +87,7 @@ class Variant(nn.Module):
             raise TypeError(f"Not initialized: {', '.join(left_out)}; a reset_parameters() of its module would do it.")
 
     def reset_adapter(self) -> None:
-        """Give the adapter its initial values: call `reset_parameters` of each module that holds adapter parameters."""
+        """Initialize the adapter: call `reset_parameters` of each module with adapter parameters."""
         for prefix, module in self.named_modules():
             names = [name for name, _ in module.named_parameters(prefix, recurse=False)]
             if any(map(self.is_adapter_parameter, names)) and hasattr(module, "reset_parameters"):
@@ -95,9 +95,9 @@ class Variant(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Temporarily cache what does not depend on the text (see `CausalSelfAttention.constants`).
+        """Temporarily cache the tensors that do not depend on the text (see `CausalSelfAttention.constants`).
 
-        The adapter must not change meanwhile.
+        The adapter must not change in the meantime.
         """
         attention = [block.attn for block in self.transformer.h]
         try:
@@ -110,7 +110,7 @@ class Variant(nn.Module):
                 attn.cached = None
 
     def selecting(self, rows: list[int]) -> AbstractContextManager:
-        """Temporarily treat batches as consisting of these rows, for variants whose rows differ."""
+        """Temporarily expect batches of only these rows, for variants with different adapters per row."""
         return nullcontext()
 
 
@@ -121,19 +121,19 @@ def check_shapes(tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], co
         complaint: how the error message begins.
 
     Raises:
-        UserError: A tensor is missing, unexpected, or of another shape.
+        UserError: A tensor is missing, unexpected, or has the wrong shape.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in shapes if name not in found]
-    problems += [f"{name} does not belong to this model" for name in found if name not in shapes]
-    problems += [f"{n} is {found[n]}, not {shapes[n]}" for n in shapes if n in found and found[n] != shapes[n]]
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in shapes if name not in actual]
+    problems += [f"{name} does not belong to this model" for name in actual if name not in shapes]
+    problems += [f"{n} is {actual[n]}, not {shapes[n]}" for n in shapes if n in actual and actual[n] != shapes[n]]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"{complaint}: {'; '.join(problems[:3])}{more}.")
 
 
 def mark_only_adapter_as_trainable(model: Variant) -> None:
-    """Freeze every parameter but the adapter's."""
+    """Freeze all parameters except the adapter's."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.is_adapter_parameter(name))
 

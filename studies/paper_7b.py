@@ -397,7 +397,7 @@ def check(settings: Settings) -> None:
         UserError: a method is unknown, or there is no base model.
     """
     if unknown := [name for name in settings.methods if name not in METHODS]:
-        raise UserError(f"There is no method {unknown[0]!r}; known are {', '.join(METHODS)}.")
+        raise UserError(f"There is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     if not settings.dry_run and not (settings.checkpoint_dir / "lit_config.json").is_file():
         raise UserError(
             f"There is no base model at {settings.checkpoint_dir}; convert one with scripts/convert_hf_checkpoint.py, "

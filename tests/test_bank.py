@@ -363,13 +363,13 @@ def test_a_saved_bank_is_the_same_and_its_file_stays(folders, tmp_path, dtype):
 
 def test_unknown_names_are_answered_with_near_ones(folders):
     bank = filled(folders["mha"], {name: adapters_of("mha")["a"] for name in ("pirate", "polite", "json")})
-    with pytest.raises(UserError, match=r"^There is no adapter named 'pirat' among the 3 of the bank; near ones are "
-                       r"'pirate'\.$"):  # fmt: skip
+    with pytest.raises(UserError, match=r"^There is no adapter named 'pirat' among the 3 of the bank; similar names "
+                       r"are 'pirate'\.$"):  # fmt: skip
         bank.remove("pirat")
-    with pytest.raises(UserError, match=r"no adapter named 'xyz' among the 3 of the bank; some are '.*'\.$"):
+    with pytest.raises(UserError, match=r"no adapter named 'xyz' among the 3 of the bank; some names are '.*'\.$"):
         bank.swap("xyz", adapters_of("mha")["a"])
     model = load_with_bank(folders["mha"], bank)
-    with pytest.raises(UserError, match="near ones are 'json'"), model.using(["json", "jsom"]):
+    with pytest.raises(UserError, match="similar names are 'json'"), model.using(["json", "jsom"]):
         raise AssertionError
     model(token_ids(5, 3))  # nothing is left of the attempt
     with pytest.raises(UserError, match=r"no adapter named 'x' among the 0 of the bank\.$"):
@@ -556,7 +556,7 @@ def test_sums_strengths_and_the_chat_with_a_bank(run_script, base_dir, trained):
 
 def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, tmp_path):
     flags = ["--checkpoint_dir", base_dir, "--bank", *trained.values(), "--prompt", "the cat", "the dog", "a rat"]
-    assert "no adapter named 'cot' among the 2 of the bank; near ones are 'cat'" in refused(
+    assert "no adapter named 'cot' among the 2 of the bank; similar names are 'cat'" in refused(
         "generate/aligner.py", *flags, "--use", "cot"
     )
     assert "3 prompts and 2 names in --use" in refused("generate/aligner.py", *flags, "--use", "cat", "dog")
@@ -569,7 +569,7 @@ def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, t
     with pytest.raises(UserError, match="There is no adapter at"):
         open_bank([tmp_path / "none"], base_dir)
     Bank(LLaMAConfig.from_json(base_dir / "lit_config.json"), base_dir).save(tmp_path / "empty.safetensors")
-    assert "holds no adapter" in refused("generate/aligner.py", *flags[:2], "--bank", tmp_path / "empty.safetensors")
+    assert "has no adapters" in refused("generate/aligner.py", *flags[:2], "--bank", tmp_path / "empty.safetensors")
 
 
 def test_prompts_that_name_adapters_need_a_bank(run_script, base_dir, trained, tmp_path):

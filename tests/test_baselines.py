@@ -418,7 +418,7 @@ def test_a_file_without_a_header_says_what_it_is(method, tmp_path):
     state = {name: p.detach() for name, p in trainable(adapted(method)).items()}
     torch.save(state, tmp_path / "a.pth")
     if method == "lora":
-        with pytest.raises(UserError, match=r"a\.pth cannot be used: .* which would tell their lora_alpha"):
+        with pytest.raises(UserError, match=r"a\.pth cannot be used: .* which is needed for lora_alpha"):
             read_adapter(tmp_path / "a.pth")
     else:
         file = read_adapter(tmp_path / "a.pth")
@@ -510,7 +510,7 @@ def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
 def test_a_file_of_another_method_starts_no_training(runs, refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x")
     said = refused("finetune/aligner.py", *flags, "--init_adapter", runs["lora"])
-    assert said.endswith("was made by the method 'lora' and cannot start a training of 'aligner'.")
+    assert said.endswith("was trained with the method 'lora' and cannot initialize one of the method 'aligner'.")
 
 
 def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir, data_dir):
@@ -559,7 +559,7 @@ def test_one_script_trains_every_method(method, runs, tmp_path, base_dir, data_d
 def test_unknown_methods_are_named(refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x", "--method", "lorra")
     said = refused("finetune/aligner.py", *flags)
-    assert said == "There is no method 'lorra'; known are aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
+    assert said == "There is no method 'lorra'; choose from aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
 
 
 def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):

@@ -146,7 +146,7 @@ def test_numbers_and_tables_as_text():
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(UserError, match="no size 'huge'; known are 110M, 7B"):
+    with pytest.raises(UserError, match="no size 'huge'; choose from 110M, 7B"):
         material.shape("huge")
 
 

@@ -257,7 +257,7 @@ def test_values_of_variables(tmp_path):
         ("chat:", "The prompt style 'chat:' is not of the form chat:NAME=VALUE,NAME=VALUE"),
         ("chat:thinking", "'chat:thinking' is not of the form"),
         ("chat:enable_thinking=1,enable_thinking=2", "VALUE, each name once."),
-        ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; known are"),
+        ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; choose from"),
     ],
 )
 def test_a_variable_that_cannot_be_set_is_one_sentence(name, sentence, folders):
@@ -295,7 +295,7 @@ def test_a_span_ends_with_its_turn(folders):
 
 def test_a_template_that_drops_earlier_thinking_is_unstable(folders):
     template = Tokenizer(folders["thinking"]).template
-    with pytest.raises(Unstable, match="renders an earlier answer in another way than the last one"):
+    with pytest.raises(Unstable, match="renders an earlier answer differently from the last one"):
         template.answer_spans(TURNS[:4])
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
     text, ((start, end),) = template.answer_spans([*TURNS[:3], thought], only_last=True)
@@ -306,7 +306,7 @@ def test_a_template_that_drops_earlier_thinking_is_unstable(folders):
 def test_a_generation_prompt_that_a_finished_answer_lacks_is_one_sentence():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     source += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
-    with pytest.raises(UserError, match="begins a finished answer in another way") as error:
+    with pytest.raises(UserError, match="begins a finished answer differently") as error:
         ChatTemplate(source, Path("t.jinja"), {}, []).answer_spans(TURNS[:2])
     assert "\n" not in str(error.value)
 
@@ -378,7 +378,7 @@ def test_where_a_template_comes_from(folders, tmp_path):
     (folder / "chat_template.jinja").write_text("\ufeff{{ bos_token }}d")
     assert source("a") == "{{ bos_token }}d"
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat_template is 5 where text or a list belongs"):
+    with pytest.raises(UserError, match="chat_template is 5; expected text or a list"):
         source(5)
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template\.jinja is not text in UTF-8"):

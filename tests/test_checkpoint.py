@@ -134,7 +134,7 @@ def test_no_adapters(tmp_path):
     with pytest.raises(UserError, match="is not an adapter: it has no prefix with gating factors"):
         read_adapter(base / "lit_model.safetensors")
     save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {"method": "prompt tuning"})
-    with pytest.raises(UserError, match="made by the method 'prompt tuning'; known are aligner"):
+    with pytest.raises(UserError, match="has the unknown method 'prompt tuning', not one of aligner"):
         read_adapter(tmp_path / "a.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "b.safetensors", metadata={"lit_llama": "{'method'"})
     with pytest.raises(UserError, match="the header entry 'lit_llama' is not JSON"):
@@ -142,17 +142,17 @@ def test_no_adapters(tmp_path):
 
 
 HEADERS: dict[str, Any] = {
-    "config is a list where an object belongs": {"config": [1]},
-    "config has 'n_layer', which is no setting of 'aligner'": {"config": {"n_layer": 2}},
-    'adapter_prompt_length is "3" where a whole number': {"config": {"adapter_prompt_length": "3"}},
-    "adapter_start_layer is null where": {"config": {"adapter_start_layer": None}},
-    "adapter_prompt_length is 1000000000000 where": {"config": {"adapter_prompt_length": 10**12}},
-    "method is null where text belongs": {"method": None},
-    "method is a list where text belongs": {"method": []},
+    "config is a list; expected an object": {"config": [1]},
+    "config has 'n_layer', which is not a setting of 'aligner'": {"config": {"n_layer": 2}},
+    'adapter_prompt_length is "3"; expected a whole number': {"config": {"adapter_prompt_length": "3"}},
+    "adapter_start_layer is null; expected": {"config": {"adapter_start_layer": None}},
+    "adapter_prompt_length is 1000000000000; expected": {"config": {"adapter_prompt_length": 10**12}},
+    "method is null; expected text": {"method": None},
+    "method is a list; expected text": {"method": []},
     "base has no config": {"base": {"weights": "0" * 16}},
-    "base: weights is 1 where text belongs": {"base": {"config": {}, "weights": 1}},
-    'training is "x" where an object belongs': {"training": "x"},
-    "prompt_style is 1 where text or null belongs": {"prompt_style": 1},
+    "base: weights is 1; expected text": {"base": {"config": {}, "weights": 1}},
+    'training is "x"; expected an object': {"training": "x"},
+    "prompt_style is 1; expected text or null": {"prompt_style": 1},
 }
 
 
@@ -330,7 +330,7 @@ def test_missing_files(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "lit_model.safetensors").unlink()
     for call in (load_model, base_fingerprint):
-        with pytest.raises(UserError, match=r"holds no lit_model\.safetensors or .*scripts/convert_hf_checkpoint\.py"):
+        with pytest.raises(UserError, match=r"has no lit_model\.safetensors or .*scripts/convert_hf_checkpoint\.py"):
             call(base)
 
 
@@ -341,7 +341,7 @@ def test_weights_that_are_not_the_configuration_s(tmp_path):
     save_file(state, base / "lit_model.safetensors")
     with pytest.raises(UserError, match=r"transformer\.ln_f\.scale is missing"):
         load_model(base)
-    with pytest.raises(UserError, match=r"does not hold the weights its lit_config\.json describes"):
+    with pytest.raises(UserError, match=r"does not have the weights that lit_config\.json describes"):
         base_fingerprint(base)
 
 

@@ -180,8 +180,8 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds null where lines such as seed: 1 belong"),
-        (b"- a", "holds a list where lines"),
+        (b"", "holds null; expected lines such as seed: 1"),
+        (b"- a", "holds a list; expected lines"),
         (b"count: \xff", "is not YAML: 'utf-8' codec can't decode byte 0xff"),
         (b"count: &a {b: *a}", "is not YAML: it holds an alias"),
         (b"[" * 20_000, "is nested more than 64 levels deep"),
@@ -191,9 +191,9 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
         (b"flag: !!bool x", "is not YAML: a value does not fit the tag"),
         (b'count: !!int ""', "is not YAML: a value does not fit the tag"),
         (b"kind: !!timestamp x", "is not YAML: a value does not fit the tag"),
-        (b"names: {a: b}", "names is an object where a list such as [a, b] belongs."),
-        (b"names: a", 'names is "a" where a list such as [a, b] belongs.'),
-        (b'somewhere: "a\\0b"', "somewhere holds a null character."),
+        (b"names: {a: b}", "names is an object; it must be a list such as [a, b]."),
+        (b"names: a", 'names is "a"; it must be a list such as [a, b].'),
+        (b'somewhere: "a\\0b"', "somewhere contains a null character."),
         (b"config: other.yaml", "There is no setting 'config'"),
     ],
 )

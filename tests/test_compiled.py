@@ -147,5 +147,5 @@ def test_generation_leaves_layers_alone_that_are_compiled_for_training(monkeypat
 def test_quantized_layers_are_refused():
     network = LLaMA(toys.base().config)
     network.transformer.h[0].mlp.c_fc1.weight = torch.nn.Parameter(torch.zeros(4, 4).byte(), requires_grad=False)
-    with pytest.raises(UserError, match="--compile and --quantize do not go together"):
+    with pytest.raises(UserError, match="--compile and --quantize cannot be combined"):
         compile_(network, "decoding")

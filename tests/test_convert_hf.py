@@ -295,25 +295,23 @@ def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) ->
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
     'The architecture is "GemmaForCausalLM"': dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
     "config.json: num_key_value_heads is null": dict(architectures=["MistralForCausalLM"], num_key_value_heads=None),
-    "config.json: hidden_size is null where a whole number": dict(hidden_size=None),
-    'config.json: num_hidden_layers is "2" where a whole number': dict(num_hidden_layers="2"),
-    "config.json: num_hidden_layers is 18446744073709551616 where": dict(num_hidden_layers=2**64),
-    "config.json: architectures is 3 where a list belongs": dict(architectures=3),
-    "config.json: tie_word_embeddings is 1 where true or false belongs": dict(tie_word_embeddings=1),
-    "config.json: rope_theta is NaN where a number from 1": dict(rope_theta=math.nan),
-    "config.json: rope_scaling is a list where an object belongs": dict(rope_scaling=[1]),
-    "config.json: rms_norm_eps is 2 where a number from 0 up to 1": dict(rms_norm_eps=2),
+    "config.json: hidden_size is null; expected a whole number": dict(hidden_size=None),
+    'config.json: num_hidden_layers is "2"; expected a whole number': dict(num_hidden_layers="2"),
+    "config.json: num_hidden_layers is 18446744073709551616; expected": dict(num_hidden_layers=2**64),
+    "config.json: architectures is 3; expected a list": dict(architectures=3),
+    "config.json: tie_word_embeddings is 1; expected true or false": dict(tie_word_embeddings=1),
+    "config.json: rope_theta is NaN; expected a number from 1": dict(rope_theta=math.nan),
+    "config.json: rope_scaling is a list; expected an object": dict(rope_scaling=[1]),
+    "config.json: rms_norm_eps is 2; expected a number from 0 up to 1": dict(rms_norm_eps=2),
     'The architecture is "Qwen3MoeForCausalLM"; only': dict(architectures=["Qwen3MoeForCausalLM"]),
     'The architecture is "Gemma3ForCausalLM"; only': dict(architectures=["Gemma3ForCausalLM"]),
-    "config.json: head_dim is 0 where": dict(architectures=["Qwen3ForCausalLM"], head_dim=0),
+    "config.json: head_dim is 0; expected": dict(architectures=["Qwen3ForCausalLM"], head_dim=0),
     "no_rope_layers must list 1 (with RoPE) or 0 for each of the 2 layers": dict(
         architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1]
     ),
     "1 (with RoPE) or 0 for each": dict(architectures=["SmolLM3ForCausalLM"], no_rope_layers=[1, "a"]),
-    "config.json: no_rope_layers is 3 where a list belongs": dict(
-        architectures=["SmolLM3ForCausalLM"], no_rope_layers=3
-    ),
-    "config.json: no_rope_layer_interval is 0 where a whole number from 1": dict(
+    "config.json: no_rope_layers is 3; expected a list": dict(architectures=["SmolLM3ForCausalLM"], no_rope_layers=3),
+    "config.json: no_rope_layer_interval is 0; expected a whole number from 1": dict(
         architectures=["SmolLM3ForCausalLM"], no_rope_layer_interval=0
     ),
     'The activation is "gelu"': dict(hidden_act="gelu"),
@@ -371,16 +369,16 @@ def point_elsewhere(name: str) -> Callable[[Path], object]:
 
 
 BAD_FOLDERS = {
-    "names '../secret' where the name of a file in its folder belongs": point_elsewhere("../secret"),
-    "/secret' where the name of a file in its folder belongs": point_elsewhere("{}/secret"),
-    "names 'x/../../secret' where the name of a file": point_elsewhere("x/../../secret"),
+    "names '../secret'; expected the name of a file in its folder": point_elsewhere("../secret"),
+    "/secret'; expected the name of a file in its folder": point_elsewhere("{}/secret"),
+    "names 'x/../../secret'; expected the name of a file": point_elsewhere("x/../../secret"),
     "There is no file at": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": damage_config,
-    "config.json holds a list where an object belongs": config_list,
+    "config.json holds a list; expected an object": config_list,
     "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
     "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
     "has 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
-    "holds no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
+    "has no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
     "names model-00002-of-00002.safetensors, which is not in the folder": lose_shard,
     "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": cut_shard,
     "it is a Git LFS pointer": pointer_shard,

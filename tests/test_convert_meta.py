@@ -176,7 +176,7 @@ class RunsCode:
 BAD: dict[str, Any] = {
     "There is no file at": lose("params.json"),
     "params.json has no n_layers": change("params.json", n_layers=None),
-    'params.json: n_layers is "3" where a whole number from 1': change("params.json", n_layers="3"),
+    'params.json: n_layers is "3"; expected a whole number from 1': change("params.json", n_layers="3"),
     "needs its tokenizer.model or tokenizer.json": lose("tokenizer.model"),
     "found: consolidated.01.pth": lose("consolidated.00.pth"),
     "found: none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],

@@ -314,7 +314,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
     prepare(tmp_path / "out", tokenizer, many(4))
     other = tmp_path / "tokenizer.model"
     other.write_bytes(tokenizer_path.read_bytes() + b"\x22\x00")  # an empty field more: another file
-    with pytest.raises(UserError, match="was tokenized with another tokenizer than"):
+    with pytest.raises(UserError, match="was tokenized with a different tokenizer than"):
         SFTData(tmp_path / "out", "train", Tokenizer(other))
 
 
@@ -326,7 +326,7 @@ def test_rows_in_another_folder_are_not_read(tmp_path, tokenizer):
         content = json.loads(state.read_text())
         content["_data_files"] = [{"filename": name}]
         state.write_text(json.dumps(content))
-        with pytest.raises(UserError, match="where the name of a file in its folder belongs"):
+        with pytest.raises(UserError, match="expected the name of a file in its folder"):
             SFTData(tmp_path / "out", "train")
 
 
@@ -358,12 +358,12 @@ def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
     cases: dict[str, Any] = {
         "is damaged": lambda: path.write_bytes(good[: len(good) // 2]),
         "is damaged (Tried reading schema message": lambda: path.write_bytes(b""),
-        "was changed since it was written": lambda: path.write_bytes((tmp_path / "out/test" / path.name).read_bytes()),
+        "has changed since it was written": lambda: path.write_bytes((tmp_path / "out/test" / path.name).read_bytes()),
         "input_ids does not hold whole numbers": lambda: write_arrow(path, input_ids=["a"], prompt_length=[1]),
         "input_ids holds -5": lambda: write_arrow(path, input_ids=[[1, -5]], prompt_length=[1]),
         "holds token 70000, and there are": lambda: write_arrow(path, input_ids=[[1, 70000]], prompt_length=[1]),
         'prompt_length" does not exist': lambda: write_arrow(path, input_ids=[[1, 5]]),
-        "is a folder, no file": lambda: (path.unlink(), path.mkdir()),
+        "is a folder, not a file": lambda: (path.unlink(), path.mkdir()),
     }
     for sentence, damage in cases.items():
         damage()

@@ -24,5 +24,5 @@ def test_a_cpu_computes_in_fp32_unless_told_otherwise():
 def test_unknown_devices_and_precisions_are_refused():
     with pytest.raises(UserError, match="Fabric has no accelerator 'abacus' here"):
         pick_device("abacus", "auto")
-    with pytest.raises(UserError, match="precision is '8'; known are auto, bf16"):
+    with pytest.raises(UserError, match="precision is '8'; choose from auto, bf16"):
         pick_device("cpu", "8")

@@ -358,7 +358,7 @@ def test_two_writers_of_one_folder(tmp_path):
 def test_names_in_files_are_names_of_files(tmp_path):
     assert plain_name("model-00001-of-00002.safetensors", tmp_path) == "model-00001-of-00002.safetensors"
     for name in ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3, None, ["x"]):
-        with pytest.raises(UserError, match="where the name of a file in its folder belongs"):
+        with pytest.raises(UserError, match="expected the name of a file in its folder"):
             plain_name(name, tmp_path)
 
 

@@ -491,7 +491,7 @@ def test_overwrite_starts_afresh_and_touches_no_other_file(flags, finished, tmp_
     theirs.parent.mkdir()
     theirs.write_text("mine")
     train(flags(tmp_path, learning_rate=0.5, max_steps=16))
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         train(flags(tmp_path))
     train(flags(tmp_path, overwrite=True))
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"notes.txt"}

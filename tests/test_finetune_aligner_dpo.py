@@ -338,7 +338,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
     [
         ({"beta": 0}, "beta is 0.0; it must be above 0"),
         ({"sft_weight": -1}, "sft_weight is -1.0; it must be 0 or more."),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1 but only the sigmoid loss has one"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1; only the sigmoid loss supports it"),
         ({"drift_prompts": -1}, "drift_prompts is -1; it must be 0 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
     ],

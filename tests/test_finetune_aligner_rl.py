@@ -272,7 +272,7 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path, strategy, sam
         ({"group_size": 1}, "group_size is 1; it must be 2 or more."),
         ({"updates_per_batch": 0}, "updates_per_batch is 0; it must be 1 or more."),
         ({"clip": 0, "kl_weight": -1}, "clip is 0.0; it must be above 0. kl_weight is -1.0; it must be 0 or more."),
-        ({"reward": "nothing"}, "There is no reward 'nothing'; known are length, "),
+        ({"reward": "nothing"}, "There is no reward 'nothing'; choose from length, "),
         ({"score": "gsm8k", "reward": "length"}, "A row has no number in its 'answer' or 'response': {'number': "),
     ],
     ids=str,

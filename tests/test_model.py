@@ -240,22 +240,22 @@ def test_config_survives_its_file(tmp_path):
         (dict(n_kv_head=3), r"n_head \(4\) is not a multiple of n_kv_head \(3\)"),
         (dict(padded_vocab_size=49), r"padded_vocab_size \(49\) is below vocab_size \(50\)"),
         (dict(head_size=7), r"head_size \(7\) is odd"),
-        (dict(n_layer=0), "n_layer is 0 where a whole number from 1 up to 1,024 belongs"),
+        (dict(n_layer=0), "n_layer is 0; expected a whole number from 1 up to 1,024"),
         (dict(n_kv_head=0), "n_kv_head is 0"),
-        (dict(n_layer="3"), 'n_layer is "3" where a whole number'),
-        (dict(n_layer=10**7), "n_layer is 10000000 where a whole number from 1 up to 1,024 belongs"),
-        (dict(block_size=10**9), "block_size is 1000000000 where"),
+        (dict(n_layer="3"), 'n_layer is "3"; expected a whole number'),
+        (dict(n_layer=10**7), "n_layer is 10000000; expected a whole number from 1 up to 1,024"),
+        (dict(block_size=10**9), "block_size is 1000000000; expected"),
         (dict(block_size=2**20, head_size=2**14), r"block_size \(1,048,576\) × head_size \(16,384\) is above"),
-        (dict(vocab_size=2**64), "vocab_size is 18446744073709551616 where"),
-        (dict(n_embd=None), "n_embd is null where"),
-        (dict(n_embd=True), "n_embd is true where"),
-        (dict(norm_eps=math.nan), "norm_eps is NaN where a number"),
-        (dict(rope_base=0), "rope_base is 0 where a number from 1"),
-        (dict(tie_embeddings=1), "tie_embeddings is 1 where true or false belongs"),
-        (dict(rope_scaling=[]), "rope_scaling is a list where an object or null belongs"),
-        (dict(rope_scaling=dict(rope_type=["linear"])), "rope_scaling: rope_type is a list where text or null"),
-        (dict(rope_scaling=dict(rope_type="linear", factor="4")), 'factor is "4" where a number'),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported; known are llama3 and linear"),
+        (dict(vocab_size=2**64), "vocab_size is 18446744073709551616; expected"),
+        (dict(n_embd=None), "n_embd is null; expected"),
+        (dict(n_embd=True), "n_embd is true; expected"),
+        (dict(norm_eps=math.nan), "norm_eps is NaN; expected a number"),
+        (dict(rope_base=0), "rope_base is 0; expected a number from 1"),
+        (dict(tie_embeddings=1), "tie_embeddings is 1; expected true or false"),
+        (dict(rope_scaling=[]), "rope_scaling is a list; expected an object or null"),
+        (dict(rope_scaling=dict(rope_type=["linear"])), "rope_scaling: rope_type is a list; expected text or null"),
+        (dict(rope_scaling=dict(rope_type="linear", factor="4")), 'factor is "4"; expected a number'),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn' is not supported, only llama3 and linear"),
         (dict(rope_scaling=dict(type="linear", factor=4.0)), "None is not supported"),
         (dict(rope_scaling=dict(rope_type="linear")), "'linear' lacks factor"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "lacks high_freq_factor, low_freq_factor, original"),
@@ -273,7 +273,7 @@ def test_impossible_configs_are_refused(overrides, sentence):
         ("{", "is not JSON"),
         (json.dumps({"n_layer": 2, "hidden_size": 64}), r"it has \['hidden_size'\]"),
         (json.dumps({"n_layer": None}), r"lit_config\.json cannot be used: n_layer is null"),
-        ("[1]", "holds a list where an object belongs"),
+        ("[1]", "holds a list; expected an object"),
     ],
 )
 def test_bad_config_files_are_refused(tmp_path, text, sentence):
@@ -285,7 +285,7 @@ def test_bad_config_files_are_refused(tmp_path, text, sentence):
 
 
 def test_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"no model named '8B'; known are 7B, 13B, .*SmolLM2-135M"):
+    with pytest.raises(UserError, match=r"no model named '8B'; choose from 7B, 13B, .*SmolLM2-135M"):
         LLaMA.from_name("8B")
 
 

@@ -78,7 +78,7 @@ def test_results_without_a_judge_are_not_complete_once_there_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--methods", "aligner2"), "There is no method 'aligner2'; known are aligner1, aligner10, "),
+        (("--methods", "aligner2"), "There is no method 'aligner2'; choose from aligner1, aligner10, "),
         (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
     ],
 )

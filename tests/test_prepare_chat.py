@@ -352,13 +352,13 @@ def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, ref
                            "--checkpoint_dir", models["chatml"])  # fmt: skip
     finally:
         (models["chatml"] / "chat_template.jinja").unlink()
-    assert "was prepared with another chat template" in sentence
+    assert "was prepared with a different chat template" in sentence
 
 
 def test_damaged_gaps_are_refused(prepare, models):
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
     meta = json.loads((folder / "meta.json").read_text())
-    for multi_turn, sentence in ((3, "multi_turn is 3 where true or false"),):
+    for multi_turn, sentence in ((3, "multi_turn is 3; expected true or false"),):
         (folder / "meta.json").write_text(json.dumps({**meta, "multi_turn": multi_turn}))
         with pytest.raises(UserError, match=sentence):
             SFTData(folder, "train", Tokenizer(models["chatml"]))

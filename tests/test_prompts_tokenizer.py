@@ -70,7 +70,7 @@ def test_prompt_mistakes():
     for empty in ("", " \n"):
         with pytest.raises(UserError, match="The prompt is empty"):
             get_prompt_style("alpaca").render(empty, "an input")
-    with pytest.raises(UserError, match="There is no prompt style 'alpacca'; known are alpaca, orca"):
+    with pytest.raises(UserError, match="There is no prompt style 'alpacca'; choose from alpaca, orca"):
         get_prompt_style("alpacca")
 
 

@@ -69,7 +69,7 @@ def test_without_bitsandbytes_a_sentence_says_what_to_install(
 
 
 def test_another_mode_or_device_is_refused(base_dir, run_script):
-    with pytest.raises(UserError, match=r"nf5.*known are nf4, nf4-dq, fp4, fp4-dq, int8"):
+    with pytest.raises(UserError, match=r"nf5.*choose from nf4, nf4-dq, fp4, fp4-dq, int8"):
         load_model(base_dir, quantize="nf5")
     with pytest.raises(UserError, match="CUDA and CPU, not on mps"):
         check_quantize("nf4", toys.base(), torch.device("mps"))

@@ -236,7 +236,7 @@ def test_a_reward_of_the_current_folder(own):
         ("own_rewards:none", [], "The reward 'own_rewards:none' cannot be loaded: AttributeError: module 'own_rewards' "
          "has no attribute 'none'."),
         ("nowhere:f", [], "The reward 'nowhere:f' cannot be loaded: ModuleNotFoundError: No module named 'nowhere'."),
-        ("lenght", [], f"There is no reward 'lenght'; known are {', '.join(REWARDS)}, and functions as "
+        ("lenght", [], f"There is no reward 'lenght'; choose from {', '.join(REWARDS)}, or give "
          "module:function."),
     ],
 )  # fmt: skip

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 REFUSED = {
     "is not JSON: Expecting ',' delimiter in line 2": b'{"a": 1\n',
     "is not JSON: Expecting value": b"",
-    "holds a list where an object belongs": b"[1]",
-    "holds null where an object belongs": b"null",
+    "holds a list; expected an object": b"[1]",
+    "holds null; expected an object": b"null",
     "is not text in UTF-8 (byte 8)": b'{"a": "\xff"}',
     "holds one half of a surrogate pair": rb'{"a": "\uD800"}',
     "is nested too deeply": b"[" * 100_000,
@@ -66,13 +66,13 @@ def test_a_byte_order_mark_is_ignored(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"^There is no configuration at .*/a\.json\.$"):
         read_json(tmp_path / "a.json", what="configuration")
-    with pytest.raises(UserError, match="is a folder, no file"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is a device or a pipe, no file"):
+    with pytest.raises(UserError, match="is a device or a pipe, not a file"):
         read_json(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"123456")
-    with pytest.raises(UserError, match="has 6 bytes where a file of at most 5 belongs"):
+    with pytest.raises(UserError, match="has 6 bytes; expected a file of at most 5"):
         read_bytes(tmp_path / "large", limit=5)
 
 
@@ -94,15 +94,15 @@ def test_another_user_s_file_is_no_damaged_one():
 
 
 FIELDS = [
-    (True, int, "true where a whole number belongs"),
-    (1, bool, "1 where true or false belongs"),
-    (2**64, int, "18446744073709551616 where a whole number from 1 up to 1,000 belongs"),
-    (10**5000, int, "a number of thousands of digits where"),
-    (float("nan"), float, "NaN where a number from 1"),
-    (float("inf"), float, "Infinity where a number"),
-    ([1], str | None, "a list where text or null belongs"),
-    ("x" * 99, int, "... (101 characters) where a whole number"),
-    ("\x1b[31m", int, r'"\u001b[31m" where'),
+    (True, int, "true; expected a whole number"),
+    (1, bool, "1; expected true or false"),
+    (2**64, int, "18446744073709551616; expected a whole number from 1 up to 1,000"),
+    (10**5000, int, "a number of thousands of digits; expected"),
+    (float("nan"), float, "NaN; expected a number from 1"),
+    (float("inf"), float, "Infinity; expected a number"),
+    ([1], str | None, "a list; expected text or null"),
+    ("x" * 99, int, "... (101 characters); expected a whole number"),
+    ("\x1b[31m", int, r'"\u001b[31m"; expected'),
 ]
 
 
@@ -122,7 +122,7 @@ def test_fields():
     assert check(0.5, float, "f", most=1) == 0.5
     for number in (2**63, -(2**63), 10**400):  # an overflow in arithmetic with floats, NumPy or torch
         for kind in (int, float, int | None):
-            with pytest.raises(UserError, match="belongs"):
+            with pytest.raises(UserError, match="expected"):
                 check(number, kind, "f")
     with pytest.raises(UserError, match=r"^f has no z\.$"):
         field(about, "z", int, "f")

@@ -229,7 +229,7 @@ def test_what_does_not_go_with_a_sharded_base_is_a_sentence():
     for changes in ({"quantize": "nf4"}, {"interactive": True}):
         with pytest.raises(UserError, match=f"--{next(iter(changes))} needs a complete base on one device"):
             AnswerSettings(devices=2, **changes)
-    with pytest.raises(UserError, match="--quantize int8 and --strategy hsdp exclude each other"):
+    with pytest.raises(UserError, match="--quantize int8 and --strategy hsdp cannot be combined"):
         FinetuneSettings(quantize="int8", strategy="hsdp", **REQUIRED)
     with pytest.raises(UserError, match="with --devices, use --adapter with a single one"):
         load_with_bank(Path("base"), {}, mesh=object())

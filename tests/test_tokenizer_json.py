@@ -157,14 +157,14 @@ def test_mistakes(llama3, tmp_path):
 
 
 FILES_BESIDE = {
-    "tokenizer_config.json: eos_token is 3 where text or an object": (
+    "tokenizer_config.json: eos_token is 3; expected text or an object": (
         "tokenizer_config.json",
         {"eos_token": 3},
     ),
     "tokenizer_config.json: bos_token has no content": ("tokenizer_config.json", {"bos_token": {"id": 1}}),
-    'generation_config.json: eos_token_id is "5" where': ("generation_config.json", {"eos_token_id": "5"}),
+    'generation_config.json: eos_token_id is "5"; expected': ("generation_config.json", {"eos_token_id": "5"}),
     "generation_config.json: eos_token_id is 18446744073709551616": ("generation_config.json", {"eos_token_id": 2**64}),
-    "generation_config.json holds a list where an object belongs": ("generation_config.json", [5]),
+    "generation_config.json holds a list; expected an object": ("generation_config.json", [5]),
     "tokens and the model 64: they do not belong together": ("lit_config.json", {"vocab_size": 64}),
 }
 

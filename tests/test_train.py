@@ -116,7 +116,7 @@ def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
         ({"seed": 2**32}, "seed is 4294967296; it must be at most 4294967295."),
         ({"num_nodes": 0}, "num_nodes is 0; it must be 1 or more."),
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
-        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other."),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite cannot be combined."),
         (
             {"batch_size": 0, "warmup_epochs": -1.0},
             "batch_size is 0; it must be 1 or more. warmup_epochs is -1.0; it must be 0 or more.",
@@ -132,7 +132,7 @@ def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
 def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path):
     claim(tmp_path, NAMES)
     (tmp_path / "state.pt").touch()
-    with pytest.raises(UserError, match="already holds a run: continue it with --resume, replace it with"):
+    with pytest.raises(UserError, match="already contains a run: continue it with --resume, replace it with"):
         RunFolder(Settings(out_dir=tmp_path))
 
 

@@ -335,7 +335,7 @@ def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy
         ({"answers": {"text": "x"}}, "Row 11 has no field 'question_id'"),
         (
             {"answers": {"text": "x", "question_id": [1]}},
-            "'question_id' is a list where a whole number or text belongs",
+            "'question_id' is a list; expected a whole number or text",
         ),
         ({"answers": {"question_id": 1, "choices": []}}, "'choices' has no answer"),
         ({"answers": None}, "lacks answers to 1 of 10 questions, such as 10"),

@@ -14,7 +14,7 @@ from lit_llama.utils import UserError
 SOURCE = "config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
                  "Qwen3ForCausalLM": "qwen3", "SmolLM3ForCausalLM": "smollm3"}  # fmt: skip
-# what a config.json that lacks a field means by it, where the architectures differ
+# defaults of fields that a config.json lacks, where the architectures differ
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"sliding_window": 4096},
@@ -32,10 +32,10 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # what each supported kind of rope
 def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
     """Convert the content of a config.json. Missing fields have the defaults of transformers.
 
-    A sliding window, as Mistral's, becomes the limit of the context: within it, attention is the usual one.
+    A sliding window, such as Mistral's, becomes the limit of the context: within it, attention is the usual one.
 
     Raises:
-        UserError: The architecture or a feature is not supported, or a field is missing, of another type or out of
+        UserError: The architecture or a feature is not supported, or a field is missing, of the wrong type or out of
             range.
     """
     kind = _architecture(hf)
@@ -91,7 +91,7 @@ def convert_nope_layers(hf: dict[str, Any]) -> list[int]:
     """Return the layers without rotary positions: those that `no_rope_layers` lists as 0, or every nth.
 
     Raises:
-        UserError: A field is missing, of another type or out of range.
+        UserError: A field is missing, of the wrong type or out of range.
     """
     n_layer = field(hf, "num_hidden_layers", int, SOURCE, least=1, most=MOST["n_layer"])
     rotated = field(hf, "no_rope_layers", list, SOURCE, None)
@@ -117,7 +117,7 @@ def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("Only a part of each head is rotated (partial_rotary_factor), which is not supported.")
     if kind not in ROPE_NUMBERS:
-        raise UserError(f"Rope scaling {kind!r} is not supported; known are {', '.join(map(repr, ROPE_NUMBERS))}.")
+        raise UserError(f"Rope scaling {kind!r} is not supported, only {', '.join(map(repr, ROPE_NUMBERS))}.")
     label = f"{SOURCE}: rope scaling {kind!r}"
     scaling = {"rope_type": kind, **{name: field(rope, name, float, label) for name in ROPE_NUMBERS[kind]}}
     base = field(rope, "rope_theta", float, SOURCE, least=1, most=MOST_FLOAT)

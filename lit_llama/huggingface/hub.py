@@ -1,4 +1,4 @@
-"""The Hugging Face hub: adapters named like `hf:owner/name`, and sentences for what can go wrong."""
+"""The Hugging Face hub: adapters named `hf:owner/name`, and error messages."""
 
 import os
 import re
@@ -11,7 +11,7 @@ ADAPTER_NAME = "adapter.safetensors"  # the only file that is read: no pickle, a
 
 
 def is_on_hub(path: Path | str) -> bool:
-    """Return whether a path names a repository on the hub, as `hf:owner/name`."""
+    """Return whether a path names a repository on the hub, such as `hf:owner/name`."""
     return str(path).startswith(PREFIX)
 
 
@@ -19,7 +19,7 @@ def repository(path: Path | str) -> tuple[str, str]:
     """Return the owner/name and the revision of `hf:owner/name` or `hf:owner/name@revision`.
 
     Raises:
-        UserError: It is written differently.
+        UserError: The path has another format.
     """
     match = re.fullmatch(rf"{PREFIX}([\w.-]+/[\w.-]+?)(?:@([^@\s]+))?", str(path))
     if match is None:
@@ -46,7 +46,7 @@ def download_adapter(path: Path | str) -> Path:
 
 
 def endpoint() -> str:
-    """Return the address of the hub; HF_ENDPOINT names another one."""
+    """Return the address of the hub, which HF_ENDPOINT overrides."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 

@@ -1,6 +1,6 @@
 """Weights in Hugging Face's layout, in both directions.
 
-Tensors get other names, the rows of q, k and v are concatenated or split, and the rows of q and k change between the
+Tensors are renamed, the rows of q, k and v are concatenated or split, and the rows of q and k are reordered between the
 half-split order of Hugging Face's rotary embedding and the interleaved order that Meta and this project use.
 """
 
@@ -83,16 +83,16 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     Raises:
         UserError: There are no weights, or the index is damaged or names a missing file.
     """
-    found = next((checkpoint_dir / name for name in WEIGHTS if (checkpoint_dir / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{checkpoint_dir} holds no weights: none of {', '.join(WEIGHTS)}.")
-    if found.suffix != ".json":
-        return [found]
-    weight_map = field(read_json(found), "weight_map", dict, found)
-    names = [plain_name(name, found) for name in weight_map.values()]
+    path = next((checkpoint_dir / name for name in WEIGHTS if (checkpoint_dir / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{checkpoint_dir} has no weights: none of {', '.join(WEIGHTS)}.")
+    if path.suffix != ".json":
+        return [path]
+    weight_map = field(read_json(path), "weight_map", dict, path)
+    names = [plain_name(name, path) for name in weight_map.values()]
     files = [checkpoint_dir / name for name in sorted(set(names))]
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise UserError(f"{found} names {', '.join(missing)}, which is not in the folder; download it again.")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{path} names {', '.join(missing)}, which is not in the folder; download it again.")
     return files
 
 

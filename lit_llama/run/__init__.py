@@ -1,1 +1,1 @@
-"""What surrounds the training loop: settings, set-up, the run folder, metrics, samples, processes."""
+"""The parts of a training run around the loop: settings, setup, run folder, metrics, samples, processes."""

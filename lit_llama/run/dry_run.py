@@ -1,4 +1,4 @@
-"""A finetuning run that writes nothing: what the run would take, from its data and one measured step."""
+"""A dry run of finetuning, which writes nothing: estimate memory and time from the data and one measured step."""
 
 import time
 
@@ -13,14 +13,14 @@ from lit_llama.run.setup import base_dtype
 from lit_llama.train import Trainer
 from lit_llama.utils import UserError, log
 
-WARM_UP = 30  # seconds; a first step that takes less is measured again, without what happens only once
+WARM_UP = 30  # seconds; if the first step takes less, a second one is measured, without one-time costs
 
 
 def dry_run(trainer: Trainer) -> None:
     """Print to stdout the parameters, the estimated memory, the number of steps and the time of a run.
 
-    The memory is that of the largest micro-batch. The time is that of the first step, scaled with the number of tokens,
-    padding included; validations, their answers and saved states are not part of it.
+    The memory is that of the largest micro-batch. The time is that of one step, scaled by the number of tokens,
+    including padding; validations, sampled answers and saved states are not included.
 
     Raises:
         UserError: The step does not fit into the memory of the GPU, or its loss is not finite.
@@ -61,7 +61,7 @@ def dry_run(trainer: Trainer) -> None:
 
 
 def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str, Memory]:
-    """Return the memory of the tasks of a step, each for its largest micro-batch."""
+    """Return the estimated memory of each task of a step, for its largest micro-batch."""
     settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
     method, rows = METHODS[settings.method], largest(train.lengths, [rows for step in plan for rows in step])
     shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
@@ -100,7 +100,7 @@ def padded_tokens(lengths: np.ndarray, step: list[np.ndarray]) -> int:
 
 
 def timed_step(trainer: Trainer, micro_batches: list[np.ndarray]) -> float:
-    """Return the seconds of a step."""
+    """Take a step and return how many seconds it took."""
     began = time.perf_counter()
     trainer.read([trainer.train_step(micro_batches)])  # waits for a GPU, and checks that the loss is finite
     return time.perf_counter() - began

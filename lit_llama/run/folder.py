@@ -1,17 +1,17 @@
-"""The folder of a training run: its files, and how a later process continues from them.
+"""The folder of a training run: its files, and how a run is resumed from them.
 
     config.yaml          all settings; --config reads it
     environment.json     versions, device, processes and command of the last process, fingerprint of the base
-    metrics.csv          one row of metrics per step; tensorboard/ holds the same
+    metrics.csv          one row of metrics per step; tensorboard/ has the same
     samples.jsonl        answers to validation prompts at each validation
     best.safetensors     the adapter with the lowest validation loss
     last.safetensors     the adapter of the last saved state
     state.pt             everything that --resume needs
     loss.png, summary.json        written after the last step
 
-state.pt decides what the run is: logs are written before it, and --resume cuts them off after its step and writes the
-adapter files from it. So whatever a kill leaves, the run continues from its last state, or begins if it has none. The
-first process of a run writes the files; in the others the methods that write do nothing.
+state.pt is authoritative: logs are written before it, and --resume truncates them after its step and rewrites the
+adapter files from it. So whenever a run is killed, it continues from its last saved state, or starts again if there is
+none. Only the first process of a run writes files; in the other processes, the methods that write do nothing.
 """
 
 import gc
@@ -44,7 +44,7 @@ from lit_llama.storage.manifest import OUTPUTS, read_manifest
 from lit_llama.storage.schema import parse_json
 from lit_llama.utils import UserError, log
 
-# in the order in which --overwrite deletes them: until state.pt is gone, --resume restores what was before it
+# in the order in which --overwrite deletes them: until state.pt is deleted, --resume restores those before it
 FILES = ("loss.png", "metrics.png", "summary.json", "best.safetensors", "last.safetensors", "state.pt", "metrics.csv",
          "samples.jsonl")  # fmt: skip
 NAMES = (*FILES, "config.yaml", "environment.json", LOCK)
@@ -57,25 +57,25 @@ class RunFolder:
         settings: All settings of the script.
 
     Raises:
-        UserError: The folder holds a run that is neither resumed nor overwritten, or one that cannot be resumed, or it
-            cannot be written.
+        UserError: The folder contains a run that is neither resumed nor overwritten, or that cannot be resumed, or the
+            folder cannot be written to.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings, self.path = settings, settings.out_dir
         self.state_path = self.path / "state.pt"
-        self.stopping = False  # after the current step
+        self.stopping = False  # whether to stop after the current step
         if settings.dry_run:
             return
         check_logger(settings.logger)
         with self.explained():
             self.check()
             if os.environ.get("LOCAL_RANK", "0") == "0" and (self.path / LOCK).exists():
-                with locked(self.path / LOCK):  # another process is noticed before the model is loaded
+                with locked(self.path / LOCK):  # fail before the model is loaded if another process trains here
                     pass
 
     def check(self) -> bool:
-        """Check what the folder holds, and return whether it is a run of an earlier version, without a manifest."""
+        """Check the files in the folder. Return whether they are from an earlier version, which wrote no manifest."""
         has_adapter, has_state = (self.path / "last.safetensors").is_file(), self.state_path.is_file()
         unrecorded = "state.pt" not in (read_manifest(self.path, OUTPUTS) or {})
         adopt = unrecorded and (is_ours(self.path / "last.safetensors") or self.state_is_ours())
@@ -85,13 +85,13 @@ class RunFolder:
             raise UserError(f"{logs} is not a folder but a link or a file; move it away, or choose another --out_dir.")
         if has_adapter and not has_state and not self.settings.overwrite:
             raise UserError(
-                f"{self.path} holds a run without its state.pt, which cannot be resumed; replace it with --overwrite, "
-                "or choose another --out_dir."
+                f"{self.path} contains a run without its state.pt, which cannot be resumed; replace it with "
+                "--overwrite, or choose another --out_dir."
             )
         if has_state and not self.settings.resume and not self.settings.overwrite:
             raise UserError(
-                f"{self.path} already holds a run: continue it with --resume, replace it with --overwrite, or choose "
-                "another --out_dir."
+                f"{self.path} already contains a run: continue it with --resume, replace it with --overwrite, or "
+                "choose another --out_dir."
             )
         return adopt
 
@@ -105,15 +105,15 @@ class RunFolder:
 
     @contextmanager
     def occupied(self, fabric: Fabric, adapter_meta: dict[str, Any], rows: dict[str, str]) -> Iterator[None]:
-        """Keep other processes out of the folder while a block runs. All processes of the run call this together.
+        """Lock the folder against other runs while a block runs. All processes of the run must call this together.
 
         Args:
-            fabric: Launched.
+            fabric: Fabric, already launched.
             adapter_meta: Metadata of the adapter files; a resumed run must have the same.
             rows: Hashes of the training and validation rows; a resumed run must have the same.
 
         Raises:
-            UserError: Another process trains in the folder, or the constructor would refuse it by now.
+            UserError: Another run is training in the folder, or the checks of the constructor now fail.
         """
         self.fabric, self.is_first, self.adapter_meta = fabric, fabric.global_rank == 0, adapter_meta
         self.identity = {**adapter_meta, **rows, "precision": fabric.strategy.precision.precision}
@@ -160,7 +160,7 @@ class RunFolder:
         return state
 
     def open(self, state: dict[str, Any] | None) -> None:
-        """Make the folder one of a new run, or exactly that of a saved state.
+        """Prepare the folder for a new run, or restore exactly the files of a saved state.
 
         Raises:
             UserError: A log is damaged, or the folder cannot be written.
@@ -169,11 +169,11 @@ class RunFolder:
             if not self.is_first:
                 return
             if self.settings.resume:
-                found = "has no state.pt: starting" if state is None else f"continues from step {self.saved_step}"
-                log(f"{self.path} {found}.")
+                status = "has no state.pt: starting" if state is None else f"continues from step {self.saved_step}"
+                log(f"{self.path} {status}.")
             self.metrics = MetricsLog(self.path / "metrics.csv")
             self.samples: list[dict[str, Any]] = []
-            if state is not None:  # read everything before something is changed
+            if state is not None:  # read everything before changing anything
                 self.metrics.resume(self.saved_step)
                 self.samples = read_samples(self.path / "samples.jsonl", self.saved_step)
             self.remove_files(keep_run=state is not None)
@@ -210,7 +210,7 @@ class RunFolder:
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def open_loggers(self, state: dict[str, Any] | None) -> None:
-        """Write what was logged so far to a new TensorBoard log, and continue the run on Weights & Biases."""
+        """Write all earlier metrics to a new TensorBoard log, and start or continue the run on Weights & Biases."""
         name = f"tensorboard/events.out.tfevents.{time.time_ns()}"
         claim(self.path, [name])
         self.loggers = Loggers(self.path / name, self.metrics.rows)
@@ -234,7 +234,7 @@ class RunFolder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Close the logs at the end. Explain Ctrl-C and a full disk in one sentence, and let SIGTERM set `stopping`.
+        """Close the logs at the end. Report Ctrl-C and a full disk in one sentence, and let SIGTERM set `stopping`.
 
         Raises:
             UserError: The folder cannot be written to.
@@ -254,17 +254,17 @@ class RunFolder:
                     self.metrics.save()
 
     def stop_after_step(self, *_: Any) -> None:
-        """Ask for a saved state after the current step, and for the end of the process; the next SIGTERM ends it."""
+        """Request to save the state and stop after the current step; a second SIGTERM ends the process at once."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.stopping = True
-        if self.is_first:  # print could have been interrupted by this signal
+        if self.is_first:  # not `print`, which this signal may have interrupted
             os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
 
     def leave(self, code: int) -> NoReturn:
         """Print how to continue and end the process."""
         if self.is_first:
             log(f"Interrupted. To continue from step {self.saved_step}: {self.resume_command()}")
-        gc.freeze()  # Python ends several times as fast if it need not look for garbage
+        gc.freeze()  # without a last garbage collection, Python exits several times faster
         raise SystemExit(code) from None
 
     def resume_command(self) -> str:
@@ -284,7 +284,7 @@ class RunFolder:
             write_text(self.path / "samples.jsonl", "".join(lines))
 
     def save_adapter(self, name: str, tensors: dict[str, torch.Tensor], step: int, val_loss: float) -> None:
-        """Write an adapter file, `name` is "best" or "last"."""
+        """Write an adapter file; `name` is "best" or "last"."""
         if self.is_first:
             training = {"step": step, "settings": self.json_settings(), "val_loss": val_loss}
             meta = {**self.adapter_meta, "training": training, "versions": versions()}
@@ -297,7 +297,7 @@ class RunFolder:
             self.save_adapter("best", state["best"], *best_of(state["val_losses"]))
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write everything that a resumed run needs, after the metrics up to that step, and the last adapter.
+        """Write the metrics up to this step, then state.pt, then last.safetensors.
 
         Args:
             state: Fields that `lit_llama.run.saved_state` checks, of types that `torch.load(weights_only=True)` reads.
@@ -321,7 +321,7 @@ class RunFolder:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block in all processes, which fails in all if it fails in one."""
+        """Run a block in all processes; if it fails in one, it fails in all."""
         with together(self.fabric), self.explained():
             yield
 
@@ -335,10 +335,10 @@ class RunFolder:
 
 
 def agrees(then: Any, now: Any) -> bool:
-    """Return whether a recorded value is the present one, or an object with some of its fields."""
+    """Return whether a recorded value equals the current one; a recorded object may lack some of its fields."""
     return then == now or (isinstance(then, dict) and isinstance(now, dict) and {**now, **then} == now)
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy with what JSON cannot hold, such as paths, as text."""
+    """Return a copy in which values that JSON cannot represent, such as paths, are text."""
     return json.loads(json.dumps(value, default=str))

@@ -1,4 +1,4 @@
-"""Where a run's metrics go besides metrics.csv: a TensorBoard log, and Weights & Biases with `--logger wandb`."""
+"""Loggers besides metrics.csv: a TensorBoard log, and Weights & Biases with `--logger wandb`."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from lit_llama.utils import UserError
 
 
 def check_logger(name: str) -> None:
-    """Check that what a logger needs is installed, before a model is loaded.
+    """Check that the package that a logger needs is installed, before a model is loaded.
 
     Raises:
         UserError: It is not.
@@ -22,7 +22,7 @@ def check_logger(name: str) -> None:
 
 
 class EventFile:
-    """A TensorBoard log. Written at once, by this thread: torch's SummaryWriter loses errors of a thread of its own."""
+    """A TensorBoard log, written immediately in this thread: torch's SummaryWriter loses errors of its own thread."""
 
     def __init__(self, path: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # takes a third of a second to import
@@ -45,14 +45,14 @@ class EventFile:
 class WandbRun:
     """A run on Weights & Biases, through Lightning's logger.
 
-    The environment variables WANDB_PROJECT (default: aligner), WANDB_ENTITY and WANDB_MODE say where it goes; with
+    The environment variables WANDB_PROJECT (default: aligner), WANDB_ENTITY and WANDB_MODE set its destination; with
     WANDB_MODE=offline it stays in the folder.
 
     Args:
-        folder: Receives wandb's own files.
-        name: Name of the run there.
-        settings: Its configuration there.
-        id: Its id there; one that exists is continued.
+        folder: Folder for wandb's files.
+        name: Name of the run on Weights & Biases.
+        settings: Configuration of the run.
+        id: Id of the run; an existing run is continued.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any], id: str) -> None:
@@ -77,16 +77,16 @@ class WandbRun:
 
 
 class Loggers:
-    """All loggers of a process, of which each gets every metric.
+    """All loggers of a process; each receives every metric.
 
     Args:
         event_file: The TensorBoard log to write.
-        rows: What earlier processes of the run logged, which the new TensorBoard log repeats.
+        rows: Metrics that earlier processes of the run logged; they are repeated in the new TensorBoard log.
     """
 
     def __init__(self, event_file: Path, rows: dict[int, dict[str, float]]) -> None:
         self.open: list[EventFile | WandbRun] = [EventFile(event_file)]
-        self.state: dict[str, str] = {}  # what state.pt records, to continue
+        self.state: dict[str, str] = {}  # recorded in state.pt, to continue the same runs
         for step, values in rows.items():
             self.add(step, values)
 

@@ -1,4 +1,4 @@
-"""Several processes of one run: they are waited for, fail together, and none outlives the others."""
+"""The processes of one run: they wait for each other, fail together, and none outlives the others."""
 
 import atexit
 import os
@@ -17,11 +17,11 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lit_llama.utils import UserError, log
 
 SHARDED = ("fsdp", "hsdp")  # strategies that shard the base over all devices, or over those of each machine
-PATIENCE = timedelta(minutes=30)  # for processes of other machines, and for one that computes alone
+PATIENCE = timedelta(minutes=30)  # timeout of waiting for other machines, or for one process that works alone
 
 
 def fabric_strategy(strategy: str, num_nodes: int = 1) -> str | DDPStrategy | ModelParallelStrategy:
-    """Return the strategy for Fabric; with several machines or a sharded base, one with a known time limit."""
+    """Return the strategy for Fabric; with several machines or a sharded base, one with an explicit timeout."""
     if strategy in SHARDED:  # the model comes sharded from `load_model`
         return ModelParallelStrategy(parallelize_fn=lambda model, mesh: model, timeout=PATIENCE)
     return DDPStrategy(timeout=PATIENCE) if num_nodes > 1 and strategy in ("auto", "ddp") else strategy
@@ -34,9 +34,9 @@ def launch(fabric: Fabric, num_nodes: int) -> None:
         UserError: They did not start in time.
     """
     if num_nodes > 1:
-        place = fabric.strategy.cluster_environment
-        log(f"Waiting for {num_nodes} machines at {place.main_address}:{place.main_port}, at most {PATIENCE}. Start "
-            "this command on each, with the same MASTER_ADDR and MASTER_PORT, and NODE_RANK from 0 to "
+        cluster = fabric.strategy.cluster_environment
+        log(f"Waiting for {num_nodes} machines at {cluster.main_address}:{cluster.main_port}, at most {PATIENCE}. "
+            "Start this command on each, with the same MASTER_ADDR and MASTER_PORT, and NODE_RANK from 0 to "
             f"{num_nodes - 1}.")  # fmt: skip
     try:
         fabric.launch()
@@ -53,30 +53,30 @@ def together(fabric: Fabric) -> Iterator[None]:
     """Run a block in every process. They wait for each other at its end, and if it fails in one, it fails in all.
 
     Raises:
-        UserError: That of the first process in which it failed.
+        UserError: The error of the first process in which the block failed.
     """
     if fabric.world_size == 1:
         yield
         return
-    problem, mistake = None, None
+    problem, bug = None, None
     try:
         yield
     except UserError as error:
         problem = str(error)
-    except Exception as error:  # a mistake of this project, which keeps its traceback
+    except Exception as error:  # a bug of this project, which keeps its traceback
         if isinstance(fabric.strategy, ModelParallelStrategy):
-            raise  # the others may wait for a part of the base, and end with this process
-        mistake, problem = error, f"Process {fabric.global_rank} failed ({type(error).__name__})."
+            raise  # the others may be waiting for a part of the base, and end with this process
+        bug, problem = error, f"Process {fabric.global_rank} failed ({type(error).__name__})."
     problems: list[Any] = [None] * fabric.world_size
     dist.all_gather_object(problems, problem)
-    if mistake is not None:
-        raise mistake
+    if bug is not None:
+        raise bug
     if first := next(filter(None, problems), None):
         raise UserError(first)
 
 
 def launch_sharded(accelerator: str, devices: int) -> Fabric:
-    """Start the processes that share a base to generate with it, one for each device of this machine.
+    """Start the processes that generate with a sharded base, one per device of this machine.
 
     Raises:
         UserError: There are no such devices.
@@ -91,7 +91,7 @@ def launch_sharded(accelerator: str, devices: int) -> Fabric:
 
 
 def watch_processes(fabric: Fabric, advice: str = "; continue it with --resume") -> None:
-    """End this process soon after another one of the run on this machine has ended, even if it waits for it.
+    """End this process soon after another process of the run on this machine has ended, even while waiting for it.
 
     gloo notices a lost process by itself, NCCL does not.
 
@@ -102,14 +102,14 @@ def watch_processes(fabric: Fabric, advice: str = "; continue it with --resume")
         return
     atexit.register(_disconnect)
     for thread in threading.enumerate():
-        if thread.name == "child-process-observer":  # Lightning's, in the first process; it would kill without a word
+        if thread.name == "child-process-observer":  # Lightning's, in the first process; it would kill silently
             thread._terminate_all = lambda children=thread._child_processes: _give_up(children, advice)
     if os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
         threading.Thread(target=_watch_parent, args=(os.getppid(), advice), daemon=True).start()
 
 
 def _disconnect() -> None:
-    """End the threads of torch.distributed, which could abort the end of Python."""
+    """Stop the threads of torch.distributed, which could abort the process while Python exits."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -121,7 +121,7 @@ def _watch_parent(parent: int, advice: str) -> None:
 
 
 def _give_up(children: list[Any], advice: str) -> None:
-    time.sleep(3)  # a process that can end by itself explains more
+    time.sleep(3)  # a process that ends by itself reports a more precise error
     for child in children:
         child.kill()
     log(f"error: Another process of this run ended, and the run cannot go on{advice}.")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """metrics.csv: one row per step, numbers unrounded.
+    """metrics.csv: one row per step, with unrounded numbers.
 
-    The file is replaced as a whole, every few seconds and by `save`, so that a killed process leaves a readable one.
+    The file is replaced atomically, every few seconds and by `save`, so it stays readable if the process is killed.
     """
 
     interval = 10  # seconds between writes
@@ -53,7 +53,7 @@ class MetricsLog:
         self.written = time.monotonic()
 
     def resume(self, step: int) -> None:
-        """Read what was logged before the state of `step` was saved: of that step the validation, not the training."""
+        """Read the metrics logged before the state of `step` was saved; of that step itself, only the validation."""
         rows = {n: row for n, row in read_metrics(self.path).items() if n <= step}
         rows[step] = {name: value for name, value in rows.get(step, {}).items() if name.startswith("val/")}
         self.rows = {n: row for n, row in rows.items() if row}
@@ -154,8 +154,8 @@ def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
     """Print the result of a finetuning run to stdout, and the command that generates with it."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
-    waited = f", stopped after {settings.early_stopping} validations without a lower loss"
-    early = waited if summary["stopped_early"] else ""
+    reason = f", stopped after {settings.early_stopping} validations without a lower loss"
+    early = reason if summary["stopped_early"] else ""
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps in "
         f"{duration(summary['seconds'])}{early}\n"
@@ -175,8 +175,8 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
     """Plot metrics over steps, from a metrics.csv.
 
     Args:
-        panels: The label of each panel's y-axis -> its metrics. Each is drawn for training, as a thin line, and for
-            validation, with dots, if it was logged.
+        panels: Maps the y-axis label of each panel to its metrics. Those that were logged are drawn as a thin line for
+            training and with dots for validation.
         title: The title of the figure.
     """
     from matplotlib.ticker import MaxNLocator
@@ -206,25 +206,25 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
 
 
 def legend_above(axes: "Axes") -> None:
-    """Add a legend above a panel, where it hides no curve. Of curves with the same label the last has the entry."""
+    """Add a legend above a panel, where it hides no curve. Curves with the same label share the entry of the last."""
     handles = {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
     axes.legend(handles.values(), handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False,
                 fontsize="small", borderaxespad=0.2)  # fmt: skip
 
 
 def make_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure, sizes in inches, that needs neither a display nor pyplot."""
+    """Return an empty figure that needs neither a display nor pyplot; sizes are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def make_panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
-    """Return a figure of panels, two in a line, and the panels; sizes are those of one, in inches."""
+    """Return a figure with two panels per row, and the panels; sizes are those of one panel, in inches."""
     columns = max(1, min(count, 2))
-    lines = max(1, -(-count // columns))
-    figure = make_figure(width * columns, height * lines)
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    rows = max(1, -(-count // columns))
+    figure = make_figure(width * columns, height * rows)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]

@@ -58,7 +58,7 @@ def read_samples(path: Path, last_step: float = math.inf) -> list[dict[str, Any]
         if not os.path.lexists(path):
             return []
         # JSON strings may contain U+2028, at which `str.splitlines` splits
-        # a kill of an earlier version could cut off the last line
+        # when it was killed, an earlier version could leave an incomplete last line
         for line in read_bytes(path, limit=2**33).split(b"\n")[:-1]:
             record = parse_json(line, path)
             if field(record, "step", int, path, least=0) <= last_step:

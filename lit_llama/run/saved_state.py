@@ -1,4 +1,4 @@
-"""state.pt: what a run continues from, which is checked completely before it is used."""
+"""state.pt: the state that a run is resumed from. It is checked completely before it is used."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ def read_saved_state(path: Path) -> dict[str, Any]:
 def check_saved_state(
     path: Path, state: dict[str, Any], adapter: Tensors, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Check the tensors of a saved state against the adapter and the optimizers that it is for.
+    """Check that the tensors of a saved state fit the adapter and the optimizers.
 
     Raises:
         UserError: One is missing, has another shape or dtype, or is not finite.
@@ -52,8 +52,8 @@ def check_saved_state(
         saved = field(state, "optimizers", list, "It")
         if len(saved) != len(optimizers):
             raise UserError(f"It is for {len(saved)} optimizers instead of {len(optimizers)}.")
-        for i, (one, optimizer) in enumerate(zip(saved, optimizers, strict=True)):
-            slots = field(check(one, dict, f"It: optimizers[{i}]"), "state", dict, f"It: optimizers[{i}]")
+        for i, (entry, optimizer) in enumerate(zip(saved, optimizers, strict=True)):
+            slots = field(check(entry, dict, f"It: optimizers[{i}]"), "state", dict, f"It: optimizers[{i}]")
             expected = slots_of(optimizer) if state["step"] else {}
             if slots.keys() != expected.keys():
                 raise UserError(f"optimizers[{i}] is for other parameters.")
@@ -68,12 +68,12 @@ def damaged(path: Path, error: UserError) -> UserError:
 
 
 def best_of(val_losses: list[tuple[int, float]]) -> tuple[int, float]:
-    """Return step and loss of the lowest validation loss, the latest if several are equal."""
+    """Return the step and the value of the lowest validation loss; the latest step if several are equal."""
     return min(reversed(val_losses), key=lambda pair: pair[1])
 
 
 def slots_of(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
-    """Return tensors like those that an optimizer keeps for each parameter after its first step."""
+    """Return, by parameter index, tensors of the shapes and dtypes that an optimizer stores after its first step."""
     twin = copy.deepcopy(getattr(optimizer, "optimizer", optimizer))  # Fabric wraps optimizers
     for parameter in (p for group in twin.param_groups for p in group["params"]):
         parameter.grad = torch.zeros_like(parameter)
@@ -92,14 +92,14 @@ def _check_val_losses(val_losses: list[Any], last_step: int) -> None:
         raise UserError("it has no val_losses")
 
 
-def _check_tensors(found: Any, expected: Tensors, what: str) -> None:
-    """Check that tensors have the names, shapes and dtypes of others, and finite values."""
-    if not isinstance(found, dict) or found.keys() != expected.keys():
-        raise UserError(f"{what} does not hold {', '.join(map(str, expected)) or 'nothing'}")
+def _check_tensors(tensors: Any, expected: Tensors, what: str) -> None:
+    """Check that tensors have the names, shapes and dtypes of `expected`, and finite values."""
+    if not isinstance(tensors, dict) or tensors.keys() != expected.keys():
+        raise UserError(f"{what} must have the entries {', '.join(map(str, expected)) or '(none)'}")
     for name, tensor in expected.items():
-        value = found[name]
+        value = tensors[name]
         kind = (tensor.shape, tensor.dtype, torch.strided)
         if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.layout) != kind:
-            raise UserError(f"{what}: {name} is no tensor of shape {tuple(tensor.shape)} and {tensor.dtype}")
+            raise UserError(f"{what}: {name} is not a tensor of shape {tuple(tensor.shape)} and {tensor.dtype}")
         if not value.isfinite().all():
             raise UserError(f"{what}: {name} is not finite")

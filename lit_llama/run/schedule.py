@@ -1,4 +1,4 @@
-"""The steps of a run, and the learning rates over them."""
+"""The number of steps of a run, the learning-rate schedule, and early stopping."""
 
 import math
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ def lr_at(step: int, *, peak: float, warmup_steps: int, max_steps: int, schedule
 
 
 def count_steps(settings: TrainSettings, n_rows: int) -> tuple[int, int, int]:
-    """Return the optimizer steps of an epoch, of a run and of its warmup."""
+    """Return the number of optimizer steps in an epoch, in the run and in its warmup."""
     per_epoch = math.ceil(n_rows / settings.batch_size)
     steps = max(1, round(min(settings.epochs, 1e9) * per_epoch))
     return per_epoch, min(steps, settings.max_steps or steps), round(min(settings.warmup_epochs, 1e9) * per_epoch)
 
 
 def stops_early(val_losses: Sequence[tuple[int, float]], patience: int | None) -> bool:
-    """Return whether none of the last `patience` validations had a lower loss than all before; None never stops."""
+    """Return whether none of the last `patience` validations had a lower loss than all before; False for None."""
     losses = [loss for _, loss in val_losses]
     return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])

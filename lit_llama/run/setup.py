@@ -1,4 +1,4 @@
-"""What a training run is set up with: Fabric, the model, the optimizers and the metadata of its adapter."""
+"""Set up a training run: Fabric, the model, the optimizers and the metadata of the adapter."""
 
 import os
 from dataclasses import dataclass, fields, replace
@@ -29,17 +29,17 @@ FABRIC_RUN = "LT_CLI_USED"
 FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devices", "num_nodes", "strategy",
                                                             "precision")}  # fmt: skip
 
-DATA = {"source": str, "counts": dict, "max_seq_length": int}  # what an adapter records of its dataset
+DATA = {"source": str, "counts": dict, "max_seq_length": int}  # what an adapter records about its dataset
 
 
 @dataclass
 class Setup:
-    """What a run trains with.
+    """The objects that a run trains with.
 
     Args:
-        fabric: Launched.
-        model: A `LabelLogps` as Fabric wraps it. Only what is trained requires a gradient.
-        optimizers: Of the parameters that are trained, as Fabric wraps them.
+        fabric: Fabric, already launched.
+        model: A `LabelLogps`, wrapped by Fabric. Only trainable parameters require a gradient.
+        optimizers: Optimizers of the trainable parameters, wrapped by Fabric.
         adapter_meta: What adapter files record about the adapter; a resumed run must have the same.
     """
 
@@ -65,14 +65,14 @@ class Setup:
 def make_fabric(settings: TrainSettings) -> Fabric:
     """Launch Fabric with the devices of the settings. The flags of `fabric run` take precedence.
 
-    `precision="auto"` is a bf16 base on a GPU that computes in bf16, and fp32 elsewhere.
+    `precision="auto"` is bf16 for the base on a GPU that computes in bf16, and fp32 elsewhere.
 
     Raises:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
     launched = FABRIC_RUN in os.environ
-    # Fabric's strategies of these names are others
+    # Fabric would take these names for its own strategies, which differ from ours
     strategy = os.environ.pop(FABRIC_RUN_FLAGS["strategy"], settings.strategy) if launched else settings.strategy
     flags["strategy"] = fabric_strategy(strategy, settings.num_nodes)
     given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
@@ -86,7 +86,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
             f"The environment has some variables of SLURM or torchrun, but not {error.args[0]}: start the script with "
             "srun or torchrun, or unset these variables."
         ) from None
-    except Exception as error:  # of many types, all about the flags
+    except Exception as error:  # Fabric raises many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
     check_fabric(fabric, strategy, isinstance(settings, FinetuneSettings))
     if not launched:
@@ -116,10 +116,10 @@ def check_processes(fabric: Fabric) -> None:
     if not isinstance(fabric.strategy, DDPStrategy | ModelParallelStrategy):
         return
     devices = fabric.strategy.num_processes
-    wanted = devices * fabric.strategy.num_nodes
-    if fabric.world_size != wanted:
+    expected = devices * fabric.strategy.num_nodes
+    if fabric.world_size != expected:
         raise UserError(
-            f"SLURM or torchrun started {fabric.world_size} of {wanted} processes: let it start as many on each "
+            f"SLURM or torchrun started {fabric.world_size} of {expected} processes: let it start as many on each "
             f"machine as --devices says (srun --ntasks-per-node={devices}, torchrun --nproc-per-node={devices})."
         )
 
@@ -178,35 +178,35 @@ def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
     adapter = read_adapter(settings.init_adapter)
     if adapter.method != settings.method:
         raise UserError(
-            f"{adapter.path} was made by the method {adapter.method!r} and cannot start a training of "
+            f"{adapter.path} was trained with the method {adapter.method!r} and cannot initialize one of the method "
             f"{settings.method!r}."
         )
     return adapter
 
 
 def with_initial_config(settings: S) -> S:
-    """Return the settings with the configuration of the initial adapter in place of theirs."""
+    """Return the settings, with the method's configuration replaced by that of the initial adapter."""
     adapter = initial_adapter(settings)
     config = {} if adapter is None else adapter.config
     return replace(settings, **{f.name: config[f.name] for f in fields(settings) if f.name in config})
 
 
 def method_config(settings: FinetuneSettings) -> dict[str, Any]:
-    """Return the configuration of the method: settings of the same names, those in `method_config`, or defaults.
+    """Return the configuration of the method, from settings of the same name, `method_config` or the defaults.
 
     Raises:
         UserError: There is no such method, or `method_config` has a name that is not in its configuration.
     """
     if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method!r}; known are {', '.join(METHODS)}.")
-    of_base = {field.name for field in fields(LLaMAConfig)}
-    own = [field for field in fields(METHODS[settings.method].config_class) if field.name not in of_base]
-    config = {field.name: getattr(settings, field.name, field.default) for field in own}
-    further = getattr(settings, "method_config", None) or {}
-    if unknown := sorted(further.keys() - config.keys()):
+        raise UserError(f"There is no method {settings.method!r}; choose from {', '.join(METHODS)}.")
+    base_fields = {field.name for field in fields(LLaMAConfig)}
+    method_fields = [field for field in fields(METHODS[settings.method].config_class) if field.name not in base_fields]
+    config = {field.name: getattr(settings, field.name, field.default) for field in method_fields}
+    overrides = getattr(settings, "method_config", None) or {}
+    if unknown := sorted(overrides.keys() - config.keys()):
         known = f"it has {', '.join(config)}" if config else "it has none"
         raise UserError(f"method_config: {unknown[0]!r} is not a setting of the method {settings.method!r}; {known}.")
-    return {**config, **further}
+    return {**config, **overrides}
 
 
 def adamw(model: LLaMA, settings: TrainSettings) -> torch.optim.Optimizer:

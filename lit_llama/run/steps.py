@@ -1,6 +1,6 @@
-"""Steps whose numbers stay on the device until they are read, and batches that are built before they are needed.
+"""Steps whose metrics stay on the device until they are read, and batches that are built ahead of time.
 
-So a GPU waits for the program once per `log_interval` steps, and for no batch.
+This way a GPU waits for the program only once per `log_interval` steps, and never for a batch.
 """
 
 import math
@@ -23,16 +23,16 @@ class Step(NamedTuple):
     """An optimizer step that was taken.
 
     Args:
-        number: how many steps came before it.
-        sums: of the losses over the targets of this process, () fp32 on the device.
-        total: weight of all targets of the step.
-        norm: of the gradient, () on the device.
+        number: index of the step, counted from 0.
+        sums: sums of the losses over the targets of this process, () fp32 on the device.
+        total: total weight of all targets of the step.
+        norm: norm of the gradient, () on the device.
         lr: learning rate.
-        tokens: of all processes.
-        micro_batches: row numbers.
-        bad: whether the loss of each micro-batch of this process is not finite, () on the device, and its rows.
-        began: `time.perf_counter()` at its beginning.
-        further: metrics that are known already.
+        tokens: number of tokens of all processes.
+        micro_batches: row numbers of each micro-batch.
+        bad: for each micro-batch of this process, whether its loss is not finite, () on the device, and its rows.
+        began: `time.perf_counter()` at the start of the step.
+        further: further metrics, already known.
     """
 
     number: int
@@ -47,9 +47,9 @@ class Step(NamedTuple):
     further: dict[str, float]
 
     def problem(self, metrics: dict[str, float]) -> str | None:
-        """Return a phrase about what is not finite in the metrics of this step, or None.
+        """Return a phrase about the loss or gradient norm of this step that is not finite, or None.
 
-        It names the rows with such a loss, or all rows if only the gradient is not finite.
+        It names the rows whose loss is not finite, or all rows if only the gradient is not.
         """
         for name, value in (("loss", metrics["train/loss"]), ("gradient norm", metrics["grad_norm"])):
             if not math.isfinite(value):
@@ -61,26 +61,26 @@ class Step(NamedTuple):
 
 
 def read_metrics(fabric: Fabric, steps: list[Step]) -> list[dict[str, float]]:
-    """Return the metrics of steps, with losses that are means over the targets of all processes.
+    """Return the metrics of steps, with losses averaged over the targets of all processes.
 
-    This waits for the device, once.
+    This synchronizes with the device once.
     """
-    own = torch.stack([torch.stack(list(step.sums.values())) for step in steps])  # (steps, losses)
-    sums = fabric.all_reduce(own, reduce_op="sum")
+    local_sums = torch.stack([torch.stack(list(step.sums.values())) for step in steps])  # (steps, losses)
+    sums = fabric.all_reduce(local_sums, reduce_op="sum")
     values = torch.cat((sums, torch.stack([step.norm for step in steps]).unsqueeze(1)), dim=1).tolist()
     per_second = sum(step.tokens for step in steps) / (time.perf_counter() - steps[0].began)
     metrics = []
-    for step, (*of_step, norm) in zip(steps, values, strict=True):
-        losses = {f"train/{name}": value / step.total for name, value in zip(step.sums, of_step, strict=True)}
+    for step, (*step_sums, norm) in zip(steps, values, strict=True):
+        losses = {f"train/{name}": value / step.total for name, value in zip(step.sums, step_sums, strict=True)}
         metrics.append({**losses, "lr": step.lr, "grad_norm": norm, "tokens_per_s": per_second, **step.further})
     return metrics
 
 
 def share_of_process(fabric: Fabric, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, float]]:
-    """Return the micro-batches of this process and the factor of their losses.
+    """Return the micro-batches of this process and the factors of their losses.
 
-    All processes have the same number, because they exchange gradients and may share the base: those with fewer compute
-    the first one again, with a factor of 0.
+    All processes need the same number of micro-batches, because they exchange gradients and may shard the base. A
+    process with fewer also computes the first micro-batch of the step, with a factor of 0.
     """
     mine = [(rows, 1.0) for rows in micro_batches[fabric.global_rank :: fabric.world_size]]
     missing = math.ceil(len(micro_batches) / fabric.world_size) - len(mine)
@@ -88,7 +88,7 @@ def share_of_process(fabric: Fabric, micro_batches: list[np.ndarray]) -> list[tu
 
 
 def mean_over_processes(fabric: Fabric, sums: dict[str, Tensor], total: float) -> dict[str, float]:
-    """Return the sums of all processes divided by the total weight; this waits for the device."""
+    """Return the sums of all processes divided by the total weight; this synchronizes with the device."""
     stacked = fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
     return {name: value / total for name, value in zip(sums, stacked.tolist(), strict=True)}
 
@@ -97,9 +97,9 @@ class Batches:
     """The training batches of a process, on its device.
 
     Args:
-        data: of which they are made.
-        ahead: build the batches of the next step in a thread, in pinned memory for a GPU, while the present step runs
-            (default: not on a CPU, where nothing runs beside the program).
+        data: the rows to build them from.
+        ahead: build the batches of the next step in a thread, in pinned memory for a GPU, while the current step runs
+            (default: only if the device is not the CPU, which computes the steps itself).
     """
 
     def __init__(self, data: Data, fabric: Fabric, ahead: bool | None = None) -> None:
@@ -113,7 +113,7 @@ class Batches:
         return self.fabric.to_device(self._build(rows) if future is None else future.result())
 
     def look_ahead(self, steps: Iterator[list[np.ndarray]]) -> Iterator[list[np.ndarray]]:
-        """Yield the micro-batches of each step once the batches of the step after it are being built."""
+        """Yield the micro-batches of each step, after starting to build the batches of the next one."""
         before = None
         for micro_batches in steps:
             if self.pool is not None:

@@ -1,6 +1,6 @@
-"""Settings that the training scripts share. Each script inherits them and gives the values that matter most to it.
+"""Settings that the training scripts share. Each script inherits them and sets its own defaults for the main ones.
 
-`may_change` names the settings that can differ when a run is resumed, because they change neither its weights nor its
+`may_change` lists the settings that may differ when a run is resumed, because they affect neither its weights nor its
 losses.
 """
 
@@ -45,10 +45,10 @@ class TrainSettings(Checked):
     seed: Seed = 1337  # seed of the initial weights, the order of the data and the samples
 
     # == Reporting ==
-    log_interval: PositiveInt = 10  # steps whose metrics are read from a GPU together; on a CPU each step is read
+    log_interval: PositiveInt = 10  # steps between reads of the metrics from a GPU; on a CPU each step is read
     eval_interval: PositiveInt  # steps between validations
     save_interval: PositiveInt  # steps between saved states, from which --resume continues
-    logger: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: on Weights & Biases, too
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: also log to Weights & Biases
     resume: bool = False  # continue the run in out_dir
     overwrite: bool = False  # replace the run in out_dir
 
@@ -56,7 +56,7 @@ class TrainSettings(Checked):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" uses a GPU if there is one
     devices: PositiveInt | str = 1  # number of devices, or "auto" for all
     num_nodes: PositiveInt = 1  # number of machines
-    strategy: str = "auto"  # "auto", "ddp", or to shard the base over all devices "fsdp", over each machine's "hsdp"
+    strategy: str = "auto"  # "auto", "ddp", "fsdp" (shard the base over all devices), "hsdp" (within each machine)
     precision: Precision = "auto"  # of the frozen weights; "auto" is bf16-true on GPUs with bf16, else 32-true
 
     def __post_init__(self) -> None:
@@ -66,15 +66,15 @@ class TrainSettings(Checked):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
         if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite exclude each other.")
+            raise UserError("--resume and --overwrite cannot be combined.")
 
 
 @dataclass(kw_only=True)
 class FinetuneSettings(TrainSettings):
     """Settings of every finetuning script.
 
-    A script adds `method`, a name in `lit_llama.methods.METHODS`. Fields of a script that are named like fields of the
-    method's configuration set them.
+    A script adds `method`, a name in `lit_llama.methods.METHODS`. Fields of a script with the same name as a field of
+    the method's configuration set that field.
     """
 
     may_change = (*TrainSettings.may_change, "checkpoint_dir", "data_dir", "gradient_checkpointing", "sample_prompts",
@@ -83,7 +83,7 @@ class FinetuneSettings(TrainSettings):
     # == What to train on ==
     checkpoint_dir: Path  # folder of the frozen base model
     data_dir: Path  # dataset folder written by a scripts/prepare_*.py
-    init_adapter: Path | None = None  # start from this adapter; its configuration replaces that of the settings
+    init_adapter: Path | None = None  # start from this adapter; its configuration overrides the settings
 
     # == Optimization (a step is always an optimizer step) ==
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
@@ -92,16 +92,16 @@ class FinetuneSettings(TrainSettings):
     eval_rows: PositiveInt = 512  # validate on at most this many rows, always the same
     sample_prompts: NonNegativeInt = 2  # validation prompts to answer at each validation
     max_new_tokens: PositiveInt = 60  # maximum length of these answers
-    dry_run: bool = False  # print parameters, memory, steps and the time by one measured step, and write nothing
+    dry_run: bool = False  # estimate memory and time from the data and one measured step, and write nothing
 
     # == Devices ==
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits, with bitsandbytes
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits, with bitsandbytes
     compile: bool = False  # compile the layers with torch.compile: the first steps take longer, later ones are faster
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantize is not None and self.strategy in ("fsdp", "hsdp"):
-            raise UserError(f"--quantize {self.quantize} and --strategy {self.strategy} exclude each other.")
+            raise UserError(f"--quantize {self.quantize} and --strategy {self.strategy} cannot be combined.")
         if self.compile and (self.quantize is not None or self.strategy in ("fsdp", "hsdp")):
             other = f"--strategy {self.strategy}" if self.quantize is None else f"--quantize {self.quantize}"
-            raise UserError(f"--compile and {other} exclude each other.")
+            raise UserError(f"--compile and {other} cannot be combined.")

@@ -1,4 +1,4 @@
-"""Read the Arrow files of prepared datasets, which are checked first: damaged offsets can end the process."""
+"""Read the Arrow files of prepared datasets. They are checked first, because damaged offsets can crash the process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: i
 
     Args:
         columns: Names of the columns with tokens or numbers of tokens.
-        vocab_size: Number of tokens that there are.
+        vocab_size: Size of the vocabulary.
 
     Raises:
-        UserError: A file is missing or damaged, or was changed since it was written.
+        UserError: A file is missing or damaged, or has changed since it was written.
     """
     folder = data_dir / split
     try:
@@ -31,7 +31,7 @@ def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: i
             if (largest := check_arrow(path, columns)) >= vocab_size:
                 raise UserError(f"{path} holds token {largest}, and there are {vocab_size}")
         if changed := [name for name in changed_names(data_dir, DATASET) if name.startswith(f"{split}/")]:
-            raise UserError(f"{data_dir / changed[0]} was changed since it was written")
+            raise UserError(f"{data_dir / changed[0]} has changed since it was written")
         return load_from_disk(str(folder))
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}; prepare the dataset again.") from None
@@ -40,14 +40,14 @@ def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: i
 
 
 def check_arrow(path: Path, columns: Sequence[str]) -> int:
-    """Check an Arrow file with numbers, 0 or more, and lists of them, and return the largest token.
+    """Check an Arrow file with non-negative integers and lists of them, and return the largest token.
 
     Args:
         path: The file.
         columns: Names of columns with numbers; the file may have others.
 
     Raises:
-        UserError: The file is damaged or cut short, or a column is missing or holds anything else.
+        UserError: The file is damaged or truncated, or a column is missing or contains anything else.
     """
     check_readable(path)
     try:
@@ -60,10 +60,10 @@ def check_arrow(path: Path, columns: Sequence[str]) -> int:
                     numbers = column.flatten() if hasattr(column, "flatten") else column
                     if column.null_count + numbers.null_count or not pa.types.is_integer(numbers.type):
                         raise ValueError(f"{name} does not hold whole numbers")
-                    found = pa.compute.min_max(numbers).as_py()
-                    if (found["min"] or 0) < 0:
-                        raise ValueError(f"{name} holds {found['min']}")
-                    largest = max(largest, found["max"] or 0) if name not in POSITIONS else largest
+                    extremes = pa.compute.min_max(numbers).as_py()
+                    if (extremes["min"] or 0) < 0:
+                        raise ValueError(f"{name} holds {extremes['min']}")
+                    largest = max(largest, extremes["max"] or 0) if name not in POSITIONS else largest
         return largest
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None

@@ -1,4 +1,4 @@
-"""The folder for results that can be computed again: tokenized rows, and log-probabilities of a DPO reference."""
+"""The cache folder for results that can be recomputed: tokenized rows, and log-probabilities of a DPO reference."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ FILES = {
 
 
 def cache_folder(data_dir: Path) -> Path:
-    """Return the cache folder beside a dataset folder. It is created if it does not exist.
+    """Return the cache folder next to a dataset folder. It is created if it does not exist.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written to.
     """
     folder = Path(data_dir).parent / NAME
     try:
@@ -38,14 +38,14 @@ def cache_folder(data_dir: Path) -> Path:
 
 
 def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Create a folder in the cache unless it exists and its files have their checksums.
+    """Create a folder in the cache, unless it exists and the checksums of its files are correct.
 
     Args:
         folder: Folder to create.
-        fill: Function that writes the files to the folder it is given.
+        fill: Function that writes the files to a given folder.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written to.
     """
     if is_intact(folder):
         return
@@ -62,7 +62,7 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Return whether a folder of `fill_once` exists and its files have their checksums."""
+    """Return whether a folder of `fill_once` exists and the checksums of its files are correct."""
     try:
         return read_json(folder / CHECKSUMS) == _checksums(folder)
     except (OSError, UserError):

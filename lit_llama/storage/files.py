@@ -1,11 +1,11 @@
-"""What may be written, replaced and deleted: the only place in this project that decides it.
+"""The rules for writing, replacing and deleting files, in one place for the whole project:
 
-- A file or folder is written in a private temporary folder beside its place, synchronized with the disk and renamed.
-- A file is never written through a symbolic link, and never replaces a folder, a device or a write-protected file. One
-  that a flag names is replaced only with --overwrite.
-- A folder is replaced only if a manifest, written with it, records everything in it as it is now. In a folder that a
-  program keeps writing to, such as a run's, it replaces and deletes only the names that it has claimed.
-- Nothing else is ever deleted. What a killed process left behind is rolled back by the next write into the same folder.
+- A file or folder is written in a private temporary folder next to its destination, synced to the disk and renamed.
+- A file is never written through a symbolic link, and never replaces a folder, a device or a write-protected file. A
+  file that a flag names is replaced only with --overwrite.
+- A folder is replaced only if the manifest written with it records everything in it as it is now. In a folder that a
+  program keeps writing to, such as a run folder, it replaces and deletes only the names that it has claimed.
+- Nothing else is ever deleted. Leftovers of a killed process are rolled back by the next write into the same folder.
 """
 
 import errno
@@ -29,12 +29,12 @@ NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_con
 
 
 def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> None:
-    """Check that a file may be written. A script calls it before its work for each file that a flag names.
+    """Check that a file may be written. Scripts call it for each output file in their flags before they start.
 
     Args:
         path: File to write.
         inputs: Files and folders that are read; `path` must not be one of them.
-        overwrite: Whether a file that exists may be replaced.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
         UserError: The file exists and may not be replaced, or cannot be written.
@@ -83,15 +83,15 @@ def copy_file(source: Path, path: Path, *, overwrite: bool = True) -> None:
 
 
 def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:
-    """Check that a folder may be written: that it is new, or empty, or one of this kind that this project wrote.
+    """Check that a folder may be written: it must be new, empty, or a folder of this kind that this project wrote.
 
     Args:
-        path: Folder to write. A symbolic link to a folder, if it is the user's own, stays one.
-        kind: What the folder holds, such as "prepared dataset"; a folder of another kind is not replaced.
-        inputs: Files and folders that are read; none may be `path` or lie in it.
+        path: Folder to write. A symbolic link to a folder, if the user owns it, stays a link.
+        kind: The kind of folder, such as "prepared dataset"; a folder of another kind is not replaced.
+        inputs: Files and folders that are read; none may be `path` or inside it.
 
     Raises:
-        UserError: The folder holds anything else, or an input, or cannot be written.
+        UserError: The folder contains anything else, or an input, or cannot be written to.
     """
     path, problem = Path(path), ""
     with _explained(path):
@@ -113,8 +113,8 @@ def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:
 def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary folder to fill, which becomes `path` if no error occurs.
 
-    The folder that was there is renamed aside, the new one is renamed to its place, and the recorded files of the old
-    one are removed. After a kill between the renames, the next write into the parent folder puts the old one back.
+    An existing folder is moved aside, the new one is renamed to `path`, and the recorded files of the old one are
+    removed. If the process is killed between the renames, the next write into the parent folder restores the old one.
 
     Raises:
         UserError: As `check_folder`, or the disk is full. Nothing was changed.
@@ -136,10 +136,10 @@ def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
 
 
 def check_separate(output: Path, *inputs: Path | None) -> None:
-    """Check that an existing output is none of the inputs and holds none of them, also by way of links.
+    """Check that an existing output is not one of the inputs and contains none of them, after resolving links.
 
     Raises:
-        UserError: It is or does.
+        UserError: It is, or contains, an input.
     """
     for source in filter(None, inputs):
         resolved = Path(source).resolve()
@@ -171,12 +171,12 @@ def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
     """Claim names in a folder for files that a program writes, replaces and deletes there; the manifest records them.
 
     Args:
-        folder: Folder, which is made if it does not exist. It may hold other files.
+        folder: Folder, which is created if it does not exist. It may contain other files.
         names: Names of files.
-        adopt: Whether files of these names are known to be this project's without a record.
+        adopt: Whether existing files of these names are known to be this project's without a record.
 
     Raises:
-        UserError: There is such a file and no record of it, or the folder is of another kind or cannot be written.
+        UserError: Such a file exists without a record, or the folder is of another kind or cannot be written to.
     """
     files = check_claim(folder, tuple(names), adopt=adopt)
     if files != read_manifest(folder, OUTPUTS):
@@ -186,10 +186,10 @@ def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock, which ends with the block or, in whatever way, with the process.
+    """Hold a lock during a block. The lock is also released when the process ends in any way.
 
     Args:
-        path: File that is locked. It is made if it does not exist, and stays.
+        path: File to lock. It is created if it does not exist, and is not deleted.
 
     Raises:
         UserError: Another process holds it.
@@ -221,7 +221,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: Exception) -> UserError | None:
-    """Return a sentence for a full disk or another error of the system, as Python, torch or safetensors report it."""
+    """Return an error for a full disk or another system error, as Python, torch or safetensors report it."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(message in text for message in NO_ROOM):
         return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
@@ -236,7 +236,7 @@ def _exists(path: Path) -> bool:
     """Return whether a path exists.
 
     Raises:
-        OSError: It does not and cannot be made.
+        OSError: It does not exist and cannot be created.
     """
     try:
         path.lstat()

@@ -1,4 +1,4 @@
-"""Manifests: what a folder that this project wrote consists of; nothing else in it is ever replaced or removed."""
+"""Manifests: records of the files in a folder that this project wrote; nothing else in it is replaced or removed."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 MANIFEST, FORMAT = ".aligner-manifest.json", "aligner-manifest-1"
 # kinds of folders
 DATASET, BASE_MODEL, HF_MODEL, MERGED_MODEL = "prepared dataset", "base model", "Hugging Face model", "merged model"
-OUTPUTS = "output folder"  # that a program keeps writing to
+OUTPUTS = "output folder"  # one that a program keeps writing to
 HASHED = 2**20  # bytes at the beginning of a file by which, with its size, a manifest recognizes it
 
 
@@ -22,10 +22,10 @@ def make_manifest(folder: Path, kind: str) -> str:
 
 
 def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
-    """Return the names in a folder that its manifest does not record, or that changed since.
+    """Return the names in a folder that its manifest does not record, or that have changed since.
 
     Args:
-        kind: If given, a manifest of another kind records nothing.
+        kind: If given, a manifest of another kind counts as none.
     """
     recorded = read_manifest(folder, kind)
     if recorded is None:
@@ -35,7 +35,7 @@ def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
 
 
 def changed_names(folder: Path, kind: str) -> list[str]:
-    """Return the recorded names of a folder that are gone or changed since; none without a manifest."""
+    """Return the recorded names of a folder that are missing or have changed since; none without a manifest."""
     recorded = read_manifest(folder, kind) or {}
     return [name for name in recorded if not (folder / name).exists() or recorded[name] != _identify(folder / name)]
 
@@ -53,7 +53,7 @@ def remove_recorded(folder: Path) -> None:
 
 
 def read_manifest(folder: Path, kind: str | None) -> dict[str, Any] | None:
-    """Return what the manifest of a folder records by name; None if it is missing, damaged or of another kind."""
+    """Return the entries of a folder's manifest by name; None if it is missing, damaged or of another kind."""
     try:
         if not stat.S_ISREG((folder / MANIFEST).lstat().st_mode):
             return None
@@ -69,12 +69,12 @@ def _contents(folder: Path) -> list[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    paths = []
     for root, folders, names in os.walk(folder, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        found += [Path(root, name) for name in names + links]
-        found += [Path(root)] if not folders and not names and Path(root) != folder else []
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+        paths += [Path(root, name) for name in names + links]
+        paths += [Path(root)] if not folders and not names and Path(root) != folder else []
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _identify(path: Path) -> list[Any] | None:

@@ -1,9 +1,9 @@
-"""Read structured files of strangers: first size, encoding and nesting are checked, then the type and range of a field.
+"""Read structured files from untrusted sources: check size, encoding and nesting, then the type and range of a field.
 
     about = read_json(folder / "config.json")
     layers = field(about, "num_hidden_layers", int, folder / "config.json", least=1, most=1024)
 
-Each failure is a `UserError` of one sentence that names the file, what is there and what belongs there.
+Each failure is a `UserError` of one sentence that names the file, the value and what was expected.
 """
 
 import json
@@ -27,7 +27,7 @@ NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def unreadable(path: Path, error: OSError, what: str = "file") -> UserError:
-    """Return a sentence for an error of the system while a file is read."""
+    """Return a one-sentence error for an operating-system error while a file is read."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return UserError(f"There is no {what} at {path}.")
     if isinstance(error, PermissionError):
@@ -36,16 +36,16 @@ def unreadable(path: Path, error: OSError, what: str = "file") -> UserError:
 
 
 def check_readable(path: Path, what: str = "file") -> int:
-    """Check that a regular file can be read, and return its size; `what` it is stands in the sentence.
+    """Check that a regular file can be read, and return its size; `what` describes it in the error message.
 
     Raises:
-        UserError: It is missing, is a folder, a device or a pipe, or belongs to somebody else.
+        UserError: It is missing, is a folder, a device or a pipe, or there is no permission to read it.
     """
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
             kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe"
-            raise UserError(f"{path} is {kind}, no {what}.")
+            raise UserError(f"{path} is {kind}, not a {what}.")
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
@@ -60,7 +60,7 @@ def read_bytes(path: Path, limit: int = LARGEST, what: str = "file") -> bytes:
         UserError: As `check_readable`, or the file is larger than `limit` bytes.
     """
     if (size := check_readable(path, what)) > limit:
-        raise UserError(f"{path} has {size:,} bytes where a file of at most {limit:,} belongs.")
+        raise UserError(f"{path} has {size:,} bytes; expected a file of at most {limit:,}.")
     return Path(path).read_bytes()
 
 
@@ -74,7 +74,7 @@ def read_json(path: Path, kind: type = dict, what: str = "file") -> Any:
 
 
 def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halves: bool = False) -> Any:
-    """Return the value of a JSON text. A byte order mark is ignored; of a name that occurs twice the last value counts.
+    """Return the value of a JSON text. A byte order mark is ignored; if a name occurs twice, the last value is used.
 
     Args:
         content: The text, or its bytes in UTF-8.
@@ -105,15 +105,15 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halv
     except ValueError:  # Python reads at most 4,300 digits
         raise UserError(f"{source} is not usable JSON: it holds a number of thousands of digits.") from None
     if not isinstance(value, kind):
-        raise UserError(f"{source} holds {shown(value)} where {NAMES[kind]} belongs.")
+        raise UserError(f"{source} holds {shown(value)}; expected {NAMES[kind]}.")
     return value
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """Return the content of a file of settings, which is a YAML mapping without loops.
+    """Return the content of a settings file, which must be a YAML mapping without aliases.
 
     Raises:
-        UserError: It is not, or as `read_bytes`.
+        UserError: As `read_bytes`, or the file is not such a mapping.
     """
     content, level = read_bytes(path, what="settings file"), 0
     try:
@@ -127,7 +127,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     except (LookupError, AttributeError):  # of the library, for `!!int ""` or `!!timestamp x`
         raise UserError(f"{path} is not YAML: a value does not fit the tag (such as !!int) before it.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {shown(value)} where lines such as seed: 1 belong.")
+        raise UserError(f"{path} holds {shown(value)}; expected lines such as seed: 1.")
     return value
 
 
@@ -172,10 +172,10 @@ def field(
 
 
 def check(value: Any, kind: Any, label: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """Return a value that has a type and lies in a range; see `field`. Numbers are finite, and integers have 64 bits.
+    """Return a value after checking its type and range; see `field`. Numbers must be finite, integers fit in 64 bits.
 
     Raises:
-        UserError: It has not or does not. The sentence begins with `label`.
+        UserError: The type or the range is wrong. The message begins with `label`.
     """
     kinds = [get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
     fits = type(value) in kinds or (type(value) is int and float in kinds)
@@ -188,7 +188,7 @@ def check(value: Any, kind: Any, label: str, *, least: float | None = None, most
     if int in kinds or float in kinds:
         expected += "" if least is None else f" from {least:,}"
         expected += "" if most is None else f" up to {most:,}"
-    raise UserError(f"{label} is {shown(value)} where {expected} belongs.")
+    raise UserError(f"{label} is {shown(value)}; expected {expected}.")
 
 
 def shown(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""Temporary folders: what is written appears as a unit, and what a killed process leaves behind is cleaned up.
+"""Temporary folders: outputs appear as a unit, and leftovers of killed processes are cleaned up.
 
     .aligner-tmp-PID-HOST-RANDOM/new/NAME       the file or folder NAME until it is complete
     .aligner-tmp-PID-HOST-RANDOM/old/NAME       the folder that NAME replaces, until its files are removed
 
-They lie beside the file or folder, can be opened by their user alone, and have names that cannot be predicted.
+They are next to the file or folder, only their user can open them, and their names are unpredictable.
 """
 
 import errno
@@ -25,7 +25,7 @@ _in_use: set[str] = set()  # names of this process's temporary folders
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a new temporary folder beside `path`, and remove that folder afterwards."""
+    """Yield a path of the same name in a new temporary folder next to `path`, and remove that folder afterwards."""
     temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{platform.node()}-{secrets.token_hex(8)}"
     made = [folder for folder in path.parents if not folder.exists()]
     _in_use.add(temporary.name)
@@ -39,12 +39,12 @@ def staged(path: Path) -> Iterator[Path]:
         _close(temporary)
         _in_use.discard(temporary.name)
         with suppress(OSError):
-            for folder in made:  # stays if something was written to it
+            for folder in made:  # a folder stays if something was written to it
                 folder.rmdir()
 
 
 def _close(temporary: Path) -> None:
-    """Put back a folder that was renamed aside and not replaced, and remove the temporary folder."""
+    """Restore a folder that was moved aside and not replaced, and remove the temporary folder."""
     for old in (temporary / "old").glob("*"):
         if os.path.lexists(place := temporary.parent / old.name):
             remove_recorded(old)
@@ -57,7 +57,7 @@ def _close(temporary: Path) -> None:
 
 
 def _recover(folder: Path) -> None:
-    """Do the same with the temporary folders in a folder that killed processes of this user left."""
+    """Close the temporary folders that killed processes of this user left in a folder."""
     for temporary in folder.glob(f"{TEMPORARY}*"):
         with suppress(OSError):
             about = temporary.lstat()
@@ -81,8 +81,8 @@ def _is_abandoned(name: str) -> bool:
 
 
 def settle(path: Path) -> None:
-    """Give a new file, or all files of a new folder, the usual permissions, and write them to the disk."""
-    mode = path.parent.stat().st_mode & 0o666  # that of a folder just made; safetensors makes its files private
+    """Give a new file, or all files of a new folder, the usual permissions, and sync them to the disk."""
+    mode = path.parent.stat().st_mode & 0o666  # the mode of a new folder; safetensors makes its files private
     for item in (path, *path.rglob("*")):
         if item.is_file():
             item.chmod(mode)

@@ -1,4 +1,4 @@
-"""Weight files: read and write named tensors one at a time, so that memory never holds a complete model.
+"""Weight files: read and write named tensors one at a time, so that a complete model is never in memory.
 
 Files are safetensors, or pickles as `torch.save` writes them. Pickled code is never run.
 """
@@ -26,7 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read or computed when it is written.
+    """A tensor that is read or computed only when it is written.
 
     Args:
         shape: Shape of the tensor.
@@ -69,7 +69,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_tensor(path: Path, name: Any, t: torch.Tensor) -> None:
-    """Check that a tensor has a supported dtype and that the file holds all its numbers: a pickle can repeat some."""
+    """Check that a tensor has a supported dtype and that all its numbers are in the file: a pickle can repeat some."""
     if type(name) is not str or t.layout != torch.strided or t.device.type != "cpu":
         raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
     _check_dtype(path, name, t.dtype, str(t.dtype).removeprefix("torch."))
@@ -107,17 +107,17 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, LazyTensor]:
     read_unmapped = lru_cache(maxsize=1)(read_state)  # files of torch < 1.6 are read as a unit
     for path in map(Path, paths):
         check_readable(path, "checkpoint")
-        found = _open_safetensors(path) if path.suffix.lower() == ".safetensors" else _open_pickle(path, read_unmapped)
-        if repeated := sorted(found.keys() & tensors.keys()):
+        opened = _open_safetensors(path) if path.suffix.lower() == ".safetensors" else _open_pickle(path, read_unmapped)
+        if repeated := sorted(opened.keys() & tensors.keys()):
             raise UserError(f"{path} holds {repeated[0]}, which another file holds too.")
-        tensors |= found
+        tensors |= opened
     return tensors
 
 
 def open_rows(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[int, int], torch.Tensor]]]:
-    """Return the shape of each tensor of a file, and a function that reads its rows from one number to before another.
+    """Return the shape of each tensor of a file, and a function that reads its rows `first` to `last` - 1.
 
-    A safetensors file is not mapped: the system would read megabytes around each row.
+    A safetensors file is not memory-mapped, because the system would read megabytes around each row.
 
     Raises:
         UserError: As `open_tensors`.
@@ -145,12 +145,12 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            found = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+            entries = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
-    for name, _, dtype in found:
+    for name, _, dtype in entries:
         _check_dtype(path, name, DTYPES.get(dtype), dtype)
-    return {name: LazyTensor(shape, DTYPES[dtype], partial(_read_mapped, path, name)) for name, shape, dtype in found}
+    return {name: LazyTensor(shape, DTYPES[dtype], partial(_read_mapped, path, name)) for name, shape, dtype in entries}
 
 
 def _open_pickle(path: Path, read_unmapped: Callable[[Path], dict[str, torch.Tensor]]) -> dict[str, LazyTensor]:
@@ -169,7 +169,7 @@ def _read_names(path: Path) -> list[str]:
 
 
 def _read_mapped(path: Path, name: str) -> torch.Tensor:
-    """Return one tensor of a safetensors file with a mapping of its own, which is released with the tensor."""
+    """Return one tensor of a safetensors file with its own memory mapping, which is released with the tensor."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -239,19 +239,19 @@ def _make_header(tensors: dict[str, LazyTensor]) -> dict[str, Any]:
 
 
 def check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
-    """Check that a folder's disk has space for tensors. The folder need not exist yet.
+    """Check that a folder's disk has enough space for tensors. The folder need not exist yet.
 
     Raises:
-        UserError: There is less free space than the tensors take.
+        UserError: There is too little free space.
     """
     check_free(folder, sum(t.nbytes for t in tensors.values()))
 
 
 def check_free(folder: Path, nbytes: int) -> None:
-    """Check that a folder's disk has space for a number of bytes. The folder need not exist yet.
+    """Check that a folder's disk has enough space for a number of bytes. The folder need not exist yet.
 
     Raises:
-        UserError: There is less free space.
+        UserError: There is too little free space.
     """
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
