@@ -101,7 +101,7 @@ def flag(row: dict[str, Any], number: int, name: str, also: dict[str, bool] | No
     if also and text in also:
         return also[text]
     if text not in YES | NO:
-        raise UserError(f"Row {number}: the label {name!r} is {row[name]!r}; known are 0/1, true/false, safe/unsafe.")
+        raise UserError(f"Row {number}: the label {name!r} is {row[name]!r}; use 0/1, true/false or safe/unsafe.")
     return text in YES
 
 

@@ -21,7 +21,7 @@ class Settings(Checked):
     model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or a name on the hub such as Qwen/Qwen3-8B
     checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or the file itself
     precision: Literal["bf16", "fp32"] = "bf16"  # precision of the frozen weights
-    quantize: Quantize | None = None  # hold the base's layers in 4 or 8 bits
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits
 
     # == Method ==
     method: str = "aligner"  # or another name in lit_llama/methods.py: adapter, adapter_v2, lora, bitfit, …

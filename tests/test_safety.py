@@ -249,7 +249,7 @@ def test_harmless_requests(files):
         ({"harmless": '{"text": "x"}'}, "Row 1 has no field 'prompt'"),
         ({"labelled": '{"question": "q", "answer": "a"}', "calibrate": True}, "Row 1 has no field 'label'"),
         ({"labelled": '{"question": "q", "label": 1}', "calibrate": True}, "Row 1 has no field 'answer'"),
-        ({"labelled": '{"question": "q", "answer": "a", "label": 2}', "calibrate": True}, "known are 0/1"),
+        ({"labelled": '{"question": "q", "answer": "a", "label": 2}', "calibrate": True}, "use 0/1"),
         ({"labelled": '{"question": "q", "answer": "a", "label": 1}', "calibrate": True}, "both harmful and safe"),
         ({"labelled": "[1, 2]", "calibrate": True}, "Row 1 is not an object"),
         ({"calibrate": True, "judge": "guard"}, "--judge guard needs --judge_url"),
