@@ -128,8 +128,9 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
     tasks = [task for task in TASKS if cells_of(rows, task)]
     if not tasks:
         return
-    figure = make_figure(6.5 * len(tasks), 4.5)
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure = make_figure(6.5 * len(tasks) + 1.5, 4.5)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
         cells = cells_of(rows, task)
         objectives = [*dict.fromkeys(objective for objective, _ in cells)]
         methods = [method for method in labels if any(method == m for _, m in cells)]
@@ -155,6 +156,7 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
         axes.set_xticks(range(len(objectives)), ticks, fontsize=8)
         axes.set(title=TASKS[task], ylabel="right (%)", ylim=(0, 105))
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    panels[-1].legend(*handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
     figure.supxlabel(textwrap.fill(caption, 80 * len(tasks)), fontsize=6)
     save_figure(figure, path)
