@@ -108,8 +108,8 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
         sys.exit(128 + signal.SIGTERM)
 
-    default = threading.current_thread() is threading.main_thread()
-    default = default and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    default = in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if default:
         signal.signal(signal.SIGTERM, stop)
     try:

@@ -244,13 +244,15 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(SwiGLU.apply(self.c_fc1(x), self.c_fc2(x)))
+        gate, x = self.c_fc1(x), self.c_fc2(x)
+        # generation does not pay for autograd: a decoding step of a small model takes 4 % longer with `apply`
+        return self.c_proj(SwiGLU.apply(gate, x) if torch.is_grad_enabled() else F.silu(gate).mul_(x))
 
 
 class SwiGLU(torch.autograd.Function):
-    """Compute silu(gate) · x.
+    """Return silu(gate) · x for two tensors of the same shape.
 
-    The backward pass computes silu(gate) again, so two tensors are kept for it instead of three.
+    The backward pass recomputes silu(gate), so autograd stores two tensors instead of three.
     """
 
     @staticmethod

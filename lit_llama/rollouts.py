@@ -169,7 +169,7 @@ class PolicyTrainer(Trainer):
     train: Rollouts
 
     def __init__(self, *args: Any, val_answerer: Answerer, score: Reward, **options: Any) -> None:
-        # not sorted by length: prompts of one kind have similar lengths, and steps of one kind each would undo another
+        # not sorted by length: prompts of one kind have similar lengths, and steps of a single kind undo each other
         super().__init__(*args, plan=partial(plan_epoch, sorted_batches=1), **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data

@@ -277,6 +277,9 @@ def main(settings: Settings) -> None:
         if not set(given) <= set(known):
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
         settings = replace(settings, **{name: given or tuple(known)})
+    for name in ("learning_rates", "seeds", "sweep_seeds"):
+        if not getattr(settings, name):
+            raise UserError(f"{name} is empty; give at least one.")
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "results.csv", "reasoning.png"))
     counts = prepare_all(settings)

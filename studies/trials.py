@@ -142,6 +142,17 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}
 
 
+def is_finished(trial: Trial, out_dir: Path) -> bool:
+    """Return whether `run_trial` only reads a record; False as well if the trial cannot be prepared."""
+    run = Path(out_dir) / trial.name
+    if not (record := read_record(run / "record.json")):
+        return False
+    try:
+        return record.get("identity") == identity(trial, prepare_run(trial, run)[1])
+    except Exception:  # `run_trial` reports it
+        return False
+
+
 def read_record(path: Path) -> Record:
     """Return what an earlier call wrote to a JSON file; {} if there is no such file, or it is damaged."""
     try:
@@ -165,7 +176,8 @@ def run_trials(
     Args:
         out_dir: Folder for the runs, one folder each.
         score: A function at the top level of a module, so that other processes can import it.
-        jobs: Number of processes, of one thread each; 1 is this process.
+        jobs: Number of processes, of one thread each; 1 is this process, which also reads the records if all trials
+            are finished.
         desc: Text of the progress bar.
 
     Raises:
@@ -185,7 +197,7 @@ def run_trials(
         return record
 
     with bar:
-        if jobs == 1:
+        if jobs == 1 or all(is_finished(trial, out_dir) for trial in trials):
             return [report(run_trial(trial, out_dir, score)) for trial in trials]
         # spawned: a fork of a process with threads may hang
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)

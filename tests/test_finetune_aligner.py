@@ -571,8 +571,8 @@ def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "error: SLURM or torchrun started 1 of 2 processes: let it start as many on each machine as --devices says "
-        "(srun --ntasks-per-node=2, torchrun --nproc-per-node=2)."
+        "error: SLURM or torchrun started 1 instead of 2 processes: let it start as many on each machine as --devices "
+        "says (srun --ntasks-per-node=2, torchrun --nproc-per-node=2)."
     )
     assert not (tmp_path / "run").exists()
 

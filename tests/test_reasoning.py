@@ -200,6 +200,13 @@ def test_people_of_the_parts(world):
     assert tasks.questions_of("two_hop", "valid")[1]["asked"] == world.two_hop(VALID)
 
 
+@pytest.mark.parametrize("name", ["learning_rates", "seeds", "sweep_seeds"])
+def test_an_empty_list_is_refused(refused, tmp_path, name):
+    (tmp_path / "study.yaml").write_text(f"{name}: []\n")
+    sentence = refused("studies/reasoning.py", "--config", tmp_path / "study.yaml", "--out_dir", tmp_path / "out")
+    assert sentence == f"{name} is empty; give at least one."
+
+
 def test_an_unknown_objective_is_refused(refused):
     sentence = refused("studies/reasoning.py", "--objectives", "ppo")
     assert sentence == "objectives is ppo; it can be some of direct, aloud, dpo, best_of_n, rl."

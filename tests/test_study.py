@@ -295,12 +295,19 @@ def test_the_stored_results_have_the_names_of_the_trials_of_today(tmp_path):
 # == the whole ==
 
 
-def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_dir, data_dir, tmp_path):
+def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_dir, data_dir, tmp_path, monkeypatch):
     trials = [toy_trial(base_dir, data_dir, method) for method in ("aligner1", "bitfit")]
     here = run_trials(trials, tmp_path / "here", count_bytes, jobs=1)
     there = run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
     assert [r["trial"]["name"] for r in there] == ["aligner1", "bitfit"]
     assert [r["summary"]["last_val_loss"] for r in there] == [r["summary"]["last_val_loss"] for r in here]
+
+    # no process is started only to read records
+    monkeypatch.setattr(studies.trials, "ProcessPoolExecutor", None)
+    assert run_trials(trials, tmp_path / "there", count_bytes, jobs=2) == there
+    (tmp_path / "there" / "bitfit" / "record.json").unlink()
+    with pytest.raises(TypeError, match="not callable"):
+        run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
 
 
 def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):

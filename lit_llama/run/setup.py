@@ -112,15 +112,19 @@ def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
 
 
 def check_processes(fabric: Fabric) -> None:
-    """Refuse to train on fewer devices than the settings ask for, if SLURM or torchrun started fewer processes."""
+    """Check that SLURM or torchrun started one process for each device that the settings ask for.
+
+    Raises:
+        UserError: It started another number, so training would use other devices than asked for.
+    """
     if not isinstance(fabric.strategy, DDPStrategy | ModelParallelStrategy):
         return
     devices = fabric.strategy.num_processes
     expected = devices * fabric.strategy.num_nodes
     if fabric.world_size != expected:
         raise UserError(
-            f"SLURM or torchrun started {fabric.world_size} of {expected} processes: let it start as many on each "
-            f"machine as --devices says (srun --ntasks-per-node={devices}, torchrun --nproc-per-node={devices})."
+            f"SLURM or torchrun started {fabric.world_size} instead of {expected} processes: let it start as many on "
+            f"each machine as --devices says (srun --ntasks-per-node={devices}, torchrun --nproc-per-node={devices})."
         )
 
 
