@@ -84,13 +84,17 @@ class Engine:
             if len(job.prompt) >= self.max_length:
                 n_tokens = len(job.prompt)
                 raise TooLong(f"The prompt has {n_tokens} tokens; with its answer it may have {self.max_length}.")
+        if len(jobs) > self.max_waiting:
+            raise UserError(f"The request asks for {len(jobs)} answers, and at most {self.max_waiting} may wait.")
         with self.changed:
             if self.stopping:
                 raise QueueFull("The server is shutting down.")
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
+                room = self.max_waiting - len(self.waiting)
                 raise QueueFull(
-                    f"{len(self.waiting)} requests are waiting, of at most {self.max_waiting}; try again later."
+                    f"The queue has room for {room} of {self.max_waiting} answers, and the request asks for "
+                    f"{len(jobs)}; try again later."
                 )
             for job in jobs:
                 job.submitted = time.monotonic()

@@ -198,9 +198,14 @@ def test_a_request_that_cannot_be_answered_is_refused_at_once(engine):
         engine.submit([Client(engine, [5] * 64, "a", Sampling()).job])
     engine.max_waiting = 2
     jobs = [Client(engine, [5], "a", Sampling()).job for _ in range(3)]
-    with pytest.raises(QueueFull, match="at most 2"):
+    with pytest.raises(UserError, match="asks for 3 answers, and at most 2 may wait"):
         engine.submit(jobs)
     assert not engine.waiting
+    engine.submit(jobs[:1])
+    with pytest.raises(QueueFull, match="room for 1 of 2 answers, and the request asks for 2"):
+        engine.submit(jobs[1:])
+    assert list(engine.waiting) == jobs[:1]
+    engine.cancel(jobs[0])
     longest = Client(engine, [5] * 63, "base", Sampling(9))
     run(engine, [longest])
     assert longest.job.n_new <= 1

@@ -254,7 +254,8 @@ def test_metrics_are_prometheus_text(server):
 def test_late_answers_and_a_full_queue_are_errors():
     server = Server("--seconds", "0.3", "--max_batch", "1", "--max_waiting", "1")
     request = {"model": "base", "prompt": ["a", "a"], "temperature": 9.0}
-    assert server.http.post("/v1/completions", json=request).status_code == 429
+    refused = server.http.post("/v1/completions", json=request)  # never fits: nothing to retry
+    assert refused.status_code == 400 and "at most 1 may wait" in refused.json()["error"]["message"]
     statuses, threads = [], []
     for _ in range(8):
         ask = lambda: statuses.append(server.http.post("/v1/completions", json={**request, "prompt": "a"}).status_code)  # noqa: E731

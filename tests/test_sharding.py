@@ -1,9 +1,11 @@
 """A base that two processes share, over gloo: the numbers of one process, and half of its memory in each."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from lit_llama.checkpoint import save_adapter, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
+from lit_llama.run.setup import with_launcher_strategy
 from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.sharding import check_shardable, in_step, is_sharded, only_assists
 from lit_llama.utils import UserError
@@ -233,6 +236,18 @@ def test_what_does_not_go_with_a_sharded_base_is_a_sentence():
         FinetuneSettings(quantize="int8", strategy="hsdp", **REQUIRED)
     with pytest.raises(UserError, match="with --devices, use --adapter with a single one"):
         load_with_bank(Path("base"), {}, mesh=object())
+
+
+def test_the_strategy_of_fabric_run_goes_before_the_settings(monkeypatch):
+    """The base is sharded by it, and it is checked against the other settings."""
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_STRATEGY", "fsdp")
+    settings = FinetuneSettings(strategy="hsdp", **REQUIRED)
+    assert with_launcher_strategy(settings).strategy == "fsdp"
+    assert "LT_STRATEGY" not in os.environ and with_launcher_strategy(settings).strategy == "hsdp"
+    monkeypatch.setenv("LT_STRATEGY", "fsdp")
+    with pytest.raises(UserError, match="--quantize int8 and --strategy fsdp cannot be combined"):
+        with_launcher_strategy(replace(settings, strategy="auto", quantize="int8"))
 
 
 def generated(tmp_path: Path, devices: int, *arguments: object) -> subprocess.CompletedProcess:

@@ -23,6 +23,7 @@ from lit_llama.threads import note_if_busy
 from lit_llama.utils import UserError
 
 S = TypeVar("S", bound=FinetuneSettings)
+T = TypeVar("T", bound=TrainSettings)
 
 # `fabric run` starts all processes and passes its flags in environment variables
 FABRIC_RUN = "LT_CLI_USED"
@@ -70,11 +71,10 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     Raises:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
+    settings = with_launcher_strategy(settings)
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
+    flags["strategy"] = fabric_strategy(settings.strategy, settings.num_nodes)
     launched = FABRIC_RUN in os.environ
-    # Fabric would take these names for its own strategies, which differ from ours
-    strategy = os.environ.pop(FABRIC_RUN_FLAGS["strategy"], settings.strategy) if launched else settings.strategy
-    flags["strategy"] = fabric_strategy(strategy, settings.num_nodes)
     given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
     if flags["precision"] == "auto":
         accelerator = given.get("accelerator", flags["accelerator"])
@@ -88,12 +88,24 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         ) from None
     except Exception as error:  # Fabric raises many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
-    check_fabric(fabric, strategy, isinstance(settings, FinetuneSettings))
+    check_fabric(fabric, settings.strategy, isinstance(settings, FinetuneSettings))
     if not launched:
         launch(fabric, settings.num_nodes)
     check_processes(fabric)
     watch_processes(fabric)
     return fabric
+
+
+def with_launcher_strategy(settings: T) -> T:
+    """Return the settings with the strategy of `fabric run`, if it was given, and remove it from the environment.
+
+    Fabric would read the variable and use its own strategy of that name, which differs from ours.
+
+    Raises:
+        UserError: The strategy cannot be combined with the other settings.
+    """
+    strategy = os.environ.pop(FABRIC_RUN_FLAGS["strategy"], None) if FABRIC_RUN in os.environ else None
+    return settings if strategy is None else replace(settings, strategy=strategy)
 
 
 def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
@@ -142,6 +154,7 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     Raises:
         UserError: A file is missing or does not fit, or Fabric refuses a setting.
     """
+    settings = with_launcher_strategy(settings)
     adapter, config = initial_adapter(settings), method_config(settings)
     fabric = make_fabric(settings)
     if fabric.device.type == "cpu" and fabric.global_rank == 0:
