@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -188,19 +189,15 @@ def measure_speed(settings: Settings) -> list[str]:
         f"{settings.clients} clients, one adapter": (settings.clients, names[settings.clients // 2 :][:1], count),
         "one client, one by one": (1, names, max(1, settings.clients // 4)),
     }
-    rates, cpu, first = ({kind: [] for kind in kinds} for _ in range(3))
     with Server(path, settings.threads) as server:
-        for turn in tqdm(range(settings.rounds + 1), desc="Rounds"):  # the first one warms up
-            for kind, (clients, models, n) in kinds.items():
-                bodies = [chat(models[i % len(models)], questions[i % len(questions)]) for i in range(n)]
-                before, began = server.processor_seconds(), time.perf_counter()
-                replies = asyncio.run(run_all(server, bodies, clients))
-                seconds, used = time.perf_counter() - began, server.processor_seconds() - before
-                tokens = sum(reply.tokens for reply in replies)
-                if turn:
-                    rates[kind].append(tokens / seconds)
-                    cpu[kind].append(tokens / used)
-                    first[kind] += [reply.first for reply in replies]
+        turns = {}
+        for kind, (clients, models, n) in kinds.items():
+            bodies = [chat(models[i % len(models)], questions[i % len(questions)]) for i in range(n)]
+            turns[kind] = partial(load, server, bodies, clients)
+        loads = b.take_turns(turns, settings.rounds, [])[1]
+    rates = {kind: [turn.tokens / turn.seconds for turn in answers] for kind, answers in loads.items()}
+    cpu = {kind: [turn.tokens / turn.used for turn in answers] for kind, answers in loads.items()}
+    first = {kind: [seconds for turn in answers for seconds in turn.first] for kind, answers in loads.items()}
     rows, reference = [], list(kinds)[1]
     for kind in kinds:
         p50, p95 = (number(1000 * np.quantile(first[kind], q)) for q in (0.5, 0.95))
@@ -218,6 +215,24 @@ def measure_speed(settings: Settings) -> list[str]:
         f"With {settings.clients} clients and adapters, {gains[0]} times the tokens/s of one by one, and {gains[1]} "
         "times the tokens per processor second.",
     ]
+
+
+@dataclass
+class Load:
+    """Tokens of a turn, its seconds, the server's processor seconds, and seconds to the first part of each answer."""
+
+    tokens: int
+    seconds: float
+    used: float
+    first: list[float]
+
+
+def load(server: Server, bodies: list[dict[str, Any]], clients: int) -> Load:
+    """Let clients send requests, and measure them."""
+    before, began = server.processor_seconds(), time.perf_counter()
+    replies = asyncio.run(run_all(server, bodies, clients))
+    seconds, used = time.perf_counter() - began, server.processor_seconds() - before
+    return Load(sum(reply.tokens for reply in replies), seconds, used, [reply.first for reply in replies])
 
 
 async def run_all(server: Server, bodies: list[dict[str, Any]], clients: int) -> list[Reply]:

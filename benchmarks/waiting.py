@@ -38,12 +38,12 @@ from benchmarks import harness as b
 from benchmarks.material import shape
 from benchmarks.measure import CPU, compare, ratio_table, with_interval
 from lit_llama.tables import markdown_table
-from lit_llama.threads import WAITING
+from lit_llama.threads import BRIEFLY, WAITING
 
 ASLEEP = "asleep"
 POLICIES = {
     ASLEEP: {"OMP_WAIT_POLICY": "PASSIVE"},
-    "spinning briefly": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
+    "spinning briefly": BRIEFLY,  # as in all scripts of this project
     # what GNU's OpenMP does by default. With OMP_WAIT_POLICY=ACTIVE a process would also spin during the others' turns
     "spinning first": {"GOMP_SPINCOUNT": "300000"},
 }

@@ -24,7 +24,7 @@ from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
-from lit_llama.kv_cache import KVCache
+from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -61,7 +61,7 @@ class Engine:
         self.max_length = min(max_length or model.max_tokens, model.max_tokens)
         weight = model.transformer.wte.weight
         self.device = weight.device
-        self.cache = KVCache(model.config, max_batch, self.max_length, weight.device, weight.dtype)
+        self.cache = KVCache(model.config, max_batch, self.max_length, weight.device, cache_dtype(weight))
         self.rows: list[Row] = []
         self.waiting: deque[Job] = deque()
         self.counts: Counter[str] = Counter()  # what happened since the start, for /metrics

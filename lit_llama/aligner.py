@@ -61,12 +61,13 @@ def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return softmax(q·Kᵀ/√hs)·V, (B, nh, T, hs). For P = 1 the softmax is 1, and the result is `values` itself.
 
     Args:
-        q: (B, nh, T, hs), rotated.
+        q: (B, nh, T, hs), rotated; its dtype is that of the result.
         keys, values: (B or 1, nh, P, hs), from `gated_kv`.
     """
+    values = values.to(q.dtype)
     if keys.size(2) == 1:
         return values
-    keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys, values))
+    keys, values = (t.expand(len(q), -1, -1, -1) for t in (keys.to(q.dtype), values))
     return F.scaled_dot_product_attention(q, keys, values)
 
 

@@ -19,12 +19,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error, hide_interrupts
 from lit_llama.settings import Setting, check_config, check_environment, describe, metavar
-from lit_llama.threads import wait_passively
+from lit_llama.threads import wait_briefly
 from lit_llama.utils import UserError, check_text, log
 
 S = TypeVar("S")
 hide_interrupts()  # scripts import this module first
-wait_passively()
+wait_briefly()
 
 
 @exit_on_user_error()

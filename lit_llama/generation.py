@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_llama.compiled import RecordedStep, Step, eager_unless
-from lit_llama.kv_cache import KVCache
+from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.live_text import LiveText, cut_at_stop
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
@@ -119,7 +119,7 @@ def decode(
     max_length = min(max(map(len, prompts)) + n_new, model.max_tokens)
     is_compiled = model.compiled == "decoding"
     slots = model.n_virtual_tokens + max_length
-    cache = KVCache(model.config, len(prompts), slots, weight.device, weight.dtype, static=is_compiled)
+    cache = KVCache(model.config, len(prompts), slots, weight.device, cache_dtype(weight), static=is_compiled)
     step: Step = partial(decode_one_token, model, cache=cache)
     if is_compiled and weight.device.type == "cuda":
         step = RecordedStep(step)

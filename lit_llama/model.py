@@ -186,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((self.config.n_head, self.config.n_kv_head), dim=1)
         if kv is not None:
             k, v = kv.update(k, v)
-        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        y = self.attend(q.to(k.dtype), k, v, mask)  # (B, nh, T, hs), in the dtype of the cache
+        return self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the queries and keys of x (B, T, C) in one tensor, (B, nh + ng, T, hs), and the values (B, ng, T, hs).

@@ -7,17 +7,18 @@ from pathlib import Path
 from lit_llama.utils import log
 
 LOAD_AVERAGES = Path("/proc/loadavg")  # its fourth field is "running threads/all threads"; Linux only
+BRIEFLY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # 1,000 iterations in GNU's OpenMP, none in others
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # environment variables that set how threads wait
 
 
-def wait_passively() -> None:
-    """Let threads sleep while they wait for work, unless the environment sets how they wait.
+def wait_briefly() -> None:
+    """Let threads that wait for work spin briefly and then sleep, unless the environment sets how they wait.
 
-    By default they spin. If another program is busy, threads with work then wait for cores that spinning threads
-    occupy. OpenMP reads the variable when PyTorch is imported.
+    By default they spin for milliseconds. If another program is busy, threads with work then wait for cores that
+    spinning threads occupy. OpenMP reads the variables when PyTorch is imported.
     """
     if not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.update(BRIEFLY)
 
 
 def busy_cores() -> float | None:

@@ -7,7 +7,8 @@ from lit_llama.aligner import prefix_attention
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, load_model, save_adapter, save_base
 from lit_llama.compose import as_sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
-from lit_llama.generation import Sampling, generate
+from lit_llama.generation import Sampling, decode_one_token, generate, prefill
+from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.model import LLaMA
 from lit_llama.utils import UserError
 
@@ -116,6 +117,22 @@ def test_each_row_has_its_own_sum(folder, bank):
             torch.testing.assert_close(batch[row], alone(idx[row : row + 1])[0], atol=3e-5, rtol=1e-5)
     unadapted = load_model(folder)(idx)
     assert [row for row in range(len(SUMS)) if torch.equal(together[row], unadapted[row])] == [2, 6]
+
+
+def test_a_bf16_base_decodes_a_sum_for_each_row(folder, bank):
+    """On a CPU, the attention of a decoding step is in fp32, and the terms of the rows are in bf16."""
+    model, exact = load_with_bank(folder, bank, dtype=torch.bfloat16), load_with_bank(folder, bank)
+    asked, fed = prompts(5, 20, 1, 9, 3, 14, 7), token_ids(len(SUMS), 3)
+    cache = KVCache(model.config, len(SUMS), 24, torch.device("cpu"), cache_dtype(model.output_weight))
+    with model.using(SUMS), exact.using(SUMS), model.inference():
+        prefill(model, asked, cache)
+        for step in range(3):
+            positions = torch.tensor([len(prompt) + step for prompt in asked])
+            logits = decode_one_token(model, fed[:, step], positions, cache)
+        ids = [torch.tensor(prompt + fed[row].tolist()) for row, prompt in enumerate(asked)]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        expected = exact(padded)[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
+    assert (logits - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1], ids=["one prefill", "a prefill for each length"])

@@ -74,6 +74,20 @@ def test_cached_logits_equal_uncached_ones_at_every_step(kind, lengths, grouping
 
 
 @each_model
+def test_a_bf16_model_decodes_with_attention_in_fp32_on_a_cpu(kind, monkeypatch):
+    caches, network, exact = [], MODELS[kind]().bfloat16(), MODELS[kind]().bfloat16().float()
+    monkeypatch.setattr(generation, "KVCache", lambda *args, **kw: caches.append(KVCache(*args, **kw)) or caches[-1])
+    prompts, last = toys.prompts(2, 7, 5), []
+    unembed = network.unembed
+    monkeypatch.setattr(network, "unembed", lambda x: last.append(unembed(x)) or last[-1])
+    tokens = generate(network, prompts, Sampling(2))
+    assert {cache.k.dtype for cache in caches} == {torch.float32}
+    for row, prompt in enumerate(prompts):
+        expected = exact(torch.tensor([prompt + tokens[row][:1]]))[0, -1]
+        assert (last[-1][row, -1] - expected).norm() / expected.norm() < 0.03
+
+
+@each_model
 def test_cached_greedy_decoding_equals_uncached(kind):
     network, prompts = MODELS[kind](), toys.prompts(1, 20, 6)
     assert generate(network, prompts, GREEDY) == [uncached(network, p, 10) for p in prompts]

@@ -11,14 +11,19 @@ import pytest
 from lit_llama import threads
 
 ROOT = Path(__file__).parents[1]
-PRINT = "import os, sys; from lit_llama import cli; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+PRINT = """
+import os, sys
+from lit_llama import cli
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
 
 
 @pytest.mark.parametrize(
     "given, expected",
-    [({}, "PASSIVE False"), ({"OMP_WAIT_POLICY": "active"}, "active False"), ({"GOMP_SPINCOUNT": "9"}, "None False")],
-)
-def test_threads_wait_passively_unless_the_environment_says_otherwise(given, expected):
+    [({}, "PASSIVE 1000 False"), ({"OMP_WAIT_POLICY": "active"}, "active None False"),
+     ({"GOMP_SPINCOUNT": "9"}, "None 9 False")],
+)  # fmt: skip
+def test_threads_spin_briefly_unless_the_environment_says_otherwise(given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in threads.WAITING} | given
     done = subprocess.run([sys.executable, "-c", PRINT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == expected + "\n", done.stderr
