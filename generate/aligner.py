@@ -47,8 +47,7 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter, style_name
-from lit_llama.bank import BASE, make_bank, open_bank
-from lit_llama.chat import (
+from lit_llama.answering import (
     Request,
     gather_requests,
     is_terminal,
@@ -57,6 +56,7 @@ from lit_llama.chat import (
     save_answers,
     show,
 )
+from lit_llama.bank import BASE, make_bank, open_bank
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from generate.interactive import Adapters, Chat
-from lit_llama.chat import gather_requests, is_terminal, open_session, open_tokenizer, save_answers, show
+from lit_llama.answering import gather_requests, is_terminal, open_session, open_tokenizer, save_answers, show
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
 from lit_llama.sharding import in_step, only_assists

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lit_llama.answering import Session
 from lit_llama.bank import BASE, Bank
-from lit_llama.chat import Session
 from lit_llama.chat_template import Message
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, parse_sum

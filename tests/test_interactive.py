@@ -209,14 +209,16 @@ def model(tmp_path_factory, tokenizer_path) -> Path:
 def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys):
     """What the model is given, turn by turn."""
     from generate.interactive import Adapters, Chat
-    from lit_llama import chat as chats
+    from lit_llama import answering
     from lit_llama.answer_settings import AnswerSettings
     from lit_llama.checkpoint import load_model
     from lit_llama.prompts import get_prompt_style
 
     tokenizer = Tokenizer(model)
     settings = AnswerSettings(checkpoint_dir=model, system="Be kind.", max_new_tokens=3)
-    chat = Chat(chats.Session(load_model(model), tokenizer, settings, 0.0), Adapters(get_prompt_style("chat", model)))
+    chat = Chat(
+        answering.Session(load_model(model), tokenizer, settings, 0.0), Adapters(get_prompt_style("chat", model))
+    )
     given = []
     monkeypatch.setattr(
         "generate.interactive.stream", lambda m, t, prompt, *rest: given.append(prompt) or (t for t in ["ok"])

@@ -9,7 +9,7 @@ from test_baselines import BASELINES, adapted
 
 from lit_llama import onednn
 from lit_llama.answer_settings import AnswerSettings
-from lit_llama.chat import open_session
+from lit_llama.answering import open_session
 from lit_llama.checkpoint import AdapterFile, load_model, save_base
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.chat import Request, read_requests
+from lit_llama.answering import Request, read_requests
 from lit_llama.storage.rows import read_rows, text_field
 from lit_llama.utils import UserError
 
