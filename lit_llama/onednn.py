@@ -31,6 +31,7 @@ MAX_LOSS = 1.05  # and slower by this factor (the noise of such measurements) fo
 MIN_WEIGHTS = 2**23  # parameters of the linear layers; smaller models stay plain without a measurement
 SAMPLE_BYTES = 2**25  # size of the measured weights; each is read again after all others, so that caches miss
 PASSES = 12  # passes over all of them; the first does not count
+MIN_PASSES, MAX_SECONDS = 4, 0.3  # after MIN_PASSES, no further pass begins later than this; a busy machine is slower
 
 Times = tuple[float, ...]  # seconds of the products for each number in ROWS
 
@@ -130,13 +131,17 @@ def measure(weights: Sequence[Tensor], clock: Callable[[], float] = time.perf_co
         samples.append(sample)
         shares.append(len(group) * group[0].numel() / sample.numel())
     products = [(partial(F.linear, weight=sample), PackedLinear(sample)) for sample in samples]
-    seconds = torch.zeros(PASSES, len(ROWS), len(samples), 2, dtype=torch.float64)
-    for i, j, k in itertools.product(*map(range, seconds.shape[:3])):
-        x = torch.ones(ROWS[j], 1, samples[k].size(1), dtype=samples[k].dtype)
-        for kind, product in enumerate(products[k]):
-            began = clock()
-            product(x)
-            seconds[i, j, k, kind] = clock() - began
-    medians = seconds[1:].median(0).values  # (rows, samples, 2)
+    passes: list[Tensor] = []
+    start = clock()
+    while len(passes) < MIN_PASSES or (len(passes) < PASSES and clock() - start < MAX_SECONDS):
+        seconds = torch.zeros(len(ROWS), len(samples), 2, dtype=torch.float64)
+        for j, k in itertools.product(*map(range, seconds.shape[:2])):
+            x = torch.ones(ROWS[j], 1, samples[k].size(1), dtype=samples[k].dtype)
+            for kind, product in enumerate(products[k]):
+                began = clock()
+                product(x)
+                seconds[j, k, kind] = clock() - began
+        passes.append(seconds)
+    medians = torch.stack(passes[1:]).median(0).values  # (rows, samples, 2)
     plain, packed = (medians * torch.tensor(shares, dtype=torch.float64)[:, None]).sum(1).T.tolist()
     return tuple(plain), tuple(packed)
