@@ -88,7 +88,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         keys, values = self.cached or self.constants(q.dtype)
-        return super().attend(q, k, v, mask) + prefix_attention(q, keys, values)
+        return super().attend(q, k, v, mask) + prefix_attention(q.to(k.dtype), keys, values)
 
     def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and gated values of the prefix, (1, nh, P, hs) each, in `dtype`."""

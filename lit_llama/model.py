@@ -186,7 +186,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((self.config.n_head, self.config.n_kv_head), dim=1)
         if kv is not None:
             k, v = kv.update(k, v)
-        y = self.attend(q.to(k.dtype), k, v, mask)  # (B, nh, T, hs), in the dtype of the cache
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs), in the dtype of the cache
         return self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,14 +219,14 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             q: (B, nh, T, hs), rotated.
-            k, v: (B, ng, S, hs), k rotated.
+            k, v: (B, ng, S, hs), k rotated; attention is computed in their dtype, which may be that of a cache.
             mask: (B, 1, T, S), True where a token attends to a key. None is causal attention with S = T, or attention
                 to all keys for T = 1.
         """
         # a plain bool, even where torch.compile makes the length a symbol
         is_causal = True if mask is None and q.size(2) > 1 else False
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.size(1) != q.size(1)
+            q.to(k.dtype), k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.size(1) != q.size(1)
         )
 
     def constants(self, dtype: torch.dtype) -> Any:
