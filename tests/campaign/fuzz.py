@@ -28,7 +28,7 @@ from mutate import mutate
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
 MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
-           "lit_llama.run.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.chat", "lit_llama.compose",
+           "lit_llama.run.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.answering", "lit_llama.compose",
            "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.huggingface.weights", "lit_llama.cli",
            "lit_llama.dpo", "lit_llama.reference", "lit_llama.rl", "lit_llama.rollouts", "lit_llama.prepare_prompts",
            "lit_llama.rewards", "tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2",
