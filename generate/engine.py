@@ -75,8 +75,8 @@ class Engine:
         """Queue requests: all of them or none.
 
         Raises:
-            QueueFull: There are too many.
-            UserError: A prompt is empty or leaves no room for an answer.
+            QueueFull: The queue has no room for them at the moment.
+            UserError: A prompt is empty or leaves no room for an answer, or there are more requests than may wait.
         """
         for job in jobs:
             if not job.prompt:

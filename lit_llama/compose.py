@@ -124,7 +124,8 @@ class CausalSelfAttention(llama.CausalSelfAttention):
     terms: Sequence[Term] = ()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        y, q = super().attend(q, k, v, mask), q.to(k.dtype)
+        y = super().attend(q, k, v, mask)
+        q = q.to(k.dtype)
         for keys, values, rows in self.terms:
             if rows is None:
                 y = y + prefix_attention(q, keys, values)

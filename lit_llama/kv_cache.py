@@ -9,11 +9,11 @@ from lit_llama.config import LLaMAConfig
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of the cache for a model with this weight: fp32 on a CPU, elsewhere that of the weight.
+    """Return the dtype of the cache for a model with this weight: on a CPU at least fp32, elsewhere that of the weight.
 
     On a CPU, attention of single queries is two to five times as fast in fp32 as in bf16 (howto/performance.md).
     """
-    return torch.float32 if weight.device.type == "cpu" else weight.dtype
+    return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
 
 class KVCache:

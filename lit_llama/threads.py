@@ -14,8 +14,8 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # environment 
 def wait_briefly() -> None:
     """Let threads that wait for work spin briefly and then sleep, unless the environment sets how they wait.
 
-    By default they spin for milliseconds. If another program is busy, threads with work then wait for cores that
-    spinning threads occupy. OpenMP reads the variables when PyTorch is imported.
+    By default they spin 300,000 times. If another program is busy, threads with work then wait for cores that spinning
+    threads occupy. OpenMP reads the variables when PyTorch is imported.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ.update(BRIEFLY)

@@ -25,7 +25,7 @@ from lit_llama.generation import (
     sample,
     stream,
 )
-from lit_llama.kv_cache import KVCache
+from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.prompts import PromptStyle
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -71,6 +71,12 @@ def test_cached_logits_equal_uncached_ones_at_every_step(kind, lengths, grouping
             if step < 6:
                 positions = torch.tensor([len(p) + step for p in prompts])
                 logits = decode_one_token(network, fed[:, step], positions, cache)
+
+
+def test_the_cache_is_not_less_precise_than_the_model():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        assert cache_dtype(torch.ones(1, dtype=dtype)) == expected
+    assert cache_dtype(torch.ones(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
 
 
 @each_model

@@ -154,7 +154,7 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     Raises:
         UserError: A file is missing or does not fit, or Fabric refuses a setting.
     """
-    settings = with_launcher_strategy(settings)
+    settings = with_launcher_strategy(settings)  # also for `base_mesh`
     adapter, config = initial_adapter(settings), method_config(settings)
     fabric = make_fabric(settings)
     if fabric.device.type == "cpu" and fabric.global_rank == 0:
