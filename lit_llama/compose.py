@@ -180,6 +180,9 @@ class LLaMA(llama.LLaMA):
             self._assign(sums, [[term.select(selected) for term in layer_terms] for layer_terms in terms])
             yield
 
+    def adapters_of(self, row: int) -> Sum:
+        return self.sums[0 if len(self.sums) == 1 else row]
+
     @contextmanager
     def _restored(self) -> Iterator[list[Sequence[Term]]]:
         """Yield each layer's terms, and restore them and the sums at the end."""

@@ -54,7 +54,7 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Run the prompts through the model and fill the cache.
 
-    Prompts of similar length run together, padded on the right.
+    Prompts of similar length run together, padded on the right. Rows with the same prompt and adapter share one row.
 
     Returns:
         (B, V) logits after each row's last token.
@@ -62,20 +62,30 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
     cache.length, cache.even = model.n_virtual_tokens + max(lengths), len(set(lengths)) == 1
-    groups, logits = length_groups(lengths), []
+    first: dict[Any, int] = {}  # the first row with a prompt and adapter
+    same = [first.setdefault((tuple(prompt), model.adapters_of(row)), row) for row, prompt in enumerate(prompts)]
+    distinct = list(first.values())
+    groups = [[distinct[i] for i in group] for group in length_groups([lengths[row] for row in distinct])]
+    logits, order = [], []
     for group in groups:
         rows = [torch.tensor(prompts[row]) for row in group]
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        if len(groups) == 1:
+        if len(group) == len(prompts):
             return last_logits(model, idx, last, cache)
         length = model.n_virtual_tokens + idx.size(1)
         group_cache = KVCache(model.config, len(group), length, device, cache.k.dtype)
         with model.selecting(group):
-            logits.append(last_logits(model, idx, last, group_cache))
-        cache.k[:, group, :, :length], cache.v[:, group, :, :length] = group_cache.k, group_cache.v
-    order = torch.tensor([row for group in groups for row in group], device=device)
-    return torch.cat(logits)[order.argsort()]
+            group_logits = last_logits(model, idx, last, group_cache)
+        place = {row: i for i, row in enumerate(group)}
+        members = [row for row, source in enumerate(same) if source in place]
+        sources = torch.tensor([place[same[row]] for row in members], device=device)
+        for layer in range(model.config.n_layer):
+            cache.k[layer, members, :, :length] = group_cache.k[layer, sources]
+            cache.v[layer, members, :, :length] = group_cache.v[layer, sources]
+        logits.append(group_logits[sources])
+        order += members
+    return torch.cat(logits)[torch.tensor(order, device=device).argsort()]
 
 
 def last_logits(model: LLaMA, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:

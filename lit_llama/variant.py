@@ -7,7 +7,7 @@ usually through `make_attention` and `CausalSelfAttention.attend`.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -112,6 +112,10 @@ class Variant(nn.Module):
     def selecting(self, rows: list[int]) -> AbstractContextManager:
         """Temporarily expect batches of only these rows, for variants with different adapters per row."""
         return nullcontext()
+
+    def adapters_of(self, row: int) -> Hashable:
+        """Return a value that is equal for rows of a batch that use the same adapters."""
+        return None
 
 
 def check_shapes(tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], complaint: str) -> None:

@@ -29,6 +29,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 SEEN, UNSEEN = "seen", "unseen"
@@ -59,12 +60,17 @@ class Form:
         text = self.template.replace("{Topic}", topic[0].upper() + topic[1:])
         return text.replace("{topic}", topic).replace("{value}", value)
 
-    def parse(self, text: str) -> tuple[str, str] | None:
-        """Return (topic, value) if all of `text` fits this form, else None."""
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches a text in this form."""
         pattern = re.escape(self.template)
         for slot in ("topic", "Topic", "value"):
             pattern = pattern.replace(re.escape("{" + slot + "}"), rf"(?P<{slot}>[A-Za-z][A-Za-z' ]*?)")
-        match = re.fullmatch(pattern, text)
+        return re.compile(pattern)
+
+    def parse(self, text: str) -> tuple[str, str] | None:
+        """Return (topic, value) if all of `text` fits this form, else None."""
+        match = self.pattern.fullmatch(text)
         if match is None:
             return None
         parts = match.groupdict()

@@ -151,6 +151,20 @@ def test_generation_with_a_sum_for_each_row(folder, bank, group_tokens, monkeypa
         assert together[row] == generate(alone, [asked[row]], sampling, rows=[row])[0]
 
 
+def test_rows_share_a_prefill_only_if_their_sums_are_equal(folder, bank, monkeypatch):
+    model, (prompt,), sampling = load_with_bank(folder, bank), prompts(9), Sampling(8, 1.0)
+    computed, hidden = [], model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda idx, *rest: computed.append(len(idx) * (idx.size(1) > 1)) or hidden(idx, *rest)
+    )
+    with model.using(SUMS):
+        together = generate(model, [prompt] * len(SUMS), sampling)
+    assert sum(computed) == len(set(map(as_sum, SUMS))) == len(SUMS) - 1
+    for row, terms in enumerate(SUMS):
+        alone = load_with_bank(folder, bank, terms)
+        assert together[row] == generate(alone, [prompt], sampling, rows=[row])[0]
+
+
 def test_one_sum_is_for_batches_of_any_size(folder, bank):
     model, idx = load_with_bank(folder, bank), token_ids(4, 9)
     terms = (("late", 0.5), ("early", 2.0), ("other", 1.0))

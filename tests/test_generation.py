@@ -110,6 +110,21 @@ def test_a_batch_equals_one_by_one(kind, sampling, grouping):
 
 
 @each_model
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_several_answers_to_a_prompt_share_its_prefill(kind, sampling, grouping, monkeypatch):
+    network, (a, b, c) = MODELS[kind](), toys.prompts(12, 5, 7)
+    prompts, computed, hidden = [a, b, a, c, a, b], [], network.hidden
+    monkeypatch.setattr(
+        network, "hidden", lambda idx, *rest: computed.append(len(idx) * (idx.size(1) > 1)) or hidden(idx, *rest)
+    )
+    together = generate(network, prompts, sampling)
+    assert sum(computed) == 3  # rows of all prefills
+    assert len(set(map(tuple, together))) == (3 if sampling == GREEDY else 6)
+    for row, prompt in enumerate(prompts):
+        assert together[row] == generate(network, [prompt], sampling, rows=[row])[0]
+
+
+@each_model
 @pytest.mark.parametrize("sampling", [Sampling(30), Sampling(30, 1.0, seed=3)], ids=["greedy", "sampled"])
 def test_rows_that_have_ended_are_no_longer_computed(kind, sampling, grouping, monkeypatch):
     network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7, 3, 9, 20)
