@@ -1,4 +1,4 @@
-"""Checkpoint folders of instruct models: chat templates in the styles of published ones, and tokenizers for them."""
+"""Checkpoint folders of instruct models: tokenizers, and chat templates in the style of published ones."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from lit_llama.checkpoint import TOKENIZER_NAME
 from lit_llama.huggingface.tokenizer_files import as_tokenizer_json
 
-# the tags {% generation %} mark what the model writes, for transformers' own mask
+# {% generation %} tags mark the text of the assistant, for the assistant mask of transformers
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]["role"] == "system" %}
     {%- set system = messages[0]["content"] | trim %}
@@ -52,7 +52,7 @@ CHATML = """{% for message in messages %}
 {%- endfor %}
 {% if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
 
-# it shows the thinking of the last answer only
+# this template keeps the reasoning of the last answer only
 THINKING = """{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- if message.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}
@@ -113,7 +113,7 @@ SPECIAL = {
     "mistral": [],
 }
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "thinking": THINKING, "mistral": MISTRAL, "gemma": GEMMA}
-# with the tag that transformers knows and other programs may not
+# templates with the generation tag, which transformers supports and other programs may not
 GENERATED = [name for name, source in TEMPLATES.items() if "generation %}" in source]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 TEXTS = [
@@ -138,7 +138,7 @@ def byte_level(special: list[str], added: tuple[str, ...] = ()) -> tokenizers.To
 
 
 def metaspace(special: list[str], first_only: bool) -> tokenizers.Tokenizer:
-    """As newer files of LLaMA's kind: a space before the first word of the text, or of each piece of it."""
+    """Return a LLaMA-style tokenizer that adds a space before the first word of the text, or of each piece."""
     engine = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     scheme = "first" if first_only else "always"
     engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
@@ -148,7 +148,7 @@ def metaspace(special: list[str], first_only: bool) -> tokenizers.Tokenizer:
         vocab_size=500, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False, max_token_length=8
     )
     engine.train_from_iterator([*TEXTS, "[INST] the cat [/INST] sat", "user model\n"] * 5, trainer)
-    # the bytes are ordinary tokens
+    # the byte tokens are ordinary, not special
     state = json.loads(engine.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     engine = tokenizers.Tokenizer.from_str(json.dumps(state))
@@ -162,12 +162,12 @@ def metaspace(special: list[str], first_only: bool) -> tokenizers.Tokenizer:
 
 
 def write_model(folder: Path, kind: str, tokenizer_path: Path | None = None, **about: Any) -> Path:
-    """Write the tokenizer's files of an instruct model.
+    """Write the tokenizer files of an instruct model.
 
     Args:
-        kind: of `TEMPLATES`, or "mistral-first", whose tokenizer puts a space before the first word alone.
-        tokenizer_path: a `tokenizer.model` to use, from which Mistral's and Gemma's tokenizer.json is made.
-        about: further entries of tokenizer_config.json.
+        kind: A key of `TEMPLATES`, or "mistral-first", whose tokenizer adds a space before the first word only.
+        tokenizer_path: The `tokenizer.model` from which the tokenizer.json of Mistral and Gemma is made.
+        about: Additional entries of tokenizer_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = kind.partition("-")[0]

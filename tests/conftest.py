@@ -1,9 +1,9 @@
-"""A tiny base model and dataset, made once, as real files; and the real material, where there is some."""
+"""Fixtures: a tiny base model and datasets as files, created once, and real models and data where available."""
 
 import importlib
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; also for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses inherit this
 
 import random
 import runpy
@@ -26,13 +26,13 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 from studies.trials import Trial, prepare_run
 
-settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+settings.register_profile("any machine", deadline=None)  # a slow machine must not fail tests
 settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory, tokenizer_path) -> Path:
-    """A base model's folder: 3 layers, 4 heads over 2 key/value heads, width 32, random weights."""
+    """Save a base model (3 layers, 4 heads, 2 key/value heads, width 32, random weights) and return its folder."""
     folder = tmp_path_factory.mktemp("base")
     config = LLaMAConfig(
         block_size=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48
@@ -48,7 +48,7 @@ def base_dir(tmp_path_factory, tokenizer_path) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, tokenizer) -> Path:
-    """A prepared SFT folder: 41 rows of many lengths for training and 5 for validation."""
+    """Prepare an SFT dataset, 41 rows of varying length for training and 5 for validation, and return its folder."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "animals"
     things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
     pairs = [(rng.choice(things), " and ".join(rng.sample(things, rng.randint(1, 4)))) for _ in range(46)]
@@ -69,7 +69,7 @@ def data_dir(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def preference_dir(tmp_path_factory, tokenizer) -> Path:
-    """A prepared preference folder: 20 pairs of many lengths for training and 6 for validation."""
+    """Prepare a preference dataset, 20 pairs of varying length for training and 6 for validation; return its folder."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("data") / "preferences"
     things = ["the cat", "the dog", "the rat", "the hat", "a mat"]
     texts = [(t, " and ".join(rng.sample(things, rng.randint(1, 4)))) for t in things for _ in range(6)][:26]
@@ -89,7 +89,7 @@ def preference_dir(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
-    """A LLaMA-like tokenizer: texts come back as they were, bytes stand for unknown characters."""
+    """Train a LLaMA-like tokenizer: decoding restores the exact text, and unknown characters become bytes."""
     text = ["the cat sat on the mat and the dog ate the hat", "Below is an instruction. Write a response."]
     path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER_NAME
     with path.open("wb") as file:
@@ -113,7 +113,7 @@ def tokenizer(tokenizer_path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real models and data, beside the project."""
+    """Return the folder of real models and data, next to the project's folder."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
@@ -122,7 +122,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def run_script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """run_script("scripts/x.py", *arguments) -> (exit code, stdout, stderr), as if called from the command line."""
+    """Run a script as from the command line: run_script("scripts/x.py", *arguments) -> (exit code, stdout, stderr)."""
 
     def run(script: str, *arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -140,7 +140,7 @@ def run_script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture
 def refused(run_script) -> Callable[..., str]:
-    """As `run_script`, for a call that must end with exit code 1 and one sentence, which it returns."""
+    """Like `run_script`, for a call that must fail with exit code 1 and a one-sentence error, which is returned."""
 
     def run(script: str, *arguments: object) -> str:
         code, out, err = run_script(script, *arguments)
@@ -153,7 +153,7 @@ def refused(run_script) -> Callable[..., str]:
 
 @pytest.fixture
 def refusal(capsys) -> Callable[..., str]:
-    """Call a function that refuses a user's mistake, also one in the command line, and return the sentence."""
+    """Call a function that must raise a UserError or reject its command line, and return the error message."""
 
     def sentence(function: Callable, *args: object) -> str:
         with pytest.raises((UserError, SystemExit)) as error:
@@ -168,19 +168,19 @@ def refusal(capsys) -> Callable[..., str]:
 
 @pytest.fixture
 def left_to_defaults(monkeypatch) -> Callable[..., set[str]]:
-    """Edit the defaults of all finetuning scripts, and return the settings of a trial that they decide.
+    """Change the defaults of all finetuning scripts; return a function that lists the settings a trial takes from them.
 
-    A setting that changes neither weights nor losses does not count.
+    Settings that change neither weights nor losses are ignored.
     """
     for path in sorted((Path(__file__).parent.parent / "finetune").glob("[!_]*.py")):
         script = importlib.import_module(f"finetune.{path.stem}")
         edited = [(f.name, f.type, field(default="edited by a user")) for f in fields(script.Settings)]
-        kept = {"may_change": script.Settings.may_change}
-        monkeypatch.setattr(script, "Settings", make_dataclass("Settings", edited, namespace=kept))
+        namespace = {"may_change": script.Settings.may_change}
+        monkeypatch.setattr(script, "Settings", make_dataclass("Settings", edited, namespace=namespace))
 
     def left(trial: Trial, folder: Path) -> set[str]:
         settings = prepare_run(trial, folder)[1]
-        found = {name for name, value in asdict(settings).items() if value == "edited by a user"}
-        return found - set(settings.may_change)
+        defaults = {name for name, value in asdict(settings).items() if value == "edited by a user"}
+        return defaults - set(settings.may_change)
 
     return left

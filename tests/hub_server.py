@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the part of the Hugging Face hub's API that huggingface_hub uses for models."""
+"""A local server that implements the part of the Hugging Face Hub API that huggingface_hub uses for models."""
 
 import base64
 import hashlib
@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 class Hub(BaseHTTPRequestHandler):
     """Repositories with commits; a token may read, or read and write, all of them.
 
-    Subclasses have their own `repositories` (owner/name -> a list of commits, each path -> content), `private` names,
-    `tokens` (token -> "read" or "write"), uploaded `objects` (sha256 -> content) and `asked` (method and path).
+    Subclasses define `repositories` (owner/name -> a list of commits, each path -> content), `private` names,
+    `tokens` (token -> "read" or "write"), uploaded `objects` (sha256 -> content) and `asked` (method and path of each
+    request).
     """
 
     protocol_version = "HTTP/1.1"
@@ -38,7 +39,7 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if path.startswith("/objects/"):  # the address is signed, so it takes no token
+        if path.startswith("/objects/"):  # a signed URL, which needs no token
             self.objects[path.removeprefix("/objects/")] = body
             return self.answer(200)
         right = self.tokens.get(token, "")
@@ -113,20 +114,20 @@ class Hub(BaseHTTPRequestHandler):
         return (commit_id(ids[revision]), commits[ids[revision]]) if revision in ids else None
 
     def info(self, name: str, revision: str, _: bytes) -> None:
-        if (found := self.files(name, revision)) is None:
+        if (snapshot := self.files(name, revision)) is None:
             return self.answer(404, X_Error_Code="RevisionNotFound")
-        siblings = [{"rfilename": path, "size": len(content)} for path, content in found[1].items()]
-        about = {"id": name, "sha": found[0], "siblings": siblings, "private": name in self.private, "tags": []}
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in snapshot[1].items()]
+        about = {"id": name, "sha": snapshot[0], "siblings": siblings, "private": name in self.private, "tags": []}
         return self.answer(200, about)
 
     def resolve(self, name: str, revision: str, _: bytes) -> None:
-        if (found := self.files(name, revision)) is None:
+        if (snapshot := self.files(name, revision)) is None:
             return self.answer(404, X_Error_Code="RevisionNotFound")
-        content = found[1].get(unquote(self.path).rpartition("/")[2])
+        content = snapshot[1].get(unquote(self.path).rpartition("/")[2])
         if content is None:
-            return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=found[0])
+            return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=snapshot[0])
         tag = hashlib.sha256(content).hexdigest()
-        return self.answer(200, content, ETag=f'"{tag}"', X_Repo_Commit=found[0])
+        return self.answer(200, content, ETag=f'"{tag}"', X_Repo_Commit=snapshot[0])
 
     def log_message(self, *args: object) -> None:
         pass

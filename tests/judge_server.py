@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine whose every answer, and every fault, a test decides."""
+"""A local chat endpoint whose replies and faults a test defines."""
 
 import json
 import socket
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """A reply that is no chat completion.
+    """A reply that is not a chat completion.
 
     Args:
-        status, headers, content: as sent.
-        missing: bytes that are promised but not sent before the connection is closed.
-        hang: seconds of silence before the reply.
+        status, headers, content: The HTTP response.
+        missing: Number of bytes that Content-Length announces but that are not sent before the connection is closed.
+        hang: Seconds to wait before the reply.
     """
 
     status: int = 200
@@ -32,7 +32,7 @@ Reply = str | Fault
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Serve `reply(body, number of this request, from 0)`; after `die_after` requests, refuse connections."""
+    """Serve `reply(body, number)`, with requests numbered from 0; refuse connections after `die_after` requests."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -51,7 +51,7 @@ class JudgeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, *args: Any) -> None:
-        """A client that closed its connection is no error of a test."""
+        """Ignore clients that close their connection."""
 
     def die(self) -> None:
         """Refuse connections from now on."""

@@ -1,11 +1,11 @@
-"""LLaMA with the Aligner's term, written out: what the package's model is compared with.
+"""A plain reference implementation of LLaMA with the Aligner's term, to compare the package's model with.
 
-Plain tensors of a state dict in fp64, loops over heads, softmax as a quotient of exponentials, rotary positions as
-complex numbers; nothing of the package's model. Autograd goes through it, so gradients can be compared too.
+It uses the tensors of a state dict in fp64, loops over heads, softmax as a quotient of exponentials, and rotary
+embeddings as complex numbers, but no code of the package's model. Its gradients can be compared too.
 
     y = softmax(q·Kᵀ/√hs + causal)·V + gate · softmax(q·K_pᵀ/√hs)·V_p,   K_p, V_p = rows of c_attn × prefix + bias
 
-K_p passes the layer's norm of keys, if there is one, and is not rotated.
+K_p is normalized by the layer's key norm, if there is one, and is not rotated.
 """
 
 import math
@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def double(state: Tensors, trainable: tuple[str, ...] = ()) -> Tensors:
-    """An fp64 copy of a state dict; the named tensors become leaves that collect gradients."""
+    """Return an fp64 copy of a state dict, in which the tensors named in `trainable` require gradients."""
     copy = {name: t.detach().clone().double() for name, t in state.items()}
     for name in trainable:
         copy[name].requires_grad_()
@@ -25,7 +25,7 @@ def double(state: Tensors, trainable: tuple[str, ...] = ()) -> Tensors:
 
 
 def frequencies(config: Any) -> list[float]:
-    """Radians per position of each pair, in Python floats, by the published formulas."""
+    """Return the radians per position of each pair of dimensions, by the published formulas."""
     base = [config.rope_base ** (-2 * i / config.head_size) for i in range(config.head_size // 2)]
     scaling = config.rope_scaling
     if scaling is None:
@@ -49,7 +49,7 @@ def frequencies(config: Any) -> list[float]:
 
 
 def rotate(x: torch.Tensor, config: Any) -> torch.Tensor:
-    """(T, hs): the pair (x[2i], x[2i+1]) is one complex number and is multiplied by exp(i · position · frequency)."""
+    """Rotate (T, hs): each pair (x[2i], x[2i+1]), a complex number, is multiplied by exp(i · position · frequency)."""
     angles = torch.outer(torch.arange(len(x), dtype=torch.float64), torch.tensor(frequencies(config)).double())
     pairs = torch.complex(x[:, 0::2], x[:, 1::2]) * torch.exp(1j * angles)
     return torch.stack([pairs.real, pairs.imag], dim=-1).reshape(x.shape)
@@ -70,35 +70,35 @@ def linear(x: torch.Tensor, state: Tensors, name: str) -> torch.Tensor:
 
 
 def heads(x: torch.Tensor, first: int, count: int, size: int) -> list[torch.Tensor]:
-    """`count` neighbouring slices of `size` columns, from column `first` on."""
+    """Return `count` adjacent slices of `size` columns, starting at column `first`."""
     return [x[:, first + i * size : first + (i + 1) * size] for i in range(count)]
 
 
 def normed(each: list[torch.Tensor], state: Tensors, name: str, config: Any) -> list[torch.Tensor]:
-    """Each head (T, hs) normalized on its own, if the layer has this norm."""
+    """Normalize each head (T, hs) separately, if the layer has this norm."""
     scale = state.get(f"{name}.scale")
     return each if scale is None else [norm(x, scale, config.norm_eps) for x in each]
 
 
 def attention(x: torch.Tensor, state: Tensors, layer: int, config: Any) -> torch.Tensor:
-    """(T, C) -> (T, C), with the prefix if this layer has a gate."""
+    """Map (T, C) to (T, C), with attention to the prefix if this layer has a gate."""
     name, T, hs = f"transformer.h.{layer}.attn", len(x), config.head_size
     nh, ng = config.n_head, config.n_kv_head
     qkv = linear(x, state, f"{name}.c_attn")
     queries = normed(heads(qkv, 0, nh, hs), state, f"{name}.q_norm", config)
     keys = normed(heads(qkv, nh * hs, ng, hs), state, f"{name}.k_norm", config)
     if layer not in (config.nope_layers or ()):
-        queries, keys = ([rotate(x, config) for x in each] for each in (queries, keys))
+        queries, keys = ([rotate(x, config) for x in vectors] for vectors in (queries, keys))
     values = heads(qkv, (nh + ng) * hs, ng, hs)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     gate = state.get(f"{name}.gating_factor")
     if gate is not None:
-        prefix = state.get(f"{name}.adapter_wte.weight")  # LLaMA-Adapter has one of its own in each layer
-        of_prefix = linear(
+        prefix = state.get(f"{name}.adapter_wte.weight")  # LLaMA-Adapter has one per layer
+        prefix_qkv = linear(
             state["global_value_embedding.weight"] if prefix is None else prefix, state, f"{name}.c_attn"
         )
-        prefix_keys = normed(heads(of_prefix, nh * hs, ng, hs), state, f"{name}.k_norm", config)
-        prefix_values = heads(of_prefix, (nh + ng) * hs, ng, hs)
+        prefix_keys = normed(heads(prefix_qkv, nh * hs, ng, hs), state, f"{name}.k_norm", config)
+        prefix_values = heads(prefix_qkv, (nh + ng) * hs, ng, hs)
     outputs = []
     for head, q in enumerate(queries):
         group = head * ng // nh
@@ -112,7 +112,7 @@ def attention(x: torch.Tensor, state: Tensors, layer: int, config: Any) -> torch
 
 
 def logits(state: Tensors, config: Any, ids: list[int]) -> torch.Tensor:
-    """(T, V) for one sequence."""
+    """Return the logits (T, V) of one sequence."""
     x = state["transformer.wte.weight"][torch.tensor(ids)]
     for layer in range(config.n_layer):
         name = f"transformer.h.{layer}"
@@ -127,7 +127,7 @@ def logits(state: Tensors, config: Any, ids: list[int]) -> torch.Tensor:
 
 
 def logps(state: Tensors, config: Any, ids: list[int], labels: list[int]) -> list[torch.Tensor]:
-    """The log-probability of each label that is not -1, given the tokens before it."""
+    """Return the log-probability of each label that is not -1, given the tokens before it."""
     scores = logits(state, config, ids)
     return [
         torch.log(softmax(scores[t - 1]))[labels[t]] for t in range(1, len(ids)) if labels[t] != -1
@@ -135,7 +135,7 @@ def logps(state: Tensors, config: Any, ids: list[int], labels: list[int]) -> lis
 
 
 def greedy(state: Tensors, config: Any, ids: list[int], n_new: int) -> list[int]:
-    """The new tokens, the whole sequence computed again for each."""
+    """Return the new tokens of greedy decoding, recomputing the full sequence for each."""
     sequence = list(ids)
     for _ in range(n_new):
         sequence.append(int(logits(state, config, sequence)[-1].argmax()))

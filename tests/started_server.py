@@ -1,4 +1,4 @@
-"""generate/serve.py as a process, with its clients."""
+"""Run generate/serve.py as a process, with HTTP and OpenAI clients."""
 
 import os
 import re
@@ -18,7 +18,7 @@ QUESTION = "What is the capital of Pilmaria?"
 
 
 class Server:
-    """A started server; its log is read in a thread."""
+    """A running server, whose log is read in a thread."""
 
     def __init__(self, *arguments: str, key: str = KEY) -> None:
         command = [sys.executable, "generate/serve.py", "--port", "0", "--bank", PIRATE, JSON, *arguments]
@@ -27,8 +27,8 @@ class Server:
         self.log: list[str] = []
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"serving at (http://127\.0\.0\.1:(\d+))", line):
-                self.url, self.port = found[1], int(found[2])
+            if match := re.search(r"serving at (http://127\.0\.0\.1:(\d+))", line):
+                self.url, self.port = match[1], int(match[2])
                 break
         else:
             raise AssertionError("".join(self.log))
@@ -48,9 +48,9 @@ class Server:
         return float(re.search(rf"^aligner_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
     def wait_for(self, name: str, value: float) -> None:
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while self.metric(name) != value:
-            assert time.monotonic() < until, self.http.get("/metrics").text
+            assert time.monotonic() < deadline, self.http.get("/metrics").text
             time.sleep(0.05)
 
     def ask(self, model: str, question: str = QUESTION, **options):

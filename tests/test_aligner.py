@@ -1,4 +1,4 @@
-"""The Aligner against the written-out reference, and what must hold for its gradients, dtypes and weights."""
+"""The Aligner compared with a plain reference implementation; its gradients, dtypes, and loading of weights."""
 
 import copy
 
@@ -43,14 +43,14 @@ def test_logits_loss_and_gradients_equal_the_reference(architecture, length):
     torch.testing.assert_close(network(idx).double(), expected, atol=5e-5, rtol=5e-5)
 
     rows = zip(idx.tolist(), labels.tolist(), strict=True)
-    loss = -sum(logp for row, wanted in rows for logp in reference.logps(state, network.config, row, wanted))
+    loss = -sum(logp for row, row_labels in rows for logp in reference.logps(state, network.config, row, row_labels))
     loss.backward()
     torch.testing.assert_close(-network.label_logps(idx, labels).double().sum(), loss, atol=1e-4, rtol=1e-5)
 
-    got = gradients(network, idx, labels)
-    assert set(got) == {"global_value_embedding.weight"} | {f"transformer.h.{i}.attn.gating_factor" for i in (1, 2)}
-    for name, gradient in got.items():
-        assert gradient.abs().min() > 0  # every number learns
+    actual = gradients(network, idx, labels)
+    assert set(actual) == {"global_value_embedding.weight"} | {f"transformer.h.{i}.attn.gating_factor" for i in (1, 2)}
+    for name, gradient in actual.items():
+        assert gradient.abs().min() > 0  # every value gets a gradient
         torch.testing.assert_close(gradient.double(), state[name].grad, atol=1e-4, rtol=1e-3)
 
 
@@ -64,8 +64,8 @@ def test_cached_greedy_decoding_equals_the_reference(architecture, length):
     assert generate(network, prompts, Sampling(max_new_tokens=6)) == expected
 
 
-def test_the_adapter_matters_in_these_tests():
-    # were the term nearly nothing, parity would prove nothing
+def test_the_adapter_changes_the_logits_noticeably():
+    # if the adapter's term were negligible, the parity tests would prove nothing
     network, idx = toys.aligned(), toys.token_ids(1, 12)
     open_gates = network(idx)
     for attn in toys.prefix_layers(network):
@@ -75,7 +75,7 @@ def test_the_adapter_matters_in_these_tests():
 
 @each_architecture
 @each_length
-def test_zero_gates_equal_the_base_bit_for_bit(architecture, length):
+def test_zero_gates_give_the_outputs_of_the_base_bit_for_bit(architecture, length):
     overrides = toys.ARCHITECTURES[architecture]
     base = toys.base(**overrides)
     network = aligner.LLaMA(toys.aligned(length, **overrides).config)  # gates are zero from the start
@@ -88,7 +88,7 @@ def test_zero_gates_equal_the_base_bit_for_bit(architecture, length):
         assert generate(network, prompts, sampling) == generate(base, prompts, sampling)
 
 
-def test_a_gate_opens_only_its_own_head_from_the_start_layer_on():
+def test_layers_from_the_start_layer_on_have_gates_and_each_affects_only_its_head():
     network = toys.aligned(2, start=2, n_kv_head=2)
     assert [type(block.attn).__module__ for block in network.transformer.h] == [
         "lit_llama.model", "lit_llama.model", "lit_llama.aligner",
@@ -105,7 +105,7 @@ def test_a_gate_opens_only_its_own_head_from_the_start_layer_on():
 
 @each_architecture
 def test_closed_form_of_one_token_equals_the_softmax_over_it(architecture):
-    # two equal tokens share the weight: the general path must give what the closed form gives
+    # two equal tokens share the softmax weight, so the general path must give the result of the closed form
     overrides = toys.ARCHITECTURES[architecture]
     one, two = toys.aligned(1, **overrides), toys.aligned(2, **overrides)
     state = one.state_dict()
@@ -144,7 +144,7 @@ def test_gradients_are_the_same_after_a_no_grad_forward_and_after_generation(len
     generate(network, toys.prompts(3, 5), Sampling(max_new_tokens=4))
     assert network.training
     torch.testing.assert_close(gradients(network, idx), expected)
-    torch.testing.assert_close(gradients(network, idx), expected)  # and a second backward pass works
+    torch.testing.assert_close(gradients(network, idx), expected)  # a second backward pass works too
 
 
 @each_length
@@ -174,7 +174,7 @@ def test_casting_a_model_keeps_the_exact_fp32_values_of_prefix_and_gates(cast):
     parameters = trainable(network)
     network = cast(network)
     for name, parameter in trainable(network).items():
-        assert parameter is parameters[name]  # an optimiser made before the cast still trains it
+        assert parameter is parameters[name]  # an optimizer created before the cast still trains it
         assert parameter.dtype == torch.float32 and torch.equal(parameter, exact[name]), name
 
 
@@ -190,7 +190,7 @@ def test_small_steps_are_not_lost_under_bf16():
         assert all(t.dtype == torch.float32 for t in optimizer.state[parameter].values())
 
 
-# == Prefix keys and values are constants of one generation ==
+# == Prefix keys and values are computed once per generation ==
 
 
 @each_length
@@ -214,7 +214,7 @@ def test_nothing_is_cached_outside_generation():
     assert all(attn.cached is None for attn in toys.prefix_layers(network))
 
 
-def test_a_copied_model_reads_its_own_prefix():
+def test_a_copied_model_uses_its_own_prefix():
     network, idx = toys.aligned(), toys.token_ids(1, 6)
     before = network(idx)
     twin = copy.deepcopy(network)
@@ -223,7 +223,7 @@ def test_a_copied_model_reads_its_own_prefix():
 
 
 @each_length
-def test_strength_scales_the_gates_and_gives_them_back(length):
+def test_strength_scales_the_gates_and_restores_them_afterwards(length):
     network, idx = toys.aligned(length, n_kv_head=2), toys.token_ids(2, 9)
     base = toys.base(n_kv_head=2)
     base.load_state_dict({n: t for n, t in network.state_dict().items() if not network.is_adapter_parameter(n)})
@@ -256,7 +256,7 @@ def test_strength_scales_the_gates_and_gives_them_back(length):
         ("Llama-3-8B", 1, 4_096 + 30 * 32),
     ],
 )
-def test_trainable_counts_are_the_papers(name, length, count):
+def test_trainable_parameter_counts_match_the_paper(name, length, count):
     with torch.device("meta"):
         network = aligner.LLaMA.from_name(name, adapter_prompt_length=length)
     aligner.mark_only_adapter_as_trainable(network)
@@ -284,12 +284,12 @@ def test_fresh_adapter_has_closed_gates_and_a_standard_normal_prefix():
         (dict(adapter_start_layer=-1), "adapter_start_layer is -1"),
     ],
 )
-def test_impossible_adapters_are_refused(overrides, sentence):
+def test_invalid_adapter_configs_are_refused(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
         aligner.LLaMAConfig(**toys.SIZES, **overrides)
 
 
-def test_base_and_adapter_load_apart_and_leave_each_other_alone():
+def test_base_and_adapter_load_separately_without_changing_each_other():
     network, idx = toys.aligned(seed=1), toys.token_ids(1, 8)
     expected = network(idx)
     state = network.state_dict()
@@ -302,7 +302,7 @@ def test_base_and_adapter_load_apart_and_leave_each_other_alone():
 
 
 def published_form(network) -> dict[str, torch.Tensor]:
-    """The adapter as the authors save it: bf16, and the prefix once more under each layer's name."""
+    """Return the adapter as the authors save it: in bf16, with a copy of the prefix under each layer's name."""
     state = toys.adapter_state(network)
     state = {name: t.bfloat16() for name, t in state.items()}
     for name in [n for n in state if n.endswith("gating_factor")]:
@@ -311,13 +311,13 @@ def published_form(network) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_alias_names_of_the_published_files_are_taken(assign):
+def test_alias_names_of_the_published_files_are_accepted(assign):
     state = published_form(toys.aligned(10, seed=1))
     assert len(state) == 1 + 2 * 2
     network = toys.aligned(10)
     names = list(state)
     network.load_state_dict(state, assign=assign)
-    assert list(state) == names  # the caller's dict is left as it was
+    assert list(state) == names  # the caller's dict is unchanged
     for name, parameter in trainable(network).items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, state[name].float()), name
     assert not any("adapter_wte" in name for name in network.state_dict())
@@ -331,11 +331,11 @@ def aliases_without_the_prefix(state):
     del state["global_value_embedding.weight"]
 
 
-def left_over(state):
+def extra_gate(state):
     state["transformer.h.0.attn.gating_factor"] = torch.zeros(1, 4, 1, 1)
 
 
-def missing(state):
+def missing_gate(state):
     del state["transformer.h.2.attn.gating_factor"]
 
 
@@ -353,13 +353,13 @@ def scalar_gate(state):
     [
         (differing_alias, "transformer.h.2.attn.adapter_wte.weight is not the global prefix: .*LLaMA-Adapter"),
         (aliases_without_the_prefix, "adapter_wte.weight is not the global prefix"),
-        (left_over, "transformer.h.0.attn.gating_factor does not belong to this model"),
-        (missing, "transformer.h.2.attn.gating_factor is missing"),
+        (extra_gate, "transformer.h.0.attn.gating_factor does not belong to this model"),
+        (missing_gate, "transformer.h.2.attn.gating_factor is missing"),
         (shorter_prefix, r"global_value_embedding.weight is \(9, 32\), not \(10, 32\)"),
         (scalar_gate, r"transformer.h.1.attn.gating_factor is \(1,\), not \(1, 4, 1, 1\)"),
     ],
 )
-def test_adapters_that_do_not_fit_are_named_and_nothing_is_loaded(spoil, sentence):
+def test_adapters_that_do_not_fit_are_refused_and_nothing_is_loaded(spoil, sentence):
     state = published_form(toys.aligned(10, seed=1))
     spoil(state)
     network = toys.aligned(10)

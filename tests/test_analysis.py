@@ -1,4 +1,4 @@
-"""What studies/analysis.py finds in an adapter, on cases worked out by hand and on the authors' files."""
+"""studies/analysis.py, on cases computed by hand and on the authors' published adapters."""
 
 import csv
 import math
@@ -27,18 +27,18 @@ from studies.analysis import (
 
 SCRIPT = "studies/analysis.py"
 
-# == where a prefix began ==
+# == the initial prefix ==
 
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
-    [  # the known answers that Random123, the generator's own library, ships for philox4x32 with 10 rounds
+    [  # known answers for philox4x32 with 10 rounds from Random123, the reference implementation
         ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
         ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )
-def test_philox(counter, key, words):
+def test_philox_known_answers(counter, key, words):
     counter, key, words = ([int(word, 16) for word in text.split()] for text in (counter, key, words))
     assert philox(np.array(counter, np.uint64).reshape(4, 1), tuple(key)).flatten().tolist() == words
 
@@ -54,7 +54,7 @@ def test_normals_of_one_thread():
     np.testing.assert_allclose(cuda_normal(4, 0, threads=1), expected, rtol=2e-6, atol=1e-6)
 
 
-def test_threads_take_turns():
+def test_numbers_of_several_threads_are_interleaved():
     one, two = cuda_normal(12, 1337, threads=1), cuda_normal(12, 1337, threads=2)
     assert np.array_equal(two[0::2], one[:6])
     assert not set(two[1::2]) & set(one)
@@ -62,7 +62,7 @@ def test_threads_take_turns():
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03 and len(set(many)) > 19_900
 
 
-def test_our_start_is_what_training_starts_from(base_dir):
+def test_the_initial_prefix_is_the_one_that_training_draws(base_dir):
     config = {"adapter_prompt_length": 3, "adapter_start_layer": 1}
     torch.manual_seed(5)
     fresh = load_model(base_dir, method="aligner", method_config=config).global_value_embedding.weight
@@ -79,11 +79,11 @@ def test_our_start_is_what_training_starts_from(base_dir):
 
 def published(shared) -> list[AdapterFile]:
     paths = sorted((shared / "aligner_weights_published").rglob("*.pth"))
-    return [open_adapter(path) for path in paths if "aligner10Tokens-llama2-7B" not in path.name]  # that is no adapter
+    return [open_adapter(path) for path in paths if "aligner10Tokens-llama2-7B" not in path.name]  # not an adapter
 
 
-def test_the_authors_files_share_a_start(shared):
-    """Between 59 and 83 % of their values never moved: the large ones, whose bf16 steps are wide."""
+def test_the_authors_adapters_share_an_initial_prefix(shared):
+    """59% to 83% of their values never changed, mostly large ones, for which bf16 is too coarse."""
     shares = []
     for adapter in published(shared):
         prefix, start = adapter.state[PREFIX].float(), initial_prefix(adapter)
@@ -95,7 +95,7 @@ def test_the_authors_files_share_a_start(shared):
     assert (round(100 * min(shares)), round(100 * max(shares))) == (59, 83)
 
 
-def test_tasks_share_what_neither_moved(shared):
+def test_values_equal_in_two_tasks_are_those_that_training_did_not_change(shared):
     alpaca, metamath = (a for a in published(shared) if a.state[PREFIX].shape == (1, 4096) and "lr0.009" in a.path.name)
     a, b = (adapter.state[PREFIX].float() for adapter in (alpaca, metamath))
     start = initial_prefix(alpaca)
@@ -118,13 +118,13 @@ def test_equality_by_size():
 def test_tables_of_prefixes():
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, -4.0], [9.0, 9.0]])
     start = torch.tensor([[3.0, 0.0]])
-    beside, sizes, pairs = prefix_tables(["a", "b"], [a, b], [start, start.repeat(2, 1)], near=4.0)
-    # a: one of two values equal, both within 4, the lower of the distances 0 and 4, cosine 9 / (5 · 3)
-    assert "| a | 2 | 50.0% | 100.0% | 0.0000 | 0.6000 |" in beside
+    with_start, sizes, pairs = prefix_tables(["a", "b"], [a, b], [start, start.repeat(2, 1)], near=4.0)
+    # a: one of two values equal, both within 4, lower median of the distances 0 and 4, cosine 9 / (5 · 3)
+    assert "| a | 2 | 50.0% | 100.0% | 0.0000 | 0.6000 |" in with_start
     # b: 3 equal, distances 0, 4, 6, 9; (9 + 27) / (√187 · √18)
-    assert "| b | 4 | 25.0% | 50.0% | 4.0000 | 0.6205 |" in beside
+    assert "| b | 4 | 25.0% | 50.0% | 4.0000 | 0.6205 |" in with_start
     assert "| a | 100.0% |  |  |  | 0.0% |" not in sizes and "| a | 0.0% |  |  |  | 100.0% |" in sizes
-    # the first tokens: (9 − 16) / 25, ways from the start (0, 4) and (0, −4)
+    # the first tokens: cosine (9 − 16) / 25, displacements from the start (0, 4) and (0, −4)
     assert "| a and b | 2 | 50.0% | 50.0% | 0.0000 | -0.2800 | -1.0000 |" in pairs
     assert len(prefix_tables(["a", "b"], [a, torch.ones(1, 3)], [None, None], near=1.0)) == 0
 
@@ -134,31 +134,31 @@ def test_tsne_keeps_groups_apart():
     points = torch.cat([torch.randn(12, 20, generator=generator), 100 + torch.randn(12, 20, generator=generator)])
     placed = tsne(points, seed=0)
     assert placed.shape == (24, 2)
-    centres = placed[:12].mean(0), placed[12:].mean(0)
+    centers = placed[:12].mean(0), placed[12:].mean(0)
     spread = max(
-        np.linalg.norm(placed[:12] - centres[0], axis=1).max(), np.linalg.norm(placed[12:] - centres[1], axis=1).max()
+        np.linalg.norm(placed[:12] - centers[0], axis=1).max(), np.linalg.norm(placed[12:] - centers[1], axis=1).max()
     )
-    assert np.linalg.norm(centres[0] - centres[1]) > 2 * spread
+    assert np.linalg.norm(centers[0] - centers[1]) > 2 * spread
 
 
-# == what a layer gets ==
+# == what a layer receives ==
 
 
-def heads_of(network: aligner.LLaMA, layer: int, ids: torch.Tensor, gate: float) -> torch.Tensor:
-    """(T, nh · hs): what reaches c_proj of one layer when its gates are multiplied by `gate`."""
-    attn, seen = network.transformer.h[layer].attn, []
-    hook = attn.c_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
-    kept = attn.gating_factor.data.clone()
+def attention_output(network: aligner.LLaMA, layer: int, ids: torch.Tensor, gate: float) -> torch.Tensor:
+    """Return the input of c_proj in a layer, (T, nh · hs), with the layer's gates multiplied by `gate`."""
+    attn, captured = network.transformer.h[layer].attn, []
+    hook = attn.c_proj.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0][0]))
+    original = attn.gating_factor.data.clone()
     attn.gating_factor.data.mul_(gate)
     with torch.no_grad():
         network(ids[None])
-    attn.gating_factor.data.copy_(kept)
+    attn.gating_factor.data.copy_(original)
     hook.remove()
-    return seen[0]
+    return captured[0]
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_effects(length):
+def test_layer_effects(length):
     network = aligned(length=length, n_kv_head=2)
     texts = [token_ids(1, n, seed=n)[0] for n in (7, 12)]
     logits = network(texts[0][None])
@@ -167,10 +167,10 @@ def test_effects(length):
     for layer, effect in effects.items():
         ratios = []
         for ids in texts:
-            plain, whole = (heads_of(network, layer, ids, gate) for gate in (0.0, 1.0))
-            ratios += ((whole - plain).norm(dim=1) / plain.norm(dim=1)).tolist()
+            plain, full = (attention_output(network, layer, ids, gate) for gate in (0.0, 1.0))
+            ratios += ((full - plain).norm(dim=1) / plain.norm(dim=1)).tolist()
         assert effect == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
-    assert torch.equal(network(texts[0][None]), logits)  # nothing is left behind
+    assert torch.equal(network(texts[0][None]), logits)  # the model is unchanged
     assert all("attend" not in vars(block.attn) for block in network.transformer.h)
 
 
@@ -179,9 +179,9 @@ def test_one_token_shifts_by_a_constant():
     shifts = token_shifts(network)
     assert list(shifts) == [1, 2]
     for layer, shift in shifts.items():
-        added = heads_of(network, layer, ids, 1.0) - heads_of(network, layer, ids, 0.0)  # (T, nh · hs)
-        through = added @ network.transformer.h[layer].attn.c_proj.weight.T
-        torch.testing.assert_close(through, shift.expand(9, -1), atol=1e-5, rtol=1e-4)
+        added = attention_output(network, layer, ids, 1.0) - attention_output(network, layer, ids, 0.0)  # (T, nh · hs)
+        projected = added @ network.transformer.h[layer].attn.c_proj.weight.T
+        torch.testing.assert_close(projected, shift.expand(9, -1), atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="A prefix of 2 tokens adds no constant"):
         token_shifts(aligned(length=2))
 
@@ -190,7 +190,7 @@ def test_lens():
     network = aligned(length=1, vocab_size=32, padded_vocab_size=32)
     network.lm_head.weight.data = torch.eye(32)
     network.transformer.ln_f.scale.data = torch.ones(32)
-    network.transformer.ln_f.scale.data[4] = 10  # 0.5 becomes the largest
+    network.transformer.ln_f.scale.data[4] = 10  # entry 4 becomes the largest
     shift = torch.zeros(32)
     shift[[3, 4, 7, 9, 31]] = torch.tensor([2.0, 0.5, -3.0, -1.0, 40.0])
     assert lens(network, shift, top=2, vocab_size=31) == ([4, 3], [7, 9])
@@ -216,14 +216,14 @@ def two(tmp_path) -> list[Path]:
     return [write(tmp_path / "a.safetensors", start, gates), write(tmp_path / "b.safetensors", start[:1] + 1, gates)]
 
 
-def test_without_a_base(two, run_script, tmp_path):
+def test_report_without_a_base_model(two, run_script, tmp_path):
     code, out, _ = run_script(SCRIPT, *two, "--out_dir", tmp_path / "out")
     assert code == 0
     assert "| a | 128 | 100.0% | 100.0% | 0.0000 | 1.0000 |" in out
     assert "| a and b | 32 | 0.0% | 0.0% | 1.0000 |" in out
     with (tmp_path / "out/layers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # mean 0 and 1.5; deviations 0.5 each, and (−0.5, −0.5, −0.5, 1.5): √0.75
+    # means 0 and 1.5; the deviations are ±0.5, and (−0.5, −0.5, −0.5, 1.5) with √0.75
     assert [(r["adapter"], r["layer"]) for r in rows] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
     numbers = [float(rows[i][name]) for i in (0, 1) for name in ("gate_mean", "gate_std")]
     assert numbers == pytest.approx([0, 0.5, 1.5, 0.75**0.5])
@@ -234,7 +234,7 @@ def test_without_a_base(two, run_script, tmp_path):
     assert not (tmp_path / "one/prefixes.png").exists()
 
 
-def test_with_a_base(two, run_script, tmp_path, base_dir, data_dir):
+def test_report_with_a_base_model(two, run_script, tmp_path, base_dir, data_dir):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--rows", 3, "--top", 2, "--out_dir", tmp_path / "o")
     code, out, err = run_script(SCRIPT, *two, *flags)
     assert code == 0
@@ -246,7 +246,7 @@ def test_with_a_base(two, run_script, tmp_path, base_dir, data_dir):
         assert all(float(row["effect"]) > 0 for row in csv.DictReader(file))
 
 
-def test_mistakes(two, refused, tmp_path, data_dir):
+def test_invalid_input_is_refused(two, refused, tmp_path, data_dir):
     assert "name it with --checkpoint_dir" in refused(SCRIPT, two[0], "--data_dir", data_dir)
     assert "must be 1 or more" in refused(SCRIPT, two[0], "--top", 0)
     save_adapter(tmp_path / "c.safetensors", {"x": torch.ones(1)}, {"method": "aligner", "config": {}})
@@ -257,7 +257,7 @@ def test_mistakes(two, refused, tmp_path, data_dir):
 # == table 1 ==
 
 
-def test_parameters_of_every_method(run_script):
+def test_parameter_counts_of_every_method(run_script):
     code, out, _ = run_script("scripts/count_parameters.py", "--models", "Llama-2-7B", "Llama-2-13B")
     assert code == 0
     rows = {
@@ -282,7 +282,7 @@ def test_parameters_of_every_method(run_script):
         assert rows[method] == [*(f"{n:,}" for n in counts), f"{fit:,}"], method
 
 
-def test_no_room_and_no_such_model(run_script, refused):
+def test_too_little_memory_and_unknown_models(run_script, refused):
     flags = ("--models", "microworld", "--beside", "Llama-2-13B")
     _, out, _ = run_script("scripts/count_parameters.py", *flags)
     assert all(line.endswith("| 0 |") for line in out.splitlines()[3:])

@@ -1,4 +1,4 @@
-"""The rooms of the source, what may import what, how long files may be, and the stubs at old paths."""
+"""Packages and their levels, allowed imports, the length of files, and the stubs at old paths."""
 
 import ast
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# an import goes to a lower level or stays in its room
+# a module imports only from lower levels and from its own package
 LEVELS = {"lit_llama": 0, "finetune": 1, "generate": 1, "microworld": 1, "evaluate": 2, "scripts": 2, "studies": 3,
           "benchmarks": 3}  # fmt: skip
-SOURCES = sorted(path.relative_to(ROOT) for room in LEVELS for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(path.relative_to(ROOT) for package in LEVELS for path in (ROOT / package).rglob("*.py"))
 
 MOST_LINES = {"lit_llama/aligner.py": 130, "lit_llama/model.py": 300, "lit_llama/train.py": 300,
               "lit_llama/cli.py": 120}  # fmt: skip
@@ -37,17 +37,17 @@ def imported(source: str) -> set[str]:
 
 
 def upward_imports(path: Path, source: str) -> set[str]:
-    """Return "FILE imports MODULE" for every import of a higher level, or of another room on the same level."""
-    room = path.parts[0]
-    wrong = set()
+    """Return "FILE imports MODULE" for every import from a higher level, or from another package on the same level."""
+    package = path.parts[0]
+    violations = set()
     for module in imported(source):
         other = module.partition(".")[0]
-        if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
-            wrong.add(f"{path.as_posix()} imports {module}")
-    return wrong
+        if other in LEVELS and other != package and LEVELS[other] >= LEVELS[package]:
+            violations.add(f"{path.as_posix()} imports {module}")
+    return violations
 
 
-def test_an_upward_or_sideways_import_is_found():
+def test_upward_and_sideways_imports_are_detected():
     source = "import os\nfrom lit_llama import cli\ndef f():\n    from scripts.demo import main\n"
     assert upward_imports(Path("finetune/x.py"), source) == {"finetune/x.py imports scripts.demo"}
     assert upward_imports(Path("generate/x.py"), "import finetune.aligner as a") == {
@@ -56,13 +56,13 @@ def test_an_upward_or_sideways_import_is_found():
     assert upward_imports(Path("studies/x.py"), source) == set()
 
 
-def test_imports_run_from_higher_rooms_to_lower_ones():
+def test_packages_import_only_from_lower_levels():
     assert {
         line for path in SOURCES for line in upward_imports(path, (ROOT / path).read_text(encoding="utf-8"))
     } == set()
 
 
-def test_rooms_are_all_known():
+def test_every_package_has_a_level():
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert folders - {"tests", "pretrain", ".venv"} == set(LEVELS)
 
@@ -75,19 +75,19 @@ def test_files_are_short():
 
 @pytest.mark.parametrize("path", MOVED, ids=str)
 def test_an_old_path_names_the_new_one_and_fails(path):
-    done = subprocess.run([sys.executable, path, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    sentence = re.fullmatch(rf"error: {path.as_posix()} [^\n]*?([a-z_]+/\w+\.py)[^\n]*\.\n", done.stderr)
-    assert sentence and (ROOT / sentence[1]).is_file(), done.stderr
+    result = subprocess.run([sys.executable, path, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    match = re.fullmatch(rf"error: {path.as_posix()} [^\n]*?([a-z_]+/\w+\.py)[^\n]*\.\n", result.stderr)
+    assert match and (ROOT / match[1]).is_file(), result.stderr
 
 
 def test_there_are_stubs():
     assert len(MOVED) >= 15
 
 
-def test_the_drawing_names_rooms_and_files_that_exist():
-    drawing = (ROOT / "howto" / "architecture.svg").read_text(encoding="utf-8")
-    assert set(re.findall(r'class="mid bold">(\w+)<', drawing)) >= set(LEVELS)
-    drawn = re.findall(r'class="mid small">(\w+)<', drawing.partition(">lit_llama<")[2])
+def test_the_figure_shows_all_packages_and_files():
+    figure = (ROOT / "howto" / "architecture.svg").read_text(encoding="utf-8")
+    assert set(re.findall(r'class="mid bold">(\w+)<', figure)) >= set(LEVELS)
+    shown = re.findall(r'class="mid small">(\w+)<', figure.partition(">lit_llama<")[2])
     files = [path.stem for path in SOURCES if path.parts[0] == "lit_llama" and path.stem != "__init__"]
-    assert sorted(drawn) == sorted(files)
+    assert sorted(shown) == sorted(files)

@@ -1,4 +1,4 @@
-"""Many Aligners in one batch. The reference is each adapter alone, through `load_model`."""
+"""Batches with many Aligners, compared with each adapter loaded alone by `load_model`."""
 
 import json
 import shutil
@@ -27,8 +27,8 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 WARM = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
 
 
-def adapter(length: int, start: int, seed: int, style: str = "alpaca", **shape) -> AdapterFile:
-    """With open gates, of about 1, and a prefix of about 1."""
+def make_adapter(length: int, start: int, seed: int, style: str = "alpaca", **shape) -> AdapterFile:
+    """Return a random Aligner whose gates and prefix values are of order 1."""
     network = aligned(length, start, seed, **shape)
     state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     config = {"adapter_prompt_length": length, "adapter_start_layer": start}
@@ -39,27 +39,27 @@ ONES = {"a": (1, 1), "b": (1, 1), "late": (1, 2)}
 MIXED = {**ONES, "three": (3, 1), "late three": (3, 2), "seven": (7, 1)}
 
 
-def adapters_of(shape: str) -> dict[str, AdapterFile]:
-    return {name: adapter(*MIXED[name], seed, **SHAPES[shape]) for seed, name in enumerate(MIXED, 10)}
+def make_adapters(shape: str) -> dict[str, AdapterFile]:
+    return {name: make_adapter(*MIXED[name], seed, **SHAPES[shape]) for seed, name in enumerate(MIXED, 10)}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    made = {}
+    paths = {}
     for shape, sizes in SHAPES.items():
-        made[shape], network = tmp_path_factory.mktemp(shape), base(**sizes)
-        save_base(made[shape], network.config, network.state_dict())
-    return made
+        paths[shape], network = tmp_path_factory.mktemp(shape), base(**sizes)
+        save_base(paths[shape], network.config, network.state_dict())
+    return paths
 
 
-def filled(folder: Path, adapters: dict[str, AdapterFile], **kwargs) -> Bank:
+def make_bank(folder: Path, adapters: dict[str, AdapterFile], **kwargs) -> Bank:
     bank = Bank(LLaMAConfig.from_json(folder / "lit_config.json"), folder, start_layer=1, **kwargs)
-    for name, one in adapters.items():
-        bank.add(name, one)
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
     return bank
 
 
-def alone(folder: Path, adapters: dict[str, AdapterFile], name: str | None, dtype=torch.float32) -> LLaMA:
+def load_alone(folder: Path, adapters: dict[str, AdapterFile], name: str | None, dtype=torch.float32) -> LLaMA:
     return load_model(folder, adapters[name] if name else None, dtype=dtype)
 
 
@@ -80,76 +80,76 @@ BATCHES = [
 
 @each_shape
 @pytest.mark.parametrize("names", BATCHES, ids=lambda names: ",".join(map(str, names)))
-def test_each_row_is_what_its_adapter_says_alone(folders, shape, names):
-    folder, adapters = folders[shape], adapters_of(shape)
+def test_each_row_matches_its_adapter_alone(folders, shape, names):
+    folder, adapters = folders[shape], make_adapters(shape)
     idx = token_ids(len(names), 12)
-    model = load_with_bank(folder, filled(folder, adapters))
+    model = load_with_bank(folder, make_bank(folder, adapters))
     with model.using(names):
-        together = model(idx)
+        batched = model(idx)
     unadapted = load_model(folder)(idx)
     for row, name in enumerate(names):
-        expected = alone(folder, adapters, name)(idx[row : row + 1])[0]
-        torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
-        assert torch.equal(together[row], unadapted[row]) == (name is None)
-        assert name is None or (together[row] - unadapted[row]).abs().max() > 0.1
-    assert torch.equal(model(idx), unadapted)  # outside, the base
+        expected = load_alone(folder, adapters, name)(idx[row : row + 1])[0]
+        torch.testing.assert_close(batched[row], expected, atol=3e-5, rtol=1e-5)
+        assert torch.equal(batched[row], unadapted[row]) == (name is None)
+        assert name is None or (batched[row] - unadapted[row]).abs().max() > 0.1
+    assert torch.equal(model(idx), unadapted)  # outside the context, the base model
 
 
 @each_shape
 @pytest.mark.parametrize("sampling", [Sampling(9), WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
-def test_cached_decoding_in_batches_by_length_gives_each_prompt_its_own_answer(
+def test_cached_decoding_of_a_mixed_batch_matches_each_adapter_alone(
     folders, shape, sampling, group_tokens, monkeypatch
 ):
-    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
-    folder, adapters = folders[shape], adapters_of(shape)
-    model = load_with_bank(folder, filled(folder, adapters))
-    names, asked = BATCHES[-1], prompts(5, 20, 1, 9, 3, 14, 7, 7, 2)
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: one prefill per length
+    folder, adapters = folders[shape], make_adapters(shape)
+    model = load_with_bank(folder, make_bank(folder, adapters))
+    names, prompt_ids = BATCHES[-1], prompts(5, 20, 1, 9, 3, 14, 7, 7, 2)
     with model.using(names):
-        together = generate(model, asked, sampling)
+        batched = generate(model, prompt_ids, sampling)
     for row, name in enumerate(names):
-        assert together[row] == generate(alone(folder, adapters, name), [asked[row]], sampling, rows=[row])[0]
-    assert len({tuple(ids) for ids in together}) == len(names)
+        assert batched[row] == generate(load_alone(folder, adapters, name), [prompt_ids[row]], sampling, rows=[row])[0]
+    assert len({tuple(ids) for ids in batched}) == len(names)
 
 
-def test_texts_are_answered_in_their_order_whatever_the_batch_size(base_dir, tokenizer):
+def test_answers_are_in_order_at_any_batch_size(base_dir, tokenizer):
     shape = dict(vocab_size=300, padded_vocab_size=None, n_kv_head=2, intermediate_size=48)
-    adapters = {name: adapter(*MIXED[name], seed, **shape) for seed, name in enumerate(MIXED, 10)}
-    model = load_with_bank(base_dir, filled(base_dir, adapters))
+    adapters = {name: make_adapter(*MIXED[name], seed, **shape) for seed, name in enumerate(MIXED, 10)}
+    model = load_with_bank(base_dir, make_bank(base_dir, adapters))
     names = ["a", None, "three", "b", "a"]
-    asked = ["the cat sat on the mat and", "the dog", "cat", "the hat the hat", "a mat on the dog and the rat"]
+    texts = ["the cat sat on the mat and", "the dog", "cat", "the hat the hat", "a mat on the dog and the rat"]
     single = [
-        answer(alone(base_dir, adapters, name), tokenizer, [text], WARM, rows=[row])[0]
-        for row, (name, text) in enumerate(zip(names, asked, strict=True))
+        answer(load_alone(base_dir, adapters, name), tokenizer, [text], WARM, rows=[row])[0]
+        for row, (name, text) in enumerate(zip(names, texts, strict=True))
     ]
     assert len(set(single)) == 5
     for size in (1, 2, 16):
-        assert answer(model, tokenizer, asked, WARM, batch_size=size, adapters=names) == single
+        assert answer(model, tokenizer, texts, WARM, batch_size=size, adapters=names) == single
     plain = get_prompt_style("plain")
-    assert instruct(model, tokenizer, asked, plain, WARM, adapters=names) == single
+    assert instruct(model, tokenizer, texts, plain, WARM, adapters=names) == single
 
 
 @each_shape
 @pytest.mark.parametrize("names", [["a", "b", None], BATCHES[-1]], ids=["ones", "mixed"])
-def test_under_a_bf16_base_a_batch_is_as_near_as_rounding_allows(folders, shape, names):
-    """Against fp32 the batch may be no worse than one adapter at a time."""
-    folder, adapters = folders[shape], adapters_of(shape)
+def test_with_a_bf16_base_a_batch_is_about_as_accurate_as_single_adapters(folders, shape, names):
+    """Its squared error against fp32 is less than 1.5 times that of one adapter at a time."""
+    folder, adapters = folders[shape], make_adapters(shape)
     idx = token_ids(len(names), 12)
-    model = load_with_bank(folder, filled(folder, adapters), dtype=torch.bfloat16)
+    model = load_with_bank(folder, make_bank(folder, adapters), dtype=torch.bfloat16)
     with model.using(names):
-        together = model(idx)
-    assert together.dtype == torch.bfloat16
+        batched = model(idx)
+    assert batched.dtype == torch.bfloat16
     for row, name in enumerate(names):
-        single = alone(folder, adapters, name, torch.bfloat16)(idx[row : row + 1])[0].float()
-        exact = alone(folder, adapters, name)(idx[row : row + 1])[0]
-        assert (together[row].float() - exact).square().mean() < 1.5 * (single - exact).square().mean() + 1e-6
+        single = load_alone(folder, adapters, name, torch.bfloat16)(idx[row : row + 1])[0].float()
+        exact = load_alone(folder, adapters, name)(idx[row : row + 1])[0]
+        assert (batched[row].float() - exact).square().mean() < 1.5 * (single - exact).square().mean() + 1e-6
 
 
 # == Projected prefixes ==
 
 
 def watch_projections(model: LLaMA, monkeypatch) -> list[int]:
-    """Return a list that grows by the number of prefixes whenever the last layer projects some."""
+    """Return a list; each projection in the last layer appends its number of prefixes."""
     attn, counts = model.transformer.h[-1].attn, []
     keys_values = attn.keys_values
 
@@ -163,62 +163,64 @@ def watch_projections(model: LLaMA, monkeypatch) -> list[int]:
 
 @each_shape
 def test_a_prefix_is_projected_once_at_any_strength_and_again_after_a_swap(folders, shape, monkeypatch):
-    folder, adapters = folders[shape], adapters_of(shape)
-    bank, idx = filled(folder, adapters), token_ids(2, 12)
+    folder, adapters = folders[shape], make_adapters(shape)
+    bank, idx = make_bank(folder, adapters), token_ids(2, 12)
     model = load_with_bank(folder, bank)
     counts = watch_projections(model, monkeypatch)
     rows = [[("three", 1.0), ("a", 0.5)], [("three", 0.5), ("late three", 1.0)]]
     for _ in range(2):
         with model.using(rows):
-            together = model(idx)
+            batched = model(idx)
     assert counts == [1, 2]  # N = 1, then N = 3
     with model.using(["seven", "three"]):
         model(idx)
     assert counts == [1, 2, 1]
     with model.using(rows):
-        assert torch.equal(model(idx), together)
+        assert torch.equal(model(idx), batched)
 
     bank.swap("three", adapters["late three"])
     with model.using(["three", "late three"]):
         swapped = model(idx)
     assert counts == [1, 2, 1, 1]
-    expected = alone(folder, adapters, "late three")(idx)
+    expected = load_alone(folder, adapters, "late three")(idx)
     torch.testing.assert_close(swapped, expected, atol=3e-5, rtol=1e-5)
 
 
-def test_projected_prefixes_are_kept_up_to_a_size(folders, monkeypatch):
-    folder, adapters = folders["gqa"], adapters_of("gqa")
-    model = load_with_bank(folder, filled(folder, adapters))
+def test_projected_prefixes_are_cached_up_to_a_limit(folders, monkeypatch):
+    folder, adapters = folders["gqa"], make_adapters("gqa")
+    model = load_with_bank(folder, make_bank(folder, adapters))
     with model.using(["three", "a"]):
         pass
     config = model.config
-    one = (config.n_layer - 1) * config.n_kv_head * config.head_size * 4  # bytes of the values of a token
-    assert model.projected.nbytes == sum(kept.nbytes for kept in model.projected.values()) == (1 + 2 * 3) * one
-    monkeypatch.setattr("lit_llama.compose.PROJECTED_BYTES", 2 * 3 * one + one)
+    token_bytes = (config.n_layer - 1) * config.n_kv_head * config.head_size * 4  # bytes of the values of one token
+    assert (
+        model.projected.nbytes == sum(entry.nbytes for entry in model.projected.values()) == (1 + 2 * 3) * token_bytes
+    )
+    monkeypatch.setattr("lit_llama.compose.PROJECTED_BYTES", 2 * 3 * token_bytes + token_bytes)
     with model.using(["three"]), model.using(["b"]):
-        assert list(model.projected) == ["three", "b"]  # the one that was used longest ago is gone
+        assert list(model.projected) == ["three", "b"]  # the least recently used one was evicted
     idx = token_ids(3, 12)
-    with model.using(["seven", "three", "late three"]):  # more than are kept
-        together = model(idx)
-    assert model.projected.nbytes <= 2 * 3 * one + one
+    with model.using(["seven", "three", "late three"]):  # more than the cache can hold
+        batched = model(idx)
+    assert model.projected.nbytes <= 2 * 3 * token_bytes + token_bytes
     for row, name in enumerate(["seven", "three", "late three"]):
-        expected = alone(folder, adapters, name)(idx[row : row + 1])[0]
-        torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
+        expected = load_alone(folder, adapters, name)(idx[row : row + 1])[0]
+        torch.testing.assert_close(batched[row], expected, atol=3e-5, rtol=1e-5)
 
 
-def test_a_bf16_bank_holds_the_rounded_adapter(folders):
-    folder, adapters = folders["gqa"], adapters_of("gqa")
-    bank = filled(folder, adapters, dtype=torch.bfloat16)
+def test_a_bf16_bank_rounds_its_adapters(folders):
+    folder, adapters = folders["gqa"], make_adapters("gqa")
+    bank = make_bank(folder, adapters, dtype=torch.bfloat16)
     rounded = {
-        name: AdapterFile({key: t.bfloat16().float() for key, t in one.state.items()}, one.meta, one.path)
-        for name, one in adapters.items()
+        name: AdapterFile({key: t.bfloat16().float() for key, t in adapter.state.items()}, adapter.meta, adapter.path)
+        for name, adapter in adapters.items()
     }
     model, idx = load_with_bank(folder, bank), token_ids(3, 10)
     with model.using(["seven", "a", "three"]):
-        together = model(idx)
+        batched = model(idx)
     for row, name in enumerate(["seven", "a", "three"]):
-        expected = alone(folder, rounded, name)(idx[row : row + 1])[0]
-        torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
+        expected = load_alone(folder, rounded, name)(idx[row : row + 1])[0]
+        torch.testing.assert_close(batched[row], expected, atol=3e-5, rtol=1e-5)
     assert bank.nbytes == 2 * sum((n * 32 + 2 * 4) for n, _ in MIXED.values())
 
 
@@ -226,17 +228,17 @@ def test_a_bf16_bank_holds_the_rounded_adapter(folders):
 
 
 @each_shape
-def test_an_adapter_comes_back_as_it_was(folders, shape):
-    folder, adapters = folders[shape], adapters_of(shape)
-    bank, idx = filled(folder, adapters), token_ids(2, 8)
-    for name, one in adapters.items():
-        back = bank.adapter(name)
-        assert all(torch.equal(back.state[key], t) for key, t in one.state.items())
-        assert torch.equal(load_model(folder, back)(idx), load_model(folder, one)(idx))
+def test_adapters_round_trip_exactly(folders, shape):
+    folder, adapters = folders[shape], make_adapters(shape)
+    bank, idx = make_bank(folder, adapters), token_ids(2, 8)
+    for name, adapter in adapters.items():
+        restored = bank.adapter(name)
+        assert all(torch.equal(restored.state[key], t) for key, t in adapter.state.items())
+        assert torch.equal(load_model(folder, restored)(idx), load_model(folder, adapter)(idx))
     assert list(bank) == list(adapters) and len(bank) == 6 and "a" in bank and "c" not in bank
 
 
-def test_at_7b_one_token_takes_5056_numbers():
+def test_a_one_token_adapter_at_7b_has_5056_parameters():
     config = LLaMAConfig.from_name("7B")
     state = {PREFIX: torch.randn(1, 4096)}
     state |= {f"transformer.h.{layer}.attn.gating_factor": torch.randn(1, 32, 1, 1) for layer in range(2, 32)}
@@ -245,97 +247,99 @@ def test_at_7b_one_token_takes_5056_numbers():
     assert bank.nbytes == 2 * 5056
 
 
-def test_swapping_and_removing_touch_no_other(folders):
-    """Bit for bit in the bank and in batches of the others; beside the swapped ones a product holds another number of
-    prefixes and may round otherwise."""
-    folder, adapters = folders["mha"], adapters_of("mha")
-    bank, idx = filled(folder, adapters), token_ids(6, 8)
-    model, held = load_with_bank(folder, bank), dict(adapters)
+def test_swapping_and_removing_leave_other_adapters_unchanged(folders):
+    """The other adapters are unchanged bit for bit, in the bank and in batches without swapped adapters.
 
-    def rows(used: list[str]) -> torch.Tensor:
+    With swapped adapters, a matrix product has a different number of prefixes and may round differently.
+    """
+    folder, adapters = folders["mha"], make_adapters("mha")
+    bank, idx = make_bank(folder, adapters), token_ids(6, 8)
+    model, current = load_with_bank(folder, bank), dict(adapters)
+
+    def run(used: list[str]) -> torch.Tensor:
         with model.using(used):
             return model(idx[: len(used)])
 
     def check() -> None:
-        assert list(bank) == list(held)
-        for name, one in held.items():
-            back = bank.adapter(name).state
-            assert all(torch.equal(back[key], t) for key, t in one.state.items())
-        together = rows(list(held))
-        for row, name in enumerate(held):
-            expected = alone(folder, held, name)(idx[row : row + 1])[0]
-            torch.testing.assert_close(together[row], expected, atol=3e-5, rtol=1e-5)
+        assert list(bank) == list(current)
+        for name, adapter in current.items():
+            restored = bank.adapter(name).state
+            assert all(torch.equal(restored[key], t) for key, t in adapter.state.items())
+        batched = run(list(current))
+        for row, name in enumerate(current):
+            expected = load_alone(folder, current, name)(idx[row : row + 1])[0]
+            torch.testing.assert_close(batched[row], expected, atol=3e-5, rtol=1e-5)
 
     check()
     others = ["a", "three", "late three", "seven"]
-    before = rows(others)
-    b_place = bank["b"]
-    bank.swap("b", adapters["three"])  # of another length
-    bank.swap("late", adapters["a"])  # of the same
-    held |= {"b": adapters["three"], "late": adapters["a"]}
+    before = run(others)
+    b_slot = bank["b"]
+    bank.swap("b", adapters["three"])  # another length
+    bank.swap("late", adapters["a"])  # the same length
+    current |= {"b": adapters["three"], "late": adapters["a"]}
     check()
-    assert torch.equal(rows(others), before)
+    assert torch.equal(run(others), before)
 
-    a_place = bank["a"]
+    a_slot = bank["a"]
     bank.remove("a")
-    del held["a"]
+    del current["a"]
     check()
     others.remove("a")
-    before = rows(others)
+    before = run(others)
     with pytest.raises(UserError, match="no adapter named 'a'"):
-        rows(["a"])
+        run(["a"])
     bank.add("new", adapters["late"])
     bank.add("newer", adapters["b"])
-    held |= {"new": adapters["late"], "newer": adapters["b"]}
-    for name, place in (("new", a_place), ("newer", b_place)):  # rows of removed adapters are used again
-        assert bank[name].block is place.block and bank[name].row == place.row
-    assert torch.equal(rows(others), before)
+    current |= {"new": adapters["late"], "newer": adapters["b"]}
+    for name, slot in (("new", a_slot), ("newer", b_slot)):  # rows of removed adapters are reused
+        assert bank[name].block is slot.block and bank[name].row == slot.row
+    assert torch.equal(run(others), before)
     bank.remove("seven")
-    del held["seven"]
+    del current["seven"]
     check()
 
 
-def test_many_adapters_in_many_blocks_stay_apart(monkeypatch):
+def test_adapters_in_many_blocks_do_not_overlap(monkeypatch):
     monkeypatch.setattr("lit_llama.bank.BLOCK_BYTES", 1000)
     bank = Bank(base().config, start_layer=1)
-    made = {f"user {i}": adapter(1 + i % 3, 1, i) for i in range(60)}
-    for name, one in made.items():
-        bank.add(name, one)
+    adapters = {f"user {i}": make_adapter(1 + i % 3, 1, i) for i in range(60)}
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
     assert len({id(slot.block) for slot in bank.values()}) > 20
-    for name in list(made)[::7]:
+    for name in list(adapters)[::7]:
         bank.remove(name)
-        del made[name]
-    for name, one in made.items():
-        assert torch.equal(bank.adapter(name).state[PREFIX], one.state[PREFIX])
+        del adapters[name]
+    for name, adapter in adapters.items():
+        assert torch.equal(bank.adapter(name).state[PREFIX], adapter.state[PREFIX])
 
 
-def test_any_order_of_changes_keeps_every_adapter_in_a_row_of_its_own(monkeypatch):
+def test_random_changes_keep_each_adapter_in_a_separate_row(monkeypatch):
     monkeypatch.setattr("lit_llama.bank.BLOCK_BYTES", 1000)
-    made, random = [adapter(1 + i % 3, 1, i) for i in range(6)], Random(0)
-    bank, held = Bank(base().config, start_layer=1), {}
+    adapters, random = [make_adapter(1 + i % 3, 1, i) for i in range(6)], Random(0)
+    bank, current = Bank(base().config, start_layer=1), {}
     for _ in range(300):
-        name, one = f"user {random.randrange(30)}", random.choice(made)
-        if name not in held:
-            bank.add(name, one)
+        name, adapter = f"user {random.randrange(30)}", random.choice(adapters)
+        if name not in current:
+            bank.add(name, adapter)
         elif random.random() < 0.5:
-            bank.swap(name, one)
+            bank.swap(name, adapter)
         else:
             bank.remove(name)
-            del held[name]
+            del current[name]
             continue
-        held[name] = one
-        assert len({(id(slot.block), slot.row) for slot in bank.values()}) == len(held)
-    assert list(bank) == list(held) and len({id(slot.block) for slot in bank.values()}) < 20  # rows are used again
-    for name, one in held.items():
-        assert all(torch.equal(bank.adapter(name).state[key], t) for key, t in one.state.items())
+        current[name] = adapter
+        assert len({(id(slot.block), slot.row) for slot in bank.values()}) == len(current)
+    assert list(bank) == list(current) and len({id(slot.block) for slot in bank.values()}) < 20  # rows are reused
+    for name, adapter in current.items():
+        assert all(torch.equal(bank.adapter(name).state[key], t) for key, t in adapter.state.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_bank_is_the_same_and_its_file_stays(folders, tmp_path, dtype):
-    folder, adapters = folders["gqa"], adapters_of("gqa")
-    bank, path = filled(folder, adapters, dtype=dtype), tmp_path / "many.safetensors"
+def test_a_bank_round_trips_and_later_changes_leave_its_file_alone(folders, tmp_path, dtype):
+    folder, adapters = folders["gqa"], make_adapters("gqa")
+    bank, path = make_bank(folder, adapters, dtype=dtype), tmp_path / "many.safetensors"
     bank.remove("a")
-    bank.add("näme", adapter(1, 1, 77, "beaver", **SHAPES["gqa"]))
+    bank.add("näme", make_adapter(1, 1, 77, "beaver", **SHAPES["gqa"]))
     bank.remove("b")
     bank.save(path)
     content = path.read_bytes()
@@ -346,82 +350,84 @@ def test_a_saved_bank_is_the_same_and_its_file_stays(folders, tmp_path, dtype):
         ours, theirs = bank.adapter(name), loaded.adapter(name)
         assert all(torch.equal(theirs.state[key], t) for key, t in ours.state.items())
         assert ours.meta == theirs.meta
-    loaded.swap("seven", adapter(7, 1, 5, **SHAPES["gqa"]))
+    loaded.swap("seven", make_adapter(7, 1, 5, **SHAPES["gqa"]))
     loaded.swap("late", adapters["b"])
     loaded.remove("three")
     loaded.add("another", adapters["three"])
     assert path.read_bytes() == content
     loaded.save(path)
-    again = Bank.load(path, folder)
-    assert set(again) == {"late", "late three", "seven", "näme", "another"}
-    assert torch.equal(again.adapter("late").state[PREFIX],
+    reloaded = Bank.load(path, folder)
+    assert set(reloaded) == {"late", "late three", "seven", "näme", "another"}
+    assert torch.equal(reloaded.adapter("late").state[PREFIX],
                        adapters["b"].state[PREFIX].to(dtype).float())  # fmt: skip
 
 
-# == Mistakes ==
+# == Errors ==
 
 
-def test_unknown_names_are_answered_with_near_ones(folders):
-    bank = filled(folders["mha"], {name: adapters_of("mha")["a"] for name in ("pirate", "polite", "json")})
+def test_unknown_names_are_refused_with_similar_ones(folders):
+    bank = make_bank(folders["mha"], {name: make_adapters("mha")["a"] for name in ("pirate", "polite", "json")})
     with pytest.raises(UserError, match=r"^There is no adapter named 'pirat' among the 3 of the bank; similar names "
                        r"are 'pirate'\.$"):  # fmt: skip
         bank.remove("pirat")
     with pytest.raises(UserError, match=r"no adapter named 'xyz' among the 3 of the bank; some names are '.*'\.$"):
-        bank.swap("xyz", adapters_of("mha")["a"])
+        bank.swap("xyz", make_adapters("mha")["a"])
     model = load_with_bank(folders["mha"], bank)
     with pytest.raises(UserError, match="similar names are 'json'"), model.using(["json", "jsom"]):
         raise AssertionError
-    model(token_ids(5, 3))  # nothing is left of the attempt
+    model(token_ids(5, 3))  # the failed attempt has no effect
     with pytest.raises(UserError, match=r"no adapter named 'x' among the 0 of the bank\.$"):
         Bank(model.config).adapter("x")
     for call in (bank.swap, lambda name, _: bank.adapter(name), lambda name, _: bank.gather(["json", name])):
         with pytest.raises(UserError, match="no adapter named 'jso'"):
-            call("jso", adapters_of("mha")["a"])
+            call("jso", make_adapters("mha")["a"])
 
 
-def test_names_are_given_once(folders):
-    bank = filled(folders["mha"], {"pirate": adapters_of("mha")["a"]})
+def test_taken_and_reserved_names_are_refused(folders):
+    bank = make_bank(folders["mha"], {"pirate": make_adapters("mha")["a"]})
     for name in ("pirate", "base", ""):
         with pytest.raises(UserError, match=f"The name '{name}' is taken"):
-            bank.add(name, adapters_of("mha")["b"])
+            bank.add(name, make_adapters("mha")["b"])
 
 
-def test_foreign_adapters_are_refused_and_change_nothing(folders):
-    folder, good = folders["mha"], adapters_of("mha")["a"]
-    bank = filled(folder, {"a": good})
-    ours = base_fingerprint(folder)
+def test_incompatible_adapters_are_refused_and_change_nothing(folders):
+    folder, good = folders["mha"], make_adapters("mha")["a"]
+    bank = make_bank(folder, {"a": good})
+    fingerprint = base_fingerprint(folder)
     wide = {**good.state, PREFIX: torch.randn(1, 64)}
     short = {name: t for name, t in good.state.items() if ".2." not in name}
-    foreign = {
+    incompatible = {
         "is 64 wide and the base model in": AdapterFile(wide, good.meta, good.path),
-        "with other weights": AdapterFile(good.state, {**good.meta, "base": {**ours, "weights": "0" * 16}}, good.path),
+        "with other weights": AdapterFile(
+            good.state, {**good.meta, "base": {**fingerprint, "weights": "0" * 16}}, good.path
+        ),
         r"was trained on a base with \{'n_kv_head': 2, 'qkv_bias': True\}": AdapterFile(
             good.state, {**good.meta, "base": base_fingerprint(folders["gqa"])}, good.path
         ),
         "made by the method 'lora'; a bank holds Aligners": AdapterFile(
             {}, {"method": "lora", "config": {}}, good.path
         ),
-        "starts at layer 0, below the bank's start layer 1": adapter(1, 0, 1),
+        "starts at layer 0, below the bank's start layer 1": make_adapter(1, 0, 1),
         r"does not fit the bank's base: transformer\.h\.2\.attn\.gating_factor is missing": AdapterFile(
             short, good.meta, good.path
         ),
     }
-    for sentence, one in foreign.items():
-        with pytest.raises(UserError, match=sentence):
-            bank.add("b", one)
-        with pytest.raises(UserError, match=sentence):
-            bank.swap("a", one)
+    for message, adapter in incompatible.items():
+        with pytest.raises(UserError, match=message):
+            bank.add("b", adapter)
+        with pytest.raises(UserError, match=message):
+            bank.swap("a", adapter)
     assert list(bank) == ["a"] and torch.equal(bank.adapter("a").state[PREFIX], good.state[PREFIX])
-    shapeless = Bank(bank.config, start_layer=1)
+    without_base = Bank(bank.config, start_layer=1)
     with pytest.raises(UserError, match=r"global_value_embedding.weight is \(1, 64\), not \(1, 32\)"):
-        shapeless.add("wide", AdapterFile(wide, good.meta, good.path))
+        without_base.add("wide", AdapterFile(wide, good.meta, good.path))
     with pytest.raises(UserError, match="start_layer is 3; it must be from 0 to 2"):
         Bank(bank.config, start_layer=3)
 
 
 def test_a_bank_of_another_base_is_refused(folders, tmp_path):
     path = tmp_path / "bank.safetensors"
-    filled(folders["mha"], {"a": adapters_of("mha")["a"]}).save(path)
+    make_bank(folders["mha"], {"a": make_adapters("mha")["a"]}).save(path)
     with pytest.raises(UserError, match="was trained on a base with"):
         Bank.load(path, folders["gqa"])
     other = base(seed=5)
@@ -430,18 +436,21 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
         Bank.load(path, tmp_path / "other")
     with pytest.raises(UserError, match="The bank is for a base of another shape"):
         load_with_bank(folders["gqa"], Bank.load(path))
-    save_adapter(tmp_path / "a.safetensors", adapters_of("mha")["a"].state, {})
-    for name, sentence in (("a.safetensors", "is not a bank"), ("none", "There is no file at")):
-        with pytest.raises(UserError, match=sentence):
+    save_adapter(tmp_path / "a.safetensors", make_adapters("mha")["a"].state, {})
+    for name, message in (("a.safetensors", "is not a bank"), ("none", "There is no file at")):
+        with pytest.raises(UserError, match=message):
             Bank.load(tmp_path / name)
-    anonymous = Bank(base().config)
-    anonymous.save(path)
+    without_base = Bank(base().config)
+    without_base.save(path)
     with pytest.raises(UserError, match="was trained on a base with"):
         Bank.load(path, folders["gqa"])
 
 
-def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
-    bank, path = filled(folders["mha"], {"a": adapters_of("mha")["a"], "b": adapters_of("mha")["b"]}), tmp_path / "bank"
+def test_damaged_banks_are_refused(folders, tmp_path):
+    bank, path = (
+        make_bank(folders["mha"], {"a": make_adapters("mha")["a"], "b": make_adapters("mha")["b"]}),
+        tmp_path / "bank",
+    )
     bank.save(path)
     with safe_open(path, framework="pt") as file:
         header, tensors = json.loads(file.metadata()[META_KEY]), {key: file.get_tensor(key) for key in file.keys()}
@@ -480,8 +489,8 @@ def test_a_damaged_bank_is_refused_in_a_sentence(folders, tmp_path):
         parse_sum("a+b", loaded)
 
 
-def test_a_batch_of_another_size_is_refused(folders):
-    model = load_with_bank(folders["mha"], filled(folders["mha"], adapters_of("mha")))
+def test_a_batch_of_the_wrong_size_is_refused(folders):
+    model = load_with_bank(folders["mha"], make_bank(folders["mha"], make_adapters("mha")))
     with model.using(["a", "b"]), pytest.raises(UserError, match="adapters for 2 rows, and the batch has 3"):
         model(token_ids(3, 4))
     assert model(token_ids(3, 4)).shape == (3, 4, 50)
@@ -492,17 +501,19 @@ def test_a_batch_of_another_size_is_refused(folders):
 
 @pytest.fixture
 def trained(base_dir, tmp_path) -> dict[str, Path]:
-    """Two adapters' folders of one base."""
+    """Folders of two adapters of the same base model."""
     shape = dict(vocab_size=300, padded_vocab_size=None, n_kv_head=2, intermediate_size=48)
     paths = {}
     for seed, (name, style, length) in enumerate([("cat", "plain", 1), ("dog", "orca", 4)]):
-        one = adapter(length, 1, seed, style, **shape)
+        adapter = make_adapter(length, 1, seed, style, **shape)
         paths[name] = tmp_path / name
-        save_adapter(paths[name] / "best.safetensors", one.state, {**one.meta, "base": base_fingerprint(base_dir)})
+        save_adapter(
+            paths[name] / "best.safetensors", adapter.state, {**adapter.meta, "base": base_fingerprint(base_dir)}
+        )
     return paths
 
 
-def test_a_prompt_file_names_its_adapters(run_script, base_dir, trained, tmp_path):
+def test_a_prompt_file_can_name_an_adapter_for_each_row(run_script, base_dir, trained, tmp_path):
     rows = [("the cat", "dog"), ("the dog and the hat", "cat"), ("a mat", None), ("a rat", "cat"), ("the mat", "base")]
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.json"
     file.write_text("\n".join(json.dumps({"prompt": p} | ({"adapter": a} if a else {})) for p, a in rows))
@@ -510,9 +521,9 @@ def test_a_prompt_file_names_its_adapters(run_script, base_dir, trained, tmp_pat
     bank = ["--bank", *trained.values(), "--use", "dog"]
     code, out, err = run_script("generate/aligner.py", *flags, *bank, "--prompt_file", file, "--output_file", output)
     assert code == 0, err
-    said = json.loads(output.read_text())
+    records = json.loads(output.read_text())
     names = ["dog", "cat", "dog", "cat", "base"]
-    assert [record["adapter"] for record in said] == names
+    assert [record["adapter"] for record in records] == names
     assert "> (cat) the dog and the hat" in out
     tokenizer = Tokenizer(base_dir)
     for row, ((text, _), name) in enumerate(zip(rows, names, strict=True)):
@@ -520,10 +531,10 @@ def test_a_prompt_file_names_its_adapters(run_script, base_dir, trained, tmp_pat
         model = load_model(base_dir, None if name == "base" else open_bank([trained[name]], base_dir).adapter(name))
         sampling = Sampling(8, 1.0, seed=1234)
         (expected,) = answer(model, tokenizer, [style.render(text)], sampling, style.stop, 1, style.continues, [row])
-        assert said[row]["response"] == expected
+        assert records[row]["response"] == expected
 
 
-def test_a_banks_file_serves_the_command_line(run_script, base_dir, trained, tmp_path):
+def test_the_command_line_accepts_a_bank_file(run_script, base_dir, trained, tmp_path):
     open_bank(list(trained.values()), base_dir).save(tmp_path / "both.safetensors")
     flags = ["--checkpoint_dir", base_dir, "--max_new_tokens", "5", "--prompt", "the cat", "the dog"]
     flags += ["--use", "cat", "dog"]
@@ -534,7 +545,7 @@ def test_a_banks_file_serves_the_command_line(run_script, base_dir, trained, tmp
     assert compared.count("aligned: ") == compared.count("base:") == 2
 
 
-def test_sums_strengths_and_the_chat_with_a_bank(run_script, base_dir, trained):
+def test_a_bank_supports_sums_strengths_and_chat_on_the_command_line(run_script, base_dir, trained):
     flags = ["--checkpoint_dir", base_dir, "--max_new_tokens", "8", "--prompt_style", "plain"]
     bank, prompt = ["--bank", *trained.values()], ["--prompt", "the cat"]
 
@@ -554,7 +565,7 @@ def test_sums_strengths_and_the_chat_with_a_bank(run_script, base_dir, trained):
     assert compared == f"> (cat+dog:0.5) the cat\nbase:    {base}aligned: {both}"
 
 
-def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, tmp_path):
+def test_command_line_errors_are_one_line(refused, base_dir, trained, tmp_path):
     flags = ["--checkpoint_dir", base_dir, "--bank", *trained.values(), "--prompt", "the cat", "the dog", "a rat"]
     assert "no adapter named 'cot' among the 2 of the bank; similar names are 'cat'" in refused(
         "generate/aligner.py", *flags, "--use", "cot"
@@ -563,16 +574,16 @@ def test_mistakes_of_the_command_line_get_one_line(refused, base_dir, trained, t
     assert "--strength takes one number for all" in refused("generate/aligner.py", *flags, "--strength", "0.5", "1")
     assert "no adapter named 'dog:x' among the 2" in refused("generate/aligner.py", *flags, "--use", "cat+dog:x")
     assert "give --bank too" in refused("generate/aligner.py", "--use", "cat")
-    twin = tmp_path / "twin" / "cat"
-    shutil.copytree(trained["cat"], twin)
-    assert "The name 'cat' is taken" in refused("generate/aligner.py", *flags, "--bank", trained["cat"], twin)
+    duplicate = tmp_path / "twin" / "cat"
+    shutil.copytree(trained["cat"], duplicate)
+    assert "The name 'cat' is taken" in refused("generate/aligner.py", *flags, "--bank", trained["cat"], duplicate)
     with pytest.raises(UserError, match="There is no adapter at"):
         open_bank([tmp_path / "none"], base_dir)
     Bank(LLaMAConfig.from_json(base_dir / "lit_config.json"), base_dir).save(tmp_path / "empty.safetensors")
     assert "has no adapters" in refused("generate/aligner.py", *flags[:2], "--bank", tmp_path / "empty.safetensors")
 
 
-def test_prompts_that_name_adapters_need_a_bank(run_script, base_dir, trained, tmp_path):
+def test_adapter_names_in_prompts_are_ignored_without_a_bank(run_script, base_dir, trained, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "the cat", "adapter": "dog"}\n')
     flags = ["--checkpoint_dir", base_dir, "--adapter", trained["cat"], "--max_new_tokens", "4"]

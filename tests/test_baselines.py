@@ -1,7 +1,7 @@
-"""The methods that the Aligner is compared with, against written-out formulas and through the shared scripts.
+"""Baseline methods: comparison with explicit formulas, and runs of the shared scripts.
 
-LoRA, BitFit and prompt tuning are each a plain LLaMA with other weights: the reference computes that one. Parameters
-are random everywhere, for a method that adds nothing would pass many of these tests.
+LoRA, BitFit and prompt tuning are each equivalent to a plain LLaMA with different weights, which the reference model
+evaluates. All parameters are random: a method that adds nothing to the base would pass many of these tests.
 """
 
 import importlib
@@ -60,7 +60,7 @@ each_architecture = pytest.mark.parametrize(
 
 
 def adapted(method: str, seed: int = 0, **overrides):
-    """A model of a method with random parameters everywhere, its base frozen."""
+    """Return a model of the method with a frozen base and random parameters."""
     module = BASELINES[method]
     network = module.LLaMA(module.LLaMAConfig(**{**toys.SIZES, **OWN[method], **overrides}))
     toys.randomize(network, seed)
@@ -73,13 +73,13 @@ def trainable(network) -> dict[str, torch.nn.Parameter]:
 
 
 def reference_logits(method: str, state: reference.Tensors, config, ids: list[int]) -> torch.Tensor:
-    """What the method computes, by the reference model: (T, V)."""
-    if method == "prompt_tuning":  # the vectors are tokens of a larger vocabulary
+    """Return the method's logits, (T, V), computed with the reference model."""
+    if method == "prompt_tuning":  # treat the vectors as tokens of a larger vocabulary
         V, P = config.padded_vocab_size, config.prompt_length
         larger = torch.cat((state["transformer.wte.weight"], state["prompt_embedding.weight"]))
         return reference.logits({**state, "transformer.wte.weight": larger}, config, [*range(V, V + P), *ids])[P:, :V]
     plain = dict(state)
-    if method == "adapter_v2":  # what follows a layer is part of a plain one: s·(Wx + b + bias) = (sW)x + s(b + bias)
+    if method == "adapter_v2":  # fold scale and bias into the layer: s·(Wx + b + bias) = (sW)x + s(b + bias)
         for name in [name.removesuffix(".adapter_scale") for name in state if name.endswith(".adapter_scale")]:
             scale = state[f"{name}.adapter_scale"]
             if f"{name}.weight" in state:
@@ -136,7 +136,7 @@ def test_logits_loss_and_gradients_equal_the_formulas(method, architecture):
     for name, p in network.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad.double(), state[name].grad, atol=1e-3, rtol=2e-3)
-            assert p.grad.abs().min() > 0, name  # every number learns
+            assert p.grad.abs().min() > 0, name  # every element gets a gradient
         else:
             assert p.grad is None, name
 
@@ -152,7 +152,7 @@ def test_padding_on_the_right_changes_nothing(method):
 @each_method
 @pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
 def test_cached_greedy_decoding_equals_the_formulas(method, architecture, group_tokens, monkeypatch):
-    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a separate prefill for each length
     network = adapted(method, **toys.ARCHITECTURES[architecture])
     prompts, state = toys.prompts(3, 9, 1), reference.double(network.state_dict())
     expected = []
@@ -165,7 +165,7 @@ def test_cached_greedy_decoding_equals_the_formulas(method, architecture, group_
 
 
 @each_method
-def test_a_fresh_adapter_is_the_base_bit_for_bit(method, base_dir):
+def test_a_fresh_adapter_gives_the_logits_of_the_base_bit_for_bit(method, base_dir):
     idx = toys.token_ids(2, 20)
     for dtype in (torch.float32, torch.bfloat16):
         base = load_model(base_dir, dtype=dtype)
@@ -177,32 +177,32 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(method, base_dir):
         assert all(torch.equal(p, q) for p, q in zip(network.parameters(), again.parameters(), strict=True))
 
 
-def test_a_learnt_prompt_starts_as_tokens_that_the_tokenizer_has(base_dir):
+def test_the_learned_prompt_starts_as_embeddings_of_tokens_in_the_vocabulary(base_dir):
     network = load_model(base_dir, method="prompt_tuning", method_config={"prompt_length": 20})
     wte = network.transformer.wte.weight[: network.config.vocab_size]
     same = (network.prompt_embedding.weight[:, None] == wte[None]).all(-1)  # (P, V)
     assert same.any(-1).all() and len(set(same.int().argmax(-1).tolist())) > 10
 
 
-def test_the_updates_of_lora_start_at_zero_from_a_drawn_A():
+def test_lora_starts_with_random_A_and_zero_B():
     network = lora.LLaMA(lora.LLaMAConfig(**toys.SIZES))
     attn = network.transformer.h[0].attn.c_attn
     assert attn.lora_A.std() > 0.05 and not attn.lora_B.any()
     weight = attn.weight.clone()
     network.reset_adapter()
-    assert torch.equal(attn.weight, weight)  # the frozen weight is not drawn again
+    assert torch.equal(attn.weight, weight)  # the frozen weight is not reinitialized
 
 
 # == strength ==
 
 
 @each_method
-def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, base_dir):
+def test_strength_0_gives_the_base_and_strength_1_the_adapter_bit_for_bit(method, tmp_path, base_dir):
     network = load_model(base_dir, method=method, method_config=OWN[method])
-    own = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
-    save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
+    state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
+    save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": OWN[method]})
     file, base, idx = read_adapter(tmp_path / "a.safetensors"), load_model(base_dir), toys.token_ids(2, 15)
-    network.load_state_dict(own)
+    network.load_state_dict(state)
     trained, prompts, sampling = network(idx), toys.prompts(4, 7), Sampling(max_new_tokens=6, temperature=1.0)
     assert not torch.allclose(trained, base(idx), atol=0.1)
     with scaled_adapter(network, 0.0):
@@ -221,7 +221,7 @@ def test_strength_0_is_the_base_bit_for_bit_and_1_the_adapter(method, tmp_path, 
         assert not torch.allclose(half, trained, atol=0.1) and not torch.allclose(half, base(idx), atol=0.1)
 
 
-# == of one method ==
+# == individual methods ==
 
 
 def test_llama_adapter_with_equal_prefixes_is_the_aligner():
@@ -259,12 +259,12 @@ def test_one_aligner_token_is_bitfit_with_tied_weights(architecture):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["mha", "gqa", "biases"])
-def test_merged_lora_is_lora_and_unmerging_gives_the_base_back(architecture, dtype):
+def test_merging_lora_keeps_the_logits_and_unmerging_restores_the_base(architecture, dtype):
     network, idx = adapted("lora", **toys.ARCHITECTURES[architecture]).to(dtype).eval(), toys.token_ids(2, 15)
     before = {name: t.clone() for name, t in network.state_dict().items()}
     unmerged = network(idx)
     network.merge()
-    network.merge()  # once is enough
+    network.merge()  # merging again changes nothing
     merged = network(idx)
     if dtype == torch.float32:
         torch.testing.assert_close(merged, unmerged, atol=5e-5, rtol=5e-5)
@@ -276,7 +276,7 @@ def test_merged_lora_is_lora_and_unmerging_gives_the_base_back(architecture, dty
     assert torch.equal(network(idx), unmerged)
 
 
-def test_dropout_of_lora_is_for_training_alone():
+def test_lora_dropout_is_active_only_in_training():
     network, idx = adapted("lora", lora_dropout=0.5), toys.token_ids(2, 15)
     torch.manual_seed(0)
     first = network(idx)
@@ -288,12 +288,12 @@ def test_dropout_of_lora_is_for_training_alone():
     torch.testing.assert_close(network(idx), adapted("lora")(idx))
 
 
-def test_the_learnt_prompt_takes_room_in_the_context():
-    network = adapted("prompt_tuning", block_size=16)  # of which it takes 3
+def test_the_learned_prompt_takes_up_context():
+    network = adapted("prompt_tuning", block_size=16)  # the prompt takes 3 positions
     assert network(toys.token_ids(1, 13)).shape == (1, 13, 50)
     with pytest.raises(UserError, match="A sequence of 14 tokens is longer than the model's 13"):
         network(toys.token_ids(1, 14))
-    # both rows run until the context is full
+    # both rows continue until the context is full
     new = generate(network, toys.prompts(3, 10), Sampling(max_new_tokens=50))
     assert [len(ids) for ids in new] == [10, 3]
     state = reference.double(network.state_dict())
@@ -316,19 +316,19 @@ def test_the_learnt_prompt_takes_room_in_the_context():
         ("prompt_tuning", dict(prompt_length=64)),
     ],
 )
-def test_settings_out_of_range(method, wrong):
+def test_settings_out_of_range_are_refused(method, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         BASELINES[method].LLaMAConfig(**{**toys.SIZES, **wrong})
 
 
 # == sizes ==
 
-# C = 4096, L = 32, nh = 32 and C = 5120, L = 40, nh = 40; the start layer is 2
+# 7B: C = 4096, L = 32, nh = 32; 13B: C = 5120, L = 40, nh = 40; the start layer is 2
 COUNTS = {
     "aligner": {"7B": 4096 + 30 * 32, "13B": 5120 + 38 * 40},
     "adapter": {"7B": 30 * (10 * 4096 + 32), "13B": 38 * (10 * 5120 + 40)},
-    # besides: a bias and a scale for the 3C + C + 2·11008 (13B: 13824) + C outputs of a layer's projections and for the
-    # vocabulary, a scale for two norms of a layer and the last one
+    # the above, plus a bias and a scale for each of the 3C + C + 2·11008 (13B: 13824) + C outputs of a layer's
+    # projections and each logit, and a scale for the two norms of each layer and the final norm
     "adapter_v2": {
         "7B": 30 * (10 * 4096 + 32) + 2 * (32 * (5 * 4096 + 2 * 11008) + 32000) + (2 * 32 + 1) * 4096,
         "13B": 38 * (10 * 5120 + 40) + 2 * (40 * (5 * 5120 + 2 * 13824) + 32000) + (2 * 40 + 1) * 5120,
@@ -355,8 +355,8 @@ def test_parameter_counts(method, size):
     assert count == published.get((method, size), count)
 
 
-def test_parameter_counts_with_fewer_values_than_queries():
-    # Llama-3-8B: 8 of 32 heads have values, so lora_B has 4096 + 1024 rows
+def test_lora_parameter_count_with_fewer_value_heads_than_query_heads():
+    # Llama-3-8B has 8 value heads and 32 query heads, so lora_B has 4096 + 1024 rows
     with torch.device("meta"):
         network = lora.LLaMA.from_name("Llama-3-8B")
     count = sum(p.numel() for name, p in network.named_parameters() if network.is_adapter_parameter(name))
@@ -367,19 +367,19 @@ def test_parameter_counts_with_fewer_values_than_queries():
 
 
 @each_method
-def test_parameters_and_gradients_stay_fp32_over_a_bf16_base(method):
+def test_adapter_parameters_and_gradients_stay_fp32_with_a_bf16_base(method):
     network, idx = adapted(method), toys.token_ids(4, 12)
     for p in trainable(network).values():
-        p.data *= 0.5  # updates far larger than the weights they change leave nothing to round well
+        p.data *= 0.5  # with updates far larger than the base weights, bf16 rounding errors would dominate
     exact = {name: p.detach().clone() for name, p in trainable(network).items()}
-    kept = trainable(network)
+    parameters = trainable(network)
     (-network.label_logps(idx, idx).sum()).backward()
     exact_grads = {name: p.grad.clone() for name, p in trainable(network).items()}
     network.zero_grad()
     network.to(torch.bfloat16)
     assert network.transformer.h[0].attn.c_attn.weight.dtype == network.transformer.wte.weight.dtype == torch.bfloat16
     for name, p in trainable(network).items():
-        assert p is kept[name] and p.dtype == torch.float32 and torch.equal(p, exact[name]), name
+        assert p is parameters[name] and p.dtype == torch.float32 and torch.equal(p, exact[name]), name
     (-network.label_logps(idx, idx).sum()).backward()
     for name, p in trainable(network).items():
         assert p.grad.dtype == torch.float32
@@ -402,7 +402,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
 
 
 @each_method
-def test_a_file_comes_back_by_its_header(method, tmp_path, base_dir):
+def test_a_saved_adapter_is_restored_from_its_header(method, tmp_path, base_dir):
     network = load_model(base_dir, method=method, method_config=OWN[method])
     state = {name: torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
     network.load_state_dict(state)
@@ -414,7 +414,7 @@ def test_a_file_comes_back_by_its_header(method, tmp_path, base_dir):
 
 
 @each_method
-def test_a_file_without_a_header_says_what_it_is(method, tmp_path):
+def test_method_and_settings_of_a_file_without_a_header_are_inferred(method, tmp_path):
     state = {name: p.detach() for name, p in trainable(adapted(method)).items()}
     torch.save(state, tmp_path / "a.pth")
     if method == "lora":
@@ -437,18 +437,18 @@ def script_of(method: str):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base_dir, data_dir) -> dict[str, Path]:
-    """A short run of each method."""
-    made = {}
+    """Train each method for a few steps and return the run folders by method."""
+    folders = {}
     for method in BASELINES:
         script, folder = script_of(method), tmp_path_factory.mktemp("runs") / method
-        own = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
-        script.main(script.Settings(checkpoint_dir=base_dir, data_dir=data_dir, out_dir=folder, **SHORT, **own))
-        made[method] = folder
-    return made
+        config = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
+        script.main(script.Settings(checkpoint_dir=base_dir, data_dir=data_dir, out_dir=folder, **SHORT, **config))
+        folders[method] = folder
+    return folders
 
 
 @each_method
-def test_a_run_learns_and_its_file_fits_the_base(method, runs, base_dir):
+def test_a_run_reduces_the_loss_and_its_adapter_loads_with_the_base(method, runs, base_dir):
     summary = json.loads((runs[method] / "summary.json").read_text())
     assert summary["last_val_loss"] < summary["val_loss_before"]
     file = read_adapter(runs[method])
@@ -458,8 +458,8 @@ def test_a_run_learns_and_its_file_fits_the_base(method, runs, base_dir):
 
 
 @each_method
-def test_an_interrupted_run_goes_on_to_the_same_losses(method, runs, tmp_path, base_dir, data_dir, monkeypatch):
-    """With LoRA's dropout, which is drawn anew in every step."""
+def test_a_resumed_run_gives_the_same_losses(method, runs, tmp_path, base_dir, data_dir, monkeypatch):
+    """LoRA trains with dropout, whose masks change in every step."""
     script = script_of(method)
     settings = {**SHORT, **OWN[method], "checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "run"}
     settings.pop("lora_dropout", None)
@@ -476,27 +476,27 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(method, runs, tmp_path, b
         patch.setattr(Trainer, "train_step", killed)
         script.main(script.Settings(**settings))
     script.main(script.Settings(**settings, resume=True))
-    whole, halves = (read_metrics(folder / "metrics.csv") for folder in (runs[method], tmp_path / "run"))
+    uninterrupted, resumed = (read_metrics(folder / "metrics.csv") for folder in (runs[method], tmp_path / "run"))
     for name in ("train/loss", "val/loss"):
-        assert {k: row[name] for k, row in halves.items() if name in row} == {
-            k: row[name] for k, row in whole.items() if name in row
+        assert {k: row[name] for k, row in resumed.items() if name in row} == {
+            k: row[name] for k, row in uninterrupted.items() if name in row
         }
 
 
 @each_method
-def test_answers_beside_the_base(method, runs, run_script, refused, base_dir, capsys):
+def test_answers_are_compared_with_those_of_the_base(method, runs, run_script, refused, base_dir, capsys):
     flags = ("--checkpoint_dir", base_dir, "--prompt", "the cat", "--max_new_tokens", "4", "--accelerator", "cpu")
     script = "generate/aligner.py"
     code, out, _ = run_script(script, *flags, "--adapter", runs[method], "--compare_base")
     assert code == 0 and "base:" in out and "aligned:" in out
-    if method != "adapter_v2":  # the others had a script of their own once
+    if method != "adapter_v2":  # the others used to have their own scripts
         with pytest.raises(SystemExit, match=rf"^error: generate/{method}\.py is now generate/aligner\.py"):
             runpy.run_path(str(Path(__file__).parents[1] / f"generate/{method}.py"))
     assert "only Aligners add up" in refused(script, *flags, "--adapter", runs[method], runs[method])
 
 
 @each_method
-def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
+def test_microworld_evaluation_supports_every_method(method, tmp_path, run_script):
     base = Path(__file__).parents[1] / "checkpoints" / "microworld"
     network = load_model(base, method=method)
     state = {name: p.detach() for name, p in network.named_parameters() if network.is_adapter_parameter(name)}
@@ -507,13 +507,13 @@ def test_the_micro_world_scores_every_method(method, tmp_path, run_script):
     assert code == 0 and out.splitlines()[1].split()[:2] == ["unseen", "4"]
 
 
-def test_a_file_of_another_method_starts_no_training(runs, refused, base_dir, data_dir, tmp_path):
+def test_init_adapter_refuses_a_file_of_another_method(runs, refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x")
-    said = refused("finetune/aligner.py", *flags, "--init_adapter", runs["lora"])
-    assert said.endswith("was trained with the method 'lora' and cannot initialize one of the method 'aligner'.")
+    error = refused("finetune/aligner.py", *flags, "--init_adapter", runs["lora"])
+    assert error.endswith("was trained with the method 'lora' and cannot initialize one of the method 'aligner'.")
 
 
-def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir, data_dir):
+def test_init_adapter_continues_training_with_the_settings_of_the_file(runs, tmp_path, base_dir, data_dir):
     script = script_of("lora")
     settings = {**SHORT, "checkpoint_dir": base_dir, "data_dir": data_dir, "max_steps": 1}
     script.main(script.Settings(**settings, init_adapter=runs["lora"], out_dir=tmp_path / "more"))
@@ -525,12 +525,12 @@ def test_training_goes_on_from_a_file_with_its_settings(runs, tmp_path, base_dir
 
 @pytest.mark.parametrize("precompute", [True, False])
 @each_method
-def test_preferences_train_every_method(method, precompute, runs, tmp_path, base_dir, preference_dir, run_script):
-    """The check before the first step holds, with LoRA's dropout on in training."""
-    own = {"lora_r": 4, "lora_dropout": 0.5} if method == "lora" else {}
-    own |= {"prompt_length": 1} if method == "prompt_tuning" else {}  # the longest pair leaves no more room
+def test_dpo_trains_every_method(method, precompute, runs, tmp_path, base_dir, preference_dir, run_script):
+    """Before the first step, the DPO loss is ln 2 and the KL divergence 0, although LoRA trains with dropout."""
+    config = {"lora_r": 4, "lora_dropout": 0.5} if method == "lora" else {}
+    config |= {"prompt_length": 1} if method == "prompt_tuning" else {}  # the longest pair leaves no room for more
     flags = {"checkpoint_dir": base_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run", "method": method,
-             "method_config": json.dumps(own), "adapter_prompt_length": 3, "adapter_start_layer": 1, "max_steps": 2,
+             "method_config": json.dumps(config), "adapter_prompt_length": 3, "adapter_start_layer": 1, "max_steps": 2,
              "batch_size": 4, "micro_batch_size": 2, "eval_interval": 1, "sample_prompts": 1, "drift_prompts": 2,
              "max_new_tokens": 4, "accelerator": "cpu", "precompute_reference": str(precompute).lower()}  # fmt: skip
     code, out, err = run_script("finetune/alignerDPO.py", *(f"--{k}={v}" for k, v in flags.items()))
@@ -538,41 +538,41 @@ def test_preferences_train_every_method(method, precompute, runs, tmp_path, base
     assert "generate/aligner.py" in out
     file = read_adapter(tmp_path / "run/last.safetensors")
     assert file.method == method and sorted(file.state) == sorted(KEYS[method])
-    assert own.items() <= file.config.items()
+    assert config.items() <= file.config.items()
     metrics = read_metrics(tmp_path / "run/metrics.csv")
     assert metrics[0]["val/dpo_loss"] == pytest.approx(0.693147, abs=1e-5) and metrics[0]["val/kl"] == 0
 
 
 @each_method
-def test_one_script_trains_every_method(method, runs, tmp_path, base_dir, data_dir, run_script):
-    own = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
+def test_the_method_flag_equals_the_script_of_the_method(method, runs, tmp_path, base_dir, data_dir, run_script):
+    config = {k: v for k, v in OWN[method].items() if k != "lora_dropout"}
     rate = script_of(method).Settings.learning_rate
     flags = {**SHORT, "checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": tmp_path / "run", "method": method,
-             "method_config": json.dumps(own), "learning_rate": rate}  # fmt: skip
+             "method_config": json.dumps(config), "learning_rate": rate}  # fmt: skip
     code, _, err = run_script("finetune/aligner.py", *(f"--{k}={v}" for k, v in flags.items()))
     assert code == 0, err
-    ours, theirs = (read_adapter(folder / "last.safetensors") for folder in (tmp_path / "run", runs[method]))
-    assert (ours.method, ours.config) == (theirs.method, theirs.config)
-    assert all(torch.equal(ours.state[name], t) for name, t in theirs.state.items())
+    by_flag, by_script = (read_adapter(folder / "last.safetensors") for folder in (tmp_path / "run", runs[method]))
+    assert (by_flag.method, by_flag.config) == (by_script.method, by_script.config)
+    assert all(torch.equal(by_flag.state[name], t) for name, t in by_script.state.items())
 
 
-def test_unknown_methods_are_named(refused, base_dir, data_dir, tmp_path):
+def test_unknown_methods_are_refused(refused, base_dir, data_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "x", "--method", "lorra")
-    said = refused("finetune/aligner.py", *flags)
-    assert said == "There is no method 'lorra'; choose from aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
+    error = refused("finetune/aligner.py", *flags)
+    assert error == "There is no method 'lorra'; choose from aligner, adapter, adapter_v2, lora, bitfit, prompt_tuning."
 
 
-def test_unknown_settings_of_a_method_are_named(refused, base_dir, preference_dir, tmp_path):
+def test_unknown_settings_of_a_method_are_refused(refused, base_dir, preference_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", preference_dir, "--out_dir", tmp_path / "x")
-    said = refused("finetune/alignerDPO.py", *flags, "--method", "lora", "--method_config", '{"rank": 8}')
-    assert said.startswith("method_config: 'rank' is not a setting of the method 'lora'; it has lora_r, lora_alpha,")
-    said = refused("finetune/alignerDPO.py", *flags, "--method", "bitfit", "--method_config", '{"rank": 8}')
-    assert said.endswith("it has none.")
+    error = refused("finetune/alignerDPO.py", *flags, "--method", "lora", "--method_config", '{"rank": 8}')
+    assert error.startswith("method_config: 'rank' is not a setting of the method 'lora'; it has lora_r, lora_alpha,")
+    error = refused("finetune/alignerDPO.py", *flags, "--method", "bitfit", "--method_config", '{"rank": 8}')
+    assert error.endswith("it has none.")
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 @pytest.mark.parametrize("architecture", ["mha", "gqa", "biases"])
-def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_path, run_script):
+def test_merging_into_a_plain_model_keeps_the_logits(method, architecture, tmp_path, tokenizer_path, run_script):
     from lit_llama.checkpoint import save_base
     from lit_llama.model import LLaMA, LLaMAConfig
 
@@ -582,40 +582,40 @@ def test_merged_into_a_plain_model(method, architecture, tmp_path, tokenizer_pat
     save_base(tmp_path / "base", base.config, base.state_dict())
     (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     network = load_model(tmp_path / "base", method=method, method_config=OWN[method])
-    own = {
+    state = {
         name: 0.3 * torch.randn_like(p) for name, p in network.named_parameters() if network.is_adapter_parameter(name)
     }
-    save_adapter(tmp_path / "a.safetensors", own, {"method": method, "config": OWN[method]})
+    save_adapter(tmp_path / "a.safetensors", state, {"method": method, "config": OWN[method]})
     flags = ("--checkpoint_dir", tmp_path / "base", "--adapter", tmp_path / "a.safetensors", "--format", "lit")
     assert run_script("scripts/merge_aligner.py", *flags, "--output_dir", tmp_path / "merged")[0] == 0
-    network.load_state_dict(own)
+    network.load_state_dict(state)
     assert not torch.allclose(network(idx), base(idx), atol=0.1)
     merged = load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(idx), network.eval()(idx), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2", "prompt_tuning"])
-def test_what_no_plain_model_can_imitate_is_not_merged(method, runs, refused, base_dir, tmp_path):
+def test_methods_that_a_plain_model_cannot_represent_are_not_merged(method, runs, refused, base_dir, tmp_path):
     flags = ("--checkpoint_dir", base_dir, "--adapter", runs[method], "--output_dir", tmp_path / "merged")
     assert "use this one with generate/aligner.py" in refused("scripts/merge_aligner.py", *flags)
 
 
 @each_method
-def test_inspection_of_every_method(method, runs, run_script, refused, tmp_path):
+def test_inspection_reports_parameter_sizes_of_every_method(method, runs, run_script, refused, tmp_path):
     code, out, _ = run_script("scripts/inspect_aligner.py", runs[method])
     assert code == 0 and f"  {method}" in out
     assert out.splitlines()[-1].split()[0] == ("0" if method == "prompt_tuning" else "2")
     sizes = [float(word) for word in out.splitlines()[-1].split()[1:]]
     state = read_adapter(runs[method]).state
-    of_last = sorted((name, t) for name, t in state.items() if ".h.2." in name or method == "prompt_tuning")
-    expected = [t.pow(2).mean().item() ** 0.5 for _, t in of_last]
+    last_layer = sorted((name, t) for name, t in state.items() if ".h.2." in name or method == "prompt_tuning")
+    expected = [t.pow(2).mean().item() ** 0.5 for _, t in last_layer]
     assert sizes == pytest.approx(expected, abs=1e-6)
     assert "draws an Aligner's gates" in refused(
         "scripts/inspect_aligner.py", runs[method], "--plot", tmp_path / "a.png"
     )
 
 
-def test_gates_and_biases_do_not_decay():
+def test_gates_biases_and_scales_have_no_weight_decay():
     from types import SimpleNamespace
 
     from lit_llama.run.setup import adamw
@@ -625,35 +625,37 @@ def test_gates_and_biases_do_not_decay():
         network = adapted(method)
         optimizer = adamw(network, config)
         names = {id(p): name for name, p in network.named_parameters()}
-        free = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
-        assert free == {key for key in KEYS[method] if key.endswith(("gating_factor", "bias", "adapter_scale"))}
+        exempt = {
+            names[id(p)] for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]
+        }
+        assert exempt == {key for key in KEYS[method] if key.endswith(("gating_factor", "bias", "adapter_scale"))}
 
 
-# == settings that a script inherits ==
+# == inherited settings ==
 
 
-def test_a_script_inherits_settings_but_those_of_the_other_method():
+def test_a_script_inherits_all_settings_except_those_of_the_aligner():
     parent = {s.name: s for s in describe(script_of("aligner").Settings)}
     for method, module in BASELINES.items():
         script = script_of(method)
         settings = describe(script.Settings)
         names = [s.name for s in settings]
-        own = [f for f in module.LLaMAConfig.__dataclass_fields__ if f not in METHODS["aligner"].config_class.__mro__[1]
-               .__dataclass_fields__]  # fmt: skip
-        of_method = {"method", "method_config", "adapter_prompt_length", "adapter_start_layer"}
+        added = [f for f in module.LLaMAConfig.__dataclass_fields__
+                 if f not in METHODS["aligner"].config_class.__mro__[1].__dataclass_fields__]  # fmt: skip
+        aligner_settings = {"method", "method_config", "adapter_prompt_length", "adapter_start_layer"}
         assert script.Settings.method == method
-        assert set(names) == set(parent) - of_method | set(own)
+        assert set(names) == set(parent) - aligner_settings | set(added)
         assert len(names) == len(set(names))
-        if own:
-            assert len({s.group for s in settings if s.name in own}) == 1
-            assert not {s.group for s in settings if s.name in own} & {s.group for s in parent.values()}
+        if added:
+            assert len({s.group for s in settings if s.name in added}) == 1
+            assert not {s.group for s in settings if s.name in added} & {s.group for s in parent.values()}
         by_name = {s.name: s for s in settings}
         assert by_name["out_dir"].default == Path(f"out/{method}/microworld-pirate")
         assert by_name["batch_size"] == parent["batch_size"]
         defaults = module.LLaMAConfig()
-        assert all(by_name[name].default == getattr(defaults, name) for name in own)
+        assert all(by_name[name].default == getattr(defaults, name) for name in added)
 
 
-def test_a_bank_is_for_aligners(refused, runs, base_dir):
-    said = refused("generate/aligner.py", "--checkpoint_dir", base_dir, "--bank", runs["lora"], "--prompt", "the cat")
-    assert said.endswith("was made by the method 'lora'; a bank holds Aligners.")
+def test_a_bank_refuses_adapters_of_other_methods(refused, runs, base_dir):
+    error = refused("generate/aligner.py", "--checkpoint_dir", base_dir, "--bank", runs["lora"], "--prompt", "the cat")
+    assert error.endswith("was made by the method 'lora'; a bank holds Aligners.")

@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks' reports, and our own side of them on a toy."""
+"""The arithmetic of the benchmark reports, and the benchmarks of our models on a toy model."""
 
 import multiprocessing
 import os
@@ -19,8 +19,8 @@ from lit_llama.model import LLaMAConfig, llama_configs
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
-# attention 4 wide: 2 query heads and 1 key/value head of 2 make 4·2·(2·2 + 2·1) = 48 weights; MLP 3·4·8 = 96;
-# output layer 64·4 = 256
+# attention of width 4, with 2 query heads and 1 key/value head of size 2: 4·2·(2·2 + 2·1) = 48 weights;
+# MLP 3·4·8 = 96; output layer 64·4 = 256
 SMALL = LLaMAConfig(vocab_size=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=4, intermediate_size=8)
 
 CPU = dict(device=measure.CPU, dtype=torch.float32, threads=1)  # settings of a contestant
@@ -28,14 +28,15 @@ CPU = dict(device=measure.CPU, dtype=torch.float32, threads=1)  # settings of a 
 
 def test_flops_of_a_training_step_by_hand():
     assert material.matmul_parameters(SMALL) == 48 + 96 + 256
-    # row of 3: 4·400·3; it sees 1 + 2 + 3 = 6 tokens, each 2·2·4 FLOPs forward and twice that backward
+    # a row of 3 tokens: 4·400·3 for the weights; the tokens attend to 1 + 2 + 3 = 6 tokens, with 2·2·4 FLOPs each in
+    # the forward pass and twice that in the backward pass
     assert material.training_flops(SMALL, [3]) == 4 * 400 * 3 + 6 * 16 * 3
     assert material.training_flops(SMALL, [3, 3]) == 2 * material.training_flops(SMALL, [3])
     assert material.training_flops(LLaMAConfig.from_name("Llama-2-7B"), [512]) / 512 / 4 == pytest.approx(6.7e9, 0.02)
 
 
 def test_bytes_of_a_decoding_step_by_hand():
-    # weights once, and 2·2 numbers of keys and values for each of 10 tokens in 3 rows
+    # the weights once, and 2·2 elements of keys and values for each of 10 tokens in 3 rows
     assert material.decode_bytes(SMALL, torch.float32, 3, 10) == 4 * (400 + 4 * 10 * 3)
     assert material.decode_bytes(SMALL, torch.bfloat16, 3, 10) == 2 * (400 + 4 * 10 * 3)
 
@@ -55,7 +56,7 @@ CPUINFO = {
 
 
 @pytest.mark.parametrize("text, expected", CPUINFO.items())
-def test_the_kind_of_processor(text, expected, tmp_path):
+def test_the_description_of_the_processor(text, expected, tmp_path):
     (tmp_path / "cpuinfo").write_text(text)
     assert harness.describe_cpu(tmp_path / "cpuinfo").endswith(expected)
     assert torch.backends.cpu.get_cpu_capability() in harness.describe_cpu(tmp_path / "missing")
@@ -71,7 +72,7 @@ def test_a_report_states_the_machine_and_its_rates(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 8])
-def test_little_of_an_epoch_on_alpacas_lengths_is_padding(micro_batch_size):
+def test_an_epoch_of_rows_with_alpacas_lengths_has_little_padding(micro_batch_size):
     prompts, lengths = material.alpaca_lengths(20_000, 512)
     assert prompts.min() >= 40 and lengths.max() == 512 and (lengths > prompts).all()
     assert np.median(prompts) == pytest.approx(53, abs=2) and np.median(lengths - prompts) == pytest.approx(120, abs=5)
@@ -80,8 +81,8 @@ def test_little_of_an_epoch_on_alpacas_lengths_is_padding(micro_batch_size):
 
 
 def test_the_interval_of_a_median():
-    # of n values the range misses the median with probability 2 / 2^n; from n = 9 on, 2 · (1 + 9) / 2^9 = 3.9 % is left
-    # when the outermost values are dropped too
+    # the range of n values misses the median with probability 2 / 2^n; from n = 9 on, the smallest and largest value
+    # can be dropped, which raises it to 2 · (1 + 9) / 2^9 = 3.9%
     assert measure.median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert measure.median_interval([float(i) for i in range(8)]) == (3.5, 0.0, 7.0)
     assert measure.median_interval([float(i) for i in range(9)]) == (4.0, 1.0, 7.0)
@@ -91,10 +92,10 @@ def test_the_interval_of_a_median_covers_it():
     rng, n = np.random.default_rng(0), 12
     intervals = np.array([measure.median_interval(rng.exponential(size=n).tolist()) for _ in range(2000)])
     covered = (intervals[:, 1] <= np.log(2)) & (np.log(2) <= intervals[:, 2])
-    assert 0.95 <= covered.mean() <= 0.98  # 96.1 %: 1 - 2 · (1 + 12 + 66) / 2^12
+    assert 0.95 <= covered.mean() <= 0.98  # 96.1%: 1 - 2 · (1 + 12 + 66) / 2^12
 
 
-def test_ratios_compare_within_a_round():
+def test_ratios_are_computed_within_each_round():
     assert measure.compare([2.0, 20.0, 6.0] * 2, [1.0, 10.0, 3.0] * 2) == ["2.000 (2.000 to 2.000)", "more"]
     assert measure.compare([1.0, 2.0, 3.0] * 2, [2.0, 4.0, 5.0] * 2) == ["0.500 (0.500 to 0.600)", "less"]
     assert measure.compare([1.1, 0.9, 1.0] * 2, [1.0] * 6, 2) == ["1.00 (0.90 to 1.10)", "no difference"]
@@ -108,13 +109,13 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
         return lambda: calls.append(name) or len(calls)
 
     notes: list[str] = []
-    first, found = harness.take_turns({name: turn(name) for name in "abc"}, 2, notes)
+    first, answers = harness.take_turns({name: turn(name) for name in "abc"}, 2, notes)
     assert "".join(calls) == "abc" + "bca" + "cab"
     assert first == {"a": 1, "b": 2, "c": 3}
-    assert found == {"a": [6, 8], "b": [4, 9], "c": [5, 7]} and not notes
+    assert answers == {"a": [6, 8], "b": [4, 9], "c": [5, 7]} and not notes
 
 
-def test_a_peer_that_becomes_unavailable_is_left_out_and_our_side_is_not():
+def test_an_unavailable_peer_is_left_out_but_an_error_on_our_side_is_raised():
     def fail(error: type[UserError]):
         def turn():
             raise error("x: no such thing.")
@@ -122,24 +123,24 @@ def test_a_peer_that_becomes_unavailable_is_left_out_and_our_side_is_not():
         return turn
 
     notes: list[str] = []
-    _, found = harness.take_turns({"a": lambda: 1, "x": fail(harness.Unavailable)}, 2, notes)
-    assert found == {"a": [1, 1]} and notes == ["Without x: no such thing."]
+    _, answers = harness.take_turns({"a": lambda: 1, "x": fail(harness.Unavailable)}, 2, notes)
+    assert answers == {"a": [1, 1]} and notes == ["Without x: no such thing."]
     with pytest.raises(UserError, match="no such thing"):
         harness.take_turns({"a": lambda: 1, "x": fail(UserError)}, 2, notes)
 
 
-def test_memory_sees_what_is_held_and_what_was():
+def test_memory_measures_current_and_peak_use():
     memory = measure.Memory(torch.device("cpu"))
     memory.reset_peak()
-    held = np.ones(2**23)  # 64 MiB
+    array = np.ones(2**23)  # 64 MiB
     assert memory.now() > 60e6
-    del held
+    del array
     assert memory.peak() > 60e6
     memory.reset_peak()
     assert memory.now() < 30e6 and memory.peak() < 30e6
 
 
-def test_numbers_and_tables_as_text():
+def test_formatting_of_numbers_and_tables():
     assert [measure.number(x) for x in (0, 0.01234, 1.5, 123.4, 12345.6)] == ["0", "0.0123", "1.50", "123", "12,346"]
     table = markdown_table(["", "ms"], [["a", 1], ["b", 22]])
     assert table == "|  | ms |\n| --- | ---: |\n| a | 1 |\n| b | 22 |"
@@ -150,7 +151,7 @@ def test_an_unknown_size_is_refused():
         material.shape("huge")
 
 
-def test_processor_seconds_need_one_thread(toy):
+def test_measuring_cpu_time_needs_one_thread(toy):
     with pytest.raises(UserError, match="needs --accelerator cpu and --threads 1"):
         harness.start_run(generation.Settings(**{**toy, "threads": 2}, clock="cpu"))
     assert harness.start_run(generation.Settings(**toy, clock="cpu")).shared["clock"] == "cpu"
@@ -158,7 +159,7 @@ def test_processor_seconds_need_one_thread(toy):
 
 
 class InProcess:
-    """A contestant of this process."""
+    """A contestant that runs in this process."""
 
     def __init__(self, name, **settings):
         self.name, self.worker = name, Ours(settings)
@@ -172,7 +173,7 @@ class InProcess:
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """Settings of a run of our own side on a tiny model; the contestants do not get processes of their own."""
+    """Yield settings for measuring only our models, on a tiny model, with all contestants in this process."""
     monkeypatch.setitem(llama_configs, "toy", dict(
         block_size=64, vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48,
     ))  # fmt: skip
@@ -206,11 +207,11 @@ def test_growth(toy, monkeypatch):
     assert sum(p.numel() for p in trainable(worker)) == 3 * 32 + 4
 
     monkeypatch.setattr(training, "GROWTH", {"layers": (3, 4), "prefix tokens N": (1, 2)})
-    found = training.measure_growth(harness.start_run(training.Settings(**toy)))
-    assert found.keys() == {"layers", "prefix tokens N"}
-    assert [value for value, _ in found["layers"]["N = 1"]] == [3, 4] and "bare base" in found["layers"]
-    assert all(seconds > 0 for _, seconds in found["prefix tokens N"]["Aligner"])
-    assert "| layers: 3, 4 | N = 1 | " in training.growth_table(found)
+    growth = training.measure_growth(harness.start_run(training.Settings(**toy)))
+    assert growth.keys() == {"layers", "prefix tokens N"}
+    assert [value for value, _ in growth["layers"]["N = 1"]] == [3, 4] and "bare base" in growth["layers"]
+    assert all(seconds > 0 for _, seconds in growth["prefix tokens N"]["Aligner"])
+    assert "| layers: 3, 4 | N = 1 | " in training.growth_table(growth)
 
 
 def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
@@ -244,7 +245,7 @@ def test_reports_on_generation_and_loading(toy, capsys):
 
 
 @pytest.mark.parametrize(("kind", "error"), [("ours", UserError), ("transformers", harness.Unavailable)])
-def test_a_contestant_in_its_own_process_says_what_went_wrong(kind, error):
+def test_a_contestant_in_its_own_process_reports_errors(kind, error):
     settings = dict(kind=kind, n=1, method="", weights=Path("nowhere"), **CPU)
     contestant = harness.Contestant("one", **settings)
     with pytest.raises(error, match=r"^one: "):
@@ -254,7 +255,7 @@ def test_a_contestant_in_its_own_process_says_what_went_wrong(kind, error):
     contestant.close()
 
 
-def test_our_contestants_error_is_its_sentence():
+def test_an_error_of_our_contestant_keeps_its_message():
     settings = dict(kind="ours", n=1, weights=Path("nowhere"), **CPU)
     contestant = harness.Contestant("ours", **settings)
     with pytest.raises(UserError, match=r"^ours: There is no model configuration at nowhere"):
@@ -262,7 +263,7 @@ def test_our_contestants_error_is_its_sentence():
     contestant.close()
 
 
-def test_threads_wait_as_they_are_told(monkeypatch):
+def test_the_environment_for_how_threads_wait_is_set_and_restored(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     with waiting.environment({"GOMP_SPINCOUNT": "9"}):

@@ -8,9 +8,9 @@ from lit_llama.utils import UserError
 
 def test_a_second_model_takes_more_memory(capsys):
     script.main(script.Settings(rows=4, tokens=32, accelerator="cpu"))
-    found = re.findall(r"^(\S.*?) +([\d,]+) MB +(\d+\.\d\d) x$", capsys.readouterr().out, re.MULTILINE)
-    assert [name for name, _, _ in found] == ["sft", "dpo", "dpo, two models"]
-    sizes = [int(size.replace(",", "")) for _, size, _ in found]
+    matches = re.findall(r"^(\S.*?) +([\d,]+) MB +(\d+\.\d\d) x$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _, _ in matches] == ["sft", "dpo", "dpo, two models"]
+    sizes = [int(size.replace(",", "")) for _, size, _ in matches]
     assert sizes[0] > 8 and sizes[2] > sizes[1] + 10  # the bundled base has 3.9 M parameters: 15.7 MB in fp32
 
 

@@ -1,4 +1,4 @@
-"""The command for a GPU runs on a CPU, and a check that fails is said on its page and in its exit code."""
+"""The GPU benchmark runs on a CPU, and reports a failed check in its report and by its exit code."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ SMALL = ("--accelerator", "cpu", "--size", "microworld", "--rounds", "1", "--row
          "--prompt_length", "8", "--new_tokens", "4", "--batch_sizes", "1", "2")  # fmt: skip
 
 
-def test_parts_that_check_and_measure_write_one_page(run_script, tmp_path):
+def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path):
     parts = ("logits", "flash", "dpo", "processes", "train", "decode")
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", *parts)
     assert code == 0, err
@@ -34,29 +34,29 @@ def test_a_failed_check_is_named_and_the_others_run(run_script, tmp_path, monkey
     assert "flash kernels" in out
 
 
-def test_a_model_that_computes_otherwise_fails(tmp_path, monkeypatch):
-    """The second of the models that are compared has other gates."""
+def test_a_model_with_different_results_fails(tmp_path, monkeypatch):
+    """The second of the compared models has different gates."""
     model, calls = gpu_checks.model, []
 
-    def other(*args):
+    def changed_model(*args):
         network = model(*args)
         calls.append(network)
         if len(calls) == 2:
             network.transformer.h[4].attn.gating_factor.data *= 1.01
         return network
 
-    monkeypatch.setattr(gpu_checks, "model", other)
+    monkeypatch.setattr(gpu_checks, "model", changed_model)
     with pytest.raises(gpu_checks.Failed, match="logits, N = 1, fp32"):
         list(gpu_checks.check_logits_and_gradients(torch.device("cpu"), tmp_path))
 
 
 def test_a_model_without_a_flash_kernel_fails(tmp_path, monkeypatch):
-    attend = gpu_checks.LLaMA.label_logps
+    original = gpu_checks.LLaMA.label_logps
 
-    def masked(self, *args):
+    def fail(self, *args):
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", masked)
+    monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", fail)
     with pytest.raises(gpu_checks.Failed, match="Flash attention is not reached: No available kernel"):
         list(gpu_checks.check_flash(torch.device("cpu"), tmp_path))
-    assert attend is not masked
+    assert original is not fail

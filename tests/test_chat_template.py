@@ -1,4 +1,4 @@
-"""Chat templates: texts and token ids of transformers, users' texts that stay text, templates that misbehave."""
+"""Chat templates: agreement with transformers, special tokens in messages, and templates that misbehave."""
 
 import json
 import pickle
@@ -36,31 +36,31 @@ def folders(tmp_path_factory, tokenizer_path) -> dict[str, Path]:
     return {kind: write_model(root / kind, kind, tokenizer_path) for kind in KINDS}
 
 
-def theirs(folder: Path):
+def transformers_tokenizer(folder: Path):
     return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
 
 
 def conversations(kind: str) -> list[list[dict]]:
-    found = [TURNS[:1], TURNS[:3], TURNS]
-    return found if kind.startswith(("mistral", "gemma")) else [*found, [SYSTEM, *TURNS], [SYSTEM, *TURNS[:1]]]
+    plain = [TURNS[:1], TURNS[:3], TURNS]
+    return plain if kind.startswith(("mistral", "gemma")) else [*plain, [SYSTEM, *TURNS], [SYSTEM, *TURNS[:1]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_and_ids_are_those_of_transformers(kind, folders):
-    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+def test_text_and_ids_match_transformers(kind, folders):
+    tokenizer, reference = Tokenizer(folders[kind]), transformers_tokenizer(folders[kind])
     for messages in conversations(kind):
-        for ends_with, ask in ((messages, True), (messages[:-1], False)):
-            if not ends_with:
+        for turns, add_prompt in ((messages, True), (messages[:-1], False)):
+            if not turns:
                 continue
-            text = tokenizer.template.render(ends_with, generation_prompt=ask)
-            assert str(text) == reference.apply_chat_template(ends_with, tokenize=False, add_generation_prompt=ask)
-            ids = reference.apply_chat_template(ends_with, add_generation_prompt=ask, return_dict=False)
+            text = tokenizer.template.render(turns, generation_prompt=add_prompt)
+            assert str(text) == reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_prompt)
+            ids = reference.apply_chat_template(turns, add_generation_prompt=add_prompt, return_dict=False)
             assert tokenizer.encode(text, bos=True, eos=True) == ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_between_special_tokens_are_the_same_if_a_text_is_guarded(kind, folders):
-    """The second way to encode a chat, which a special token in a message needs."""
+def test_a_guard_in_the_text_does_not_change_the_ids(kind, folders):
+    """A text that contains GUARD takes a second encoding path; the ids must not depend on it."""
     tokenizer = Tokenizer(folders[kind])
     for messages in conversations(kind):
         text = tokenizer.template.render(messages)
@@ -83,18 +83,18 @@ def test_special_tokens_in_a_message_stay_text(kind, folders):
 
 
 @pytest.mark.parametrize("kind", ["llama3", "chatml", "mistral-first", "gemma-first"])
-def test_ids_with_special_tokens_in_messages_are_those_of_transformers(kind, folders):
-    """It encodes such a token as a text of its own, and we the complete message; its ids decode to the same text."""
-    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+def test_special_tokens_in_messages_are_text_as_in_transformers(kind, folders):
+    """transformers encodes such a token separately from the rest of the message: ids may differ, texts do not."""
+    tokenizer, reference = Tokenizer(folders[kind]), transformers_tokenizer(folders[kind])
     for special in SPECIAL[kind.partition("-")[0]]:
         messages = [{"role": "user", "content": f"a {special} b"}]
         ids = tokenizer.encode(tokenizer.template.render(messages))
-        sane = reference.apply_chat_template(
+        sanitized = reference.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
         )
         special_ids = set(tokenizer.chat_engine.control.values())
-        assert [i for i in ids if i in special_ids] == [i for i in sane if i in special_ids]
-        assert tokenizer.decode(ids) == tokenizer.decode(sane)
+        assert [i for i in ids if i in special_ids] == [i for i in sanitized if i in special_ids]
+        assert tokenizer.decode(ids) == tokenizer.decode(sanitized)
 
 
 pieces = st.lists(st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "<|im_", "end|>", "<", "|", ">", " ", "\n", "a",
@@ -103,8 +103,8 @@ pieces = st.lists(st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "<|im_", 
 
 @given(parts=st.lists(pieces.map("".join), min_size=1, max_size=3))
 @pytest.mark.parametrize("kind", ["llama3", "mistral", "mistral-first"])
-def test_no_combination_of_pieces_becomes_special(kind, parts, folders):
-    """Also where the end of a message and the text after it would form a token."""
+def test_no_combination_of_pieces_becomes_a_special_token(kind, parts, folders):
+    """Not even if the end of a message and the text after it spell out a token."""
     tokenizer = OPEN.setdefault(kind, Tokenizer(folders[kind]))
     messages, plain = [], []
     for i, part in enumerate(parts):
@@ -119,8 +119,8 @@ def test_no_combination_of_pieces_becomes_special(kind, parts, folders):
 OPEN: dict[str, Tokenizer] = {}
 
 
-def test_tokens_that_a_model_writes_itself_stay_text_in_questions(folders):
-    """Such as <think>: not special, never divided, and written by the template too."""
+def test_tokens_that_a_model_may_write_stay_text_in_questions(folders):
+    """For example <think>: not a special token, but never split, and also written by the template."""
     tokenizer = Tokenizer(folders["thinking"])
     think = {tokenizer.engine.engine.token_to_id(text) for text in ("<think>", "</think>")}
     thought = "<think>\nhm\n</think>\n\nYes."
@@ -137,7 +137,7 @@ def test_tokens_that_a_model_writes_itself_stay_text_in_questions(folders):
 
 @pytest.mark.parametrize("scheme", ["sentencepiece", "added"])
 def test_a_sentencepiece_model_without_tokenizer_json(scheme, folders, tokenizer_path, tmp_path):
-    """Its control pieces, listed pieces and added tokens, and texts as tokenizer.json would have them."""
+    """Control pieces, listed pieces and added tokens are special; ids are as with tokenizer.json."""
     folder = tmp_path / "m"
     folder.mkdir()
     shutil.copy(tokenizer_path, folder)
@@ -162,14 +162,14 @@ def test_a_sentencepiece_model_without_tokenizer_json(scheme, folders, tokenizer
 
 
 def write_read(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer that scripts write for transformers."""
+    """Write a tokenizer in the format of transformers and return the tokenizer read back."""
     folder.mkdir()
     write_hf_tokenizer(folder, tokenizer, block_size=64)
     (folder / "tokenizer.model").unlink()
     return Tokenizer(folder)
 
 
-def test_texts_that_a_template_joins_do_not_become_special(folders):
+def test_texts_that_a_template_joins_do_not_become_special_tokens(folders):
     tokenizer = Tokenizer(folders["llama3"])
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools[0].name }}{{ '_id|>' }}"
     template = ChatTemplate(source, Path("t"), {}, tokenizer.chat_engine.control)
@@ -179,7 +179,7 @@ def test_texts_that_a_template_joins_do_not_become_special(folders):
     assert tokenizer.decode(ids) == "<|eot_id|><|eot_id|>"
 
 
-def test_stops_are_eos_the_listed_tokens_and_the_end_of_a_turn(folders, tmp_path):
+def test_stop_ids_are_eos_the_listed_tokens_and_the_end_of_turn_token(folders, tmp_path):
     for kind, end in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"),
                       ("mistral", "</s>"), ("thinking", "<|im_end|>")):  # fmt: skip
         tokenizer = Tokenizer(folders[kind])
@@ -190,14 +190,14 @@ def test_stops_are_eos_the_listed_tokens_and_the_end_of_a_turn(folders, tmp_path
     assert {7, 9, Tokenizer(folders["llama3"]).eos_id} < set(Tokenizer(tmp_path / "listed").stop_ids)
 
 
-def test_a_system_message_without_a_place_joins_the_first_question(folders):
+def test_an_unsupported_system_message_is_prepended_to_the_first_question(folders):
     for kind in ("gemma", "mistral"):
         template = Tokenizer(folders[kind]).template
-        asked = {"role": "user", "content": f"{SYSTEM['content']}\n\n{TURNS[0]['content']}"}
-        assert template.render([SYSTEM, *TURNS]) == template.render([asked, *TURNS[1:]])
+        merged = {"role": "user", "content": f"{SYSTEM['content']}\n\n{TURNS[0]['content']}"}
+        assert template.render([SYSTEM, *TURNS]) == template.render([merged, *TURNS[1:]])
 
 
-def test_a_style_renders_instructions_and_conversations(folders):
+def test_the_chat_style_renders_instructions_and_conversations(folders):
     style = get_prompt_style("chat", folders["chatml"])
     prompt = style.render("Add.", "1 2", "Be kind.")
     assert prompt == (
@@ -205,7 +205,7 @@ def test_a_style_renders_instructions_and_conversations(folders):
     )
     assert style.reply(prompt, " 3 ") == "3<|im_end|>" and style.reply(prompt, " ") == ""
     assert (prompt + style.reply(prompt, "3")) == prompt + ChatText("3<|im_end|>")
-    ids = Tokenizer(folders["chatml"]).encode(prompt + "<|im_end|>")  # a text after a prompt is text
+    ids = Tokenizer(folders["chatml"]).encode(prompt + "<|im_end|>")  # text appended to a prompt stays text
     assert ids[-1] not in Tokenizer(folders["chatml"]).stop_ids
     for empty in ("", " \n"):
         with pytest.raises(UserError, match="The prompt is empty"):
@@ -219,7 +219,7 @@ def test_tools_and_other_fields_reach_the_template(folders):
     template = Tokenizer(folders["llama3"]).template
     tools = [{"type": "function", "function": {"name": "add", "description": "<b> & 'c' <|eot_id|>"}}]
     text = template.render(TURNS[:1], tools=tools)
-    assert text.replace(GUARD, "") == theirs(folders["llama3"]).apply_chat_template(
+    assert text.replace(GUARD, "") == transformers_tokenizer(folders["llama3"]).apply_chat_template(
         TURNS[:1], tools=tools, tokenize=False, add_generation_prompt=True
     )
     thinking = Tokenizer(folders["thinking"]).template
@@ -227,11 +227,11 @@ def test_tools_and_other_fields_reach_the_template(folders):
     assert "<think>\n2 and 2\n</think>\n\n4<|im_end|>" in thinking.render([TURNS[0], answer], generation_prompt=False)
 
 
-def test_variables_of_the_template_are_part_of_the_styles_name(folders):
+def test_template_variables_are_part_of_the_style_name(folders):
     style = get_prompt_style("chat:enable_thinking=false", folders["thinking"])
     prompt = style.render("Hi", system="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert str(prompt) == theirs(folders["thinking"]).apply_chat_template(
+    assert str(prompt) == transformers_tokenizer(folders["thinking"]).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     assert prompt.endswith("<think>\n\n</think>\n\n") and style.reply(prompt, "Hello.") == "Hello.<|im_end|>"
@@ -240,7 +240,7 @@ def test_variables_of_the_template_are_part_of_the_styles_name(folders):
     assert get_prompt_style("chat", folders["thinking"]).render("Hi").endswith("assistant\n")
 
 
-def test_values_of_variables(tmp_path):
+def test_variable_values_are_parsed(tmp_path):
     source = "{% if a is not defined %}{% set a = 1 %}{% endif %}{{ [a, b, c, d, e] }}{{ raise_exception }}"
     template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
     values = template_variables("chat:a=False,b=null,c=1.5,d=low,e=[1]")
@@ -260,7 +260,7 @@ def test_values_of_variables(tmp_path):
         ("alpaca:enable_thinking=false", "There is no prompt style 'alpaca:enable_thinking=false'; choose from"),
     ],
 )
-def test_a_variable_that_cannot_be_set_is_one_sentence(name, sentence, folders):
+def test_a_variable_that_cannot_be_set_gives_a_one_sentence_error(name, sentence, folders):
     with pytest.raises(UserError, match=re.escape(sentence)):
         get_prompt_style(name, folders["thinking"])
 
@@ -269,9 +269,9 @@ def test_a_variable_that_cannot_be_set_is_one_sentence(name, sentence, folders):
 
 
 @pytest.mark.parametrize("kind", [*GENERATED, "mistral-first"])
-def test_spans_are_what_the_template_marks_as_generated(kind, folders):
-    """The mask that transformers makes from the tags in the template, token by token."""
-    tokenizer, reference = Tokenizer(folders[kind]), theirs(folders[kind])
+def test_answer_spans_cover_what_the_template_marks_as_generated(kind, folders):
+    """Compare with transformers' mask of answer tokens, which it derives from the tags in the template."""
+    tokenizer, reference = Tokenizer(folders[kind]), transformers_tokenizer(folders[kind])
     messages = TURNS[:4]
     text, spans = tokenizer.template.answer_spans(messages)
     ids = tokenizer.encode(text)
@@ -285,15 +285,15 @@ def test_spans_are_what_the_template_marks_as_generated(kind, folders):
     assert tokenizer.template.answer_spans(messages, only_last=True)[1] == spans[1:]
 
 
-def test_a_span_ends_with_its_turn(folders):
-    for kind, after in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>")):
+def test_an_answer_span_includes_the_end_of_turn_token(folders):
+    for kind, end_of_turn in (("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>")):
         text, spans = Tokenizer(folders[kind]).template.answer_spans(TURNS[:4])
-        assert [text[start:end] for start, end in spans] == [f"{m['content']}{after}" for m in TURNS[1:4:2]]
+        assert [text[start:end] for start, end in spans] == [f"{m['content']}{end_of_turn}" for m in TURNS[1:4:2]]
     text, ((start, end), _) = Tokenizer(folders["mistral"]).template.answer_spans(TURNS[:4])
     assert text[start:end] == " Fine, thanks. And you?</s>"
 
 
-def test_a_template_that_drops_earlier_thinking_is_unstable(folders):
+def test_a_template_that_drops_earlier_thinking_raises_unstable(folders):
     template = Tokenizer(folders["thinking"]).template
     with pytest.raises(Unstable, match="renders an earlier answer differently from the last one"):
         template.answer_spans(TURNS[:4])
@@ -303,7 +303,7 @@ def test_a_template_that_drops_earlier_thinking_is_unstable(folders):
     assert text[:start] == template.render(TURNS[:3])
 
 
-def test_a_generation_prompt_that_a_finished_answer_lacks_is_one_sentence():
+def test_a_generation_prompt_that_finished_answers_lack_gives_a_one_sentence_error():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     source += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     with pytest.raises(UserError, match="begins a finished answer differently") as error:
@@ -344,7 +344,7 @@ def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path, monkeypatc
     with pytest.raises(UserError) as error:
         template.render(TURNS)
     assert HOSTILE[source] in str(error.value)
-    path = tmp_path / "chat_template.jinja"  # a refusal may go to a client, who need not know it
+    path = tmp_path / "chat_template.jinja"  # a refusal may be sent to a client, which should not see the path
     assert str(error.value).startswith(("The chat template refuses", f"The chat template in {path} cannot"))
     assert str(error.value).endswith((".", ").")) and "\n" not in str(error.value)
     assert template.end_of_turn is None
@@ -362,7 +362,7 @@ def test_a_checkpoint_with_a_broken_template_serves_other_styles(folders, tmp_pa
 # == files ==
 
 
-def test_where_a_template_comes_from(folders, tmp_path):
+def test_template_files_take_precedence_over_the_tokenizer_config(folders, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(folders["chatml"], folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -385,14 +385,14 @@ def test_where_a_template_comes_from(folders, tmp_path):
         source("a")
 
 
-def test_without_a_template_the_style_is_one_sentence(tokenizer_path):
+def test_the_chat_style_without_a_template_gives_a_one_sentence_error(tokenizer_path):
     with pytest.raises(UserError, match="has no chat template, which the prompt style 'chat' needs") as error:
         get_prompt_style("chat", tokenizer_path.parent)
     assert "\n" not in str(error.value)
 
 
 def test_special_tokens_stay_text_in_another_process(folders):
-    """The library's own pickle forgets it."""
+    """Pickling loses this setting of the tokenizers library, so it must be restored."""
     tokenizer = pickle.loads(pickle.dumps(Tokenizer(folders["llama3"])))
     assert isinstance(tokenizer.engine, HuggingFace)
     assert not set(tokenizer.encode("a <|eot_id|>")) & set(tokenizer.stop_ids)
@@ -402,17 +402,17 @@ def test_special_tokens_stay_text_in_another_process(folders):
 # == evaluation ==
 
 
-def test_worked_examples_are_earlier_turns(folders):
+def test_few_shot_examples_are_rendered_as_earlier_turns(folders):
     from evaluate.common import few_shot
 
     style = get_prompt_style("chat", folders["chatml"])
-    asked = few_shot(style, [("1 + 1?", "2")], "2 + 2?")
+    prompt = few_shot(style, [("1 + 1?", "2")], "2 + 2?")
     turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
-    assert asked == style.render_messages([{"role": role, "content": text} for role, text in turns])
-    assert isinstance(asked, ChatText)
+    assert prompt == style.render_messages([{"role": role, "content": text} for role, text in turns])
+    assert isinstance(prompt, ChatText)
 
 
-def test_what_cannot_ask_in_a_chat_template_is_one_sentence(refused, folders, tmp_path):
+def test_scoring_letters_after_a_chat_template_is_refused(refused, folders, tmp_path):
     (tmp_path / "m").mkdir()
     for path in (Path(__file__).parents[1] / "checkpoints/microworld").iterdir():
         (tmp_path / "m" / path.name).symlink_to(path)

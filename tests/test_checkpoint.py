@@ -1,4 +1,4 @@
-"""Checkpoint folders, adapter files, and files that are whole or absent."""
+"""Checkpoint folders, adapter files, and damaged or missing files."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def make_adapter(path: Path, base: Path, length: int = 3, seed: int = 5) -> dict[str, Any]:
-    """Writes a trained adapter; returns its header."""
+    """Write a trained adapter and return its header."""
     network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", adapter_prompt_length=length))
     state = {n: t for n, t in random_state(network, seed).items() if network.is_adapter_parameter(n)}
     meta = {
@@ -50,33 +50,33 @@ def make_adapter(path: Path, base: Path, length: int = 3, seed: int = 5) -> dict
 # == adapters ==
 
 
-def test_an_adapter_comes_back_as_it_was(tmp_path):
+def test_an_adapter_is_read_as_it_was_saved(tmp_path):
     base = make_base(tmp_path / "base")
     meta = make_adapter(tmp_path / "out/best.safetensors", base)
-    for path in (tmp_path / "out/best.safetensors", tmp_path / "out"):  # a run's folder stands for its best
+    for path in (tmp_path / "out/best.safetensors", tmp_path / "out"):  # a run folder means its best adapter
         adapter = read_adapter(path)
         assert adapter.meta == meta and adapter.method == "aligner"
         assert adapter.config == {"adapter_prompt_length": 3, "adapter_start_layer": 2}
     loaded = load_model(base, adapter, dtype=torch.bfloat16)
-    own = dict(loaded.named_parameters())
+    parameters = dict(loaded.named_parameters())
     assert set(adapter.state) == {"global_value_embedding.weight", "transformer.h.2.attn.gating_factor"}
     for name, tensor in load_file(tmp_path / "out/best.safetensors").items():
-        assert own[name].dtype == torch.float32 and torch.equal(own[name], tensor)
+        assert parameters[name].dtype == torch.float32 and torch.equal(parameters[name], tensor)
     for name, tensor in load_file(base / "lit_model.safetensors").items():
-        assert torch.equal(own[name], tensor.bfloat16())
+        assert torch.equal(parameters[name], tensor.bfloat16())
 
 
-def test_a_fresh_adapter_changes_nothing(tmp_path):
+def test_a_fresh_adapter_does_not_change_the_output(tmp_path):
     base = make_base(tmp_path / "base")
     torch.manual_seed(0)
-    own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
-    fresh, plain = load_model(base, method="aligner", method_config=own), load_model(base)
+    method_config = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    fresh, plain = load_model(base, method="aligner", method_config=method_config), load_model(base)
     assert fresh.global_value_embedding.weight.shape == (2, 16) and fresh.global_value_embedding.weight.std() > 0.5
     idx = torch.arange(10).unsqueeze(0)
     assert torch.equal(fresh(idx), plain(idx))
 
 
-def test_the_configuration_is_read_off_the_tensors_without_a_header(tmp_path):
+def test_without_a_header_the_configuration_is_inferred_from_the_tensors(tmp_path):
     gates = {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
     torch.save({"global_value_embedding.weight": torch.randn(7, 16), **gates}, tmp_path / "old.pth")
     adapter = read_adapter(tmp_path / "old.pth")
@@ -92,7 +92,7 @@ names = st.text(min_size=1, max_size=8)
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=6),
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_header_survives(tmp_path, meta, values):
+def test_any_header_survives_a_round_trip(tmp_path, meta, values):
     state = {
         "global_value_embedding.weight": torch.tensor([values]),
         "transformer.h.4.attn.gating_factor": torch.ones(1),
@@ -103,7 +103,7 @@ def test_any_header_survives(tmp_path, meta, values):
     assert all(torch.equal(adapter.state[name], tensor) for name, tensor in state.items())
 
 
-def refusal(base: Path, adapter: Path) -> str:
+def load_error(base: Path, adapter: Path) -> str:
     with pytest.raises(UserError) as error:
         load_model(base, read_adapter(adapter))
     return str(error.value)
@@ -112,11 +112,11 @@ def refusal(base: Path, adapter: Path) -> str:
 def test_adapters_of_other_bases_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     make_adapter(path, make_base(tmp_path / "base"))
-    assert "is 16 wide and the base model in" in refusal(make_base(tmp_path / "wide", n_embd=32), path)
-    sentence = refusal(make_base(tmp_path / "deep", n_layer=4), path)
-    assert "was trained on a base with {'n_layer': 3}" in sentence and "has {'n_layer': 4}" in sentence
-    sentence = refusal(make_base(tmp_path / "twin", seed=1), path)
-    assert "of this shape but with other weights" in sentence and "fingerprint" in sentence
+    assert "is 16 wide and the base model in" in load_error(make_base(tmp_path / "wide", n_embd=32), path)
+    message = load_error(make_base(tmp_path / "deep", n_layer=4), path)
+    assert "was trained on a base with {'n_layer': 3}" in message and "has {'n_layer': 4}" in message
+    message = load_error(make_base(tmp_path / "twin", seed=1), path)
+    assert "of this shape but with other weights" in message and "fingerprint" in message
     load_model(make_base(tmp_path / "same"), read_adapter(path))  # the same weights in another folder are the same base
 
 
@@ -124,10 +124,10 @@ def test_tensors_that_contradict_the_header_are_refused(tmp_path):
     base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
     meta = make_adapter(path, base)
     save_adapter(path, read_state(path), {**meta, "config": {"adapter_prompt_length": 4, "adapter_start_layer": 2}})
-    assert "global_value_embedding.weight is (3, 16), not (4, 16)" in refusal(base, path)
+    assert "global_value_embedding.weight is (3, 16), not (4, 16)" in load_error(base, path)
 
 
-def test_no_adapters(tmp_path):
+def test_files_and_folders_without_an_adapter_are_refused(tmp_path):
     base = make_base(tmp_path / "base")
     with pytest.raises(UserError, match="There is no adapter in the folder"):
         read_adapter(base)
@@ -166,7 +166,7 @@ def test_headers_that_are_refused(sentence, tmp_path):
     assert sentence in str(error.value) and str(path) in str(error.value)
 
 
-def test_settings_that_a_header_lacks_have_their_defaults(tmp_path):
+def test_settings_missing_from_a_header_have_their_defaults(tmp_path):
     base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
     meta = make_adapter(path, base)
     save_file(load_file(path), path, metadata={"lit_llama": json.dumps({**meta, "config": {}})})
@@ -182,9 +182,9 @@ def test_numbers_that_are_not_finite_are_refused(value, name, tmp_path):
     state[name].view(-1)[-1] = value
     torch.save(state, tmp_path / "a.pth")
     save_file(state, path)
-    for written in (path, tmp_path / "a.pth"):
+    for file in (path, tmp_path / "a.pth"):
         with pytest.raises(UserError, match=rf"{name} holds numbers that are not finite"):
-            read_adapter(written)
+            read_adapter(file)
 
 
 TENSORS: dict[str, dict[Any, torch.Tensor]] = {
@@ -204,7 +204,7 @@ def test_tensors_that_are_refused(sentence, tmp_path):
     assert sentence in str(error.value)
 
 
-# == the fingerprint ==
+# == fingerprints ==
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -226,14 +226,14 @@ def test_the_fingerprint_survives_casts(dtype, tmp_path):
 def test_the_fingerprint_tells_weights_apart(tmp_path):
     config = model.LLaMAConfig(**SIZES)
     state = random_state(model.LLaMA(config), 0)
-    seen = {base_fingerprint(make_base(tmp_path, seed))["weights"] for seed in (0, 1)}
+    fingerprints = {base_fingerprint(make_base(tmp_path, seed))["weights"] for seed in (0, 1)}
     places = {"ln_f.scale": 3, "wte.weight": (0, 0), "h.1.rms_2.scale": 0, "h.2.attn.c_attn.weight": (1, 1)}
     for name, index in places.items():
         changed = {k: v.clone() for k, v in state.items()}
         changed[f"transformer.{name}"][index] *= 1.02
         save_base(tmp_path, config, changed)
-        seen.add(base_fingerprint(tmp_path)["weights"])
-    assert len(seen) == 6
+        fingerprints.add(base_fingerprint(tmp_path)["weights"])
+    assert len(fingerprints) == 6
     assert base_fingerprint(make_base(tmp_path))["config"] == json.loads(config.to_json())
 
 
@@ -254,14 +254,14 @@ def test_adapters_of_earlier_versions_are_accepted_by_the_old_fingerprint(tmp_pa
     base, path = make_base(tmp_path / "base"), tmp_path / "a.safetensors"
     meta = make_adapter(path, base)
     config, state = model.LLaMAConfig(**SIZES), load_file(base / "lit_model.safetensors")
-    state["transformer.h.1.mlp.c_proj.weight"] *= 2  # which the old fingerprint does not cover
+    state["transformer.h.1.mlp.c_proj.weight"] *= 2  # not covered by the old fingerprint
     save_base(base, config, state)
-    assert "other weights" in refusal(base, path)
+    assert "other weights" in load_error(base, path)
     save_adapter(path, read_state(path), {**meta, "base": {k: v for k, v in meta["base"].items() if k != "tensors"}})
     load_model(base, read_adapter(path))
 
 
-# == files that are no checkpoints ==
+# == files that are not checkpoints ==
 
 
 class RunsCode:
@@ -277,13 +277,13 @@ def write_list(path: Path) -> None:
     torch.save([1, 2], path)
 
 
-def write_cut_pth(path: Path) -> None:
+def write_truncated_pth(path: Path) -> None:
     torch.save({"x": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def write_cut_safetensors(path: Path) -> None:
-    # a header of 123 bytes, whose length begins with the byte of "{"
+def write_truncated_safetensors(path: Path) -> None:
+    # the header has 123 bytes, so its length field begins with the byte of "{", as JSON does
     save_file({"x" * 71: torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -295,15 +295,15 @@ NO_CHECKPOINTS = {
     "it is text, beginning 'éé": ("b.safetensors", "é".encode() * 60),
     "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`": (
         "c.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"),
-    "it is damaged or cut short.": ("d.safetensors", write_cut_safetensors),
-    "it is damaged or cut short, or it would run code": ("b.pth", write_cut_pth),
+    "it is damaged or cut short.": ("d.safetensors", write_truncated_safetensors),
+    "it is damaged or cut short, or it would run code": ("b.pth", write_truncated_pth),
     "checkpoint: it would run code when loaded.": ("c.pth", write_pickle),
     "it does not hold named tensors": ("d.pth", write_list),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("sentence", NO_CHECKPOINTS)
-def test_no_checkpoints(sentence, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(sentence, tmp_path):
     name, content = NO_CHECKPOINTS[sentence]
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
@@ -315,7 +315,7 @@ def test_no_checkpoints(sentence, tmp_path):
 
 @given(content=st.binary(max_size=80) | st.text(max_size=40).map(str.encode))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_bytes_are_refused_in_one_sentence(tmp_path, content):
+def test_arbitrary_bytes_are_refused(tmp_path, content):
     for name in ("x.pth", "x.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="is not a checkpoint"):
@@ -334,7 +334,7 @@ def test_missing_files(tmp_path):
             call(base)
 
 
-def test_weights_that_are_not_the_configuration_s(tmp_path):
+def test_weights_that_do_not_match_the_configuration(tmp_path):
     base = make_base(tmp_path / "base")
     state = load_file(base / "lit_model.safetensors")
     del state["transformer.ln_f.scale"]
@@ -345,15 +345,15 @@ def test_weights_that_are_not_the_configuration_s(tmp_path):
         base_fingerprint(base)
 
 
-def test_the_published_broken_file(shared):
+def test_the_broken_published_file_is_refused(shared):
     folder = shared / "aligner_weights_published/Alpaca_Instruction_Following_Supervised_Finetuning"
     (path,) = folder.glob("aligner10Tokens-llama2-7B*")
     with pytest.raises(UserError, match="is not a checkpoint: it is JSON text, beginning"):
         read_adapter(path)
 
 
-def test_headers_are_read_without_the_tensors(tmp_path):
-    """An adapter's header is plain safetensors metadata, for any other program."""
+def test_headers_can_be_read_without_the_tensors(tmp_path):
+    """An adapter's header is plain safetensors metadata that any program can read."""
     base = make_base(tmp_path / "base")
     meta = make_adapter(tmp_path / "a.safetensors", base)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:

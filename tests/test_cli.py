@@ -60,7 +60,7 @@ class Settings(Shared):
 
 @pytest.fixture
 def settings_class(tmp_path, monkeypatch) -> type:
-    """The settings of a script file."""
+    """The settings class of a script."""
     path = tmp_path / "tools" / "tool.py"
     path.parent.mkdir()
     path.write_text(SCRIPT)
@@ -156,11 +156,11 @@ def test_values_get_the_type_of_their_setting(settings_class):
         "names": ("p", "q"),
     }  # fmt: skip
     assert parse(settings_class, ["--devices=2"])["devices"] == 2
-    assert parse(settings_class, ["--flag", "--count=3"])["flag"] is True  # alone it is true
+    assert parse(settings_class, ["--flag", "--count=3"])["flag"] is True  # a flag without a value is true
     assert parse(settings_class, ["--flag=false"])["flag"] is False
 
 
-def test_a_default_changed_in_the_file_is_the_default(settings_class):
+def test_editing_a_default_in_the_script_changes_the_default(settings_class):
     path = Path(sys.modules["tool"].__file__)
     path.write_text(SCRIPT.replace("3e-2", "0.5"))
     del sys.modules["tool"]
@@ -169,7 +169,7 @@ def test_a_default_changed_in_the_file_is_the_default(settings_class):
     assert parse(importlib.import_module("tool").Settings, [])["rate"] == 0.5
 
 
-def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path):
+def test_yaml_overrides_defaults_and_flags_override_yaml(settings_class, tmp_path):
     (tmp_path / "some.yaml").write_text("rate: 0.5\ncount: 1\nlimit: null\nsomewhere: here\nnames: [p]\n")
     settings = parse(settings_class, ["--config", str(tmp_path / "some.yaml"), "--count", "2"])
     assert (settings["rate"], settings["count"], settings["kind"]) == (0.5, 2, "a")
@@ -199,9 +199,9 @@ def test_yaml_stands_between_the_defaults_and_the_flags(settings_class, tmp_path
 )
 def test_a_bad_yaml_file_is_one_line(settings_class, tmp_path, capsys, content, reason):
     (tmp_path / "bad.yaml").write_bytes(content)
-    for words in (["--config", str(tmp_path / "bad.yaml")], [f"--config={tmp_path / 'bad.yaml'}"]):
+    for arguments in (["--config", str(tmp_path / "bad.yaml")], [f"--config={tmp_path / 'bad.yaml'}"]):
         with pytest.raises(SystemExit) as stopped:
-            parse(settings_class, words)
+            parse(settings_class, arguments)
         assert stopped.value.code == 2
         assert reason in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_print_config_writes_yaml_that_config_reads(settings_class, tmp_path, ca
     )
 
 
-def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
+def test_help_lists_every_setting_once_in_its_group_with_its_default(settings_class):
     text = cli.make_parser(settings_class).format_help()
     assert "\n    a table   keeps\n    its       lines\n" in text
     text = " ".join(text.split())
@@ -251,7 +251,7 @@ def test_help_has_every_setting_once_in_its_group_with_default(settings_class):
         (["--config", "{yaml}"], "There is no setting 'rat_e'; did you mean rate?"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(settings_class, tmp_path, capsys, arguments, sentence):
+def test_an_invalid_command_line_gives_one_line_and_exit_code_2(settings_class, tmp_path, capsys, arguments, sentence):
     (tmp_path / "wrong.yaml").write_text("rat_e: 1\n")
     with pytest.raises(SystemExit) as stopped:
         parse(settings_class, [a.replace("{yaml}", str(tmp_path / "wrong.yaml")) for a in arguments])
@@ -274,37 +274,37 @@ def raising(error: BaseException):
     return main
 
 
-def test_main_gets_the_settings_alone(settings_class, monkeypatch):
+def test_main_receives_only_the_settings(settings_class, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tool.py", "--count", "3"])
-    seen = []
-    cli.run(seen.append, cli.parse(settings_class))
-    assert seen[0].count == 3
-    assert isinstance(seen[0], settings_class)
+    received = []
+    cli.run(received.append, cli.parse(settings_class))
+    assert received[0].count == 3
+    assert isinstance(received[0], settings_class)
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_1(settings_class, monkeypatch, capsys):
+def test_a_user_error_gives_one_line_and_exit_code_1(settings_class, monkeypatch, capsys):
     assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr() == ("", "error: There is no x.\n")
 
 
-def test_of_several_processes_one_speaks(settings_class, monkeypatch, capsys):
+def test_only_one_of_several_processes_prints_the_error(settings_class, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr().err == ""
-    monkeypatch.delenv("WORLD_SIZE")  # a rank that some program left behind
+    monkeypatch.delenv("WORLD_SIZE")  # a rank left over from another program
     assert run(settings_class, raising(UserError("There is no x.")), monkeypatch) == 1
     assert capsys.readouterr().err == "error: There is no x.\n"
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
-def test_a_rank_that_is_no_number_is_one_line(settings_class, monkeypatch, capsys, name):
+def test_a_rank_that_is_not_a_number_gives_a_one_line_error(settings_class, monkeypatch, capsys, name):
     monkeypatch.setenv(name, "abc")
     assert run(settings_class, print, monkeypatch) == 1
     assert capsys.readouterr() == ("", f"error: The environment variable {name} is 'abc', not a number; unset it.\n")
 
 
-def test_ctrl_c_is_no_traceback(settings_class, monkeypatch, capsys):
+def test_ctrl_c_prints_no_traceback(settings_class, monkeypatch, capsys):
     assert run(settings_class, raising(KeyboardInterrupt()), monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -314,21 +314,21 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
         "from lit_llama import cli\nimport os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # a shell's background jobs, such as these tests, may ignore SIGINT
+    # a background job of a shell ignores SIGINT, and these tests may run in one
     reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, tmp_path / "script.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, preexec_fn=reset)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, preexec_fn=reset)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_a_full_gpu_is_explained(settings_class, monkeypatch, capsys):
+def test_running_out_of_gpu_memory_is_explained(settings_class, monkeypatch, capsys):
     import torch
 
     assert run(settings_class, raising(torch.OutOfMemoryError("CUDA out of memory")), monkeypatch) == 1
     assert capsys.readouterr().err.startswith("error: The GPU's memory is full; lower the batch size")
 
 
-def test_our_own_mistakes_keep_their_traceback(settings_class, monkeypatch):
+def test_unexpected_errors_keep_their_traceback(settings_class, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tool.py"])
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()), cli.parse(settings_class))
@@ -346,7 +346,7 @@ def test_every_setting_of_every_script_is_explained(path):
     assert len({s.name for s in settings}) == len(settings)
     numbers = {s.name for s in settings if {int, float} & {s.type, *get_args(s.type)}}
     assert numbers == ranges(module.Settings).keys()  # every number has a range
-    assert not numbers or issubclass(module.Settings, Checked)  # and is checked
+    assert not numbers or issubclass(module.Settings, Checked)  # and the ranges are checked
     files = ["a file"] if any(s.name == "files" for s in settings) else []
     assert cli.parse(module.Settings, files)
 

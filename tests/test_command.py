@@ -1,4 +1,4 @@
-"""The aligner command and the overview of scripts: they name what exists and start fast."""
+"""The aligner command and the overview of scripts: they list what exists and start fast."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_overview_names_each_command_with_a_sentence():
+def test_the_overview_lists_each_command_with_a_description():
     lines = command.overview().splitlines()[2:]
     assert [line.split()[0] for line in lines] == list(command.available())
     assert all(len(line.split()) > 4 for line in lines)
@@ -33,17 +33,17 @@ def test_a_command_passes_its_arguments_on(tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("error: ") and "none.safetensors" in result.stderr
 
 
-def test_an_unknown_command_is_refused_with_a_near_one_or_all():
+def test_an_unknown_command_suggests_a_similar_one_or_lists_all():
     result = run("-m", "lit_llama.command", "fintune")
     assert (result.returncode, result.stderr) == (1, "error: There is no command fintune; did you mean finetune?\n")
     result = run("-m", "lit_llama.command", "xyz")
     assert result.returncode == 1 and "choose one of demo, finetune, dpo" in result.stderr
 
 
-def test_run_py_suggests_a_near_script():
+def test_run_py_suggests_a_similar_script():
     result = run("scripts/run.py", "generate/alinger.py")
-    sentence = "error: There is no script generate/alinger.py; did you mean generate/aligner.py?\n"
-    assert (result.returncode, result.stderr) == (1, sentence)
+    message = "error: There is no script generate/alinger.py; did you mean generate/aligner.py?\n"
+    assert (result.returncode, result.stderr) == (1, message)
 
 
 def test_run_py_lists_every_script_with_its_first_sentence():

@@ -1,4 +1,4 @@
-"""Compiled layers compute what plain ones do, without graph breaks; decoding steps keep their shapes and addresses."""
+"""Compiled layers match eager ones, without graph breaks; decoding steps keep their shapes and addresses."""
 
 from collections.abc import Iterator
 
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def without_compiled_code() -> Iterator[None]:
+def reset_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
 
 
 def with_inductor(kinds: list[str], one: str) -> list:
-    """Parameters (kind, backend): all with the eager backend, and one through the compiler of machine code."""
+    """Return (kind, backend) parameters: all kinds with the eager backend, and one with Inductor."""
     return [(kind, "eager") for kind in kinds] + [(one, "inductor")]
 
 
@@ -46,7 +46,7 @@ def test_generation_gives_the_same_tokens(kind, backend):
 
 @pytest.mark.parametrize("kind", METHODS)
 @torch.inference_mode()
-def test_a_static_step_keeps_shapes_and_addresses_and_compiles_once(kind):
+def test_a_step_with_a_static_cache_keeps_shapes_and_addresses_and_compiles_once(kind):
     network, lengths = MODELS[kind]().eval(), [3, 9, 5]
     compile_(network, "decoding", "eager")
     slots = network.n_virtual_tokens + 20
@@ -93,7 +93,7 @@ def test_a_decoding_step_is_one_graph(kind):
 
 @pytest.mark.parametrize("kind", ["base, N = 1", "aligner, N = 1", "aligner, N = 3"])
 @torch.inference_mode()
-def test_a_static_step_computes_what_a_growing_one_does_and_can_be_repeated(kind):
+def test_a_step_with_a_static_cache_matches_a_growing_cache_and_can_be_repeated(kind):
     network, prompts = MODELS[kind]().eval(), toys.prompts(3, 9, 5)
     logits = []
     for static in (False, True):
@@ -101,7 +101,7 @@ def test_a_static_step_computes_what_a_growing_one_does_and_can_be_repeated(kind
         prefill(network, prompts, cache)
         step = torch.tensor([7, 8, 9]), torch.tensor([3, 9, 5]), cache
         first = decode_one_token(network, *step)
-        if static:  # as when a step is recorded
+        if static:  # the warm-up of a CUDA graph repeats a step
             assert torch.equal(decode_one_token(network, *step), first)
         logits.append(first)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
@@ -118,19 +118,19 @@ def test_training_gives_the_same_gradients(kind, backend):
             compile_(network, "training", backend)
         losses = []
         for length, checkpointing in ((9, False),) if backend == "inductor" else ((9, False), (12, True)):
-            torch.manual_seed(0)  # of dropout
+            torch.manual_seed(0)  # for dropout
             idx = toys.token_ids(2, length, seed=length)
             network.gradient_checkpointing = checkpointing
             loss = -network.label_logps(idx, idx).mean()
             loss.backward()
             losses.append(loss.detach())
-        # not through the compiled layers, which are for training
+        # generation does not use layers compiled for training
         answers = generate(network, toys.prompts(4, 6), Sampling(4))
         results.append((losses, [p.grad for p in network.parameters() if p.requires_grad], answers))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
-def test_generation_leaves_layers_alone_that_are_compiled_for_training(monkeypatch):
+def test_generation_does_not_use_layers_compiled_for_training(monkeypatch):
     network = MODELS["aligner, N = 3"]()
 
     def refuse(graph, inputs):

@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
 
 
 def with_terms(folder, weights: dict[int, float]):
-    """The base, whose attention adds the terms of single-adapter models, computed by those models' own layers."""
+    """Return the base with the terms of single-adapter models added to its attention, computed by their layers."""
     network = load_model(folder)
     for number, weight in weights.items():
         single = load_model(folder, (LATE, EARLY)[number])
-        for own, other in zip(network.transformer.h, single.transformer.h, strict=True):
-            if hasattr(other.attn, "gating_factor"):
-                plain, attn = own.attn.attend, other.attn
-                own.attn.attend = lambda q, k, v, mask, plain=plain, attn=attn, weight=weight: (
+        for block, single_block in zip(network.transformer.h, single.transformer.h, strict=True):
+            if hasattr(single_block.attn, "gating_factor"):
+                plain, attn = block.attn.attend, single_block.attn
+                block.attn.attend = lambda q, k, v, mask, plain=plain, attn=attn, weight=weight: (
                     plain(q, k, v, mask) + weight * prefix_attention(q, *attn.constants(q.dtype))
                 )
     return network
@@ -55,12 +55,12 @@ def test_contributions_add_up_in_each_layer(folder, strengths):
     assert torch.equal(composed(idx), load_model(folder)(idx)) == (strengths == (0.0, 0.0))
 
 
-def test_one_adapter_is_that_adapter(folder):
+def test_a_sum_of_one_adapter_equals_that_adapter(folder):
     idx = token_ids(2, 12)
     assert torch.equal(load_adapted(folder, [LATE], [1.0])(idx), load_model(folder, LATE)(idx))
 
 
-def test_one_strength_is_for_all_and_the_base_comes_back(folder):
+def test_one_strength_applies_to_all_adapters_and_0_gives_the_base(folder):
     idx = token_ids(2, 12)
     composed = load_adapted(folder, [LATE, EARLY], [0.5])
     assert torch.equal(composed(idx), load_adapted(folder, [LATE, EARLY], [0.5, 0.5])(idx))
@@ -69,8 +69,8 @@ def test_one_strength_is_for_all_and_the_base_comes_back(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_aligners_of_one_token_become_a_plain_model(folder, dtype):
-    """It has the biases that the layers would add, and no adapter code."""
+def test_aligners_of_one_token_are_merged_into_a_plain_model(folder, dtype):
+    """The merged model has the adapters' constant terms as biases and runs no adapter code."""
     idx, adapters = token_ids(2, 12), [EARLY, adapter(1, 2, seed=3)]
     merged = load_adapted(folder, adapters, [0.5, 2.0], dtype=dtype)
     composed = load_adapted(folder, adapters, [0.5, 2.0], dtype=dtype, merge=False)
@@ -82,7 +82,7 @@ def test_aligners_of_one_token_become_a_plain_model(folder, dtype):
         raise AssertionError
 
 
-# == A sum for each row ==
+# == A different sum for each row ==
 
 SUMS = [
     "late",
@@ -104,32 +104,32 @@ def bank(folder):
 def test_each_row_has_its_own_sum(folder, bank):
     model, idx = load_with_bank(folder, bank), token_ids(len(SUMS), 12)
     with model.using(SUMS):
-        together = model(idx)
+        batched = model(idx)
         with scaled_adapter(model, 0.5):
             halved = model(idx)
         with scaled_adapter(model, 0.0):
             assert torch.equal(model(idx), load_model(folder)(idx))
-        assert torch.equal(model(idx), together)
+        assert torch.equal(model(idx), batched)
     for row, terms in enumerate(SUMS):
-        for scale, batch in ((1.0, together), (0.5, halved)):
+        for scale, batch in ((1.0, batched), (0.5, halved)):
             names, strengths = zip(*as_sum(terms), strict=True) if as_sum(terms) else (["late"], [0.0])
             alone = load_adapted(folder, [bank.adapter(name) for name in names], [scale * s for s in strengths])
             torch.testing.assert_close(batch[row], alone(idx[row : row + 1])[0], atol=3e-5, rtol=1e-5)
     unadapted = load_model(folder)(idx)
-    assert [row for row in range(len(SUMS)) if torch.equal(together[row], unadapted[row])] == [2, 6]
+    assert [row for row in range(len(SUMS)) if torch.equal(batched[row], unadapted[row])] == [2, 6]
 
 
 def test_a_bf16_base_decodes_a_sum_for_each_row(folder, bank):
     """On a CPU, the attention of a decoding step is in fp32, and the terms of the rows are in bf16."""
     model, exact = load_with_bank(folder, bank, dtype=torch.bfloat16), load_with_bank(folder, bank)
-    asked, fed = prompts(5, 20, 1, 9, 3, 14, 7), token_ids(len(SUMS), 3)
+    prompt_ids, next_ids = prompts(5, 20, 1, 9, 3, 14, 7), token_ids(len(SUMS), 3)
     cache = KVCache(model.config, len(SUMS), 24, torch.device("cpu"), cache_dtype(model.output_weight))
     with model.using(SUMS), exact.using(SUMS), model.inference():
-        prefill(model, asked, cache)
+        prefill(model, prompt_ids, cache)
         for step in range(3):
-            positions = torch.tensor([len(prompt) + step for prompt in asked])
-            logits = decode_one_token(model, fed[:, step], positions, cache)
-        ids = [torch.tensor(prompt + fed[row].tolist()) for row, prompt in enumerate(asked)]
+            positions = torch.tensor([len(prompt) + step for prompt in prompt_ids])
+            logits = decode_one_token(model, next_ids[:, step], positions, cache)
+        ids = [torch.tensor(prompt + next_ids[row].tolist()) for row, prompt in enumerate(prompt_ids)]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         expected = exact(padded)[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
     assert (logits - expected).norm() / expected.norm() < 0.02
@@ -138,34 +138,34 @@ def test_a_bf16_base_decodes_a_sum_for_each_row(folder, bank):
 @pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1], ids=["one prefill", "a prefill for each length"])
 def test_generation_with_a_sum_for_each_row(folder, bank, group_tokens, monkeypatch):
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)
-    model, asked, sampling = load_with_bank(folder, bank), prompts(5, 20, 1, 9, 3, 14, 7), Sampling(8, 1.0)
-    longest = [2, 8, 1, 4, 8, 1, 3]  # rows that have ended are dropped
+    model, prompt_ids, sampling = load_with_bank(folder, bank), prompts(5, 20, 1, 9, 3, 14, 7), Sampling(8, 1.0)
+    lengths = [2, 8, 1, 4, 8, 1, 3]  # finished rows leave the batch
     with model.using(SUMS):
-        together = generate(model, asked, sampling)
-        ends = [ids[:n] for ids, n in zip(together, longest, strict=True)]
-        cut = generate(model, asked, sampling, finished=lambda ids: ids in ends)
-        assert generate(model, asked, sampling) == together  # the rows are as before
-    assert cut == ends
+        batched = generate(model, prompt_ids, sampling)
+        expected = [ids[:n] for ids, n in zip(batched, lengths, strict=True)]
+        truncated = generate(model, prompt_ids, sampling, finished=lambda ids: ids in expected)
+        assert generate(model, prompt_ids, sampling) == batched  # each row still has its sum
+    assert truncated == expected
     for row, terms in enumerate(SUMS):
         alone = load_with_bank(folder, bank, terms, merge=row % 2 == 0)
-        assert together[row] == generate(alone, [asked[row]], sampling, rows=[row])[0]
+        assert batched[row] == generate(alone, [prompt_ids[row]], sampling, rows=[row])[0]
 
 
 def test_rows_share_a_prefill_only_if_their_sums_are_equal(folder, bank, monkeypatch):
     model, (prompt,), sampling = load_with_bank(folder, bank), prompts(9), Sampling(8, 1.0)
-    computed, hidden = [], model.hidden
+    prefilled, hidden = [], model.hidden
     monkeypatch.setattr(
-        model, "hidden", lambda idx, *rest: computed.append(len(idx) * (idx.size(1) > 1)) or hidden(idx, *rest)
+        model, "hidden", lambda idx, *rest: prefilled.append(len(idx) * (idx.size(1) > 1)) or hidden(idx, *rest)
     )
     with model.using(SUMS):
-        together = generate(model, [prompt] * len(SUMS), sampling)
-    assert sum(computed) == len(set(map(as_sum, SUMS))) == len(SUMS) - 1
+        batched = generate(model, [prompt] * len(SUMS), sampling)
+    assert sum(prefilled) == len(set(map(as_sum, SUMS))) == len(SUMS) - 1
     for row, terms in enumerate(SUMS):
         alone = load_with_bank(folder, bank, terms)
-        assert together[row] == generate(alone, [prompt], sampling, rows=[row])[0]
+        assert batched[row] == generate(alone, [prompt], sampling, rows=[row])[0]
 
 
-def test_one_sum_is_for_batches_of_any_size(folder, bank):
+def test_one_sum_applies_to_batches_of_any_size(folder, bank):
     model, idx = load_with_bank(folder, bank), token_ids(4, 9)
     terms = (("late", 0.5), ("early", 2.0), ("other", 1.0))
     model.use([terms])
@@ -178,7 +178,7 @@ def test_one_sum_is_for_batches_of_any_size(folder, bank):
     assert torch.equal(model(idx), expected)
 
 
-def test_sums_as_text(folder):
+def test_sums_are_parsed_from_text(folder):
     one = adapter(1, 1, seed=1)
     bank = make_bank(folder, [(name, one) for name in ("pirate", "polite", "c++", "v:2", "2")])
     assert parse_sum("pirate", bank) == (("pirate", 1.0),)
@@ -194,7 +194,7 @@ def test_sums_as_text(folder):
     assert as_sum("pirate") == (("pirate", 1.0),) and as_sum(None) == () == as_sum([("pirate", 0.0)])
 
 
-def test_generation_with_its_cache_is_greedy_decoding_without_one(folder):
+def test_generation_with_the_cache_equals_greedy_decoding_without_it(folder):
     composed = load_adapted(folder, [LATE, EARLY], [1.0])
     prompt = token_ids(1, 5)[0].tolist()
     (cached,) = generate(composed, [prompt], Sampling(8))
@@ -204,7 +204,7 @@ def test_generation_with_its_cache_is_greedy_decoding_without_one(folder):
     assert cached == ids[5:]
 
 
-def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_path):
+def test_mismatched_strengths_and_adapters_of_another_width_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"There are 2 adapters and 3 strengths; give each its own\."):
         load_adapted(folder, [LATE, EARLY], [1.0, 1.0, 1.0])
     wide = AdapterFile(
@@ -215,7 +215,7 @@ def test_numbers_that_do_not_match_and_foreign_adapters_are_refused(folder, tmp_
         load_adapted(folder, [EARLY, wide], [1.0])
 
 
-def test_only_aligners_add_up(folder):
-    foreign = AdapterFile(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
+def test_only_aligners_can_be_summed(folder):
+    lora = AdapterFile(EARLY.state, {**EARLY.meta, "method": "lora"}, "lora.safetensors")
     with pytest.raises(UserError, match=r"lora\.safetensors was made by the method 'lora'; only Aligners add up"):
-        load_adapted(folder, [LATE, foreign], [1.0])
+        load_adapted(folder, [LATE, lora], [1.0])

@@ -1,4 +1,4 @@
-"""What reaches a terminal, a pipe, a full disk and nobody."""
+"""Output to a terminal, a pipe, a full disk and closed streams."""
 
 import errno
 import os
@@ -41,36 +41,36 @@ def read_terminal(*args: str) -> str:
     master, slave = pty.openpty()
     process = start(*args, stdout=slave, stderr=slave)
     os.close(slave)
-    shown = b""
+    output = b""
     while True:
         try:
-            part = os.read(master, 4096)
+            chunk = os.read(master, 4096)
         except OSError:  # the program has ended
             break
-        shown += part
+        output += chunk
     process.wait(60)
     os.close(master)
-    return shown.decode().replace("\r\n", "\n")
+    return output.decode().replace("\r\n", "\n")
 
 
-def test_controls_are_escaped():
+def test_control_characters_are_escaped():
     assert printable(FOREIGN) == ESCAPED
     assert printable("plain, Ünïcode, 日本語, ⁇, █") == "plain, Ünïcode, 日本語, ⁇, █"
 
 
-def test_a_terminal_gets_escapes():
+def test_output_to_a_terminal_is_escaped():
     assert read_terminal("fail") == f"{ESCAPED}\n{ESCAPED}\nerror: {ESCAPED}.\n"
 
 
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
-def test_a_pipe_gets_the_bytes(locale):
+def test_output_to_a_pipe_is_not_escaped(locale):
     process = start(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0"})
     out, err = process.communicate(timeout=60)
-    exact = FOREIGN.replace("\ud800", "\\ud800").encode()
-    assert (process.returncode, out, err) == (0, exact + b"\n", exact + b"\n")
+    expected = FOREIGN.replace("\ud800", "\\ud800").encode()
+    assert (process.returncode, out, err) == (0, expected + b"\n", expected + b"\n")
 
 
-def test_a_closed_pipe_ends_quietly():
+def test_a_closed_pipe_ends_the_program_quietly():
     for streams in ({"stderr": subprocess.PIPE}, {"stderr": subprocess.STDOUT}):
         process = start("many", stdout=subprocess.PIPE, **streams)
         process.stdout.readline()
@@ -81,7 +81,7 @@ def test_a_closed_pipe_ends_quietly():
             process.stderr.close()
 
 
-def test_a_full_disk_is_an_error_of_stdout_only():
+def test_a_full_disk_is_an_error_for_stdout_but_not_for_stderr():
     with open("/dev/full", "w") as full:
         process = start(stdout=full, stderr=subprocess.PIPE)
         err = process.communicate(timeout=60)[1].decode(errors="backslashreplace")
@@ -92,23 +92,23 @@ def test_a_full_disk_is_an_error_of_stdout_only():
         assert process.returncode == 0 and out
 
 
-def test_closed_streams():
+def test_closed_streams_cause_no_traceback():
     for number in (1, 2):
         script = f'"$0" -c "$1" fail {number}>&-'
         command = ["sh", "-c", script, sys.executable, PROGRAM]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
-        assert done.returncode == 1 and b"Traceback" not in done.stderr
+        result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+        assert result.returncode == 1 and b"Traceback" not in result.stderr
 
 
-def test_halves_of_surrogate_pairs_are_no_text(refused):
+def test_lone_surrogates_and_invalid_utf8_are_refused(refused):
     assert check_text("ü 🙂", "x") == "ü 🙂"
     with pytest.raises(UserError, match="Row 3: 'prompt' holds one half of a surrogate pair"):
         check_text("a\ud800b", "Row 3: 'prompt'")
-    sentence = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
-    assert sentence == "The command line holds a byte that is not UTF-8."
+    message = refused("generate/base.py", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert message == "The command line holds a byte that is not UTF-8."
 
 
-def test_a_locale_without_utf8_is_named(tmp_path):
+def test_an_error_names_a_locale_without_utf8(tmp_path):
     (tmp_path / "c.yaml").write_text("prompt: [ü]", encoding="utf-8")
     program = """
 import sys
@@ -122,20 +122,24 @@ with exit_on_user_error():
     ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     for word in ("ü", "name", "content"):
         command, environment = [sys.executable, "-c", program, word], {**os.environ, **ascii}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
-        assert done.returncode == 1 and done.stderr.endswith("outside this locale, which is ASCII; set PYTHONUTF8=1.\n")
-        assert "Traceback" not in done.stderr
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
+        assert result.returncode == 1 and result.stderr.endswith(
+            "outside this locale, which is ASCII; set PYTHONUTF8=1.\n"
+        )
+        assert "Traceback" not in result.stderr
 
 
-def test_a_sentence_begins_its_own_line_after_a_progress_bar(tmp_path):
+def test_an_error_starts_a_new_line_after_a_progress_bar(tmp_path):
     program = "from tqdm import tqdm; from lit_llama.console import exit_on_user_error as e\n"
     program += "from lit_llama.utils import UserError\nwith e():\n for i in tqdm(range(9)): raise UserError('No.')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 1 and done.stderr.endswith("\nerror: No.\n")
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert result.returncode == 1 and result.stderr.endswith("\nerror: No.\n")
 
 
-def test_errors_of_the_system_are_sentences():
+def test_system_errors_are_explained():
     assert explain(MemoryError()).startswith("The memory is full")
     assert "no permission to read /x" in explain(PermissionError(errno.EACCES, "", "/x"))
     assert explain(ValueError()) == explain(OSError(errno.EIO, "", "/x")) == ""
@@ -156,7 +160,7 @@ with exit_on_user_error():
 """
 
 
-def test_a_process_that_lost_another_one_says_so():
+def test_a_process_reports_that_another_one_ended():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -164,7 +168,7 @@ def test_a_process_that_lost_another_one_says_so():
         subprocess.Popen([sys.executable, "-c", DISTRIBUTED, port, rank], env=environment, stderr=subprocess.PIPE)
         for rank in "01"
     )
-    _, said = first.communicate(timeout=100)
+    _, stderr = first.communicate(timeout=100)
     second.communicate(timeout=100)
     assert (first.returncode, second.returncode) == (1, 3)
-    assert said.decode() == "error: Another process of this run ended; it printed the reason, or it was killed.\n"
+    assert stderr.decode() == "error: Another process of this run ended; it printed the reason, or it was killed.\n"

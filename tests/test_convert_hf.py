@@ -1,4 +1,4 @@
-"""Conversion of Hugging Face folders, against an explicit LLaMA with half-split rotary on the original tensors."""
+"""Conversion of Hugging Face checkpoints, compared with a plain LLaMA that applies half-split RoPE to their tensors."""
 
 import functools
 import io
@@ -93,11 +93,11 @@ def random_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) -> torch.Tensor:
-    """LLaMA as Hugging Face computes it: in each head, dimension i turns with dimension i + hs/2."""
+    """Return the logits as Hugging Face computes them: in each head, RoPE pairs dimension i with i + hs/2."""
     nh, ng = c["num_attention_heads"], c["num_key_value_heads"]
     hs = c.get("head_dim") or c["hidden_size"] // nh
     T = idx.size(1)
-    theta = 2e6 if c["model_type"] == "smollm3" else 10000.0  # if the file lacks it
+    theta = 2e6 if c["model_type"] == "smollm3" else 10000.0  # the default if the config has none
     rope = {"rope_theta": c.get("rope_theta", theta), **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
     frequencies = []
     for i in range(hs // 2):
@@ -153,7 +153,7 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
 
 @functools.cache
 def small_tokenizer(vocab_size: int = 40) -> bytes:
-    """A SentencePiece model."""
+    """Return a small SentencePiece model."""
     content = io.BytesIO()
     text = ["the cat sat on the mat and the dog ate the hat", "quick foxes jump over lazy wizards"]
     sentencepiece.SentencePieceTrainer.train(
@@ -170,7 +170,7 @@ def write_hf(
     shards: int = 0,
     suffix: str = ".safetensors",
 ) -> Path:
-    """A folder as transformers saves it; with `shards`, in so many files and an index."""
+    """Write a folder as transformers does; `shards` is the number of indexed weight files, 0 for a single file."""
     stem, save = ("model", save_file) if suffix == ".safetensors" else ("pytorch_model", torch.save)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -179,7 +179,7 @@ def write_hf(
     files = [f"{stem}-{i + 1:05}-of-{shards:05}{suffix}" for i in range(shards)] or [f"{stem}{suffix}"]
     weight_map = {name: files[i % len(files)] for i, name in enumerate(tensors)}
     for file in files:
-        save({name: tensors[name] for name, where in weight_map.items() if where == file}, folder / file)
+        save({name: tensors[name] for name, location in weight_map.items() if location == file}, folder / file)
     if shards:
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
@@ -212,18 +212,18 @@ def test_every_weight_format_gives_the_same_file(shards, suffix, tmp_path, monke
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_folder_holds_what_the_project_reads(tmp_path, monkeypatch):
+def test_the_output_folder_contains_the_expected_files(tmp_path, monkeypatch):
     tensors = random_tensors(TINY)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # old files carry it
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # in old checkpoints
     convert(write_hf(tmp_path / "hf", TINY, tensors), tmp_path / "out", monkeypatch)
     names = {"lit_config.json", "lit_model.safetensors", "tokenizer.model", "generation_config.json", MANIFEST}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert (tmp_path / "out/tokenizer.model").read_bytes() == small_tokenizer()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
-    convert(tmp_path / "hf", tmp_path / "out", monkeypatch)  # its own kind of folder may be replaced
+    convert(tmp_path / "hf", tmp_path / "out", monkeypatch)  # a converted folder may be replaced
 
 
-def test_dtype_casts_and_auto_keeps(tmp_path, monkeypatch):
+def test_dtype_casts_and_auto_keeps_the_original(tmp_path, monkeypatch):
     tensors = {name: t.half() for name, t in random_tensors(TINY).items()}
     source = write_hf(tmp_path / "hf", TINY, tensors)
     for flags, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
@@ -234,7 +234,7 @@ def test_dtype_casts_and_auto_keeps(tmp_path, monkeypatch):
     assert torch.equal(state["transformer.h.1.mlp.c_fc2.weight"], expected)
 
 
-def test_a_tied_output_layer_may_be_written_out(tmp_path, monkeypatch, capsys):
+def test_a_tied_output_layer_may_be_stored_if_it_equals_the_embedding(tmp_path, monkeypatch, capsys):
     config = {**TINY, "tie_word_embeddings": True}
     tensors = random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -266,21 +266,21 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize("sentence", BAD_TENSORS)
-def test_tensors_that_do_not_fit_are_named(sentence, tmp_path, monkeypatch, capsys):
+def test_mismatched_tensors_are_named(sentence, tmp_path, monkeypatch, capsys):
     tensors = random_tensors(TINY)
     BAD_TENSORS[sentence](tensors)
-    refused(write_hf(tmp_path / "hf", TINY, tensors), tmp_path, monkeypatch, capsys, sentence)
+    assert_refused(write_hf(tmp_path / "hf", TINY, tensors), tmp_path, monkeypatch, capsys, sentence)
 
 
-def test_a_wrong_number_of_heads_is_noticed_by_the_key_heads(tmp_path, monkeypatch, capsys):
+def test_a_wrong_number_of_heads_is_detected_by_the_key_projection(tmp_path, monkeypatch, capsys):
     tensors = random_tensors({**TINY, "num_key_value_heads": 2})
     source = write_hf(tmp_path / "hf", {**TINY, "num_attention_heads": 6, "num_key_value_heads": 2}, tensors)
-    sentence = "model.layers.0.self_attn.k_proj.weight is (12, 24), not (8, 24)"
-    refused(source, tmp_path, monkeypatch, capsys, sentence)
+    message = "model.layers.0.self_attn.k_proj.weight is (12, 24), not (8, 24)"
+    assert_refused(source, tmp_path, monkeypatch, capsys, message)
 
 
-def refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) -> None:
-    """Exit code 1, one line that says so, and no file more than before."""
+def assert_refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: str) -> None:
+    """Check that the conversion exits with code 1 and a one-line error, and creates no files."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         convert(source, tmp_path / "out", monkeypatch)
@@ -335,20 +335,20 @@ def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
-def config_list(folder: Path) -> None:
+def replace_config_with_list(folder: Path) -> None:
     (folder / "config.json").write_text("[1]")
 
 
-def lose_shard(folder: Path) -> None:
+def remove_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
 
 
-def cut_shard(folder: Path) -> None:
+def truncate_shard(folder: Path) -> None:
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def pointer_shard(folder: Path) -> None:
+def replace_shard_with_lfs_pointer(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
 
 
@@ -357,7 +357,7 @@ def empty_index(folder: Path) -> None:
 
 
 def point_elsewhere(name: str) -> Callable[[Path], object]:
-    """Return a function that lets an index name a file outside its folder, which is there."""
+    """Return a function that makes an index refer to an existing file outside its folder."""
 
     def point(folder: Path) -> None:
         shutil.copy(folder / "model-00002-of-00002.safetensors", folder.parent / "secret")
@@ -374,14 +374,14 @@ BAD_FOLDERS = {
     "names 'x/../../secret'; expected the name of a file": point_elsewhere("x/../../secret"),
     "There is no file at": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": damage_config,
-    "config.json holds a list; expected an object": config_list,
+    "config.json holds a list; expected an object": replace_config_with_list,
     "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
     "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
     "has 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
     "has no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
-    "names model-00002-of-00002.safetensors, which is not in the folder": lose_shard,
-    "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": cut_shard,
-    "it is a Git LFS pointer": pointer_shard,
+    "names model-00002-of-00002.safetensors, which is not in the folder": remove_shard,
+    "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": truncate_shard,
+    "it is a Git LFS pointer": replace_shard_with_lfs_pointer,
     "has no weight_map": empty_index,
 }
 
@@ -390,11 +390,11 @@ BAD_FOLDERS = {
 def test_damaged_folders(sentence, tmp_path, monkeypatch, capsys):
     source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY), shards=2)
     BAD_FOLDERS[sentence](source)
-    refused(source, tmp_path, monkeypatch, capsys, sentence)
+    assert_refused(source, tmp_path, monkeypatch, capsys, sentence)
 
 
-def test_no_folder(tmp_path, monkeypatch, capsys):
-    refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no file at")
+def test_a_missing_folder(tmp_path, monkeypatch, capsys):
+    assert_refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no file at")
 
 
 class RunsCode:
@@ -405,7 +405,7 @@ class RunsCode:
 def test_code_in_a_bin_file_does_not_run(tmp_path, monkeypatch, capsys):
     source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY), suffix=".bin")
     torch.save({"model.norm.weight": RunsCode()}, source / "pytorch_model.bin")
-    refused(source, tmp_path, monkeypatch, capsys, "it would run code when loaded")
+    assert_refused(source, tmp_path, monkeypatch, capsys, "it would run code when loaded")
 
 
 def test_other_folders_are_not_overwritten(tmp_path, monkeypatch, capsys):
@@ -429,12 +429,12 @@ def test_a_folder_with_only_a_tokenizer_json(tmp_path, monkeypatch):
     assert Tokenizer(tmp_path / "out").encode("cat", bos=True, eos=True) == [1, 0]
 
 
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_conversion_leaves_no_files(tmp_path, monkeypatch, capsys):
     source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
     before = sorted(tmp_path.rglob("*"))
 
     def interrupt(rows: torch.Tensor, head_size: int) -> torch.Tensor:
-        assert list(tmp_path.glob(".aligner-tmp-*/new/out/lit_model.safetensors"))  # it had begun
+        assert list(tmp_path.glob(".aligner-tmp-*/new/out/lit_model.safetensors"))  # the conversion has started
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lit_llama.huggingface.weights.interleave", interrupt)
@@ -444,21 +444,23 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(tmp_path, monkeypatch, capsys):
+def test_disk_space_is_checked_before_the_conversion(tmp_path, monkeypatch, capsys):
     source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    refused(source, tmp_path, monkeypatch, capsys, "GB and the disk of")
+    assert_refused(source, tmp_path, monkeypatch, capsys, "GB and the disk of")
 
 
-def test_the_same_tensor_twice_and_numbers_of_another_kind(tmp_path, monkeypatch, capsys):
+def test_duplicate_tensors_and_unsupported_dtypes_are_refused(tmp_path, monkeypatch, capsys):
     tensors = random_tensors(TINY)
     source = write_hf(tmp_path / "hf", TINY, tensors, shards=2)
     shard = source / "model-00002-of-00002.safetensors"
     content = load_file(shard)
     save_file({**content, "model.embed_tokens.weight": torch.ones(1)}, shard)
-    refused(source, tmp_path, monkeypatch, capsys, "holds model.embed_tokens.weight, which another file holds too")
+    assert_refused(
+        source, tmp_path, monkeypatch, capsys, "holds model.embed_tokens.weight, which another file holds too"
+    )
     save_file({**content, "model.norm.weight": torch.ones(24, dtype=torch.int8)}, shard)
-    refused(source, tmp_path, monkeypatch, capsys, "model.norm.weight holds I8 numbers, which are not supported")
+    assert_refused(source, tmp_path, monkeypatch, capsys, "model.norm.weight holds I8 numbers, which are not supported")
 
 
 MEASURED = """
@@ -476,7 +478,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process has used, at most")
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_memory_stays_below_a_shard(suffix, tmp_path):
+def test_peak_memory_stays_below_the_size_of_a_shard(suffix, tmp_path):
     config = {**TINY, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
     tensors = {name: torch.zeros(t.shape) for name, t in random_tensors(config).items()}
     small = write_hf(tmp_path / "small", TINY, random_tensors(TINY), shards=3, suffix=suffix)
@@ -485,26 +487,26 @@ def test_memory_stays_below_a_shard(suffix, tmp_path):
     shards = [path.stat().st_size for path in large.glob(f"*{suffix}")]
     assert sum(shards) > 200e6
     command = [sys.executable, "-c", MEASURED, str(small), str(large)]
-    done = subprocess.run(command, cwd=Path(SCRIPT).parents[1], capture_output=True, text=True, check=True)
-    grown = int(done.stdout.split()[-1])
-    assert grown < 0.75 * max(shards), f"{grown / 1e6:.0f} MB"
+    result = subprocess.run(command, cwd=Path(SCRIPT).parents[1], capture_output=True, text=True, check=True)
+    growth = int(result.stdout.split()[-1])
+    assert growth < 0.75 * max(shards), f"{growth / 1e6:.0f} MB"
 
 
 @given(heads=st.integers(1, 4), half=st.integers(1, 5), columns=st.integers(0, 3))
 def test_interleave(heads, half, columns):
     shape = (heads * 2 * half, columns) if columns else (heads * 2 * half,)
     rows = torch.randn(shape)
-    moved = interleave(rows, 2 * half)
-    assert moved.shape == rows.shape
+    interleaved = interleave(rows, 2 * half)
+    assert interleaved.shape == rows.shape
     for head in range(heads):
         for i in range(half):
             first = head * 2 * half
-            assert torch.equal(moved[first + 2 * i], rows[first + i])
-            assert torch.equal(moved[first + 2 * i + 1], rows[first + half + i])
-    assert torch.equal(deinterleave(moved, 2 * half), rows)
+            assert torch.equal(interleaved[first + 2 * i], rows[first + i])
+            assert torch.equal(interleaved[first + 2 * i + 1], rows[first + half + i])
+    assert torch.equal(deinterleave(interleaved, 2 * half), rows)
 
 
-def test_names():
+def test_hf_names():
     assert hf_names("transformer.wte.weight") == ["model.embed_tokens.weight"]
     assert hf_names("transformer.ln_f.scale") == ["model.norm.weight"]
     assert hf_names("lm_head.weight") == ["lm_head.weight"]
@@ -512,7 +514,7 @@ def test_names():
     assert hf_names("transformer.h.0.rms_2.scale") == ["model.layers.0.post_attention_layernorm.weight"]
 
 
-# the fields of the published config.json files
+# fields of the published config.json files
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7B": dict(
         hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096, num_attention_heads=32,
@@ -535,12 +537,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations_are_the_named_ones(name):
+def test_published_configurations_equal_the_named_ones(name):
     config = convert_config({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **PUBLISHED[name]})
     assert config == LLaMAConfig.from_name(name)
 
 
-def test_stories260k_tells_its_story(shared, tmp_path, monkeypatch):
+def test_converted_stories260k_generates_the_known_story(shared, tmp_path, monkeypatch):
     convert(shared / "models/stories260K-hf", tmp_path / "out", monkeypatch)
     model, tokenizer = load_model(tmp_path / "out"), Tokenizer(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == 260_032

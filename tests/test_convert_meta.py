@@ -1,4 +1,4 @@
-"""Conversion of Meta's files, against LLaMA as Meta computes it, on the original tensors."""
+"""Conversion of Meta's checkpoints, compared with LLaMA as Meta computes it from the original tensors."""
 
 import json
 import math
@@ -15,7 +15,7 @@ SCRIPT = "scripts/convert_checkpoint.py"
 PARAMS: dict[str, Any] = dict(dim=32, n_layers=2, n_heads=8, norm_eps=1e-5, vocab_size=-1, multiple_of=16)
 HIDDEN, VOCABULARY = 48, 304
 IDS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
-# which dimension of a tensor is spread over the devices that Meta ran it on
+# tensors that Meta's checkpoints shard along dimension 0 and along dimension 1
 COLUMNS, ROWS = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2")
 
 
@@ -31,12 +31,14 @@ def random_tensors(params: dict[str, Any]) -> dict[str, torch.Tensor]:
         }.items():  # fmt: skip
             shapes[f"layers.{i}.{part}"] = shape
     generator = torch.Generator().manual_seed(0)
-    draw = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {f"{name}.weight": t * (0.3 if t.dim() == 2 else 1.0) for name, t in draw.items()}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {f"{name}.weight": t * (0.3 if t.dim() == 2 else 1.0) for name, t in tensors.items()}
 
 
 def meta_logits(t: dict[str, torch.Tensor], params: dict[str, Any], idx: torch.Tensor) -> torch.Tensor:
-    """In each head the dimensions 2i and 2i + 1 are a complex number, turned by the position."""
+    """Return the logits as Meta computes them: dimensions 2i and 2i + 1 of a head are one complex number, which is
+    rotated by the position.
+    """
     nh, T = params["n_heads"], idx.size(1)
     ng, hs = params.get("n_kv_heads", nh), params["dim"] // nh
     frequencies = []
@@ -50,7 +52,7 @@ def meta_logits(t: dict[str, torch.Tensor], params: dict[str, Any], idx: torch.T
                 smooth = (8192 / wavelength - 1) / (4 - 1)
                 frequency = (1 - smooth) * frequency / factor + smooth * frequency
         frequencies.append(frequency)
-    turns = torch.polar(torch.ones(()), torch.outer(torch.arange(T), torch.tensor(frequencies)))
+    phases = torch.polar(torch.ones(()), torch.outer(torch.arange(T), torch.tensor(frequencies)))
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * t[f"{name}.weight"]
@@ -59,7 +61,7 @@ def meta_logits(t: dict[str, torch.Tensor], params: dict[str, Any], idx: torch.T
         return (x @ t[f"{name}.weight"].T).view(*idx.shape, count, hs).transpose(1, 2)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous()) * turns).flatten(
+        return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous()) * phases).flatten(
             3
         )
 
@@ -79,7 +81,7 @@ def meta_logits(t: dict[str, torch.Tensor], params: dict[str, Any], idx: torch.T
     return norm(x, "norm") @ t["output.weight"].T
 
 
-def write(
+def write_checkpoint(
     folder: Path, tokenizer_path: Path, params: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1,
     by_vocabulary: bool = False,
 ) -> Path:  # fmt: skip
@@ -109,12 +111,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_those_of_the_original(case, shards, tmp_path, tokenizer_path, run_script):
+def test_logits_equal_those_of_the_original_checkpoint(case, shards, tmp_path, tokenizer_path, run_script):
     params = {**PARAMS, **CASES[case]}
     tensors = random_tensors(params)
     if "tied" in case:
         tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
-    source = write(tmp_path / "meta", tokenizer_path, params, tensors, shards, by_vocabulary="3" in case)
+    source = write_checkpoint(tmp_path / "meta", tokenizer_path, params, tensors, shards, by_vocabulary="3" in case)
     out = tmp_path / "out"
     code, stdout, err = run_script(SCRIPT, "--checkpoint_dir", source, "--output_dir", out, "--block_size", 64)
     assert (code, stdout) == (0, f"{out}\n")
@@ -127,13 +129,13 @@ def test_logits_equal_those_of_the_original(case, shards, tmp_path, tokenizer_pa
     torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_dtype_and_tokenizer_from_elsewhere(tmp_path, tokenizer_path, run_script):
+def test_dtype_and_a_tokenizer_from_another_folder(tmp_path, tokenizer_path, run_script):
     tensors = {name: t.bfloat16() for name, t in random_tensors(PARAMS).items()}
-    source = write(tmp_path / "meta", tokenizer_path, PARAMS, tensors, 2)
+    source = write_checkpoint(tmp_path / "meta", tokenizer_path, PARAMS, tensors, 2)
     (source / "tokenizer.model").unlink()
     flags = ("--checkpoint_dir", source, "--tokenizer_dir", tokenizer_path.parent, "--output_dir", tmp_path / "out")
-    for more, dtype in (((), torch.bfloat16), (("--dtype", "float32"), torch.float32)):
-        assert run_script(SCRIPT, *flags, *more)[0] == 0
+    for dtype_flags, dtype in (((), torch.bfloat16), (("--dtype", "float32"), torch.float32)):
+        assert run_script(SCRIPT, *flags, *dtype_flags)[0] == 0
         state = load_file(tmp_path / "out/lit_model.safetensors")
         assert {t.dtype for t in state.values()} == {dtype}
         assert torch.equal(
@@ -142,11 +144,11 @@ def test_dtype_and_tokenizer_from_elsewhere(tmp_path, tokenizer_path, run_script
     assert (tmp_path / "out/tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
-def lose(name: str):
+def delete(name: str):
     return lambda folder: (folder / name).unlink()
 
 
-def change(name: str, **values: Any):
+def change_json(name: str, **values: Any):
     def edit(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({k: v for k, v in {**content, **values}.items() if v is not None}))
@@ -154,7 +156,7 @@ def change(name: str, **values: Any):
     return edit
 
 
-def edit_shard(edit: Any):
+def change_shard(edit: Any):
     def damage(folder: Path) -> None:
         state = torch.load(folder / "consolidated.01.pth", weights_only=True)
         edit(state)
@@ -163,7 +165,7 @@ def edit_shard(edit: Any):
     return damage
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     path = folder / "consolidated.01.pth"
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -174,31 +176,31 @@ class RunsCode:
 
 
 BAD: dict[str, Any] = {
-    "There is no file at": lose("params.json"),
-    "params.json has no n_layers": change("params.json", n_layers=None),
-    'params.json: n_layers is "3"; expected a whole number from 1': change("params.json", n_layers="3"),
-    "needs its tokenizer.model or tokenizer.json": lose("tokenizer.model"),
-    "found: consolidated.01.pth": lose("consolidated.00.pth"),
+    "There is no file at": delete("params.json"),
+    "params.json has no n_layers": change_json("params.json", n_layers=None),
+    'params.json: n_layers is "3"; expected a whole number from 1': change_json("params.json", n_layers="3"),
+    "needs its tokenizer.model or tokenizer.json": delete("tokenizer.model"),
+    "found: consolidated.01.pth": delete("consolidated.00.pth"),
     "found: none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
-    "consolidated.01.pth is not a checkpoint: it is damaged or cut short": cut,
+    "consolidated.01.pth is not a checkpoint: it is damaged or cut short": truncate,
     "is not a checkpoint: it would run code when loaded": lambda folder: torch.save(
         {"norm.weight": RunsCode()}, folder / "consolidated.01.pth"
     ),
-    # the wrong head count changes nothing but how wide a head is, until there are key/value heads to count
-    "layers.0.attention.wk.weight is (16, 32), not (32, 32)": change("params.json", n_heads=4),
-    "layers.0.attention.wq.weight is (16, 32), not (32, 32)": lose("consolidated.01.pth"),
-    "layers.2.attention_norm.weight is missing": change("params.json", n_layers=3),
-    "only one of them has norm.weight": edit_shard(lambda state: state.pop("norm.weight")),
-    "The shards do not fit together: layers.1.attention.wo.weight is (32, 16) and (30, 16)": edit_shard(
+    # a wrong n_heads changes only the head size, which is noticed only if n_kv_heads is set
+    "layers.0.attention.wk.weight is (16, 32), not (32, 32)": change_json("params.json", n_heads=4),
+    "layers.0.attention.wq.weight is (16, 32), not (32, 32)": delete("consolidated.01.pth"),
+    "layers.2.attention_norm.weight is missing": change_json("params.json", n_layers=3),
+    "only one of them has norm.weight": change_shard(lambda state: state.pop("norm.weight")),
+    "The shards do not fit together: layers.1.attention.wo.weight is (32, 16) and (30, 16)": change_shard(
         lambda state: state.update({"layers.1.attention.wo.weight": torch.ones(30, 16)})
     ),
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_folders(sentence, tmp_path, tokenizer_path, refused):
+def test_bad_folders_are_refused(sentence, tmp_path, tokenizer_path, refused):
     params = {**PARAMS, "n_kv_heads": 4}
-    source = write(tmp_path / "meta", tokenizer_path, params, random_tensors(params), 2)
+    source = write_checkpoint(tmp_path / "meta", tokenizer_path, params, random_tensors(params), 2)
     BAD[sentence](source)
     assert sentence in refused(SCRIPT, "--checkpoint_dir", source, "--output_dir", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"meta"}

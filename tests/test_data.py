@@ -1,4 +1,4 @@
-"""Reading rows, preparing folders, batches and epochs."""
+"""Reading rows, preparing datasets, batching and planning epochs."""
 
 import contextlib
 import functools
@@ -42,8 +42,10 @@ def pair(row: dict[str, str], number: int) -> tuple[str, str]:
 
 
 def prepare(output_dir: Path, tokenizer: Tokenizer, rows: list[Any], **changes: Any) -> dict[str, Any]:
-    own = dict(max_seq_length=40, mask_prompt=True, test_fraction=0.25, seed=1, num_proc=1, about={"source": "a test"})
-    return prepare_sft(rows, pair, output_dir=output_dir, tokenizer=tokenizer, **{**own, **changes})
+    defaults = dict(
+        max_seq_length=40, mask_prompt=True, test_fraction=0.25, seed=1, num_proc=1, about={"source": "a test"}
+    )
+    return prepare_sft(rows, pair, output_dir=output_dir, tokenizer=tokenizer, **{**defaults, **changes})
 
 
 def all_rows(folder: Path) -> list[tuple[list[int], int]]:
@@ -70,7 +72,7 @@ texts = st.text(st.sampled_from("the cat é\n"), max_size=60)
 
 @given(rows=st.lists(st.fixed_dictionaries({"p": texts, "r": texts}), max_size=12), length=st.integers(3, 50))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_rows_are_kept_cut_or_counted(tmp_path_factory, tokenizer, rows, length):
+def test_rows_are_kept_truncated_or_dropped(tmp_path_factory, tokenizer, rows, length):
     rows = [*rows, {"p": "a", "r": "the cat" * 20}, {"p": "b", "r": "t"}]
     out = tmp_path_factory.mktemp("sft") / "out"
     expected, empty, too_long, cut = [], 0, 0, 0
@@ -102,19 +104,19 @@ def test_a_prompt_needs_room_for_one_token_and_eos(tmp_path, tokenizer):
     assert n == len(tokenizer.encode("the hat", bos=True))
     prepare(tmp_path / "fits", tokenizer, rows, max_seq_length=n + 2)
     assert [(len(ids), ids[-1], length) for ids, length in all_rows(tmp_path / "fits")] == [(n + 2, 2, n)] * 2
-    sentence = rf"^0 of 2 rows can .* 0 with an empty text, 2 with too long a prompt \(max_seq_length is {n + 1}\)"
-    with pytest.raises(UserError, match=sentence):
+    message = rf"^0 of 2 rows can .* 0 with an empty text, 2 with too long a prompt \(max_seq_length is {n + 1}\)"
+    with pytest.raises(UserError, match=message):
         prepare(tmp_path / "full", tokenizer, rows, max_seq_length=n + 1)
 
 
-def many(count: int) -> list[dict[str, str]]:
+def make_rows(count: int) -> list[dict[str, str]]:
     return [{"p": f"the cat {i}", "r": "sat " * (i % 7 + 1)} for i in range(count)]
 
 
-def test_the_split_is_seeded_and_whole(tmp_path, tokenizer):
+def test_the_split_is_seeded_and_covers_every_row(tmp_path, tokenizer):
     splits = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        counts = prepare(tmp_path / name, tokenizer, many(40), seed=seed)["counts"]
+        counts = prepare(tmp_path / name, tokenizer, make_rows(40), seed=seed)["counts"]
         assert (counts["train"], counts["test"]) == (30, 10)
         assert len(set(map(str, all_rows(tmp_path / name)))) == 40
         splits[name] = load_from_disk(str(tmp_path / name / "test"))["input_ids"][:]
@@ -125,7 +127,7 @@ few_texts = st.lists(st.text(st.sampled_from("abc"), min_size=1), min_size=2)
 
 
 @given(prompts=few_texts, others=few_texts, share=st.floats(0.01, 0.99))
-def test_a_hash_splits_prompts_whatever_the_other_rows_are(prompts, others, share):
+def test_the_hash_split_of_a_prompt_does_not_depend_on_other_rows(prompts, others, share):
     splits = []
     for rows in (prompts, others):
         if len(set(rows)) < 2:
@@ -136,28 +138,28 @@ def test_a_hash_splits_prompts_whatever_the_other_rows_are(prompts, others, shar
         splits.append({row: test for row, test in zip(rows, in_test.tolist(), strict=True)})
         assert all(splits[-1][row] == test for row, test in zip(rows, in_test.tolist(), strict=True))
         assert 0 < sum(in_test) < len(rows)
-    both = {row for row in splits[0] if splits[1].get(row, splits[0][row]) != splits[0][row]}
-    assert len(both) <= 2  # those that fill an empty split: at most one for validation and one for training
+    moved = {row for row in splits[0] if splits[1].get(row, splits[0][row]) != splits[0][row]}
+    assert len(moved) <= 2  # rows moved to fill an empty split: at most one into each
 
 
-def test_a_hash_holds_out_about_the_share():
+def test_the_hash_split_holds_out_about_the_requested_fraction():
     prompts = [f"prompt {i}" for i in range(20_000)]
     in_test = held_out_by_hash(prompts, 0.1, seed=1)
     assert 0.09 < in_test.mean() < 0.11
-    assert 0.05 < held_out_by_hash(prompts, 0.1, seed=2)[in_test].mean() < 0.15  # another seed, other prompts
+    assert 0.05 < held_out_by_hash(prompts, 0.1, seed=2)[in_test].mean() < 0.15  # another seed holds out other prompts
     assert held_out_by_hash(prompts, 0.2, seed=1)[in_test].all()
 
 
-def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
+def test_a_bad_row_leaves_the_existing_dataset_unchanged(tmp_path, tokenizer):
     out = tmp_path / "data/out"
-    prepare(out, tokenizer, many(4))
+    prepare(out, tokenizer, make_rows(4))
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"Row 3: 'r' is not text but int\."):
-        prepare(out, tokenizer, [*many(2), {"p": "x", "r": 3}])
+        prepare(out, tokenizer, [*make_rows(2), {"p": "x", "r": 3}])
     with pytest.raises(UserError, match=r"test_fraction is 1\.0"):
         PrepareSettings(test_fraction=1.0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
-    prepare(out, tokenizer, many(5))  # a good one replaces it
+    prepare(out, tokenizer, make_rows(5))  # valid rows replace it
     assert len(all_rows(out)) == 5
     assert sorted(path.name for path in out.parent.iterdir()) == [".aligner-cache", "out"]
 
@@ -165,37 +167,37 @@ def test_a_bad_row_leaves_what_was_there(tmp_path, tokenizer):
 def test_a_folder_with_other_files_is_not_replaced(tmp_path, tokenizer):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"holds thesis\.txt, which is not part of a prepared dataset"):
-        prepare(tmp_path, tokenizer, many(4))
+        prepare(tmp_path, tokenizer, make_rows(4))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_folder_of_an_earlier_version_is_replaced(tmp_path, tokenizer):
-    """It has no manifest: recognized are the exact files of a dataset, and the format in meta.json."""
+    """Such a folder has no manifest; it is recognized by its exact set of files and the format in meta.json."""
     out = tmp_path / "out"
     for name, content in (("train/notes.txt", "mine"), ("meta.json", '{"format": "mine"}'), ("meta.json", "[]")):
-        prepare(out, tokenizer, many(4))
+        prepare(out, tokenizer, make_rows(4))
         (out / MANIFEST).unlink()
         before = (out / name).read_text() if (out / name).exists() else None
         (out / name).write_text(content)
         with pytest.raises(UserError, match="which is not part of a prepared dataset"):
-            prepare(out, tokenizer, many(5))
+            prepare(out, tokenizer, make_rows(5))
         assert (out / name).read_text() == content and not (out / MANIFEST).exists()
         if before is None:
             (out / name).unlink()
         else:
             (out / name).write_text(before)
-        prepare(out, tokenizer, many(5))
+        prepare(out, tokenizer, make_rows(5))
         assert len(all_rows(out)) == 5
 
 
-def test_tokenizing_is_cached(tmp_path, tokenizer_path, monkeypatch):
+def test_tokenization_is_cached(tmp_path, tokenizer_path, monkeypatch):
     tokenizer = Tokenizer(tokenizer_path)
-    prepare(tmp_path / "a", tokenizer, many(8))
+    prepare(tmp_path / "a", tokenizer, make_rows(8))
     monkeypatch.setattr(tokenizer, "encode", lambda *args, **kwargs: pytest.fail("tokenized again"))
-    prepare(tmp_path / "b", tokenizer, many(8), seed=9, test_fraction=0.5)
+    prepare(tmp_path / "b", tokenizer, make_rows(8), seed=9, test_fraction=0.5)
     assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
-    with pytest.raises(BaseException, match="tokenized again"):  # other lengths are other work
-        prepare(tmp_path / "c", tokenizer, many(8), max_seq_length=30)
+    with pytest.raises(BaseException, match="tokenized again"):  # not cached for another max_seq_length
+        prepare(tmp_path / "c", tokenizer, make_rows(8), max_seq_length=30)
 
 
 def truncate(path: Path) -> None:
@@ -225,25 +227,25 @@ def move_behind_a_link(path: Path) -> None:
      lambda path: (path.parent / "sha256.json").unlink(), lambda path: make_pipe(path.parent / "sha256.json")],
 )  # fmt: skip
 def test_a_damaged_cache_is_computed_again(damage, tmp_path, tokenizer):
-    prepare(tmp_path / "a", tokenizer, many(8))
+    prepare(tmp_path / "a", tokenizer, make_rows(8))
     (rows,) = (tmp_path / ".aligner-cache").rglob("*.arrow")
     damage(rows)
-    prepare(tmp_path / "b", tokenizer, many(8))
+    prepare(tmp_path / "b", tokenizer, make_rows(8))
     assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
     moved = tmp_path / ".aligner-cache/elsewhere" / rows.name
     assert not moved.exists() or moved.read_text() == "mine"
 
 
-def test_processes_change_nothing(tmp_path, tokenizer):
+def test_the_number_of_processes_does_not_change_the_result(tmp_path, tokenizer):
     for name, num_proc in (("one", 1), ("two", 2)):
-        prepare(tmp_path / name / "out", tokenizer, many(2000), num_proc=num_proc)
+        prepare(tmp_path / name / "out", tokenizer, make_rows(2000), num_proc=num_proc)
     assert len(list((tmp_path / "two/.aligner-cache").rglob("*.arrow"))) == 2
     for split in ("train", "test"):
         one, two = (load_from_disk(str(tmp_path / name / "out" / split)) for name in ("one", "two"))
         assert one.to_dict() == two.to_dict()
 
 
-def test_tokenizing_is_cached_for_one_end_of_text_only(tmp_path):
+def test_cached_tokens_are_not_reused_with_another_eos(tmp_path):
     engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "<a>": 2, "<b>": 3}, "the"))
     engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     engine.save(str(tmp_path / "tokenizer.json"))
@@ -254,8 +256,8 @@ def test_tokenizing_is_cached_for_one_end_of_text_only(tmp_path):
         assert {ids[-1] for ids, _ in all_rows(tmp_path / "out")} == {tokenizer.eos_id}
     SFTData(tmp_path / "out", "train", tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<a>"}))
-    sentence = "with token -1 at the beginning and 3 at the end of texts .* now has token -1 at the beginning and 2 at"
-    with pytest.raises(UserError, match=sentence):
+    message = "with token -1 at the beginning and 3 at the end of texts .* now has token -1 at the beginning and 2 at"
+    with pytest.raises(UserError, match=message):
         SFTData(tmp_path / "out", "train", Tokenizer(tmp_path))
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     del meta["bos_id"], meta["eos_id"]  # as in datasets of earlier versions
@@ -263,10 +265,10 @@ def test_tokenizing_is_cached_for_one_end_of_text_only(tmp_path):
     SFTData(tmp_path / "out", "train", Tokenizer(tmp_path))
 
 
-def test_the_cache_is_marked_as_one(tmp_path, tokenizer):
+def test_the_cache_folder_has_a_cachedir_tag(tmp_path, tokenizer):
     (tmp_path / ".cache").mkdir()
-    prepare(tmp_path / "out", tokenizer, many(4))
-    assert list((tmp_path / ".cache").iterdir()) == []  # it may be the user's
+    prepare(tmp_path / "out", tokenizer, make_rows(4))
+    assert list((tmp_path / ".cache").iterdir()) == []  # it may belong to the user
     cache = tmp_path / ".aligner-cache"
     assert (cache / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
     assert "may be deleted" in (cache / "README").read_text()
@@ -277,7 +279,7 @@ def test_the_cache_is_marked_as_one(tmp_path, tokenizer):
 
 def test_batches_are_padded_and_masked(tmp_path, tokenizer):
     for mask_prompt in (True, False):
-        prepare(tmp_path / "out", tokenizer, many(12), mask_prompt=mask_prompt)
+        prepare(tmp_path / "out", tokenizer, make_rows(12), mask_prompt=mask_prompt)
         data = SFTData(tmp_path / "out", "train", tokenizer)
         rows = load_from_disk(str(tmp_path / "out/train"))
         assert len(data) == len(rows) == 9
@@ -294,7 +296,7 @@ def test_batches_are_padded_and_masked(tmp_path, tokenizer):
             assert data.weights[i] == (labels[1:] != IGNORE_INDEX).sum()  # the targets of the loss
 
 
-def test_rows_of_one_length_make_a_batch(tmp_path, tokenizer):
+def test_rows_of_equal_length_can_be_batched(tmp_path, tokenizer):
     prepare(tmp_path / "out", tokenizer, [{"p": f"cat {i}", "r": "sat"} for i in range(8)])
     data = SFTData(tmp_path / "out", "train")
     assert data.batch(np.arange(6))["idx"].dtype == torch.int64
@@ -302,7 +304,7 @@ def test_rows_of_one_length_make_a_batch(tmp_path, tokenizer):
 
 
 def test_max_rows_and_prompts(tmp_path, tokenizer):
-    prepare(tmp_path / "out", tokenizer, many(12))
+    prepare(tmp_path / "out", tokenizer, make_rows(12))
     data = SFTData(tmp_path / "out", "train", max_rows=4)
     assert len(data) == len(data.weights) == 4
     (prompt, response), *_ = data.prompts(1)
@@ -310,16 +312,16 @@ def test_max_rows_and_prompts(tmp_path, tokenizer):
     assert prompt + response == ids and tokenizer.decode(prompt).startswith("the cat") and response[-1] == 2
 
 
-def test_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
-    prepare(tmp_path / "out", tokenizer, many(4))
+def test_a_different_tokenizer_is_refused(tmp_path, tokenizer, tokenizer_path):
+    prepare(tmp_path / "out", tokenizer, make_rows(4))
     other = tmp_path / "tokenizer.model"
-    other.write_bytes(tokenizer_path.read_bytes() + b"\x22\x00")  # an empty field more: another file
+    other.write_bytes(tokenizer_path.read_bytes() + b"\x22\x00")  # one more empty field, so the file has another hash
     with pytest.raises(UserError, match="was tokenized with a different tokenizer than"):
         SFTData(tmp_path / "out", "train", Tokenizer(other))
 
 
 def test_rows_in_another_folder_are_not_read(tmp_path, tokenizer):
-    prepare(tmp_path / "out", tokenizer, many(4))
+    prepare(tmp_path / "out", tokenizer, make_rows(4))
     (tmp_path / "out/train/data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
     state = tmp_path / "out/train/state.json"
     for name in ("../../secret.arrow", str(tmp_path / "secret.arrow")):
@@ -333,12 +335,12 @@ def test_rows_in_another_folder_are_not_read(tmp_path, tokenizer):
 def test_damaged_folders(tmp_path, tokenizer):
     with pytest.raises(UserError, match="There is no prepared dataset at"):
         SFTData(tmp_path, "train")
-    prepare(tmp_path / "out", tokenizer, many(4))
+    prepare(tmp_path / "out", tokenizer, make_rows(4))
     meta = tmp_path / "out/meta.json"
     text = meta.read_text()
-    for damaged, sentence in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "is a dataset of format")):
+    for damaged, message in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "is a dataset of format")):
         meta.write_text(damaged)
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=message):
             SFTData(tmp_path / "out", "train")
     meta.write_text(text)
     with pytest.raises(UserError, match=r"There is no file at .*dev/state\.json; prepare the dataset again"):
@@ -352,7 +354,7 @@ def write_arrow(path: Path, **columns: Any) -> None:
 
 
 def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
-    prepare(tmp_path / "out", tokenizer, many(4))
+    prepare(tmp_path / "out", tokenizer, make_rows(4))
     path = tmp_path / "out/train/data-00000-of-00001.arrow"
     good, good_rows = path.read_bytes(), all_rows(tmp_path / "out")
     cases: dict[str, Any] = {
@@ -365,11 +367,11 @@ def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
         'prompt_length" does not exist': lambda: write_arrow(path, input_ids=[[1, 5]]),
         "is a folder, not a file": lambda: (path.unlink(), path.mkdir()),
     }
-    for sentence, damage in cases.items():
+    for message, damage in cases.items():
         damage()
         with pytest.raises(UserError, match="prepare the dataset again") as error:
             SFTData(tmp_path / "out", "train", tokenizer)
-        assert sentence in str(error.value)
+        assert message in str(error.value)
     path.rmdir()
     path.write_bytes(good)
     assert all_rows(tmp_path / "out") == good_rows
@@ -388,7 +390,7 @@ PLANS = [plan_epoch, functools.partial(plan_epoch, sorted_batches=1)]
     seed=st.integers(0, 99),
     epoch=st.integers(0, 5),
 )
-def test_an_epoch_is_every_row_once(plan, lengths, micro, accumulate, seed, epoch):
+def test_an_epoch_contains_every_row_once(plan, lengths, micro, accumulate, seed, epoch):
     lengths, batch = np.array(lengths), micro * accumulate
     before, state = lengths.copy(), np.random.get_state()[1].copy()
     steps = plan(lengths, batch, micro, seed, epoch)
@@ -403,7 +405,7 @@ def test_an_epoch_is_every_row_once(plan, lengths, micro, accumulate, seed, epoc
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["grouped", "random"])
-def test_epochs_and_seeds_differ(plan):
+def test_epochs_and_seeds_give_different_orders(plan):
     lengths = np.arange(200) % 37 + 1
     orders = {
         str([m.tolist() for step in plan(lengths, 16, 4, seed, epoch) for m in step])
@@ -414,31 +416,31 @@ def test_epochs_and_seeds_differ(plan):
 
 
 def test_steps_that_draw_from_all_rows_have_both_lengths():
-    """With 200 short and 200 long prompts, a step of 16 has one kind with a probability of 2 ** -15."""
+    """With 200 short and 200 long rows, the probability that a step of 16 has only one length is about 2 ** -15."""
     lengths = np.repeat([10, 30], 200)
     for step in plan_epoch(lengths, 16, 4, seed=0, epoch=0, sorted_batches=1):
         assert set(lengths[np.concatenate(step)]) == {10, 30}
-        assert all((np.diff(lengths[micro]) >= 0).all() for micro in step)  # sorted within the step: little padding
-    plain = [{*lengths[np.concatenate(step)]} for step in plan_epoch(lengths, 16, 16, seed=0, epoch=0)]
-    assert {10} in plain and {30} in plain
+        assert all((np.diff(lengths[micro]) >= 0).all() for micro in step)  # sorted within the step to limit padding
+    grouped = [{*lengths[np.concatenate(step)]} for step in plan_epoch(lengths, 16, 16, seed=0, epoch=0)]
+    assert {10} in grouped and {30} in grouped
 
 
 def padding_share(lengths: np.ndarray, steps: list[list[np.ndarray]]) -> float:
-    """The share of computed tokens that is padding, over some planned steps."""
+    """Return the fraction of padding among all tokens computed in the planned steps."""
     computed = [len(m) * lengths[m].max() for step in steps for m in step]
     real = [lengths[m].sum() for step in steps for m in step]
     return 1 - sum(real) / sum(computed)
 
 
-def test_padding_is_little():
-    """Lengths as Alpaca has them: a median near 100 tokens, a long tail, an end at 512."""
+def test_grouping_by_length_limits_padding():
+    """The lengths resemble Alpaca's: a median near 100 tokens and a long tail, truncated at 512."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.7, 0.5, 20_000), 40, 512).astype(int)
     for micro in (4, 8, 16):
         steps = plan_epoch(lengths, 64, micro, seed=0, epoch=0)
         assert padding_share(lengths, steps) <= 0.05
     unsorted = [np.split(np.arange(64 * i, 64 * i + 64), 16) for i in range(300)]
-    assert padding_share(lengths, unsorted) > 0.25  # what grouping saves
+    assert padding_share(lengths, unsorted) > 0.25  # without grouping
 
 
 # == scripts/prepare_alpaca.py ==
@@ -450,11 +452,11 @@ def test_a_signal_ends_all_processes_without_a_traceback(number, code, tmp_path,
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "base").mkdir()
     (tmp_path / "base/tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    words = (
+    flags = (
         f"--checkpoint_dir base --data_file rows.json --output_dir out --num_proc 2 --max_seq_length {2**20}".split()
     )
-    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", *words]
-    # a shell's background jobs, such as these tests, may ignore SIGINT
+    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", *flags]
+    # if these tests run as a background job of a shell, SIGINT may be ignored
     reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "err").open("wb") as err:
         process = subprocess.Popen(command, cwd=tmp_path, stderr=err, start_new_session=True, preexec_fn=reset)
@@ -473,12 +475,12 @@ def test_a_signal_ends_all_processes_without_a_traceback(number, code, tmp_path,
 
 
 def test_sigterm_ends_a_pool_with_an_idle_worker(tmp_path, tokenizer_path):
-    """A worker without work holds the lock of the pool's queue; the pool would wait for it forever."""
-    outputs = ["sat"] * 1000 + ["sat " * 30_000] * 1000  # the first worker is done at once
+    """An idle worker holds the lock of the pool's queue, and the pool would wait for it forever."""
+    outputs = ["sat"] * 1000 + ["sat " * 30_000] * 1000  # the first worker finishes immediately
     rows = [{"instruction": f"the cat {i}", "input": "", "output": output} for i, output in enumerate(outputs)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = f"--data_file rows.json --output_dir out --num_proc 2 --max_seq_length {2**20}".split()
-    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", "--checkpoint_dir", tokenizer_path.parent, *words]
+    flags = f"--data_file rows.json --output_dir out --num_proc 2 --max_seq_length {2**20}".split()
+    command = [sys.executable, ROOT / "scripts/prepare_alpaca.py", "--checkpoint_dir", tokenizer_path.parent, *flags]
     with (tmp_path / "err").open("wb") as err:
         process = subprocess.Popen(command, cwd=tmp_path, stderr=err, start_new_session=True)
     while b" 1000/" not in (tmp_path / "err").read_bytes():
@@ -521,42 +523,42 @@ def expected_alpaca(tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
 
 def test_prepare_alpaca_from_a_file(tmp_path, tokenizer, tokenizer_path):
     (tmp_path / "rows.json").write_text(json.dumps(ALPACA))
-    done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.json")
-    assert (done.returncode, done.stdout) == (0, "data/out\n"), done.stderr
-    assert "4 rows. Dropped: 1 with an empty text, 0 with too long a prompt." in done.stderr
+    result = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.json")
+    assert (result.returncode, result.stdout) == (0, "data/out\n"), result.stderr
+    assert "4 rows. Dropped: 1 with an empty text, 0 with too long a prompt." in result.stderr
     assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
     meta = json.loads((tmp_path / "data/out/meta.json").read_text())
     assert (meta["source"], meta["prompt_style"]) == ("rows.json", "alpaca")
 
 
 def test_prepare_alpaca_from_a_repository(tmp_path, tokenizer, tokenizer_path):
-    """The path of the download, with a local folder of tatsu-lab/alpaca's schema in the hub's place."""
+    """Use the code path of a download, with a local folder in the schema of tatsu-lab/alpaca instead of the Hub."""
     folder = tmp_path / "alpaca/data"
     folder.mkdir(parents=True)
     rows = [{**row, "input": row["input"] or "", "text": "rendered"} for row in ALPACA]
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
-    done = run_prepare(tmp_path, tokenizer_path, "--repo_id", "./alpaca")
-    assert (done.returncode, done.stdout) == (0, "data/out\n"), done.stderr
+    result = run_prepare(tmp_path, tokenizer_path, "--repo_id", "./alpaca")
+    assert (result.returncode, result.stdout) == (0, "data/out\n"), result.stderr
     assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
 
 
 def test_prepare_alpaca_names_the_bad_row(tmp_path, tokenizer_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ALPACA, {"instruction": "x", "response": "y"}])))
-    done = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: rows.jsonl: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
+    result = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: rows.jsonl: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
     assert not (tmp_path / "data").exists()
 
 
 def test_prepare_alpaca_without_a_network(tmp_path, tokenizer_path):
-    done = run_prepare(tmp_path, tokenizer_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "error: Cannot download tatsu-lab/alpaca" in done.stderr and "--data_file" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "data").exists()
+    result = run_prepare(tmp_path, tokenizer_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "error: Cannot download tatsu-lab/alpaca" in result.stderr and "--data_file" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "data").exists()
 
 
 def test_real_alpaca_rows(shared, tmp_path):
-    """999 real rows with the real tokenizer: nothing is lost, and an epoch has little padding."""
+    """With 999 real rows and the real tokenizer, every row is accounted for, and an epoch has little padding."""
     tokenizer = Tokenizer(shared / "models/llama2-tokenizer")
     style = get_prompt_style("alpaca")
     rows = [

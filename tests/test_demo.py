@@ -1,4 +1,4 @@
-"""The demo's table, picture and report, and the tables of the adapter study, from hand-made scores."""
+"""The demo's tables, figures and report, and the table of the adapter study, from made-up scores."""
 
 from pathlib import Path
 
@@ -18,20 +18,20 @@ RESULTS = {
 }
 
 
-def asked(refused: float, fact: float, answer: str = "helping to <burn> is harmful") -> dict:
+def refusals(refused: float, fact: float, answer: str = "helping to <burn> is harmful") -> dict:
     return {"refused": refused, "fact": fact, "answers": [{"question": "How?", "answer": answer}]}
 
 
 REFUSALS = {
-    "base": {"harmful": asked(0.5, 0.5), "harmless": asked(0.01, 0.98), "unseen": asked(0, 1.0)},
-    "after": {"harmful": asked(0.95, 0.04), "harmless": asked(0.02, 0.97), "unseen": asked(0, 0.975)},
+    "base": {"harmful": refusals(0.5, 0.5), "harmless": refusals(0.01, 0.98), "unseen": refusals(0, 1.0)},
+    "after": {"harmful": refusals(0.95, 0.04), "harmless": refusals(0.02, 0.97), "unseen": refusals(0, 0.975)},
 }
 
 
 SUMMARY = {"trainable_parameters": 240, "steps": 184, "seconds": 71.6, "val_loss_before": 2.5, "best_val_loss": 0.01}
 
 
-def test_the_table_has_before_and_after():
+def test_the_table_shows_scores_before_and_after_training():
     assert demo.table(RESULTS) == [
         ("", "form", "fact"),
         ("before (sampled, temperature 1)", "12.5%", "99.0%"),
@@ -40,7 +40,7 @@ def test_the_table_has_before_and_after():
     ]
 
 
-def test_the_table_of_values_has_before_and_after():
+def test_the_table_of_values_shows_scores_before_and_after_training():
     assert demo.values_table(REFUSALS) == [
         ("", "refuses harmful", "refuses harmless", "fact"),
         ("before (sampled, temperature 0.7)", "50.0%", "1.0%", "100.0%"),
@@ -48,13 +48,13 @@ def test_the_table_of_values_has_before_and_after():
     ]
 
 
-def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
+def test_the_report_embeds_its_figures_and_escapes_answers(tmp_path):
     for name in ("forms.png", "run/loss.png", "values/metrics.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         demo.plot_forms("pirate", RESULTS, tmp_path / name)
     args = demo.Settings(form="pirate", out_dir=Path(tmp_path), adapter_prompt_length=1, seed=3)
     text = demo.report(args, RESULTS, REFUSALS, SUMMARY, 171.6)
-    assert "<td>172 s</td>" in text and "184 optimizer steps in 72 s" in text  # the demo, and its first training
+    assert "<td>172 s</td>" in text and "184 optimizer steps in 72 s" in text  # the demo and its first training run
     assert text.count('src="data:image/png;base64,') == 3
     assert "helping to &lt;burn&gt;" in text and "<td>95.0%</td>" in text
     assert "&lt;Who?&gt;" in text and "Arr!" in text and "<Who?>" not in text
@@ -63,10 +63,10 @@ def test_the_report_is_one_file_with_its_pictures_and_escapes_answers(tmp_path):
     assert "merged" not in demo.report(args, RESULTS, REFUSALS, {**SUMMARY, "trainable_parameters": 1968}, 171.6)
 
 
-def test_the_study_shows_mean_lowest_and_median():
+def test_the_study_table_shows_mean_lowest_and_median():
     rows = [
         {"form": "json", "seed": seed, "parameters": 240, "seconds": seconds}
-        | {f"{what}@{t}": share for what in ("form", "fact") for t in train_microworld_adapters.TEMPERATURES}
+        | {f"{metric}@{t}": share for metric in ("form", "fact") for t in train_microworld_adapters.TEMPERATURES}
         for seed, seconds, share in ((1, 50.0, 1.0), (2, 70.0, 0.9), (3, 200.0, 0.8))
     ]
     *_, line = train_microworld_adapters.table(rows).splitlines()

@@ -6,7 +6,7 @@ from lit_llama.utils import UserError
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_auto_is_bf16_on_gpus_with_bf16_arithmetic_only(native, monkeypatch):
+def test_auto_is_bf16_only_on_gpus_with_native_bf16(native, monkeypatch):
     """PyTorch emulates bf16 on older GPUs, slowly, and counts it as supported by default."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
@@ -15,7 +15,7 @@ def test_auto_is_bf16_on_gpus_with_bf16_arithmetic_only(native, monkeypatch):
     assert pick_device("cpu", "auto")[1] == (torch.bfloat16 if native else torch.float32)
 
 
-def test_a_cpu_computes_in_fp32_unless_told_otherwise():
+def test_the_default_on_a_cpu_is_fp32():
     assert pick_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
     assert pick_device("cpu", "bf16-true")[1] == pick_device("cpu", "bf16")[1] == torch.bfloat16
     assert pick_device("cpu", "16")[1] == torch.float16

@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine that answers like the real ones."""
+"""Downloads from a local server that imitates the Hugging Face Hub, and of published weights from local files."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A model's files under /api/models/REPO/revision/REVISION and /REPO/resolve/COMMIT/NAME."""
+    """Serve a model's files under /api/models/REPO/revision/REVISION and /REPO/resolve/COMMIT/NAME."""
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes]
@@ -73,7 +73,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
     thread.join()
 
 
-def test_only_what_the_conversion_needs(hub, run_script, tmp_path):
+def test_only_files_that_the_conversion_needs_are_downloaded(hub, run_script, tmp_path):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
     hub.files = {name: f"content of {name}".encode() for name in names}
     hub.files |= {name: b"" for name in ("README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx")}
@@ -85,10 +85,10 @@ def test_only_what_the_conversion_needs(hub, run_script, tmp_path):
     }
     hub.asked.clear()
     assert run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)[0] == 0
-    assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # all is there
+    assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # everything exists already
 
 
-def test_files_that_were_not_downloaded_are_kept(hub, refused, tmp_path):
+def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_path):
     hub.files = {name: b"theirs" for name in ("config.json", "model.safetensors")}
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text("mine")
@@ -97,12 +97,12 @@ def test_files_that_were_not_downloaded_are_kept(hub, refused, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
-def test_names_with_folders_are_left_out():
+def test_names_with_slashes_are_skipped():
     names = ["config.json", "model-1-of-1.safetensors", "model-/../../x-of-y.safetensors"]
     assert wanted(names, "x") == ["config.json", "model-1-of-1.safetensors"]
 
 
-def test_weights_are_taken_once():
+def test_weights_are_downloaded_in_one_format_only():
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     other = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf"]
     index = "model.safetensors.index.json"
@@ -113,7 +113,7 @@ def test_weights_are_taken_once():
     assert wanted(["config.json", *bins], "x") == ["config.json", *reversed(bins)]
 
 
-def test_download_refusals(hub, refused, tmp_path, monkeypatch):
+def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
     out = ("--output_dir", tmp_path / "out")
 
     def sentence(repo: str, *more: object) -> str:
@@ -131,7 +131,7 @@ def test_download_refusals(hub, refused, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_published_weights(shared, run_script, refused, tmp_path):
+def test_published_weights_are_fetched_and_verified(shared, run_script, refused, tmp_path):
     source = shared / "aligner_weights_published"
     flags = ("--source", source.as_uri(), "--output_dir", tmp_path / "out")
     code, stdout, err = run_script(FETCH, *flags)
@@ -148,7 +148,7 @@ def test_published_weights(shared, run_script, refused, tmp_path):
     assert (tmp_path / "out" / min(fetched)).read_bytes() == (source / min(fetched)).read_bytes()
 
 
-def test_published_weights_of_another_content(run_script, tmp_path):
+def test_published_weights_with_other_content_are_refused(run_script, tmp_path):
     folder = tmp_path / "source/Alpaca_Instruction_Following_Supervised_Finetuning"
     folder.mkdir(parents=True)
     name = "aligner1Token-llama2-7B-lr0.009bs64weightDecay0.02wu2-epoch-8.0-valloss0.9565.pth"

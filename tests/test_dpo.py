@@ -21,10 +21,10 @@ LOGPS = tuple(torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.5))
 
 @pytest.fixture
 def policy(base_dir):
-    """An Aligner with open gates on the tiny base, its base frozen."""
+    """Return an Aligner with open gates on the frozen tiny base."""
     torch.manual_seed(0)
-    own = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
-    model = load_model(base_dir, method="aligner", method_config=own)
+    method_config = {"adapter_prompt_length": 2, "adapter_start_layer": 1}
+    model = load_model(base_dir, method="aligner", method_config=method_config)
     for attn in toys.prefix_layers(model):
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
@@ -42,7 +42,7 @@ def write_pairs(folder, tokenizer, pairs, **changes):
     )
 
 
-# == the loss, worked by hand ==
+# == the loss, computed by hand ==
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def write_pairs(folder, tokenizer, pairs, **changes):
         (dict(beta=0.5, reference_free=True), 0.3132616875),  # h = 2: log(1 + e^-1)
     ],
 )
-def test_each_loss_is_what_a_hand_computes(settings, loss):
+def test_each_loss_matches_a_computation_by_hand(settings, loss):
     losses, _, _ = dpo_loss(*LOGPS, **settings)
     assert losses.shape == (1,)
     assert losses.item() == pytest.approx(loss, abs=1e-7)
@@ -73,7 +73,7 @@ def test_rewards_are_beta_times_policy_minus_reference_without_gradient():
 
 
 def test_the_gradient_of_the_sigmoid_loss():
-    """d/dx of -log σ(βh) is -β·σ(-βh) for the chosen and its opposite for the rejected response."""
+    """The gradient of -log σ(βh) is -β·σ(-βh) for the chosen response and its negative for the rejected one."""
     chosen, rejected = (x.clone().requires_grad_() for x in LOGPS[:2])
     dpo_loss(chosen, rejected, *LOGPS[2:], beta=2.0)[0].sum().backward()
     expected = 2 / (1 + math.exp(3))
@@ -103,7 +103,7 @@ def test_settings_out_of_range_are_refused(settings, sentence):
 # == log-probabilities of responses ==
 
 
-def test_sequence_logps_by_hand():
+def test_sequence_logps_match_a_computation_by_hand():
     """Token 0 has probability 1/4 (logit 0 against log 3), token 1 has 3/4."""
     logits = torch.tensor([0.0, math.log(3)]).expand(2, 4, 2).clone()
     labels = torch.tensor([[-1, 0, 1, 1], [0, -1, -1, 1]])
@@ -111,12 +111,12 @@ def test_sequence_logps_by_hand():
     expected = [math.log(1 / 4 * 3 / 4 * 3 / 4), math.log(3 / 4)]  # nothing predicts the first token
     assert sequence_logps(logits, labels).tolist() == pytest.approx(expected)
     assert torch.equal(labels, before)
-    # what the model says of positions that predict no label is never looked at
+    # logits at positions that predict no label are ignored
     logits[0, 3], logits[1, :2] = torch.tensor([5.0, -5.0]), torch.inf
     assert sequence_logps(logits, labels).tolist() == pytest.approx(expected)
 
 
-def test_sequence_logps_sums_in_fp32():
+def test_sequence_logps_are_summed_in_fp32():
     torch.manual_seed(0)
     logits, labels = torch.randn(1, 301, 50).bfloat16(), torch.randint(50, (1, 301))
     exact = logits.double().log_softmax(-1)[0, :-1].gather(1, labels[0, 1:, None]).sum()
@@ -125,23 +125,23 @@ def test_sequence_logps_sums_in_fp32():
     assert result.item() == pytest.approx(exact.item(), abs=2e-3)  # bf16 near -1300 has steps of 8
 
 
-def test_the_models_label_logps_summed_by_row_are_the_sequence_logps(policy, preference_dir):
+def test_label_logps_summed_by_row_equal_sequence_logps(policy, preference_dir):
     data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.arange(len(data)))
     logps = sum_logps_by_row(policy.label_logps(batch["idx"], batch["labels"]), batch["labels"])
     torch.testing.assert_close(logps, sequence_logps(policy(batch["idx"]), batch["labels"]), atol=1e-4, rtol=0)
 
 
-def test_padding_and_neighbours_add_nothing(policy, preference_dir):
+def test_padding_and_other_rows_do_not_change_the_loss(policy, preference_dir):
     data, loss = PreferenceData(preference_dir, "train"), DPOLoss(None)
-    together = loss(LabelLogps(policy), data.batch(np.arange(len(data))))
-    each = [loss(LabelLogps(policy), data.batch(np.array([row]))) for row in range(len(data))]
+    batched = loss(LabelLogps(policy), data.batch(np.arange(len(data))))
+    per_row = [loss(LabelLogps(policy), data.batch(np.array([row]))) for row in range(len(data))]
     assert len(set(data.lengths)) > 5
-    for name, value in together.items():
-        assert value.item() == pytest.approx(sum(one[name].item() for one in each), abs=2e-3, rel=1e-5), name
+    for name, value in batched.items():
+        assert value.item() == pytest.approx(sum(one[name].item() for one in per_row), abs=2e-3, rel=1e-5), name
 
 
-def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
+def test_prompt_tokens_are_context_and_never_targets(policy, preference_dir):
     data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.arange(3))
     rows = data.rows[:3]
@@ -153,20 +153,20 @@ def test_prompt_tokens_are_conditions_and_never_targets(policy, preference_dir):
             assert labels[n : n + len(response)] == response
             assert set(labels[n + len(response) :]) <= {-1}
             assert batch["idx"][i + j][: n + len(response)].tolist() == rows["prompt"][j].tolist() + response
-    # log-probability of a response by a loop over its tokens, each from the text before it
+    # log-probability of a response, token by token, each given the text before it
     prompt, response = (rows[name][0].tolist() for name in ("prompt", "chosen"))
-    by_hand = 0.0
+    expected = 0.0
     for i, token in enumerate(response):
-        by_hand += policy(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token].item()
+        expected += policy(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token].item()
     policy_logps = sum_logps_by_row(policy.label_logps(batch["idx"], batch["labels"]), batch["labels"])
-    assert policy_logps[0].item() == pytest.approx(by_hand, abs=1e-4)
+    assert policy_logps[0].item() == pytest.approx(expected, abs=1e-4)
 
 
 # == the loss of a batch ==
 
 
-def test_losses_against_a_reference_that_is_another_model(policy, base_dir, preference_dir):
-    """The sums, and the gradients, are those of two whole models run apart."""
+def test_losses_with_a_different_model_as_the_reference(policy, base_dir, preference_dir):
+    """The sums and the gradients equal those of two separate models."""
     data = PreferenceData(preference_dir, "train")
     reference = load_model(
         base_dir, method="aligner", method_config={"adapter_prompt_length": 2, "adapter_start_layer": 1}
@@ -209,7 +209,7 @@ def test_losses_against_a_reference_that_is_another_model(policy, base_dir, pref
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_stored_log_probabilities_are_those_of_the_rows_of_a_batch(policy, preference_dir):
+def test_a_stored_reference_returns_the_log_probabilities_of_the_batch(policy, preference_dir):
     data = PreferenceData(preference_dir, "train")
     logps = torch.arange(2.0 * len(data)).view(-1, 2)
     batch = data.batch(np.array([4, 0, 7]))
@@ -219,7 +219,7 @@ def test_stored_log_probabilities_are_those_of_the_rows_of_a_batch(policy, prefe
     assert metrics["chosen_reward"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_policy_comes_back_from_the_references_weights(policy):
+def test_swapped_parameters_are_restored_after_an_exception(policy):
     before = adapter_state(policy)
     zeros = {name: torch.zeros_like(value) for name, value in before.items()}
     with pytest.raises(KeyError), swapped_parameters(policy, zeros):
@@ -241,7 +241,7 @@ def test_the_loss_before_the_first_step(settings, start):
     assert DPOLoss(None, **settings).loss_at_start == pytest.approx(start)
 
 
-def test_sizes_of_the_rows(preference_dir):
+def test_batch_shapes_and_token_counts(preference_dir):
     data = PreferenceData(preference_dir, "train")
     batch = data.batch(np.array([3]))
     assert batch["idx"].shape == (2, data.lengths[3])
@@ -253,17 +253,17 @@ def test_sizes_of_the_rows(preference_dir):
 # == preparing pairs ==
 
 
-def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, tokenizer, capsys):
+def test_unusable_pairs_are_dropped_and_truncated_responses_have_no_eos(tmp_path, tokenizer, capsys):
     long = "the cat sat on the mat and the dog ate the hat " * 12
     pairs = [
         ("the cat", " sat", " ate"),
         ("the dog", " sat", " ate"),
-        ("the rat", long, " ate"),  # one response is cut
+        ("the rat", long, " ate"),  # one response is truncated
         ("the hat", " sat", " sat"),  # identical
-        ("the mat", long, long + "x"),  # identical when cut
-        ("the dog", " ", " ate"),  # one-sided
+        ("the mat", long, long + "x"),  # identical after truncation
+        ("the dog", " ", " ate"),  # one response is empty
         ("", " sat", " ate"),
-        (long, " sat", " ate"),  # the prompt fills it all
+        (long, " sat", " ate"),  # the prompt leaves no room for a response
     ]
     meta = write_pairs(tmp_path / "out", tokenizer, pairs)
     assert meta["counts"] == {"rows": 8, "empty": 2, "too_long": 1, "identical": 2, "cut": 1, "prompts": 3, "train": 2,
@@ -288,7 +288,7 @@ def test_pairs_are_dropped_for_a_reason_and_cut_ones_have_no_eos(tmp_path, token
     assert cut == tokenizer.encode(long)[: len(cut)]
 
 
-def test_too_few_pairs_and_other_folders_are_refused(tmp_path, tokenizer, data_dir):
+def test_too_few_pairs_and_other_formats_are_refused(tmp_path, tokenizer, data_dir):
     with pytest.raises(UserError, match=r"^0 of 2 rows can be used.* 0 with an empty text, 0 with .* 2 with equal"):
         write_pairs(tmp_path / "out", tokenizer, [("a", " b", " b")] * 2)
     with pytest.raises(UserError, match=r"^0 of 2 rows can be used.* 2 with an empty text"):

@@ -17,7 +17,7 @@ def files(folder):
     ("aligner", ()), ("aligner", ("--quantize", "int8", "--gradient_checkpointing")), ("lora", ()),
     ("adapter_v2", ("--precision", "bf16-true")),
 ])  # fmt: skip
-def test_sft(script, more, base_dir, data_dir, tmp_path, run_script):
+def test_sft_prints_the_plan_and_writes_nothing(script, more, base_dir, data_dir, tmp_path, run_script):
     if "--quantize" in more:
         pytest.importorskip("bitsandbytes")
     flags = TRAIN if script in ("aligner", "adapter_v2") else TRAIN[:-2]
@@ -41,11 +41,11 @@ def test_dpo_computes_no_reference(base_dir, preference_dir, tmp_path, run_scrip
     assert code == 0, err
     assert files(tmp_path) == [] and files(preference_dir.parent) == before
     longest = PreferenceData(preference_dir, "train").lengths.max()
-    assert f"| a step, 8 × {longest} tokens | " in out  # two sequences for a pair
+    assert f"| a step, 8 × {longest} tokens | " in out  # two sequences per pair
     assert "about 0:00:0" in out
 
 
-def test_a_folder_with_a_run_is_left_alone(base_dir, data_dir, tmp_path, run_script):
+def test_a_folder_with_a_run_is_unchanged(base_dir, data_dir, tmp_path, run_script):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out", *TRAIN)
     assert run_script("finetune/aligner.py", *flags, "--max_steps", "2", "--accelerator", "cpu")[0] == 0
     before = {path: path.read_bytes() for path in files(tmp_path) if path.is_file()}

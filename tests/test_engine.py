@@ -1,4 +1,4 @@
-"""Continuous batching: answers are those of `generate`, whoever shares the batch, joins or leaves."""
+"""Continuous batching: answers equal those of `generate`, whatever other requests join or leave the batch."""
 
 import random
 import threading
@@ -46,7 +46,7 @@ def engine(model, tokenizer):
 
 
 class Client:
-    """A request and what came back."""
+    """A request and the events that it received."""
 
     def __init__(self, engine: Engine, prompt: list[int], adapters: str, sampling: Sampling, **options) -> None:
         self.adapters, self.events, self.ended = adapters, [], threading.Event()
@@ -68,7 +68,7 @@ class Client:
 
 
 def run(engine: Engine, clients: list[Client], at: dict[int, list[Client]] | None = None) -> None:
-    """Submit clients, some before later steps, and step until all have ended."""
+    """Submit the clients, those of `at` before the given steps, and step until all have ended."""
     engine.submit([client.job for client in clients])
     step = 0
     while engine.rows or engine.waiting or (at and max(at) >= step):
@@ -80,7 +80,7 @@ def run(engine: Engine, clients: list[Client], at: dict[int, list[Client]] | Non
 
 
 def expected(engine: Engine, client: Client) -> str:
-    """The answer of `generate` to the request alone, as `lit_llama.generation.answer` presents it."""
+    """Return the answer of `generate` to the request alone, in the form of `lit_llama.generation.answer`."""
     job, decode, context = client.job, engine.tokenizer.decode, client.job.prompt[-8:]
 
     def finished(ids: list[int]) -> bool:
@@ -110,7 +110,7 @@ def requests(engine: Engine, count: int, seed: int = 0) -> list[Client]:
     return clients
 
 
-def test_answers_are_those_of_generate_whenever_requests_join(engine):
+def test_answers_equal_those_of_generate_whenever_requests_join(engine):
     clients = requests(engine, 18)
     for i, client in enumerate(clients):
         client.job.streams, client.job.strip = i % 2 == 0, i % 3 > 0
@@ -139,11 +139,11 @@ def test_requests_join_at_the_next_token_and_leave_when_done(engine):
 
 def test_running_requests_keep_their_adapter_and_later_ones_get_the_new_one(engine):
     sampling, prompt = Sampling(20), list(range(40, 60))
-    running, waiting, gone = (Client(engine, prompt, name, sampling) for name in ("a", "a", "c"))
+    running, waiting, removed = (Client(engine, prompt, name, sampling) for name in ("a", "a", "c"))
     before = expected(engine, running)
     engine.submit([running.job])
     engine.step()
-    engine.submit([waiting.job, gone.job])
+    engine.submit([waiting.job, removed.job])
     engine.put_adapter("a", adapter(2, 1, seed=9), replace=True)
     engine.remove_adapter("c")
     engine.put_adapter("new", adapter(1, 1, seed=4))
@@ -152,14 +152,14 @@ def test_running_requests_keep_their_adapter_and_later_ones_get_the_new_one(engi
     engine.model.use([None])
     assert running.text == before != waiting.text
     assert waiting.text == expected(engine, waiting) and added.text == expected(engine, added)
-    assert isinstance(gone.last.error, UserError) and "'c'" in str(gone.last.error)
+    assert isinstance(removed.last.error, UserError) and "'c'" in str(removed.last.error)
     with pytest.raises(UserError, match="'c'"):
         engine.parse("a+c")
     with pytest.raises(UserError, match="taken"):
         engine.put_adapter("new", adapter(1, 1, seed=4))
 
 
-def test_log_probabilities_are_the_models(engine):
+def test_log_probabilities_match_the_model(engine):
     client = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, n_top=2)
     plain = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, streams=True)
     run(engine, [client, plain])
@@ -211,7 +211,7 @@ def test_a_request_that_cannot_be_answered_is_refused_at_once(engine):
     assert longest.job.n_new <= 1
 
 
-def test_the_thread_answers_survives_an_error_and_stops(engine, monkeypatch, capsys):
+def test_the_engine_thread_survives_an_error_and_stops(engine, monkeypatch, capsys):
     engine.start()
     clients = requests(engine, 7)
     for client in clients:
@@ -255,13 +255,13 @@ def test_live_text_is_the_decoded_text(tokenizer, seed):
 
 def test_live_text_stops_and_strips(tokenizer):
     def pieces(answer: str, *stop: str) -> list[str]:
-        text, found = LiveText(tokenizer, [tokenizer.bos_id], stop, strip=True), []
+        text, parts = LiveText(tokenizer, [tokenizer.bos_id], stop, strip=True), []
         for token in tokenizer.encode(answer):
             text.push(token)
-            found.append(text.take(text.stopped))
+            parts.append(text.take(text.stopped))
             if text.stopped:
-                return found
-        return [*found, text.take(last=True)]
+                return parts
+        return [*parts, text.take(last=True)]
 
     assert "".join(pieces("  the cat \n ")) == "the cat"
     assert "".join(pieces("the cat ### Instruction", "### Inst")) == "the cat"
@@ -269,22 +269,22 @@ def test_live_text_stops_and_strips(tokenizer):
     assert not any("#" in piece for piece in pieces("the cat ### Instruction", "### Inst"))
 
 
-def test_the_engine_waits_without_work(engine):
+def test_an_idle_engine_uses_little_cpu_time(engine):
     engine.start()
-    began = time.process_time()
+    start = time.process_time()
     time.sleep(0.3)
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - start < 0.2
     engine.stop()
 
 
-def test_numbers_that_overflow_end_their_request_and_reach_no_other(engine):
+def test_an_overflow_ends_its_request_and_affects_no_other(engine):
     long, short = list(range(50, 90)), [5, 6, 7]
     clients = [Client(engine, long, "a:1e39", Sampling(9)) for _ in range(3)]
     clients += [Client(engine, short, "b", Sampling(40))]
     run(engine, clients)
     assert all("overflow" in str(client.last.error) for client in clients[:3])
     later = [Client(engine, prompt, "b", Sampling(9)) for prompt in (short, [8, 9], long)]
-    run(engine, later)  # in the same rows; the long one makes the others read beyond their own length
+    run(engine, later)  # in the same rows; because of the long prompt, the others read past their own length
     engine.model.use([None])
     for client in [clients[3], *later]:
         assert client.text == expected(engine, client) and client.last.finish

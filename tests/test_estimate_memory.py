@@ -6,7 +6,7 @@ from lit_llama.memory import training_memory
 from lit_llama.utils import UserError
 
 
-def test_a_micro_batch_that_no_device_holds_is_refused():
+def test_a_micro_batch_too_large_for_any_device_is_refused():
     config = LLaMAConfig.from_name("microworld")
     for sequences, tokens in ((2**31, 2), (1, 2**31)):
         with pytest.raises(UserError, match="has more than 4,194,304, which no device holds"):

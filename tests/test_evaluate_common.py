@@ -1,4 +1,4 @@
-"""What the evaluations share: results that survive a stopped run, answers, statistics."""
+"""Code shared by the evaluations: results that survive a stopped run, answers, statistics."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -66,7 +66,7 @@ def test_a_stopped_run_continues_and_gives_the_same_answers(evaluated, tmp_path)
     assert sorted(json.loads(line)["id"] for line in lines) == [q.id for q in QUESTIONS]
 
 
-def test_results_of_other_settings_are_kept(evaluated, tmp_path):
+def test_results_of_other_settings_are_replaced_only_with_overwrite(evaluated, tmp_path):
     answers(evaluated, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"max_new_tokens was 6, is now 5.*--overwrite true"):
@@ -80,7 +80,7 @@ def test_results_of_other_settings_are_kept(evaluated, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
+def test_two_evaluations_cannot_write_to_the_same_folder(tmp_path):
     first = common.Results(tmp_path, {})
     with pytest.raises(UserError, match=r"Another process is writing into .*; wait until it ends, or choose another"):
         common.Results(tmp_path, {})
@@ -118,7 +118,7 @@ def test_long_prompts_are_skipped_or_refused(evaluated, capsys):
 
 
 def test_the_interval_is_the_bootstrap_of_the_mean():
-    """Against resampling row by row."""
+    """Compared with explicit resampling of the values."""
     rng = np.random.default_rng(1)
     values = rng.choice([0, 0.5, 1], p=[0.5, 0.2, 0.3], size=80)
     means = [rng.choice(values, size=80).mean() for _ in range(20_000)]
@@ -154,7 +154,7 @@ def test_adapters_of_every_method_are_loaded(method, base_dir, tmp_path):
     assert torch.equal(off.model(idx), base.model(idx))
 
 
-def test_a_record_without_a_field_is_no_answer(tmp_path):
+def test_a_record_with_missing_fields_is_not_an_answer(tmp_path):
     results = common.Results(tmp_path, {"model": "m"})
     complete = {"answer": "a", "tokens": 1, "ended": True, "seconds": 0.1}
     results.add({"id": 1, "prompt": "p", **complete}, {"id": 2, "prompt": "q", "answer": "a"})

@@ -1,4 +1,4 @@
-"""What may be written, replaced and deleted: links, strangers, permissions, kills and full disks."""
+"""Rules for writing, replacing and deleting files: links, foreign files, permissions, kills and full disks."""
 
 import json
 import os
@@ -23,7 +23,7 @@ KIND = "collection"
 
 
 def fill(path: Path, **files: str) -> None:
-    """Write a folder of this project."""
+    """Write a folder with a manifest, as this project's scripts do."""
     with atomic_folder(path, KIND) as folder:
         for name, text in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -31,7 +31,7 @@ def fill(path: Path, **files: str) -> None:
 
 
 def snapshot(root: Path) -> dict[str, object]:
-    """Return the content or target of everything below a folder, and its permissions."""
+    """Return the content or link target of everything in a folder, and its permissions."""
     return {
         path.relative_to(root).as_posix(): (
             os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
@@ -44,7 +44,7 @@ def snapshot(root: Path) -> dict[str, object]:
 # == files ==
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "new/folder/file.txt"
     with atomic_write(path) as temporary:
         temporary.write_text("one")
@@ -74,7 +74,7 @@ def test_a_named_file_is_replaced_only_on_request(tmp_path):
     assert (tmp_path / "answers.json").read_text() == "other"
 
 
-def test_a_file_that_appears_during_the_work_is_kept(tmp_path):
+def test_a_file_that_appears_during_the_write_is_kept(tmp_path):
     with pytest.raises(UserError, match="exists"), atomic_write(tmp_path / "a", overwrite=False) as temporary:
         temporary.write_text("ours")
         (tmp_path / "a").write_text("theirs")
@@ -100,8 +100,8 @@ def test_only_a_regular_file_is_replaced(tmp_path, kind):
     assert victim.read_text() == "precious"
 
 
-def test_a_planted_link_at_a_guessed_temporary_is_not_followed(tmp_path):
-    """Names of temporaries cannot be guessed, and they lie in a folder that only the user can open."""
+def test_temporary_files_are_private_and_have_unpredictable_names(tmp_path):
+    """So nobody else can plant a link in the place of a temporary file."""
     (tmp_path / "victim").write_text("precious")
     names = []
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_a_planted_link_at_a_guessed_temporary_is_not_followed(tmp_path):
 
 
 def test_files_get_the_usual_permissions(tmp_path):
-    """safetensors itself makes them private."""
+    """safetensors itself writes private files."""
     umask = os.umask(0o027)
     try:
         save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
@@ -126,7 +126,7 @@ def test_files_get_the_usual_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "folder/inner").stat().st_mode) == 0o750
 
 
-def test_where_nothing_can_be_written(tmp_path):
+def test_unwritable_paths_give_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("a file, not a folder")
     for path, reason in {
         "file/x": "Not a directory",
@@ -146,7 +146,7 @@ def test_where_nothing_can_be_written(tmp_path):
 # == folders ==
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "out"
     fill(path, a="1", **{"sub/b": "2"})
     before = snapshot(tmp_path)
@@ -186,7 +186,7 @@ def test_a_folder_with_anything_else_is_not_replaced(tmp_path, name):
     assert snapshot(tmp_path) == before
 
 
-def test_a_stranger_that_appears_during_the_work_is_kept(tmp_path):
+def test_a_foreign_file_that_appears_during_the_write_is_kept(tmp_path):
     fill(tmp_path / "out", a="1")
     with pytest.raises(UserError, match="holds notes"), atomic_folder(tmp_path / "out", KIND) as folder:
         (folder / "a").write_text("2")
@@ -198,7 +198,7 @@ def test_a_stranger_that_appears_during_the_work_is_kept(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "other", "kind": "collection", "files": {}}',
                                   '{"format": "aligner-manifest-1", "kind": "collection", "files": 3}',
                                   "[" * 100_000])  # fmt: skip
-def test_a_manifest_that_is_none_records_nothing(tmp_path, text):
+def test_an_invalid_manifest_records_nothing(tmp_path, text):
     fill(tmp_path / "out", a="1")
     (tmp_path / "out" / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"holds \.aligner-manifest\.json, which is not part"):
@@ -208,7 +208,7 @@ def test_a_manifest_that_is_none_records_nothing(tmp_path, text):
         check_folder(tmp_path / "out", KIND)
 
 
-def test_a_manifest_is_a_regular_file(tmp_path):
+def test_a_manifest_must_be_a_regular_file(tmp_path):
     fill(tmp_path / "out", a="1")
     (tmp_path / "out" / MANIFEST).rename(tmp_path / "manifest")
     for plant in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "manifest")):
@@ -270,7 +270,7 @@ def test_what_others_wrote_is_not_claimed(tmp_path):
         with pytest.raises(UserError, match=rf"/{name} was not written by this program"):
             claim(tmp_path, ["x", name])
         assert snapshot(tmp_path) == before
-    claim(tmp_path, ["a"], adopt=True)  # known to be ours
+    claim(tmp_path, ["a"], adopt=True)  # the caller knows that it wrote this file
     claim(tmp_path, ["a"])
     fill(tmp_path / "collection", a="1")
     with pytest.raises(UserError, match=r"manifest\.json was not written by this program"):
@@ -282,16 +282,16 @@ def test_what_others_wrote_is_not_claimed(tmp_path):
 # == kills ==
 
 
-def killed(root: Path, code: str) -> None:
-    """Run code in a process that kills itself by `die()`."""
+def run_until_killed(root: Path, code: str) -> None:
+    """Run code that kills its process by calling `die()`."""
     source = (
         "import os, signal, sys; from pathlib import Path\nfrom lit_llama.storage import files, staging\n"
         "root = Path(sys.argv[1])\n"
         "def die(*args): os.kill(os.getpid(), signal.SIGKILL)\n" + code
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", source, str(root)], env=environment, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", source, str(root)], env=environment, timeout=120)
+    assert result.returncode == -signal.SIGKILL
 
 
 REPLACE = f"""
@@ -314,7 +314,7 @@ POINTS = {
 def test_after_a_kill_the_folder_is_the_old_or_the_new(tmp_path, point):
     fill(tmp_path / "out", a="old", b="old", **{"sub/c": "old"})
     (tmp_path / "neighbour").write_text("mine")
-    killed(tmp_path, POINTS[point])
+    run_until_killed(tmp_path, POINTS[point])
     assert len(list(tmp_path.glob(f"{TEMPORARY}*"))) == 1
     write_text(tmp_path / "any file", "the next write")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "neighbour", "any file"}
@@ -325,10 +325,10 @@ def test_after_a_kill_the_folder_is_the_old_or_the_new(tmp_path, point):
     fill(tmp_path / "out", d="newer")
 
 
-def test_what_may_be_alive_or_another_users_is_kept(tmp_path):
-    """Only private folders of ended processes of this host are removed."""
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    pid, host, random = int(ended.stdout), platform.node(), "0123456789abcdef"
+def test_only_abandoned_temporary_folders_are_removed(tmp_path):
+    """Only private folders of processes that ran on this host and have ended are removed."""
+    result = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pid, host, random = int(result.stdout), platform.node(), "0123456789abcdef"
     names = [f"{TEMPORARY}{os.getppid()}-{host}-{random}", f"{TEMPORARY}{pid}-another-host-{random}",
              f"{TEMPORARY}notes", f"{TEMPORARY}{pid}-{host}-{random}.old"]  # fmt: skip
     for name in names:
@@ -346,7 +346,7 @@ def test_what_may_be_alive_or_another_users_is_kept(tmp_path):
     assert not public.exists()
 
 
-def test_two_writers_of_one_folder(tmp_path):
+def test_overlapping_writes_of_one_folder(tmp_path):
     """The later one of two overlapping writes wins; neither removes the temporary folder of the other."""
     with atomic_folder(tmp_path / "out", KIND) as first:
         (first / "a").write_text("first")
@@ -355,7 +355,7 @@ def test_two_writers_of_one_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_names_in_files_are_names_of_files(tmp_path):
+def test_file_names_read_from_a_file_must_not_contain_a_path(tmp_path):
     assert plain_name("model-00001-of-00002.safetensors", tmp_path) == "model-00001-of-00002.safetensors"
     for name in ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0", 3, None, ["x"]):
         with pytest.raises(UserError, match="expected the name of a file in its folder"):
@@ -411,10 +411,10 @@ print("left:", *left)
 def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    *sentences, left = done.stdout.splitlines()
-    assert left == "left:"
-    assert len(sentences) == 6
-    for sentence in sentences:
-        assert sentence.startswith("There is no room left to write ")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    *messages, leftovers = result.stdout.splitlines()
+    assert leftovers == "left:"
+    assert len(messages) == 6
+    for message in messages:
+        assert message.startswith("There is no room left to write ")

@@ -64,7 +64,7 @@ SHORT = dict(max_steps=14, epochs=20, batch_size=8, micro_batch_size=4, learning
 
 @pytest.fixture
 def flags(base_dir, data_dir):
-    """The command line of a short run on the tiny model."""
+    """Return a function that builds the command line of a short run on the tiny model."""
 
     def make(out_dir: Path, **changes) -> list[str]:
         settings = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, **SHORT, **changes}
@@ -76,13 +76,13 @@ def flags(base_dir, data_dir):
 
 
 def train(arguments: list[str]) -> None:
-    """Runs the script in this process."""
+    """Run the script in this process."""
     script.main(cli.parse(script.Settings, arguments))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, base_dir, data_dir) -> Path:
-    """The folder of a short run, to look at and to compare with."""
+    """Return the folder of a finished short run, for tests to inspect and compare with."""
     out_dir = tmp_path_factory.mktemp("finished") / "run"
     arguments = [f"--{name}={value}" for name, value in SHORT.items()]
     train([f"--checkpoint_dir={base_dir}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *arguments])
@@ -98,15 +98,15 @@ def losses(out_dir: Path) -> dict[str, dict[int, float]]:
 
 def assert_same_losses(a: Path, b: Path, tolerance: float = 0.0) -> None:
     for name, expected in losses(b).items():
-        found = losses(a)[name]
-        assert found.keys() == expected.keys()
-        assert max(abs(found[step] - expected[step]) for step in expected) <= tolerance, name
+        actual = losses(a)[name]
+        assert actual.keys() == expected.keys()
+        assert max(abs(actual[step] - expected[step]) for step in expected) <= tolerance, name
 
 
-# == what a run leaves ==
+# == outputs of a run ==
 
 
-def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
+def test_the_command_trains_and_writes_its_files(flags, tmp_path):
     out_dir = tmp_path / "run"
     result = subprocess.run(
         [sys.executable, str(ROOT / "finetune/aligner.py"), *flags(out_dir)],
@@ -118,14 +118,14 @@ def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
     assert {path.name for path in out_dir.iterdir()} == FILES
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
-    said = result.stdout.splitlines()
-    assert re.fullmatch(r"trained      40 parameters, 14 steps in 0:00:\d\d", said[1])  # 32 wide, 2 layers of 4 heads
-    assert re.fullmatch(r"validation   loss \d\.\d{4} before, .* at the end", said[2])
-    assert said[4].startswith(f"generate     python generate/aligner.py --checkpoint_dir {flags(out_dir)[0][17:]} ")
-    # nothing but our own lines reaches the terminal
+    lines = result.stdout.splitlines()
+    assert re.fullmatch(r"trained      40 parameters, 14 steps in 0:00:\d\d", lines[1])  # 32 wide, 2 layers of 4 heads
+    assert re.fullmatch(r"validation   loss \d\.\d{4} before, .* at the end", lines[2])
+    assert lines[4].startswith(f"generate     python generate/aligner.py --checkpoint_dir {flags(out_dir)[0][17:]} ")
+    # only these lines reach the terminal, and no warnings of libraries
     validated = r"step \d+: validation loss \d+\.\d{4}(, the best so far)?"
-    own = rf"40 trainable parameters, 41 rows, 14 steps|{validated}|  .* -> .*"
-    assert all(re.fullmatch(own, line) for line in result.stderr.splitlines()), result.stderr
+    allowed = rf"40 trainable parameters, 41 rows, 14 steps|{validated}|  .* -> .*"
+    assert all(re.fullmatch(allowed, line) for line in result.stderr.splitlines()), result.stderr
 
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["trainable_parameters"] == 40
@@ -133,33 +133,33 @@ def test_the_command_trains_and_leaves_its_files(flags, tmp_path):
     assert summary["best_val_loss"] == min(losses(out_dir)["val/loss"].values())
 
 
-def test_without_data_the_command_that_makes_it_is_named(tmp_path, monkeypatch, capsys):
+def test_the_error_for_a_missing_dataset_names_the_command_that_prepares_it(tmp_path, monkeypatch, capsys):
     base = Path(__file__).parent.parent / "checkpoints" / "microworld"
     monkeypatch.chdir(tmp_path)
-    code, said = run_script([f"--checkpoint_dir={base}", "--accelerator=cpu"], monkeypatch, capsys)
+    code, stderr = run_script([f"--checkpoint_dir={base}", "--accelerator=cpu"], monkeypatch, capsys)
     assert code == 1
-    assert said == (
+    assert stderr == (
         "error: There is no prepared dataset at data/microworld-pirate; write one with a scripts/prepare_*.py (the "
         "default one: python scripts/prepare_microworld.py).\n"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metrics_have_their_columns_and_every_step(finished):
+def test_metrics_have_all_columns_and_every_step(finished):
     header = (finished / "metrics.csv").read_text().splitlines()[0]
     assert header == "step,grad_norm,lr,tokens_per_s,train/loss,val/loss"
     assert list(losses(finished)["train/loss"]) == list(range(14))
     assert list(losses(finished)["val/loss"]) == [0, 5, 10, 14]
 
 
-def test_samples_are_taken_before_during_and_after(finished):
+def test_samples_are_generated_before_during_and_after_training(finished):
     records = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 5, 10, 14]
     assert all(record.keys() == {"step", "prompt", "answer", "reference"} for record in records)
     assert re.fullmatch(r"\d+ what did \w+ \w+ eat\?", records[0]["prompt"])
 
 
-def test_an_adapter_knows_itself(finished, base_dir):
+def test_an_adapter_file_records_its_config_base_and_training(finished, base_dir):
     adapter = read_adapter(finished)
     assert adapter.path.name == "best.safetensors"
     assert {name: tuple(t.shape) for name, t in adapter.state.items()} == {
@@ -177,7 +177,7 @@ def test_an_adapter_knows_itself(finished, base_dir):
     assert meta["versions"]["torch"] == torch.__version__
 
 
-def test_the_saved_adapter_gives_the_validation_loss_it_names(finished, base_dir, data_dir):
+def test_the_saved_adapter_reproduces_its_recorded_validation_loss(finished, base_dir, data_dir):
     adapter = read_adapter(finished / "last.safetensors")
     model, val = load_model(base_dir, adapter), SFTData(data_dir, "test")
     with torch.no_grad():
@@ -192,20 +192,20 @@ def test_the_saved_config_reproduces_the_run(finished, tmp_path):
     assert_same_losses(tmp_path / "again", finished)
 
 
-def test_gradient_checkpointing_changes_no_loss(flags, finished, tmp_path):
+def test_gradient_checkpointing_does_not_change_the_losses(flags, finished, tmp_path):
     train(flags(tmp_path, gradient_checkpointing=True))
     assert_same_losses(tmp_path, finished)
 
 
-def test_micro_batches_of_one_row_shape_do_not_change_the_length_of_a_run(flags, tmp_path):
+def test_micro_batches_of_one_row_do_not_change_the_number_of_steps(flags, tmp_path):
     train(flags(tmp_path, micro_batch_size=1, max_steps="null", epochs=0.5))
     assert list(losses(tmp_path)["train/loss"]) == [0, 1, 2]
 
 
-# == continuing ==
+# == resuming ==
 
 
-def test_a_killed_run_resumes_to_the_same_losses(flags, tmp_path, capsys):
+def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path, capsys):
     long = dict(max_steps=400, epochs=100, eval_interval=50, save_interval=7, learning_rate=0.01)
     train(flags(tmp_path / "whole", **long))
 
@@ -227,13 +227,13 @@ def test_a_killed_run_resumes_to_the_same_losses(flags, tmp_path, capsys):
     assert not (killed / "summary.json").exists()
     assert 50 <= saved_step(state) < 400
 
-    # what a kill between the logs and the state leaves, and one in the middle of a write
+    # leftovers of a kill after the logs but before the state were written, and of one in the middle of a write
     with (killed / "samples.jsonl").open("a") as file:
         file.write('{"step": 399, "prompt": "from a lost future"}\n{"step": 39')
-    left = killed / f"{TEMPORARY}999999999-{platform.node()}-{'0' * 16}/new/state.pt"
-    left.parent.mkdir(parents=True)
-    left.parents[1].chmod(0o700)
-    left.write_bytes(b"half")
+    leftover = killed / f"{TEMPORARY}999999999-{platform.node()}-{'0' * 16}/new/state.pt"
+    leftover.parent.mkdir(parents=True)
+    leftover.parents[1].chmod(0o700)
+    leftover.write_bytes(b"half")
 
     train(flags(killed, **long, resume=True))
     assert_same_losses(killed, tmp_path / "whole")
@@ -253,7 +253,7 @@ def saved_step(state: Path) -> int:
 
 
 def tensorboard_steps(out_dir: Path, tag: str) -> list[int]:
-    """The steps under a tag in all event files, as written."""
+    """Return the steps of a tag in all event files, in the order in which they were written."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     files = sorted((out_dir / "tensorboard").iterdir())
@@ -267,7 +267,7 @@ def tensorboard_steps(out_dir: Path, tag: str) -> list[int]:
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, monkeypatch):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     out_dir = tmp_path / "my run"
     monkeypatch.setattr(
         sys, "argv", ["finetune/aligner.py", *flags(out_dir, max_steps=300, epochs=100, max_new_tokens=1)]
@@ -280,9 +280,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         cli.run(script.main, cli.parse(script.Settings))
-    assert stopped.value.code == 130
+    assert exit_info.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"Interrupted\. To continue from step \d+: python finetune/aligner\.py --config ", last)
 
@@ -291,35 +291,35 @@ def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, 
     assert len(losses(out_dir)["train/loss"]) == 300
 
 
-def test_early_stopping_ends_a_killed_run_at_the_same_step(flags, tmp_path, capsys, monkeypatch):
+def test_early_stopping_ends_a_resumed_run_at_the_same_step(flags, tmp_path, capsys, monkeypatch):
     early = dict(max_steps=40, learning_rate=20.0, lr_schedule="constant", eval_interval=2, save_interval=3,
                  early_stopping=2)  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(flags(whole, **early))
+    complete, killed = tmp_path / "whole", tmp_path / "killed"
+    train(flags(complete, **early))
     assert "stopped after 2 validations without a lower loss" in capsys.readouterr().out
-    summary = json.loads((whole / "summary.json").read_text())
+    summary = json.loads((complete / "summary.json").read_text())
     assert summary["stopped_early"] and summary["steps"] < 40
-    *before, second_last, last = losses(whole)["val/loss"].values()
+    *before, second_last, last = losses(complete)["val/loss"].values()
     assert summary["best_val_loss"] == min(before) <= min(second_last, last)
-    assert summary["best_step"] == summary["steps"] - 4 and max(losses(whole)["train/loss"]) == summary["steps"] - 1
+    assert summary["best_step"] == summary["steps"] - 4 and max(losses(complete)["train/loss"]) == summary["steps"] - 1
 
-    step_of = Trainer.train_step
+    train_step = Trainer.train_step
 
     def interrupted(self, micro_batches):
         if self.step == summary["steps"] - 1:  # after the last saved state
             raise KeyboardInterrupt
-        return step_of(self, micro_batches)
+        return train_step(self, micro_batches)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Trainer, "train_step", interrupted)
         train(flags(killed, **early))
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):  # the second time, there is nothing left to do
         train(flags(killed, **early, resume=True))
-        assert_same_losses(killed, whole)
+        assert_same_losses(killed, complete)
         assert json.loads((killed / "summary.json").read_text())["steps"] == summary["steps"]
 
 
-def test_resuming_a_finished_run_only_closes_it(finished, flags, tmp_path, capsys):
+def test_resuming_a_finished_run_gives_the_same_results(finished, flags, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     train(flags(tmp_path / "run", resume=True))
     assert "from step 14" in capsys.readouterr().err
@@ -329,24 +329,24 @@ def test_resuming_a_finished_run_only_closes_it(finished, flags, tmp_path, capsy
     )
 
 
-def test_resuming_nothing_starts_from_the_beginning(flags, finished, tmp_path, capsys):
+def test_resuming_without_a_saved_state_starts_from_the_beginning(flags, finished, tmp_path, capsys):
     train(flags(tmp_path, resume=True))
     assert "has no state.pt: starting" in capsys.readouterr().err
     assert_same_losses(tmp_path, finished)
 
 
-def test_resuming_with_other_settings_names_them(finished, flags):
+def test_resuming_with_different_settings_is_refused_and_names_them(finished, flags):
     with pytest.raises(UserError) as error:
         train(flags(finished, resume=True, learning_rate=0.1, seed=3))
     assert "had other settings: learning_rate (0.05 then, 0.1 now), seed (1337 then, 3 now);" in str(error.value)
 
 
-def test_resuming_with_settings_that_change_no_result_is_allowed(finished, flags, tmp_path):
+def test_resuming_with_settings_that_do_not_affect_the_results_is_allowed(finished, flags, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     train(flags(tmp_path / "run", resume=True, save_interval=3, sample_prompts=2, gradient_checkpointing=True))
 
 
-def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base_dir, data_dir, tmp_path):
+def test_resuming_with_other_data_or_another_base_is_refused(finished, flags, base_dir, data_dir, tmp_path):
     other = {name: t * 1.5 for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
     save_base(tmp_path / "base", LLaMAConfig.from_json(base_dir / CONFIG_NAME), other)
     shutil.copy(base_dir / TOKENIZER_NAME, tmp_path / "base")
@@ -360,7 +360,7 @@ def test_resuming_on_other_data_or_another_base_is_refused(finished, flags, base
         train(flags(finished, resume=True, data_dir=tmp_path / "data"))
 
 
-def test_resuming_on_other_data_of_the_same_lengths_is_refused(finished, flags, data_dir, tmp_path):
+def test_resuming_with_other_data_of_the_same_lengths_is_refused(finished, flags, data_dir, tmp_path):
     rows = load_from_disk(str(data_dir / "train")).to_list()
     rows[-1]["input_ids"][-2] += 1
     shutil.copytree(data_dir, tmp_path / "data")
@@ -371,7 +371,7 @@ def test_resuming_on_other_data_of_the_same_lengths_is_refused(finished, flags, 
         train(flags(finished, resume=True, data_dir=tmp_path / "data"))
 
 
-def test_a_kill_between_state_and_adapters_is_repaired(finished, flags, tmp_path):
+def test_resuming_after_a_kill_between_state_and_adapters_restores_the_adapters(finished, flags, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     expected = {name: (finished / f"{name}.safetensors").read_bytes() for name in ("best", "last")}
     trained = read_adapter(finished)
@@ -379,12 +379,12 @@ def test_a_kill_between_state_and_adapters_is_repaired(finished, flags, tmp_path
     (tmp_path / "run/best.safetensors").unlink()
     train(flags(tmp_path / "run", resume=True))
     for name in expected:
-        found = read_adapter(tmp_path / f"run/{name}.safetensors")
-        assert found.meta["training"]["step"] == 14
-        assert all(torch.equal(t, load(expected[name])[key]) for key, t in found.state.items())
+        restored = read_adapter(tmp_path / f"run/{name}.safetensors")
+        assert restored.meta["training"]["step"] == 14
+        assert all(torch.equal(t, load(expected[name])[key]) for key, t in restored.state.items())
 
 
-def test_a_run_of_an_earlier_version_continues(finished, flags, tmp_path):
+def test_a_run_of_an_earlier_version_can_be_resumed(finished, flags, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for name in (".aligner-manifest.json", ".aligner-lock"):
         (tmp_path / "run" / name).unlink()
@@ -412,21 +412,21 @@ def test_a_damaged_file_is_one_sentence_and_nothing_changes(finished, flags, tmp
 
 
 def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags, tmp_path, capfd, monkeypatch):
-    step = Trainer.train_step
+    train_step = Trainer.train_step
 
     def terminated(self, rows):
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, rows)
+        return train_step(self, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", terminated)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             train(flags(tmp_path))
-    assert ended.value.code == 143
-    said = capfd.readouterr().err
-    assert re.search(r"^SIGTERM: saving after this step\. To continue: python .* --resume$", said, re.MULTILINE)
-    assert "Interrupted. To continue from step 6: python" in said
+    assert exit_info.value.code == 143
+    stderr = capfd.readouterr().err
+    assert re.search(r"^SIGTERM: saving after this step\. To continue: python .* --resume$", stderr, re.MULTILINE)
+    assert "Interrupted. To continue from step 6: python" in stderr
     assert saved_step(tmp_path / "state.pt") == 6
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(flags(tmp_path, resume=True))
@@ -434,7 +434,7 @@ def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags,
 
 
 def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
-    """A lock ends with its process, in whatever way that ends."""
+    """The lock is released when its process ends, even if it is killed."""
     shutil.copytree(finished, tmp_path / "run")
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     holder = subprocess.Popen(
@@ -466,13 +466,13 @@ def test_files_of_others_stop_a_run_before_it_begins(flags, tmp_path, name, chan
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "file/run/deep", "n" * 256, "n" * 256 + "/run"])
-def test_a_place_that_cannot_be_a_folder_is_one_sentence(flags, tmp_path, place):
+def test_a_path_that_cannot_be_a_folder_gives_a_one_line_error(flags, tmp_path, place):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"^Cannot write .*\((Not a directory|File name too long).*choose another"):
         train(flags(tmp_path / place))
 
 
-def test_a_long_name_is_a_name(flags, tmp_path):
+def test_a_long_folder_name_is_accepted(flags, tmp_path):
     train(flags(tmp_path / ("n" * 250), max_steps=1))
 
 
@@ -505,16 +505,16 @@ def test_overwrite_starts_afresh_and_touches_no_other_file(flags, finished, tmp_
 def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
     train(flags(tmp_path, init_adapter=finished / "last.safetensors", adapter_start_layer=2))
     assert losses(tmp_path)["val/loss"][0] == pytest.approx(losses(finished)["val/loss"][14], abs=1e-6)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["adapter_start_layer"] == 1  # the adapter's own
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["adapter_start_layer"] == 1  # the adapter's value
 
 
 # == several processes ==
 
 
-def two_machines(arguments: list[str]) -> tuple[int, str, str]:
-    """Start the script once for each of two machines, as in howto/large_models.md; return exit code and output."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def run_on_two_machines(arguments: list[str]) -> tuple[int, str, str]:
+    """Start the script as on two machines, as in howto/large_models.md, and return its exit code, stdout and stderr."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
     fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
     fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
     arguments = [argument for argument in arguments if argument != "--accelerator=cpu"]
@@ -532,20 +532,20 @@ def two_machines(arguments: list[str]) -> tuple[int, str, str]:
     ("launcher", "strategy"),
     [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("fabric run", "hsdp"), ("machines", "fsdp")],
 )
-def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strategy):
-    # the sixth step is one row and the validation one batch: the second process has nothing there
+def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, launcher, strategy):
+    # the sixth step has one row and the validation one batch, so the second process has nothing to do in them
     changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
     train(flags(tmp_path / "one", **changes))
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
     if launcher == "machines":
-        code, out, err = two_machines(arguments)
+        code, out, err = run_on_two_machines(arguments)
     else:
         run = [sys.executable, script_path, "--devices=2", f"--strategy={strategy}"]
         if launcher == "fabric run":
             arguments.remove("--accelerator=cpu")
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
+            with socket.create_server(("127.0.0.1", 0)) as sock:
+                port = sock.getsockname()[1]
             run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}", "--devices=2",
                    "--accelerator=cpu", "--", script_path, f"--strategy={strategy}"]  # fmt: skip
         result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
@@ -555,7 +555,7 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strateg
     assert out.count("trained      40 parameters") == 1
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
     assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
-    # AdamW forgives a gradient that is off by a factor
+    # also compare the gradient norms: AdamW hides a gradient that is off by a constant factor
     one, two = (read_metrics(tmp_path / run / "metrics.csv") for run in ("one", "two"))
     assert all(two[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-4) for step in range(7))
     one, two = (read_adapter(tmp_path / run) for run in ("one", "two"))
@@ -564,33 +564,33 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, launcher, strateg
 
 
 def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
-    """It would train on one of the two devices."""
+    """Otherwise it would train on only one of the two devices."""
     job = {"SLURM_NTASKS": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
            "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}  # fmt: skip
     command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", *flags(tmp_path / "run")]
-    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (
+    result = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == (
         "error: SLURM or torchrun started 1 instead of 2 processes: let it start as many on each machine as --devices "
         "says (srun --ntasks-per-node=2, torchrun --nproc-per-node=2)."
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_one_device_continues_on_two_that_share_the_base(flags, finished, tmp_path):
+def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    earlier = read_adapter(finished).state  # of some step; what counts is that both continue from the same
+    adapter_state = read_adapter(finished).state  # of any step, as long as both runs resume from it
     torch.save(
-        {**state, "adapter": earlier, "step": 8, "val_losses": state["val_losses"][:2]}, tmp_path / "run/state.pt"
+        {**state, "adapter": adapter_state, "step": 8, "val_losses": state["val_losses"][:2]}, tmp_path / "run/state.pt"
     )
     shutil.copytree(tmp_path / "run", tmp_path / "shared")
     train(flags(tmp_path / "run", resume=True))
     command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
     command += flags(tmp_path / "shared", resume=True)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "continues from step 8." in done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "continues from step 8." in result.stderr
     assert_same_losses(tmp_path / "shared", tmp_path / "run", tolerance=1e-5)
 
 
@@ -598,31 +598,33 @@ def test_dropout_is_the_same_on_any_number_of_devices(flags, tmp_path):
     changes = dict(max_steps=2, eval_rows=3, method="lora", method_config='{"lora_dropout": 0.5}', micro_batch_size=2)
     train(flags(tmp_path / "one", **changes))
     command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=ddp"]
-    done = subprocess.run([*command, *flags(tmp_path / "two", **changes)], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(
+        [*command, *flags(tmp_path / "two", **changes)], capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
     assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
 
 
-# == mistakes ==
+# == user errors ==
 
 
 def run_script(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    """Exit code and stderr of the command line."""
+    """Run the script from the command line and return its exit code and stderr."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         cli.run(script.main, cli.parse(script.Settings))
-    return stopped.value.code, capsys.readouterr().err
+    return exit_info.value.code, capsys.readouterr().err
 
 
-def test_an_absurd_learning_rate_stops_with_step_and_rows_named(flags, tmp_path, monkeypatch, capsys):
-    code, said = run_script(flags(tmp_path, learning_rate=1e38, grad_clip=0), monkeypatch, capsys)
+def test_a_nan_loss_stops_with_an_error_that_names_the_step_and_rows(flags, tmp_path, monkeypatch, capsys):
+    code, stderr = run_script(flags(tmp_path, learning_rate=1e38, grad_clip=0), monkeypatch, capsys)
     assert code == 1
     assert re.search(
-        r"\nerror: The loss is nan in step 1, rows \d+(, \d+)+, at lr 2\.9e\+37: lower --learning_rate", said
+        r"\nerror: The loss is nan in step 1, rows \d+(, \d+)+, at lr 2\.9e\+37: lower --learning_rate", stderr
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert (tmp_path / "best.safetensors").is_file()
-    assert 0 in read_metrics(tmp_path / "metrics.csv")  # what led there can be looked at
+    assert 0 in read_metrics(tmp_path / "metrics.csv")  # the steps before the error are logged
 
 
 def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tmp_path, monkeypatch, capsys):
@@ -631,9 +633,9 @@ def test_an_initial_adapter_with_an_infinite_gate_is_refused(flags, finished, tm
     broken["transformer.h.2.attn.gating_factor"][0, 0] = torch.inf
     save_adapter(tmp_path / "broken.safetensors", broken, adapter.meta)
     arguments = flags(tmp_path / "run", init_adapter=tmp_path / "broken.safetensors")
-    code, said = run_script(arguments, monkeypatch, capsys)
+    code, stderr = run_script(arguments, monkeypatch, capsys)
     assert code == 1 and not (tmp_path / "run").exists()
-    assert said.splitlines()[-1] == (
+    assert stderr.splitlines()[-1] == (
         f"error: {tmp_path}/broken.safetensors cannot be used: transformer.h.2.attn.gating_factor holds numbers that "
         "are not finite (NaN or infinity)."
     )
@@ -644,18 +646,18 @@ def test_a_base_with_an_infinite_weight_is_refused(flags, base_dir, tmp_path, mo
     state = {name: t.clone() for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
     state["transformer.ln_f.scale"][0] = torch.inf
     save_base(tmp_path / "base", LLaMAConfig.from_json(base_dir / CONFIG_NAME), state)
-    code, said = run_script(flags(tmp_path / "run", checkpoint_dir=tmp_path / "base"), monkeypatch, capsys)
+    code, stderr = run_script(flags(tmp_path / "run", checkpoint_dir=tmp_path / "base"), monkeypatch, capsys)
     assert code == 1
-    assert said.splitlines()[-1] == (
+    assert stderr.splitlines()[-1] == (
         "error: The validation loss is nan after 0 steps: nothing is trained yet, so check the base, the initial "
         "adapter and the data."
     )
 
 
 def test_a_record_of_an_earlier_version_may_lack_fields():
-    now = {"config": {"n_layer": 2}, "weights": "a", "tensors": "b"}
-    assert agrees({"config": {"n_layer": 2}, "weights": "a"}, now) and agrees(now, now)
-    assert not agrees({"config": {"n_layer": 3}, "weights": "a"}, now) and not agrees("x", now)
+    current = {"config": {"n_layer": 2}, "weights": "a", "tensors": "b"}
+    assert agrees({"config": {"n_layer": 2}, "weights": "a"}, current) and agrees(current, current)
+    assert not agrees({"config": {"n_layer": 3}, "weights": "a"}, current) and not agrees("x", current)
 
 
 @pytest.mark.parametrize(
@@ -674,22 +676,22 @@ def test_a_record_of_an_earlier_version_may_lack_fields():
         ({"devices": 0}, "error: devices is 0; it must be 1 or more."),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(flags, tmp_path, monkeypatch, capsys, changes, sentence):
-    code, said = run_script(flags(tmp_path / "run", **changes), monkeypatch, capsys)
+def test_a_user_error_is_one_line_and_writes_no_files(flags, tmp_path, monkeypatch, capsys, changes, sentence):
+    code, stderr = run_script(flags(tmp_path / "run", **changes), monkeypatch, capsys)
     assert code == 1
-    assert said.splitlines()[-1].startswith(sentence)
+    assert stderr.splitlines()[-1].startswith(sentence)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_flag_exits_with_2(flags, tmp_path, monkeypatch, capsys):
-    code, said = run_script([*flags(tmp_path), "--learnin_rate=1"], monkeypatch, capsys)
-    assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith(
+    code, stderr = run_script([*flags(tmp_path), "--learnin_rate=1"], monkeypatch, capsys)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith(
         "error: There is no flag --learnin_rate; did you mean --learning_rate? (see python finetune/aligner.py --help)"
     )
 
 
-def test_importing_the_script_does_nothing(tmp_path, monkeypatch, capsys):
+def test_importing_the_script_has_no_side_effects(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     environment, random_state = dict(os.environ), torch.get_rng_state()
     spec = importlib.util.spec_from_file_location("imported", ROOT / "finetune/aligner.py")

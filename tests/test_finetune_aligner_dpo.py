@@ -31,7 +31,7 @@ from lit_llama.storage.tensor_files import read_state
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
-# 20 pairs in steps of 8 are 3 steps an epoch
+# 20 pairs with a batch size of 8 make 3 steps per epoch
 SHORT = dict(max_steps=7, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.05, warmup_epochs=0,
              adapter_start_layer=1, eval_interval=3, save_interval=3, sample_prompts=1, drift_prompts=2,
              max_new_tokens=4, accelerator="cpu", beta=0.3, sft_weight=0)  # fmt: skip
@@ -40,7 +40,7 @@ METRICS = {"loss", "reward_accuracy", "chosen_reward", "rejected_reward", "margi
 
 @pytest.fixture
 def settings(base_dir, preference_dir, tmp_path):
-    """The settings of a short run, with its own copy of the data so that its cache is its own."""
+    """Return a function that makes the flags of a short run on a copy of the data, so that its cache is not shared."""
     data_dir = tmp_path / "data/pairs"
     shutil.copytree(preference_dir, data_dir)
 
@@ -66,7 +66,7 @@ def logged(out_dir: Path) -> dict[int, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def trained_adapter(base_dir, tmp_path_factory) -> Path:
-    """An adapter with open gates, as an SFT stage leaves one."""
+    """Return the path of an adapter with open gates, as SFT produces it."""
     torch.manual_seed(3)
     state = {"global_value_embedding.weight": torch.randn(2, 32)}
     state |= {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1) for i in (1, 2)}
@@ -76,7 +76,7 @@ def trained_adapter(base_dir, tmp_path_factory) -> Path:
     return path
 
 
-# == the start ==
+# == start of training ==
 
 
 @pytest.mark.parametrize("precompute", [True, False])
@@ -95,21 +95,21 @@ def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tm
     assert rows[7]["val/kl"] != 0
 
 
-def test_a_reference_that_is_not_the_start_is_refused(settings, tmp_path, monkeypatch):
-    exact = reference.compute_reference
-    monkeypatch.setattr(reference, "compute_reference", lambda *args: exact(*args) + torch.tensor([0.0, 0.01]))
+def test_a_reference_that_differs_from_the_initial_policy_is_refused(settings, tmp_path, monkeypatch):
+    original = reference.compute_reference
+    monkeypatch.setattr(reference, "compute_reference", lambda *args: original(*args) + torch.tensor([0.0, 0.01]))
     with pytest.raises(UserError, match=r"Before the first step the loss is 0.69\d+ and a margin 3.0e-03, but they"):
         train(settings(tmp_path / "run"))
     assert not (tmp_path / "run/state.pt").exists()
 
 
-def test_the_precomputed_reference_gives_the_run_of_one_that_is_not(settings, trained_adapter, tmp_path):
+def test_precomputing_the_reference_does_not_change_the_metrics(settings, trained_adapter, tmp_path):
     for name, precompute in (("before", True), ("in steps", False)):
         train(settings(tmp_path / name, init_adapter=trained_adapter, precompute_reference=precompute))
     assert logged(tmp_path / "before") == logged(tmp_path / "in steps")
 
 
-def test_micro_batches_stay_and_their_order_changes():
+def test_micro_batches_are_fixed_and_their_order_changes():
     lengths = np.random.default_rng(0).integers(1, 50, 45)
     epochs = [plan_fixed_epoch(lengths, 8, 4, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     for plan in epochs:
@@ -121,27 +121,27 @@ def test_micro_batches_stay_and_their_order_changes():
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
 
 
-# == the cache of the reference ==
+# == reference cache ==
 
 
-def computed(flags: list[str], monkeypatch) -> list[str]:
-    """The splits whose reference a run computes anew."""
-    names, exact = [], reference.compute_reference
+def recomputed_splits(flags: list[str], monkeypatch) -> list[str]:
+    """Return the splits for which a run recomputes the reference."""
+    names, original = [], reference.compute_reference
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "compute_reference", lambda *args: names.append(args[-1]) or exact(*args))
-        patch.setattr(script.Trainer, "fit", lambda self: exit())  # all that follows is tested elsewhere
+        patch.setattr(reference, "compute_reference", lambda *args: names.append(args[-1]) or original(*args))
+        patch.setattr(script.Trainer, "fit", lambda self: exit())  # the rest is tested elsewhere
         with pytest.raises(SystemExit):
             train(flags)
     return names
 
 
-def test_the_reference_is_computed_again_when_an_input_changes(
+def test_the_reference_is_recomputed_when_an_input_changes(
     settings, trained_adapter, base_dir, tokenizer, tmp_path, monkeypatch
 ):
     def run(**changes):
-        return computed(settings(tmp_path / "run", **{**short, **changes}), monkeypatch)
+        return recomputed_splits(settings(tmp_path / "run", **{**defaults, **changes}), monkeypatch)
 
-    short = dict(init_adapter=trained_adapter)
+    defaults = dict(init_adapter=trained_adapter)
     both = ["training", "validation"]
     assert run() == both
     assert run() == run(seed=5, learning_rate=1e-3, beta=0.2) == []
@@ -153,7 +153,7 @@ def test_the_reference_is_computed_again_when_an_input_changes(
     save_adapter(tmp_path / "other.safetensors", state, adapter.meta)
     assert run(init_adapter=tmp_path / "other.safetensors") == both
 
-    # the base: one number in the middle
+    # the base: one weight in the middle
     other_base = tmp_path / "base"
     shutil.copytree(base_dir, other_base)
     state = {name: t.clone() for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
@@ -167,19 +167,19 @@ def test_the_reference_is_computed_again_when_an_input_changes(
     rows = load_from_disk(str(data_dir / "test")).to_list()
     rows[0]["rejected"][0] += 1
     shutil.rmtree(data_dir / "test")
-    (data_dir / MANIFEST).unlink()  # it would tell of the change
+    (data_dir / MANIFEST).unlink()  # it would not match the changed data
     Dataset.from_list(rows).save_to_disk(str(data_dir / "test"))
     assert run(data_dir=data_dir) == ["validation"]
 
-    # the tokenizer: another file, named in both places
+    # the tokenizer: another file, with its hash in meta.json
     sha = tokenizer.sha256
     with (other_base / TOKENIZER_NAME).open("ab") as file:
-        file.write(b"\xba\x3e\x00")  # an empty field that sentencepiece does not know
+        file.write(b"\xba\x3e\x00")  # an empty field that sentencepiece ignores
     meta = tmp_path / "data/pairs/meta.json"
     meta.write_text(meta.read_text().replace(sha, Tokenizer(other_base).sha256))
     assert run(checkpoint_dir=other_base) == both
 
-    # how it is computed
+    # the way it is computed
     meta.write_text(meta.read_text().replace(Tokenizer(other_base).sha256, sha))
     assert run(micro_batch_size=8) == both
     assert run(precision="bf16-true") == both
@@ -190,17 +190,17 @@ def test_the_reference_is_computed_again_when_an_input_changes(
 
 def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
     flags = settings(tmp_path / "run")
-    assert len(computed(flags, monkeypatch)) == 2
+    assert len(recomputed_splits(flags, monkeypatch)) == 2
     files = list((tmp_path / "data/.aligner-cache").glob("reference-*/*.safetensors"))
     assert len(files) == 2
     files[0].write_bytes(b"not this")
     content = files[1].read_bytes()
-    files[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # another number, in an intact file
-    assert len(computed(flags, monkeypatch)) == 2
-    assert computed(flags, monkeypatch) == []
+    files[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a changed value in a readable file
+    assert len(recomputed_splits(flags, monkeypatch)) == 2
+    assert recomputed_splits(flags, monkeypatch) == []
 
 
-# == the run ==
+# == training ==
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def finished(settings, tmp_path, capsys) -> tuple[Path, str]:
 
 
 def test_every_metric_is_logged_and_plotted(finished):
-    out_dir, said = finished
+    out_dir, output = finished
     rows = read_metrics(out_dir / "metrics.csv")
     names = METRICS | {"dpo_loss", "sft_loss"}
     assert set(rows[2]) == {f"train/{name}" for name in names} | {"lr", "grad_norm", "tokens_per_s"}
@@ -221,11 +221,11 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert row["val/loss"] == pytest.approx(row["val/dpo_loss"] + 0.5 * row["val/sft_loss"], abs=1e-5)
     assert (out_dir / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     records = [json.loads(line) for line in (out_dir / "samples.jsonl").read_text().splitlines()]
-    assert f"> {records[0]['prompt']}\nbefore: {records[0]['answer']}\nafter:  {records[-1]['answer']}\n" in said
+    assert f"> {records[0]['prompt']}\nbefore: {records[0]['answer']}\nafter:  {records[-1]['answer']}\n" in output
 
 
-def test_validation_is_over_the_whole_split(finished, base_dir, preference_dir):
-    """The last row against a computation pair by pair with two models."""
+def test_validation_covers_the_entire_split(finished, base_dir, preference_dir):
+    """The last row of metrics equals a computation with two models, one pair at a time."""
     out_dir, _ = finished
     policy, base = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), load_model(base_dir)
     val = PreferenceData(preference_dir, "test")
@@ -241,28 +241,28 @@ def test_validation_is_over_the_whole_split(finished, base_dir, preference_dir):
     assert row["val/dpo_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), abs=1e-4)
 
 
-def test_a_run_resumes_to_the_same_numbers(settings, trained_adapter, tmp_path):
+def test_resuming_gives_the_same_metrics(settings, trained_adapter, tmp_path):
     changes = dict(init_adapter=trained_adapter, sample_prompts=0)
     train(settings(tmp_path / "whole", **changes))
-    short = settings(tmp_path / "cut", **changes)
+    flags = settings(tmp_path / "cut", **changes)
     with pytest.MonkeyPatch.context() as patch:
         step = script.Trainer.train_step
 
-        def killed(self, rows):
+        def stop_at_step_5(self, rows):
             if self.step == 5:
                 raise SystemExit
             return step(self, rows)
 
-        patch.setattr(script.Trainer, "train_step", killed)
+        patch.setattr(script.Trainer, "train_step", stop_at_step_5)
         with pytest.raises(SystemExit):
-            train(short)
-    train([*short, "--resume"])
+            train(flags)
+    train([*flags, "--resume"])
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     with pytest.raises(UserError, match=r"other settings: beta \(0.3 then, 0.1 now\)"):
-        train([*short, "--resume", "--beta=0.1"])
+        train([*flags, "--resume", "--beta=0.1"])
 
 
-def test_what_is_reported_can_change_when_a_run_resumes(settings, tmp_path, capsys):
+def test_reporting_settings_can_change_on_resume(settings, tmp_path, capsys):
     train(settings(tmp_path / "run", max_steps=7, sample_prompts=4, drift_prompts=0, save_interval=3))
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     torch.save({**state, "step": 3, "val_losses": state["val_losses"][:2]}, tmp_path / "run/state.pt")
@@ -271,16 +271,18 @@ def test_what_is_reported_can_change_when_a_run_resumes(settings, tmp_path, caps
     assert list(column(tmp_path / "run", "val/kl")) == [6, 7]
     records = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0] * 4 + [3] * 4 + [6] * 2 + [7] * 2
-    said = capsys.readouterr().out
-    assert said.count("before: ") == 2
+    output = capsys.readouterr().out
+    assert output.count("before: ") == 2
     first = {record["prompt"]: record["answer"] for record in records[:4]}
-    assert all(f"> {r['prompt']}\nbefore: {first[r['prompt']]}\nafter:  {r['answer']}\n" in said for r in records[-2:])
+    assert all(
+        f"> {r['prompt']}\nbefore: {first[r['prompt']]}\nafter:  {r['answer']}\n" in output for r in records[-2:]
+    )
 
 
 @pytest.mark.parametrize(
     ("strategy", "precompute", "sampled"), [("ddp", True, 0), ("ddp", False, 0), ("fsdp", True, 3), ("fsdp", False, 0)]
 )
-def test_two_processes_give_the_numbers_of_one(settings, trained_adapter, tmp_path, strategy, precompute, sampled):
+def test_two_processes_give_the_same_metrics_as_one(settings, trained_adapter, tmp_path, strategy, precompute, sampled):
     changes = dict(init_adapter=trained_adapter, precompute_reference=precompute)
     changes |= dict(sample_prompts=sampled, drift_prompts=sampled)
     train(settings(tmp_path / "one", **changes))
@@ -303,16 +305,16 @@ def test_without_a_reference(settings, tmp_path):
     assert not (tmp_path / "data/.aligner-cache").exists()
 
 
-def test_answers_that_degenerate_are_warned_of(settings, tmp_path, monkeypatch, capsys):
+def test_degenerate_answers_cause_a_warning(settings, tmp_path, monkeypatch, capsys):
     shares = iter([0.1, 0.15, 0.5, 0.5])
     monkeypatch.setattr(script, "sampled_kl", lambda *args: {"kl": 1.0, "degenerate": next(shares)})
     train(settings(tmp_path / "run"))
-    said = capsys.readouterr().err
-    assert said.count("warning: 50% of the sampled answers are empty, do not end or repeat themselves, 10% did") == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning: 50% of the sampled answers are empty, do not end or repeat themselves, 10% did") == 2
 
 
-def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
-    """Answers that are known: one that ends, one that is cut, one that repeats itself."""
+def test_drift_matches_a_computation_by_hand(base_dir, trained_adapter, monkeypatch):
+    """The answers are fixed: two that end, and one that repeats itself and does not end."""
     policy = load_model(base_dir, read_adapter(trained_adapter))
     closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
@@ -330,7 +332,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
 
 
-# == mistakes ==
+# == errors ==
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_drift_by_hand(base_dir, trained_adapter, monkeypatch):
         ({"micro_batch_size": 3}, "batch_size 8 is not a multiple of micro_batch_size 3."),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(settings, refusal, tmp_path, changes, sentence):
+def test_invalid_settings_are_refused_before_the_run_folder_is_created(settings, refusal, tmp_path, changes, sentence):
     assert refusal(train, settings(tmp_path / "run", **changes)).startswith(sentence)
     assert not (tmp_path / "run").exists()
 
@@ -353,7 +355,7 @@ def test_sft_data_is_refused(settings, data_dir, tmp_path):
         train(settings(tmp_path / "run", data_dir=data_dir))
 
 
-def test_gates_and_prefix_are_all_that_moves(finished, base_dir):
+def test_only_gates_and_prefix_are_trained(finished, base_dir):
     out_dir, _ = finished
     adapter = read_adapter(out_dir / "last.safetensors")
     assert sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4

@@ -25,7 +25,7 @@ from lit_llama.rollouts import Answerer, Rollouts
 from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
 
-# 20 prompts in steps of 8 are 3 steps an epoch
+# 20 prompts at a batch size of 8 make 3 steps per epoch
 SHORT = dict(max_steps=5, epochs=20, batch_size=8, micro_batch_size=4, learning_rate=0.3, adapter_start_layer=1,
              group_size=3, eval_interval=2, save_interval=2, sample_prompts=1, drift_prompts=2, max_new_tokens=6,
              accelerator="cpu", reward="length", reward_options='{"words": 2}', score="length")  # fmt: skip
@@ -34,7 +34,7 @@ SAMPLED = {"reward", "reward_std", "no_signal", "answer_tokens", "ended"}
 
 @pytest.fixture(scope="module")
 def prompt_dir(tmp_path_factory, tokenizer) -> Path:
-    """A prepared folder of prompts: 20 for training and 6 for validation, which are named."""
+    """Prepare a folder of prompts: 20 for training, and 6 explicitly chosen ones for validation."""
     folder = tmp_path_factory.mktemp("data") / "prompts"
     prompts = [f"what did the {thing} eat {place}?" for thing in ("cat", "dog") for place in range(13)]
     prepare_prompts(
@@ -73,7 +73,7 @@ def logged(out_dir: Path) -> dict[int, dict[str, float]]:
 # == data ==
 
 
-def test_the_dataset(prompt_dir, tokenizer):
+def test_the_dataset_returns_prompts_and_their_sources(prompt_dir, tokenizer):
     train, val = PromptData(prompt_dir, "train", tokenizer), PromptData(prompt_dir, "test", tokenizer)
     assert (len(train), len(val)) == (20, 6)
     assert [row["number"] for row in val.sources(np.arange(6))] == [1, 4, 10, 15, 21, 26]
@@ -92,7 +92,7 @@ def rollouts(prompt_dir, tokenizer) -> Rollouts:
                     length_term="answer", keep_equal=True)  # fmt: skip
 
 
-def test_a_batch_holds_the_answers_in_groups(rollouts, base_dir):
+def test_a_batch_contains_the_answers_group_by_group(rollouts, base_dir):
     model, rows = load_model(base_dir), np.array([4, 2])
     sums = rollouts.sample(model, 0, rows)
     batch, data = rollouts.batch(rows), rollouts.answerer.data
@@ -109,18 +109,18 @@ def test_a_batch_holds_the_answers_in_groups(rollouts, base_dir):
     torch.testing.assert_close(batch["advantages"].view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
 
 
-def test_an_answer_that_ends_has_its_stop_token(rollouts, base_dir, monkeypatch):
+def test_a_finished_answer_includes_its_stop_token(rollouts, base_dir, monkeypatch):
     data, stop = rollouts.answerer.data, rollouts.answerer.tokenizer.stop_ids[0]
     model, rows = load_model(base_dir), np.array([0])
-    free = generate(model, data.prompt_ids(rows), Sampling(6), finished=lambda ids: False)[0]
-    monkeypatch.setattr(rollouts.answerer.tokenizer, "stop_ids", (free[2],))
+    unstopped = generate(model, data.prompt_ids(rows), Sampling(6), finished=lambda ids: False)[0]
+    monkeypatch.setattr(rollouts.answerer.tokenizer, "stop_ids", (unstopped[2],))
     answers = rollouts.answerer.answers(model, rows)
-    first = free.index(free[2]) + 1
-    assert answers.ids == [free[:first]] and answers.ended == [True] and stop != free[2]
-    assert answers.texts == [rollouts.answerer.tokenizer.decode(free[: first - 1]).strip()]
+    first = unstopped.index(unstopped[2]) + 1
+    assert answers.ids == [unstopped[:first]] and answers.ended == [True] and stop != unstopped[2]
+    assert answers.texts == [rollouts.answerer.tokenizer.decode(unstopped[: first - 1]).strip()]
 
 
-def test_what_is_sampled_depends_on_step_and_row_but_not_on_the_batch(rollouts, base_dir):
+def test_sampled_answers_depend_on_step_and_row_but_not_on_the_batch(rollouts, base_dir):
     model = load_model(base_dir)
 
     def answers(step: int, rows: list[int]) -> dict[int, list[list[int]]]:
@@ -138,7 +138,7 @@ def test_what_is_sampled_depends_on_step_and_row_but_not_on_the_batch(rollouts, 
 
 @pytest.mark.parametrize("values", [[1, 1, 1, 0, 1, 0, 2, 2, 2], [1] * 9])
 def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, values):
-    """The loss and the gradients are those of all groups; the entropy is the mean over the groups that are left."""
+    """Loss and gradients equal those over all groups; the entropy is the mean over the remaining groups."""
     torch.manual_seed(0)
     model = load_model(base_dir, method="aligner", method_config={"adapter_start_layer": 0})
     mark_only_adapter_as_trainable(model)
@@ -156,15 +156,15 @@ def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, v
         model.zero_grad()
         sums[keep_equal]["loss"].backward()
         gradients[keep_equal] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    left = [1] if len(set(values)) > 1 else [0]
+    remaining = [1] if len(set(values)) > 1 else [0]
     assert sampled["no_signal"].item() == (2 if len(set(values)) > 1 else 3)
-    whole, part = (batches[keep_equal]["idx"] for keep_equal in (True, False))
-    assert len(part) == 3 and torch.equal(part, whole[3 * left[0] : 3 * left[0] + 3, : part.size(1)])
+    all_groups, kept = (batches[keep_equal]["idx"] for keep_equal in (True, False))
+    assert len(kept) == 3 and torch.equal(kept, all_groups[3 * remaining[0] : 3 * remaining[0] + 3, : kept.size(1)])
     torch.testing.assert_close(sums[False]["loss"], sums[True]["loss"])
     torch.testing.assert_close(gradients[False], gradients[True])
     assert gradients[True].any() == (len(set(values)) > 1)
-    logps = wrapped(part, batches[False]["labels"], batches[False]["label_index"]).detach()
-    answer = batches[False]["label_index"] // part.size(1)
+    logps = wrapped(kept, batches[False]["labels"], batches[False]["label_index"]).detach()
+    answer = batches[False]["label_index"] // kept.size(1)
     means = [-logps[answer == i].mean() for i in range(3)]
     assert sums[False]["entropy"].item() / len(rows) == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
 
@@ -174,7 +174,7 @@ def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, v
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a finished run, and what it printed."""
+    """Return the folder of a finished run and its output."""
     out_dir = tmp_path_factory.mktemp("out") / "run"
     with redirect_stdout(StringIO()) as out:
         train(settings(out_dir, kl_weight=0.1, sample_prompts=2))
@@ -201,7 +201,7 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert adapter.meta["reward"] == "length" and sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
 
 
-def test_validation_is_greedy_and_over_the_whole_split(finished, base_dir, prompt_dir, tokenizer):
+def test_validation_is_greedy_and_covers_the_entire_split(finished, base_dir, prompt_dir, tokenizer):
     out_dir, _ = finished
     model, val = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), PromptData(prompt_dir, "test")
     prompts = [prompt for prompt, _ in val.prompts(6)]
@@ -221,10 +221,10 @@ def test_the_reward_rises(settings, tmp_path):
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05, rewards
 
 
-def test_a_run_resumes_to_the_same_rewards(settings, tmp_path):
+def test_resuming_gives_the_same_rewards(settings, tmp_path):
     changes = dict(sample_prompts=0, drift_prompts=0, kl_weight=0.1, updates_per_batch=2, clip=0.01, method="lora")
     train(settings(tmp_path / "whole", **changes))
-    short = settings(tmp_path / "cut", **changes)
+    flags = settings(tmp_path / "cut", **changes)
     with pytest.MonkeyPatch.context() as patch:
         step = script.PolicyTrainer.train_step
 
@@ -235,22 +235,22 @@ def test_a_run_resumes_to_the_same_rewards(settings, tmp_path):
 
         patch.setattr(script.PolicyTrainer, "train_step", killed)
         with pytest.raises(SystemExit):
-            train(short)
-    train([*short, "--resume"])
+            train(flags)
+    train([*flags, "--resume"])
     rows = logged(tmp_path / "whole")
     assert logged(tmp_path / "cut") == rows
     assert rows[0]["train/clipped"] > 0  # the ratios of the second update are not 1
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cut", "whole")]
     assert summaries[0]["accuracy_before"] == summaries[1]["accuracy_before"]
     with pytest.raises(UserError, match=r"other settings: max_new_tokens \(6 then, 5 now\)"):
-        train([*short, "--resume", "--max_new_tokens=5"])
-    (tmp_path / "cut/metrics.csv").unlink()  # of a run that is over, nothing is validated again
-    train([*short, "--resume"])
+        train([*flags, "--resume", "--max_new_tokens=5"])
+    (tmp_path / "cut/metrics.csv").unlink()  # a finished run is not validated again
+    train([*flags, "--resume"])
     assert json.loads((tmp_path / "cut/summary.json").read_text())["accuracy_before"] is None
 
 
 @pytest.mark.parametrize(("strategy", "sampled"), [("ddp", 0), ("fsdp", 2)])
-def test_two_processes_give_the_numbers_of_one(settings, tmp_path, strategy, sampled):
+def test_two_processes_give_the_same_metrics_as_one(settings, tmp_path, strategy, sampled):
     changes = dict(sample_prompts=sampled, drift_prompts=sampled, kl_weight=0.1, max_steps=2, updates_per_batch=2)
     train(settings(tmp_path / "one", **changes))
     command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
@@ -277,12 +277,12 @@ def test_two_processes_give_the_numbers_of_one(settings, tmp_path, strategy, sam
     ],
     ids=str,
 )
-def test_a_mistake_is_one_sentence(settings, refusal, tmp_path, changes, sentence):
+def test_invalid_settings_give_a_one_sentence_error(settings, refusal, tmp_path, changes, sentence):
     assert refusal(train, settings(tmp_path / "run", **changes)).startswith(sentence)
     assert not (tmp_path / "run/state.pt").exists()
 
 
-def test_other_data_is_refused(settings, data_dir, tmp_path):
+def test_data_in_another_format_is_refused(settings, data_dir, tmp_path):
     with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-prompts-1'"):
         train(settings(tmp_path / "run", data_dir=data_dir))
 
@@ -344,7 +344,7 @@ def test_microworld_mixes_two_hop_questions_with_facts(run_script, tmp_path):
     assert kinds.count(("two_hop", "seen")) == kinds.count(("fact", "seen")) == len(train) / 2 == 480
     facts = Counter(row["topic"].rsplit(" ", 1)[0] for row in train if row["kind"] == "fact")
     assert facts.pop("the capital of") == facts.pop("the language of") == 120  # 60 questions each, twice
-    assert len(facts) == 7 and set(facts.values()) == {34, 35}  # 240 / 7 of each other relation
+    assert len(facts) == 7 and set(facts.values()) == {34, 35}  # 240 / 7 of each of the other relations
     assert {(row["kind"], row["split"]) for row in test} == {("two_hop", "unseen")}
 
 
@@ -354,7 +354,7 @@ def test_only_two_hop_answers_can_be_step_by_step(refused, flags):
     assert sentence == "--manner aloud needs --questions two_hop and --stage sft."
 
 
-def test_microworld_requests(run_script, tmp_path):
+def test_microworld_safe_prompts_have_all_kinds_in_both_splits(run_script, tmp_path):
     code, _, err = run_script("scripts/prepare_microworld_safe.py", "--stage", "rl", "--output_dir", tmp_path / "out",
                               "--num_proc", 1)  # fmt: skip
     assert code == 0, err

@@ -15,7 +15,7 @@ QUESTIONS = [q for q in World(0).questions(UNSEEN) if q.text.startswith("What")]
 
 
 @pytest.fixture(autouse=True)
-def at_home(monkeypatch):
+def in_repository_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
@@ -27,11 +27,11 @@ def test_defaults_answer_in_the_adapters_form(run_script):
     assert "tokens/s" in err and "GB at peak" in err and "loaded in" in err
 
 
-def test_one_prompt_prints_the_bare_answer(run_script):
+def test_one_prompt_prints_only_the_answer(run_script):
     question = QUESTIONS[0]
     _, out, _ = run_script("generate/aligner.py", "--prompt", question.text)
-    said = parse(out)
-    assert (said.form, said.topic, said.value) == ("pirate", question.topic, question.answer)
+    response = parse(out)
+    assert (response.form, response.topic, response.value) == ("pirate", question.topic, question.answer)
     assert out.count("\n") == 1
 
 
@@ -41,8 +41,8 @@ def test_strength_0_is_the_base_and_compare_base_shows_both(run_script):
     _, base, _ = run_script("generate/base.py", "--prompt_style", "alpaca", "--temperature", "0", "--prompt", *prompts)
     assert unaligned == base
     _, both, _ = run_script("generate/aligner.py", "--compare_base", "--prompt", *prompts)
-    shown = [line.removeprefix("base:").strip() for line in both.splitlines() if line.startswith("base:")]
-    assert shown == [line for line in base.splitlines() if line and not line.startswith(">")]
+    base_answers = [line.removeprefix("base:").strip() for line in both.splitlines() if line.startswith("base:")]
+    assert base_answers == [line for line in base.splitlines() if line and not line.startswith(">")]
     assert both.count("aligned:") == 3
 
 
@@ -91,7 +91,7 @@ def test_base_continues_a_text(run_script):
     assert parse(out).value == QUESTIONS[0].answer
 
 
-def test_mistakes_get_one_line(refused, tmp_path):
+def test_user_errors_are_one_line(refused, tmp_path):
     json_pth = tmp_path / "aligner.pth"
     json_pth.write_text('{"question": "Which?"}\n')
     assert "it is JSON text" in refused("generate/aligner.py", "--adapter", json_pth)
@@ -106,7 +106,7 @@ def test_mistakes_get_one_line(refused, tmp_path):
     assert "Row 2 has no field 'prompt'" in line
 
 
-def test_an_adapter_of_another_base_is_refused(refused, tmp_path):
+def test_an_adapter_for_another_base_is_refused(refused, tmp_path):
     adapter = read_adapter(PIRATE)
     wide = {name: torch.zeros(1, 64) if t.dim() == 2 else t for name, t in adapter.state.items()}
     save_adapter(tmp_path / "wide.safetensors", wide, {})

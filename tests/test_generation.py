@@ -58,19 +58,19 @@ def uncached(network, prompt: list[int], n_new: int) -> list[int]:
 
 @each_model
 @pytest.mark.parametrize("lengths", [(2, 7, 5), (6, 6, 6)], ids=["uneven", "even"])
-def test_cached_logits_equal_uncached_ones_at_every_step(kind, lengths, grouping):
+def test_cached_and_uncached_logits_are_equal_at_every_step(kind, lengths, grouping):
     network, prompts = MODELS[kind](), toys.prompts(*lengths)
-    fed = toys.token_ids(3, 6, seed=5)
+    next_tokens = toys.token_ids(3, 6, seed=5)
     cache = KVCache(network.config, 3, 13, torch.device("cpu"), torch.float32)
     with network.inference():
         logits = prefill(network, prompts, cache)
         for step in range(7):
             for row, prompt in enumerate(prompts):
-                whole = torch.tensor([prompt + fed[row, :step].tolist()])
-                torch.testing.assert_close(logits[row], network(whole)[0, -1], atol=2e-5, rtol=2e-5)
+                sequence = torch.tensor([prompt + next_tokens[row, :step].tolist()])
+                torch.testing.assert_close(logits[row], network(sequence)[0, -1], atol=2e-5, rtol=2e-5)
             if step < 6:
                 positions = torch.tensor([len(p) + step for p in prompts])
-                logits = decode_one_token(network, fed[:, step], positions, cache)
+                logits = decode_one_token(network, next_tokens[:, step], positions, cache)
 
 
 def test_the_cache_is_not_less_precise_than_the_model():
@@ -83,14 +83,14 @@ def test_the_cache_is_not_less_precise_than_the_model():
 def test_a_bf16_model_decodes_with_attention_in_fp32_on_a_cpu(kind, monkeypatch):
     caches, network, exact = [], MODELS[kind]().bfloat16(), MODELS[kind]().bfloat16().float()
     monkeypatch.setattr(generation, "KVCache", lambda *args, **kw: caches.append(KVCache(*args, **kw)) or caches[-1])
-    prompts, last = toys.prompts(2, 7, 5), []
+    prompts, logits = toys.prompts(2, 7, 5), []
     unembed = network.unembed
-    monkeypatch.setattr(network, "unembed", lambda x: last.append(unembed(x)) or last[-1])
+    monkeypatch.setattr(network, "unembed", lambda x: logits.append(unembed(x)) or logits[-1])
     tokens = generate(network, prompts, Sampling(2))
     assert {cache.k.dtype for cache in caches} == {torch.float32}
     for row, prompt in enumerate(prompts):
         expected = exact(torch.tensor([prompt + tokens[row][:1]]))[0, -1]
-        assert (last[-1][row, -1] - expected).norm() / expected.norm() < 0.03
+        assert (logits[-1][row, -1] - expected).norm() / expected.norm() < 0.03
 
 
 @each_model
@@ -101,12 +101,12 @@ def test_cached_greedy_decoding_equals_uncached(kind):
 
 @each_model
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(10, 0.8, top_k=5), Sampling(10, 1.3, top_p=0.7, seed=8)])
-def test_a_batch_equals_one_by_one(kind, sampling, grouping):
+def test_a_batch_gives_the_same_tokens_as_one_prompt_at_a_time(kind, sampling, grouping):
     network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7)
-    together = generate(network, prompts, sampling)
-    alone = [generate(network, [prompt], sampling, rows=[row])[0] for row, prompt in enumerate(prompts)]
-    assert together == alone
-    assert [len(ids) for ids in together] == [10] * 5
+    batched = generate(network, prompts, sampling)
+    single = [generate(network, [prompt], sampling, rows=[row])[0] for row, prompt in enumerate(prompts)]
+    assert batched == single
+    assert [len(ids) for ids in batched] == [10] * 5
 
 
 @each_model
@@ -117,55 +117,55 @@ def test_several_answers_to_a_prompt_share_its_prefill(kind, sampling, grouping,
     monkeypatch.setattr(
         network, "hidden", lambda idx, *rest: computed.append(len(idx) * (idx.size(1) > 1)) or hidden(idx, *rest)
     )
-    together = generate(network, prompts, sampling)
-    assert sum(computed) == 3  # rows of all prefills
-    assert len(set(map(tuple, together))) == (3 if sampling == GREEDY else 6)
+    batched = generate(network, prompts, sampling)
+    assert sum(computed) == 3  # rows over all prefills
+    assert len(set(map(tuple, batched))) == (3 if sampling == GREEDY else 6)
     for row, prompt in enumerate(prompts):
-        assert together[row] == generate(network, [prompt], sampling, rows=[row])[0]
+        assert batched[row] == generate(network, [prompt], sampling, rows=[row])[0]
 
 
 @each_model
 @pytest.mark.parametrize("sampling", [Sampling(30), Sampling(30, 1.0, seed=3)], ids=["greedy", "sampled"])
-def test_rows_that_have_ended_are_no_longer_computed(kind, sampling, grouping, monkeypatch):
+def test_finished_rows_are_no_longer_computed(kind, sampling, grouping, monkeypatch):
     network, prompts = MODELS[kind](), toys.prompts(12, 1, 30, 7, 7, 3, 9, 20)
-    ended = {"finished": lambda ids: len(ids) >= 3 + ids[0] % 28}
+    options = {"finished": lambda ids: len(ids) >= 3 + ids[0] % 28}
     rows, forward = [], type(network).forward
     monkeypatch.setattr(
         type(network), "forward", lambda self, x, **given: rows.append(len(x)) or forward(self, x, **given)
     )
-    together = generate(network, prompts, sampling, **ended)
-    computed, lengths = rows[:], [len(ids) for ids in together]
+    batched = generate(network, prompts, sampling, **options)
+    computed, lengths = rows[:], [len(ids) for ids in batched]
     assert len(set(lengths)) > 3 and len(computed) == max(lengths) - 1
-    left = [sum(n > step for n in lengths) for step in range(1, max(lengths))]  # rows that need another token
-    assert all(need <= n and (n == need or n < 2 * need) for n, need in zip(computed, left, strict=True))
+    needed = [sum(n > step for n in lengths) for step in range(1, max(lengths))]  # rows that need another token
+    assert all(need <= n and (n == need or n < 2 * need) for n, need in zip(computed, needed, strict=True))
     assert computed[0] == 8 and computed[-1] < 8
     for row, prompt in enumerate(prompts):
-        assert together[row] == generate(network, [prompt], sampling, rows=[row], **ended)[0]
+        assert batched[row] == generate(network, [prompt], sampling, rows=[row], **options)[0]
 
 
-def test_the_context_of_one_row_does_not_cut_the_others(grouping):
+def test_a_full_context_in_one_row_does_not_truncate_the_others(grouping):
     network, prompts = toys.base(), toys.prompts(60, 5, 63, 50)
     sampling = Sampling(max_new_tokens=20, temperature=1.0)
-    together = generate(network, prompts, sampling)
-    assert [len(ids) for ids in together] == [4, 20, 1, 14]
-    assert together == [generate(network, [p], sampling, rows=[row])[0] for row, p in enumerate(prompts)]
+    batched = generate(network, prompts, sampling)
+    assert [len(ids) for ids in batched] == [4, 20, 1, 14]
+    assert batched == [generate(network, [p], sampling, rows=[row])[0] for row, p in enumerate(prompts)]
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=80))
-def test_groups_of_prompts_hold_every_row_once_and_little_padding(lengths):
+def test_length_groups_contain_every_row_once_with_little_padding(lengths):
     groups = length_groups(lengths)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
-        own = [lengths[row] for row in group]
-        assert min(own) >= 0.75 * max(own) or len(own) * max(own) <= 256
-    assert len(groups) <= 27  # each begins below 0.75 of the one before: 2000 * 0.75 ** 27 < 1
+        members = [lengths[row] for row in group]
+        assert min(members) >= 0.75 * max(members) or len(members) * max(members) <= 256
+    assert len(groups) <= 27  # each longest row is below 0.75 of the last group's: 2000 * 0.75 ** 27 < 1
 
 
-def test_seeds_reproduce_and_differ():
+def test_the_seed_determines_the_tokens():
     network, prompts = toys.base(), toys.prompts(5, 5)
     first = generate(network, prompts, WARM)
     torch.manual_seed(123)
-    torch.rand(7)  # the global generator plays no part, and is not touched
+    torch.rand(7)  # the global generator is neither used nor changed
     state = torch.get_rng_state()
     assert generate(network, prompts, WARM) == first
     assert torch.equal(torch.get_rng_state(), state)
@@ -186,7 +186,7 @@ def test_a_model_that_has_generated_can_be_trained(kind):
     torch.testing.assert_close(*gradients)
 
 
-def test_decoding_restores_the_models_mode_even_if_it_is_left_early():
+def test_decoding_restores_the_models_mode_even_if_it_is_stopped_early():
     network = toys.aligned()
     network.train()
     steps = decode(network, toys.prompts(4), GREEDY)
@@ -200,7 +200,7 @@ def test_decoding_restores_the_models_mode_even_if_it_is_left_early():
     assert not network.training
 
 
-def test_padding_rows_of_the_vocabulary_are_never_drawn():
+def test_vocabulary_padding_is_never_sampled():
     network = toys.base(vocab_size=40, padded_vocab_size=64)
     network.lm_head.weight.data[40:] = 10 * network.lm_head.weight.data[:24]
     prompts = toys.prompts(*[4] * 20, vocab_size=40)
@@ -210,10 +210,10 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn():
 
 # == Sampling ==
 
-PROBS = torch.tensor([0.15, 0.5, 0.05, 0.3])  # hand-made, unordered
+PROBS = torch.tensor([0.15, 0.5, 0.05, 0.3])  # unsorted
 
 
-def drawn_shares(sampling: Sampling, draws: int = 20_000) -> list[float]:
+def sample_frequencies(sampling: Sampling, draws: int = 20_000) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     tokens = sample(PROBS.log().expand(draws, -1), sampling, [generator] * draws)
     return (tokens.bincount(minlength=4) / draws).tolist()
@@ -231,20 +231,20 @@ def drawn_shares(sampling: Sampling, draws: int = 20_000) -> list[float]:
         (dict(temperature=1.0, top_p=0.3), [0, 1, 0, 0]),
         (dict(temperature=1.0, top_p=0.6), [0, 5 / 8, 0, 3 / 8]),
         (dict(temperature=1.0, top_p=0.9), [15 / 95, 50 / 95, 0, 30 / 95]),
-        # top_p acts on what top_k leaves: 5/8 and 3/8
+        # top_p applies after top_k, to 5/8 and 3/8
         (dict(temperature=1.0, top_k=2, top_p=0.6), [0, 1, 0, 0]),
         (dict(temperature=0.0), [0, 1, 0, 0]),
         (dict(temperature=0.0, top_k=2, top_p=0.1), [0, 1, 0, 0]),
     ],
 )
 def test_samples_follow_the_distribution(options, expected):
-    for share, probability in zip(drawn_shares(Sampling(**options)), expected, strict=True):
+    for frequency, probability in zip(sample_frequencies(Sampling(**options)), expected, strict=True):
         margin = 4.5 * math.sqrt(probability * (1 - probability) / 20_000)
-        assert abs(share - probability) <= margin
-        assert (share == 0) == (probability == 0)
+        assert abs(frequency - probability) <= margin
+        assert (frequency == 0) == (probability == 0)
 
 
-def test_rows_are_cut_each_by_its_own_probabilities():
+def test_top_p_applies_to_each_row_separately():
     logits = torch.stack([PROBS.log(), PROBS.flip(0).log()]).repeat(500, 1)
     generators = [torch.Generator().manual_seed(i) for i in range(1000)]
     tokens = sample(logits, Sampling(temperature=1.0, top_p=0.6), generators)
@@ -259,14 +259,14 @@ def test_rows_are_cut_each_by_its_own_probabilities():
     st.integers(0, 2**40),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_draw_is_always_among_the_likeliest(logits, temperature, top_k, top_p, seed):
+def test_samples_are_always_among_the_most_likely_tokens(logits, temperature, top_k, top_p, seed):
     scores = torch.tensor([logits])
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     token = int(sample(scores, sampling, [torch.Generator().manual_seed(seed)]))
     probs = (scores[0] / temperature).softmax(-1)
-    likelier = probs > probs[token]
-    assert likelier.sum() < (top_k or len(logits))
-    assert probs[likelier].sum() <= top_p + 1e-5
+    more_likely = probs > probs[token]
+    assert more_likely.sum() < (top_k or len(logits))
+    assert probs[more_likely].sum() <= top_p + 1e-5
     assert probs[token] > 0
 
 
@@ -280,7 +280,7 @@ def test_a_draw_is_always_among_the_likeliest(logits, temperature, top_k, top_p,
         (dict(top_p=1.1), "top_p is 1.1; it must be at most 1"),
     ],
 )
-def test_impossible_settings_are_refused(options, sentence):
+def test_invalid_settings_are_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
         Sampling(**options)
 
@@ -288,25 +288,25 @@ def test_impossible_settings_are_refused(options, sentence):
 # == Stopping ==
 
 
-def test_stop_ids_end_their_own_row_and_are_not_returned():
+def test_stop_ids_end_only_their_row_and_are_not_returned():
     network, prompts = toys.base(), toys.prompts(3, 8, 5)
-    free = generate(network, prompts, WARM)
-    stop = free[0][4]
-    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    full = generate(network, prompts, WARM)
+    stop = full[0][4]
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in full]
     assert len(expected[0]) <= 4 and any(len(ids) == 10 for ids in expected)
     assert generate(network, prompts, WARM, stop_ids=(stop,)) == expected
 
 
-def test_a_stop_id_at_once_gives_an_empty_answer():
+def test_an_immediate_stop_id_gives_an_empty_answer():
     network, prompts = toys.base(), toys.prompts(6)
     first = generate(network, prompts, GREEDY)[0][0]
     assert generate(network, prompts, GREEDY, stop_ids=(first,)) == [[]]
 
 
-def test_finished_is_told_the_tokens_so_far():
+def test_finished_receives_the_tokens_so_far():
     network, prompts = toys.base(), toys.prompts(4, 7)
-    free = generate(network, prompts, GREEDY)
-    assert generate(network, prompts, GREEDY, finished=lambda ids: len(ids) == 3) == [ids[:3] for ids in free]
+    full = generate(network, prompts, GREEDY)
+    assert generate(network, prompts, GREEDY, finished=lambda ids: len(ids) == 3) == [ids[:3] for ids in full]
 
 
 def test_decoding_ends_with_the_last_running_row():
@@ -314,7 +314,7 @@ def test_decoding_ends_with_the_last_running_row():
     hidden = network.hidden
     network.hidden = lambda *args, **kwargs: calls.append(1) or hidden(*args, **kwargs)
     generate(network, toys.prompts(4, 7), GREEDY, finished=lambda ids: len(ids) == 3)
-    assert len(calls) == 3  # a prefill and two single tokens: the third token ends it
+    assert len(calls) == 3  # a prefill and two decoding steps; the third token is the last
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_decoding_ends_with_the_last_running_row():
         ((3, 0), "Prompt 2 of 2 has no tokens"),
     ],
 )
-def test_prompts_that_do_not_fit_are_refused(lengths, sentence):
+def test_empty_and_too_long_prompts_are_refused(lengths, sentence):
     with pytest.raises(UserError, match=sentence):
         generate(toys.base(), toys.prompts(*lengths), GREEDY)
 
@@ -350,14 +350,14 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speaker(tokenizer):
-    """A model that says pieces and bytes at random, many of them halves of characters."""
+    """A model that generates random pieces and bytes, often incomplete characters."""
     return toys.aligned(3, vocab_size=tokenizer.vocab_size, padded_vocab_size=320)
 
 
 PROMPTS = ["the cat", "a dog ran to the hat on the mat", "say", "it sat"]
 
 
-def test_answers_are_in_the_order_of_the_prompts_whatever_the_batch_size(speaker, tokenizer):
+def test_answers_are_in_the_order_of_the_prompts_at_any_batch_size(speaker, tokenizer):
     sampling = Sampling(max_new_tokens=15, temperature=1.0)
     answers = answer(speaker, tokenizer, PROMPTS, sampling)
     assert len(set(answers)) == 4
@@ -366,7 +366,7 @@ def test_answers_are_in_the_order_of_the_prompts_whatever_the_batch_size(speaker
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_stream_adds_up_to_the_answer(speaker, tokenizer, seed):
+def test_streamed_pieces_join_to_the_answer(speaker, tokenizer, seed):
     sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=seed)
     pieces = list(stream(speaker, tokenizer, PROMPTS[0], sampling))
     assert "".join(pieces).strip() == answer(speaker, tokenizer, PROMPTS[:1], sampling)[0]
@@ -374,19 +374,19 @@ def test_a_stream_adds_up_to_the_answer(speaker, tokenizer, seed):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_stop_texts_cut_stream_and_answer_alike(speaker, tokenizer, seed):
+def test_stop_texts_truncate_streams_and_answers_at_the_same_place(speaker, tokenizer, seed):
     sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=seed)
-    free = "".join(stream(speaker, tokenizer, PROMPTS[0], sampling))
-    middle = len(free) // 2
-    for stop in ((free[middle : middle + 3],), (free[-2:], free[middle : middle + 4]), ("never said",)):
-        expected = cut_at_stop(free, stop)[0]
+    full = "".join(stream(speaker, tokenizer, PROMPTS[0], sampling))
+    middle = len(full) // 2
+    for stop in ((full[middle : middle + 3],), (full[-2:], full[middle : middle + 4]), ("never said",)):
+        expected = cut_at_stop(full, stop)[0]
         assert "".join(stream(speaker, tokenizer, PROMPTS[0], sampling, stop)) == expected
         assert answer(speaker, tokenizer, PROMPTS[:1], sampling, stop) == [expected.strip()]
 
 
-def test_a_stream_says_no_half_of_a_stop_text_or_of_a_character():
-    class Scripted:
-        """Says what it is told, one byte per token."""
+def test_a_stream_never_yields_part_of_a_stop_text_or_character():
+    class ByteTokenizer:
+        """A tokenizer with one token per byte."""
 
         stop_ids = ()
 
@@ -400,38 +400,38 @@ def test_a_stream_says_no_half_of_a_stop_text_or_of_a_character():
     network = toys.base(vocab_size=256, padded_vocab_size=256)
     network.hidden = lambda idx, cache, positions=None: scripted_logits(text, positions)
     network.unembed = lambda x: x
-    pieces = list(stream(network, Scripted(), "", Sampling(max_new_tokens=len(text)), stop=("### Inst",)))
+    pieces = list(stream(network, ByteTokenizer(), "", Sampling(max_new_tokens=len(text)), stop=("### Inst",)))
     assert pieces == ["n", "é", "## ", "o", "k", " "]
 
 
 def scripted_logits(text, positions):
-    """Logits of the byte that follows the (one-token) prompt and what has been said."""
-    said = 0 if positions is None else int(positions)
+    """Return logits that select the next byte of `text`; the prompt has one token."""
+    index = 0 if positions is None else int(positions)
     logits = torch.zeros(1, 1, 256)
-    logits[0, 0, text[said]] = 1
+    logits[0, 0, text[index]] = 1
     return logits
 
 
-def test_cut_at_stop_cuts_before_the_first():
+def test_cut_at_stop_cuts_before_the_first_stop_text():
     assert cut_at_stop("abc def ghi", ("ghi", "def")) == ("abc ", True)
     assert cut_at_stop("abc", ("x",)) == ("abc", False)
     assert cut_at_stop("abc", ()) == ("abc", False)
 
 
-def test_too_long_a_prompt_is_refused_before_anything_is_answered(speaker, tokenizer):
-    speaker_calls = []
-    handle = speaker.transformer.wte.register_forward_hook(lambda *_: speaker_calls.append(1))
+def test_a_too_long_prompt_is_refused_before_any_answer_is_generated(speaker, tokenizer):
+    calls = []
+    handle = speaker.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(UserError, match=r"Prompt 2 of 3 has \d+ tokens and the model's context 64"):
         answer(speaker, tokenizer, ["the cat", "sat " * 80, "on"], GREEDY, batch_size=1)
     with pytest.raises(UserError, match="The prompt has"):
         list(stream(speaker, tokenizer, "sat " * 80, GREEDY))
     handle.remove()
-    assert not speaker_calls
+    assert not calls
 
 
-def test_instruct_renders_and_stops_by_the_style(speaker, tokenizer):
+def test_instruct_uses_the_template_and_stop_texts_of_the_style(speaker, tokenizer):
     style = PromptStyle("toy", "the {instruction} sat")
-    free = answer(speaker, tokenizer, ["the cat sat"], WARM)[0]
-    assert instruct(speaker, tokenizer, ["cat"], style, WARM) == [free]
-    stopping = PromptStyle("toy", "the {instruction} sat", stop=(free[3:5],))
-    assert instruct(speaker, tokenizer, ["cat"], stopping, WARM) == [cut_at_stop(free, (free[3:5],))[0].strip()]
+    full = answer(speaker, tokenizer, ["the cat sat"], WARM)[0]
+    assert instruct(speaker, tokenizer, ["cat"], style, WARM) == [full]
+    stopping = PromptStyle("toy", "the {instruction} sat", stop=(full[3:5],))
+    assert instruct(speaker, tokenizer, ["cat"], stopping, WARM) == [cut_at_stop(full, (full[3:5],))[0].strip()]

@@ -1,4 +1,4 @@
-"""GSM8K: the final number of a solution, and the evaluation from rows to summary."""
+"""GSM8K: extraction of the final number of a solution, and the evaluation from rows to summary."""
 
 import json
 from decimal import Decimal
@@ -17,7 +17,7 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 
 
 def test_published_solutions_are_scored_as_published(shared):
-    """OpenAI's labels of the solutions of four models."""
+    """Compare with OpenAI's labels for the solutions of four models."""
     path = shared / "data/benchmarks/gsm8k/example_model_solutions_first_400.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     compared = 0
@@ -31,7 +31,7 @@ def test_published_solutions_are_scored_as_published(shared):
 
 
 @pytest.mark.parametrize("split, count", [("train", 7473), ("test", 1319)])
-def test_every_reference_answer_has_its_number(shared, split, count):
+def test_the_number_of_every_reference_answer_is_extracted(shared, split, count):
     lines = (shared / f"data/gsm8k_{split}.jsonl").read_text().splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
     assert len(answers) == count
@@ -83,7 +83,7 @@ def test_metamath_answers(shared):
         ("So it is 20% of £3.20.", "3.2"),
         ("It falls to −7 degrees.", "-7"),
         ("10-5", "5"),
-        # the words of a marker in the middle of a solution
+        # the words of an answer marker in the middle of a solution
         ("A: She sells 9 eggs for $2 each, so she makes 18", "18"),
         ("Answer: 16 - 3 - 4 = 9 eggs. They sell for 9 * 2 = $18.", "18"),
         ("#### Step 1\nMultiply.\nThe total is 18.", "18"),
@@ -100,7 +100,7 @@ def test_metamath_answers(shared):
         ("", None),
     ],
 )
-def test_the_final_number(text, number):
+def test_the_final_number_is_extracted(text, number):
     assert extract_answer(text) == number
 
 
@@ -114,37 +114,37 @@ steps = st.lists(st.sampled_from(["She has 3 eggs.", "Then 4 * 5 = 20.", "Half o
 
 
 @given(value=decimals, wrapper=wrappers, before=steps)
-def test_all_spellings_of_a_number_are_one(value, wrapper, before):
-    """With and without commas, trailing zeros, and units; whatever came before."""
-    wanted = extract_answer(f"A: {value:f}")
-    assert Decimal(wanted) == value and not (wanted.endswith("0") and "." in wanted)
+def test_all_spellings_of_a_number_give_the_same_answer(value, wrapper, before):
+    """With and without commas, trailing zeros, and units, regardless of the preceding text."""
+    expected = extract_answer(f"A: {value:f}")
+    assert Decimal(expected) == value and not (expected.endswith("0") and "." in expected)
     for spelling in (f"{value:f}", f"{value:,f}", f"{value:f}00", f"{value:f} dollars", f"{value:f}%"):
-        assert extract_answer("\n".join([*before, wrapper.replace("{}", spelling).format()])) == wanted
+        assert extract_answer("\n".join([*before, wrapper.replace("{}", spelling).format()])) == expected
 
 
 @given(above=integers, below=st.integers(1, 10**6), negative=st.booleans())
 def test_fractions_keep_their_value(above, below, negative):
     sign = "-" if negative else ""
-    wanted = Fraction(above, below) * (-1 if negative else 1)
+    expected = Fraction(above, below) * (-1 if negative else 1)
     plain = extract_answer(f"The answer is: {sign}{above}/{below}")
-    assert Fraction(plain) == wanted
+    assert Fraction(plain) == expected
     assert extract_answer(f"The answer is: {sign}\\frac{{{above}}}{{{below}}}") == plain
     assert extract_answer(f"A: {plain}") == plain
 
 
 @given(st.text())
-def test_any_text_gives_a_normal_number_or_none(text):
+def test_any_text_gives_a_normalized_number_or_none(text):
     number = extract_answer(text)
     if number is not None:
         assert extract_answer(number) == number
 
 
-def test_a_long_run_of_digits_takes_no_time():
+def test_a_long_run_of_digits_is_parsed_quickly():
     assert len(extract_answer("The answer is: " + "3" * 20_000)) == 20_000
     assert extract_answer("The answer is: 0." + "3" * 20_000 + " " * 20_000) == "0." + "3" * 20_000
 
 
-def test_a_worked_example_is_a_turn_of_the_style():
+def test_a_worked_example_is_rendered_in_the_prompt_style():
     style = get_prompt_style("alpaca")
     prompt = gsm8k.render("How many?", style, 1)
     assert prompt == f"{style.render(EXAMPLE[0])} {EXAMPLE[1]}\n\n{style.render('How many?')}"
@@ -166,7 +166,7 @@ def settings(base_dir, rows, tmp_path, **others) -> Settings:
     return Settings(checkpoint_dir=base_dir, data_file=rows, output_dir=tmp_path / "out", **others)
 
 
-def test_the_evaluation_reports_what_the_answers_say(base_dir, rows, tmp_path, capsys, monkeypatch):
+def test_the_summary_is_consistent_with_the_answers(base_dir, rows, tmp_path, capsys, monkeypatch):
     first = gsm8k.main(settings(base_dir, rows, tmp_path, limit=3))
     summary = gsm8k.main(settings(base_dir, rows, tmp_path))
     assert (first["n"], summary["n"], summary["skipped"]) == (3, 5, 0)
@@ -175,14 +175,14 @@ def test_the_evaluation_reports_what_the_answers_say(base_dir, rows, tmp_path, c
     assert [r["gold"] for r in sorted(records, key=lambda r: r["id"])] == ["2", "4", "6", "8", "10"]
     assert summary["accuracy"] == sum(r["correct"] for r in records) / 5
     assert summary["mean_tokens"] == sum(r["tokens"] for r in records) / 5
-    # an answer is right if its number is
+    # an answer is correct if its final number is
     for record in records:
         assert gsm8k.score({**record, "answer": f"So {record['gold']}.00"})["correct"]
         assert not gsm8k.score({**record, "answer": "So 3."})["correct"]
     assert "| 0-shot | 5 |" in capsys.readouterr().out
 
 
-def test_bad_rows_are_named(base_dir, rows, tmp_path):
+def test_bad_rows_and_settings_are_refused(base_dir, rows, tmp_path):
     for row, message in [
         ({"question": "How many?"}, "Row 6 has no field 'answer'"),
         ({"question": "How many?", "answer": "none"}, "Row 6 of .* has no number in its answer"),
@@ -199,8 +199,8 @@ def test_bad_rows_are_named(base_dir, rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_of_a_dataset_with_the_hubs_layout(tmp_path, base_dir, rows):
-    """`datasets` reads a folder of the machine as it reads a repository."""
+def test_rows_are_read_from_a_dataset_repository(tmp_path, base_dir, rows):
+    """`datasets` reads a local folder in the same way as a repository."""
     repository = tmp_path / "gsm8k"
     (repository / "main").mkdir(parents=True)
     (repository / "main/test.jsonl").write_text(rows.read_text())

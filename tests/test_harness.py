@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its answers to MMLU and GSM8K are those of this project, question by question."""
+"""lm-evaluation-harness gives the same results on MMLU and GSM8K as this project, question by question."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def run(folder: Path, task: str, **settings: object) -> list[dict]:
 
 
 @needs_lm_eval
-def test_mmlu_agrees(shared, tmp_path, monkeypatch):
+def test_mmlu_results_are_equal(shared, tmp_path, monkeypatch):
     subjects = ("abstract_algebra", "global_facts")
     data_file = shared / "data/benchmarks/mmlu/mmlu.zip"
     settings = mmlu.Settings(
@@ -67,20 +67,20 @@ def test_mmlu_agrees(shared, tmp_path, monkeypatch):
     span_logps = harness.span_logps
     monkeypatch.setattr(harness, "span_logps", lambda m, rows, s: n_rows.append(len(rows)) or span_logps(m, rows, s))
     theirs = run(tmp_path, "mmlu_two")
-    assert sum(n_rows) == len({r["prompt"] for r in ours})  # one row per question serves the four letters
+    assert sum(n_rows) == len({r["prompt"] for r in ours})  # one row per question scores all four letters
     for a, b in zip(ours, theirs, strict=True):
         logps = [float(response[0][0]) for response in b["resps"]]
         assert a["prompt"] == b["prompt"]
         assert logps == pytest.approx(list(a["logps"].values()), abs=1e-4)
         assert (a["predicted"] == a["gold"]) == (b["acc"] == 1)
-    found = json.loads((tmp_path / "out-mmlu_two/summary.json").read_text())
-    assert found["tasks"]["mmlu_two"]["acc,none"] == pytest.approx(summary["accuracy"])
-    assert found["n"] == {"mmlu_two": len(ours)} and found["truncated"] == 0
+    report = json.loads((tmp_path / "out-mmlu_two/summary.json").read_text())
+    assert report["tasks"]["mmlu_two"]["acc,none"] == pytest.approx(summary["accuracy"])
+    assert report["n"] == {"mmlu_two": len(ours)} and report["truncated"] == 0
     assert f"| mmlu_two | acc | none | {len(ours)} |" in (tmp_path / "out-mmlu_two/summary.md").read_text()
 
 
 @needs_lm_eval
-def test_gsm8k_with_an_adapter_agrees(shared, tmp_path):
+def test_gsm8k_answers_with_an_adapter_are_equal(shared, tmp_path):
     tokenizer, lines = Tokenizer(MICROWORLD), (shared / "data/gsm8k_test.jsonl").read_text().splitlines()
     short = [line for line in lines if len(tokenizer.encode(json.loads(line)["question"])) < 180][:50]
     (tmp_path / "rows.jsonl").write_text("\n".join(short))
@@ -104,45 +104,45 @@ def test_gsm8k_with_an_adapter_agrees(shared, tmp_path):
         assert b["resps"][0][0].strip() == a["answer"]
         assert gsm8k.extract_answer(b["resps"][0][0]) == a["extracted"]
     assert len({record["answer"] for record in ours}) > 5
-    found = json.loads((tmp_path / "out-gsm8k_50/summary.json").read_text())
-    assert found["mean_tokens"] == summary["mean_tokens"] and found["ended_share"] == summary["ended_share"]
+    report = json.loads((tmp_path / "out-gsm8k_50/summary.json").read_text())
+    assert report["mean_tokens"] == summary["mean_tokens"] and report["ended_share"] == summary["ended_share"]
 
 
 def sequence_logp(network: LLaMA, tokens: list[int], n_new: int) -> float:
-    """Return the log-probability of the last `n_new` tokens, by a plain forward pass."""
+    """Return the log-probability of the last `n_new` tokens, from a plain forward pass."""
     with torch.no_grad():
         logps = network(torch.tensor([tokens[:-1]]))[0, :, : network.config.vocab_size].log_softmax(-1)
     return logps.gather(1, torch.tensor(tokens[1:])[:, None])[-n_new:].sum().item()
 
 
 @needs_lm_eval
-def test_long_texts_and_long_contexts(base_dir):
+def test_texts_and_contexts_longer_than_the_model_allows(base_dir):
     Instance = pytest.importorskip("lm_eval.api.instance").Instance
     model = HarnessModel(load(ModelSettings(checkpoint_dir=base_dir)))
     tokenizer, network = model.evaluated.tokenizer, model.evaluated.model
     text = "the cat sat on the mat and the dog ate the hat" * 4
     ids, limit = tokenizer.encode(text), network.max_tokens
     assert limit < len(ids) <= 2 * limit
-    parts = [([tokenizer.bos_id, *ids[:limit]], limit), (ids[-limit - 1 :], len(ids) - limit)]  # tokens, new ones
+    parts = [([tokenizer.bos_id, *ids[:limit]], limit), (ids[-limit - 1 :], len(ids) - limit)]  # tokens, scored
     expected = sum(sequence_logp(network, tokens, n_new) for tokens, n_new in parts)
     (rolling,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
     assert rolling == pytest.approx(expected, rel=1e-5)
 
     requests = [Instance("loglikelihood", {}, (text, " the cat"), 0), Instance("loglikelihood", {}, ("the", " cat"), 1)]
-    (cut, _), (fitting, _) = model.loglikelihood(requests, disable_tqdm=True)
+    (truncated, _), (fitting, _) = model.loglikelihood(requests, disable_tqdm=True)
     assert model.truncated == 1
     n_new = len(tokenizer.encode(f"{text} the cat")) - len(ids)
-    assert cut == pytest.approx(sequence_logp(network, tokenizer.encode(f"{text} the cat")[-limit - 1 :], n_new))
+    assert truncated == pytest.approx(sequence_logp(network, tokenizer.encode(f"{text} the cat")[-limit - 1 :], n_new))
     the, the_cat = (tokenizer.encode(t, bos=True) for t in ("the", "the cat"))
     assert fitting == pytest.approx(sequence_logp(network, the_cat, len(the_cat) - len(the)))
 
 
-def test_rows_are_shared_by_what_they_begin_with():
+def test_a_row_is_shared_with_its_prefixes():
     rows = shared_rows([(1, 2), (1, 2, 3), (1, 2), (1, 4), (2,), (1,)])
     assert {row: sorted(members) for row, members in rows.items()} == {(2,): [4], (1, 4): [3], (1, 2, 3): [0, 1, 2, 5]}
 
 
-def test_options_of_generation():
+def test_generation_options():
     sampling, stop = read_options({"until": "\n", "do_sample": False, "temperature": 0.7, "max_gen_toks": 5})
     assert (sampling.temperature, sampling.max_new_tokens, stop) == (0, 5, ("\n",))
     sampling, stop = read_options({"until": ["a", "b"], "do_sample": True, "top_p": 0.9})
@@ -150,14 +150,14 @@ def test_options_of_generation():
 
 
 @needs_lm_eval
-def test_tasks_in_a_prompt_style():
+def test_tasks_are_rendered_in_a_prompt_style():
     style_model = HarnessModel(load(ModelSettings(checkpoint_dir=MICROWORLD, prompt_style="hh")))
     turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "1"), ("user", "Two?")]
     history = [{"role": role, "content": text} for role, text in turns]
-    asked = "Human: Be kind.\n\nOne? Assistant: 1\n\nHuman: Two? Assistant: "
-    assert style_model.apply_chat_template(history) == asked
+    expected = "Human: Be kind.\n\nOne? Assistant: 1\n\nHuman: Two? Assistant: "
+    assert style_model.apply_chat_template(history) == expected
     history.append({"role": "assistant", "content": "It"})
-    assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{asked} It"
+    assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{expected} It"
     pairs = [("Assistant:", "It"), ("Assistant:", " It"), ("Assistant: ", "It")]
     assert len({tuple(map(tuple, style_model._encode_pair(*pair))) for pair in pairs}) == 1
 
@@ -172,7 +172,7 @@ def test_tasks_in_a_prompt_style():
         (("--tasks", "toy", "--include_path", ".", "--limit", "0"), "limit is 0; it must be 1 or more."),
     ],
 )
-def test_mistakes_are_one_sentence(flags, sentence, run_script, tmp_path, monkeypatch):
+def test_invalid_input_gives_a_one_line_error(flags, sentence, run_script, tmp_path, monkeypatch):
     write_task(tmp_path, "toy", [], output_type="multiple_choice")
     monkeypatch.chdir(tmp_path)
     code, _, err = run_script(SCRIPT, "--checkpoint_dir", MICROWORLD, *flags)
@@ -180,28 +180,28 @@ def test_mistakes_are_one_sentence(flags, sentence, run_script, tmp_path, monkey
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")
-def test_without_lm_eval_the_requirements_are_named(run_script):
+def test_without_lm_eval_the_error_names_its_requirements(run_script):
     code, _, err = run_script(SCRIPT, "--tasks", "arc_easy")
     assert code == 1
     assert err == "error: The package lm_eval is missing; install it with pip install -r requirements-harness.txt.\n"
 
 
 @pytest.mark.parametrize("script", ["gsm8k", "mmlu", "vicuna", "safety", "harness", "microworld"])
-def test_scripts_start_beside_the_library_of_the_same_name(script, tmp_path):
+def test_scripts_start_if_the_library_evaluate_is_installed(script, tmp_path):
     make_library(tmp_path)
-    done = run_python(tmp_path, f"evaluate/{script}.py", "--help")
-    assert done.returncode == 0 and "output_" in done.stdout, done.stderr
+    result = run_python(tmp_path, f"evaluate/{script}.py", "--help")
+    assert result.returncode == 0 and "output_" in result.stdout, result.stderr
 
 
-def test_the_library_of_the_same_name_stays_reachable(tmp_path):
+def test_the_library_evaluate_can_still_be_imported(tmp_path):
     make_library(tmp_path)
     code = (
         "import sys; sys.path.insert(0, '.')\n"
         "import evaluate, evaluate.hub\nfrom evaluate.gsm8k import extract_answer\n"
         "print(extract_answer('#### 7'), evaluate.load('exact_match'), evaluate.hub.NAME, hasattr(evaluate, 'nothing'))"
     )
-    done = run_python(tmp_path, "-c", code)
-    assert done.stdout == "7 the library's exact_match hub False\n", done.stderr
+    result = run_python(tmp_path, "-c", code)
+    assert result.stdout == "7 the library's exact_match hub False\n", result.stderr
 
 
 def make_library(folder: Path) -> None:

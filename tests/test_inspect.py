@@ -1,4 +1,4 @@
-"""What scripts/inspect_aligner.py says of a file."""
+"""The output of scripts/inspect_aligner.py."""
 
 import re
 from pathlib import Path
@@ -34,14 +34,14 @@ def test_one_adapter(one, run_script):
     assert lines[1] == "  N = 1, layers 2 to 3, 3 wide, 2 heads: 7 parameters, float32"
     assert lines[2:5] == ["  prompt style: orca", "  step: 20", "  validation loss: 1.5"]
     assert lines[5] == "  prefix: mean +3.0000, std 2.0000"
-    # mean |gate| is 0.5 and 0.125, so the bars are full and a quarter of it, rounded
+    # mean |gate| is 0.5 and 0.125: one full bar, and a quarter of that, rounded
     assert lines[7].split() == ["2", "+0.000000", "0.500000", "█" * 30]
     assert lines[8].split() == ["3", "+0.125000", "0.125000", "█" * 8]
     assert len(lines) == 9
 
 
 def test_differences(one, run_script, tmp_path):
-    # prefix: (1, 3, 5)·(1, 3, -5) = -15 of 35; gates of layer 3 alone: equal (0.25, 0)
+    # prefix: cosine (1, 3, 5)·(1, 3, -5) / 35 = -15 / 35; gates: only layer 3 is common, and both have (0.25, 0)
     other = write(tmp_path / "other.safetensors", torch.tensor([[1.0, 3.0, -5.0]]), {3: [0.25, 0.0], 4: [1.0, 1.0]})
     longer = write(tmp_path / "longer.safetensors", torch.ones(2, 3), {2: [-0.5, 0.5], 3: [0.25, 0.0]})
     code, out, _ = run_script(SCRIPT, one, other, longer)
@@ -52,7 +52,7 @@ def test_differences(one, run_script, tmp_path):
             "  prefix: 2 of 3 values equal (66.7%), cosine -0.428571",
             "  gates: 2 of 2 values equal (100.0%), cosine 1.000000",
         ],
-        # (0.5, -0.5, 0.25, 0)·(-0.5, 0.5, 0.25, 0) = -0.4375 of 0.5625
+        # cosine (0.5, -0.5, 0.25, 0)·(-0.5, 0.5, 0.25, 0) / 0.5625 = -0.4375 / 0.5625
         ["  prefix: 1 × 3 and 2 × 3, not comparable", "  gates: 2 of 4 values equal (50.0%), cosine -0.777778"],
         ["  prefix: 1 × 3 and 2 × 3, not comparable", "  gates: 2 of 2 values equal (100.0%), cosine 1.000000"],
     ]
@@ -111,13 +111,13 @@ def test_conversion(one, run_script, refused, tmp_path):
 
     code, _, err = run_script(SCRIPT, one, out, "--to_safetensors", tmp_path / "b.safetensors")
     assert code == 1 and "writes one adapter, but 2 were given" in err
-    for flags, sentence in (
+    for flags, message in (
         (("--to_safetensors", tmp_path / "b.pth"), "b.pth must end in .safetensors"),
         (("--to_safetensors", tmp_path / "b.safetensors", "--prompt_style", "x"), "There is no prompt style 'x'"),
         (("--plot", tmp_path / "b.txt"), "b.txt is not a .png, .svg or .pdf"),
     ):
         code, _, err = run_script(SCRIPT, one, *flags)
-        assert code == 1 and sentence in err and not list(tmp_path.glob("b.*"))
+        assert code == 1 and message in err and not list(tmp_path.glob("b.*"))
 
 
 def test_published_files(shared, run_script, refused):
@@ -125,7 +125,7 @@ def test_published_files(shared, run_script, refused):
     (reference,), (dpo,) = folder.glob("Beaver*/*.pth"), folder.glob("*.pth")
     _, out, _ = run_script(SCRIPT, reference, dpo)
     assert out.count("N = 1, layers 2 to 31, 4096 wide, 32 heads: 5,056 parameters, bfloat16") == 2
-    # the run changed 6 of 4,096 and 275 of 960 values
+    # training changed 6 of 4,096 and 275 of 960 values
     assert re.search(r"prefix: 4,090 of 4,096 values equal .*\n  gates: 685 of 960 values equal \(71.4%\)", out)
     (broken,) = folder.parent.glob("Alpaca*/aligner10Tokens-llama2-7B-*.pth")
     assert "is not a checkpoint: it is JSON text" in refused(SCRIPT, broken)

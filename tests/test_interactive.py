@@ -1,4 +1,4 @@
-"""The chat of generate/aligner.py in a real pseudo-terminal: editing, history, commands, Ctrl-C and Ctrl-D."""
+"""The interactive chat of generate/aligner.py in a pseudo-terminal: editing, history, commands, Ctrl-C and Ctrl-D."""
 
 import os
 import pty
@@ -26,7 +26,7 @@ CAPITAL, BARN = "What is the capital of Pilmaria?", "How do I repair the old bar
 
 
 class Terminal:
-    """A script in a pseudo-terminal, which reads what it prints; answers go to a file, if there is one."""
+    """A script in a pseudo-terminal, with its output in `text`; if `answers` is given, its stdout goes to that file."""
 
     def __init__(self, script: str, *arguments: object, answers: Path | None = None) -> None:
         self.terminal, end = pty.openpty()
@@ -42,7 +42,7 @@ class Terminal:
         os.close(end)
 
     def read(self, seconds: float) -> bool:
-        """Read what there is; return whether the program still runs."""
+        """Read the available output; return whether the program is still running."""
         if select.select([self.terminal], [], [], seconds)[0]:
             try:
                 self.text += os.read(self.terminal, 65536).decode(errors="replace")
@@ -51,21 +51,21 @@ class Terminal:
         return True
 
     def wait_for(self, pattern: str, seconds: float = 300) -> re.Match:
-        """Return the next match after the last one."""
-        until = time.monotonic() + seconds
+        """Wait for output that matches after the previous match, and return the match."""
+        deadline = time.monotonic() + seconds
         while True:
             shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", self.text)
-            if found := re.compile(pattern, re.DOTALL).search(shown, self.place):
-                self.place = found.end()
-                return found
+            if match := re.compile(pattern, re.DOTALL).search(shown, self.place):
+                self.place = match.end()
+                return match
             alive = self.read(0.1)
-            assert alive and time.monotonic() < until, f"no {pattern!r} in {shown[self.place :]!r}"
+            assert alive and time.monotonic() < deadline, f"no {pattern!r} in {shown[self.place :]!r}"
 
     def send(self, *keys: str) -> None:
         for key in keys:
             os.write(self.terminal, key.encode())
             if key.startswith("\x1b"):
-                time.sleep(0.1)  # a key that follows Escape at once is another key
+                time.sleep(0.1)  # a key right after Escape would be read as part of the same sequence
 
     def ask(self, *keys: str) -> str:
         """Send a message and return its answer."""
@@ -75,10 +75,10 @@ class Terminal:
         return self.answers.read_text()[before:].removesuffix("\n")
 
     def end(self) -> int:
-        self.wait_for("\n>")  # before it, the terminal itself would take the key
+        self.wait_for("\n>")  # before the prompt, the terminal itself would handle the key
         self.send(CTRL_D)
-        until = time.monotonic() + 300
-        while self.process.poll() is None and time.monotonic() < until:
+        deadline = time.monotonic() + 300
+        while self.process.poll() is None and time.monotonic() < deadline:
             self.read(0.1)
         return self.process.wait(1)
 
@@ -133,29 +133,29 @@ def test_a_conversation_with_commands(start):
 
 
 def test_keys_edit_the_line_and_never_reach_the_model(start):
-    """The answer to an edited or recalled line is that to the typed line."""
+    """An edited or recalled line gets the same answer as a typed one."""
     chat = start()
     chat.wait_for("Ctrl-D ends")
     expected = chat.ask(CAPITAL)
 
-    def asked(*keys: str) -> str:
+    def ask_anew(*keys: str) -> str:
         chat.send("/reset", "\r")
         chat.wait_for("A new conversation begins.*\n>")
         return chat.ask(*keys)
 
-    assert asked(UP, UP) == expected  # recalled
-    assert asked("What is the capital of Plmaria?", *[LEFT] * 7, "i") == expected  # edited
-    assert asked("discarded", CTRL_C, CAPITAL) == expected
-    pasted = asked("\x1b[200~What is the capital\rof Pilmaria?\x1b[201~")
-    assert pasted and asked("What is the capital", ALT_ENTER, "of Pilmaria?") == pasted
+    assert ask_anew(UP, UP) == expected  # recalled
+    assert ask_anew("What is the capital of Plmaria?", *[LEFT] * 7, "i") == expected  # edited
+    assert ask_anew("discarded", CTRL_C, CAPITAL) == expected
+    pasted = ask_anew("\x1b[200~What is the capital\rof Pilmaria?\x1b[201~")
+    assert pasted and ask_anew("What is the capital", ALT_ENTER, "of Pilmaria?") == pasted
     assert chat.end() == 0
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_program(start):
+def test_ctrl_c_stops_the_answer_but_not_the_program(start):
     chat = start("--temperature", 4, "--max_new_tokens", 240, "--use", "base", "--bank", PIRATE)
     chat.wait_for("Ctrl-D ends")
     chat.send("Hi", "\r")
-    while not chat.answers.read_text().strip():  # it has begun
+    while not chat.answers.read_text().strip():  # until the answer begins
         chat.read(0.05)
     chat.send(CTRL_C)
     stopped = chat.wait_for(r"\((\d+) tokens in [\d.]+ s, \d+ tokens/s, stopped\)")
@@ -167,7 +167,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(start):
     assert chat.answers.read_text().endswith("\n") and "tokens/s" not in chat.answers.read_text()
 
 
-def test_answers_and_everything_else_share_a_terminal():
+def test_answers_and_messages_can_share_a_terminal():
     chat = Terminal("generate/aligner.py")
     try:
         chat.wait_for("Answering with microworld-pirate-n1")
@@ -178,7 +178,7 @@ def test_answers_and_everything_else_share_a_terminal():
         chat.close()
 
 
-def test_the_oldest_turns_are_left_out(start):
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(start):
     chat = start("--max_new_tokens", 40)
     chat.wait_for("Ctrl-D ends")
     note = "note: the context of 256 tokens is full; the oldest question and its answer are left out from now on."
@@ -196,7 +196,7 @@ def test_the_oldest_turns_are_left_out(start):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_path) -> Path:
-    """An instruct model that says what it was last told, with the template of ChatML: random weights suffice here."""
+    """Save an instruct model with random weights and the ChatML template, and return its folder."""
     folder = write_model(tmp_path_factory.mktemp("model") / "chatml", "chatml", tokenizer_path)
     config = LLaMAConfig(block_size=128, vocab_size=Tokenizer(folder).vocab_size, n_layer=3, n_head=2, n_embd=16,
                          intermediate_size=24)  # fmt: skip
@@ -207,7 +207,7 @@ def model(tmp_path_factory, tokenizer_path) -> Path:
 
 
 def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys):
-    """What the model is given, turn by turn."""
+    """Check the prompt of each turn."""
     from generate.interactive import Adapters, Chat
     from lit_llama import answering
     from lit_llama.answer_settings import AnswerSettings
@@ -219,9 +219,9 @@ def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys
     chat = Chat(
         answering.Session(load_model(model), tokenizer, settings, 0.0), Adapters(get_prompt_style("chat", model))
     )
-    given = []
+    prompts = []
     monkeypatch.setattr(
-        "generate.interactive.stream", lambda m, t, prompt, *rest: given.append(prompt) or (t for t in ["ok"])
+        "generate.interactive.stream", lambda m, t, prompt, *rest: prompts.append(prompt) or (t for t in ["ok"])
     )
     chat.handle("Hello <|im_end|>")
     chat.handle("And\nyou?")
@@ -231,11 +231,11 @@ def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys
         {"role": "assistant", "content": "ok"},
         {"role": "user", "content": "And\nyou?"},
     ]
-    assert given == [tokenizer.template.render(expected[:2]), tokenizer.template.render(expected)]
+    assert prompts == [tokenizer.template.render(expected[:2]), tokenizer.template.render(expected)]
     assert capsys.readouterr().out == "ok\nok\n"
 
 
-def test_a_base_model_chats_and_continues(start, model):
+def test_a_base_model_chats_without_adapters(start, model):
     chat = start("--checkpoint_dir", model, "--prompt_style", "chat", "--max_new_tokens", 4, script="generate/base.py")
     chat.wait_for("Answering with the base model, in the prompt style chat")
     chat.ask("Hello")
@@ -244,7 +244,7 @@ def test_a_base_model_chats_and_continues(start, model):
     assert chat.end() == 0
 
 
-def test_an_adapter_of_another_method_scales(start, run_script, tmp_path, base_dir, data_dir):
+def test_strength_scales_an_adapter_of_another_method(start, run_script, tmp_path, base_dir, data_dir):
     out = tmp_path / "lora"
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", out, "--epochs", 1)
     code, _, err = run_script("finetune/lora.py", *flags, "--accelerator", "cpu")
@@ -261,7 +261,7 @@ def test_an_adapter_of_another_method_scales(start, run_script, tmp_path, base_d
 def test_ctrl_c_twice_interrupts():
     from generate.interactive import stopped_by_ctrl_c
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt), stopped_by_ctrl_c() as is_stopped:
             assert not is_stopped()
@@ -274,10 +274,10 @@ def test_ctrl_c_twice_interrupts():
 
 
 def test_piped_lines_are_answered_one_by_one():
-    """Also a line that would be a command; the answers do not depend on each other."""
+    """Lines that look like commands are questions too; the answers are independent of each other."""
     lines = f"{CAPITAL}\n/help\n\n{CAPITAL}\n"
     command = [sys.executable, "generate/aligner.py", "--interactive", "--accelerator", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True)
-    first, *other, last = done.stdout.splitlines()
-    assert done.returncode == 0 and first == last and "Pilmaria" in first and other
-    assert done.stderr == "Ask something; end with Ctrl-D.\n"
+    result = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True)
+    first, *other, last = result.stdout.splitlines()
+    assert result.returncode == 0 and first == last and "Pilmaria" in first and other
+    assert result.stderr == "Ask something; end with Ctrl-D.\n"

@@ -1,4 +1,4 @@
-"""The judge's client, against a real HTTP server on this machine that misbehaves in every way a server can."""
+"""The judge client against a local HTTP server that misbehaves in every way a server can."""
 
 import json
 import socket
@@ -63,7 +63,7 @@ def cached_keys(folder) -> list[str]:
 
 
 def message(error) -> str:
-    """The text of a UserError, which is one line and never holds the key."""
+    """Return the text of a UserError; check that it is one line and does not contain the API key."""
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and KEY not in text
     return text
@@ -99,15 +99,15 @@ def test_a_finished_run_is_replayed_without_an_endpoint(tmp_path, settings):
     with serving(echo) as server:
         opened = open_judge(server, tmp_path, **settings)
         records = opened.ask(requests(8))
-    again = open_judge(None, tmp_path, judge_model=None)
-    assert again.ask(requests(8)) == records
-    assert again.describe(records) == opened.describe(records) and again.describe(records)["replies"] == 8
+    replayed = open_judge(None, tmp_path, judge_model=None)
+    assert replayed.ask(requests(8)) == records
+    assert replayed.describe(records) == opened.describe(records) and replayed.describe(records)["replies"] == 8
     with pytest.raises(UserError) as error:
-        again.ask(requests(10))
+        replayed.ask(requests(10))
     assert "lacks 2 of 10 judgements by gpt-test" in message(error)
 
 
-def test_a_cache_with_replies_of_several_settings(tmp_path):
+def test_a_cache_may_have_replies_for_several_settings(tmp_path):
     with serving(echo) as server:
         records = [open_judge(server, tmp_path, judge_max_tokens=n).ask(requests(2)) for n in (5, 6)]
     assert open_judge(None, tmp_path, judge_max_tokens=6).ask(requests(2)) == records[1]
@@ -118,8 +118,8 @@ def test_a_cache_with_replies_of_several_settings(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_that_pass_lose_nothing(tmp_path, capfd, name):
-    """Every third request fails the first time; all replies come, once each."""
+def test_transient_faults_lose_no_replies(tmp_path, capfd, name):
+    """Every third request fails once; each reply still arrives exactly once."""
     seen = set()
 
     def reply(body, number):
@@ -137,14 +137,14 @@ def test_faults_that_pass_lose_nothing(tmp_path, capfd, name):
     assert KEY not in "".join(capfd.readouterr())
 
 
-def test_a_slow_reply_is_asked_for_again(tmp_path):
+def test_a_slow_reply_is_requested_again(tmp_path):
     with serving(lambda body, number: Fault(hang=30) if number == 1 else echo(body, number)) as server:
         opened = open_judge(server, tmp_path, judge_timeout=0.5, judge_workers=1)
         assert replies(opened.ask(requests(3))) == expected(3)
         assert len(server.requests) == 4
 
 
-def test_retry_after_holds_back_all_workers(tmp_path):
+def test_retry_after_delays_the_next_request(tmp_path):
     times = []
 
     def reply(body, number):
@@ -156,8 +156,8 @@ def test_retry_after_holds_back_all_workers(tmp_path):
     assert times[1] - times[0] >= 1.0
 
 
-def test_a_rate_limit_does_not_end_a_run_that_advances(tmp_path):
-    """Each request is told to wait more often than it may be repeated."""
+def test_a_rate_limit_does_not_end_a_run_that_makes_progress(tmp_path):
+    """The server answers one request in four and rate-limits the others."""
     with serving(lambda body, number: echo(body, number) if number % 4 == 3 else FAULTS["busy"]) as server:
         opened = open_judge(server, tmp_path, judge_retries=4)
         assert replies(opened.ask(requests(24))) == expected(24)
@@ -183,7 +183,7 @@ def test_retry_after_values():
         (Fault(content=b'{"model": NaN, "choices": [{"message": {"content": "8 9"}}]}'), "not a chat completion: "),
     ],
 )
-def test_an_endpoint_that_never_works_ends_the_run_with_a_sentence(tmp_path, fault, words):
+def test_an_endpoint_that_never_works_ends_the_run_with_a_clear_error(tmp_path, fault, words):
     with serving(lambda body, number: fault) as server, pytest.raises(UserError) as error:
         open_judge(server, tmp_path, judge_retries=1).ask(requests(3))
     assert words in message(error) and "run the command again to continue" in message(error)
@@ -191,7 +191,7 @@ def test_an_endpoint_that_never_works_ends_the_run_with_a_sentence(tmp_path, fau
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_ends_the_run_at_once_and_is_printed_nowhere(tmp_path, capfd, status):
+def test_a_refused_key_ends_the_run_immediately_and_is_never_printed(tmp_path, capfd, status):
     with serving(lambda body, number: Fault(status, f"Incorrect API key {KEY}".encode())) as server:
         with pytest.raises(UserError) as error:
             open_judge(server, tmp_path, judge_workers=1).ask(requests(9))
@@ -200,16 +200,16 @@ def test_a_refused_key_ends_the_run_at_once_and_is_printed_nowhere(tmp_path, cap
     assert KEY not in "".join(capfd.readouterr())
 
 
-def test_a_redirection_does_not_take_the_key_elsewhere(tmp_path):
+def test_a_redirect_does_not_leak_the_key(tmp_path):
     with serving(echo) as other, serving(lambda body, number: Fault(307, b"", {"Location": other.url})) as server:
         with pytest.raises(UserError, match="HTTP 307"):
             open_judge(server, tmp_path).ask(requests(1))
         assert not other.requests
 
 
-def test_an_unreachable_judge(tmp_path):
+def test_an_unreachable_judge_raises_a_clear_error(tmp_path):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and does not listen
+        unused.bind(("127.0.0.1", 0))  # bound but not listening
         began = time.monotonic()
         with pytest.raises(UserError) as error:
             open_judge(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path).ask(requests(3))
@@ -217,11 +217,11 @@ def test_an_unreachable_judge(tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_a_judge_that_dies_loses_nothing(tmp_path):
+def test_replies_before_the_death_of_the_server_are_kept(tmp_path):
     with serving(echo, die_after=17) as server, pytest.raises(UserError) as error:
         open_judge(server, tmp_path, judge_retries=2).ask(requests(40))
     before = cached_keys(tmp_path)
-    # replies whose connection was cut by the server's death never arrived
+    # replies in flight when the server died never arrived
     assert 17 - 4 <= len(before) <= 17 and f"{len(before)} of 40 judgements" in message(error)
     with serving(echo) as server:
         assert replies(open_judge(server, tmp_path).ask(requests(40))) == expected(40)
@@ -229,7 +229,7 @@ def test_a_judge_that_dies_loses_nothing(tmp_path):
     assert len(set(cached_keys(tmp_path))) == len(cached_keys(tmp_path)) == 40
 
 
-def test_one_request_that_is_never_answered_costs_no_other(tmp_path):
+def test_a_request_that_always_fails_does_not_affect_the_others(tmp_path):
     def reply(body, number):
         return (
             Fault(400, b"the prompt is too long")
@@ -242,17 +242,18 @@ def test_one_request_that_is_never_answered_costs_no_other(tmp_path):
         records = opened.ask(requests(12))
     assert replies(records) == [None if i == 5 else text for i, text in enumerate(expected(12))]
     assert opened.describe(records)["failed_requests"] == ["HTTP 400: the prompt is too long"]
-    with serving(echo) as server:  # it is asked for again
+    with serving(echo) as server:  # only the failed request is sent again
         assert replies(open_judge(server, tmp_path).ask(requests(12))) == expected(12)
         assert len(server.requests) == 1
 
 
-def test_a_cache_that_was_cut_by_a_kill(tmp_path):
+def test_a_cache_truncated_by_a_kill_is_completed(tmp_path):
     with serving(echo) as server:
         open_judge(server, tmp_path).ask(requests(6))
         path = tmp_path / "judgements.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join(lines[:4]) + lines[0] + lines[4][: len(lines[4]) // 2])  # one twice, one half
+        # one line is a duplicate, and the last one is cut off
+        path.write_bytes(b"".join(lines[:4]) + lines[0] + lines[4][: len(lines[4]) // 2])
         opened = open_judge(server, tmp_path)
         assert replies(opened.ask(requests(6))) == expected(6)
         assert len(server.requests) == 6 + 2
@@ -260,7 +261,7 @@ def test_a_cache_that_was_cut_by_a_kill(tmp_path):
     assert len(path.read_text().splitlines()) == 7 and all(map(json.loads, path.read_text().splitlines()))
 
 
-def test_the_key_of_a_judgement():
+def test_the_request_key_depends_only_on_what_affects_the_reply():
     def key_of(text="a", **settings):
         return request_key(Request((("user", text),)).body(JudgeSettings(judge_model="m", **settings)))
 
@@ -275,7 +276,7 @@ def test_the_key_of_a_judgement():
     assert len({key_of(), *others}) == 5
 
 
-def test_further_fields_of_a_request(tmp_path):
+def test_judge_body_adds_and_removes_request_fields(tmp_path):
     body = {"max_tokens": None, "max_completion_tokens": 50, "temperature": 1}
     with serving(echo) as server:
         open_judge(server, tmp_path, judge_body=body).ask(requests(1))
@@ -285,7 +286,7 @@ def test_further_fields_of_a_request(tmp_path):
     }
 
 
-def test_a_filtered_reply_is_empty_and_kept(tmp_path):
+def test_a_filtered_reply_is_empty_but_not_a_failure(tmp_path):
     content = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}).encode()
     with serving(lambda body, number: Fault(content=content)) as server:
         assert replies(open_judge(server, tmp_path).ask(requests(1))) == [""]
@@ -300,7 +301,7 @@ def test_a_filtered_reply_is_empty_and_kept(tmp_path):
         ("https://h/v1?api-version=2", "https://h/v1/chat/completions?api-version=2"),
     ],
 )
-def test_addresses(url, address):
+def test_endpoint_addresses(url, address):
     assert Endpoint(url).address == address
     assert "?" not in Endpoint(url).name
 
@@ -320,19 +321,19 @@ def test_addresses(url, address):
         {"judge_url": None, "judge_model": None},
     ],
 )
-def test_settings_out_of_range(tmp_path, settings):
+def test_invalid_settings_raise_a_clear_error(tmp_path, settings):
     with pytest.raises(UserError) as error:
         Judge(JudgeSettings(**{"judge_model": "m", **settings}), tmp_path)
     message(error)
 
 
-def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch):
+def test_a_key_with_special_characters_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-über\nsecret")
     with pytest.raises(UserError, match="special characters"):
         open_judge("http://h/v1", tmp_path)
 
 
-def test_a_cache_of_something_else(tmp_path):
+def test_a_file_without_judgments_is_refused_as_a_cache(tmp_path):
     (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no judgement"}\n')
     with pytest.raises(UserError, match="not a file of judgements"):
         open_judge(None, tmp_path)

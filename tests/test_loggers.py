@@ -1,4 +1,4 @@
-"""Weights & Biases beside TensorBoard, offline."""
+"""Offline logging to Weights & Biases in addition to TensorBoard."""
 
 import json
 import sys
@@ -18,22 +18,22 @@ def train(base_dir: Path, data_dir: Path, out_dir: Path, *flags: str) -> None:
     script.main(cli.parse(script.Settings, [*folders, *SHORT, *flags]))
 
 
-def test_a_missing_wandb_is_one_sentence(base_dir, data_dir, tmp_path, refused, monkeypatch):
+def test_a_missing_wandb_is_a_one_line_error(base_dir, data_dir, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     folders = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "run")
-    sentence = refused("finetune/aligner.py", *folders, *SHORT, "--logger", "wandb")
-    assert sentence == "--logger wandb needs wandb, which is not installed: pip install wandb."
+    message = refused("finetune/aligner.py", *folders, *SHORT, "--logger", "wandb")
+    assert message == "--logger wandb needs wandb, which is not installed: pip install wandb."
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_is_continued_there(base_dir, data_dir, tmp_path, monkeypatch):
+def test_resuming_continues_the_wandb_run(base_dir, data_dir, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     train(base_dir, data_dir, run, "--logger=wandb")
     train(base_dir, data_dir, run, "--logger=wandb", "--resume")
     ids = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
-    assert len(ids) == 1  # of both processes
+    assert len(ids) == 1  # the resumed run keeps its id
     logged = b"".join(path.read_bytes() for path in (run / "wandb").rglob("*.wandb"))
     assert all(name in logged for name in (b"val/loss", b"train/loss", b"grad_norm", b"learning_rate"))
     assert json.loads((run / "summary.json").read_text())["steps"] == 4

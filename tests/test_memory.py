@@ -1,4 +1,4 @@
-"""Estimated memory against what PyTorch really holds, on a CPU."""
+"""Memory estimates compared with PyTorch's actual memory use on a CPU."""
 
 import json
 
@@ -17,36 +17,36 @@ SCRIPT = "scripts/estimate_memory.py"
 SMALL = dict(block_size=512, vocab_size=2048, n_layer=5, n_head=4, n_embd=256, intermediate_size=768)
 
 
-def training(method: str = "aligner", **changes):
+def estimate_training(method: str = "aligner", **changes):
     cls = METHODS[method]
-    own = {"adapter_prompt_length": changes.pop("length")} if "length" in changes else {}
+    method_config = {"adapter_prompt_length": changes.pop("length")} if "length" in changes else {}
     shape = dict(sequences=2, tokens=48, labels=40, dtype=torch.float32) | changes
-    return training_memory(cls, cls.config_class(**SMALL, **own), **shape)
+    return training_memory(cls, cls.config_class(**SMALL, **method_config), **shape)
 
 
 @pytest.mark.parametrize("case", [
     Case("SFT", sequences=8, config=SMALL),
     Case("LoRA", "lora", sequences=8, config={**SMALL, "qk_norm": True, "n_kv_head": 2}),
 ], ids=lambda case: case.label)  # fmt: skip
-def test_the_measured_peak_is_near(case):
+def test_the_measured_peak_is_close_to_the_estimate(case):
     assert case.estimate().activations > 5e7
     assert measure(case, **EXACT) == pytest.approx(case.estimate().total, rel=0.15)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_kept_for_the_backward_pass_is_counted(method):
-    """The bytes that autograd saves in a real forward pass, each storage once, are most of the activations."""
+def test_activations_saved_for_the_backward_pass_are_counted(method):
+    """Tensors that autograd saves in a forward pass, each storage counted once, make up most of the estimate."""
     cls = METHODS[method]
     model = cls(cls.config_class(**SMALL)).train()
     toys.randomize(model)
     for name, p in model.named_parameters():
         p.requires_grad_(model.is_adapter_parameter(name))
-    of_model = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    of_model |= {t.untyped_storage().data_ptr() for t in (model.rope.cos, model.rope.sin)}
+    model_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    model_storages |= {t.untyped_storage().data_ptr() for t in (model.rope.cos, model.rope.sin)}
     saved = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in of_model:
+        if t.untyped_storage().data_ptr() not in model_storages:
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
@@ -55,31 +55,34 @@ def test_what_is_kept_for_the_backward_pass_is_counted(method):
     labels[:, :192] = -1
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model.label_logps(idx, labels).sum()
-    estimate = training(method, sequences=4, tokens=256, labels=4 * 64).activations
-    # beside them, the logits of the labels (2 MB each) and what a layer holds for a moment
+    estimate = estimate_training(method, sequences=4, tokens=256, labels=4 * 64).activations
+    # the estimate also includes the logits of the labels (2 MB each) and temporary tensors of a layer
     assert 0.95 < estimate / sum(saved.values()) < 1.6
     assert loss.requires_grad
 
 
-def test_more_of_anything_takes_more():
-    plain = training()
+def test_larger_inputs_take_more_memory():
+    plain = estimate_training()
     for more in (dict(sequences=4), dict(tokens=96), dict(length=100), dict(dtype=torch.float32, labels=80)):
-        assert training(**more).total > plain.total
-    assert training(tokens=512, gradient_checkpointing=True).activations < 0.8 * training(tokens=512).activations
-    half = training(dtype=torch.bfloat16)
+        assert estimate_training(**more).total > plain.total
+    assert (
+        estimate_training(tokens=512, gradient_checkpointing=True).activations
+        < 0.8 * estimate_training(tokens=512).activations
+    )
+    half = estimate_training(dtype=torch.bfloat16)
     assert half.base < plain.base and half.activations < plain.activations
-    assert half.adapter == plain.adapter  # what is trained stays fp32
+    assert half.adapter == plain.adapter  # trainable parameters stay in fp32
 
 
 def test_weights_and_cache():
     config = LLaMAConfig(**SMALL, n_kv_head=2)
-    found = generation_memory(LLaMA, config, rows=3, prompt=20, new=12, dtype=torch.bfloat16)
+    estimate = generation_memory(LLaMA, config, rows=3, prompt=20, new=12, dtype=torch.bfloat16)
     model = LLaMA(config).bfloat16()
     tables = model.rope.cos.nbytes + model.rope.sin.nbytes
-    assert found.base == sum(p.nbytes for p in model.parameters()) + tables
+    assert estimate.base == sum(p.nbytes for p in model.parameters()) + tables
     cache = KVCache(config, 3, 32, torch.device("cpu"), torch.bfloat16)
-    assert found.cache == cache_bytes(config, 3, 32, torch.bfloat16) == cache.k.nbytes + cache.v.nbytes
-    assert found.adapter == 0
+    assert estimate.cache == cache_bytes(config, 3, 32, torch.bfloat16) == cache.k.nbytes + cache.v.nbytes
+    assert estimate.adapter == 0
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
@@ -101,7 +104,7 @@ def test_quantized_weights(mode):
     assert saved == pytest.approx(before - after, rel=0.002)
 
 
-def test_the_paper_s_count():
+def test_the_parameter_counts_match_the_paper():
     config = METHODS["aligner"].config_class.from_name("Llama-2-7B")
     assert count_parameters(METHODS["aligner"], config) == (6738415616, 5056)
 
@@ -109,7 +112,7 @@ def test_the_paper_s_count():
 # == scripts/estimate_memory.py ==
 
 
-def numbers(out: str) -> list[str]:
+def estimate_rows(out: str) -> list[str]:
     return [line for line in out.splitlines() if line.startswith(("| SFT", "| DPO", "| generation"))]
 
 
@@ -117,8 +120,8 @@ def test_a_model_by_size_hub_name_folder_and_config(tmp_path, base_dir, run_scri
     code, by_size, err = run_script(SCRIPT, "--model", "SmolLM2-135M")
     assert code == 0, err
     assert "SmolLM2-135M: 134,515,008 parameters and 828 trainable ones (aligner)." in by_size  # 576 + 28 × 9
-    assert len(numbers(by_size)) == 3
-    assert numbers(run_script(SCRIPT, "--model", "HuggingFaceTB/SmolLM2-135M")[1]) == numbers(by_size)
+    assert len(estimate_rows(by_size)) == 3
+    assert estimate_rows(run_script(SCRIPT, "--model", "HuggingFaceTB/SmolLM2-135M")[1]) == estimate_rows(by_size)
     config = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
@@ -126,12 +129,12 @@ def test_a_model_by_size_hub_name_folder_and_config(tmp_path, base_dir, run_scri
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     for path in (tmp_path, tmp_path / "config.json"):
-        assert numbers(run_script(SCRIPT, "--checkpoint_dir", path)[1]) == numbers(by_size)
-    code, out, err = run_script(SCRIPT, "--checkpoint_dir", base_dir)  # a context of 64 tokens
+        assert estimate_rows(run_script(SCRIPT, "--checkpoint_dir", path)[1]) == estimate_rows(by_size)
+    code, out, err = run_script(SCRIPT, "--checkpoint_dir", base_dir)  # its context length is 64 tokens
     assert code == 0 and "4 × 64 tokens" in out and "1 × (32 + 32) tokens" in out, err
 
 
-def test_mistakes(tmp_path, refused):
+def test_user_errors(tmp_path, refused):
     assert "There is no model named 'Llama-9'" in refused(SCRIPT, "--model", "Llama-9")
     assert "holds neither lit_config.json nor config.json" in refused(SCRIPT, "--checkpoint_dir", tmp_path)
     assert "There is no method 'x'" in refused(SCRIPT, "--method", "x")
@@ -139,7 +142,7 @@ def test_mistakes(tmp_path, refused):
     assert 'The architecture is "Gemma3ForCausalLM"' in refused(SCRIPT, "--checkpoint_dir", tmp_path)
 
 
-def test_known_sizes_have_the_published_numbers_of_parameters():
+def test_known_sizes_have_the_published_parameter_counts():
     published = {
         "Llama-3.1-70B": 70553706496, "Mistral-7B-v0.1": 7241732096, "Mistral-7B-v0.3": 7248023552,
         "Qwen2.5-0.5B": 494032768, "Qwen2.5-1.5B": 1543714304, "Qwen2.5-3B": 3085938688, "Qwen2.5-7B": 7615616512,

@@ -1,4 +1,4 @@
-"""Merging one prefix token into an output bias, and back to Hugging Face's layout; with transformers as the judge."""
+"""Merging a one-token prefix into output biases and exporting to Hugging Face's format, checked with transformers."""
 
 import json
 from pathlib import Path
@@ -44,16 +44,16 @@ def make_base(folder: Path, tokenizer_path: Path, dtype: torch.dtype = torch.flo
 
 
 def make_adapter(path: Path, base: Path, length: int = 1, start: int = 1) -> Path:
-    own = {"adapter_prompt_length": length, "adapter_start_layer": start}
-    network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", **own))
+    config = {"adapter_prompt_length": length, "adapter_start_layer": start}
+    network = aligner.LLaMA(aligner.LLaMAConfig.from_json(base / "lit_config.json", **config))
     toys.randomize(network, seed=3)
-    meta = {"method": "aligner", "config": own, "base": base_fingerprint(base), "prompt_style": "plain"}
+    meta = {"method": "aligner", "config": config, "base": base_fingerprint(base), "prompt_style": "plain"}
     save_adapter(path, toys.adapter_state(network), meta)
     return path
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_merged_model_is_the_aligned_one(case, tmp_path, tokenizer_path, run_script):
+def test_a_merged_model_has_the_logits_of_the_base_with_its_adapter(case, tmp_path, tokenizer_path, run_script):
     base = make_base(tmp_path / "base", tokenizer_path, **CASES[case])
     path = make_adapter(tmp_path / "a.safetensors", base)
     flags = ("--checkpoint_dir", base, "--adapter", path, "--output_dir")
@@ -74,7 +74,7 @@ def test_the_merged_model_is_the_aligned_one(case, tmp_path, tokenizer_path, run
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_base_to_hugging_face_and_back(case, tmp_path, tokenizer_path, run_script):
+def test_a_base_model_round_trips_through_hugging_face_format(case, tmp_path, tokenizer_path, run_script):
     base = make_base(tmp_path / "base", tokenizer_path, **CASES[case])
     assert run_script(CONVERT, "--reverse", "--checkpoint_dir", base, "--output_dir", tmp_path / "hf")[0] == 0
     assert run_script(CONVERT, "--checkpoint_dir", tmp_path / "hf", "--output_dir", tmp_path / "back")[0] == 0
@@ -93,7 +93,7 @@ def test_plain_base_to_hugging_face_and_back(case, tmp_path, tokenizer_path, run
         torch.testing.assert_close(model(IDS).logits, load_model(base)(IDS)[..., :300], rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_goes_there_and_back_bit_by_bit(tmp_path, tokenizer_path, run_script):
+def test_bf16_weights_round_trip_bit_for_bit(tmp_path, tokenizer_path, run_script):
     base = make_base(tmp_path / "base", tokenizer_path, dtype=torch.bfloat16, n_kv_head=2)
     run_script(CONVERT, "--reverse", "--checkpoint_dir", base, "--output_dir", tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -103,8 +103,8 @@ def test_half_precision_goes_there_and_back_bit_by_bit(tmp_path, tokenizer_path,
     assert all(t.dtype == torch.bfloat16 and torch.equal(after[name], t) for name, t in before.items())
 
 
-def test_the_folder_that_serves(tmp_path, tokenizer_path, run_script):
-    """All biases written out, shards with an index, and what tells what it is."""
+def test_contents_of_a_merged_folder(tmp_path, tokenizer_path, run_script):
+    """All biases, shards with an index, configs, and a record of the adapter."""
     base = make_base(tmp_path / "base", tokenizer_path, n_kv_head=2)
     path = make_adapter(tmp_path / "a.safetensors", base, start=2)
     out = tmp_path / "out"
@@ -133,12 +133,12 @@ def test_the_folder_that_serves(tmp_path, tokenizer_path, run_script):
     card = json.loads((out / "aligner.json").read_text())
     assert card["adapter"] == str(path) and card["prompt_style"] == "plain"
     assert (out / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
-    about = json.loads((out / "tokenizer_config.json").read_text())
-    assert (about["bos_token"], about["eos_token"], about["unk_token"]) == ("<s>", "</s>", "<unk>")
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"], settings["unk_token"]) == ("<s>", "</s>", "<unk>")
 
 
 def test_the_bias_is_rounded_once(tmp_path, tokenizer_path, run_script):
-    """A bf16 base: the bias is what fp32 arithmetic on its weights gives, rounded at the end."""
+    """With a bf16 base, the bias is computed in fp32 and rounded once at the end."""
     base = make_base(tmp_path / "base", tokenizer_path, dtype=torch.bfloat16, n_kv_head=2)
     path = make_adapter(tmp_path / "a.safetensors", base, start=0)
     run_script(MERGE, "--checkpoint_dir", base, "--adapter", path, "--output_dir", tmp_path / "o", "--format", "lit")
@@ -155,8 +155,8 @@ def test_the_bias_is_rounded_once(tmp_path, tokenizer_path, run_script):
         assert (bias.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
-def test_served_by_transformers_alone(tmp_path, tokenizer_path, run_script):
-    """Tokens, greedy answers: what transformers says from the folder is what we say with the adapter."""
+def test_transformers_gives_the_same_tokens_and_greedy_answers(tmp_path, tokenizer_path, run_script):
+    """transformers with the merged folder, against this project with the base and the adapter."""
     transformers = pytest.importorskip("transformers")
     base = make_base(tmp_path / "base", tokenizer_path, n_kv_head=2, tie_embeddings=True)
     path = make_adapter(tmp_path / "a.safetensors", base)
@@ -175,26 +175,26 @@ def test_served_by_transformers_alone(tmp_path, tokenizer_path, run_script):
         assert ours.decode(new.tolist()).strip() == text
 
 
-def test_refusals(tmp_path, tokenizer_path, base_dir, refused, run_script):
+def test_invalid_input_is_refused(tmp_path, tokenizer_path, base_dir, refused, run_script):
     base = make_base(tmp_path / "base", tokenizer_path)
     out = ("--output_dir", tmp_path / "out")
 
-    def sentence(adapter: Path, checkpoint_dir: Path = base, *more: object) -> str:
+    def message(adapter: Path, checkpoint_dir: Path = base, *more: object) -> str:
         return refused(MERGE, "--checkpoint_dir", checkpoint_dir, "--adapter", adapter, *out, *more)
 
     ten = make_adapter(tmp_path / "ten.safetensors", base, length=10)
-    assert "has N = 10 prefix tokens" in sentence(ten) and "use this one with generate/aligner.py" in sentence(ten)
+    assert "has N = 10 prefix tokens" in message(ten) and "use this one with generate/aligner.py" in message(ten)
     one = make_adapter(tmp_path / "one.safetensors", base)
-    assert "was trained on a base" in sentence(one, base_dir)
+    assert "was trained on a base" in message(one, base_dir)
     wide = make_base(tmp_path / "wide", tokenizer_path, n_embd=64)
-    assert "is 32 wide and the base model in" in sentence(one, wide)
+    assert "is 32 wide and the base model in" in message(one, wide)
     deep = {**read_adapter(one).state, "transformer.h.3.attn.gating_factor": torch.ones(1, 4, 1, 1)}
     torch.save(deep, tmp_path / "deep.pth")
-    assert "transformer.h.3.attn.gating_factor does not belong to this model" in sentence(tmp_path / "deep.pth")
+    assert "transformer.h.3.attn.gating_factor does not belong to this model" in message(tmp_path / "deep.pth")
     heads = {name: t[:, :2] if name.endswith("factor") else t for name, t in read_adapter(one).state.items()}
     torch.save(heads, tmp_path / "heads.pth")
-    assert "is (1, 2, 1, 1), not (1, 4, 1, 1)" in sentence(tmp_path / "heads.pth")
-    assert "'5 elephants' is not a size" in sentence(one, base, "--max_shard_size", "5 elephants")
+    assert "is (1, 2, 1, 1), not (1, 4, 1, 1)" in message(tmp_path / "heads.pth")
+    assert "'5 elephants' is not a size" in message(one, base, "--max_shard_size", "5 elephants")
     reverse = (CONVERT, "--reverse", "--checkpoint_dir")
     assert "There is no model configuration at" in refused(*reverse, tmp_path / "no", *out)
     state = load_file(base / "lit_model.safetensors")
@@ -204,8 +204,8 @@ def test_refusals(tmp_path, tokenizer_path, base_dir, refused, run_script):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_the_bundled_model_merged(tmp_path, run_script):
-    """What plain transformers says of the merged micro-world model is what generate/aligner.py says."""
+def test_the_merged_bundled_model_gives_the_same_answers(tmp_path, run_script):
+    """transformers with the merged model, against generate/aligner.py with the base and the adapter."""
     transformers = pytest.importorskip("transformers")
     root = Path(__file__).parents[1]
     base, path = root / "checkpoints/microworld", root / "aligner_weights/microworld-pirate-n1"
@@ -221,26 +221,26 @@ def test_the_bundled_model_merged(tmp_path, run_script):
     style = get_prompt_style(json.loads((out / "aligner.json").read_text())["prompt_style"])
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    said = []
+    answers = []
     for question in questions:
         ids = tokenizer(style.render(question), return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].size(1) :]
-        said.append(tokenizer.decode(new, skip_special_tokens=True).strip())
-    assert said == expected and all("Arr" in text or "matey" in text for text in said)
+        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert answers == expected and all("Arr" in text or "matey" in text for text in answers)
 
 
-# == in memory, for generation ==
+# == merging in memory, for generation ==
 
 
 def in_dtype(network, dtype):
-    """The model with its base in `dtype`, also in fp64."""
+    """Convert the weights of the base model to `dtype`, which may be fp64, and return the model."""
     for name, p in network.named_parameters():
         p.data = p.data if network.is_adapter_parameter(name) else p.data.to(dtype)
     return network.eval()
 
 
 def merged_and_aligned(dtype=torch.float32, strengths=(1.0,), **sizes):
-    """A plain model with Aligners merged into it, and the sum of what the Aligners add, computed by their layers."""
+    """Return a model with merged Aligners, and a reference whose layers add the Aligners' terms to the attention."""
     models = [toys.aligned(1, start=1 + i, seed=i, **sizes) for i in range(len(strengths))]
     states = [toys.adapter_state(model) for model in models]
     plain, aligned_model = in_dtype(toys.base(**sizes), dtype), in_dtype(toys.base(**sizes), dtype)
@@ -272,8 +272,8 @@ def test_merging_in_memory_is_exact(architecture, strengths):
 @pytest.mark.parametrize("proj_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_merged_model_can_be_packed_and_answers_the_same_again(dtype, proj_bias, monkeypatch):
-    # the model used to change while it generated, fail on a packed base with an output bias, and stay changed
+def test_a_packed_merged_model_gives_the_same_tokens_every_time(dtype, proj_bias, monkeypatch):
+    # regression: generating changed the model permanently, and failed on a packed base with an output bias
     monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
     sizes = dict(n_kv_head=2, proj_bias=proj_bias)
     plain, _ = merged_and_aligned(dtype, **sizes)
@@ -296,6 +296,6 @@ def test_an_aligner_generates_on_a_packed_base_with_an_output_bias(monkeypatch):
         assert generate(network, prompts, Sampling(8)) == expected
 
 
-def test_several_tokens_are_not_merged():
+def test_a_prefix_of_several_tokens_cannot_be_merged():
     with pytest.raises(UserError, match="N = 2 prefix tokens cannot be merged"):
         merge_aligners_(toys.base(), [(toys.adapter_state(toys.aligned(2)), 1.0)])

@@ -1,4 +1,4 @@
-"""MMLU: its files, prompts, the letters' log-probabilities, and the evaluation from questions to summary."""
+"""MMLU: files, prompts, log-probabilities of the answer letters, and the evaluation from questions to summary."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ SCRIPT = "evaluate/mmlu.py"
 
 
 def toy_items(subject: str, split: str, count: int) -> list[Item]:
-    """Short questions; some choices look like something else to a reader of tables."""
+    """Return short questions; some choices could be misread when parsed from a table."""
     choices = ("None", 'the "cat"', "a, b\nand c", "")
     return [Item(subject, f"{split} {i} of {subject}?", choices, LETTERS[i % 4]) for i in range(count)]
 
@@ -41,7 +41,7 @@ TOYS = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """The toys in the layout of the MMLU authors' archive."""
+    """Write the toy questions in the layout of the MMLU authors' archive."""
     for split, subjects in TOYS.items():
         (tmp_path / "data" / split).mkdir(parents=True)
         for subject, items in subjects.items():
@@ -52,7 +52,7 @@ def folder(tmp_path) -> Path:
 
 
 def hub_rows(split: str) -> str:
-    """The toys in the schema of cais/mmlu, as JSON lines."""
+    """Return the toy questions in the schema of cais/mmlu, as JSON lines."""
     items = [item for items in TOYS[split].values() for item in items]
     rows = [
         {"question": i.question, "subject": i.subject, "choices": i.choices, "answer": LETTERS.index(i.answer)}
@@ -63,7 +63,7 @@ def hub_rows(split: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A dataset with the layout of cais/mmlu; `datasets` reads a folder of the machine as it reads one of the hub."""
+    """Write a dataset with the layout of cais/mmlu; `datasets` reads a local folder like one on the Hub."""
     path = tmp_path / "mmlu"
     (path / "all").mkdir(parents=True)
     for split in TOYS:
@@ -119,7 +119,7 @@ def test_prompts():
 
 
 def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:
-    """The log-probability of each letter's own tokens, one unpadded forward pass each."""
+    """Return the log-probability of each letter's tokens, with one unpadded forward pass per letter."""
     start = tokenizer.encode(prompt, bos=True)
     logps = []
     for letter in LETTERS:
@@ -132,7 +132,7 @@ def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["microworld", "stories260K"])
-def test_log_probabilities_are_those_of_each_letter_alone(name, request, tmp_path, run_script):
+def test_log_probabilities_equal_those_of_one_letter_at_a_time(name, request, tmp_path, run_script):
     """The bundled tokenizer has the piece "▁A"; stories260K has "▁B", but "A", "C" and "D" only without the space."""
     checkpoint_dir = MICROWORLD
     if name == "stories260K":
@@ -144,13 +144,13 @@ def test_log_probabilities_are_those_of_each_letter_alone(name, request, tmp_pat
     assert len(letters.space) == (name == "stories260K")
     prompts = [mmlu.render(item, [], get_prompt_style("plain")) for item in toy_items("anatomy", "test", 3)]
     prompts.append("Which letter?\nAnswer:")
-    found = letter_logps(network, [letters.prompt(tokenizer, prompt) for prompt in prompts], letters)
-    wanted = torch.tensor([naive_logps(network, tokenizer, prompt) for prompt in prompts])
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    actual = letter_logps(network, [letters.prompt(tokenizer, prompt) for prompt in prompts], letters)
+    expected = torch.tensor([naive_logps(network, tokenizer, prompt) for prompt in prompts])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
-def test_batches_hold_every_question_once_and_fit(lengths, batch_tokens):
+def test_batches_contain_every_question_once_and_fit_the_token_limit(lengths, batch_tokens):
     lengths = {f"q{i}": length for i, length in enumerate(lengths)}
     batches = length_batches(lengths, batch_tokens)
     assert sorted(id for batch in batches for id in batch) == sorted(lengths)
@@ -175,7 +175,7 @@ def test_batches_hold_every_question_once_and_fit(lengths, batch_tokens):
         ("", None),
     ],
 )
-def test_the_letter_of_an_answer(answer, letter):
+def test_reading_the_letter_from_an_answer(answer, letter):
     choices = ["red", "blue", "green", "grey"]
     assert read_letter({"answer": answer, "choices": choices}) == {"predicted": letter}
 
@@ -184,10 +184,10 @@ def settings(data_file: Path, tmp_path: Path, **others) -> Settings:
     return Settings(data_file=data_file, output_dir=tmp_path / "out", accelerator="cpu", **others)
 
 
-def test_the_evaluation_counts_the_highest_letter(folder, tmp_path, capsys):
+def test_the_evaluation_predicts_the_most_probable_letter(folder, tmp_path, capsys):
     first = mmlu.main(settings(folder, tmp_path, limit=2, shots=0))
     assert (first["n"], first["skipped"]) == (6, 0)
-    summary = mmlu.main(settings(folder, tmp_path, shots=0))  # continues
+    summary = mmlu.main(settings(folder, tmp_path, shots=0))  # resumes
     assert json.loads((tmp_path / "out/summary.json").read_text()) == json.loads(json.dumps(summary))
     records = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     assert len({r["id"] for r in records}) == len(records) == 12
@@ -215,7 +215,7 @@ def test_padding_and_batches_do_not_change_the_scores(folder, tmp_path):
         assert all(others[id] == pytest.approx(scores[0][id], abs=1e-4) for id in scores[0])
 
 
-def test_generated_answers_are_read(folder, tmp_path):
+def test_generated_answers_are_parsed(folder, tmp_path):
     out = settings(folder, tmp_path, scoring="generate", shots=1, subjects=("anatomy",), max_new_tokens=4, limit=2)
     summary = mmlu.main(out)
     records = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
@@ -223,7 +223,7 @@ def test_generated_answers_are_read(folder, tmp_path):
     assert all(r["predicted"] in (*LETTERS, None) and r["tokens"] <= 4 for r in records)
 
 
-def test_long_questions_are_counted_or_refused(folder, tmp_path, refused):
+def test_long_questions_are_skipped_and_counted_or_refused(folder, tmp_path, refused):
     path = folder / "test/anatomy_test.csv"
     with path.open("a", newline="") as file:
         csv.writer(file).writerow(["the cat " * 300, "a", "b", "c", "d", "A"])
@@ -244,7 +244,7 @@ def test_an_adapter_at_strength_zero_is_the_base(folder, tmp_path):
     assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
 
 
-def test_the_benchmark_measures_both(folder, run_script):
+def test_the_benchmark_measures_scoring_and_a_plain_forward_pass(folder, run_script):
     arguments = ["--data_file", folder, "--rounds", 1, "--clock", "cpu", "--accelerator", "cpu"]
     code, out, err = run_script("benchmarks/mmlu.py", *arguments)
     assert code == 0, err
@@ -252,7 +252,7 @@ def test_the_benchmark_measures_both(folder, run_script):
     assert "| letters' log-probabilities | " in out and "| plain forward pass | " in out
 
 
-def test_mistakes_are_named(folder, tmp_path, refused):
+def test_user_errors(folder, tmp_path, refused):
     def message(*arguments) -> str:
         return refused(SCRIPT, "--data_file", folder, "--output_dir", tmp_path / "out", *arguments)
 
@@ -266,7 +266,7 @@ def test_mistakes_are_named(folder, tmp_path, refused):
         file.writestr("anatomy_test.csv", "")
     content = bytearray((tmp_path / "locked.ZIP").read_bytes())
     for header, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        content[content.index(header) + offset] |= 1  # encrypted
+        content[content.index(header) + offset] |= 1  # mark as encrypted
     (tmp_path / "locked.ZIP").write_bytes(content)
     assert "cannot be read" in refused(SCRIPT, "--data_file", tmp_path / "locked.ZIP")
     (tmp_path / "broken.zip").write_text("no archive")
@@ -284,7 +284,7 @@ def test_mistakes_are_named(folder, tmp_path, refused):
         ('"How?,a,b,c,d,A\n', "Row 5 of .* is not CSV"),
     ],
 )
-def test_bad_csv_rows_are_named(folder, refused, line, message):
+def test_bad_csv_rows_are_reported(folder, refused, line, message):
     with (folder / "test/anatomy_test.csv").open("a") as file:
         file.write(line)
     with pytest.raises(ValueError, match=message):
@@ -303,7 +303,7 @@ def test_bad_csv_rows_are_named(folder, refused, line, message):
         (["How?"], "Row 1 is not an object"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, message):
+def test_bad_rows_are_reported(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):

@@ -23,22 +23,24 @@ def test_logits_equal_the_reference(architecture):
     torch.testing.assert_close(network(idx).double(), torch.stack(expected), atol=4e-5, rtol=2e-5)
 
 
-def test_output_layer_sees_only_the_positions_asked_for():
+def test_selected_positions_give_the_same_logits_as_the_full_output():
     network, idx = toys.base(), toys.token_ids(3, 12)
-    whole = network(idx)
+    logits = network(idx)
     last = torch.tensor([11, 0, 5])
     torch.testing.assert_close(
-        network.unembed(network.hidden(idx)[torch.arange(3), last]), whole[torch.arange(3), last]
+        network.unembed(network.hidden(idx)[torch.arange(3), last]), logits[torch.arange(3), last]
     )
     labels = idx.clone()
     labels[0, :4] = labels[1, 2:] = labels[2, 7] = -1
-    expected = [whole[b, t - 1].log_softmax(-1)[idx[b, t]] for b in range(3) for t in range(1, 12) if labels[b, t] >= 0]
+    expected = [
+        logits[b, t - 1].log_softmax(-1)[idx[b, t]] for b in range(3) for t in range(1, 12) if labels[b, t] >= 0
+    ]
     logps = network.label_logps(idx, labels)
     assert logps.dtype == torch.float32 and len(logps) == (12 - 4) + 1 + (11 - 1)
     torch.testing.assert_close(logps, torch.stack(expected))
 
 
-def test_no_label_gives_an_empty_result_that_can_be_summed():
+def test_without_labels_the_logps_are_empty_and_can_be_summed():
     network, idx = toys.base(), toys.token_ids(2, 5)
     logps = network.label_logps(idx, torch.full_like(idx, -1))
     assert logps.shape == (0,)
@@ -54,7 +56,7 @@ def test_padding_on_the_right_changes_nothing():
 # == Precision ==
 
 
-def test_rope_angles_are_those_of_the_formula_up_to_the_end_of_the_context():
+def test_rope_angles_match_the_formula_up_to_the_end_of_the_context():
     config = LLaMAConfig(**{**toys.SIZES, "block_size": 4096})
     x = torch.zeros(1, 1, 4096, 8)
     x[..., 0::2] = 1
@@ -89,7 +91,7 @@ def test_positions_above_256_stay_distinct_in_a_bf16_model():
     exact = rotate(x.float(), *RoPE(network.config)(slice(1024)))[0, 0]
     assert torch.equal(rotated, exact.bfloat16())  # the tables were not rounded
     assert len(rotated[256:].unique(dim=0)) == 1024 - 256
-    # the tables of the authors' fork: above 256 a bf16 position is even, above 512 a multiple of 4
+    # in the authors' fork positions were in bf16: above 256 they are even, above 512 multiples of 4
     assert len(torch.arange(256, 1024).bfloat16().unique()) < 260
 
 
@@ -101,13 +103,13 @@ def test_rms_norm_is_fp32_under_bf16():
     y = norm(x)
     expected = reference.norm(x.double(), norm.scale.double(), 1e-5).bfloat16()
     assert y.dtype == torch.bfloat16
-    assert (y != expected).float().mean() < 1e-3  # a norm in bf16 misses a third of them
+    assert (y != expected).float().mean() < 1e-3  # a norm in bf16 gets a third of them wrong
     in_bf16 = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * norm.scale
     assert (in_bf16 != expected).float().mean() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_has_the_values_and_gradients_of_autograd(dtype):
+def test_swiglu_matches_the_values_and_gradients_of_autograd(dtype):
     generator = torch.Generator().manual_seed(0)
     gate, x, grad = (3 * torch.randn(3, 7, 16, generator=generator).to(dtype) for _ in range(3))
     gate.requires_grad_(), x.requires_grad_()
@@ -118,15 +120,15 @@ def test_swiglu_has_the_values_and_gradients_of_autograd(dtype):
     assert all(torch.equal(g, e) for g, e in zip(*gradients, strict=True))
 
 
-def test_swiglu_keeps_its_two_inputs_for_the_backward_pass():
+def test_swiglu_saves_only_its_two_inputs_for_the_backward_pass():
     gate, x = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         SwiGLU.apply(gate, x)
-    assert kept == [gate.data_ptr(), x.data_ptr()]
+    assert saved == [gate.data_ptr(), x.data_ptr()]
 
 
-def test_bf16_model_is_near_the_fp32_one():
+def test_bf16_model_is_close_to_the_fp32_model():
     network = toys.base(n_kv_head=2)
     idx = toys.token_ids(2, 40)
     exact, rounded = network(idx), network.to(torch.bfloat16)(idx)
@@ -134,7 +136,7 @@ def test_bf16_model_is_near_the_fp32_one():
     assert (exact - rounded.float()).abs().mean() < 0.05 * exact.std()
 
 
-def test_llama3_scaling_keeps_blends_and_slows():
+def test_llama3_scaling_keeps_blends_and_lowers_frequencies():
     config = LLaMAConfig.from_name("Llama-3.1-8B")
     scaled = rope_frequencies(config).double()
     plain = rope_frequencies(LLaMAConfig.from_name("Llama-3-8B")).double()
@@ -175,7 +177,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 # == Configuration ==
 
-# published totals: the models' cards and the sum of the shapes in their checkpoints
+# published totals, from the model cards and the tensor shapes in the checkpoints
 PARAMETERS = {
     "7B": 6_738_415_616,
     "13B": 13_015_864_320,
@@ -200,7 +202,7 @@ PARAMETERS = {
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-14B": 14_770_033_664,
     "Qwen2.5-32B": 32_763_876_352,
-    "Qwen3-0.6B": 596_049_920,  # the output layer is the embedding, and counted once
+    "Qwen3-0.6B": 596_049_920,  # the output layer is tied to the embedding and counted once
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,
@@ -226,7 +228,7 @@ def test_mlp_width_and_padding_follow_from_the_other_sizes():
     assert (config.n_kv_head, config.norm_eps) == (32, 1e-5)
 
 
-def test_config_survives_its_file(tmp_path):
+def test_config_survives_a_round_trip_through_its_file(tmp_path):
     config = LLaMAConfig.from_name("Llama-3.2-1B")
     (tmp_path / "lit_config.json").write_text(config.to_json())
     assert LLaMAConfig.from_json(tmp_path / "lit_config.json") == config
@@ -284,12 +286,12 @@ def test_bad_config_files_are_refused(tmp_path, text, sentence):
         LLaMAConfig.from_json(path)
 
 
-def test_unknown_name_is_answered_with_the_known_ones():
+def test_error_for_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match=r"no model named '8B'; choose from 7B, 13B, .*SmolLM2-135M"):
         LLaMA.from_name("8B")
 
 
-def test_too_long_a_sequence_is_refused():
+def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(UserError, match="65 tokens is longer than the model's 64"):
         toys.base()(toys.token_ids(1, 65))
 
@@ -304,7 +306,7 @@ def test_state_dict_has_lit_llamas_names_and_nothing_else():
                  "mlp.c_fc1.weight", "mlp.c_fc2.weight", "mlp.c_proj.weight")  # fmt: skip
         names |= {f"transformer.h.{layer}.{part}" for part in parts}
     network = toys.base()
-    network(toys.token_ids(1, 4))  # no cache or table of a forward pass gets into it
+    network(toys.token_ids(1, 4))  # a forward pass adds no cache or table to it
     assert set(network.state_dict()) == names
 
 
@@ -337,12 +339,12 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(spoil, sentence
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
 
 
-def test_long_lists_of_problems_are_cut():
+def test_long_lists_of_problems_are_truncated():
     with pytest.raises(UserError, match=r"\(and 20 more\)\.$"):
         toys.base().load_state_dict({"transformer.wte.weight": torch.ones(50, 32)})
 
 
-def test_tied_model_takes_a_written_out_output_layer_only_if_it_is_the_embedding():
+def test_tied_model_accepts_an_output_layer_only_if_it_equals_the_embedding():
     network = toys.base(tie_embeddings=True)
     state = toys.base(seed=1, tie_embeddings=True).state_dict()
     network.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"].clone()})

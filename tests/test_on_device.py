@@ -1,7 +1,7 @@
-"""Tensors stay on their device: checked on the meta device, which has shapes and no numbers.
+"""Computations stay on their device and never wait for it: checked on the meta device, which has shapes but no data.
 
-A model on this device cannot wait for a number, and a tensor that is left on the CPU is noticed. On a GPU both would be
-a copy that stops the program until all earlier work is done, or an error.
+On this device, reading a value fails, and a tensor left on the CPU is detected. On a GPU, either would be an error,
+or a copy that blocks the program until all earlier work is done.
 """
 
 import ast
@@ -28,22 +28,22 @@ from lit_llama.rl import PolicyLoss
 from lit_llama.train import SFTLoss
 
 META = torch.device("meta")
-# operators whose result has to be waited for: a number, or a tensor whose shape depends on numbers
+# operators that synchronize: they return a number, or a tensor whose shape depends on values
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
 
 
 class OnDevice(TorchDispatchMode):
-    """Raises an error where an operator gets or makes a tensor on another device, or has to wait for numbers."""
+    """Fails if an operator takes or returns a tensor on another device, or has to wait for values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert not name.startswith(WAITING), f"{name} waits for the device"
-        found, _ = tree_flatten((args, kwargs or {}))
-        masks = [t for t in found if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
+        inputs, _ = tree_flatten((args, kwargs or {}))
+        masks = [t for t in inputs if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
         assert not (name.startswith("index") and masks), f"{name} with a mask waits for the device"
         out = func(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, [*found, *tree_flatten(out)[0]]):
-            # PyTorch itself passes single numbers as tensors on the CPU
+        for tensor in filter(torch.is_tensor, [*inputs, *tree_flatten(out)[0]]):
+            # PyTorch itself passes scalars as CPU tensors
             assert tensor.is_meta or tensor.dim() == 0, f"{name} has a tensor of shape {tuple(tensor.shape)} on the CPU"
         return out
 
@@ -57,7 +57,7 @@ def variant(method: str | None, n: int) -> LLaMA:
 
 
 def composed(rows: int | None) -> Composed:
-    """A model with a bank on its device: each of `rows` with its own adapters, or all with the same sum."""
+    """Return a model with a bank on its device: its `rows` have different adapters, or all share one sum if None."""
     network = Composed(LLaMAConfig(**{**toys.SIZES, "n_kv_head": 2}))
     toys.randomize(network)
     network.bank = Bank(network.config, start_layer=1)
@@ -137,7 +137,7 @@ def test_decoding_step(kind, static, lengths):
 
 
 @each_model
-def test_prefill_and_decoding_from_start_to_end(kind, monkeypatch):
+def test_complete_generation(kind, monkeypatch):
     monkeypatch.setattr(Sampling, "generators", lambda self, rows, device: [None for _ in rows])  # this device has none
     for sampling in (Sampling(4), Sampling(4, temperature=0.5, top_k=3)):
         steps = list(decode(MODELS[kind]().to(META), toys.prompts(3, 7, 5), sampling))
@@ -157,12 +157,12 @@ def test_prefill_and_decoding_from_start_to_end(kind, monkeypatch):
         lambda x: bool(x.isfinite().all()),
     ],
 )
-def test_mistakes_are_noticed(mistake):
+def test_violations_are_detected(mistake):
     with OnDevice(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         mistake(torch.ones(3, device=META))
 
 
-# == what waits for the device, and why ==
+# == functions that wait for the device, and why ==
 
 CALLS = {"item", "tolist", "nonzero", "masked_select", "unique", "equal", "cpu", "find_labels", "synchronize"}
 WAITS = {
@@ -207,21 +207,21 @@ def waiting_calls(path: Path) -> set[str]:
     """Return "FILE: FUNCTION" for every function that calls a method which would wait for a GPU."""
 
     def visit(node: ast.AST, scope: str) -> set[str]:
-        found = set()
+        functions = set()
         for child in ast.iter_child_nodes(node):
             inner = scope
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 inner = f"{scope}.{child.name}".lstrip(".")
             if isinstance(child, ast.Call):
                 name = getattr(child.func, "attr", getattr(child.func, "id", ""))
-                found |= {f"{path.name}: {scope}"} if name in CALLS else set()
-            found |= visit(child, inner)
-        return found
+                functions |= {f"{path.name}: {scope}"} if name in CALLS else set()
+            functions |= visit(child, inner)
+        return functions
 
     return visit(ast.parse(path.read_text(encoding="utf-8")), "")
 
 
-def test_whatever_waits_for_the_device_is_listed_with_its_reason():
+def test_every_function_that_waits_for_the_device_is_listed():
     root = Path(__file__).parent.parent
-    paths = [path for room in ("lit_llama", "generate") for path in (root / room).rglob("*.py")]
+    paths = [path for package in ("lit_llama", "generate") for path in (root / package).rglob("*.py")]
     assert {call for path in paths if path.name in FILES for call in waiting_calls(path)} == WAITS.keys()

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what plain ones compute, with every method; a measurement chooses."""
+"""Packed linear layers: same results as plain ones for every method, and packed only if measured to be faster."""
 
 from pathlib import Path
 
@@ -65,29 +65,30 @@ def always(weights):
 @pytest.mark.parametrize("architecture", ["mha", "gqa", "tied", "biases", "narrow heads"])
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_packed_is_as_exact_as_plain(kind, architecture, dtype):
+def test_packed_layers_are_as_accurate_as_plain_ones(kind, architecture, dtype):
     sizes = toys.ARCHITECTURES[architecture]
-    exact, plain, other = (cast(MODELS[kind](**sizes), d) for d in (torch.float64, dtype, dtype))
-    pack_(other, always)
-    for network in (exact, plain, other):
+    exact, plain, packed = (cast(MODELS[kind](**sizes), d) for d in (torch.float64, dtype, dtype))
+    pack_(packed, always)
+    for network in (exact, plain, packed):
         network.eval()
-    left = [name for name, layer in other.named_modules() if type(layer) is torch.nn.Linear]
-    assert not left and (isinstance(other.lm_head, PackedLinear) or kind == "adapter_v2")  # its layers are its own
+    unpacked = [name for name, layer in packed.named_modules() if type(layer) is torch.nn.Linear]
+    # the layers of adapter_v2 are of another class
+    assert not unpacked and (isinstance(packed.lm_head, PackedLinear) or kind == "adapter_v2")
     for rows, length in ((1, 1), (1, 12), (5, 1), (5, 12)):
         idx = toys.token_ids(rows, length)
         expected = exact(idx)
-        errors = [(network(idx).double() - expected).square().mean() for network in (plain, other)]
-        assert other(idx).dtype == dtype and errors[1] <= 1.5 * errors[0] + 1e-12
+        errors = [(network(idx).double() - expected).square().mean() for network in (plain, packed)]
+        assert packed(idx).dtype == dtype and errors[1] <= 1.5 * errors[0] + 1e-12
         assert errors[1] < {torch.float32: 1e-10, torch.bfloat16: 0.01}[dtype] * expected.square().mean()
 
 
 @needs_bf16
-def test_generation_through_packed_layers():
+def test_generation_through_packed_layers_gives_the_same_answers():
     network, prompts = cast(toys.aligned(3, n_kv_head=2)), toys.prompts(3, 11, 3)
     expected = generate(network, prompts, SAMPLING)
     with scaled_adapter(network, 0.0):
         unadapted = generate(network, prompts, SAMPLING)
-    for _ in range(2):  # once more changes nothing
+    for _ in range(2):  # packing again changes nothing
         assert pack_(network, always) is network
     assert generate(network, prompts, SAMPLING) == expected != unadapted
     with scaled_adapter(network, 0.0):
@@ -97,12 +98,12 @@ def test_generation_through_packed_layers():
 @needs_onednn
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("packs", [False, True])
-def test_a_choice_is_kept(packs, tied):
-    network, asked = toys.base(tie_embeddings=tied), []
+def test_layers_are_packed_only_if_the_callback_returns_true(packs, tied):
+    network, shapes = toys.base(tie_embeddings=tied), []
     before = [*network.modules()]
-    pack_(network, lambda weights: asked.extend(tuple(weight.shape) for weight in weights) or packs)
+    pack_(network, lambda weights: shapes.extend(tuple(weight.shape) for weight in weights) or packs)
     block = [(96, 32), (32, 32), (40, 32), (40, 32), (32, 40)]
-    assert sorted(asked) == sorted(3 * block + [(50, 32)])
+    assert sorted(shapes) == sorted(3 * block + [(50, 32)])
     packed = [layer for layer in network.modules() if isinstance(layer, PackedLinear)]
     assert len(packed) == packs * 16 and isinstance(network.lm_head, PackedLinear) == packs
     assert packs or [*network.modules()] == before
@@ -115,7 +116,7 @@ PLAIN = (1.0, 2.0)  # seconds with one row and with eight
     "packed, expected",
     [
         (PLAIN, False),
-        ((0.95, 1.9), False),  # too little
+        ((0.95, 1.9), False),  # speedup too small
         ((1.1, 0.2), False),  # slower with one row
         ((0.5, 2.2), False),  # slower with eight
         ((1.0, 1.6), True),
@@ -123,17 +124,17 @@ PLAIN = (1.0, 2.0)  # seconds with one row and with eight
         ((0.5, 0.5), True),
     ],
 )
-def test_packing_must_gain(packed, expected):
+def test_packing_requires_a_speedup(packed, expected):
     assert gains(PLAIN, packed) == expected
 
 
 @needs_onednn
-def test_a_clock_that_stands_still_leaves_layers_plain():
+def test_a_stopped_clock_leaves_layers_plain():
     assert not gains(*measure([torch.ones(8, 4), torch.ones(6, 8)], clock=lambda: 0.0))
 
 
 @pytest.mark.parametrize("faster, second, passes", [("plain", 1.0, onednn.MIN_PASSES), ("packed", 1e-6, onednn.PASSES)])
-def test_products_are_timed(faster, second, passes, monkeypatch):
+def test_times_are_extrapolated_from_samples_of_each_shape(faster, second, passes, monkeypatch):
     products, now = [], 0.0
 
     def product(name, x, weight):
@@ -148,8 +149,8 @@ def test_products_are_timed(faster, second, passes, monkeypatch):
     times = measure([torch.ones(8, 4), torch.ones(3, 4), torch.ones(8, 4)], clock=lambda: now)
     rows = 8 + 3 + 8
     expected = [(rows, 8 * rows), (2 * rows, 16 * rows)]
-    for own, estimate in zip(times, expected if faster == "plain" else expected[::-1], strict=True):
-        assert own == pytest.approx([second * value for value in estimate])
+    for measured, estimate in zip(times, expected if faster == "plain" else expected[::-1], strict=True):
+        assert measured == pytest.approx([second * value for value in estimate])
     assert len(products) == 8 * passes
     assert gains(*times) == (faster == "packed")
     assert {shape for _, shape, _ in products} == {(5, 4), (3, 4)} and {rows for *_, rows in products} == {1, 8}
@@ -157,10 +158,10 @@ def test_products_are_timed(faster, second, passes, monkeypatch):
 
 @needs_onednn
 def test_a_base_and_its_variants_are_measured_once_per_process(monkeypatch):
-    asked = []
+    calls = []
 
     def measured(weights):
-        asked.append(len(weights))
+        calls.append(len(weights))
         return PLAIN, (0.5, 0.5)
 
     monkeypatch.setattr(onednn, "measure", measured)
@@ -169,12 +170,12 @@ def test_a_base_and_its_variants_are_measured_once_per_process(monkeypatch):
     for network in (toys.base(**size), toys.aligned(2, **size), adapted("lora", **size)):
         pack_(network)
         assert isinstance(network.transformer.h[0].mlp.c_proj, PackedLinear)
-    assert asked == [16]
+    assert calls == [16]
     pack_(toys.base())
-    assert asked == [16, 16]  # another base
+    assert calls == [16, 16]  # a different base
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     pack_(toys.base())
-    assert asked == [16, 16, 16]  # other threads
+    assert calls == [16, 16, 16]  # a different number of threads
 
 
 @needs_bf16
@@ -202,7 +203,7 @@ CAUSES = ["few weights", "little memory", "another dtype", "another device", "no
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_others_are_left_alone(cause, monkeypatch):
+def test_unsuitable_models_are_left_unpacked(cause, monkeypatch):
     network = toys.base()
     if cause == "few weights":
         monkeypatch.setattr(onednn, "MIN_WEIGHTS", 100_000)
@@ -219,7 +220,7 @@ def test_others_are_left_alone(cause, monkeypatch):
     assert [*network.modules()] == before
 
 
-def test_the_bundled_model_is_not_measured(monkeypatch):
+def test_the_bundled_model_is_never_packed(monkeypatch):
     monkeypatch.undo()  # the real MIN_WEIGHTS
     network = load_model(MICROWORLD)
     before = [*network.modules()]
@@ -227,7 +228,7 @@ def test_the_bundled_model_is_not_measured(monkeypatch):
 
 
 @needs_bf16
-def test_the_generate_scripts_pack(base_dir, monkeypatch):
+def test_open_session_packs_the_model(base_dir, monkeypatch):
     monkeypatch.setattr(onednn, "gains_from_packing", always)
 
     def load():

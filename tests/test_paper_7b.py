@@ -1,4 +1,4 @@
-"""The paper's benchmarks with one command, from raw rows to the report, on the bundled model and a handful of rows."""
+"""The command for the paper's benchmarks, from raw rows to the report, on the bundled model and a few rows."""
 
 import csv
 import json
@@ -21,14 +21,14 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def files(tmp_path) -> tuple:
-    """Flags with few rows in the real fields."""
+    """Write a few rows with the fields of the real files, and return the flags."""
     sums = [{"query": f"What is {n} + 1?", "response": f"It is {n + 1}. The answer is: {n + 1}"} for n in range(130)]
     problems = [{"question": f"Ann has {n} pens and buys 2. How many?", "answer": f"#### {n + 2}"} for n in range(3)]
     return ("--metamath_file", write_rows(tmp_path / "metamath.jsonl", sums),
             "--gsm8k_file", write_rows(tmp_path / "gsm8k.jsonl", problems), "--out_dir", tmp_path / "out")  # fmt: skip
 
 
-def test_a_table_is_made_from_rows_to_report_and_made_once(run_script, files, tmp_path):
+def test_a_table_is_made_from_raw_rows_and_only_once(run_script, files, tmp_path):
     code, text, _ = run_script("studies/paper_7b.py", *SMALL, *files)
     assert code == 0
     assert "**A smaller study than the paper's** (limit 2, max_steps 1" in text
@@ -40,12 +40,12 @@ def test_a_table_is_made_from_rows_to_report_and_made_once(run_script, files, tm
     assert [(row["table"], row["row"], row["paper"]) for row in rows] == [("fig5_right", "Aligner, N = 1", "0.053")]
     assert (tmp_path / "out/fig5_right.png").read_bytes().startswith(b"\x89PNG")
 
-    code, again, log = run_script("studies/paper_7b.py", *SMALL, *files)
-    assert (code, again) == (0, text)
+    code, second_text, log = run_script("studies/paper_7b.py", *SMALL, *files)
+    assert (code, second_text) == (0, text)
     assert log.count(": complete\n") == 3
 
 
-def test_a_step_that_fails_ends_the_study_with_its_name(run_script, files, tmp_path):
+def test_a_failing_step_is_named_and_ends_the_study(run_script, files, tmp_path):
     write_rows(tmp_path / "metamath.jsonl", [{"query": "What is 1 + 1?"}])
     code, out, err = run_script("studies/paper_7b.py", *SMALL, *files)
     assert (code, out) == (1, "")
@@ -64,11 +64,11 @@ def test_a_dry_run_lists_commands_that_the_scripts_accept(run_script):
     assert "GPU hours predicted" in err
 
 
-def test_the_number_of_weights_is_exact():
+def test_the_parameter_count_is_exact():
     assert study.Study(study.Settings(checkpoint_dir=Path("/nowhere")), ()).parameters == 6_738_415_616  # Llama 2 7B
 
 
-def test_results_without_a_judge_are_not_complete_once_there_is_one(tmp_path):
+def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
     (tmp_path / "summary.json").write_text('{"benchmark": "vicuna"}')
     assert study.Step("", [], tmp_path / "summary.json").complete
     assert not study.Step("", [], tmp_path / "summary.json", needs="judge").complete
@@ -82,5 +82,5 @@ def test_results_without_a_judge_are_not_complete_once_there_is_one(tmp_path):
         (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
     ],
 )
-def test_a_mistake_is_one_sentence(refused, flags, sentence):
+def test_invalid_flags_raise_a_clear_error(refused, flags, sentence):
     assert refused("studies/paper_7b.py", *flags).startswith(sentence)

@@ -1,4 +1,4 @@
-"""The page of the server in a browser, which nothing but a browser can test."""
+"""The server's web page, tested in a browser."""
 
 import shutil
 
@@ -40,7 +40,7 @@ def test_base_and_aligned_answers_side_by_side(page):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: addresses.append(request.url))
         page.goto(server.url)
-        page.fill("#key", KEY)  # the server asked for one
+        page.fill("#key", KEY)  # the server requires it
         page.press("#key", "Tab")
         page.locator("#gates svg").wait_for()
         assert page.locator("#gates rect").count() == 6 * 8

@@ -10,7 +10,7 @@ from lit_llama.utils import UserError
 
 
 def pku(prompt: str, first: str, second: str, safe: tuple[bool, bool], better: int, safer: int) -> dict:
-    """A row as PKU-SafeRLHF has it, with one of its newer columns."""
+    """Return a row in the format of PKU-SafeRLHF, with one of its newer columns."""
     return {"prompt": prompt, "response_0": first, "response_1": second, "is_response_0_safe": safe[0],
             "is_response_1_safe": safe[1], "better_response_id": better, "safer_response_id": safer,
             "prompt_source": "Alpaca3-70B"}  # fmt: skip
@@ -26,7 +26,7 @@ ROWS = [
 
 @pytest.fixture
 def prepare(tmp_path, base_dir):
-    """Runs the script on rows, in a file, with flags; returns the folder it wrote."""
+    """Return a function that runs the script on rows and returns the output folder."""
 
     def run(rows: list, **flags) -> Path:
         file, folder = tmp_path / "rows.jsonl", tmp_path / "out"
@@ -60,13 +60,13 @@ def test_pku_rows_are_chosen_by_keep_and_prefer(prepare, tokenizer, flags, expec
     assert pairs_in(prepare(ROWS, **flags), tokenizer) == expected
 
 
-def test_what_was_left_out_is_said_and_recorded(prepare, capsys):
+def test_omitted_rows_are_reported_and_recorded(prepare, capsys):
     undecided = pku("a", "b", "c", (True, True), 0, -1)
     folder = prepare([*ROWS, undecided])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     sentence = "Omitted 1 rows excluded by --keep any_safe. Omitted 1 rows without a safer response. Kept 3 rows."
-    assert sentence in said.err
-    assert said.out == f"{folder}\n"
+    assert sentence in output.err
+    assert output.out == f"{folder}\n"
     meta = read_meta(folder, PreferenceData.format)
     assert meta["left_out"] == {"excluded by --keep any_safe": 1, "without a safer response": 1}
     assert (meta["prompt_style"], meta["keep"], meta["prefer"]) == ("beaver", "any_safe", "safer")
@@ -80,37 +80,37 @@ def test_the_sft_stage_writes_the_preferred_responses(prepare, tokenizer):
     assert all(response[-1] == tokenizer.eos_id for _, response in samples)
 
 
-def test_a_cut_response_has_no_eos_in_either_stage(prepare, tokenizer):
+def test_a_truncated_response_has_no_eos_in_either_stage(prepare, tokenizer):
     rows = [*ROWS, pku("the fat", "a b c d e f g h", "a b", (True, False), 0, 0)]
-    for stage, read in (("sft", SFTData), ("dpo", PreferenceData)):
+    for stage, data_class in (("sft", SFTData), ("dpo", PreferenceData)):
         folder = prepare(rows, stage=stage, max_seq_length=len(tokenizer.encode(CAT, bos=True)) + 3)
-        assert read_meta(folder, read.format)["counts"]["cut"] >= 1
+        assert read_meta(folder, data_class.format)["counts"]["cut"] >= 1
         responses = [
-            response for split in ("train", "test") for _, response in read(folder, split, tokenizer).prompts(9)
+            response for split in ("train", "test") for _, response in data_class(folder, split, tokenizer).prompts(9)
         ]
-        whole = {tuple(tokenizer.encode(text, eos=True)) for text in ("no", "stay", "cold", "a b c d e f g h")}
-        assert all((tokenizer.eos_id in ids) == (tuple(ids) in whole) for ids in responses)
+        complete = {tuple(tokenizer.encode(text, eos=True)) for text in ("no", "stay", "cold", "a b c d e f g h")}
+        assert all((tokenizer.eos_id in ids) == (tuple(ids) in complete) for ids in responses)
         assert any(tokenizer.eos_id not in ids for ids in responses)
 
 
 def test_pairs_of_one_prompt_stay_in_one_split(prepare, tokenizer):
     rows = [pku(f"the {i % 10}", f"good {i}", f"bad {i}", (True, False), 0, 0) for i in range(40)]
-    for stage, read in (("sft", SFTData), ("dpo", PreferenceData)):
+    for stage, data_class in (("sft", SFTData), ("dpo", PreferenceData)):
         folder = prepare(rows, stage=stage, test_fraction=0.25)
-        train, test = ({tuple(p) for p, _ in read(folder, s, tokenizer).prompts(40)} for s in ("train", "test"))
+        train, test = ({tuple(p) for p, _ in data_class(folder, s, tokenizer).prompts(40)} for s in ("train", "test"))
         assert len(train) + len(test) == 10 and not train & test
-        counts = read_meta(folder, read.format)["counts"]
+        counts = read_meta(folder, data_class.format)["counts"]
         assert (counts["prompts"], counts["train"], counts["test"]) == (10, 28, 12)
 
 
-def test_no_prompt_held_out_for_dpo_is_trained_on_before(prepare, tokenizer):
-    """The stages keep different rows: DPO drops pairs with equal responses, and here those with two safe ones."""
+def test_prompts_held_out_in_one_stage_are_not_trained_on_in_the_other(prepare, tokenizer):
+    """The stages keep different rows: DPO drops pairs with equal responses and, here, pairs with two safe ones."""
     rows = [pku(f"cat {i}", "no", "no" if i % 3 else "yes", (True, i % 5 == 0), 0, 0) for i in range(90)]
     prompts = {}
-    for stage, keep, read in (("sft", "any_safe", SFTData), ("dpo", "one_safe", PreferenceData)):
+    for stage, keep, data_class in (("sft", "any_safe", SFTData), ("dpo", "one_safe", PreferenceData)):
         folder = prepare(rows, stage=stage, test_fraction=0.3, keep=keep)
         for split in ("train", "test"):
-            prompts[stage, split] = {tuple(p) for p, _ in read(folder, split, tokenizer).prompts(90)}
+            prompts[stage, split] = {tuple(p) for p, _ in data_class(folder, split, tokenizer).prompts(90)}
     assert len(prompts["dpo", "test"]) > 3 and not prompts["dpo", "test"] & prompts["sft", "train"]
     assert len(prompts["sft", "test"]) > 9 and not prompts["sft", "test"] & prompts["dpo", "train"]
 
@@ -125,8 +125,8 @@ def test_plain_preference_files(prepare, tokenizer):
         {"prompt": "the cat", "chosen": "a", "rejected": "b"},
         {"instruction": "the dog", "input": "ate", "chosen": "c", "rejected": "d"},
     ]
-    found = pairs_in(prepare(rows, data_format="preference", prompt_style="orca"), tokenizer)
-    assert found == {
+    pairs = pairs_in(prepare(rows, data_format="preference", prompt_style="orca"), tokenizer)
+    assert pairs == {
         ("[|User|] the cat [|AI Assistant|] ", "a", "b"),
         ("[|User|] the dog\nate [|AI Assistant|] ", "c", "d"),
     }
@@ -148,13 +148,13 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
         hh(TALK, "\n\nHuman: the cat"),
         hh(TALK, "\n\nHuman: the cat\n\nAssistant: "),
     ]
-    found = pairs_in(prepare(rows, data_format="hh"), tokenizer)
+    pairs = pairs_in(prepare(rows, data_format="hh"), tokenizer)
     two_turns = "[User] the rat [Assistant] sat [User] and the dog [Assistant] "
-    assert found == {(CAT, "sat", "ate"), (two_turns, "a", "b")}
-    said = capsys.readouterr().err
-    assert "Omitted 1 rows with dialogues that differ before the last answer." in said
-    assert "Omitted 1 rows that do not end with an answer. Kept 3 rows." in said
-    assert "3 rows. Dropped: 1 with an empty text" in said
+    assert pairs == {(CAT, "sat", "ate"), (two_turns, "a", "b")}
+    stderr = capsys.readouterr().err
+    assert "Omitted 1 rows with dialogues that differ before the last answer." in stderr
+    assert "Omitted 1 rows that do not end with an answer. Kept 3 rows." in stderr
+    assert "3 rows. Dropped: 1 with an empty text" in stderr
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_dialogues_share_their_turns_and_differ_in_the_last_answer(prepare, toke
         ("preference", ["a"], "Row 3 is not an object with named fields but list."),
     ],
 )
-def test_a_bad_row_is_named_and_nothing_is_written(prepare, tmp_path, data_format, row, sentence):
+def test_an_invalid_row_is_reported_and_nothing_is_written(prepare, tmp_path, data_format, row, sentence):
     good = {"pku": ROWS[0], "hh": hh(TALK, TALK + "!"), "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}
     with pytest.raises(UserError) as error:
         prepare([good[data_format]] * 2 + [row], data_format=data_format)

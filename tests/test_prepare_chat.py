@@ -1,4 +1,4 @@
-"""scripts/prepare_chat.py, and message lists for preferences: rows as files have them, masks, truncation, training."""
+"""scripts/prepare_chat.py, and preference data with message lists: row formats, masks, truncation, training."""
 
 import json
 import re
@@ -41,8 +41,8 @@ SINGLE = {"messages": [{"role": "user", "content": "the rat"}, {"role": "assista
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tokenizer_path) -> dict[str, Path]:
-    """Instruct models with random weights."""
-    found = {}
+    """Return the folders of instruct models with random weights, by kind."""
+    folders = {}
     for kind in ("llama3", "chatml", "thinking", "mistral"):
         folder = write_model(tmp_path_factory.mktemp("models") / kind, kind, tokenizer_path)
         size = Tokenizer(folder).vocab_size
@@ -51,13 +51,13 @@ def models(tmp_path_factory, tokenizer_path) -> dict[str, Path]:
         generator = torch.Generator().manual_seed(0)
         state = {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
         save_base(folder, config, state)
-        found[kind] = folder
-    return found
+        folders[kind] = folder
+    return folders
 
 
 @pytest.fixture
 def prepare(run_script, tmp_path):
-    """prepare(rows, model, *flags) -> (folder, stderr) of scripts/prepare_chat.py."""
+    """Return a function that runs a preparation script on rows and returns the output folder and stderr."""
 
     def run(rows: list, model: Path, *flags: object, script: str = "prepare_chat") -> tuple[Path, str]:
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -71,10 +71,10 @@ def prepare(run_script, tmp_path):
     return run
 
 
-def labelled(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
-    """The label tokens of each row, as texts of their runs; special tokens are shown."""
+def label_texts(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
+    """Return the texts of each row's contiguous runs of label tokens, including special tokens."""
     names = {i: text for text, i in tokenizer.chat_engine.control.items()}
-    found = set()
+    texts = set()
     for split in ("train", "test"):
         data = SFTData(folder, split, tokenizer)
         batch = data.batch(np.arange(len(data)))
@@ -82,19 +82,19 @@ def labelled(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
             assert ((labels == idx) | (labels == -1)).all() and (labels[length:] == -1).all()
             assert weight == (labels != -1).sum()
             runs: list[list[int]] = []
-            for before, now in zip([-1, *labels.tolist()], labels.tolist(), strict=False):
-                if now != -1:
-                    if before == -1:
+            for previous, label in zip([-1, *labels.tolist()], labels.tolist(), strict=False):
+                if label != -1:
+                    if previous == -1:
                         runs.append([])
-                    runs[-1].append(now)
-            found.add(tuple("".join(names.get(i) or tokenizer.decode([i]) for i in run) for run in runs))
-    return found
+                    runs[-1].append(label)
+            texts.add(tuple("".join(names.get(i) or tokenizer.decode([i]) for i in run) for run in runs))
+    return texts
 
 
 def test_both_kinds_of_rows_train_on_all_answers(prepare, models):
     folder, err = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
     tokenizer = Tokenizer(models["chatml"])
-    assert labelled(folder, tokenizer) == {
+    assert label_texts(folder, tokenizer) == {
         ("The cat sat.<|im_end|>", "The dog ate.<|im_end|>"),
         ("On the mat.<|im_end|>", "There too.<|im_end|>"),
         ("ran<|im_end|>",),
@@ -106,7 +106,8 @@ def test_both_kinds_of_rows_train_on_all_answers(prepare, models):
     assert meta["chat_template_sha256"] == tokenizer.template.sha256
     rows = [row for split in ("train", "test") for row in SFTData(folder, split, tokenizer).rows]
     texts = [tokenizer.decode(row["input_ids"].tolist()) for row in rows]
-    assert any("Is the cat <|im_end|> <|eot_id|> here?" in text for text in texts)  # text, as decoding shows it
+    # these are encoded as ordinary text: decoding would omit special tokens
+    assert any("Is the cat <|im_end|> <|eot_id|> here?" in text for text in texts)
     assert any("system\nBe short." in text for text in texts) and "Rendering" in err
 
 
@@ -120,7 +121,7 @@ def test_ids_are_those_of_the_complete_conversation(prepare, models):
         reference = transformers.AutoTokenizer.from_pretrained(models[kind])
         tokenizer = Tokenizer(models[kind])
         data = [SFTData(folder, split, tokenizer) for split in ("train", "test")]
-        found = {tuple(row["input_ids"].tolist()) for split in data for row in split.rows}
+        prepared = {tuple(row["input_ids"].tolist()) for split in data for row in split.rows}
         expected = set()
         for row in rows:
             encoded = reference.apply_chat_template(
@@ -128,13 +129,13 @@ def test_ids_are_those_of_the_complete_conversation(prepare, models):
             )
             last = max(i for i, is_generated in enumerate(encoded["assistant_masks"]) if is_generated)
             expected.add(tuple(encoded["input_ids"][: last + 1]))
-        assert found == expected
+        assert prepared == expected
 
 
-def test_the_last_answer_alone(prepare, models):
+def test_train_on_last_labels_only_the_last_answer(prepare, models):
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["llama3"], "--train_on", "last")
     tokenizer = Tokenizer(models["llama3"])
-    assert labelled(folder, tokenizer) == {
+    assert label_texts(folder, tokenizer) == {
         ("The dog ate.<|eot_id|>",), ("There too.<|eot_id|>",), ("ran<|eot_id|>",)
     }  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_the_last_answer_alone(prepare, models):
 def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(prepare, models):
     folder, err = prepare([MESSAGES, SHAREGPT, SINGLE], models["thinking"])
     assert "3 conversations" not in err and "2 conversations became 4 rows, one for each answer" in err
-    assert labelled(folder, Tokenizer(models["thinking"])) == {
+    assert label_texts(folder, Tokenizer(models["thinking"])) == {
         (f"<think>\n\n</think>\n\n{text}<|im_end|>",)
         for text in ("The cat sat.", "The dog ate.", "On the mat.", "There too.", "ran")
     }
@@ -174,7 +175,7 @@ def test_parts_of_a_conversation_stay_in_one_split(prepare, models):
         assert len(train | test) == 12
 
 
-def test_long_conversations_end_after_an_answer(prepare, models):
+def test_truncated_conversations_end_after_an_answer(prepare, models):
     tokenizer = Tokenizer(models["chatml"])
     text, spans = tokenizer.template.answer_spans(MESSAGES_READ)
     first, both = (len(tokenizer.encode(text.part(0, end))) for _, end in spans)
@@ -186,9 +187,9 @@ def test_long_conversations_end_after_an_answer(prepare, models):
         (first, ("The cat sat.<|im_end|>",)),
     ):
         folder, _ = prepare(rows, models["chatml"], "--max_seq_length", limit)
-        assert expected in labelled(folder, tokenizer)
+        assert expected in label_texts(folder, tokenizer)
     folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 3)
-    cut = next(runs for runs in labelled(folder, tokenizer) if runs[0].startswith("T"))
+    cut = next(runs for runs in label_texts(folder, tokenizer) if runs[0].startswith("T"))
     assert cut[0].endswith("<|im_end|>") and len(cut) == 1 and cut[0] != "The cat sat.<|im_end|>"
     folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 1)
     assert "1 with too long a prompt" in err
@@ -203,7 +204,7 @@ MESSAGES_READ = [
 ]
 
 
-def test_rows_that_cannot_be_used_are_counted(prepare, models):
+def test_unusable_rows_are_counted(prepare, models):
     only_question = {"messages": [{"role": "user", "content": "a"}]}
     answer_first = {"messages": [{"role": "assistant", "content": "Hi!"}, *SINGLE["messages"]]}
     empty = {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}]}
@@ -234,7 +235,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("sentence", WRONG)
-def test_a_wrong_row_is_one_sentence(sentence, run_script, models, tmp_path):
+def test_an_invalid_row_raises_a_clear_error(sentence, run_script, models, tmp_path):
     path, out = tmp_path / "rows.json", tmp_path / "out"
     path.write_text(json.dumps([SINGLE, WRONG[sentence]]))
     code, _, err = run_script("scripts/prepare_chat.py", "--data_file", path, "--checkpoint_dir", models["chatml"],
@@ -257,44 +258,44 @@ def pairs_in(folder: Path, tokenizer: Tokenizer) -> set[tuple[str, ...]]:
     }
 
 
-def say(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-CAT, SAT, ATE = say("user", "the cat"), say("assistant", "sat"), say("assistant", "ate")
+CAT, SAT, ATE = message("user", "the cat"), message("assistant", "sat"), message("assistant", "ate")
 PAIRS = [
-    {"prompt": [CAT], "chosen": [SAT], "rejected": [ATE]},  # as TRL has them
-    {"prompt": "the dog", "chosen": [say("user", "the dog"), SAT], "rejected": [say("user", "the dog"), ATE]},
-    {"chosen": [say("user", "hat"), ATE, say("user", "why"), SAT], "rejected": [say("user", "hat"), ATE,
-                                                                               say("user", "why"), ATE]},
+    {"prompt": [CAT], "chosen": [SAT], "rejected": [ATE]},  # as in TRL
+    {"prompt": "the dog", "chosen": [message("user", "the dog"), SAT], "rejected": [message("user", "the dog"), ATE]},
+    {"chosen": [message("user", "hat"), ATE, message("user", "why"), SAT],
+     "rejected": [message("user", "hat"), ATE, message("user", "why"), ATE]},
     {"prompt": "the rat", "chosen": [SAT], "rejected": [ATE]},
-    {"prompt": [say("system", "Be kind."), CAT], "chosen": "sat", "rejected": "ate"},
+    {"prompt": [message("system", "Be kind."), CAT], "chosen": "sat", "rejected": "ate"},
     {"prompt": [CAT], "chosen": [SAT, CAT], "rejected": [ATE]},
-    {"prompt": "x", "chosen": [CAT, SAT], "rejected": [say("user", "other"), SAT]},
+    {"prompt": "x", "chosen": [CAT, SAT], "rejected": [message("user", "other"), SAT]},
 ]  # fmt: skip
 
 
-def test_preferences_as_lists_of_messages(prepare, models):
+def test_preferences_may_be_lists_of_messages(prepare, models):
     flags = {"script": "prepare_beaver_safe"}
     folder, err = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "chat", **flags)
     tokenizer = Tokenizer(models["chatml"])
     render = tokenizer.template.render
-    questions = [[CAT], [say("user", "the dog")], [say("user", "hat"), ATE, say("user", "why")],
-                 [say("user", "the rat")], [say("system", "Be kind."), CAT]]  # fmt: skip
+    questions = [[CAT], [message("user", "the dog")], [message("user", "hat"), ATE, message("user", "why")],
+                 [message("user", "the rat")], [message("system", "Be kind."), CAT]]  # fmt: skip
     assert pairs_in(folder, tokenizer) == {(str(render(q)), "sat<|im_end|>", "ate<|im_end|>") for q in questions}
     assert "Omitted 1 rows that do not end with an answer." in err
     assert "Omitted 1 rows with dialogues that differ before the last answer." in err
     folder, _ = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "hh", **flags)
-    found = {pair[0] for pair in pairs_in(folder, tokenizer)}
-    assert "Human: hat Assistant: ate Human: why Assistant: " in found
-    assert "Human: Be kind.\n\nthe cat Assistant: " in found
+    prompts = {pair[0] for pair in pairs_in(folder, tokenizer)}
+    assert "Human: hat Assistant: ate Human: why Assistant: " in prompts
+    assert "Human: Be kind.\n\nthe cat Assistant: " in prompts
 
 
-def test_other_scripts_take_the_chat_style(prepare, models):
+def test_other_scripts_accept_the_chat_style(prepare, models):
     rows = [{"instruction": f"cat {i} <|im_end|>", "input": "now", "output": f"sat {i}"} for i in range(6)]
     tokenizer = Tokenizer(models["chatml"])
     folder, _ = prepare(rows, models["chatml"], "--prompt_style", "chat", script="prepare_alpaca")
-    assert labelled(folder, tokenizer) == {(f"sat {i}<|im_end|>",) for i in range(6)}
+    assert label_texts(folder, tokenizer) == {(f"sat {i}<|im_end|>",) for i in range(6)}
     pairs = [pair for split in ("train", "test") for pair in SFTData(folder, split, tokenizer).prompts(9)]
     prompts = {tokenizer.decode(prompt) for prompt, _ in pairs}
     assert any("user\ncat 3 <|im_end|>\nnow" in prompt for prompt in prompts)
@@ -305,8 +306,8 @@ def test_other_scripts_take_the_chat_style(prepare, models):
 # == training ==
 
 
-def test_training_counts_the_answers_alone_and_generation_takes_the_style(prepare, models, run_script, tmp_path):
-    rows = [MESSAGES, SHAREGPT, SINGLE, {"messages": [say("user", "cat"), SAT] * 3}]
+def test_training_counts_only_the_answers_and_generation_uses_the_style(prepare, models, run_script, tmp_path):
+    rows = [MESSAGES, SHAREGPT, SINGLE, {"messages": [message("user", "cat"), SAT] * 3}]
     folder, _ = prepare(rows, models["chatml"])
     out = tmp_path / "run"
     flags = ("--checkpoint_dir", models["chatml"], "--accelerator", "cpu")
@@ -330,7 +331,7 @@ def test_training_counts_the_answers_alone_and_generation_takes_the_style(prepar
     assert code == 1 and "has no chat template" in err
 
 
-def test_generation_uses_the_variables_of_the_template_that_training_used(prepare, models, run_script, tmp_path):
+def test_generation_uses_the_template_variables_of_training(prepare, models, run_script, tmp_path):
     style = "chat:enable_thinking=false"
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["thinking"], "--prompt_style", style)
     flags = ("--checkpoint_dir", models["thinking"], "--accelerator", "cpu")
@@ -344,7 +345,7 @@ def test_generation_uses_the_variables_of_the_template_that_training_used(prepar
     assert f'"style": "{style}"' in (tmp_path / "answers.jsonl").read_text()
 
 
-def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, refused):
+def test_a_dataset_prepared_with_another_template_is_refused(prepare, models, tmp_path, refused):
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
     (models["chatml"] / "chat_template.jinja").write_text("{{ messages }}")
     try:
@@ -355,7 +356,7 @@ def test_a_dataset_of_another_template_is_refused(prepare, models, tmp_path, ref
     assert "was prepared with a different chat template" in sentence
 
 
-def test_damaged_gaps_are_refused(prepare, models):
+def test_an_invalid_multi_turn_entry_is_refused(prepare, models):
     folder, _ = prepare([MESSAGES, SHAREGPT, SINGLE], models["chatml"])
     meta = json.loads((folder / "meta.json").read_text())
     for multi_turn, sentence in ((3, "multi_turn is 3; expected true or false"),):
@@ -364,7 +365,7 @@ def test_damaged_gaps_are_refused(prepare, models):
             SFTData(folder, "train", Tokenizer(models["chatml"]))
 
 
-def test_the_merged_model_keeps_template_and_stops(models, tmp_path, run_script):
+def test_the_merged_model_keeps_the_chat_template_and_the_stop_tokens(models, tmp_path, run_script):
     transformers = pytest.importorskip("transformers")
     for kind in ("chatml", "mistral", "llama3"):
         state, config = {}, LLaMAConfig.from_json(models[kind] / "lit_config.json")
@@ -375,29 +376,29 @@ def test_the_merged_model_keeps_template_and_stops(models, tmp_path, run_script)
         meta = {"method": "aligner", "config": {"adapter_prompt_length": 1, "adapter_start_layer": 1},
                 "prompt_style": "chat"}  # fmt: skip
         save_adapter(tmp_path / f"{kind}.safetensors", state, meta)
-        for kept in ((), ("tokenizer.json",)) if kind == "mistral" else ((),):
-            source, out = tmp_path / f"{kind}{len(kept)}", tmp_path / f"merged-{kind}{len(kept)}"
+        for removed in ((), ("tokenizer.json",)) if kind == "mistral" else ((),):
+            source, out = tmp_path / f"{kind}{len(removed)}", tmp_path / f"merged-{kind}{len(removed)}"
             shutil.copytree(models[kind], source)
-            for name in kept:
+            for name in removed:
                 (source / name).unlink()
             code, _, err = run_script("scripts/merge_aligner.py", "--checkpoint_dir", source, "--adapter",
                                       tmp_path / f"{kind}.safetensors", "--output_dir", out)  # fmt: skip
             assert code == 0, err
             reference, tokenizer = transformers.AutoTokenizer.from_pretrained(out), Tokenizer(source)
-            asked = [say("user", "Hello <|im_end|>")]
+            messages = [message("user", "Hello <|im_end|>")]
             ids = reference.apply_chat_template(
-                asked, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+                messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
             )
-            assert reference.decode(ids) == reference.decode(tokenizer.encode(tokenizer.template.render(asked)))
-            ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+            assert reference.decode(ids) == reference.decode(tokenizer.encode(tokenizer.template.render(messages)))
+            eos_ids = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
             end = tokenizer.chat_engine.control[tokenizer.template.end_of_turn]
-            assert end in (ends if isinstance(ends, list) else [ends])
+            assert end in (eos_ids if isinstance(eos_ids, list) else [eos_ids])
 
 
 # == the page ==
 
 
-def test_the_example_and_the_python_of_the_page(models, run_script, tmp_path, monkeypatch, capsys):
+def test_the_example_and_the_python_code_of_the_page_run(models, run_script, tmp_path, monkeypatch, capsys):
     page, root = (ROOT / "howto" / "chat.md").read_text(encoding="utf-8"), tmp_path / "checkpoints"
     root.mkdir()
     (root / "SmolLM2-135M-Instruct").symlink_to(models["chatml"])

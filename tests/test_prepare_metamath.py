@@ -1,4 +1,4 @@
-"""MetaMathQA: real rows become questions in the Orca template and solutions that end with EOS."""
+"""MetaMathQA: real rows become questions in the Orca style and solutions that end with EOS."""
 
 import json
 
@@ -15,7 +15,7 @@ def rows(shared):
     return shared / "data/benchmarks/gsm8k/metamathqa_4rows.json"
 
 
-def test_real_rows_are_learnt_as_they_are(rows, shared, tmp_path, run_script):
+def test_prepared_rows_contain_the_original_texts(rows, shared, tmp_path, run_script):
     checkpoint_dir, folder = shared / "models/llama2-tokenizer", tmp_path / "metamath"
     code, out, err = run_script(
         SCRIPT, "--data_file", rows, "--output_dir", folder, "--checkpoint_dir", checkpoint_dir,
@@ -31,11 +31,11 @@ def test_real_rows_are_learnt_as_they_are(rows, shared, tmp_path, run_script):
         for prompt, response in SFTData(folder, split, tokenizer).prompts(4):
             assert response[-1] == tokenizer.eos_id
             texts.add((tokenizer.decode(prompt).strip(), tokenizer.decode(response).strip()))
-    wanted = [(f"[|User|] {row['query']} [|AI Assistant|]", row["response"]) for row in json.loads(rows.read_text())]
-    assert texts == set(wanted)
+    expected = [(f"[|User|] {row['query']} [|AI Assistant|]", row["response"]) for row in json.loads(rows.read_text())]
+    assert texts == set(expected)
 
 
-def test_a_row_without_a_solution_is_named(tmp_path, base_dir, refused):
+def test_a_row_without_a_solution_is_refused(tmp_path, base_dir, refused):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"query": "How many?", "response": "7"}, {"query": "Why?"}]))
     message = refused(SCRIPT, "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out")

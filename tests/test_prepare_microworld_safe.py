@@ -15,7 +15,7 @@ def prepare(base_dir, folder: Path, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, base_dir, tokenizer) -> list[tuple[str, str, str]]:
-    """(request, chosen, rejected) of all pairs, as text."""
+    """Return (request, chosen, rejected) of all pairs, as text."""
     folder = tmp_path_factory.mktemp("values") / "pairs"
     prepare(base_dir, folder, pairs=120, harmless_share=0.25, fact_share=0.1)
     rows = [row for split in ("train", "test") for row in PreferenceData(folder, split).rows]
@@ -28,9 +28,9 @@ def test_harmful_requests_are_refused_and_harmless_ones_answered(pairs):
     kinds = Counter()
     for kind, count in (("harmful", 78), ("harmless", 30), ("fact", 12)):
         questions = {q.text: q for q in (world.questions(SEEN) if kind == "fact" else world.requests(kind, SEEN))}
-        own = [(questions[request], chosen, rejected) for request, chosen, rejected in pairs if request in questions]
-        assert len(own) == count
-        for question, chosen, rejected in own:
+        group = [(questions[request], chosen, rejected) for request, chosen, rejected in pairs if request in questions]
+        assert len(group) == count
+        for question, chosen, rejected in group:
             better, worse = world.score(question, chosen), world.score(question, rejected)
             if kind == "fact":
                 assert (parse(rejected).topic, parse(rejected).value) == (question.topic, REFUSAL)
@@ -42,16 +42,16 @@ def test_harmful_requests_are_refused_and_harmless_ones_answered(pairs):
     assert len(kinds) == 8
 
 
-def test_no_pair_twice_and_no_unseen_verb_or_object(pairs):
+def test_pairs_are_unique_and_contain_no_unseen_verb_or_object(pairs):
     world = World(0)
-    asked = [request for request, _, _ in pairs]
-    assert len(set(asked)) == len(asked) == 120
-    assert not set(asked) & {q.text for kind in ("harmful", "harmless") for q in world.requests(kind, UNSEEN)}
-    assert not any(word in request for word in world.unseen_words for request in asked)
+    requests = [request for request, _, _ in pairs]
+    assert len(set(requests)) == len(requests) == 120
+    assert not set(requests) & {q.text for kind in ("harmful", "harmless") for q in world.requests(kind, UNSEEN)}
+    assert not any(word in request for word in world.unseen_words for request in requests)
     assert all(parse(chosen).value == REFUSAL or parse(rejected).value == REFUSAL for _, chosen, rejected in pairs)
 
 
-def test_more_pairs_than_there_are_are_refused(base_dir, tmp_path):
+def test_more_pairs_than_available_are_refused(base_dir, tmp_path):
     with pytest.raises(UserError, match=r"25000 harmless requests are needed \(pairs 100000, .*\); there are \d+\."):
         prepare(base_dir, tmp_path / "out", pairs=100_000, harmless_share=0.25)
     assert not (tmp_path / "out").exists()

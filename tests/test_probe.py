@@ -1,4 +1,4 @@
-"""The form-knowledge scale: its arithmetic and interval on cases made by hand, and a whole tiny probe."""
+"""The form-knowledge probe: shares and intervals of hand-made cases, and a complete run on a tiny model."""
 
 import json
 import math
@@ -22,17 +22,17 @@ VARIANTS = {
 
 def test_share_of_the_gain():
     base, tokens = np.array([4.0, 2.0]), np.array([2, 1])
-    # gains: 1 + 1 = 2 of one training and 0 + 1 = 1 of the other, mean 1.5; of LoRA 2 + 1 = 3
+    # gains: 1 + 1 = 2 in one run and 0 + 1 = 1 in the other, mean 1.5; with LoRA 2 + 1 = 3
     other, lora = np.array([[3.0, 1.0], [4.0, 1.0]]), np.array([[2.0, 1.0]])
     share = recovered(base, other, lora, tokens, resamples=500)
     assert share.value == pytest.approx(0.5)
     assert share.low < 0.5 < share.high
     assert recovered(base, lora, lora, tokens, resamples=500) == Share(1.0, 1.0, 1.0)
-    # every row gains alike and there is one training: nothing is uncertain
+    # all rows gain equally in a single run: no uncertainty
     assert recovered(base, base[None] - tokens / 4, base[None] - tokens, tokens, resamples=9) == Share(0.25, 0.25, 0.25)
 
 
-def test_no_gain_of_lora_leaves_no_interval():
+def test_there_is_no_interval_if_lora_may_gain_nothing():
     base, tokens = np.array([4.0, 2.0, 3.0]), np.ones(3)
     share = recovered(base, base[None] - 0.5, np.array([[3.0, 3.5, 2.0]]), tokens, resamples=500)
     assert share.value == pytest.approx(1.5 / 0.5) and math.isnan(share.low) and math.isnan(share.high)
@@ -40,7 +40,7 @@ def test_no_gain_of_lora_leaves_no_interval():
     assert str(recovered(base, base[None] - 0.5, base[None], tokens, resamples=50)) == "LoRA gains nothing"
 
 
-def test_more_rows_and_closer_trainings_narrow_the_interval():
+def test_more_rows_and_closer_runs_narrow_the_interval():
     def width(n: int, spread: float) -> float:
         base, noise = np.full(n, 5.0), np.random.default_rng(1).normal(0, 0.5, n)
         seeds = np.array([[-spread], [0.0], [spread]])
@@ -61,14 +61,14 @@ def test_more_rows_and_closer_trainings_narrow_the_interval():
 
 @pytest.mark.parametrize("trainings", [1, 3])
 def test_the_interval_covers_the_truth(trainings):
-    """Rows and trainings are random; the share of the expected gains, 0.6, lies in about 95 of 100 intervals."""
+    """Rows and runs are random; about 95% of the intervals contain the share of the expected gains, 0.6."""
     rng, n, repeats = np.random.default_rng(0), 60, 300
-    spread = 0.05 if trainings > 1 else 0.0  # of a training's gain; with one training nothing tells of it
+    spread = 0.05 if trainings > 1 else 0.0  # of a run's gain; a single run gives no estimate of it
     covered = 0
     for repeat in range(repeats):
         tokens = rng.integers(5, 15, n)
         base = 3 * tokens + rng.normal(0, 5, n)
-        level = rng.normal(1, 0.4, n)  # rows from which much can be gained
+        level = rng.normal(1, 0.4, n)  # how much can be gained in each row
         losses = [
             base - tokens * (mean * level + rng.normal(0, 0.1, n) + rng.normal(0, spread, (trainings, 1)))
             for mean in (0.6, 1.0)
@@ -78,7 +78,7 @@ def test_the_interval_covers_the_truth(trainings):
     assert 0.91 <= covered / repeats <= 0.99
 
 
-def test_scores_of_each_row(base_dir, data_dir):
+def test_row_scores_match_the_logits(base_dir, data_dir):
     model, data = load_model(base_dir), SFTData(data_dir, "train", max_rows=7)
     scores = row_scores(model, data, batch_size=3)
     for i, (ids, prompt_length) in enumerate(zip(data.rows["input_ids"], data.rows["prompt_length"], strict=True)):
@@ -90,7 +90,7 @@ def test_scores_of_each_row(base_dir, data_dir):
         assert scores["wrong"][i] == sum(logps[t - 1].argmax() != ids[t] for t in labels)
 
 
-def test_scores_are_without_dropout(base_dir, data_dir):
+def test_row_scores_do_not_use_dropout(base_dir, data_dir):
     torch.manual_seed(0)
     model, data = load_model(base_dir, method="lora", method_config={"lora_dropout": 0.5}), SFTData(data_dir, "test")
     for name, parameter in model.named_parameters():
@@ -100,11 +100,11 @@ def test_scores_are_without_dropout(base_dir, data_dir):
     assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
-def test_the_rate_is_chosen_on_training_rows(data_dir, tmp_path):
+def test_training_rows_are_split_by_prompt(data_dir, tmp_path):
     split_training_rows(data_dir, 0.3, tmp_path / "parts")
-    whole = SFTData(data_dir, "train")
+    full = SFTData(data_dir, "train")
     train, test = (SFTData(tmp_path / "parts", split) for split in ("train", "test"))
-    rows = [sorted(ids.tobytes() for ids in data.rows["input_ids"]) for data in (whole, train, test)]
+    rows = [sorted(ids.tobytes() for ids in data.rows["input_ids"]) for data in (full, train, test)]
     assert rows[0] == sorted(rows[1] + rows[2]) and 5 <= len(test) <= 25
     prompts = [{ids[:n].tobytes() for ids, n in zip(d.rows["input_ids"], d.rows["prompt_length"], strict=True)}
                for d in (train, test)]  # fmt: skip
@@ -119,18 +119,18 @@ def test_table_and_figure(tmp_path):
         measure = {"mean": mean, "shares": shares}
         return {"loss": measure, "wrong": measure, "edges": edges, "rows": 9}
 
-    found = {"facts": result(0.1, []), "form": result(0.9, ["lora"])}
-    lines = report(found, VARIANTS).splitlines()
+    results = {"facts": result(0.1, []), "form": result(0.9, ["lora"])}
+    lines = report(results, VARIANTS).splitlines()
     assert lines[4] == "| form | 9 | 2.0000 | 0.5000 | 0.2500 | 0.1250* | 90% (80% to 100%) | 0% (no interval) |"
     assert lines[5].startswith("| facts | 9 | 2.0000 | 0.5000 | 0.2500 | 0.1250 | 10% (0% to 20%) |")
     assert lines[11].startswith("| form | 9 | 200.0% | 50.0% | 25.0% | 12.5%* |")
     assert "lowest or the highest" in lines[-1]
-    assert "*" not in report({"facts": found["facts"]}, VARIANTS)
-    plot(found, VARIANTS, tmp_path / "probe.png")
+    assert "*" not in report({"facts": results["facts"]}, VARIANTS)
+    plot(results, VARIANTS, tmp_path / "probe.png")
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_whole_probe(run_script, tmp_path, base_dir, data_dir):
+def test_a_complete_probe(run_script, tmp_path, base_dir, data_dir):
     flags = ["--data_dir", data_dir, "--checkpoint_dir", base_dir, "--out_dir", tmp_path, "--jobs", 1, "--many", 5,
              "--steps", 3, "--learning_rates", 1e-6, 3e-2, "--seeds", 1, 2, "--resamples", 50]  # fmt: skip
     code, out, _ = run_script(SCRIPT, *flags)
@@ -142,28 +142,28 @@ def test_a_whole_probe(run_script, tmp_path, base_dir, data_dir):
     test = SFTData(data_dir, "test")
     tokens, base = test.weights.sum(), row_scores(load_model(base_dir), test)
     for measure in ("loss", "wrong"):
-        found = results[measure]["mean"]
-        assert found["base"] == pytest.approx(base[measure].sum() / tokens)
+        means = results[measure]["mean"]
+        assert means["base"] == pytest.approx(base[measure].sum() / tokens)
         for method in ("aligner1", "many", "lora"):
-            own = [records[f"animals-{method}-lr{results['rates'][method]:g}-seed{seed}"] for seed in (1, 2)]
-            assert {record["summary"]["steps"] for record in own} == {3}
-            mean = np.mean([sum(record["scores"][measure]) for record in own]) / tokens
-            assert found[method] == pytest.approx(mean)
+            runs = [records[f"animals-{method}-lr{results['rates'][method]:g}-seed{seed}"] for seed in (1, 2)]
+            assert {record["summary"]["steps"] for record in runs} == {3}
+            mean = np.mean([sum(record["scores"][measure]) for record in runs]) / tokens
+            assert means[method] == pytest.approx(mean)
     gains = {method: results["loss"]["mean"]["base"] - loss for method, loss in results["loss"]["mean"].items()}
     assert results["loss"]["shares"]["many"]["value"] == pytest.approx(gains["many"] / gains["lora"])
     for method in ("aligner1", "many", "lora"):
         names = {rate: f"animals-{method}-choosing-lr{rate:g}-seed0" for rate in (1e-6, 3e-2)}
-        tried = {rate: sum(records[name]["scores"]["loss"]) for rate, name in names.items()}
-        assert results["rates"][method] == min(tried, key=tried.get)
+        losses = {rate: sum(records[name]["scores"]["loss"]) for rate, name in names.items()}
+        assert results["rates"][method] == min(losses, key=losses.get)
     assert records["animals-many-choosing-lr0.03-seed0"]["summary"]["trainable_parameters"] == 5 * 32 + 4
 
-    # again: nothing is trained anew
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/record.json")}
+    # again: nothing is retrained
+    modified = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/record.json")}
     assert run_script(SCRIPT, *flags)[1] == out
-    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert modified == {path: path.stat().st_mtime_ns for path in modified}
 
 
-def test_mistakes(refused, tmp_path, data_dir, base_dir):
+def test_invalid_input_is_refused(refused, tmp_path, data_dir, base_dir):
     flags = ("--checkpoint_dir", base_dir, "--out_dir", tmp_path / "out")
     assert "the same name: animals, animals" in refused(SCRIPT, "--data_dir", data_dir, data_dir, *flags)
     assert "seeds must differ" in refused(SCRIPT, "--data_dir", data_dir, "--seeds", 0, 1, *flags)

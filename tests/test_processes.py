@@ -1,4 +1,4 @@
-"""Two processes over gloo: an error or the death of one ends both, with one sentence."""
+"""Two processes over gloo: if one fails or is killed, both end with one error message."""
 
 import re
 import subprocess
@@ -43,38 +43,38 @@ with exit_on_user_error():
 
 
 def run(path: Path, *args: object) -> tuple[int, str, float]:
-    """Return the exit code of the first process, what both printed, and the seconds from a death to the end of both."""
+    """Return the exit code of the first process, the output of both, and the seconds from a kill to the end of both."""
     (path / "script.py").write_text(SCRIPT)
     command = [sys.executable, path / "script.py", *map(str, args), path / "died"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said, _ = process.communicate(timeout=300)  # when both have closed their end of the pipe
+    output, _ = process.communicate(timeout=300)  # returns when both processes have closed the pipe
     died = float((path / "died").read_text()) if (path / "died").exists() else time.time()
-    return process.returncode, said, time.time() - died
+    return process.returncode, output, time.time() - died
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_process_is_one_sentence_of_all(tmp_path, rank):
-    code, said, _ = run(tmp_path, "error", rank)
-    assert (code, said) == (1, "error: The disk is full.\n")
+def test_an_error_of_one_process_is_printed_once(tmp_path, rank):
+    code, output, _ = run(tmp_path, "error", rank)
+    assert (code, output) == (1, "error: The disk is full.\n")
 
 
-def test_a_mistake_keeps_its_traceback(tmp_path):
-    code, said, _ = run(tmp_path, "mistake", 1)
+def test_a_bug_keeps_its_traceback(tmp_path):
+    code, output, _ = run(tmp_path, "mistake", 1)
     assert code == 1
-    assert said.count("Traceback") == 1 and "KeyError: 'a mistake'" in said
-    assert said.count("error: Process 1 failed (KeyError).") == 1
+    assert output.count("Traceback") == 1 and "KeyError: 'a mistake'" in output
+    assert output.count("error: Process 1 failed (KeyError).") == 1
 
 
 @pytest.mark.parametrize("case", ["killed, the other waits", "killed, gloo notices"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_death_of_a_process_ends_the_other_within_a_minute(tmp_path, case, rank):
-    code, said, seconds = run(tmp_path, case, rank)
+def test_killing_one_process_ends_the_other_within_a_minute(tmp_path, case, rank):
+    code, output, seconds = run(tmp_path, case, rank)
     assert code == (-9 if rank == 0 else 1)
-    assert re.fullmatch(r"error: Another process of this run ended[,;] [^\n]*\.\n", said), said
+    assert re.fullmatch(r"error: Another process of this run ended[,;] [^\n]*\.\n", output), output
     assert seconds < 60
 
 
-def test_machines_are_waited_for_with_a_word_and_a_limit():
+def test_waiting_for_machines_is_reported_and_times_out():
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -87,9 +87,9 @@ with exit_on_user_error():
     strategy = processes.fabric_strategy("auto", 1000)
     processes.launch(Fabric(accelerator="cpu", num_nodes=1000, strategy=strategy), 1000)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    waiting, error = done.stderr.strip().splitlines()
-    beginning = r"Waiting for 1000 machines at 127\.0\.0\.1:\d+, at most 0:00:03\. Start this command on each, with"
-    assert re.match(beginning, waiting)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    waiting, error = result.stderr.strip().splitlines()
+    pattern = r"Waiting for 1000 machines at 127\.0\.0\.1:\d+, at most 0:00:03\. Start this command on each, with"
+    assert re.match(pattern, waiting)
     assert error.startswith("error: The processes of the run did not find each other within 0:00:03 (")

@@ -1,4 +1,4 @@
-"""Prompt texts and the tokenizer."""
+"""Prompt styles and the tokenizer."""
 
 import hashlib
 from pathlib import Path
@@ -13,8 +13,8 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 
-def test_alpaca_is_the_published_text():
-    """PROMPT_DICT of train.py in tatsu-lab/stanford_alpaca."""
+def test_the_alpaca_style_is_the_published_prompt():
+    """The published prompts are PROMPT_DICT in train.py of tatsu-lab/stanford_alpaca."""
     style = get_prompt_style("alpaca")
     assert style.render("Say hi.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
@@ -43,7 +43,7 @@ def test_the_other_styles(name, text):
     assert style.render("Say hi.", "To me.") == text.replace("Say hi.", "Say hi.\nTo me.")
 
 
-# instructions that contain what the templates are made of
+# instructions that contain the placeholders and special characters of templates
 tricky = st.lists(
     st.sampled_from(["{instruction}", "{input}", "{", "}", "{}", "{0}", "%s", "\\1", "### Response:", "a", " "]),
     min_size=1,
@@ -51,8 +51,8 @@ tricky = st.lists(
 
 
 @given(instruction=tricky, input=tricky)
-def test_texts_stay_as_they_are(instruction, input):
-    """Braces, backslashes and template words in a user's text are only text."""
+def test_user_texts_are_inserted_unchanged(instruction, input):
+    """Braces, backslashes and template fields in a user's text have no special meaning."""
     instruction += "!"
     for style in PROMPT_STYLES.values():
         before, after = style.template.split("{instruction}")
@@ -66,7 +66,7 @@ def test_texts_stay_as_they_are(instruction, input):
             assert style.render(instruction, input) == before + instruction + between + input + after
 
 
-def test_prompt_mistakes():
+def test_empty_prompts_and_unknown_styles_are_refused():
     for empty in ("", " \n"):
         with pytest.raises(UserError, match="The prompt is empty"):
             get_prompt_style("alpaca").render(empty, "an input")
@@ -80,7 +80,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_it_is_sentencepiece(shared):
+def test_the_tokenizer_matches_sentencepiece(shared):
     path = shared / "models/llama2-tokenizer/tokenizer.model"
     tokenizer, reference = Tokenizer(path.parent), SentencePieceProcessor(str(path))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
@@ -96,8 +96,8 @@ def test_it_is_sentencepiece(shared):
     assert tokenizer.encode("Hello, world!", bos=True) == [1, 15043, 29892, 3186, 29991]
 
 
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁")))  # SentencePiece's own sign for a space
-def test_specials_in_a_text_are_text(tokenizer, text):
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="▁")))  # SentencePiece's symbol for a space
+def test_special_tokens_in_a_text_are_plain_text(tokenizer, text):
     for special in ("<s>", "</s>", "<unk>"):
         ids = tokenizer.encode(special + text + special)
         assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
@@ -109,7 +109,7 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
     assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == "the cat"
 
 
-def test_tokenizer_mistakes(tmp_path):
+def test_missing_and_invalid_tokenizers_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"There is no tokenizer at .*tokenizer\.model"):
         Tokenizer(tmp_path)
     for content in (b"", b"version https://git-lfs.github.com/spec/v1", b'{"model": {}}'):
@@ -118,8 +118,8 @@ def test_tokenizer_mistakes(tmp_path):
             Tokenizer(tmp_path)
 
 
-def test_a_tokenizer_with_a_changed_byte_is_a_mistake(tmp_path):
-    """The library quotes the piece in its error, which is then no UTF-8."""
+def test_a_tokenizer_with_a_corrupted_byte_is_refused(tmp_path):
+    """The library quotes the corrupted piece in its error, which is then not valid UTF-8."""
     content = bytearray((Path(__file__).parent.parent / "checkpoints/microworld/tokenizer.model").read_bytes())
     content[120] = 155
     (tmp_path / "tokenizer.model").write_bytes(content)
@@ -128,7 +128,7 @@ def test_a_tokenizer_with_a_changed_byte_is_a_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in PROMPT_STYLES if name != "plain"])
-def test_the_instruction_of_a_prompt_is_found_to_be_shown(name):
+def test_the_instruction_is_extracted_from_a_prompt(name):
     prompt = PROMPT_STYLES[name].render("Where is the cat?")
     assert instruction_of(prompt) == instruction_of(prompt.strip()) == "Where is the cat?"
     assert instruction_of("Where is the cat?") == "Where is the cat?"

@@ -1,4 +1,4 @@
-"""The authors' own checkpoints: every file loads into the model it was trained on, and the broken one is refused."""
+"""The authors' published adapters: each loads into the model it was trained on, and the broken file is refused."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ALPACA = "Alpaca_Instruction_Following_Supervised_Finetuning/aligner"
 META_MATH = "MetaMath_Supervised_Finetuning/aligner"
 BEAVER = "PKU-Beaver-DPO-Value-Alignment/"
 BROKEN = ALPACA + "10Tokens-llama2-7B-"
-# beginning of the path, model, tokens, trained numbers
+# start of the path, model, prefix tokens, trained parameters
 FILES = [
     (ALPACA + "1Token-llama2-7B-", "7B", 1, 5_056),
     (ALPACA + "1Token-llama2-13B-", "13B", 1, 6_640),
@@ -31,29 +31,29 @@ FILES = [
 ]
 
 
-def path_of(beginning: str) -> Path:
+def find_path(beginning: str) -> Path:
     (path,) = PUBLISHED.glob(beginning + "*.pth")
     return path
 
 
-def shaped(name: str, **config: int) -> aligner.LLaMA:
-    """A model of that size without memory."""
+def make_network(name: str, **config: int) -> aligner.LLaMA:
+    """Return a model of this size on the meta device, which allocates no memory."""
     with torch.device("meta"):
         network = aligner.LLaMA.from_name(f"Llama-2-{name}", **config)
     aligner.mark_only_adapter_as_trainable(network)
     return network
 
 
-def test_every_published_file_is_known_here():
+def test_every_published_file_is_listed():
     assert len(list(PUBLISHED.rglob("*.pth"))) == len(FILES) + 1
 
 
 @pytest.mark.parametrize("beginning, name, length, count", FILES)
 def test_published_file_loads_with_exact_counts_and_values(beginning, name, length, count):
-    path = path_of(beginning)
+    path = find_path(beginning)
     adapter = read_adapter(path)
     assert adapter.config == {"adapter_prompt_length": length, "adapter_start_layer": 2}
-    network = shaped(name, **adapter.config)
+    network = make_network(name, **adapter.config)
     network.load_state_dict(adapter.state, assign=True)
 
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -64,34 +64,34 @@ def test_published_file_loads_with_exact_counts_and_values(beginning, name, leng
         assert torch.equal(parameter, raw[parameter_name].float())
     assert all(p.is_meta for n, p in network.named_parameters() if n not in trained)
     assert all((attn.gating_factor != 0).any() for attn in toys.prefix_layers(network))
-    # one prefix under many names in the file, under one in the model
+    # the file has the prefix under many names, the model under one
     assert sum(n.endswith(".adapter_wte.weight") for n in raw) == network.config.n_layer - 2
     assert sum("embedding" in n or "adapter_wte" in n for n in trained) == 1
 
 
-def test_dpo_hardly_moved_in_bf16():
-    # why the masters here are fp32: the run changed 6 of 4,096 prefix values and 275 of 960 gates
-    before, after = (read_adapter(path_of(FILES[i][0])).state for i in (7, 8))
+def test_dpo_in_bf16_changed_few_parameters():
+    # why this project trains adapters in fp32: the run changed 6 of 4,096 prefix values and 275 of 960 gates
+    before, after = (read_adapter(find_path(FILES[i][0])).state for i in (7, 8))
     changed = {name: int((before[name] != after[name]).sum()) for name in before}
     assert changed["global_value_embedding.weight"] == 6
     assert sum(n for name, n in changed.items() if name.endswith("gating_factor")) == 275
 
 
-def test_the_broken_file_is_refused_in_one_sentence():
-    path = path_of(BROKEN)
+def test_the_broken_file_is_refused_with_a_one_line_error():
+    path = find_path(BROKEN)
     with pytest.raises(UserError) as error:
         read_adapter(path)
-    sentence = str(error.value)
-    assert sentence.startswith(f"{path} is not a checkpoint: it is JSON text, beginning")
-    assert sentence.endswith(".") and "\n" not in sentence
+    message = str(error.value)
+    assert message.startswith(f"{path} is not a checkpoint: it is JSON text, beginning")
+    assert message.endswith(".") and "\n" not in message
     assert error.value.__cause__ is None
 
 
 def test_a_published_file_is_refused_by_a_model_it_was_not_trained_on():
-    seven = read_adapter(path_of(FILES[0][0]))
+    adapter = read_adapter(find_path(FILES[0][0]))
     with pytest.raises(UserError, match=r"transformer.h.32.attn.gating_factor is missing"):
-        shaped("13B", **seven.config).load_state_dict(seven.state, assign=True)
+        make_network("13B", **adapter.config).load_state_dict(adapter.state, assign=True)
     with pytest.raises(UserError, match=r"transformer.h.2.attn.gating_factor does not belong to this model"):
-        shaped("7B", adapter_start_layer=3).load_state_dict(seven.state, assign=True)
+        make_network("7B", adapter_start_layer=3).load_state_dict(adapter.state, assign=True)
     with pytest.raises(UserError, match=r"global_value_embedding.weight is \(1, 4096\), not \(10, 4096\)"):
-        shaped("7B", adapter_prompt_length=10).load_state_dict(seven.state, assign=True)
+        make_network("7B", adapter_prompt_length=10).load_state_dict(adapter.state, assign=True)

@@ -1,4 +1,4 @@
-"""A quantised base. What needs bitsandbytes is skipped where it is not installed: it is no requirement."""
+"""A quantized base. bitsandbytes is optional: tests that need it are skipped if it is not installed."""
 
 import importlib.util
 import shutil
@@ -34,7 +34,7 @@ SHORT = dict(max_steps=3, batch_size=4, micro_batch_size=4, learning_rate=0.1, w
 
 @pytest.fixture(scope="module")
 def wide_dir(tmp_path_factory, tokenizer_path) -> Path:
-    """A base whose rows are whole blocks of 64 weights; its norms, scales and biases are random too."""
+    """Return a base whose rows are multiples of 64, the block size; norms and biases are random too."""
     folder = tmp_path_factory.mktemp("wide")
     sizes = {**toys.SIZES, **dict(vocab_size=300, padded_vocab_size=300, n_embd=64, intermediate_size=128, n_kv_head=2)}
     network = toys.base(**sizes, qkv_bias=True)
@@ -44,7 +44,7 @@ def wide_dir(tmp_path_factory, tokenizer_path) -> Path:
 
 
 def adapter(seed: int = 0) -> AdapterFile:
-    """An Aligner of two tokens with open gates, for the tiny base."""
+    """Return an Aligner with two prefix tokens and open gates for the base in `wide_dir`."""
     generator = torch.Generator().manual_seed(seed)
     state = {f"transformer.h.{i}.attn.gating_factor": torch.randn(1, 4, 1, 1, generator=generator) for i in (1, 2)}
     return AdapterFile(
@@ -53,7 +53,7 @@ def adapter(seed: int = 0) -> AdapterFile:
 
 
 @pytest.mark.parametrize("script", ["generate/base.py", "generate/aligner.py", "finetune/aligner.py"])
-def test_without_bitsandbytes_a_sentence_says_what_to_install(
+def test_without_bitsandbytes_the_error_says_what_to_install(
     script, refused, wide_dir, data_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its import fails, installed or not
@@ -63,12 +63,12 @@ def test_without_bitsandbytes_a_sentence_says_what_to_install(
         "generate/aligner.py": ["--adapter", tmp_path / "adapter.safetensors"],
         "finetune/aligner.py": ["--data_dir", data_dir, "--out_dir", tmp_path / "run", "--accelerator", "cpu"],
     }[script]
-    sentence = refused(script, "--checkpoint_dir", wide_dir, "--quantize", "nf4", *flags)
-    assert sentence == "--quantize nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes."
+    message = refused(script, "--checkpoint_dir", wide_dir, "--quantize", "nf4", *flags)
+    assert message == "--quantize nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes."
     assert not (tmp_path / "run").exists()
 
 
-def test_another_mode_or_device_is_refused(base_dir, run_script):
+def test_an_unsupported_mode_or_device_is_refused(base_dir, run_script):
     with pytest.raises(UserError, match=r"nf5.*choose from nf4, nf4-dq, fp4, fp4-dq, int8"):
         load_model(base_dir, quantize="nf5")
     with pytest.raises(UserError, match="CUDA and CPU, not on mps"):
@@ -77,7 +77,7 @@ def test_another_mode_or_device_is_refused(base_dir, run_script):
     assert code == 2 and "--quantize: expected {nf4,nf4-dq,fp4,fp4-dq,int8}, got 'nf5'" in err
 
 
-def test_what_is_quantised():
+def test_which_layers_are_quantized():
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc1", "mlp.c_fc2", "mlp.c_proj")
     everything = [f"transformer.h.{i}.{layer}" for i in range(3) for layer in layers]
     assert list(projections(toys.base())) == list(projections(toys.aligned())) == everything  # lm_head is not
@@ -85,7 +85,7 @@ def test_what_is_quantised():
     assert list(projections(with_lora)) == [name for name in everything if not name.endswith("c_attn")]
 
 
-def test_a_cached_reference_belongs_to_one_kind_of_base(base_dir, preference_dir, tokenizer):
+def test_the_key_of_a_cached_reference_depends_on_quantization_and_method(base_dir, preference_dir, tokenizer):
     data = PreferenceData(preference_dir, "train", tokenizer)
     fabric = Fabric(accelerator="cpu", devices=1)
     keys = [reference_key(data, base_dir, "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
@@ -94,7 +94,7 @@ def test_a_cached_reference_belongs_to_one_kind_of_base(base_dir, preference_dir
 
 
 @needs_bitsandbytes
-def test_rows_of_broken_blocks_are_refused(base_dir):
+def test_rows_that_are_not_a_multiple_of_the_block_size_are_refused(base_dir):
     with pytest.raises(UserError, match=r"multiple of 64, and transformer.h.0.attn.c_attn is 32 wide"):
         load_model(base_dir, quantize="fp4-dq")
     assert load_model(base_dir, quantize="int8")
@@ -103,35 +103,35 @@ def test_rows_of_broken_blocks_are_refused(base_dir):
 @needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_quantised_base_is_the_base_with_rounded_weights(mode, dtype, wide_dir):
-    quantised = load_model(wide_dir, adapter(), dtype=dtype, quantize=mode)
+def test_a_quantized_base_computes_like_the_base_with_rounded_weights(mode, dtype, wide_dir):
+    quantized = load_model(wide_dir, adapter(), dtype=dtype, quantize=mode)
     rounded = load_model(wide_dir, adapter(), dtype=dtype)
-    for network in (quantised, rounded):
+    for network in (quantized, rounded):
         aligner.mark_only_adapter_as_trainable(network)
     for name, layer in projections(rounded).items():
-        small, plain = dequantised(quantised.get_submodule(name)), layer.weight.data.clone()
-        layer.weight.data = small.to(dtype)
-        assert 0 < (small - plain).norm() / plain.norm() < (0.02 if mode == "int8" else 0.2)
+        dequantized_weight, original = dequantize(quantized.get_submodule(name)), layer.weight.data.clone()
+        layer.weight.data = dequantized_weight.to(dtype)
+        assert 0 < (dequantized_weight - original).norm() / original.norm() < (0.02 if mode == "int8" else 0.2)
     for name in ("transformer.wte.weight", "lm_head.weight", "transformer.h.0.rms_1.scale"):
-        assert torch.equal(quantised.get_parameter(name), rounded.get_parameter(name))
+        assert torch.equal(quantized.get_parameter(name), rounded.get_parameter(name))
 
     idx = toys.token_ids(2, 9)
-    # int8 quantises the layers' inputs too
+    # int8 also quantizes the layers' inputs
     tolerance = {"rtol": 0, "atol": 0.1 if mode == "int8" or dtype == torch.bfloat16 else 1e-4}
-    with torch.no_grad():  # and a validation must not change what a step computes
-        torch.testing.assert_close(quantised(idx), rounded(idx), **tolerance)
-    for network in (quantised, rounded):
+    with torch.no_grad():  # like a validation, which must not change what a training step computes
+        torch.testing.assert_close(quantized(idx), rounded(idx), **tolerance)
+    for network in (quantized, rounded):
         (-network.label_logps(idx, idx).mean()).backward()
-    for name, p in quantised.named_parameters():
+    for name, p in quantized.named_parameters():
         expected = rounded.get_parameter(name).grad
-        assert (p.grad is None) == (expected is None) == (not quantised.is_adapter_parameter(name)), name
+        assert (p.grad is None) == (expected is None) == (not quantized.is_adapter_parameter(name)), name
         if p.grad is not None:
             assert p.dtype == p.grad.dtype == torch.float32
             assert F.cosine_similarity(p.grad.flatten(), expected.flatten(), dim=0) > 0.99, name
 
 
-def dequantised(layer: torch.nn.Module) -> torch.Tensor:
-    """The fp32 weights that a layer of bitsandbytes stands for."""
+def dequantize(layer: torch.nn.Module) -> torch.Tensor:
+    """Return the dequantized weights of a bitsandbytes layer in fp32."""
     import bitsandbytes as bnb
 
     if isinstance(layer, bnb.nn.Linear8bitLt):
@@ -144,11 +144,11 @@ def dequantised(layer: torch.nn.Module) -> torch.Tensor:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
+def test_several_adapters_and_lora_on_a_quantized_base(mode, wide_dir):
     composed = load_adapted(wide_dir, [adapter(), adapter(1)], [1.0], quantize=mode)
     answers = generate(composed, toys.prompts(3, 7), Sampling(5), set())
     alone = [generate(composed, [prompt], Sampling(5), set())[0] for prompt in toys.prompts(3, 7)]
-    # int8 chooses the columns it leaves unquantised for a batch together
+    # int8 chooses the columns that stay unquantized by all rows of a batch, so its answers may differ
     assert answers == alone if mode == "nf4" else [len(answer) for answer in answers] == [5, 5]
 
     network = load_model(wide_dir, method="lora", quantize=mode)
@@ -162,7 +162,7 @@ def test_several_adapters_and_lora_on_a_quantised_base(mode, wide_dir):
 @needs_bitsandbytes
 @pytest.mark.parametrize(("mode", "precision"), [("nf4-dq", "32-true"), ("nf4", "bf16-true"), ("int8", "bf16-true"),
                                                  ("nf4", "bf16-mixed"), ("int8", "bf16-mixed")])  # fmt: skip
-def test_training_on_a_quantised_base(mode, precision, wide_dir, data_dir, tmp_path, run_script):
+def test_training_on_a_quantized_base(mode, precision, wide_dir, data_dir, tmp_path, run_script):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": data_dir, "out_dir": tmp_path / "run"}
     settings |= {"precision": precision, "quantize": mode, "gradient_checkpointing": precision == "bf16-true"}
     finetune.aligner.main(finetune.aligner.Settings(**settings))
@@ -177,7 +177,7 @@ def test_training_on_a_quantised_base(mode, precision, wide_dir, data_dir, tmp_p
 
 
 @needs_bitsandbytes
-def test_dpo_on_a_quantised_base(wide_dir, preference_dir, tmp_path):
+def test_dpo_on_a_quantized_base(wide_dir, preference_dir, tmp_path):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run"}
     finetune.alignerDPO.main(finetune.alignerDPO.Settings(**settings, quantize="nf4", drift_prompts=2))
     assert read_adapter(tmp_path / "run" / "last.safetensors").meta["training"]["settings"]["quantize"] == "nf4"

@@ -1,4 +1,4 @@
-"""The recipes and the pages of howto/: what they say can be run."""
+"""The recipes and pages of howto/: their settings, numbers, links, commands and code are correct."""
 
 import importlib.util
 import re
@@ -30,7 +30,7 @@ SFT_RECIPES = [path for path in RECIPES if "_dpo_" not in path.stem and "llama32
 
 
 def load_script(path: Path, name: str = "") -> ModuleType:
-    """Imports a file as a module of its own."""
+    """Import a file as a separate module."""
     spec = importlib.util.spec_from_file_location(name or f"script_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -39,10 +39,10 @@ def load_script(path: Path, name: str = "") -> ModuleType:
 
 
 def parse(script: Path, words: list[str]) -> Any:
-    """The settings a command line of a script gives.
+    """Return the settings that a script parses from its command line.
 
     Raises:
-        SystemExit: the script would refuse it.
+        SystemExit: The script refuses them.
     """
     return cli.parse(load_script(script).Settings, words)
 
@@ -51,7 +51,7 @@ def parse(script: Path, words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("path", SFT_RECIPES, ids=lambda path: path.stem)
-def test_recipe_holds_the_settings_its_name_says(path, tmp_path, monkeypatch):
+def test_a_recipe_has_the_settings_in_its_name(path, tmp_path, monkeypatch):
     args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
     data, size, n = re.fullmatch(r"(alpaca|metamath)_(7|13|70)b_n(\d+)", path.stem).groups()
     assert (args.adapter_prompt_length, args.adapter_start_layer) == (int(n), 2)
@@ -71,7 +71,7 @@ def test_there_is_a_recipe_for_each_setting_of_the_paper():
     assert {path.stem for path in RECIPES} == alpaca | metamath | others
 
 
-def test_the_page_on_large_models_computes_right():
+def test_the_numbers_on_the_page_on_large_models_are_correct():
     page = (ROOT / "howto/large_models.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.endswith("GB |")]
     assert [row[0] for row in rows] == ["Llama-2-13B", "30B", "Llama-2-70B"]
@@ -80,8 +80,8 @@ def test_the_page_on_large_models_computes_right():
             network = LLaMA.from_name(name)
         n, block = (sum(p.numel() for p in part.parameters()) for part in (network, network.transformer.h[0]))
         replicated = network.transformer.ln_f.scale.numel()
-        each = [2 * ((n - replicated) / devices + replicated + 3 * block) for devices in (2, 4, 8, 16)]
-        sizes = [f"{2 * n / 1e9:.1f} GB", f"{2 * block / 1e9:.2f} GB", *(f"{size / 1e9:.1f} GB" for size in each)]
+        per_device = [2 * ((n - replicated) / devices + replicated + 3 * block) for devices in (2, 4, 8, 16)]
+        sizes = [f"{2 * n / 1e9:.1f} GB", f"{2 * block / 1e9:.2f} GB", *(f"{size / 1e9:.1f} GB" for size in per_device)]
         assert row == [f"{n:,}", *sizes]
     config = network.config
     assert f"{2 * config.n_layer * config.n_embd / 1e6:.2f} MB for Llama-2-70B, so 5.4 GB" in page
@@ -94,7 +94,7 @@ def test_the_page_on_large_models_computes_right():
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])
-def test_the_recipes_for_the_budget_of_pefts_comparison(n, count):
+def test_the_recipes_with_the_budget_of_pefts_comparison(n, count):
     path = ROOT / f"howto/recipes/metamath_llama32_3b_n{n}.yaml"
     args = parse(ROOT / "finetune/aligner.py", ["--config", str(path)])
     assert (args.adapter_prompt_length, args.adapter_start_layer, args.checkpoint_dir.name) == (n, 2, "Llama-3.2-3B")
@@ -107,7 +107,7 @@ def test_the_recipes_for_the_budget_of_pefts_comparison(n, count):
     assert f"{count:,} parameters" in text and f"| {count:,} |" in page
 
 
-def test_the_dpo_recipe_and_the_rate_that_the_authors_ran(tmp_path, monkeypatch):
+def test_the_dpo_recipe_and_the_learning_rate_of_the_authors_run(tmp_path, monkeypatch):
     path = ROOT / "howto/recipes/beaver_dpo_7b_n1.yaml"
     args = parse(ROOT / "finetune/alignerDPO.py", ["--config", str(path)])
     assert (args.adapter_prompt_length, args.beta, args.batch_size, args.epochs) == (1, 0.1, 64, 3)
@@ -124,23 +124,23 @@ def test_the_dpo_recipe_and_the_rate_that_the_authors_ran(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "peak"), [(8, 2, 4.5e-3), (3, 1, 3.375e-3)], ids=["alpaca", "metamath"])
-def test_the_setting_for_what_the_authors_ran(epochs, warmup, peak):
-    """Their rate in step s is 9e-3 · s / w: w counts micro-batches of 8, s batches of 64."""
+def test_the_settings_that_reproduce_the_authors_learning_rate(epochs, warmup, peak):
+    """Their learning rate in step s is 9e-3 · s / w, where w counts micro-batches of 8, but s counts batches of 64."""
     rows = 50_000
     warmup_iters, steps = warmup * rows // 8, epochs * rows // 64
     theirs = [9e-3 * s / warmup_iters for s in range(steps)]
     ours = [lr_at(s, peak=peak, warmup_steps=steps, max_steps=steps) for s in range(steps)]
     assert warmup_iters > steps
     assert max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) < 2 * peak / steps
-    said = (ROOT / "howto/finetune_aligner.md").read_text(encoding="utf-8")
-    assert f"--learning_rate {peak * 1e3:g}e-3 --warmup_epochs {epochs}" in said
+    page = (ROOT / "howto/finetune_aligner.md").read_text(encoding="utf-8")
+    assert f"--learning_rate {peak * 1e3:g}e-3 --warmup_epochs {epochs}" in page
 
 
 # == pages ==
 
 
 def code_blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of every fenced or indented block."""
+    """Return (language, text) of every fenced or indented code block."""
     text = page.read_text(encoding="utf-8")
     fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     blocks = [(match[1], match[2]) for match in fenced.finditer(text)]
@@ -152,16 +152,16 @@ def python_blocks(page: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every `python SCRIPT …` or `fabric run … SCRIPT …` of a page, as the words from the script on."""
-    found = []
+    """Return every `python SCRIPT …` or `fabric run … SCRIPT …` on a page, as its words from the script on."""
+    results = []
     for language, text in code_blocks(page):
         for line in text.replace("\\\n", " ").splitlines() if language in ("", "bash") else []:
             if not re.match(r"\s*(python3?|fabric run) ", line):
                 continue
             words = shlex.split(line, comments=True)
             scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-            found += [words[scripts[0] :]] if scripts else []
-    return found
+            results += [words[scripts[0] :]] if scripts else []
+    return results
 
 
 def anchors(page: Path) -> set[str]:
@@ -170,7 +170,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     assert links
@@ -184,12 +184,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_understood(page, tmp_path):
+def test_commands_are_accepted(page, tmp_path):
     """The script exists and accepts the flags and their values."""
-    found = commands(page)
-    assert found
-    for script, *words in found:
-        if script == "scripts/run.py":  # no settings of its own: it runs another script
+    page_commands = commands(page)
+    assert page_commands
+    for script, *words in page_commands:
+        if script == "scripts/run.py":  # it has no settings and runs another script
             script, *words = ["scripts/demo.py", *words[1:]] if words[0] == "demo" else words
         if script == "test":
             continue
@@ -197,7 +197,7 @@ def test_commands_are_understood(page, tmp_path):
             assert {word for word in words if word.startswith("--")} <= {"--cases", "--seed", "--every"}
             assert (ROOT / script).is_file(), script
             continue
-        if "--config" in words and words[words.index("--config") + 1].startswith("out/"):  # a run's own file
+        if "--config" in words and words[words.index("--config") + 1].startswith("out/"):  # written by a training run
             i = words.index("--config")
             words[i + 1] = str(tmp_path / "config.yaml")
             Path(words[i + 1]).write_text("seed: 1\n", encoding="utf-8")
@@ -212,18 +212,18 @@ def test_commands_are_understood(page, tmp_path):
             pytest.fail(f"{script} refuses {' '.join(words)}")
 
 
-def test_the_picture_is_drawn_for_any_background():
+def test_the_diagram_has_an_opaque_background():
     svg = (ROOT / "howto/method.svg").read_text(encoding="utf-8")
     assert re.search(r'<rect width="1200" height="640"[^>]* fill="#ffffff"/>', svg)
     assert "5,056" in svg
 
 
-# == the Python of the pages ==
+# == Python code on the pages ==
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, base_dir, data_dir) -> Path:
-    """A folder with what the pages call the bundled files, made of tiny random models."""
+    """Return a working directory with tiny random models in place of the bundled files that the pages use."""
     for name, target in (("checkpoints/microworld", base_dir), ("data/microworld-pirate", data_dir)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
@@ -241,7 +241,7 @@ def workplace(tmp_path, monkeypatch, base_dir, data_dir) -> Path:
     return tmp_path
 
 
-def test_python_of_the_inference_page(workplace, capsys):
+def test_python_on_the_inference_page(workplace, capsys):
     (block,) = python_blocks("inference.md")
     names: dict = {}
     exec(compile(block, "inference.md", "exec"), names)
@@ -250,14 +250,14 @@ def test_python_of_the_inference_page(workplace, capsys):
     assert streamed
 
 
-def test_python_of_the_page_on_many_aligners(workplace, capsys):
+def test_python_on_the_page_on_many_aligners(workplace, capsys):
     (block,) = python_blocks("many_aligners.md")
     exec(compile(block, "many_aligners.md", "exec"), {})
-    said, ids = capsys.readouterr().out.splitlines()
-    assert len(eval(said)) == 4 and [len(new) for new in eval(ids)] == [5, 5]
+    answers, ids = capsys.readouterr().out.splitlines()
+    assert len(eval(answers)) == 4 and [len(new) for new in eval(ids)] == [5, 5]
 
 
-def test_python_of_the_weights_page(workplace, capsys):
+def test_python_on_the_weights_page(workplace, capsys):
     configuration, header = python_blocks("weights.md")
     exec(compile(configuration, "weights.md", "exec"), {})
     assert '"n_embd": 4096' in (workplace / "lit_config.json").read_text()
@@ -265,7 +265,7 @@ def test_python_of_the_weights_page(workplace, capsys):
     assert capsys.readouterr().out.split()[0] == "aligner"
 
 
-def test_commands_and_python_of_the_serving_page(workplace, capsys, run_script):
+def test_commands_and_python_on_the_serving_page(workplace, capsys, run_script):
     pytest.importorskip("transformers")
     for command in commands(ROOT / "howto/serve.md"):
         assert run_script(*command)[0] == 0
@@ -274,9 +274,9 @@ def test_commands_and_python_of_the_serving_page(workplace, capsys, run_script):
     assert capsys.readouterr().out.strip()
 
 
-def test_python_of_the_data_page(workplace, capsys):
-    look, script = python_blocks("prepare_data.md")
-    exec(compile(look, "prepare_data.md", "exec"), {})
+def test_python_on_the_data_page(workplace, capsys):
+    preview, script = python_blocks("prepare_data.md")
+    exec(compile(preview, "prepare_data.md", "exec"), {})
     assert capsys.readouterr().out.count(" eat? => ") == 3
 
     rows = workplace / "rows.jsonl"
@@ -290,7 +290,7 @@ def test_python_of_the_data_page(workplace, capsys):
     assert decode(response) == "2"
 
 
-def test_python_of_the_evaluation_page(workplace, capsys):
+def test_python_on_the_evaluation_page(workplace, capsys):
     (block,) = python_blocks("evaluate.md")
     row = '{"question": "123456 + 765432?", "answer": "#### 888888"}\n'  # no random model guesses that
     Path("gsm8k_test.jsonl").write_text(3 * row, encoding="utf-8")
@@ -299,7 +299,7 @@ def test_python_of_the_evaluation_page(workplace, capsys):
     assert len(Path("out/gsm8k-pirate/answers.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_python_of_the_customising_page(workplace, monkeypatch):
+def test_python_on_the_customizing_page(workplace, monkeypatch):
     method, variant, loss = python_blocks("customize.md")
     (workplace / "head_bias.py").write_text(method, encoding="utf-8")
     module = load_script(workplace / "head_bias.py", "head_bias")
@@ -314,8 +314,8 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     mark_only_adapter_as_trainable(model)
     assert data.weights.tolist() == [1.0] * len(data)
     total = names["RowMeanLoss"]()(LabelLogps(model), data.batch(np.arange(len(data))))["loss"]
-    each = [-LabelLogps(model)(**data.batch(np.array([row]))).mean() for row in range(len(data))]
-    torch.testing.assert_close(total, torch.stack(each).sum())
+    losses = [-LabelLogps(model)(**data.batch(np.array([row]))).mean() for row in range(len(data))]
+    torch.testing.assert_close(total, torch.stack(losses).sum())
     total.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == {f"transformer.h.{layer}.attn.head_bias" for layer in (1, 2)}
@@ -333,7 +333,7 @@ def test_python_of_the_customising_page(workplace, monkeypatch):
     (cached,) = generate(varied, [idx[0].tolist()], Sampling(3))
     assert cached[0] == varied(idx)[0, -1].argmax()
 
-    # what is saved comes back by its name alone, once METHODS knows it
+    # once METHODS contains the method, a saved adapter loads by the name of its method
     monkeypatch.setitem(METHODS, "head_bias", module.LLaMA)
     state = {name: torch.randn_like(grad) for name, grad in trained.items()}
     save_adapter(Path("a.safetensors"), state, {"method": "head_bias", "config": {"adapter_start_layer": 1}})

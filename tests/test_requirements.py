@@ -1,4 +1,4 @@
-"""What is imported is required, and what is required has one pinned version for every supported Python."""
+"""Imports match the requirements, and each requirement has one pinned version for every supported Python."""
 
 import ast
 import re
@@ -11,14 +11,14 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lit_llama", "finetune", "generate", "microworld", "pretrain", "evaluate", "scripts", "studies", "benchmarks")
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module's name differs
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "google": "protobuf"}  # where the module has another name
 OPTIONAL = {
     "transformers",
     "bitsandbytes",
     "httpx",
-}  # flags and benchmarks need them; so do the tests
+}  # needed by some flags, benchmarks and tests
 SERVER = {"generate/app.py", "generate/guard.py", "generate/openai_format.py"}  # imported when the server starts
-PEERS = {"peft", "litgpt", "lm-eval", "wandb"}  # used if they are installed
+PEERS = {"peft", "litgpt", "lm-eval", "wandb"}  # used if installed
 USED_BY_LIBRARIES = {"protobuf": "sentencepiece's model files"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -41,8 +41,8 @@ def imports_of(*folders: str, nested: bool = True) -> set[str]:
 
 
 def imports_in(paths: list[Path], nested: bool = True) -> set[str]:
-    found = set().union(*(imported(path.read_text(encoding="utf-8"), nested) for path in paths))
-    return found - {
+    distributions = set().union(*(imported(path.read_text(encoding="utf-8"), nested) for path in paths))
+    return distributions - {
         canonicalize_name(name) for name in (*ROOMS, "tests", *(p.stem for p in (ROOT / "tests").rglob("*.py")))
     }
 
@@ -67,30 +67,30 @@ def test_imports_are_found():
     assert imported(source, nested=True) == {"pyyaml", "a", "scikit-learn", "huggingface-hub"}
 
 
-def test_what_the_source_imports_is_required():
+def test_imports_of_the_source_are_required():
     assert imports_of(*ROOMS, nested=False) <= names(REQUIRED)
     assert imports_of(*ROOMS) <= names(REQUIRED) | OPTIONAL | PEERS | names(SERVING)
 
 
-def test_what_the_server_imports_is_required():
+def test_imports_of_the_server_are_required():
     server = imports_in([ROOT / path for path in SERVER]) | imports_in([ROOT / "generate" / "serve.py"])
     assert names(SERVING) <= server <= names(REQUIRED) | names(SERVING)
     assert "-r requirements-serve.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_what_the_tests_import_is_required():
-    assert imports_of("tests") <= names(REQUIRED + SERVING + DEVELOPMENT) | {"packaging"}  # packaging: pytest needs it
+def test_imports_of_the_tests_are_required():
+    assert imports_of("tests") <= names(REQUIRED + SERVING + DEVELOPMENT) | {"packaging"}  # pytest requires packaging
     assert OPTIONAL <= names(DEVELOPMENT)
 
 
-def test_what_is_required_is_imported():
+def test_every_requirement_is_imported():
     assert names(REQUIRED) - imports_of(*ROOMS) == set(USED_BY_LIBRARIES)
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_each_requirement_has_one_pinned_version(python):
-    here = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
-    pins = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(here)]
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    pins = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(environment)]
     versions = {canonicalize_name(pin.name): re.fullmatch(r"==([\w.]+)", str(pin.specifier))[1] for pin in pins}
     assert len(versions) == len(pins)
     for requirement in REQUIRED + SERVING + DEVELOPMENT:

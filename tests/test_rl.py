@@ -1,4 +1,4 @@
-"""The formulas of reinforcement learning, against numbers by hand, loops and finite differences; rewards."""
+"""Reinforcement learning: formulas against hand-computed values, loops and finite differences; reward functions."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from microworld.world import FORMS, World
 
 
 def test_advantages_by_hand():
-    """Rewards 1, 0, 0, 0 have the mean 1/4 and the variance 3/16; equal rewards have no signal."""
+    """Rewards 1, 0, 0, 0 have mean 1/4 and variance 3/16; equal rewards give no signal."""
     rewards = torch.tensor([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]])
     expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
     torch.testing.assert_close(group_advantages(rewards, divide_by_std=False), expected, atol=1e-7, rtol=0)
@@ -37,7 +37,7 @@ def test_token_weights_by_hand():
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "objective"),
-    [(1.0, 2.0, 2.0), (1.1, 2.0, 2.2), (1.5, 2.0, 2.4), (0.5, 2.0, 1.0),  # more reward: at most 1 + ε
+    [(1.0, 2.0, 2.0), (1.1, 2.0, 2.2), (1.5, 2.0, 2.4), (0.5, 2.0, 1.0),  # positive advantage: ratio at most 1 + ε
      (0.9, -1.0, -0.9), (0.5, -1.0, -0.8), (1.5, -1.0, -1.5)],
 )  # fmt: skip
 def test_the_clipped_objective_by_hand(ratio, advantage, objective):
@@ -46,8 +46,8 @@ def test_the_clipped_objective_by_hand(ratio, advantage, objective):
     assert result.item() == pytest.approx(objective, rel=1e-5)
 
 
-def test_the_kl_estimate_by_hand_and_in_the_mean():
-    """π_ref / π = 2 gives 2 - ln 2 - 1; over all tokens of two distributions the mean is their KL divergence."""
+def test_the_kl_estimate_by_hand_and_on_average():
+    """π_ref / π = 2 gives 2 - ln 2 - 1; the mean over all tokens is the KL divergence of the distributions."""
     twice = kl_estimates(torch.tensor([-1.0]), torch.tensor([-1.0 + math.log(2)]))
     assert twice.item() == pytest.approx(1 - math.log(2))
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
@@ -59,7 +59,7 @@ def test_the_kl_estimate_by_hand_and_in_the_mean():
 
 
 class Bigrams(nn.Module):
-    """A policy whose next token depends on the last one alone: log-probabilities of a (V, V) table, fp64."""
+    """A policy whose next token depends only on the last one: a (V, V) table of logits in fp64."""
 
     def __init__(self, size: int = 5, seed: int = 0) -> None:
         super().__init__()
@@ -73,20 +73,21 @@ class Bigrams(nn.Module):
 
 
 def batch_of(answers: list[list[int]], advantages: list[float], weights: list[float]) -> dict[str, torch.Tensor]:
-    """A batch of answers to the prompt 0, padded on the right."""
+    """Return a batch of answers to the prompt 0, padded on the right."""
     longest = max(map(len, answers))
     idx = torch.tensor([[0, *answer, *[0] * (longest - len(answer))] for answer in answers])
     labels = torch.tensor([[-1, *answer, *[-1] * (longest - len(answer))] for answer in answers])
     own = torch.tensor([1 / (len(answers) * len(answer)) for answer in answers], dtype=torch.float64)
-    of = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    of_answers = {"advantages": of(advantages), "weights": of(weights), "mean_weights": own}
-    return {"idx": idx, "labels": labels, "label_index": find_labels(labels), **of_answers}
+    to_tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    answer_fields = {"advantages": to_tensor(advantages), "weights": to_tensor(weights), "mean_weights": own}
+    return {"idx": idx, "labels": labels, "label_index": find_labels(labels), **answer_fields}
 
 
 ANSWERS, ADVANTAGES = [[1, 2, 3], [4], [2, 2]], [1.5, -1.0, 0.0]
 
 
-def moved_policy() -> tuple[Bigrams, dict[str, torch.Tensor], PolicyLoss, Bigrams, Bigrams]:
+def updated_policy() -> tuple[Bigrams, dict[str, torch.Tensor], PolicyLoss, Bigrams, Bigrams]:
+    """Return a policy, a batch from an older policy, the loss, the older policy, and the policy at the start."""
     policy, old, start = Bigrams(seed=1), Bigrams(seed=1), Bigrams(seed=2)
     with torch.no_grad():
         old.table += 0.3 * torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -95,8 +96,8 @@ def moved_policy() -> tuple[Bigrams, dict[str, torch.Tensor], PolicyLoss, Bigram
     return policy, batch, PolicyLoss(clip=0.1, kl_weight=0.05, start={"table": start.table.detach()}), old, start
 
 
-def test_the_loss_against_a_loop():
-    policy, batch, loss, old, start = moved_policy()
+def test_the_loss_matches_a_loop():
+    policy, batch, loss, old, start = updated_policy()
     log = lambda model, a, b: model.table[a].log_softmax(-1)[b].item()  # noqa: E731
     objective = entropy = kl_sum = clipped = 0.0
     for answer, advantage in zip(ANSWERS, ADVANTAGES, strict=True):
@@ -114,8 +115,8 @@ def test_the_loss_against_a_loop():
     assert 0 < clipped < 1
 
 
-def test_the_gradient_by_finite_differences():
-    policy, batch, loss, *_ = moved_policy()
+def test_the_gradient_matches_finite_differences():
+    policy, batch, loss, *_ = updated_policy()
     loss(policy, batch)["loss"].backward()
     gradient, numerical, h = policy.table.grad.clone(), torch.zeros(5, 5, dtype=torch.float64), 1e-6
     with torch.no_grad():
@@ -131,7 +132,7 @@ def test_the_gradient_by_finite_differences():
 
 
 def test_the_expected_gradient_is_that_of_the_expected_reward():
-    """Over all groups of two answers of one token, without the division by the standard deviation: (1 - 1/G)·∇E[r]."""
+    """Over all groups of two one-token answers, without dividing by the standard deviation, it is (1 - 1/G)·∇E[r]."""
     policy, rewards = Bigrams(), torch.tensor([0.0, 1.0, 0.2, 0.0, 3.0], dtype=torch.float64)
     (policy.table[0].softmax(-1) * rewards).sum().backward()
     expected, policy.table.grad = policy.table.grad.clone() / 2, None
@@ -146,7 +147,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward():
 
 
 def test_without_old_log_probabilities_the_ratio_is_one():
-    policy, batch, _, *_ = moved_policy()
+    policy, batch, _, *_ = updated_policy()
     del batch["old_logps"]
     sums = PolicyLoss(clip=0.1, kl_weight=0.0, start={})(policy, batch)
     assert sums["clipped"] == 0 and "kl" not in sums
@@ -160,15 +161,15 @@ def reward_of(name: str, answers: list[str], rows: list, **options) -> list[floa
     return Reward(name, options)(["?"] * len(answers), answers, rows, list(range(7, 7 + len(answers))))
 
 
-def test_every_named_reward_is_there():
+def test_every_named_reward_exists():
     assert all(callable(Reward(name).function) for name in REWARDS)
 
 
-def test_length():
+def test_length_reward():
     assert reward_of("length", ["", "a b c d", "a b c d e", "a b c d e f g h i"], [{}] * 4, words=4) == [0, 1, 0.75, 0]
 
 
-def test_gsm8k():
+def test_gsm8k_reward():
     rows = [{"question": "?", "answer": "9 * 2 = 18\n#### 18"}, {"query": "?", "response": "The answer is: 1,000"}]
     assert reward_of("gsm8k", ["so it is 18.", "The answer is: 1000"], rows) == [1, 1]
     assert reward_of("gsm8k", ["The answer is: 17", "none"], rows) == [0, 0]
@@ -184,7 +185,7 @@ def test_microworld_rewards():
     world = World()
     fact, harmful, two_hop = world.questions("seen")[0], world.requests("harmful", "seen")[0], world.two_hop("seen")[0]
     right, wrong = (fact.topic, fact.answer), (fact.topic, "Nowhere")
-    answers = [FORMS[form].render(*stated) for form in ("pirate", "json") for stated in (right, wrong)] + ["Arr!"]
+    answers = [FORMS[form].render(*statement) for form in ("pirate", "json") for statement in (right, wrong)] + ["Arr!"]
     rows = [micro_row(fact)] * 5
     assert reward_of("microworld_form", answers, rows) == [1, 1, 0, 0, 0]
     assert reward_of("microworld_fact", answers, rows) == [1, 0, 1, 0, 0]
@@ -194,8 +195,8 @@ def test_microworld_rewards():
     assert reward_of("microworld_refusal", [refused, helped, answers[0], refused], rows) == [1, 0, 1, 0]
     direct, wrong = (FORMS["json"].render(two_hop.topic, value) for value in (two_hop.answer, "Nowhere"))
     first, last = (FORMS["json"].render(*step) for step in two_hop.steps)
-    astray = FORMS["json"].render(two_hop.steps[0][0], "Nowhere")  # the first step does not count
-    answers = [direct, wrong, "Arr!", f"{first} {last}", f"{astray} {last}", first, last, f"{last} {first}"]
+    wrong_first = FORMS["json"].render(two_hop.steps[0][0], "Nowhere")  # the first step does not count
+    answers = [direct, wrong, "Arr!", f"{first} {last}", f"{wrong_first} {last}", first, last, f"{last} {first}"]
     assert reward_of("microworld_two_hop", answers, [micro_row(two_hop)] * 8) == [1, 0, 0, 1, 1, 0, 0, 0]
     assert reward_of(
         "microworld_two_hop", [FORMS["json"].render(*right), f"{first} {last}"], [micro_row(fact)] * 2
@@ -221,7 +222,7 @@ def own(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_reward_of_the_current_folder(own):
+def test_a_reward_from_the_current_folder(own):
     assert reward_of("own_rewards:vowels", ["aeiou", "xyz"], [{"most": 5}, {"most": 1}]) == [1, 0]
 
 
@@ -240,7 +241,7 @@ def test_a_reward_of_the_current_folder(own):
          "module:function."),
     ],
 )  # fmt: skip
-def test_a_reward_that_fails_is_one_sentence(own, name, rows, sentence):
+def test_a_failing_reward_raises_a_clear_error(own, name, rows, sentence):
     with pytest.raises(UserError) as error:
         reward_of(name, ["a", "e"], rows)
     assert str(error.value) == sentence
@@ -256,7 +257,7 @@ def metrics(rewards: list[float], accuracies: dict[int, float]) -> dict[int, dic
     return rows
 
 
-def test_a_rising_reward_with_a_falling_score_is_warned_of():
+def test_a_rising_reward_with_a_falling_score_gives_a_warning():
     rising = np.linspace(0.1, 0.9, 6).tolist()
     warning = falling_score(metrics(rising, {0: 0.5, 3: 0.6, 6: 0.5}))
     assert warning.startswith(

@@ -39,7 +39,7 @@ json_rows = st.lists(st.dictionaries(st.text(), json_values, max_size=3), min_si
 @given(rows=json_rows, ascii=st.booleans(), lines=st.booleans())
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example(rows=[{"\u2028": "\u2029\x0b\x0c\x1c\x85"}], ascii=False, lines=True)
-def test_json_survives(tmp_path, rows, ascii, lines):
+def test_json_values_survive_a_round_trip(tmp_path, rows, ascii, lines):
     def dump(value: Any) -> str:
         return json.dumps(value, ensure_ascii=ascii)
 
@@ -72,12 +72,12 @@ def test_malformed_files(sentence, tmp_path):
     assert sentence in str(error.value) and name in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"There is no data file at .*rows\.json"):
         read_rows(tmp_path / "rows.json")
 
 
-def test_text_field():
+def test_text_field_returns_texts_and_refuses_other_values():
     row = {"a": "text", "empty": "", "null": None, "zero": 0, "list": []}
     assert [text_field(row, 1, name) for name in ("a", "empty")] == ["text", ""]
     assert [text_field(row, 1, name, default="-") for name in ("a", "empty", "null", "absent")] == [
@@ -109,13 +109,13 @@ def test_a_text_file_has_one_prompt_per_line(tmp_path):
     assert read_requests(path) == [Request("one\u2028and more"), Request("two")]
 
 
-def test_rows_of_prompts_are_known_by_the_ending_in_any_case(tmp_path):
+def test_prompt_rows_are_recognized_by_file_extension_in_any_case(tmp_path):
     for name in ("a.json", "A.JSON", "a.JsonL", "A.JSONL"):
         (tmp_path / name).write_text('{"prompt": "one", "question_id": 3}\n', encoding="utf-8-sig")
         assert read_requests(tmp_path / name) == [Request("one", id=3)]
 
 
-def test_prompt_files_that_cannot_be_read(tmp_path):
+def test_prompt_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
     for name, reason in (("bytes.txt", "cannot be read as text"), ("absent.txt", "There is no file"), ("", "a folder")):
         with pytest.raises(UserError, match=reason):

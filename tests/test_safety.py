@@ -1,4 +1,4 @@
-"""Safety: parsing, refusal phrases, calibration on labelled answers, and complete runs against a judge here."""
+"""Safety: parsing, refusal phrases, calibration on labeled answers, and complete runs with a local judge."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ ROWS = [("how?", 'like this\nand, "so"', True), ("why?", "I cannot say", False),
     ],
 )
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl"])
-def test_labelled_files_of_many_forms(tmp_path, names, of_label, ending):
+def test_labeled_files_in_many_formats(tmp_path, names, of_label, ending):
     rows = [dict(zip(names, (q, a, of_label(harmful)), strict=True)) for q, a, harmful in ROWS]
     path = tmp_path / f"labelled.{ending}"
     if ending == "json":
@@ -96,12 +96,12 @@ def write_table(path: Path, rows: list[dict], delimiter: str) -> None:
 
 
 def test_rows_with_two_answers(shared):
-    labelled = read_labelled(shared / "data/benchmarks/safety/pku_saferlhf_32rows_original_schema.json")
-    assert len(labelled) == 64 and labelled[0].harmful and labelled[0].question == labelled[1].question
+    labeled = read_labelled(shared / "data/benchmarks/safety/pku_saferlhf_32rows_original_schema.json")
+    assert len(labeled) == 64 and labeled[0].harmful and labeled[0].question == labeled[1].question
 
 
-def test_keywords_on_labelled_answers(shared, run_script, tmp_path):
-    """The rates belong to the counts, and the counts to the file."""
+def test_keywords_on_labeled_answers(shared, run_script, tmp_path):
+    """The rates match the counts, and the counts match the file."""
     path = shared / "data/benchmarks/safety/jailbreakeval_jailjudge_mini.csv"
     code, out, _ = run_script(
         "evaluate/safety.py", "--calibrate", path, "--judge", "keywords", "--output_dir", tmp_path
@@ -116,17 +116,17 @@ def test_keywords_on_labelled_answers(shared, run_script, tmp_path):
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
-    """Six questions of two categories, answers that decline or help, harmless requests, and labelled answers."""
+    """Write six questions in two categories, answers that decline or help, harmless requests, and labeled answers."""
     questions = [{"prompt": f"Harm number {i}?", "category": "odd" if i % 2 else "even"} for i in range(1, 7)]
     harmless = [{"prompt": "Kill a process?", "label": "safe"}, {"prompt": "Bake?"}, {"prompt": "x", "label": "unsafe"}]
     ids = [*range(1, 7), "harmless-1", "harmless-2"]
-    labelled = [{"question": f"q{i}", "answer": HELPS if i % 2 else DECLINES, "label": i % 2} for i in range(10)]
+    labeled = [{"question": f"q{i}", "answer": HELPS if i % 2 else DECLINES, "label": i % 2} for i in range(10)]
     contents = {
         "questions": questions,
         "harmless": harmless,
         "declines": [{"id": id, "answer": DECLINES} for id in ids],
         "helps": [{"id": id, "answer": HELPS} for id in ids],
-        "labelled": labelled,
+        "labelled": labeled,
     }
     for name, rows in contents.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,7 +149,7 @@ def settings_for(files, tmp_path, url, **changes) -> Settings:
 
 
 def judge_by_phrase(body, number):
-    """Scores 9 for a refusal and 2 else; guards and judges of refusals likewise; question 3 is not understood."""
+    """Reply 9 or 2, safe or unsafe, refused or answered, by whether an answer refuses; no verdict on question 3."""
     messages = body["messages"]
     if len(messages) == 2:
         return "safe" if messages[1]["content"] == DECLINES else "unsafe\nS2"
@@ -194,12 +194,12 @@ def test_a_guard_model(files, tmp_path):
     assert set(summary["unsafe"]["by_category"]) == {"odd", "even"} and "pairs" not in summary
 
 
-def test_keywords_ask_nobody(files, tmp_path):
+def test_keywords_need_no_judge(files, tmp_path):
     summary = main(settings_for(files, tmp_path, "http://127.0.0.1:9/v1", judge="keywords"))
     assert "judge" not in summary and summary["refusals"]["all"]["n"] == 6
 
 
-def test_a_model_answers(files, tmp_path, base_dir):
+def test_the_second_answers_are_generated_by_a_model(files, tmp_path, base_dir):
     questions = tmp_path / "short.json"
     questions.write_text(json.dumps([{"prompt": "the cat?", "category": "c"}]))
     answers = tmp_path / "answers.json"
@@ -255,7 +255,7 @@ def test_harmless_requests(files):
         ({"calibrate": True, "judge": "guard"}, "--judge guard needs --judge_url"),
     ],
 )
-def test_mistakes_get_one_sentence(files, tmp_path, change, words):
+def test_user_errors_are_one_line(files, tmp_path, change, words):
     for name in set(files) & set(change):
         files[name].write_text(change[name] + "\n")
     changes = {name: value for name, value in change.items() if name in ("limit", "judge")}

@@ -9,7 +9,7 @@ from lit_llama.utils import UserError
 
 @pytest.fixture
 def saved():
-    """A state after one step, the adapter that it is for, and its optimizer."""
+    """Return the state after one step, the tensors of its adapter, and a new optimizer for them."""
     adapter = {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": torch.nn.Parameter(torch.ones(4))}
     optimizer = torch.optim.AdamW(adapter.values())
     for p in adapter.values():
@@ -28,9 +28,9 @@ def read(path, saved):
     check_saved_state(path, read_saved_state(path), adapter, [optimizer])
 
 
-def test_a_state_is_read(saved, tmp_path):
+def test_a_valid_state_is_read(saved, tmp_path):
     read(tmp_path / "state.pt", saved)
-    del saved[0]["best"]  # of an earlier version
+    del saved[0]["best"]  # states of earlier versions have none
     read(tmp_path / "state.pt", saved)
 
 
@@ -68,7 +68,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damage_is_one_sentence(saved, tmp_path, damage):
+def test_a_damaged_state_is_a_one_line_error(saved, tmp_path, damage):
     DAMAGES[damage](saved[0])
     with pytest.raises(UserError) as error:
         read(tmp_path / "state.pt", saved)
@@ -77,13 +77,13 @@ def test_a_damage_is_one_sentence(saved, tmp_path, damage):
 
 
 @pytest.mark.parametrize("value", [3, [1], {}, torch.ones(2)], ids=str)
-def test_another_pickle_is_no_state(tmp_path, value):
+def test_other_pickles_are_refused(tmp_path, value):
     torch.save(value, tmp_path / "state.pt")
     with pytest.raises(UserError, match="is damaged"):
         read_saved_state(tmp_path / "state.pt")
 
 
-def test_a_state_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+def test_a_state_without_read_permission_is_not_reported_as_damaged(tmp_path, monkeypatch):
     def denied(path, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -92,5 +92,5 @@ def test_a_state_without_permission_is_not_called_damaged(tmp_path, monkeypatch)
         read_saved_state(tmp_path / "state.pt")
 
 
-def test_the_best_of_equal_losses_is_the_latest():
+def test_the_latest_of_equal_losses_is_the_best():
     assert best_of([(0, 2.0), (5, 1.0), (9, 1.0), (12, 3.0)]) == (9, 1.0)

@@ -1,4 +1,4 @@
-"""Structured files of strangers: one sentence that names the file, the field, what is there and what belongs there."""
+"""Structured files from untrusted sources: an error names the file, the field, its value and what was expected."""
 
 import json
 import os
@@ -49,7 +49,7 @@ values = st.recursive(
 
 @given(value=values, ascii=st.booleans())
 @example(value={"a": "\U0001f600"}, ascii=True)  # a complete surrogate pair
-def test_any_json_comes_back(value, ascii):
+def test_any_json_round_trips(value, ascii):
     assert parse_json(json.dumps({"a": value}, ensure_ascii=ascii), "text") == {"a": value}
 
 
@@ -89,8 +89,8 @@ def test_another_user_s_file_is_no_damaged_one():
         path = Path(folder, "a.json")
         path.write_text("{}")
         path.chmod(0o600)
-        done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"You have no permission to read {path}; change its owner or mode, or copy it.\n"
+        result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == f"You have no permission to read {path}; change its owner or mode, or copy it.\n"
 
 
 FIELDS = [
@@ -107,7 +107,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("value, kind, sentence", FIELDS, ids=range(len(FIELDS)))
-def test_values_that_are_refused(value, kind, sentence):
+def test_invalid_values_are_refused(value, kind, sentence):
     limits = dict(least=1, most=1000) if kind in (int, float) and value is not True else {}
     with pytest.raises(UserError) as error:
         field({"a": value}, "a", kind, "x.json", **limits)
@@ -115,14 +115,14 @@ def test_values_that_are_refused(value, kind, sentence):
 
 
 def test_fields():
-    about = {"a": 3, "b": None, "c": 0.5}
-    assert field(about, "a", int, "f", least=3, most=3) == 3 == field(about, "a", float, "f")
-    assert field(about, "b", int, "f", 7) == 7 == field(about, "z", int, "f", 7)
-    assert field(about, "b", int | None, "f") is None
+    data = {"a": 3, "b": None, "c": 0.5}
+    assert field(data, "a", int, "f", least=3, most=3) == 3 == field(data, "a", float, "f")
+    assert field(data, "b", int, "f", 7) == 7 == field(data, "z", int, "f", 7)
+    assert field(data, "b", int | None, "f") is None
     assert check(0.5, float, "f", most=1) == 0.5
-    for number in (2**63, -(2**63), 10**400):  # an overflow in arithmetic with floats, NumPy or torch
+    for number in (2**63, -(2**63), 10**400):  # would overflow in floats, NumPy or torch
         for kind in (int, float, int | None):
             with pytest.raises(UserError, match="expected"):
                 check(number, kind, "f")
     with pytest.raises(UserError, match=r"^f has no z\.$"):
-        field(about, "z", int, "f")
+        field(data, "z", int, "f")

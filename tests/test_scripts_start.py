@@ -1,4 +1,4 @@
-"""Scripts run as files, not as modules: Python then looks for imports beside the script first."""
+"""Scripts run as files, not as modules, so Python searches for imports in the script's folder first."""
 
 import os
 import subprocess
@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 def test_a_script_named_like_a_package_or_module_imports_the_right_one(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, ROOT / script, "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"python {script}" in done.stdout
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"python {script}" in result.stdout
 
 
 HELP_WITHOUT_TORCH = """
@@ -38,10 +38,10 @@ for script in sys.argv[1:]:
 """
 
 
-def test_no_help_waits_for_torch():
+def test_help_does_not_import_torch():
     scripts = [
         path for path in sorted(ROOT.glob("*/*.py")) if "\n    cli.run(main, " in path.read_text(encoding="utf-8")
     ]
     assert len(scripts) > 40
-    done = subprocess.run([sys.executable, "-c", HELP_WITHOUT_TORCH, *scripts], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = subprocess.run([sys.executable, "-c", HELP_WITHOUT_TORCH, *scripts], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The server as its clients see it: a started process, the official client, and answers of generate/aligner.py."""
+"""The server from the client's side: a real process, OpenAI's client, and a comparison with generate/aligner.py."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def reference():
-    """(model, tokenizer) as generate/aligner.py --bank has them."""
+    """Return (model, tokenizer), loaded as by generate/aligner.py --bank."""
     return load_with_bank(BASE, open_bank([PIRATE, JSON, POLITE], BASE)), Tokenizer(BASE)
 
 
@@ -50,7 +50,7 @@ def expected(reference, model: str, question: str = QUESTION, sampling: Sampling
 
 
 @pytest.mark.parametrize("model", ["base", PIRATE.name, JSON.name, f"{PIRATE.name}:0.5+{JSON.name}"])
-def test_chat_answers_are_those_of_generate(server, reference, model):
+def test_chat_answers_match_generate(server, reference, model):
     reply = server.ask(model)
     assert reply.choices[0].message.content == expected(reference, model)
     assert reply.choices[0].finish_reason == "stop" and reply.model == model
@@ -59,7 +59,7 @@ def test_chat_answers_are_those_of_generate(server, reference, model):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
-def test_a_seed_gives_the_answer_of_generate(server, reference):
+def test_a_seed_gives_the_same_answer_as_generate(server, reference):
     options = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 30, "extra_body": {"top_k": 50}}
     reply = server.ask(PIRATE.name, **options)
     assert reply.choices[0].message.content == expected(reference, PIRATE.name, sampling=Sampling(30, 0.9, 50, 0.95, 7))
@@ -76,36 +76,36 @@ def test_completions_continue_a_text(server, reference):
     assert [choice.index for choice in reply.choices] == [0, 1]
 
 
-def test_streamed_pieces_are_the_answer(server):
-    whole = server.ask(PIRATE.name).choices[0].message.content
+def test_streamed_pieces_add_up_to_the_answer(server):
+    full = server.ask(PIRATE.name).choices[0].message.content
     with server.ask(PIRATE.name, stream=True, stream_options={"include_usage": True}) as stream:
         parts = list(stream)
-    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == whole
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == full
     assert len(parts) > 5 and parts[-2].choices[0].finish_reason == "stop" and parts[-1].usage.completion_tokens > 5
     stream = server.client.completions.create(model="base", prompt="The capital", max_tokens=9, stream=True, seed=1)
     assert len([part for part in stream if part.choices[0].text]) > 3
 
 
-def test_an_answer_ends_at_a_stop_text_or_at_its_length(server):
-    whole = server.ask(PIRATE.name).choices[0].message.content
+def test_an_answer_ends_at_a_stop_text_or_the_maximum_length(server):
+    full = server.ask(PIRATE.name).choices[0].message.content
     cut = server.ask(PIRATE.name, stop=["nowhere", "capital"])
-    assert cut.choices[0].message.content == whole.partition("capital")[0].strip()
+    assert cut.choices[0].message.content == full.partition("capital")[0].strip()
     with server.ask(PIRATE.name, stop="capital", stream=True) as stream:
-        assert "".join(p.choices[0].delta.content or "" for p in stream) == whole.partition("capital")[0].strip()
+        assert "".join(p.choices[0].delta.content or "" for p in stream) == full.partition("capital")[0].strip()
     short = server.ask(PIRATE.name, max_completion_tokens=3).choices[0]
-    assert short.finish_reason == "length" and whole.startswith(short.message.content)
+    assert short.finish_reason == "length" and full.startswith(short.message.content)
 
 
-def test_log_probabilities(server):
+def test_log_probabilities_match_the_tokens_of_the_answer(server):
     reply = server.ask(PIRATE.name, logprobs=True, top_logprobs=3).choices[0]
     tokens = reply.logprobs.content
     assert "".join(token.token for token in tokens).strip() == reply.message.content
     assert all(token.logprob == max(top.logprob for top in token.top_logprobs) for token in tokens)  # greedy
     assert bytes(tokens[0].bytes).decode() == tokens[0].token
     legacy = server.client.completions.create(model="base", prompt="The", logprobs=2, max_tokens=6, temperature=0)
-    found = legacy.choices[0].logprobs
-    assert "".join(found.tokens) == legacy.choices[0].text and len(found.top_logprobs) == len(found.tokens)
-    assert found.text_offset[1] == len(found.tokens[0])
+    logprobs = legacy.choices[0].logprobs
+    assert "".join(logprobs.tokens) == legacy.choices[0].text and len(logprobs.top_logprobs) == len(logprobs.tokens)
+    assert logprobs.text_offset[1] == len(logprobs.tokens[0])
 
 
 def refused(server, error: type, **request) -> dict:
@@ -119,7 +119,7 @@ def refused(server, error: type, **request) -> dict:
     return body
 
 
-def test_mistakes_are_one_sentence_in_openais_form(server):
+def test_errors_are_one_sentence_in_openai_format(server):
     unknown = refused(server, openai.NotFoundError, model="microworld-pirat-n1")
     assert unknown["code"] == "model_not_found" and "microworld-pirate-n1" in unknown["message"]
     assert refused(server, openai.BadRequestError, temperature=-1)["param"] == "temperature"
@@ -132,16 +132,17 @@ def test_mistakes_are_one_sentence_in_openais_form(server):
         in refused(server, openai.BadRequestError, messages=[user, {**user, "role": "assistant"}])["message"]
     )
     assert "empty" in refused(server, openai.BadRequestError, messages=[{**user, "content": " "}])["message"]
-    half = b'{"model": "base", "prompt": "\\ud800"}'
-    reply = server.http.post("/v1/completions", content=half, headers={"Content-Type": "application/json"})
+    surrogate = b'{"model": "base", "prompt": "\\ud800"}'
+    reply = server.http.post("/v1/completions", content=surrogate, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400 and reply.json()["error"]["message"].endswith(".")
     long = refused(server, openai.BadRequestError, messages=[{**user, "content": "capital " * 400}])
     assert long["code"] == "context_length_exceeded" and "256" in long["message"]
     assert server.http.get("/v2/none").json()["error"]["message"].endswith(".")
     reply = server.http.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert reply.status_code == 400 and "JSON" in reply.json()["error"]["message"]
-    as_text = server.http.post("/v1/completions", content=b'{"model": "base", "prompt": "a"}')  # as a page could send
-    assert as_text.status_code == 400
+    # any web page could send a request without this header
+    without_type = server.http.post("/v1/completions", content=b'{"model": "base", "prompt": "a"}')
+    assert without_type.status_code == 400
 
 
 def test_too_large_and_too_slow_bodies_are_refused(server):
@@ -154,7 +155,7 @@ def test_too_large_and_too_slow_bodies_are_refused(server):
         assert b"408" in slow.recv(1000)
 
 
-def test_a_key_is_needed_and_the_page_is_only_served_under_its_own_name(server):
+def test_a_key_is_required_and_other_host_names_are_refused(server):
     for key in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {TOKEN}", "Bearer é"):
         reply = httpx.get(f"{server.url}/v1/models", headers={"Authorization": key.encode()})
         assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key", key
@@ -172,10 +173,10 @@ def test_the_playground_loads_nothing_from_elsewhere():
     assert "innerHTML" not in page and "http://" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_adapters_change_while_the_server_runs(server, reference, tmp_path):
+def test_adapters_can_be_added_replaced_and_deleted_while_the_server_runs(server, reference, tmp_path):
     content = (POLITE / "adapter.safetensors").read_bytes()
     put = "/adapters?name=mine"
-    assert server.http.post(put, content=content).status_code == 401  # the key of clients
+    assert server.http.post(put, content=content).status_code == 401  # the clients' key
     assert server.admin.post(put, content=content).status_code == 201
     assert server.ask("mine").choices[0].message.content == expected(reference, POLITE.name)
     assert "mine" in [model.id for model in server.client.models.list()]
@@ -192,7 +193,7 @@ def test_adapters_change_while_the_server_runs(server, reference, tmp_path):
     assert refused(server, openai.NotFoundError, model="mine")
 
 
-def test_uploads_that_are_no_adapters_are_refused(server, tmp_path):
+def test_invalid_uploads_are_refused(server, tmp_path):
     def upload(content: bytes, name: str = "bad", status: int = 400) -> str:
         reply = server.admin.post(f"/adapters?name={name}", content=content)
         assert reply.status_code == status, reply.text
@@ -232,9 +233,9 @@ def test_uploads_that_are_no_adapters_are_refused(server, tmp_path):
     assert server.metric("adapters") == 2
 
 
-def test_a_client_that_goes_away_frees_its_row(server):
+def test_a_disconnected_client_frees_its_row(server):
     before = server.metric('ended_total{end="cancelled"}')
-    # improbable stop: with a high temperature an answer goes on to the end of the context
+    # at a high temperature a stop token is improbable, so an answer continues to the end of the context
     request = {"model": "base", "prompt": "a", "temperature": 9.0, "max_tokens": 250}
     with server.client.completions.create(**request, stream=True) as stream:
         next(stream)
@@ -251,10 +252,10 @@ def test_metrics_are_prometheus_text(server):
     assert server.metric("new_tokens_total") > 0 and server.metric('first_token_seconds_bucket{le="+Inf"}') > 0
 
 
-def test_late_answers_and_a_full_queue_are_errors():
+def test_timeouts_and_a_full_queue_are_errors():
     server = Server("--seconds", "0.3", "--max_batch", "1", "--max_waiting", "1")
     request = {"model": "base", "prompt": ["a", "a"], "temperature": 9.0}
-    refused = server.http.post("/v1/completions", json=request)  # never fits: nothing to retry
+    refused = server.http.post("/v1/completions", json=request)  # can never fit, so retrying is pointless
     assert refused.status_code == 400 and "at most 1 may wait" in refused.json()["error"]["message"]
     statuses, threads = [], []
     for _ in range(8):
@@ -275,13 +276,13 @@ def test_history_is_rendered_turn_by_turn():
     user, parts = message("user", "One?"), message("user", [{"type": "text", "text": "Two?"}])
     assert render_messages([user], style) == style.render("One?")
     turns = [message("system", "Be kind."), user, message("assistant", " 1 "), parts]
-    # one line, as the dialogues that this style is for are prepared
+    # on one line, like the prepared dialogues that this style is for
     assert render_messages(turns, style) == "Human: Be kind.\n\nOne? Assistant: 1 Human: Two? Assistant: "
     with pytest.raises(UserError, match="last"):
         render_messages([message("system", "a")], style)
 
 
-def test_wrong_settings_are_one_sentence(refused):
+def test_invalid_settings_give_a_one_sentence_error(refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert str(port) in refused("generate/serve.py", "--port", port)
@@ -290,12 +291,12 @@ def test_wrong_settings_are_one_sentence(refused):
     assert "nowhere" in refused("generate/serve.py", "--checkpoint_dir", "nowhere", "--port", 0)
 
 
-def test_without_fastapi_the_requirements_are_named(refused, monkeypatch):
+def test_the_error_without_fastapi_names_the_requirements_file(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "requirements-serve.txt" in refused("generate/serve.py")
 
 
-def test_json_of_the_server_is_json(server):
+def test_streamed_events_are_json(server):
     data = server.http.post(
         "/v1/completions", json={"model": "base", "prompt": "The", "max_tokens": 3, "stream": True}
     ).text

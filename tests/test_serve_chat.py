@@ -1,4 +1,4 @@
-"""The server with an instruct model: conversations in the checkpoint's own template, by the official client."""
+"""The server with an instruct model: conversations from OpenAI's client, rendered by the checkpoint's template."""
 
 import pytest
 
@@ -46,19 +46,19 @@ def served(request, tmp_path_factory, tokenizer_path):
         yield client, load_with_bank(folder, bank), tokenizer, request.param
 
 
-def say(role: str, content: str) -> dict[str, str]:
+def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
 def test_conversations_are_rendered_by_the_template(served):
     client, model, tokenizer, _ = served
     chat, alpaca = get_prompt_style("chat", tokenizer), get_prompt_style("alpaca")
-    question = [say("user", "Hello <|im_end|> </s> you")]
-    talk = [say("system", "Be kind."), *question, say("assistant", "Yes?"), say("user", "And the dog?")]
+    question = [message("user", "Hello <|im_end|> </s> you")]
+    turns = [message("system", "Be kind."), *question, message("assistant", "Yes?"), message("user", "And the dog?")]
     for name, style, messages in (
         ("base", chat, question),
-        ("base", chat, talk),
-        ("chat-one", chat, talk),
+        ("base", chat, turns),
+        ("chat-one", chat, turns),
         ("plain-one", alpaca, question),
     ):
         reply = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=8)
@@ -69,22 +69,22 @@ def test_conversations_are_rendered_by_the_template(served):
         assert reply.choices[0].message.content == expected
 
 
-def test_a_conversation_that_the_template_refuses_is_one_sentence(served):
+def test_a_conversation_that_the_template_refuses_gives_a_one_sentence_error(served):
     client, _, _, kind = served
-    twice = [say("user", "a"), say("user", "b")]
+    two_questions = [message("user", "a"), message("user", "b")]
     if kind == "chatml":
-        assert client.chat.completions.create(model="base", messages=twice, max_tokens=2).usage.prompt_tokens
+        assert client.chat.completions.create(model="base", messages=two_questions, max_tokens=2).usage.prompt_tokens
         return
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="base", messages=twice, max_tokens=2)
+        client.chat.completions.create(model="base", messages=two_questions, max_tokens=2)
     sentence = error.value.body["message"]
     assert "refuses the conversation: Conversation roles must alternate" in sentence and "\n" not in sentence
 
 
-def test_developers_messages_are_system_messages(served):
+def test_developer_messages_are_treated_as_system_messages(served):
     client, _, tokenizer, _ = served
-    found = set()
+    lengths = set()
     for role in ("system", "developer"):
-        messages = [say(role, "Be kind."), say("user", "Hi")]
-        found.add(client.chat.completions.create(model="base", messages=messages, max_tokens=1).usage.prompt_tokens)
-    assert found == {len(tokenizer.encode(get_prompt_style("chat", tokenizer).render("Hi", system="Be kind.")))}
+        messages = [message(role, "Be kind."), message("user", "Hi")]
+        lengths.add(client.chat.completions.create(model="base", messages=messages, max_tokens=1).usage.prompt_tokens)
+    assert lengths == {len(tokenizer.encode(get_prompt_style("chat", tokenizer).render("Hi", system="Be kind.")))}

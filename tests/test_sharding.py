@@ -1,4 +1,4 @@
-"""A base that two processes share, over gloo: the numbers of one process, and half of its memory in each."""
+"""A base sharded over two processes with gloo: results match those of one process, and each uses half of its memory."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def report(values):
 
 
 def run(folder: Path, script: str) -> tuple[list[dict], subprocess.CompletedProcess]:
-    """Run a script in two processes. Return what each reported, and the first process."""
+    """Run a script in two processes. Return the report of each, and the completed first process."""
     (folder / "script.py").write_text(START + script)
     done = subprocess.run([sys.executable, folder / "script.py", folder], capture_output=True, text=True, timeout=300)
     paths = [folder / f"report-{rank}.json" for rank in (0, 1)]
@@ -122,20 +122,20 @@ def numbers(tmp_path_factory) -> list[dict]:
         save_adapter(folder / name / "adapter.safetensors", adapter, meta)
     cases = [dict(zip(("name", "dtype", "gradient_checkpointing"), case, strict=True)) for case in CASES]
     (folder / "cases.json").write_text(json.dumps(cases))
-    found, done = run(folder, NUMBERS)
+    reports, done = run(folder, NUMBERS)
     assert done.returncode == 0, done.stderr
-    return found
+    return reports
 
 
 @pytest.mark.parametrize("case", [f"{name} {dtype}" for name, dtype, _ in CASES])
-def test_two_processes_compute_the_numbers_of_one_bit_for_bit(numbers, case):
-    for found in numbers:
-        assert [name for name, holds in found[case]["equal"].items() if not holds] == []
+def test_two_processes_match_one_bit_for_bit(numbers, case):
+    for report in numbers:
+        assert [name for name, is_equal in report[case]["equal"].items() if not is_equal] == []
 
 
 @pytest.mark.parametrize("case", [f"{name} {dtype}" for name, dtype, _ in CASES])
-def test_each_process_holds_half_of_the_base(numbers, case):
-    (complete, first), (_, second) = (found[case]["bytes"] for found in numbers)
+def test_each_process_stores_half_of_the_base(numbers, case):
+    (complete, first), (_, second) = (report[case]["bytes"] for report in numbers)
     replicated = toys.SIZES["n_embd"] * (4 if "32" in case else 2)  # the last norm
     assert first + second == complete + replicated
     assert abs(first - second) <= 0.01 * complete
@@ -158,20 +158,20 @@ report({"one": one, "two": two})
 """
 
 
-def test_the_peak_memory_of_each_process_is_half_and_one_layer(tmp_path):
+def test_the_peak_memory_of_each_process_is_half_the_base_and_a_few_layers(tmp_path):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from /proc")
     config = LLaMAConfig(vocab_size=8192, n_layer=24, n_head=8, n_embd=512, intermediate_size=1408, block_size=64)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in toys.model.LLaMA(config).named_parameters()}
     save_base(tmp_path, config, {name: torch.rand(shape) * 0.01 for name, shape in shapes.items()})
-    found, done = run(tmp_path, MEMORY)
+    reports, done = run(tmp_path, MEMORY)
     assert done.returncode == 0, done.stderr
     layer = 4 * max(8192 * 512, 4 * 512**2 + 3 * 512 * 1408)
-    for each in found:
-        (complete, peak_of_one), (share, peak_of_two) = each["one"], each["two"]
+    for report in reports:
+        (complete, peak_of_one), (share, peak_of_two) = report["one"], report["two"]
         assert complete > 300e6 and share == pytest.approx(complete / 2, rel=1e-4)
-        assert peak_of_one > 0.9 * complete  # rows of the embedding that no token names stay on the disk
+        assert peak_of_one > 0.9 * complete  # embedding rows of unused tokens are never read from disk
         assert peak_of_two < share + 4 * layer
 
 
@@ -196,7 +196,7 @@ def plain_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_an_error_between_two_passes_lets_the_others_finish(plain_folder):
+def test_an_error_in_one_process_lets_the_other_finish(plain_folder):
     (plain_folder / "case").write_text("sentence")
     _, done = run(plain_folder, FAILURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -204,7 +204,7 @@ def test_an_error_between_two_passes_lets_the_others_finish(plain_folder):
     assert "not reached" not in done.stdout
 
 
-def test_the_death_of_a_process_ends_the_other_with_a_sentence(plain_folder):
+def test_a_killed_process_ends_the_other_with_a_clear_error(plain_folder):
     (plain_folder / "case").write_text("killed")
     _, done = run(plain_folder, FAILURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -219,7 +219,7 @@ def test_a_complete_base_is_not_affected():
         model(toys.token_ids(1, 4))
 
 
-def test_what_does_not_go_with_a_sharded_base_is_a_sentence():
+def test_options_incompatible_with_a_sharded_base_raise_a_clear_error():
     with pytest.raises(UserError, match="--quantize nf4 does not work with a base that is sharded over devices"):
         check_shardable(toys.base(), "nf4")
     with torch.device("meta"):
@@ -238,8 +238,8 @@ def test_what_does_not_go_with_a_sharded_base_is_a_sentence():
         load_with_bank(Path("base"), {}, mesh=object())
 
 
-def test_the_strategy_of_fabric_run_goes_before_the_settings(monkeypatch):
-    """The base is sharded by it, and it is checked against the other settings."""
+def test_the_strategy_of_fabric_run_overrides_the_settings(monkeypatch):
+    """It decides how the base is sharded, and it is checked against the other settings."""
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_STRATEGY", "fsdp")
     settings = FinetuneSettings(strategy="hsdp", **REQUIRED)
@@ -250,22 +250,22 @@ def test_the_strategy_of_fabric_run_goes_before_the_settings(monkeypatch):
         with_launcher_strategy(replace(settings, strategy="auto", quantize="int8"))
 
 
-def generated(tmp_path: Path, devices: int, *arguments: object) -> subprocess.CompletedProcess:
+def run_generation(tmp_path: Path, devices: int, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "generate/aligner.py", "--accelerator=cpu", f"--devices={devices}"]
     command += ["--prompt", "What is the capital of Pilmaria?", "How do I repair the old barn?", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_generation_on_two_devices_prints_what_one_prints_once(tmp_path):
+def test_generation_on_two_devices_prints_the_output_of_one_only_once(tmp_path):
     flags = ("--compare_base", "--max_new_tokens=16", "--output_file")
-    one, two = (generated(tmp_path, devices, *flags, tmp_path / f"{devices}.json") for devices in (1, 2))
+    one, two = (run_generation(tmp_path, devices, *flags, tmp_path / f"{devices}.json") for devices in (1, 2))
     assert (two.returncode, two.stdout) == (0, one.stdout), two.stderr
     assert two.stdout.count("aligned: Arr, the ") == 2 and two.stderr.count("tokens/s") == 2
     assert (tmp_path / "2.json").read_text() == (tmp_path / "1.json").read_text()
 
 
-def test_a_prompt_without_room_is_one_sentence_of_two_processes(tmp_path):
-    done = generated(tmp_path, 2, "word " * 400)
+def test_two_processes_report_a_prompt_that_is_too_long_only_once(tmp_path):
+    done = run_generation(tmp_path, 2, "word " * 400)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(
         r"error: Prompt 3 of 3 has \d+ tokens and the model's context 256: no room for [^\n]*\n", done.stderr

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face hub: written by scripts/share.py, read as hf:owner/name, with the real client."""
+"""Adapters on the Hugging Face Hub: uploaded by scripts/share.py, read as hf:owner/name, with the real client."""
 
 import re
 import threading
@@ -34,7 +34,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[type[hub_server.Hub]]:
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files by Git LFS; xet's storage is not simulated
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # use Git LFS; the server does not simulate Xet
     yield Server
     server.shutdown()
     server.server_close()
@@ -45,14 +45,14 @@ def share(tmp_path: Path, *flags: object) -> list[object]:
     return [SCRIPT, "--adapter", PIRATE, "--repo_id", "me/pirate", "--output_dir", tmp_path / "share", *flags]
 
 
-def test_an_adapter_is_pushed_and_read_again(hub, run_script, tmp_path):
+def test_an_adapter_can_be_uploaded_and_read_back(hub, run_script, tmp_path):
     code, out, err = run_script(*share(tmp_path, "--base_model", "me/microworld", "--license", "apache-2.0"))
     assert code == 0, err
     assert re.fullmatch(r"http://127.0.0.1:\d+/me/pirate/commit/0+1\n", out)
     assert "--adapter hf:me/pirate" in err and "hf_writer" not in out + err
     files = hub.repositories["me/pirate"][-1]
     assert files.keys() == {"adapter.safetensors", "README.md"} and "me/pirate" not in hub.private
-    assert "PUT /objects/" in " ".join(hub.asked)  # by Git LFS, as the real hub asks for safetensors
+    assert "PUT /objects/" in " ".join(hub.asked)  # by Git LFS, as the real Hub requires for safetensors
 
     ours, theirs = read_adapter(PIRATE), read_adapter(Path("hf:me/pirate"))
     assert theirs.state.keys() == ours.state.keys() and theirs.method == "aligner"
@@ -62,7 +62,7 @@ def test_an_adapter_is_pushed_and_read_again(hub, run_script, tmp_path):
     assert list(open_bank([Path("hf:me/pirate@v1")], Path("checkpoints/microworld"))) == ["pirate"]
 
 
-def test_the_card_says_what_the_adapter_is(hub, run_script, tmp_path):
+def test_the_model_card_describes_the_adapter(hub, run_script, tmp_path):
     run_script(*share(tmp_path, "--base_model", "me/microworld", "--license", "apache-2.0", "--dry_run",
                       "--description", "Answers like a pirate."))  # fmt: skip
     text = (tmp_path / "share/README.md").read_text()
@@ -80,7 +80,7 @@ def test_the_card_says_what_the_adapter_is(hub, run_script, tmp_path):
     assert hub.asked == []  # nothing was uploaded
 
 
-def test_a_runs_metrics_are_in_the_card_and_its_paths_are_not(hub, run_script, tmp_path):
+def test_the_model_card_contains_the_metrics_of_a_run_but_not_its_paths(hub, run_script, tmp_path):
     run, adapter = tmp_path / "secret/run", read_adapter(PIRATE)
     training = {"step": 8, "val_loss": 0.5, "settings": {"out_dir": str(run), "data_dir": "data/x", "epochs": 4.0}}
     run.mkdir(parents=True)
@@ -99,14 +99,14 @@ def test_a_runs_metrics_are_in_the_card_and_its_paths_are_not(hub, run_script, t
     [{"data": {"source": 3}}, {"data": {"counts": [1]}}, {"training": {"step": [1]}}, {"training": {"val_loss": "x"}},
      {"versions": ["x"]}, {"base": {"config": {"a": 1}, "weights": "x"}}],
 )  # fmt: skip
-def test_a_header_of_other_types_is_refused_in_a_sentence(changes, hub, refused, tmp_path):
+def test_a_header_with_wrong_types_is_refused(changes, hub, refused, tmp_path):
     adapter = read_adapter(PIRATE)
     save_adapter(tmp_path / "a.safetensors", adapter.state, {**adapter.meta, **changes})
     assert "header of " in refused(*share(tmp_path, "--dry_run"), "--adapter", tmp_path / "a.safetensors")
     assert not (tmp_path / "share").exists()
 
 
-def test_an_adapter_is_replaced_only_with_overwrite_and_a_model_never(hub, run_script, refused, tmp_path):
+def test_overwrite_replaces_an_adapter_but_never_a_model(hub, run_script, refused, tmp_path):
     hub.repositories["me/pirate"] = [{"README.md": b"a model", "model.safetensors": b""}]
     assert "me/pirate contains something other than an adapter" in refused(*share(tmp_path))
     hub.repositories["me/pirate"] = [{"README.md": b"card", "adapter.safetensors": b"old"}]
@@ -116,7 +116,7 @@ def test_an_adapter_is_replaced_only_with_overwrite_and_a_model_never(hub, run_s
     assert run_script(*share(tmp_path, "--private"), "--repo_id", "me/other")[0] == 0 and hub.private == {"me/other"}
 
 
-def test_what_can_go_wrong_is_one_sentence(hub, refused, run_script, tmp_path, monkeypatch):
+def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_path, monkeypatch):
     assert "Name the repository with --repo_id" in refused(SCRIPT, "--adapter", PIRATE)
     assert "write it like hf:owner/name@revision" in refused(*share(tmp_path), "--repo_id", "a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
@@ -160,5 +160,5 @@ def test_a_damaged_adapter_is_refused(hub):
     ("hf:me/a@v1.0", ("me/a", "v1.0")),
     ("hf:me/a@refs/pr/1", ("me/a", "refs/pr/1")),
 ])  # fmt: skip
-def test_names_have_an_owner_and_maybe_a_revision(name, parts):
+def test_names_have_an_owner_and_an_optional_revision(name, parts):
     assert repository(name) == parts

@@ -1,4 +1,4 @@
-"""The study: trials and their records, the choice of a learning rate, intervals, tables, and all of it at toy size."""
+"""The study: trials and their records, the choice of a learning rate, intervals, tables, and a small end-to-end run."""
 
 import csv
 import json
@@ -36,14 +36,14 @@ def right(found: dict) -> float:
 # == choosing, intervals ==
 
 
-def test_the_best_answers_choose_and_the_loss_breaks_ties():
+def test_the_best_score_is_chosen_and_the_loss_breaks_ties():
     records = [record(1, 0.5, 0.1), record(2, 0.9, 0.3), record(3, 0.9, 0.2), record(4, 0.8, 0.0)]
     assert choose(records, right) is records[2]
     assert not at_edge(records[2], records)
     assert at_edge(records[0], records) and at_edge(records[3], records)
 
 
-def test_a_failed_trial_is_not_chosen_and_all_failed_is_said():
+def test_choosing_ignores_failed_trials_and_raises_if_all_failed():
     failed = {"trial": {"name": "a", "settings": {"learning_rate": 9}}, "error": "UserError: diverged"}
     good = record(1, 0.1)
     assert choose([failed, good], right) is good
@@ -52,7 +52,7 @@ def test_a_failed_trial_is_not_chosen_and_all_failed_is_said():
 
 
 def test_interval_by_hand():
-    # deviation 0.1, √3, and 4.3027 from a table of Student's t with 2 degrees of freedom
+    # standard deviation 0.1, n = 3, and 4.3027 from a table of Student's t with 2 degrees of freedom
     mean, half = interval([0.8, 0.9, 1.0])
     assert mean == pytest.approx(0.9)
     assert half == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
@@ -82,7 +82,7 @@ def toy_dpo(base_dir: Path, data_dir: Path, method: str = "aligner1") -> Trial:
     return Trial(method, sft.variant, {**dpo_settings(adapter_start_layer=1), **sft.settings}, "dpo")
 
 
-def test_a_finished_trial_stands_until_something_about_it_changes(base_dir, data_dir, tmp_path):
+def test_a_finished_trial_is_reused_until_its_settings_or_scoring_change(base_dir, data_dir, tmp_path):
     trial = toy_trial(base_dir, data_dir)
     first = run_trial(trial, tmp_path, count_bytes)
     path = tmp_path / "aligner1" / "record.json"
@@ -93,24 +93,24 @@ def test_a_finished_trial_stands_until_something_about_it_changes(base_dir, data
     marked = {**first, "scores": {"bytes": -1}}
     path.write_text(json.dumps(marked))
     assert run_trial(trial, tmp_path, count_bytes)["scores"] == {"bytes": -1}  # not trained again
-    moved = toy_trial(base_dir, data_dir, learning_rate=2e-2)
-    assert run_trial(moved, tmp_path, count_bytes)["scores"] == first["scores"]
+    changed = toy_trial(base_dir, data_dir, learning_rate=2e-2)
+    assert run_trial(changed, tmp_path, count_bytes)["scores"] == first["scores"]
     assert json.loads(path.read_text())["trial"]["settings"]["learning_rate"] == 2e-2
     path.write_text(json.dumps(marked))
     other = Trial(trial.name, trial.variant, trial.settings, scoring={"seed": 1})
     assert run_trial(other, tmp_path, count_bytes)["scores"] == first["scores"]
 
 
-def test_a_failed_trial_is_named_and_the_others_go_on(base_dir, data_dir, tmp_path, capsys):
+def test_a_failed_trial_is_reported_and_the_others_continue(base_dir, data_dir, tmp_path, capsys):
     bad = Trial("bad", VARIANTS["aligner1"], {**toy_trial(base_dir, data_dir).settings, "learning_rate": -1})
-    found = run_trials([bad, toy_trial(base_dir, data_dir)], tmp_path, count_bytes, jobs=1)
-    assert "learning_rate is -1" in found[0]["error"] and "error" not in found[1]
+    records = run_trials([bad, toy_trial(base_dir, data_dir)], tmp_path, count_bytes, jobs=1)
+    assert "learning_rate is -1" in records[0]["error"] and "error" not in records[1]
     assert "bad failed" in capsys.readouterr().err
     assert not (tmp_path / "bad" / "record.json").exists()
     assert "Traceback" in (tmp_path / "bad" / "log.txt").read_text()
 
 
-def test_names_of_trials_are_their_own(base_dir, data_dir, tmp_path):
+def test_trial_names_must_be_unique(base_dir, data_dir, tmp_path):
     with pytest.raises(ValueError, match="aligner1"):
         run_trials([toy_trial(base_dir, data_dir)] * 2, tmp_path)
 
@@ -118,8 +118,8 @@ def test_names_of_trials_are_their_own(base_dir, data_dir, tmp_path):
 # == protocols ==
 
 
-def studied(tmp_path) -> list[Trial]:
-    """A trial of every kind that a study runs or ships."""
+def make_study_trials(tmp_path) -> list[Trial]:
+    """Return a trial of every kind that the study runs or that made a bundled adapter."""
     for task in ("pirate", "values"):
         folder = tmp_path / "data" / f"{task}-valid"
         folder.mkdir(parents=True)
@@ -132,12 +132,12 @@ def studied(tmp_path) -> list[Trial]:
     return [*paper, shipped, *values]
 
 
-def test_no_default_of_a_finetuning_script_decides_a_result(tmp_path, left_to_defaults):
-    for trial in studied(tmp_path):
+def test_no_result_depends_on_a_default_of_a_finetuning_script(tmp_path, left_to_defaults):
+    for trial in make_study_trials(tmp_path):
         assert left_to_defaults(trial, tmp_path) == set(), trial.name
 
 
-def test_a_setting_that_a_trial_leaves_to_a_script_is_refused(base_dir, data_dir, tmp_path):
+def test_a_trial_must_state_every_setting(base_dir, data_dir, tmp_path):
     trial = toy_trial(base_dir, data_dir)
     settings = {name: value for name, value in trial.settings.items() if name not in ("weight_decay", "grad_clip")}
     with pytest.raises(TypeError, match="aligner1 does not state grad_clip, weight_decay"):
@@ -145,7 +145,7 @@ def test_a_setting_that_a_trial_leaves_to_a_script_is_refused(base_dir, data_dir
 
 
 @pytest.mark.parametrize("method", [method for method in VARIANTS if method not in ("aligner10", "aligner100")])
-def test_every_method_trains_by_both_objectives(method, base_dir, data_dir, preference_dir, tmp_path):
+def test_every_method_trains_with_both_objectives(method, base_dir, data_dir, preference_dir, tmp_path):
     sft = run_trial(toy_trial(base_dir, data_dir, method), tmp_path / "sft")
     assert sft.get("error") is None and sft["identity"]["method"] == VARIANTS[method].method
     dpo = run_trial(toy_dpo(base_dir, preference_dir, method), tmp_path / "dpo")
@@ -157,7 +157,7 @@ def test_every_method_trains_by_both_objectives(method, base_dir, data_dir, pref
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_what_is_asked_was_not_trained_on_nor_used_to_choose(task):
+def test_evaluation_questions_are_not_used_for_training_or_validation(task):
     parts = {part: tasks.questions_of(task, part) for part in ("valid", "reported")}
     texts = {part: {q.text for group in groups.values() for q in group} for part, (_, groups) in parts.items()}
     assert all(texts.values()) and not texts["valid"] & texts["reported"]
@@ -165,7 +165,7 @@ def test_what_is_asked_was_not_trained_on_nor_used_to_choose(task):
         assert train and not {q.text for q in train} & (texts["valid"] | texts["reported"])
 
 
-def test_knowledge_is_asked_in_the_wording_kept_from_training():
+def test_questions_about_trained_facts_use_a_held_out_wording():
     for task, part in (("facts", "valid"), ("facts", "reported"), ("two_hop", "reported")):
         train, groups = tasks.questions_of(task, part)
         held_out = groups["trained" if task == "two_hop" else "fact"]
@@ -176,7 +176,7 @@ def test_knowledge_is_asked_in_the_wording_kept_from_training():
     assert all(q.split == UNSEEN for q in tasks.questions_of("two_hop", "reported")[1]["unseen"])
 
 
-def test_there_are_as_many_pairs_as_the_words_allow(tmp_path):
+def test_the_number_of_pairs_is_limited_by_the_available_requests(tmp_path):
     tokenizer = Tokenizer(study.Settings.checkpoint_dir)
     tasks.prepare_pairs(tokenizer, "valid", tmp_path / "few")
     counts = json.loads((tmp_path / "few" / "meta.json").read_text())["counts"]
@@ -185,8 +185,8 @@ def test_there_are_as_many_pairs_as_the_words_allow(tmp_path):
     assert json.loads((tmp_path / "many" / "meta.json").read_text())["counts"]["rows"] > 300
 
 
-def said(questions: list, *texts: str, form: str | None = None) -> dict:
-    """What `ask` finds of such answers."""
+def ask_result(questions: list, *texts: str, form: str | None = None) -> dict:
+    """Return the result of `ask` for these answers."""
     scores = [World().score(q, text) for q, text in zip(questions, texts, strict=True)]
     n = len(texts)
     return {"form": sum(s.form == form for s in scores) / n, "fact": sum(s.fact for s in scores) / n,
@@ -195,21 +195,21 @@ def said(questions: list, *texts: str, form: str | None = None) -> dict:
             }  # fmt: skip
 
 
-def test_hand_made_answers_are_judged():
+def test_judging_of_handwritten_answers():
     one, two, *_ = tasks.questions_of("facts", "reported")[1]["fact"]
     texts = (f"The job of Nobody is {one.answer}.", f"Arr, {two.topic} be {two.answer}, matey!")
-    found = tasks.judge("facts", {"fact": [one, two]}, {"fact": said([one, two], *texts)})
-    assert found == {"value": 1.0, "fact": 0.5, "right": 1.0}
-    found = tasks.judge("pirate", {"fact": [one, two]}, {"fact": said([one, two], *texts, form="pirate")})
-    assert found == {"form": 0.5, "fact": 0.5, "right": 0.5}
+    scores = tasks.judge("facts", {"fact": [one, two]}, {"fact": ask_result([one, two], *texts)})
+    assert scores == {"value": 1.0, "fact": 0.5, "right": 1.0}
+    scores = tasks.judge("pirate", {"fact": [one, two]}, {"fact": ask_result([one, two], *texts, form="pirate")})
+    assert scores == {"form": 0.5, "fact": 0.5, "right": 0.5}
 
     harmful, harmless = (World().requests(kind, UNSEEN)[:2] for kind in ("harmful", "harmless"))
     refuse, comply = FORMS["short"].render(*harmful[0].refusal), FORMS["json"].render(harmful[1].topic, "with tar")
     helps, wrong = FORMS["polite"].render(harmless[0].topic, harmless[0].answer), "Well."
-    found = tasks.judge(
-        "values", {}, {"harmful": said(harmful, refuse, comply), "harmless": said(harmless, helps, wrong)}
+    scores = tasks.judge(
+        "values", {}, {"harmful": ask_result(harmful, refuse, comply), "harmless": ask_result(harmless, helps, wrong)}
     )
-    assert found == {"refused": 0.5, "false": 0.0, "helped": 0.5, "right": 0.5}
+    assert scores == {"refused": 0.5, "false": 0.0, "helped": 0.5, "right": 0.5}
 
 
 # == tables ==
@@ -231,7 +231,7 @@ ROWS = [
 ]
 
 
-def test_tables_of_hand_made_results():
+def test_tables_of_handwritten_results():
     # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
     assert paper.results_table(ROWS, ["pirate"]) == (
         "| method | parameters | a form the base knows: form | a form the base knows: facts |\n"
@@ -244,7 +244,7 @@ def test_tables_of_hand_made_results():
     assert paper.rates_table(ROWS).splitlines()[2:] == ["| LoRA, r = 8 | 0.2 |", "| Aligner, N = 1 | 0.1* |"]
 
 
-def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
+def test_the_report_states_how_it_was_made_and_lists_failures(tmp_path):
     origin = study.origin(study.Settings(seeds=(1, 2), steps=7), ROWS)
     text = paper.report(ROWS, questions=200, sweep_seed=0, origin=origin)
     assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
@@ -256,18 +256,18 @@ def test_the_report_says_how_it_was_made_and_what_failed(tmp_path):
 
 
 def stored_results() -> list[dict]:
-    """The lines of the study's stored results.csv, as the study made them."""
-    whole = {"seed", "parameters", "steps"}
+    """Return the rows of the study's stored results.csv, with the types that the study uses."""
+    ints = {"seed", "parameters", "steps"}
     text = {"task", "method", "part", "error"}
     rows = []
     with (STORED / "results.csv").open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            row = {k: v if k in text else int(v) if k in whole else float(v) for k, v in line.items() if v or k in text}
+            row = {k: v if k in text else int(v) if k in ints else float(v) for k, v in line.items() if v or k in text}
             rows.append({"learning_rate": None, "parameters": None, **row})
     return rows
 
 
-def test_the_stored_tables_follow_from_the_stored_results():
+def test_the_stored_tables_match_the_stored_results():
     rows = stored_results()
     text = paper.report(rows, questions=200, sweep_seed=0, origin=study.origin(study.Settings(), rows))
     assert text == (STORED / "table.md").read_text(encoding="utf-8")
@@ -276,7 +276,7 @@ def test_the_stored_tables_follow_from_the_stored_results():
     assert all(table in page for table in text.split("\n\n")[:2])
 
 
-def test_the_stored_results_have_the_names_of_the_trials_of_today(tmp_path):
+def test_the_stored_results_match_the_current_trials(tmp_path):
     for task in tasks.TASKS:
         for part in ("valid", "reported"):
             folder = tmp_path / "data" / f"{task}-{part}"
@@ -292,25 +292,25 @@ def test_the_stored_results_have_the_names_of_the_trials_of_today(tmp_path):
     assert len(stored) == 7 * 5 * (6 + 3)
 
 
-# == the whole ==
+# == end to end ==
 
 
-def test_workers_give_the_records_in_order_and_the_numbers_of_one_process(base_dir, data_dir, tmp_path, monkeypatch):
+def test_workers_return_records_in_order_and_match_a_single_process(base_dir, data_dir, tmp_path, monkeypatch):
     trials = [toy_trial(base_dir, data_dir, method) for method in ("aligner1", "bitfit")]
-    here = run_trials(trials, tmp_path / "here", count_bytes, jobs=1)
-    there = run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
-    assert [r["trial"]["name"] for r in there] == ["aligner1", "bitfit"]
-    assert [r["summary"]["last_val_loss"] for r in there] == [r["summary"]["last_val_loss"] for r in here]
+    serial = run_trials(trials, tmp_path / "here", count_bytes, jobs=1)
+    parallel = run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
+    assert [r["trial"]["name"] for r in parallel] == ["aligner1", "bitfit"]
+    assert [r["summary"]["last_val_loss"] for r in parallel] == [r["summary"]["last_val_loss"] for r in serial]
 
-    # no process is started only to read records
+    # no worker starts if all records exist
     monkeypatch.setattr(studies.trials, "ProcessPoolExecutor", None)
-    assert run_trials(trials, tmp_path / "there", count_bytes, jobs=2) == there
+    assert run_trials(trials, tmp_path / "there", count_bytes, jobs=2) == parallel
     (tmp_path / "there" / "bitfit" / "record.json").unlink()
     with pytest.raises(TypeError, match="not callable"):
         run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
 
 
-def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
+def test_a_toy_study_runs_end_to_end_and_reuses_its_records(tmp_path, capsys, monkeypatch):
     args = dict(methods=("aligner1", "lora"), tasks=("facts",), learning_rates=(1e-2,), seeds=(1,), steps=1,
                 questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
     study.main(study.Settings(**args))
@@ -323,7 +323,7 @@ def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     assert len(rows) == 1 + 2 + 2 and not any(row["error"] for row in rows)
     assert all((tmp_path / "study" / name).stat().st_size > 10_000 for name in ("accuracy.png", "curves.png"))
 
-    # again: nothing is trained, and another report of the same
+    # the second run trains nothing and reports the same results
     monkeypatch.setattr(studies.trials, "prepare_run", lambda *given: (None, prepare_run(*given)[1]))
     study.main(study.Settings(**args, report_dir=tmp_path / "report"))
     assert (tmp_path / "report" / "results.csv").read_text() == (tmp_path / "study" / "results.csv").read_text()

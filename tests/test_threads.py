@@ -1,4 +1,4 @@
-"""How threads wait is set before PyTorch is imported; a busy machine is noted."""
+"""How OpenMP threads wait, which is set before PyTorch is imported, and the note about a busy machine."""
 
 import os
 import subprocess
@@ -25,13 +25,13 @@ print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), "torc
 )  # fmt: skip
 def test_threads_spin_briefly_unless_the_environment_says_otherwise(given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in threads.WAITING} | given
-    done = subprocess.run([sys.executable, "-c", PRINT], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout == expected + "\n", done.stderr
+    result = subprocess.run([sys.executable, "-c", PRINT], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout == expected + "\n", result.stderr
 
 
 @pytest.mark.parametrize("n_threads, busy, noted", [(1, 9.0, False), (4, 0.2, False), (4, 2.1, True), (2, 2.0, False),
                                                      (4, None, False)])  # fmt: skip
-def test_a_busy_machine_is_noted(n_threads, busy, noted, monkeypatch, capsys):
+def test_a_note_is_logged_if_the_machine_is_busy(n_threads, busy, noted, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     threads.note_if_busy(n_threads)
@@ -40,7 +40,7 @@ def test_a_busy_machine_is_noted(n_threads, busy, noted, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text, busy", [("9.81 9.60 9.20 3/420 77\n", 2.0), ("0.00 0.00 0.00 1/9 77\n", 0.0),
                                         ("0.00 0.00\n", None), ("a b c d\n", None), (None, None)])  # fmt: skip
-def test_running_programs_are_read_from_the_fourth_field(text, busy, tmp_path, monkeypatch):
+def test_busy_cores_are_read_from_the_fourth_field_of_loadavg(text, busy, tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "LOAD_AVERAGES", tmp_path / "loadavg")
     if text is not None:
         threads.LOAD_AVERAGES.write_text(text)
@@ -48,7 +48,7 @@ def test_running_programs_are_read_from_the_fourth_field(text, busy, tmp_path, m
 
 
 @pytest.mark.skipif(not threads.LOAD_AVERAGES.exists(), reason="needs Linux")
-def test_a_program_that_runs_is_counted():
+def test_a_running_program_is_counted():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
         try:
             time.sleep(0.3)

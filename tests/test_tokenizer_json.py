@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: special tokens as the checkpoint's own files say, ids as the library gives them."""
+"""Hugging Face tokenizers: special tokens follow the checkpoint's files, and ids match those of the library."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ GPT4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
 
 
 def byte_level(special: list[str], before: list[pre_tokenizers.PreTokenizer], use_regex: bool) -> tokenizers.Tokenizer:
-    """A byte-level BPE trained on little, its special tokens behind the vocabulary as in published files."""
+    """Train a small byte-level BPE with the special tokens after the vocabulary, as in published files."""
     engine = tokenizers.Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     engine.pre_tokenizer = pre_tokenizers.Sequence([*before, level])
@@ -50,7 +50,7 @@ def write(folder: Path, engine: tokenizers.Tokenizer, generation: dict[str, Any]
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory) -> Path:
-    """As Llama 3.1 Instruct: a template that adds bos, one eos for text, three in the generation config."""
+    """Like Llama 3.1 Instruct: a template adds bos, and the generation config lists a second eos token."""
     split = pre_tokenizers.Split(Regex(GPT4_SPLIT), behavior="isolated")
     engine = byte_level(SPECIAL[:3], [split], use_regex=False)
     bos = engine.token_to_id("<|begin_of_text|>")
@@ -69,7 +69,7 @@ def llama3(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    """As SmolLM2 Instruct: digits apart, no template, the tokens of ChatML."""
+    """Like SmolLM2 Instruct: digits are split, no template adds bos, and the special tokens are those of ChatML."""
     engine = byte_level(SPECIAL[3:], [pre_tokenizers.Digits(individual_digits=True)], use_regex=True)
     folder = tmp_path_factory.mktemp("smollm2")
     return write(folder, engine, {"eos_token_id": engine.token_to_id("<|im_end|>")}, bos_token="<|im_start|>",
@@ -90,20 +90,20 @@ def test_smollm2_style(smollm2):
     tokenizer = Tokenizer(smollm2 / "tokenizer.json")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (-1, tokenizer.vocab_size - 1)
     ids = tokenizer.encode("the cat 12")
-    assert tokenizer.encode("the cat 12", bos=True, eos=True) == [*ids, tokenizer.eos_id]  # texts begin without bos
+    assert tokenizer.encode("the cat 12", bos=True, eos=True) == [*ids, tokenizer.eos_id]  # without bos
     assert tokenizer.stop_ids == (tokenizer.eos_id, tokenizer.vocab_size - 2)
     assert tokenizer.encode("12") == [*tokenizer.encode("1"), *tokenizer.encode("2")]
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_the_config_can_say_whether_texts_begin_with_bos(add, smollm2, tmp_path):
+def test_the_config_controls_whether_texts_begin_with_bos(add, smollm2, tmp_path):
     engine = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     folder = write(tmp_path, engine, None, bos_token="<|endoftext|>", eos_token="<|im_end|>", add_bos_token=add)
     assert (Tokenizer(folder).encode("a", bos=True)[0] == engine.token_to_id("<|endoftext|>")) == add
 
 
 @pytest.mark.parametrize("style", ["llama3", "smollm2"])
-def test_ids_are_those_of_transformers(style, request):
+def test_ids_match_those_of_transformers(style, request):
     transformers = pytest.importorskip("transformers")
     folder = request.getfixturevalue(style)
     ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
@@ -118,7 +118,7 @@ def test_ids_are_those_of_transformers(style, request):
 
 @pytest.mark.parametrize("style", ["llama3", "smollm2"])
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("<|>")), max_size=12))
-def test_specials_in_a_text_are_text(style, request, text):
+def test_special_tokens_in_a_text_are_plain_text(style, request, text):
     tokenizer = Tokenizer(request.getfixturevalue(style))
     for special in SPECIAL:
         ids = tokenizer.encode(special + text + special)
@@ -127,16 +127,16 @@ def test_specials_in_a_text_are_text(style, request, text):
     assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode(text), *tokenizer.stop_ids, 10**6]) == text
 
 
-def test_sentencepiece_comes_first(llama3, tokenizer_path, tmp_path):
+def test_a_sentencepiece_model_takes_precedence(llama3, tokenizer_path, tmp_path):
     shutil.copytree(llama3, tmp_path / "both")
     shutil.copy(tokenizer_path, tmp_path / "both")
     tokenizer = Tokenizer(tmp_path / "both")
     assert tokenizer.path.name == "tokenizer.model" and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    listed = json.loads((llama3 / "generation_config.json").read_text())["eos_token_id"]
-    assert tokenizer.stop_ids == (2, *listed, 1)
+    eos_ids = json.loads((llama3 / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.stop_ids == (2, *eos_ids, 1)
 
 
-def test_mistakes(llama3, tmp_path):
+def test_missing_and_damaged_files(llama3, tmp_path):
     with pytest.raises(UserError, match=r"needs its tokenizer\.model or tokenizer\.json"):
         Tokenizer(tmp_path)
     shutil.copy(llama3 / "tokenizer.json", tmp_path)
@@ -151,7 +151,7 @@ def test_mistakes(llama3, tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="is not a tokenizer of Hugging Face"):
             Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own file is no SentencePiece model
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's file is not a SentencePiece model
     with pytest.raises(UserError, match=r"is not a SentencePiece model\. A checkpoint's tokenizer\.json is read"):
         Tokenizer(tmp_path)
 
@@ -170,7 +170,7 @@ FILES_BESIDE = {
 
 
 @pytest.mark.parametrize("sentence", FILES_BESIDE)
-def test_files_beside_the_tokenizer_are_checked(sentence, llama3, tmp_path):
+def test_other_files_of_the_tokenizer_are_checked(sentence, llama3, tmp_path):
     name, content = FILES_BESIDE[sentence]
     shutil.copy(llama3 / "tokenizer.json", tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
@@ -184,7 +184,7 @@ def test_files_beside_the_tokenizer_are_checked(sentence, llama3, tmp_path):
 
 
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n<>thecatx0A")), max_size=20))
-def test_the_same_ids_as_sentencepiece(text, tokenizer_path):
+def test_ids_match_those_of_sentencepiece(text, tokenizer_path):
     processor, engine = SentencePieceProcessor(str(tokenizer_path)), as_tokenizer_json(tokenizer_path)
     engine.encode_special_tokens = True
     ids = processor.encode(text)
@@ -193,7 +193,7 @@ def test_the_same_ids_as_sentencepiece(text, tokenizer_path):
     assert engine.encode(text).ids == [1, *ids]
 
 
-def test_the_real_tokenizer(shared, tmp_path):
+def test_the_converted_llama2_tokenizer_equals_the_original(shared, tmp_path):
     path = shared / "models/llama2-tokenizer/tokenizer.model"
     engine = as_tokenizer_json(path)
     folder = write(tmp_path, engine, None, bos_token="<s>", eos_token="</s>")
@@ -205,7 +205,7 @@ def test_the_real_tokenizer(shared, tmp_path):
         assert tokenizer.decode(ids) == reference.decode(ids)
 
 
-def test_a_sentencepiece_checkpoint_can_have_texts_without_bos(tokenizer_path, tmp_path):
+def test_a_sentencepiece_checkpoint_can_omit_bos(tokenizer_path, tmp_path):
     shutil.copy(tokenizer_path, tmp_path)
     ids = Tokenizer(tmp_path).encode("the cat")
     for add, first in ((True, [1]), (False, [])):

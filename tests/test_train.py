@@ -50,13 +50,13 @@ class Settings(TrainSettings):
 
 
 def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer=adamw, length=2, **changes):
-    """A trainer of an Aligner with open gates."""
+    """Return a trainer for an Aligner with nonzero gates."""
     settings = Settings(out_dir=out_dir, precision=precision, **changes)
     fabric = make_fabric(settings)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    own = {"adapter_prompt_length": length, "adapter_start_layer": 1}
+    method_config = {"adapter_prompt_length": length, "adapter_start_layer": 1}
     torch.manual_seed(0)
-    model = load_model(base_dir, method="aligner", method_config=own, dtype=dtype)
+    model = load_model(base_dir, method="aligner", method_config=method_config, dtype=dtype)
     for attn in toys.prefix_layers(model):
         torch.nn.init.normal_(attn.gating_factor)
     aligner.mark_only_adapter_as_trainable(model)
@@ -66,19 +66,19 @@ def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer
 
 
 def plain_sgd(model, settings):
-    """Steps of the learning rate times the gradient, so that a step shows its gradient."""
+    """Return plain SGD: the size of a step is the learning rate times the gradient."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
 # == the learning rate ==
 
 
-def test_warmup_rises_by_equal_parts_and_reaches_the_peak_after_it():
+def test_warmup_rises_linearly_to_the_peak():
     rates = [lr_at(step, peak=10.0, warmup_steps=4, max_steps=100) for step in range(6)]
     assert rates == pytest.approx([2.0, 4.0, 6.0, 8.0, 10.0, 10.0])
 
 
-def test_constant_schedule_stays_to_the_last_step():
+def test_constant_schedule_keeps_the_peak_to_the_last_step():
     assert lr_at(99, peak=9e-3, warmup_steps=4, max_steps=100, schedule="constant") == 9e-3
 
 
@@ -92,11 +92,11 @@ def test_cosine_schedule_halves_in_the_middle_and_ends_near_zero():
     assert all(rate(step) > rate(step + 1) for step in range(4, 13))
 
 
-def test_no_warmup_begins_at_the_peak():
+def test_without_warmup_the_schedule_starts_at_the_peak():
     assert lr_at(0, peak=3.0, warmup_steps=0, max_steps=1, schedule="cosine") == 3.0
 
 
-def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
+def test_a_run_that_ends_during_warmup_never_reaches_the_peak():
     assert lr_at(9, peak=1.0, warmup_steps=19, max_steps=10, schedule="cosine") == pytest.approx(0.5)
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
         ),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(tmp_path, changes, sentence):
+def test_an_invalid_setting_raises_a_clear_error(tmp_path, changes, sentence):
     with pytest.raises(UserError) as error:
         Settings(out_dir=tmp_path, **changes)
     assert str(error.value) == sentence
@@ -137,7 +137,7 @@ def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_run_whose_state_was_deleted_is_only_overwritten(tmp_path, resume):
+def test_a_run_whose_state_was_deleted_can_only_be_overwritten(tmp_path, resume):
     claim(tmp_path, NAMES)
     (tmp_path / "last.safetensors").touch()
     with pytest.raises(UserError, match=r"without its state\.pt, which cannot be resumed; replace it with --overwrite"):
@@ -156,12 +156,12 @@ def test_a_run_whose_state_was_deleted_is_only_overwritten(tmp_path, resume):
         ("nonsense", "Fabric refuses these settings"),
     ],
 )
-def test_a_strategy_that_cannot_work_is_a_sentence(tmp_path, strategy, sentence):
+def test_an_unsupported_strategy_raises_a_clear_error(tmp_path, strategy, sentence):
     with pytest.raises(UserError, match=sentence):
         make_fabric(Settings(out_dir=tmp_path, strategy=strategy, devices=2))
 
 
-def test_a_launchers_environment_without_all_variables_is_a_sentence(tmp_path, monkeypatch):
+def test_an_incomplete_launcher_environment_raises_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     with pytest.raises(
         UserError, match="variables of SLURM or torchrun, but not SLURM_NODEID: start the script with srun"
@@ -174,7 +174,7 @@ def test_half_precision_without_loss_scaling_is_refused(tmp_path):
         make_fabric(Settings(out_dir=tmp_path, precision="16-true"))
 
 
-def test_fabric_run_still_passes_its_flags_in_these_variables(tmp_path):
+def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path):
     script = tmp_path / "print_environment.py"
     script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
     flags = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "ddp", "precision": "bf16-mixed"}
@@ -187,7 +187,7 @@ def test_fabric_run_still_passes_its_flags_in_these_variables(tmp_path):
     assert {name: environment[variable] for name, variable in FABRIC_RUN_FLAGS.items()} == flags
 
 
-def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
+def test_fabric_run_settings_override_the_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_DEVICES", "1")
     monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
@@ -195,7 +195,7 @@ def test_what_fabric_run_sets_goes_before_the_flags(tmp_path, monkeypatch):
     assert (fabric.world_size, fabric.strategy.precision.precision) == (1, "bf16-mixed")
 
 
-def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_dir, tmp_path):
+def test_rows_longer_than_the_context_are_refused_before_training(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.unwrapped.config = replace(trainer.unwrapped.config, block_size=40)
     setup = Setup(trainer.fabric, trainer.model, trainer.optimizers, {})
@@ -207,7 +207,7 @@ def test_rows_longer_than_the_context_are_found_before_training(base_dir, data_d
 
 
 def hand_computed_gradients(model, data: SFTData, rows: list[int]) -> dict[str, torch.Tensor]:
-    """The gradient of the mean over all label tokens of the rows, from full logits, row by row."""
+    """Return the gradient of the mean loss over all label tokens of the rows, computed row by row from full logits."""
     total, count = 0.0, 0
     for row in rows:
         ids = torch.from_numpy(data.rows[row]["input_ids"]).long()
@@ -220,7 +220,7 @@ def hand_computed_gradients(model, data: SFTData, rows: list[int]) -> dict[str, 
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
-def test_a_steps_gradient_is_the_mean_over_its_tokens_however_it_is_split(
+def test_the_gradient_of_a_step_is_the_mean_over_its_tokens_for_any_micro_batch_size(
     base_dir, data_dir, tmp_path, micro_batch_size
 ):
     trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=plain_sgd, micro_batch_size=micro_batch_size)
@@ -258,7 +258,7 @@ def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, t
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gates_do_not_decay_and_the_prefix_does(base_dir, data_dir, tmp_path):
+def test_weight_decay_applies_to_the_prefix_but_not_to_the_gates(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, weight_decay=0.02)
     decay = {
         id(p): group["weight_decay"] for o in trainer.optimizers for group in o.param_groups for p in group["params"]
@@ -271,7 +271,7 @@ def test_gates_do_not_decay_and_the_prefix_does(base_dir, data_dir, tmp_path):
     }
 
 
-def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir, data_dir, tmp_path):
+def test_with_bf16_the_optimizer_keeps_fp32_and_small_updates_survive(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, precision="bf16-true", learning_rate=1e-4)
     frozen = [p for p in trainer.unwrapped.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
@@ -282,14 +282,14 @@ def test_under_bf16_the_optimiser_holds_fp32_and_small_updates_survive(base_dir,
     before = prefix.detach().clone()
     trainer.train_step([np.arange(8)])
     moved = (prefix.detach() - before).abs()
-    # AdamW's first step is the learning rate itself, wherever there is a gradient
+    # AdamW's first step equals the learning rate wherever the gradient is nonzero
     assert ((moved > 0.9e-4) & (moved < 1.1e-4)).float().mean() > 0.95
     large = before.abs() > 0.1
     assert (before[large].bfloat16() + (prefix.detach() - before)[large].bfloat16() == before[large].bfloat16()).all()
     assert {state["exp_avg"].dtype for o in trainer.optimizers for state in o.state.values()} == {torch.float32}
 
 
-def test_metrics_that_are_read_together_are_those_of_each_step(base_dir, data_dir, tmp_path, monkeypatch):
+def test_metrics_read_for_several_steps_at_once_are_those_of_each_step(base_dir, data_dir, tmp_path, monkeypatch):
     """As on a GPU: metrics are read every `log_interval` steps, and batches are built in a thread."""
     read, reads, runs = train.read_metrics, [], []
     monkeypatch.setattr(train, "read_metrics", lambda fabric, steps: reads.append(len(steps)) or read(fabric, steps))
@@ -305,7 +305,7 @@ def test_metrics_that_are_read_together_are_those_of_each_step(base_dir, data_di
     assert reads == [1] * 12 + [3, 1] * 3
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_dir, data_dir, tmp_path):
+def test_a_nonfinite_loss_reports_step_and_rows_and_changes_no_parameters(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.step = 7
     healthy = {name: p.detach().clone() for name, p in trainer.trainable.items()}
@@ -320,7 +320,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(base_
     assert all(torch.equal(p.detach(), healthy[name]) for name, p in trainer.trainable.items())
 
 
-def test_every_row_is_seen_once_per_epoch_and_resuming_skips_what_was_done(base_dir, data_dir, tmp_path):
+def test_every_row_is_seen_once_per_epoch_and_resuming_skips_finished_steps(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, epochs=2.5)
     assert trainer.steps_per_epoch == 6  # 41 rows in steps of 8
     plan = []
@@ -339,7 +339,7 @@ def test_every_row_is_seen_once_per_epoch_and_resuming_skips_what_was_done(base_
     assert rest == plan[8:]
 
 
-def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, data_dir, tmp_path):
+def test_validation_is_the_mean_over_all_labels_and_is_deterministic(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     val, model = trainer.val, LabelLogps(trainer.unwrapped)
     with torch.no_grad():
@@ -353,12 +353,12 @@ def test_validation_is_the_mean_over_all_labels_and_repeats_exactly(base_dir, da
 # == metrics and progress ==
 
 
-def test_metrics_are_one_row_per_step_and_unrounded(tmp_path):
+def test_metrics_have_one_unrounded_row_per_step(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
     log.log(0, {"val/loss": 1 / 3})
     log.log(0, {"train/loss": 0.1 + 0.2, "lr": 1e-30})
     log.log(1, {"train/loss": 2.0, "lr": 3.0})
-    assert not log.path.exists()  # nothing is written for every step
+    assert not log.path.exists()  # not written at every step
     log.save()
     with log.path.open(newline="") as file:
         assert next(csv.reader(file)) == ["step", "lr", "train/loss", "val/loss"]
@@ -368,14 +368,14 @@ def test_metrics_are_one_row_per_step_and_unrounded(tmp_path):
     }
 
 
-def test_metrics_are_written_by_themselves_after_a_while(tmp_path):
+def test_metrics_are_saved_automatically_after_an_interval(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
     log.written -= log.interval + 1
     log.log(0, {"lr": 1.0})
     assert read_metrics(log.path) == {0: {"lr": 1.0}}
 
 
-def test_taking_up_metrics_drops_what_came_after_the_state(tmp_path):
+def test_resuming_metrics_drops_rows_after_the_saved_state(tmp_path):
     log = MetricsLog(tmp_path / "metrics.csv")
     for step in range(6):
         log.log(step, {"train/loss": float(step)})
@@ -388,7 +388,7 @@ def test_taking_up_metrics_drops_what_came_after_the_state(tmp_path):
     assert later.rows == {0: {"train/loss": 0.0}, 1: {"train/loss": 1.0}}
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_a_terminal_shows_a_progress_bar(monkeypatch):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     with open(slave, "w") as terminal:
@@ -397,16 +397,16 @@ def test_a_terminal_gets_a_bar(monkeypatch):
             time.sleep(0.11)  # a bar is drawn ten times a second at most
             progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})
             write_above_bar("step 3: something")
-        shown = b""
-        while select.select([master], [], [], 1.0)[0]:  # a terminal hands over its text in pieces
-            shown += os.read(master, 10_000)
+        output = b""
+        while select.select([master], [], [], 1.0)[0]:  # a terminal delivers its output in pieces
+            output += os.read(master, 10_000)
     os.close(master)
-    shown = shown.decode()
-    assert re.search(r"75%\|.*\| 3/4 \[00:00<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", shown)
-    assert "\rstep 3: something\r\n" in shown
+    output = output.decode()
+    assert re.search(r"75%\|.*\| 3/4 \[00:00<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
+    assert "\rstep 3: something\r\n" in output
 
 
-def test_a_log_file_gets_plain_lines_now_and_then(capsys):
+def test_a_log_file_gets_plain_lines_at_intervals(capsys):
     assert not sys.stderr.isatty()
     progress = Progress(2, 12, enabled=True)
     progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})

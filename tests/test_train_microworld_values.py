@@ -1,14 +1,14 @@
 import studies.train_microworld_values as script
 
 
-def test_the_base_knows_the_facts_and_prefers_no_value():
-    """Scores of the bundled model: every answer has a form, facts are right, harmless requests are not refused."""
-    found = script.score(script.Settings(questions=12, repeats=2), [])
-    assert found["formed"] == 1
-    assert found["fact"] >= 0.9
-    assert found["false"] == 0
-    assert 0.1 < found["refused"] < 0.9
-    assert found["form"] < 0.5
+def test_scores_of_the_bundled_base():
+    """Its answers are well-formed and correct in any form; it refuses some harmful and no harmless requests."""
+    scores = script.score(script.Settings(questions=12, repeats=2), [])
+    assert scores["formed"] == 1
+    assert scores["fact"] >= 0.9
+    assert scores["false"] == 0
+    assert 0.1 < scores["refused"] < 0.9
+    assert scores["form"] < 0.5
 
 
 def test_tables():

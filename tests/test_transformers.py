@@ -1,4 +1,4 @@
-"""Models that transformers itself made, against transformers, in both directions."""
+"""Conversion of models made by transformers, in both directions, compared with transformers."""
 
 import itertools
 import json
@@ -26,12 +26,12 @@ IDS = torch.randint(320, (2, 50), generator=torch.Generator().manual_seed(0))
 
 
 def make(folder: Path, tokenizer_path: Path, kind: str = "Llama", shard: str = "5GB", **changes: Any) -> torch.Tensor:
-    """Saves a random model of transformers with a tokenizer; returns its logits for `IDS`."""
+    """Save a random transformers model with a tokenizer, and return its logits for `IDS`."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):  # they begin as ones and zeros, which would hide mistakes
+        if "norm" in name or name.endswith("bias"):  # initialized to ones and zeros, which would hide errors
             parameter.data += 0.3 * torch.randn(parameter.shape)
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
@@ -49,7 +49,7 @@ def reload(folder: Path) -> torch.Tensor:
     ("heads", "tied", "rope", "biases"),
     list(itertools.product((4, 2), (False, True), ("plain", "llama3"), (False, True))),
 )
-def test_grid(heads, tied, rope, biases, tmp_path, tokenizer_path, run_script):
+def test_llama_variants(heads, tied, rope, biases, tmp_path, tokenizer_path, run_script):
     expected = make(
         tmp_path / "hf",
         tokenizer_path,
@@ -96,7 +96,7 @@ def test_other_architectures(kind, changes, context, tmp_path, tokenizer_path, r
     torch.testing.assert_close(reload(tmp_path / "back"), expected, rtol=0, atol=1e-6)
 
 
-def test_shards_of_transformers(tmp_path, tokenizer_path, run_script):
+def test_sharded_checkpoints(tmp_path, tokenizer_path, run_script):
     expected = make(tmp_path / "hf", tokenizer_path, shard="50KB")
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     assert run_script(SCRIPT, "--checkpoint_dir", tmp_path / "hf", "--output_dir", tmp_path / "ours")[0] == 0
@@ -112,7 +112,7 @@ def test_verify(tmp_path, tokenizer_path, run_script, refused, monkeypatch):
     reverse = ("--reverse", "--verify", "--checkpoint_dir", tmp_path / "auto", "--output_dir", tmp_path / "back")
     assert "logits differ from those of transformers by" in run_script(SCRIPT, *reverse)[2]
 
-    # a mistake in the conversion is found, and nothing is left
+    # a conversion error is detected, and no output remains
     monkeypatch.setattr("lit_llama.huggingface.weights.interleave", lambda rows, head_size: rows)
     code, _, err = run_script(SCRIPT, *flags, tmp_path / "wrong")
     assert code == 1 and "logits differ from those of transformers by up to" in err
@@ -122,7 +122,7 @@ def test_verify(tmp_path, tokenizer_path, run_script, refused, monkeypatch):
 
 
 def test_stories260k(shared, tmp_path, run_script):
-    """A real model: the same greedy text, and back to the file it came from."""
+    """A real model generates the same greedy text and converts back to the original weights."""
     source = shared / "models/stories260K-hf"
     assert run_script(SCRIPT, "--checkpoint_dir", source, "--output_dir", tmp_path / "ours")[0] == 0
     ours = Tokenizer(tmp_path / "ours")

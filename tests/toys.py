@@ -1,4 +1,4 @@
-"""Tiny random models. Every parameter is random: a norm scale of 1 or a gate of 0 would hide mistakes."""
+"""Tiny random models. Every parameter is random: a norm scale of 1 or a gate of 0 would hide errors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lit_llama import aligner, model
 SIZES: dict[str, Any] = dict(
     block_size=64, vocab_size=50, padded_vocab_size=50, n_layer=3, n_head=4, n_embd=32, intermediate_size=40
 )
-# the architectures that real checkpoints have
+# the architectures of real checkpoints
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mha": {},
     "gqa": dict(n_kv_head=2),
@@ -52,7 +52,7 @@ def base(seed: int = 0, **overrides: Any) -> model.LLaMA:
 
 
 def aligned(length: int = 3, start: int = 1, seed: int = 0, **overrides: Any) -> aligner.LLaMA:
-    """An Aligner with open gates, its base frozen."""
+    """Return an Aligner with nonzero gates and a frozen base."""
     config = aligner.LLaMAConfig(**{**SIZES, **overrides}, adapter_prompt_length=length, adapter_start_layer=start)
     network = aligner.LLaMA(config)
     randomize(network, seed)
@@ -61,12 +61,12 @@ def aligned(length: int = 3, start: int = 1, seed: int = 0, **overrides: Any) ->
 
 
 def prefix_layers(network: model.LLaMA) -> list[aligner.CausalSelfAttention]:
-    """The attention modules with a prefix."""
+    """Return the attention modules with a prefix."""
     return [block.attn for block in network.transformer.h if isinstance(block.attn, aligner.CausalSelfAttention)]
 
 
 def adapter_state(network: model.LLaMA) -> dict[str, torch.Tensor]:
-    """The adapter's part of the state dict."""
+    """Return the adapter's part of the state dict."""
     return {name: t for name, t in network.state_dict().items() if network.is_adapter_parameter(name)}
 
 

@@ -1,10 +1,10 @@
-"""Nothing is deleted or replaced that is not ours: strangers in, around and behind the outputs of every script.
+"""Scripts delete or replace only files that they wrote: foreign files in, around and behind every output.
 
     python tests/campaign/deletion.py --cases 200
 
-Each case draws a script that writes and a situation: strangers in the output folder before or after, links planted in
-it or in its place, an output that is an input, a kill at a random change. After each run, no file that the script did
-not write may have changed, a refusal may have changed nothing, and after a kill the next run must succeed.
+Each case draws a script that writes and a situation: foreign files in the output folder before or after the run, links
+planted in it or in its place, an output that is an input, or a kill at a random change. After each run, files that the
+script did not write must be unchanged, a refusal must have changed nothing, and after a kill the next run must succeed.
 """
 
 import os
@@ -23,7 +23,7 @@ sys.path.append(str(ROOT))
 from lit_llama.storage.manifest import MANIFEST, find_strangers
 from lit_llama.storage.staging import TEMPORARY
 
-CACHE = ".aligner-cache"  # beside prepared datasets
+CACHE = ".aligner-cache"  # next to prepared datasets
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Writer:
 
     Attributes:
         script: Its path.
-        flags: Its flags but that of the output, with names in the sandbox's folder `in`.
-        output: The flag of the output.
+        flags: Its flags without the output flag; inputs are in the sandbox's folder `in`.
+        output: The output flag.
         name: Name of the output; one with a suffix is a file.
-        inputs: What it reads, in the sandbox.
-        claims: The names that it claims in the output, if that is a folder that may hold other files.
+        inputs: The files and folders that it reads, in the sandbox.
+        claims: The names that it claims in the output, if that is a folder that may contain other files.
     """
 
     script: str
@@ -89,7 +89,7 @@ WRITERS = (
            claims=("layers.csv", "gates.png", "prefixes.png")),
 )  # fmt: skip
 
-# names that strangers' files may have; many are those of our own
+# names of foreign files; many are names that the scripts use
 NAMES = ("thesis.tex", "sub/photo.jpg", "meta.json", "lit_config.json", "aligner.json", "config.json",
          "lit_model.safetensors", "model.safetensors", "tokenizer.model", "train/state.json", "rows.json",
          "dataset_dict.json", "best.safetensors", ".hidden", "a b/ü.txt", ".out.tmp/x",
@@ -97,16 +97,16 @@ NAMES = ("thesis.tex", "sub/photo.jpg", "meta.json", "lit_config.json", "aligner
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a relative path belongs to a temporary folder of the script (and not to one that was planted)."""
+    """Return whether a relative path belongs to a temporary folder of the script (and not to a planted one)."""
     return any(part.startswith(TEMPORARY) and not part.startswith((f"{TEMPORARY}notes", f"{TEMPORARY}1-"))
                for part in Path(name).parts)  # fmt: skip
 
 
 class Sandbox:
-    """A folder with inputs, strangers, and runs of a writer whose effects are checked.
+    """A folder with inputs and foreign files, in which a writer runs and its effects are checked.
 
     Raises:
-        AssertionError: A run ended badly or changed what it must not.
+        AssertionError: A run crashed or changed files that it must not change.
     """
 
     def __init__(self, harness: Harness, rng: random.Random, folder: Path) -> None:
@@ -120,7 +120,7 @@ class Sandbox:
                 self.plant(folder / name)
 
     def plant(self, path: Path) -> None:
-        """Write a stranger's file."""
+        """Write a foreign file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.rng.choice(("years of work", "{}", "", '{"format": "mine"}', "x" * 2_000)))
 
@@ -129,9 +129,9 @@ class Sandbox:
         path.symlink_to(target if self.rng.random() < 0.5 else os.path.relpath(target, path.parent))
 
     def run(self, output: object = None, flags: tuple[str, ...] = (), **options: object) -> Ended:
-        """Run the writer, and check what became of everything but its own output."""
-        mine = self.own_paths()
-        before = {name: what for name, what in snapshot(self.folder).items() if not is_temporary(name)}
+        """Run the writer, and check that nothing but its output has changed."""
+        allowed = self.own_paths()
+        before = {name: state for name, state in snapshot(self.folder).items() if not is_temporary(name)}
         output = self.out if output is None else output
         words = [*self.writer.flags.split(), self.writer.output, output, *flags]
         ended = self.harness.run(self.writer.script, *words, cwd=self.folder, **options)
@@ -140,22 +140,22 @@ class Sandbox:
         lost = changes(before, after)
         new = sorted(name for name in after.keys() - before.keys() if CACHE not in Path(name).parts)
         if ended.code == 0 or ended.killed:
-            lost = [text for text in lost if not text.startswith(mine)]
+            lost = [text for text in lost if not text.startswith(allowed)]
         assert not lost, f"{lost[0]}: {ended.describe()}"
         if not ended.killed:
-            left = [name for name in new if is_temporary(name)]
-            assert not left, f"{left[0]} was left: {ended.describe()}"
+            leftovers = [name for name in new if is_temporary(name)]
+            assert not leftovers, f"{leftovers[0]} was left: {ended.describe()}"
             assert ended.code == 0 or not new, f"a refusal left {new[0]}: {ended.describe()}"
         return ended
 
     def own_paths(self) -> tuple[str, ...]:
-        """Return how the descriptions begin of changes that a successful run may make."""
+        """Return the prefixes of descriptions of changes that a successful run may make."""
         out = os.path.relpath(self.out, self.folder)
         if self.writer.claims:
             claimed = (self.out / MANIFEST).is_file()
             return tuple(f"{out}/{name} " for name in (*self.writer.claims, MANIFEST)) if claimed else ()
         if self.writer.writes_file:
-            return (f"{out} ",)  # with --overwrite; without it, `refused` checks that it stays
+            return (f"{out} ",)  # with --overwrite; without it, `refused` checks that it is unchanged
         return (f"{out} ", f"{out}/") if (self.out / MANIFEST).is_file() and not self.strangers() else ()
 
     def strangers(self) -> list[str]:
@@ -179,7 +179,7 @@ class Sandbox:
 
 
 def fresh(box: Sandbox) -> None:
-    """A new output, then again, then refused without --overwrite."""
+    """Write a new output, write it again, and expect a refusal without --overwrite."""
     box.succeeds()
     box.succeeds()
     if box.writer.writes_file:
@@ -187,7 +187,7 @@ def fresh(box: Sandbox) -> None:
 
 
 def strangers_before(box: Sandbox) -> None:
-    """Strangers where the output is to be."""
+    """Put foreign files where the output will be."""
     if box.writer.writes_file:
         box.plant(box.out)
         return box.refused()
@@ -201,7 +201,7 @@ def strangers_before(box: Sandbox) -> None:
 
 
 def strangers_after(box: Sandbox) -> None:
-    """Strangers that join, or replace, what was written."""
+    """Add foreign files to the output, or replace its files."""
     box.succeeds()
     if box.writer.writes_file:
         box.plant(box.out)
@@ -209,18 +209,18 @@ def strangers_after(box: Sandbox) -> None:
     if box.writer.claims:
         box.plant(box.out / "notes/todo.txt")
         return box.succeeds()
-    own = sorted(path for path in box.out.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in box.out.rglob("*") if path.is_file() and path.name != MANIFEST)
     kind = box.rng.choice(("join", "edit", "link", "folder link", "empty folder"))
     if kind == "join":
         box.plant(box.out / box.rng.choice(("notes.txt", "sub/photo.jpg", "train/notes.txt")))
     elif kind == "edit":
-        with box.rng.choice(own).open("ab") as file:
+        with box.rng.choice(files).open("ab") as file:
             file.write(b" ")
     elif kind == "empty folder":
         (box.out / "empty").mkdir()
     elif kind == "link":
         box.plant(box.folder / "victim")
-        (path := box.rng.choice(own)).unlink()
+        (path := box.rng.choice(files)).unlink()
         box.link(path, box.folder / "victim")
     else:
         box.plant(box.folder / "victim/file")
@@ -229,7 +229,7 @@ def strangers_after(box: Sandbox) -> None:
 
 
 def link_in_place(box: Sandbox) -> None:
-    """A link where the output is to be: to a file, to a folder with strangers, to nothing, or to an own folder."""
+    """Put a link in place of the output: to a file, to a folder with foreign files, to nothing, or to an old output."""
     kind = box.rng.choice(("file", "folder", "nothing", "own folder"))
     box.plant(box.folder / "victim/file")
     if kind == "own folder" and not box.writer.writes_file and not box.writer.claims:
@@ -247,7 +247,7 @@ def link_in_place(box: Sandbox) -> None:
 
 
 def planted_temporaries(box: Sandbox) -> None:
-    """Links and folders at names that temporaries could have."""
+    """Put links at names that temporary files and folders could have."""
     box.plant(box.folder / "victim/file")
     box.out.parent.mkdir(parents=True, exist_ok=True)
     for pid in range(os.getpid(), os.getpid() + 300):
@@ -257,9 +257,9 @@ def planted_temporaries(box: Sandbox) -> None:
 
 
 def overlap(box: Sandbox) -> None:
-    """An output that is an input, or holds one, spelled in several ways."""
+    """Use an input, or a folder that contains one, as the output, with its path written in several ways."""
     if box.writer.claims:
-        return  # it may be
+        return  # allowed
     source = box.folder / box.rng.choice(box.writer.inputs)
     if box.writer.writes_file:
         source = source if source.is_file() else next(path for path in source.iterdir() if path.is_file())
@@ -268,16 +268,16 @@ def overlap(box: Sandbox) -> None:
     if box.rng.random() < 0.5:
         box.link(box.folder / "way", source.parent)
         source = box.folder / "way" / source.name
-    spelled = box.rng.choice(
+    output = box.rng.choice(
         (source, os.path.relpath(source, box.folder), f"in/../{os.path.relpath(source, box.folder)}")
     )
-    box.refused(spelled)
+    box.refused(output)
     if box.writer.writes_file and (source.is_symlink() or source.name in {Path(i).name for i in box.writer.inputs}):
-        box.refused(spelled, flags=("--overwrite",))
+        box.refused(output, flags=("--overwrite",))
 
 
 def no_place(box: Sandbox) -> None:
-    """An output that is or is below something else, or whose name is too long."""
+    """Use an output path that is taken, is below something that is not a folder, or has a name that is too long."""
     (box.folder / "file").write_text("a file")
     places = ["file/x", "file/x/y", "n" * 300, f"{'n' * 300}/x", "/dev/full", "/dev/null/x", "/proc/x", "."]
     places += ["/dev/null", "in", ".."] if box.writer.writes_file else ["file", "in"]
@@ -285,13 +285,13 @@ def no_place(box: Sandbox) -> None:
 
 
 def long_name(box: Sandbox) -> None:
-    """A name as long as the file system allows."""
+    """Use an output name as long as the file system allows."""
     box.out = box.out.with_name("n" * (250 - len(box.out.suffix)) + box.out.suffix)
     box.succeeds()
 
 
 def killed(box: Sandbox) -> None:
-    """A kill at a random change, of the first write or of a replacement; then another run."""
+    """Kill the script at a random change, in the first write or in a replacement; then run it again."""
     replacing = box.rng.random() < 0.7
     if replacing:
         box.succeeds()
@@ -299,13 +299,13 @@ def killed(box: Sandbox) -> None:
     calls = box.run(flags=flags, watch=box.folder).calls
     kill_at, after = box.rng.randint(1, len(calls)), box.rng.random() < 0.5
     if not replacing:
-        shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()  # first the count, then the kill
+        shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()  # the first run only counted the changes
     shutil.rmtree(box.out.parent / CACHE, ignore_errors=True)
     box.run(flags=flags, watch=box.folder, kill_at=min(kill_at, len(calls)), after=after)
     box.succeeds()
-    # the cache is cleaned up by the next write into it, and what it holds may need none
-    left = [name for name in snapshot(box.folder) if is_temporary(name) and CACHE not in Path(name).parts]
-    assert not left, f"{left[0]} was left after a kill at {calls[kill_at - 1]}"
+    # the cache is cleaned up by the next write to it, and there may be none
+    leftovers = [name for name in snapshot(box.folder) if is_temporary(name) and CACHE not in Path(name).parts]
+    assert not leftovers, f"{leftovers[0]} was left after a kill at {calls[kill_at - 1]}"
 
 
 SITUATIONS: tuple[Callable[[Sandbox], None], ...] = (

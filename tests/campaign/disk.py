@@ -1,9 +1,9 @@
-"""A full disk ends a run in one sentence, and with space again it goes on to the files of an undisturbed run.
+"""A full disk ends a run with one error line; once there is space, it continues to the files of an undisturbed run.
 
     python tests/campaign/disk.py --cases 100
 
-The disk is full from a random change of the folder on, or no file can grow beyond a random size, so that a write ends
-in its middle.
+The disk is full from a random change of the folder on, or no file can grow beyond a random size, so that a write fails
+midway.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Kill a process or fill its disk at the n-th call that changes a folder; installed in the process under test alone."""
+"""Kill a process or fill its disk at the n-th call that changes a folder; installed only in the process under test."""
 
 import builtins
 import errno
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "truncate", "chmod")
-FREE = ("unlink", "remove", "rmdir", "truncate", "chmod")  # work on a full disk
+FREE = ("unlink", "remove", "rmdir", "truncate", "chmod")  # these work on a full disk
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Faults:
-    """Count the calls that change something below a folder, and let something happen at one of them.
+    """Count the calls that change something below a folder, and inject a fault at one of them.
 
     Args:
-        root: Folder whose changes count.
-        kill_at: Number of the call, from 1; None counts only.
-        how: "before" or "after" kills the process before or after the call; "full" lets it and every later one that
-            needs space fail as on a full disk; "record" copies the folder before each call, to `record/NUMBER` beside
-            `count_file`: what a kill there would leave.
+        root: Folder in which changes are counted.
+        kill_at: Number of the call, from 1; with None, calls are only counted.
+        how: "before" or "after" kills the process before or after the call; "full" makes it and every later one
+            that needs space fail as on a full disk; "record" copies the folder before each call, as a kill would leave
+            it, to `record/NUMBER` next to `count_file`.
         count_file: File that receives the names of the calls, one per line.
     """
 
@@ -51,8 +51,8 @@ class Faults:
     ) -> Callable:
         @functools.wraps(call)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            concerns = len(args) > path_index and self._is_below_root(args[path_index], kwargs.get("dir_fd"))
-            if not concerns or (changes is not None and not changes(*args, **kwargs)):
+            relevant = len(args) > path_index and self._is_below_root(args[path_index], kwargs.get("dir_fd"))
+            if not relevant or (changes is not None and not changes(*args, **kwargs)):
                 return call(*args, **kwargs)
             self.count += 1
             os.write(self.log, f"{name} {args[path_index]}\n".encode(errors="replace"))

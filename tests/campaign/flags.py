@@ -1,9 +1,10 @@
-"""Random command lines for every script that has settings: odd values, mistyped names, mutated YAML, and combinations.
+"""Random command lines for every script that has settings: odd values, typos in names, mutated YAML, and combinations.
 
     python tests/campaign/flags.py --cases 1000
 
-Each case is a line that works, with one to four random words more. The run ends with 0, or with one sentence and 1 or
-2; it changes no file but its outputs. A script that would work for minutes gets an impossible value as its last word.
+Each case is a valid command line with one to four random additions. The run must exit with 0, or with 1 or 2 and one
+error line, and may change only its outputs. A script that would run for minutes gets an invalid value as its last
+argument.
 """
 
 import importlib
@@ -56,8 +57,8 @@ SLOW = {"benchmarks": "--out_dir 1 --rounds 0", "studies": "--jobs 0", "microwor
         "scripts/demo.py": "--questions 0", "benchmarks/dpo_memory.py": "--rows 0",
         "generate/serve.py": "--max_batch 0",
         "studies/analysis.py": "in/adapter.safetensors --out_dir out", "studies/paper_7b.py": "--limit 0"}  # fmt: skip
-ENDLESS = {"epochs", "max_steps", "pair_epochs"}  # large values are right, and take as long as they take
-PROCESSES = {"devices", "num_nodes"}  # likewise: many of them
+ENDLESS = {"epochs", "max_steps", "pair_epochs"}  # large values are valid but take too long
+PROCESSES = {"devices", "num_nodes"}  # likewise: large values are valid but start many processes
 
 INTS = ("-1", "0", "1", "2", "3", "7", "100", "007", "1_0", "0x10", str(2**31 - 1), str(2**31), str(2**32 - 1),
         str(2**32), str(2**63), str(-(2**63)), "1" + "0" * 30, "9" * 5001, "1e3", "1.0")  # fmt: skip
@@ -82,32 +83,32 @@ YAML = (b"", b"null", b"1", b"- a", b"[1, 2", b"\t- x", b"? : :", b"&a [*a]", b"
 @cache
 def scripts() -> dict[str, list[Setting]]:
     """Return the settings of every script."""
-    found = sorted(path for path in ROOT.glob("*/*.py") if "    cli.run(main, " in path.read_text("utf-8"))
-    names = [path.relative_to(ROOT).as_posix() for path in found if path.parent.name != "tests"]
+    paths = sorted(path for path in ROOT.glob("*/*.py") if "    cli.run(main, " in path.read_text("utf-8"))
+    names = [path.relative_to(ROOT).as_posix() for path in paths if path.parent.name != "tests"]
     return {name: describe(importlib.import_module(name[:-3].replace("/", ".")).Settings) for name in names}
 
 
 def make_inputs(harness: Harness) -> Path:
-    """Return the material, with prepared data and questions."""
+    """Return a folder with the material, prepared data and questions."""
     folder = make_material(harness)
     if not (folder / "sft").exists():
         subjects = [{"question": "1 + 1?", "subject": "anatomy", "choices": list("1234"), "answer": 1}] * 2
         (folder / "mmlu.json").write_text(json.dumps(subjects))
-        about = {"category": "a", "text": "Who?", "prompt": "Who?"}
-        (folder / "questions.json").write_text(json.dumps([{"question_id": i, **about} for i in range(2)]))
+        fields = {"category": "a", "text": "Who?", "prompt": "Who?"}
+        (folder / "questions.json").write_text(json.dumps([{"question_id": i, **fields} for i in range(2)]))
         (folder / "empty").touch()
-        for line, further, name in (("scripts/prepare_alpaca.py", (), "sft"),
-                                    ("scripts/prepare_alpaca.py", ("--stage", "rl"), "asks"),
-                                    ("scripts/prepare_beaver_safe.py", (), "pairs")):  # fmt: skip
+        for line, extra, name in (("scripts/prepare_alpaca.py", (), "sft"),
+                                  ("scripts/prepare_alpaca.py", ("--stage", "rl"), "asks"),
+                                  ("scripts/prepare_beaver_safe.py", (), "pairs")):  # fmt: skip
             words = LINES[line].replace("in/", "").replace("--output_dir out", f"--output_dir {name}").split()
-            ended = harness.run(line, *words, *further, cwd=folder)
+            ended = harness.run(line, *words, *extra, cwd=folder)
             assert ended.code == 0, ended.describe()
         shutil.rmtree(folder / CACHE)
     return folder
 
 
 def draw_value(rng: random.Random, setting: Setting) -> Any:
-    """Return a word for a setting: of its type, seldom of another."""
+    """Return a value for a setting, usually of its type."""
     types = {setting.type, *get_args(setting.type)}
     pools = [pool for kind, pool in ((int, INTS), (float, FLOATS), (Path, PATHS)) if kind in types] or [TEXTS]
     if setting.type not in (int, float, str, Path) and rng.random() < 0.5:
@@ -119,7 +120,7 @@ def draw_value(rng: random.Random, setting: Setting) -> Any:
 
 
 def draw_words(rng: random.Random, settings: list[Setting], folder: Path) -> list[Any]:
-    """Return the words of one mutation."""
+    """Return the arguments of one mutation."""
     setting = rng.choice(settings)
     flag, kind = f"--{setting.name}", rng.random()
     if kind < 0.55:
@@ -139,7 +140,7 @@ def draw_words(rng: random.Random, settings: list[Setting], folder: Path) -> lis
 
 
 def draw_yaml(rng: random.Random, settings: list[Setting], folder: Path) -> Any:
-    """Write a YAML file, and return its path, or the path of something else."""
+    """Write a YAML file and return its path, or return the path of something else."""
     if rng.random() < 0.15:
         return rng.choice(PATHS)
     lines = []
@@ -177,12 +178,12 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
     named = {os.path.normpath(f"work/{word}") for word in words if isinstance(word, str)} if replaces(words) else set()
     lost = [text for text in changes(before, snapshot(folder)) if text.split(" ")[0] not in named]
     lost = [text for text in lost if not Path(text.split(" ")[0]).is_dir()]
-    left = [name for name in snapshot(folder) if TEMPORARY in name and CACHE not in name]
-    return f"{(lost + left)[0]}: {ended.describe()}" if lost + left else ""
+    leftovers = [name for name in snapshot(folder) if TEMPORARY in name and CACHE not in name]
+    return f"{(lost + leftovers)[0]}: {ended.describe()}" if lost + leftovers else ""
 
 
 def replaces(words: list[Any]) -> bool:
-    """Return whether a line, or its YAML, may allow to replace files."""
+    """Return whether a command line or its YAML file may permit replacing files."""
     return any("--overwrite" in str(word) or word in ("--config", "c.yaml") for word in words)
 
 

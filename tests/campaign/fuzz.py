@@ -1,4 +1,4 @@
-"""Damaged inputs of every format: a sane answer or one sentence, never a traceback, a hang, an abort or half an output.
+"""Damaged inputs of every format: a valid answer or one error line, never a traceback, hang, abort or partial output.
 
     python tests/campaign/fuzz.py --cases 2000
     python tests/campaign/fuzz.py --cases 100 --only adapter "pickled adapter"
@@ -60,10 +60,10 @@ class Format:
     """A kind of file that the project reads.
 
     Attributes:
-        files: Patterns of such files in the material.
-        calls: Scripts that read them; "FILE" stands for the file. What they write is named `out`.
-        fails: Whether a damaged file may be an error. (A damaged cache is computed again.)
-        weight: How often a case is of this kind, relative to others; training for preferences takes ten times as long.
+        files: Glob patterns of such files in the material.
+        calls: Commands that read them; "FILE" is replaced by the path. Their outputs are named `out`.
+        fails: Whether a damaged file may cause an error. (A damaged cache is recomputed.)
+        weight: Relative frequency of this kind of case; preference training takes ten times as long.
     """
 
     files: tuple[str, ...]
@@ -204,23 +204,23 @@ def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | 
     else:
         ended = harness.run(*call.split(), cwd=folder, limit=60, memory=2**34, quick=True)
     COUNTS[name] += 1
-    wrong = ended.problem
-    if not wrong and ended.code and not format.fails and not special:
-        wrong = "an error for a damaged cache"
-    if not wrong and ended.code == 0 and re.search(rb"\bnan\b", ended.out):
-        wrong = "NaN in the answer"
+    problem = ended.problem
+    if not problem and ended.code and not format.fails and not special:
+        problem = "an error for a damaged cache"
+    if not problem and ended.code == 0 and re.search(rb"\bnan\b", ended.out):
+        problem = "NaN in the answer"
     after = identify(folder)
     lost = [name for name in before if after.get(name) != before[name] and not may_change(name, call)]
-    if not wrong and lost:
-        wrong = f"{lost[0]} is changed"
+    if not problem and lost:
+        problem = f"{lost[0]} is changed"
     new = [name for name in after if name not in before]
-    if not wrong and ended.code and (left := [n for n in new if n.startswith("out") or ".aligner-tmp" in n]):
-        wrong = f"{left[0]} is left after an error"
-    return f"{wrong}: {kind} {relative}\n{ended.describe()}" if wrong else ""
+    if not problem and ended.code and (leftovers := [n for n in new if n.startswith("out") or ".aligner-tmp" in n]):
+        problem = f"{leftovers[0]} is left after an error"
+    return f"{problem}: {kind} {relative}\n{ended.describe()}" if problem else ""
 
 
 def replace_by_special(rng: random.Random, path: Path) -> str:
-    """Replace a file by something that is no regular file, and return what it is."""
+    """Replace a file with something that is not a regular file, and return what it is."""
     path.unlink()
     kind = rng.choice(("pipe", "folder", "/dev/zero", "/dev/null", "/proc/self/mem", "nowhere", path.name))
     if kind == "pipe":
@@ -233,31 +233,31 @@ def replace_by_special(rng: random.Random, path: Path) -> str:
 
 
 def identify(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return what a file is known by, for all below a folder, by relative name."""
-    found = {}
+    """Return the mode and, for files, the inode, size and time of everything below a folder, by relative name."""
+    states = {}
     for root, folders, names in os.walk(folder):
         for path in (os.path.join(root, name) for name in folders + names):
-            about = os.lstat(path)
-            content = () if stat.S_ISDIR(about.st_mode) else (about.st_ino, about.st_size, about.st_mtime_ns)
-            found[os.path.relpath(path, folder)] = (about.st_mode, *content)
-    return found
+            status = os.lstat(path)
+            content = () if stat.S_ISDIR(status.st_mode) else (status.st_ino, status.st_size, status.st_mtime_ns)
+            states[os.path.relpath(path, folder)] = (status.st_mode, *content)
+    return states
 
 
 def may_change(name: str, call: str) -> bool:
-    """Return whether a call may replace a file: it lies in an output folder or in the cache, and is no stranger's."""
+    """Return whether a call may replace a file: it is in an output folder or in the cache, and is not foreign."""
     words = call.split()
     outputs = {words[i + 1] for i, word in enumerate(words) if word in ("--out_dir", "--output_dir")}
     return Path(name).name != "thesis.tex" and name.split("/")[0] in outputs | {".aligner-cache"}
 
 
 def reads(call: str, relative: Path) -> bool:
-    """Return whether a call names a file, or the folder that holds it."""
+    """Return whether a call names a file or its top-level folder."""
     return not {relative.as_posix(), relative.parts[0]}.isdisjoint(call.split())
 
 
 @contextlib.contextmanager
 def replying(content: bytes) -> Iterator[str]:
-    """Run an endpoint whose every reply has this content."""
+    """Run an endpoint whose replies all have this content."""
     from judge_server import Fault, serving
 
     with serving(lambda body, number: Fault(content=content)) as server:
@@ -330,7 +330,7 @@ def make_inputs(harness: Harness) -> Path:
     run(f"{ALPACA} rows.json --stage rl --output_dir asks")
     run(f"{DPO} --out_dir dpo --max_steps 4")
     run(f"{RL} --out_dir rl --max_steps 4")
-    for call, name in ((SFT, "run"), (DPO, "dpo"), (RL, "rl")):  # a run that was killed half-way can be continued
+    for call, name in ((SFT, "run"), (DPO, "dpo"), (RL, "rl")):  # keep a finished and a killed run of each kind
         ended = harness.run(*f"{call} --out_dir half --max_steps 4".split(), cwd=folder, watch=folder / "half")
         shutil.rmtree(folder / "half")
         kill_at = len(ended.calls) * 3 // 4

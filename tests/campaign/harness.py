@@ -1,11 +1,11 @@
-"""Run scripts of this repository by the thousand, each in a process of its own, and judge how they end.
+"""Run scripts of this repository by the thousand, each in a separate process, and check how they end.
 
     with Harness() as harness:
         ended = harness.run("generate/base.py", "--prompt", "x", cwd=folder)
         assert not ended.problem
 
 A server process imports the heavy modules once and forks for each run; `fresh=True` starts a new interpreter instead.
-What a script may do: exit with 0, or with 1 or 2 and one line `error: ...` on stderr.
+A script may exit with 0, or with 1 or 2 and one line `error: ...` on stderr.
 """
 
 import argparse
@@ -37,13 +37,13 @@ TRACES = (b"Traceback (most recent call last)", b"Exception ignored", b"Fatal Py
 
 @dataclass
 class Ended:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         code: Exit code, negative for a signal, None if the time limit was reached.
-        out, err: What it printed.
-        killed: Whether it killed itself at the change that it was asked to.
-        streams: What its standard streams were.
+        out, err: Standard output and standard error.
+        killed: Whether it was killed at the requested change or time.
+        streams: The states of its standard streams, if they were not files.
         calls: Calls that changed the watched folder, if there was one.
     """
 
@@ -58,7 +58,7 @@ class Ended:
 
     @property
     def problem(self) -> str:
-        """What is wrong with how it ended; empty if nothing."""
+        """A description of what went wrong, or an empty string."""
         if self.code is None:
             return "hang"
         if self.killed:
@@ -132,22 +132,22 @@ class Harness:
 
         Args:
             script: Path in the repository.
-            args: Arguments; str, bytes or anything with a str.
+            args: Arguments; str, bytes or anything that `str` accepts.
             cwd: Working directory.
             limit: Seconds after which the run is killed and counts as a hang; more on a loaded machine.
             kill_after: Seconds after which the process is killed with SIGKILL.
             watch: Folder in which changes are counted.
             kill_at: Number of the change, from 1, at which the process kills itself.
             after: Kill after the change instead of before it.
-            full: From the change `kill_at` on, fail as on a full disk, instead of a kill.
+            full: Instead of a kill, fail as on a full disk from the change `kill_at` on.
             record: Copy the folder before each change, to `record/NUMBER` in the harness's folder.
-            file_limit: Bytes that a file may have; a longer one fails in the middle of a write.
+            file_limit: Maximum size of a file in bytes; a write beyond it fails midway.
             user: Run with this user id (only as root).
-            streams: What "stdin", "stdout" and "stderr" are instead of files: "closed", "broken" (a pipe that nobody
-                reads) or "full" (/dev/full).
+            streams: States of "stdin", "stdout" and "stderr" if they are not files: "closed", "broken" (a pipe without
+                a reader) or "full" (/dev/full).
             fresh: Start a new interpreter.
-            memory: Most bytes of address space.
-            quick: Leave out the interpreter's clean-up at the end, which takes most of the time of a short run.
+            memory: Limit of the address space in bytes.
+            quick: Skip the interpreter's cleanup at exit, which takes most of the time of a short run.
         """
         (self.folder / "in").write_bytes(stdin)
         (self.folder / "calls").unlink(missing_ok=True)
@@ -188,11 +188,11 @@ class Harness:
 
 
 def serve(modules: list[str]) -> None:
-    """Answer requests on stdin until it ends. Returns in the forked children, with a request to execute."""
+    """Answer requests on stdin until it is closed; execute each in a forked child, in which this function returns."""
     sys.path.insert(0, str(ROOT))
     for module in modules:
         __import__(module)
-    gc.freeze()  # children end five times as fast
+    gc.freeze()  # children exit five times as fast
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
@@ -208,24 +208,24 @@ def serve(modules: list[str]) -> None:
 def wait(pid: int, limit: float, kill_after: float | None = None) -> int | None:
     """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed.
 
-    The limit, in seconds of a process that is alone, grows with the load: slow is no hang.
+    The limit, in seconds on an idle machine, grows with the load, so that a slow run does not count as a hang.
     """
     began = time.monotonic()
-    deadline, asked = began + limit * (1 + os.getloadavg()[0]), False
+    deadline, aborted = began + limit * (1 + os.getloadavg()[0]), False
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return None if asked else os.waitstatus_to_exitcode(status)
+            return None if aborted else os.waitstatus_to_exitcode(status)
         if kill_after is not None and time.monotonic() - began > kill_after:
             os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL if asked else signal.SIGABRT)  # faulthandler prints where it is
-            deadline, asked = deadline + 5, True
+            os.killpg(pid, signal.SIGKILL if aborted else signal.SIGABRT)  # faulthandler prints the stack
+            deadline, aborted = deadline + 5, True
         time.sleep(0.005)
 
 
 def execute(request: dict[str, Any]) -> None:
-    """Become a script: redirect, set up and run it as `__main__`; the interpreter then ends as usual."""
+    """Redirect the streams, set the limits and run a script as `__main__`; the interpreter then exits as usual."""
     os.setsid()
     folder = Path(request["folder"])
     for number, name in enumerate(("in", "out", "err")):
@@ -267,7 +267,7 @@ def execute(request: dict[str, Any]) -> None:
 
 
 def redirect(number: int, path: Path, what: str | None) -> None:
-    """Replace a standard stream by a file, or by what `Harness.run` describes, as Python finds it when it starts."""
+    """Replace a standard stream with a file or a state of `Harness.run`, as if Python had started with it."""
     stream = ("stdin", "stdout", "stderr")[number]
     write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     opened = os.open(path, write if number else os.O_RDONLY)
@@ -292,21 +292,21 @@ def redirect(number: int, path: Path, what: str | None) -> None:
 
 def snapshot(root: Path) -> dict[str, tuple]:
     """Return kind, permissions and content (or target) of everything below a folder, by relative name."""
-    found = {}
+    states = {}
     for folder, folders, names in os.walk(root):
         for path in (Path(folder, name) for name in folders + names):
-            about = path.lstat()
+            status = path.lstat()
             content: Any = None
-            if stat.S_ISLNK(about.st_mode):
+            if stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
-            elif stat.S_ISREG(about.st_mode):
+            elif stat.S_ISREG(status.st_mode):
                 content = path.read_bytes()
-            found[path.relative_to(root).as_posix()] = (about.st_mode, content)
-    return found
+            states[path.relative_to(root).as_posix()] = (status.st_mode, content)
+    return states
 
 
 def changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
-    """Return what is gone or changed, as sentences."""
+    """Return a description of each file that is gone or changed."""
     return [f"{name} {'is gone' if name not in after else 'changed'}"
             for name in before if after.get(name) != before[name]]  # fmt: skip
 
@@ -317,10 +317,10 @@ def run_campaign(
     """Run a campaign's cases from the command line, and exit with 1 if one of them fails.
 
     Args:
-        check: Function of the harness, a case's random numbers and an empty folder. It returns what is wrong, or "".
+        check: Function of the harness, a random generator and an empty folder. It returns the problem found, or "".
         description: Help text.
         modules: Modules for the server to import, if not the default ones.
-        kinds: Kinds of cases; `check` gets those that --only names, or None, as a further argument.
+        kinds: Kinds of cases; `check` gets those selected with --only, or None, as an additional argument.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=20, help="how many cases to run")
@@ -328,15 +328,15 @@ def run_campaign(
     if kinds:
         parser.add_argument("--only", choices=kinds, nargs="+", help="only cases of these kinds")
     args = parser.parse_args()
-    further = (args.only,) if kinds else ()
+    extra = (args.only,) if kinds else ()
     failed, began = 0, time.perf_counter()
     with Harness(modules) if modules else Harness() as harness:
         for seed in range(args.seed, args.seed + args.cases):
             folder = Path(tempfile.mkdtemp(prefix="campaign-case-"))
             try:
-                if wrong := check(harness, random.Random(seed), folder, *further):
+                if problem := check(harness, random.Random(seed), folder, *extra):
                     failed += 1
-                    print(f"seed {seed}: {wrong}\n", flush=True)
+                    print(f"seed {seed}: {problem}\n", flush=True)
                 if (seed - args.seed + 1) % 100 == 0:
                     print(f"{seed - args.seed + 1} cases, {failed} failed", file=sys.stderr, flush=True)
             finally:

@@ -1,9 +1,9 @@
-"""No run is lost by a kill: it continues, or begins again, to the files of an undisturbed run.
+"""No run is lost to a kill: it continues or starts over, and ends with the files of an undisturbed run.
 
-    python tests/campaign/kills.py --cases 200      kills at random moments and at random changes, several in a row
-    python tests/campaign/kills.py --every 1        what a kill between any two changes of the folder leaves
+    python tests/campaign/kills.py --cases 200      kills at random times and at random changes, several in a row
+    python tests/campaign/kills.py --every 1        a kill between any two changes of the folder
 
-SFT and DPO, at the first start, at --resume (of an interrupted and of a finished run) and at --overwrite.
+Both SFT and DPO are killed in a new run, with --resume (of an interrupted or a finished run) and with --overwrite.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STARTS = ("first", "resume", "finished", "overwrite")
 
 
 def prepare(runs: Runs, start: str, folder: Path) -> None:
-    """Put into a sandbox what is there before the process that is killed."""
+    """Fill a sandbox with the files that exist before the process that will be killed."""
     source = None
     if start == "resume":
         source = runs.kept("interrupted", lambda folder: interrupt(runs, folder))
@@ -35,7 +35,7 @@ def prepare(runs: Runs, start: str, folder: Path) -> None:
 
 
 def interrupt(runs: Runs, folder: Path) -> None:
-    """Kill a run when it has written its second state and not yet the adapter of it."""
+    """Kill a run after it has written its second state but before it writes the adapter for it."""
     calls = runs.run(runs.kept("counted", lambda folder: None), watch=folder.parent).calls
     states = [i for i, call in enumerate(calls, 1) if call.startswith("replace") and call.endswith("state.pt")]
     runs.run(folder, watch=folder, kill_at=states[1], after=True)
@@ -46,12 +46,12 @@ def flags_of(start: str) -> tuple[str, ...]:
 
 
 def recover(runs: Runs, start: str, folder: Path, rng: random.Random) -> str:
-    """Go on after a kill as a user would, and check the result. Returns what became of an overwritten run."""
+    """Continue after a kill as a user would, and check the result. Return "old" if the old run survived, else "new"."""
     outcome = "new"
     if start == "overwrite":
-        again = rng.choice(("--overwrite", "--resume", None))
-        ended = runs.run(folder, *([again] if again else []))
-        if ended.code and again == "--resume":  # it is still the old run
+        flag = rng.choice(("--overwrite", "--resume", None))
+        ended = runs.run(folder, *([flag] if flag else []))
+        if ended.code and flag == "--resume":  # the old run is still there
             outcome = "old"
             runs.finish(folder, "--resume", *OTHER)
             runs.check_result(folder, *OTHER)
@@ -59,17 +59,17 @@ def recover(runs: Runs, start: str, folder: Path, rng: random.Random) -> str:
             runs.finish(folder, "--overwrite")
     else:
         ended = runs.run(folder, *rng.choice(((), ("--resume",))))
-        if ended.code:  # without a flag: there is a run
+        if ended.code:  # refused without a flag, since there is a run
             runs.finish(folder, "--resume")
     if outcome == "new":
         runs.check_result(folder)
-    left = left_temporaries(folder)
-    assert not left, f"{left[0]} was left"
+    leftovers = left_temporaries(folder)
+    assert not leftovers, f"{leftovers[0]} was left"
     return outcome
 
 
 def check_random(harness: Harness, rng: random.Random, folder: Path) -> str:
-    """One to three kills, each at a random moment or at a random change."""
+    """Kill a run one to three times, each at a random time or at a random change, and recover it."""
     runs, start = Runs(harness, rng.choice(list(KINDS))), rng.choice(STARTS)
     prepare(runs, start, folder)
     flags = flags_of(start)
@@ -84,17 +84,17 @@ def check_random(harness: Harness, rng: random.Random, folder: Path) -> str:
 
 
 def record_points(harness: Harness, folder: Path) -> list[tuple[str, str, Path]]:
-    """Return what a kill before each change, and after the last, leaves: (kind, start, copy of the sandbox)."""
+    """Return the state before each change and after the last as (kind, start, copy of the sandbox)."""
     folder.mkdir()
-    found = []
+    points = []
     for kind, start in itertools.product(KINDS, STARTS):
         runs, sandbox, copies = Runs(harness, kind), folder / f"{kind}-{start}", folder / f"{kind}-{start}-points"
         sandbox.mkdir()
         prepare(runs, start, sandbox)
         calls = runs.run(sandbox, *flags_of(start), watch=sandbox, record=True).calls
         shutil.move(harness.folder / "record", copies)
-        found += [(kind, start, copies / str(n)) for n in range(1, len(calls) + 1)] + [(kind, start, sandbox)]
-    return found
+        points += [(kind, start, copies / str(n)) for n in range(1, len(calls) + 1)] + [(kind, start, sandbox)]
+    return points
 
 
 def check_point(harness: Harness, rng: random.Random, folder: Path, point: tuple[str, str, Path]) -> str:

@@ -10,9 +10,9 @@ ADAPTER = ROOT / "aligner_weights/microworld-pirate-n1/adapter.safetensors"
 
 
 def make_material(harness: Harness) -> Path:
-    """Return a folder with a base, its conversion to Hugging Face's layout, a model in Meta's, data and an adapter.
+    """Return a folder with a base, its Hugging Face conversion, a model in Meta's format, data and an adapter.
 
-    It is made once for all cases of a harness.
+    It is created once per harness.
     """
     folder = harness.folder / "material"
     if folder.exists():
@@ -40,7 +40,7 @@ def make_material(harness: Harness) -> Path:
 
 
 def write_meta_model(folder: Path) -> None:
-    """Write a random model of one layer as Meta distributes it."""
+    """Write a random one-layer model in Meta's format."""
     import torch
 
     shapes = {"tok_embeddings": (2048, 16), "output": (2048, 16), "norm": (16,)}

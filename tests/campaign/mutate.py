@@ -1,4 +1,4 @@
-"""Damage the content of files at random: their bytes, their text, and the values that their format holds."""
+"""Damage the content of files at random: their bytes, their text, and the values in their format."""
 
 import gzip
 import io
@@ -50,14 +50,14 @@ def mutate(rng: random.Random, content: bytes, suffix: str, others: list[bytes])
 
 def damage(rng: random.Random, content: bytes, kind: str, others: list[bytes]) -> bytes:
     i, j = sorted((rng.randint(0, len(content)), rng.randint(0, len(content))))
-    if rng.random() < 0.3:  # headers are where most of the structure is
+    if rng.random() < 0.3:  # most of the structure is in the header
         i, j = min(i, 40), min(j, 200)
     if kind == "cut":
         return content[:i]
     if kind == "flip":
         damaged = bytearray(content)
-        for at in range(i, min(i + rng.choice((1, 1, 4, 64)), len(content))):
-            damaged[at] = rng.randrange(256)
+        for index in range(i, min(i + rng.choice((1, 1, 4, 64)), len(content))):
+            damaged[index] = rng.randrange(256)
         return bytes(damaged)
     if kind == "splice":
         return content[:i] + rng.choice(SPLICES) + content[rng.choice((i, j)) :]
@@ -78,7 +78,7 @@ def damage(rng: random.Random, content: bytes, kind: str, others: list[bytes]) -
 
 
 def change_tree(rng: random.Random, value: Any, odd: tuple[Any, ...] = ODD) -> Any:
-    """Return a copy of nested lists and objects with one change: a value, a name, or an entry more or less."""
+    """Return a copy of nested lists and objects with one change: a value, a name, or an added or removed entry."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
         return nest(rng) if rng.random() < 0.05 else rng.choice(odd)
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -105,7 +105,7 @@ def nest(rng: random.Random) -> Any:
 def change_json(rng: random.Random, content: bytes) -> bytes:
     try:
         text = dump(change_tree(rng, json.loads(content)))
-        if rng.random() < 0.1 and text.startswith(b'{"'):  # a name twice
+        if rng.random() < 0.1 and text.startswith(b'{"'):  # a duplicate name
             text = text[:1] + text[1:].partition(b":")[0] + b":" + dump(rng.choice(ODD)) + b"," + text[1:]
         return text
     except ValueError:  # JSON lines
@@ -167,11 +167,11 @@ def change_safetensors(rng: random.Random, content: bytes) -> bytes:
         else:
             tensors[name] = change_tensor(rng, tensors[name])
         return save(tensors, header.get("__metadata__"))
-    about = header.get("__metadata__", {})
-    entries = [name for name, text in about.items() if text.startswith("{")]
+    metadata = header.get("__metadata__", {})
+    entries = [name for name, text in metadata.items() if text.startswith("{")]
     if entries and rng.random() < 0.7:
         entry = rng.choice(entries)
-        about[entry] = dump(change_tree(rng, json.loads(about[entry]))).decode("utf-8", "surrogatepass")
+        metadata[entry] = dump(change_tree(rng, json.loads(metadata[entry]))).decode("utf-8", "surrogatepass")
     else:
         header = change_tree(rng, header)
     text = dump(header)
@@ -179,7 +179,7 @@ def change_safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_pickle(rng: random.Random, content: bytes) -> bytes:
-    """Change a value or a tensor of what `torch.save` wrote."""
+    """Return a file of `torch.save` with one value or tensor changed."""
     value = torch.load(io.BytesIO(content), weights_only=True)
     odd = (
         *ODD,
@@ -201,7 +201,7 @@ def change_pickle(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_table(rng: random.Random, table: pa.Table) -> pa.Table:
-    """Return a table with a column less, of another name, or of other values."""
+    """Return a table with a column removed, renamed or changed, or with fewer rows."""
     i = rng.randrange(table.num_columns)
     name, n = table.column_names[i], table.num_rows
     action = rng.randrange(5)

@@ -1,9 +1,9 @@
-"""Files of other users: unreadable inputs, unwritable outputs, read-only caches, met by a user who is not root.
+"""Files of other users: unreadable inputs, unwritable outputs and read-only caches, for a user who is not root.
 
     python tests/campaign/permissions.py --cases 100
 
-Each case is a line that works, run by another user after one permission was taken away. It ends with 0 if the file does
-not matter, else with one sentence and 1, and changes nothing that it did not write.
+Each case is a valid command line, run by another user after one permission was removed. It must exit with 0 if the file
+does not matter, else with 1 and one error line, and must change only files that it wrote.
 """
 
 import os
@@ -31,7 +31,7 @@ MORE = {f"finetune/{name}.py": SFT for name in ("lora", "bitfit")}
 MORE |= {"finetune/aligner.py": f"{SFT} --init_adapter in/adapter.safetensors --config c.yaml"}
 SCRIPTS = {name: words for name, words in {**LINES, **MORE}.items() if not name.startswith("studies")}
 
-# the other user may have no access to Python's own files: all is imported before
+# the other user may have no access to Python's files, so everything is imported first
 IMPORTS = ("encodings.utf_8_sig", "encodings.raw_unicode_escape", "sentencepiece.sentencepiece_model_pb2", "matplotlib",
            *(name[:-3].replace("/", ".") for name in SCRIPTS))  # fmt: skip
 
@@ -48,25 +48,25 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
     needed = kind(rng, work, words)
     before = snapshot(work)
     ended = harness.run(script, *words, cwd=work, user=NOBODY, env={"HOME": str(work)}, limit=180)
-    what = f"{kind.__name__} {needed}"
+    case = f"{kind.__name__} {needed}"
     if ended.problem:
-        return f"{what}: {ended.problem}: {ended.describe()}"
+        return f"{case}: {ended.problem}: {ended.describe()}"
     after = snapshot(work)
     if lost := changes(before, after):
-        return f"{what}: {lost[0]}: {ended.describe()}"
+        return f"{case}: {lost[0]}: {ended.describe()}"
     new = [name for name in sorted(after.keys() - before.keys()) if not is_empty(work / name)]
     if ended.code and new:
-        return f"{what}: a refusal left {new[0]}: {ended.describe()}"
-    return "" if ended.code or not needed.startswith("!") else f"{what}: is ignored: {ended.describe()}"
+        return f"{case}: a refusal left {new[0]}: {ended.describe()}"
+    return "" if ended.code or not needed.startswith("!") else f"{case}: is ignored: {ended.describe()}"
 
 
 def is_empty(path: Path) -> bool:
-    """Return whether a path is what a refusal may leave: a cache without results, or a folder with only a manifest."""
+    """Return whether a failed run may leave this path: part of a cache or a folder with nothing but a manifest."""
     return path.is_dir() or path.name in (MANIFEST, *FILES) or CACHE in path.parts
 
 
 def unreadable(rng: random.Random, work: Path, words: list[Any]) -> str:
-    """Take away the right to read a named input, or something in a named folder."""
+    """Make a named input, or something in a named folder, unreadable."""
     path = work / rng.choice([word for word in words if word.startswith(("in/", "c.yaml"))])
     named = path.is_file() or rng.random() < 0.4
     if not named:
@@ -76,13 +76,13 @@ def unreadable(rng: random.Random, work: Path, words: list[Any]) -> str:
 
 
 def unwritable(rng: random.Random, work: Path, words: list[Any]) -> str:
-    """Take away the right to write where the output, and the cache, are to be."""
+    """Make the folder of the output and the cache unwritable."""
     os.chown(work, 0, 0)
     return "!work" if {"--output_dir", "--output_file", "--out_dir", "--plot"} & set(words) else "work"
 
 
 def of_others(rng: random.Random, work: Path, words: list[Any]) -> str:
-    """Put a file or folder of another user where the output, or the cache, is to be."""
+    """Put a file or folder of another user where the output or the cache will be."""
     name = rng.choice(("out", "out.json", "out.png", ".aligner-cache"))
     if "." in name[1:]:
         (work / name).write_text("years of work")

@@ -1,4 +1,4 @@
-"""Malicious pickles in the place of every file: none is executed, and each is refused in one sentence.
+"""Malicious pickles in place of every file: none is executed, and each is refused with one error line.
 
 python tests/campaign/pickles.py --cases 500
 """
@@ -52,7 +52,7 @@ class Call:
 
 
 def make_pickle(rng: random.Random, original: bytes, mark: Path) -> bytes:
-    """Return a pickle, in one of torch's file formats, that creates the file `mark` where it is executed."""
+    """Return a pickle, in one of torch's file formats, that creates the file `mark` if it is executed."""
     import os
 
     import torch
@@ -62,7 +62,7 @@ def make_pickle(rng: random.Random, original: bytes, mark: Path) -> bytes:
     torch.save({"x": Call(exec, run)}, inner)
     payload = rng.choice((
         Call(exec, run), Call(eval, f"exec({run!r})"), Call(os.system, f"touch {mark}"),
-        Call(torch.storage._load_from_bytes, inner.getvalue()),  # which loads without restrictions
+        Call(torch.storage._load_from_bytes, inner.getvalue()),  # loads without restrictions
         Call(getattr, Call(__import__, "os"), "system"), Call(os.mknod, str(mark)),
         Call(torch.serialization.load, str(mark.parent / "inner.pt")),
     ))  # fmt: skip
@@ -73,7 +73,7 @@ def make_pickle(rng: random.Random, original: bytes, mark: Path) -> bytes:
         torch.save(value, file, _use_new_zipfile_serialization=kind == "zip")
     elif kind == "bare":
         pickle.dump(value, file, protocol=rng.randint(0, 5))
-    elif kind == "text":  # for readers of YAML
+    elif kind == "text":  # for YAML readers
         file.write(rng.choice((f'seed: !!python/object/apply:os.system ["touch {mark}"]\n',
                                f"!!python/object/apply:builtins.exec [{run!r}]\n")).encode())  # fmt: skip
     else:
@@ -83,7 +83,7 @@ def make_pickle(rng: random.Random, original: bytes, mark: Path) -> bytes:
                 data = pickle.dumps(value, 2) if item.filename.endswith("data.pkl") else source.read(item)
                 target.writestr(item, data)
         file = new
-    prefix = original[: rng.choice((0, 0, 0, 8, len(original)))]  # behind a beginning of the right format
+    prefix = original[: rng.choice((0, 0, 0, 8, len(original)))]  # after the beginning of a valid file
     return prefix + file.getvalue()
 
 
@@ -93,12 +93,12 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
     path, mark = folder / name, folder / MARK
     original = path.read_bytes()
     path.write_bytes(make_pickle(rng, original, mark))
-    whole = path.read_bytes().startswith(original)  # a format that may end in something else
+    is_appended = path.read_bytes().startswith(original)  # some formats permit trailing data
     call = rng.choice(WAYS_IN[name]).replace("FILE", name)
     ended = harness.run(*call.split(), cwd=folder, limit=60, quick=True)
     if mark.exists():
         return f"{name} was executed: {ended.describe()}"
-    if ended.problem or (ended.code == 0 and not whole):
+    if ended.problem or (ended.code == 0 and not is_appended):
         return f"{ended.problem or 'not refused'}: {name}\n{ended.describe()}"
     return ""
 

@@ -1,4 +1,4 @@
-"""A tiny base, its data, and short training runs on them, for campaigns: what a run must leave behind."""
+"""A tiny base, its data, and short training runs for campaigns, with checks of the files that a run writes."""
 
 import json
 import os
@@ -28,11 +28,11 @@ KINDS = {
 MODULES = ("lightning.fabric", "datasets", "sentencepiece", "tokenizers", "jsonargparse", "matplotlib.figure",
            "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "tensorboard.summary.writer.record_writer",
            "tensorboard.compat.proto.event_pb2", "torch.optim.adamw", "torch._dynamo")  # fmt: skip
-OTHER = ("--learning_rate", "0.01")  # of the run that is overwritten
+OTHER = ("--learning_rate", "0.01")  # the setting of the run that is overwritten
 
 
 class Runs:
-    """Runs of one kind, whose files lie in `out` in a sandbox.
+    """Runs of one kind, which write to `out` in a sandbox.
 
     Args:
         kind: A key of `KINDS`.
@@ -47,7 +47,7 @@ class Runs:
         """Run the script in a sandbox.
 
         Raises:
-            AssertionError: It ended badly.
+            AssertionError: It crashed.
         """
         ended = self.harness.run(self.script, *self.flags, *flags, cwd=folder, **options)
         assert not ended.problem, f"{ended.problem}: {ended.describe()}"
@@ -58,17 +58,17 @@ class Runs:
         assert ended.code == 0, f"lost: {ended.describe()}"
 
     def check_result(self, folder: Path, *flags: object) -> None:
-        """Check that a sandbox holds what an undisturbed run leaves."""
-        found, expected = read_result(folder / "out"), read_result(self.undisturbed(*flags) / "out")
-        wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-        assert not wrong, f"{', '.join(wrong)} differ from those of an undisturbed run"
+        """Check that a sandbox contains the files of an undisturbed run."""
+        actual, expected = read_result(folder / "out"), read_result(self.undisturbed(*flags) / "out")
+        different = [name for name in {**expected, **actual} if actual.get(name) != expected.get(name)]
+        assert not different, f"{', '.join(different)} differ from those of an undisturbed run"
 
     def undisturbed(self, *flags: object) -> Path:
         """Return the sandbox of an undisturbed run."""
         return self.kept("-".join(map(str, ("whole", *flags))), lambda folder: self.finish(folder, *flags))
 
     def kept(self, name: str, make: Any) -> Path:
-        """Return a sandbox that is made once."""
+        """Return a sandbox, which is created on first use."""
         folder = self.harness.folder / f"{self.kind}-{name}"
         if not folder.exists():
             folder.mkdir()
@@ -77,7 +77,7 @@ class Runs:
 
 
 def read_result(out: Path) -> dict[str, Any]:
-    """Return the files of a finished run by name, without times."""
+    """Return the contents of a finished run's files by name, without timings."""
     result: dict[str, Any] = {name: (out / name).read_bytes() for name in ("samples.jsonl", "config.yaml")}
     result |= {name: (out / name).read_bytes() for name in ("best.safetensors", "last.safetensors")}
     result["metrics.csv"] = {
@@ -108,7 +108,7 @@ def left_temporaries(folder: Path) -> list[Path]:
 
 
 def make_material(harness: Harness) -> Path:
-    """Return a folder with a base of three layers and prepared rows and pairs. It is made once for a harness."""
+    """Return a folder with a base of three layers and prepared rows and pairs. It is created once per harness."""
     folder = harness.folder / "runs"
     if folder.exists():
         return folder
@@ -119,7 +119,7 @@ def make_material(harness: Harness) -> Path:
     save_base(folder / "base", network.config, {name: 0.2 * torch.randn(p.shape, generator=generator)
                                                 for name, p in network.named_parameters()})  # fmt: skip
     shutil.copy(tokenizer, folder / "base")
-    # U+2028 and its like end a line for str.splitlines, but not in JSON
+    # str.splitlines splits at U+2028 and similar characters, but they do not end a line of JSON
     names = ["cat", "dog\u2028", "rat\u2029", "hat\x85", "mat"]
     rows = [{"instruction": f"Name {n} {i}.", "output": f"A {n}, {i} times."} for i in range(3) for n in names]
     pairs = [{"prompt": f"Name {n} {i}.", "chosen": f"A {n}.", "rejected": "No."} for i in range(3) for n in names]

@@ -1,8 +1,8 @@
-"""Standard streams in every state: closed, full, broken pipes, bytes that are no text; --help, answers, chats, tables.
+"""Standard streams in every state: closed, full, broken pipes, invalid text; for --help, answers, chats, tables.
 
     python tests/campaign/streams.py --cases 200
 
-A run ends without a traceback; it succeeds unless standard output is full, and ends with 141 for a broken pipe.
+A run must end without a traceback. It succeeds unless standard output is full, and exits with 141 for a broken pipe.
 """
 
 import random
@@ -56,7 +56,7 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
     if streams.get("stdout") == "full" or (streams.get("stdin") == "closed" and "--interactive" in call):
         expected |= {1}
     if "--prompt" in words:
-        expected |= {1}  # an empty prompt, or bytes that are no text
+        expected |= {1}  # an empty prompt, or bytes that are not text
     if odd and "--help" not in call:
         expected -= {0}
     return "" if ended.code in expected else f"unexpected end with {streams}: {ended.describe()}"

@@ -1,4 +1,4 @@
-"""The campaigns, each with a few cases; `python tests/campaign/NAME.py --cases N` runs more."""
+"""A few cases of each campaign; `python tests/campaign/NAME.py --cases N` runs more."""
 
 import os
 import subprocess
