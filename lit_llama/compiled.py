@@ -7,11 +7,13 @@ fixed shapes and addresses: a static `KVCache`, and token and position tensors t
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_llama.sharding import is_sharded
 from lit_llama.utils import UserError
@@ -40,9 +42,27 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    on_cpu = model.transformer.wte.weight.device.type == "cpu"
     for block in model.transformer.h:
+        if purpose == "training" and on_cpu:
+            block.forward = compiled_with_plain_attention(block.forward)
         block.compile(fullgraph=True, backend=backend)
     model.compiled = purpose
+
+
+def compiled_with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute attention as matrix products and a softmax when compiled.
+
+    The compiled backward pass of the CPU's fused attention expects the strides of the first length that it was compiled
+    for, and fails with others (torch 2.13).
+    """
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH) if torch.compiler.is_compiling() else nullcontext():
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def eager_unless(model: Variant, purpose: str) -> AbstractContextManager:
