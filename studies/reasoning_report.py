@@ -54,6 +54,19 @@ def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
     return sorted(cells, key=lambda cell: [*OBJECTIVES].index(cell[0]))
 
 
+def overview(rows: list[Row], task: str, labels: dict[str, str], column: str) -> str:
+    """Return a table of one of `COLUMNS`, with a line for each method and a column for each objective."""
+    cells = cells_of(rows, task)
+    objectives = [*dict.fromkeys(objective for objective, _ in cells)]
+    lines = []
+    for method in [method for method in labels if any(method == other for _, other in cells)]:
+        trials = [reported(rows, task=task, objective=objective, method=method) for objective in objectives]
+        parameters = next(row["parameters"] for of_objective in trials for row in of_objective)
+        shares = [percent(row[column] for row in of_objective) for of_objective in trials]
+        lines.append([labels[method], f"{parameters:,}", *shares])
+    return markdown_table(["method", "parameters", *(OBJECTIVES[objective][0] for objective in objectives)], lines)
+
+
 def task_table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
     """Return a line for the base and for each objective and method."""
     lines = []
@@ -95,7 +108,11 @@ def report(
     parts = []
     for task, title in TASKS.items():
         if any(row["task"] == task for row in rows):
-            parts += [f"**{title[0].upper()}{title[1:]}**", task_table(rows, task, labels)]
+            for column in ("right", "other_facts"):
+                base = percent(row[column] for row in reported(rows, task=task, method=BASE, objective=""))
+                parts += [f"**{title[0].upper()}{title[1:]}: {COLUMNS[column]}** (the base alone: {base})",
+                          overview(rows, task, labels, column)]  # fmt: skip
+            parts += [f"All measures of {title}:", task_table(rows, task, labels)]
             parts += [
                 f"{OBJECTIVES[objective][0]} was not trained: {sampled:,} answers of the base at temperature 1 gave "
                 f"fewer than {LEAST_ROWS} rows."

@@ -88,8 +88,18 @@ def test_a_table_of_hand_made_results(tmp_path):
         "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 | 50.0 ± 0.0 | – | 95.0 ± 63.5 | 100.0 ± 0.0 | 100.0 ± 0.0 | "
         "640 (1 of 2 seeds) | 1.0 | 0.1* |",
     ]
+    rows = [*ROWS, row("direct", "lora", 1, 0.2, parameters=49_152)]
+    labels = {"aligner1": "Aligner, N = 1", "lora": "LoRA, r = 8", "bitfit": "BitFit"}
+    assert reporting.overview(rows, "two_hop", labels, "right").splitlines() == [
+        "| method | parameters | SFT, direct answers | RL |",
+        "| --- | ---: | ---: | ---: |",
+        "| Aligner, N = 1 | 240 | – | 95.0 ± 63.5 |",
+        "| LoRA, r = 8 | 49,152 | 20.0 | – |",
+    ]
     text = reporting.report(ROWS, {("two_hop", "dpo"): 3072}, {"aligner1": "Aligner, N = 1"},
                             settings=study.Settings(), origin="python")  # fmt: skip
+    assert "**Two-hop questions about unseen people: right** (the base alone: 0.0)" in text
+    assert "**Two-hop questions about unseen people: known facts right** (the base alone: 100.0)" in text
     assert "DPO, right over wrong was not trained: 3,072 answers of the base at temperature 1" in text
     assert "Failed: two_hop, rl, aligner1, 0.1, seed 3: UserError: disk" in text
     reporting.plot(ROWS, {"aligner1": "Aligner, N = 1"}, tmp_path / "reasoning.png", "caption")
