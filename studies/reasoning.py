@@ -71,7 +71,7 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Record, Trial, at_edge, choose, read_record, run_trials
+from studies.trials import Plan, Record, Trial, at_edge, choose, read_record, run_plans
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -193,24 +193,28 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate.
 
     Args:
-        cells: (task, objective, method) to run. Each is finished before the next, so that a stopped study has complete
-            lines.
+        cells: (task, objective, method) to run.
     """
-    swept, final = [], []
-    for number, cell in enumerate(cells, 1):
-        desc = f"{number} of {len(cells)}, {' '.join(cell)}"
-        try:
-            tried, rate = sweep(settings, cell, desc)
-        except UserError as error:
-            log(f"{' '.join(cell)} is left out: {error}")
-            continue
-        swept += tried
-        seeds = [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
-        final += run_trials(seeds, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
+    sweeps = len(settings.learning_rates) + 2 * len(settings.sweep_seeds[1:]) if settings.learning_rates[1:] else 0
+    expected, plans = len(cells) * (sweeps + len(settings.seeds)), [cell_plan(settings, cell) for cell in cells]
+    results = run_plans(
+        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="trainings", expected=expected
+    )
+    return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
+
+
+def cell_plan(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], list[Record]]]:
+    """Choose the learning rate of a cell and train all seeds; return the trials of both, none if all trials failed."""
+    try:
+        swept, rate = yield from sweep(settings, cell)
+    except UserError as error:
+        log(f"{' '.join(cell)} is left out: {error}")
+        return [], []
+    final = yield [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
     return swept, final
 
 
-def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[list[Record], float]:
+def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], float]]:
     """Return the trials that choose a learning rate, and the rate.
 
     While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. One seed can
@@ -224,13 +228,12 @@ def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[li
     if len(rates) == 1:
         return [], rates[0]
 
-    def run(rates: list[float], seeds: tuple[int, ...]) -> list[Record]:
-        grid = [make_trial(settings, *cell, rate, seed, "valid") for rate in rates for seed in seeds]
-        return run_trials(grid, settings.out_dir / "runs", score, jobs=settings.jobs, desc=desc)
+    def trials(rates: list[float], seeds: tuple[int, ...]) -> list[Trial]:
+        return [make_trial(settings, *cell, rate, seed, "valid") for rate in rates for seed in seeds]
 
     next_rates = rates
     while True:
-        tried += run(next_rates, (first,))
+        tried += yield trials(next_rates, (first,))
         best = choose(tried, rank)
         rate = best["trial"]["settings"]["learning_rate"]
         if not at_edge(best, tried) or len(rates) == len(settings.learning_rates) + settings.extra_rates:
@@ -243,7 +246,7 @@ def sweep(settings: Settings, cell: tuple[str, str, str], desc: str) -> tuple[li
     two = [rate]
     if rest := [record for record in tried if "error" not in record and record is not best]:
         two.append(choose(rest, rank)["trial"]["settings"]["learning_rate"])
-    tried += run(two, settings.sweep_seeds[1:])
+    tried += yield trials(two, settings.sweep_seeds[1:])
     return tried, max(two, key=lambda rate: mean_rank(tried, rate))
 
 

@@ -6,8 +6,11 @@ The result of a trial is one JSON file, so a stopped study continues where it st
               for name, variant in VARIANTS.items() for lr in RATES]
     records = run_trials(trials, out_dir)
     best = choose(records, key=lambda record: -record["summary"]["last_val_loss"])
+
+A study whose next trials depend on the results of earlier ones is a `Plan`, and `run_plans` runs several of them.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -19,13 +22,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from datasets import Dataset
@@ -64,6 +67,8 @@ class Trial:
 
 
 Score = Callable[[Trial, Path], dict[str, Any]]  # (trial, folder of its run) -> JSON
+T = TypeVar("T")
+Plan = Generator[list[Trial], list[Record], T]  # yields trials, is sent their records, and returns a result
 
 
 def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any]:
@@ -171,23 +176,71 @@ def start_worker() -> None:
 def run_trials(
     trials: Iterable[Trial], out_dir: Path, score: Score | None = None, *, jobs: int = 2, desc: str = "trials"
 ) -> list[Record]:
-    """Return the records of all trials, in their order. A failed trial is reported, and the others continue.
+    """Return the records of all trials, in their order. The arguments and errors are those of `run_plans`."""
+    trials = list(trials)
+
+    def plan() -> Plan[list[Record]]:
+        return (yield trials)
+
+    return run_plans([plan()], out_dir, score, jobs=jobs, desc=desc, expected=len(trials))[0]
+
+
+def run_plans(
+    plans: Sequence[Plan[T]], out_dir: Path, score: Score | None = None, *, jobs: int, desc: str, expected: int
+) -> list[T]:
+    """Return the results of plans, in their order. A failed trial is reported, and the others continue.
+
+    Plans are started one after the other, the next one when there are fewer trials than processes. So a stopped study
+    has completed most of the plans that it started.
 
     Args:
         out_dir: Folder for the runs, one folder each.
         score: A function at the top level of a module, so that other processes can import it.
-        jobs: Number of processes, of one thread each; 1 is this process, which also reads the records if all trials
-            are finished.
+        jobs: Number of processes, of one thread each; 1 is this process, which also reads the records of finished
+            trials.
         desc: Text of the progress bar.
+        expected: Number of trials, as far as it is known; the bar grows if there are more.
 
     Raises:
         UserError: A process was killed.
     """
-    trials = list(trials)
-    duplicates = {trial.name for trial in trials if [t.name for t in trials].count(trial.name) > 1}
-    if duplicates:
-        raise ValueError(f"Several trials are named {', '.join(sorted(duplicates))}")
-    bar = tqdm(total=len(trials), desc=desc, unit="trial", smoothing=0.05)
+    bar = tqdm(total=expected, desc=desc, unit="trial", smoothing=0.05)
+    stack = ExitStack()
+    names: set[str] = set()
+    futures: dict[Future, tuple[int, int]] = {}  # running trials -> number of the plan, place among its trials
+    records: dict[int, dict[int, Record]] = {}  # of the trials that each plan waits for
+    results: dict[int, T] = {}
+
+    @functools.cache
+    def pool() -> ProcessPoolExecutor:
+        # spawned: a fork of a process with threads may hang
+        executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+        stack.callback(executor.shutdown, cancel_futures=True)
+        return executor
+
+    def submit(trial: Trial) -> Future:
+        if jobs > 1 and not is_finished(trial, out_dir):
+            return pool().submit(run_trial, trial, out_dir, score)
+        future: Future = Future()
+        future.set_result(run_trial(trial, out_dir, score))
+        return future
+
+    def advance(number: int, received: list[Record] | None) -> None:
+        """Send a plan the records that it waits for (None starts it), and submit its next trials."""
+        try:
+            trials = plans[number].send(received)
+            while not trials:
+                trials = plans[number].send([])
+        except StopIteration as stop:
+            results[number] = stop.value
+            return
+        for trial in trials:
+            if trial.name in names:
+                raise ValueError(f"Several trials are named {trial.name}")
+            names.add(trial.name)
+        records[number], bar.total = {}, max(expected, len(names))
+        for place, trial in enumerate(trials):
+            futures[submit(trial)] = number, place
 
     def report(record: Record) -> Record:
         bar.update()
@@ -196,22 +249,24 @@ def run_trials(
             bar.write(f"{name} failed: {record['error']} (see {Path(out_dir) / name / 'log.txt'})", file=sys.stderr)
         return record
 
-    with bar:
-        if jobs == 1 or all(is_finished(trial, out_dir) for trial in trials):
-            return [report(run_trial(trial, out_dir, score)) for trial in trials]
-        # spawned: a fork of a process with threads may hang
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+    not_started = iter(range(len(plans)))
+    with bar, stack:
         try:
-            futures = [pool.submit(run_trial, trial, out_dir, score) for trial in trials]
-            for future in as_completed(futures):
-                report(future.result())
+            while len(results) < len(plans):
+                done = [future for future in futures if future.done()]
+                if not done and len(futures) < jobs and (number := next(not_started, None)) is not None:
+                    advance(number, None)
+                    continue
+                for future in done or wait(futures, return_when=FIRST_COMPLETED).done:
+                    number, place = futures.pop(future)
+                    records[number][place] = report(future.result())
+                    if number not in {plan for plan, _ in futures.values()}:
+                        advance(number, [record for _, record in sorted(records[number].items())])
         except BrokenProcessPool:
             raise UserError(
                 "A process was killed, perhaps for lack of memory; run the study again with fewer jobs to continue."
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [future.result() for future in futures]
+    return [results[number] for number in range(len(plans))]
 
 
 def all_finished(records: list[Record]) -> list[Record]:

@@ -118,9 +118,6 @@ def sweep(monkeypatch, right, **settings) -> tuple[list[tuple[float, int]], floa
     A trial fails where `right` is None.
     """
 
-    def results(trials, *args, **kwargs):
-        return [{"trial": {"settings": trial.settings}, **result(**trial.settings)} for trial in trials]
-
     def result(learning_rate, seed):
         if (score := right(learning_rate, seed)) is None:
             return {"error": "UserError: NaN"}
@@ -130,8 +127,13 @@ def sweep(monkeypatch, right, **settings) -> tuple[list[tuple[float, int]], floa
         return Trial("", None, {"learning_rate": rate, "seed": seed})
 
     monkeypatch.setattr(study, "make_trial", make_trial)
-    monkeypatch.setattr(study, "run_trials", results)
-    records, rate = study.sweep(study.Settings(**settings), ("two_hop", "rl", "lora"), "")
+    plan, records = study.sweep(study.Settings(**settings), ("two_hop", "rl", "lora")), None
+    try:
+        while True:
+            trials = plan.send(records)
+            records = [{"trial": {"settings": trial.settings}, **result(**trial.settings)} for trial in trials]
+    except StopIteration as stop:
+        records, rate = stop.value
     return [tuple(record["trial"]["settings"].values()) for record in records], rate
 
 

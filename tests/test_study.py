@@ -310,6 +310,29 @@ def test_workers_return_records_in_order_and_match_a_single_process(base_dir, da
         run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
 
 
+def test_a_plan_receives_the_records_of_its_trials_in_order(monkeypatch, tmp_path):
+    order = []
+
+    def run(trial, *rest):
+        order.append(trial.name)
+        return {"trial": {"name": trial.name}} | ({"error": "UserError: disk"} if trial.name == "b2" else {})
+
+    def plan(name, *batches):
+        results = []
+        for count in batches:
+            records = yield [Trial(f"{name}{len(results) + i}", None, {}) for i in range(count)]
+            results += [record["trial"]["name"] + "!" * ("error" in record) for record in records]
+        return results
+
+    monkeypatch.setattr(studies.trials, "run_trial", run)
+    plans = [plan("a", 2, 0, 1), plan("b", 3), plan("c"), plan("d", 1, 1)]
+    results = studies.trials.run_plans(plans, tmp_path, jobs=1, desc="", expected=0)
+    assert results == [["a0", "a1", "a2"], ["b0", "b1", "b2!"], [], ["d0", "d1"]]
+    assert order == ["a0", "a1", "a2", "b0", "b1", "b2", "d0", "d1"]  # one process finishes a plan before the next
+    with pytest.raises(ValueError, match="Several trials are named e0"):
+        studies.trials.run_plans([plan("e", 1), plan("e", 1)], tmp_path, jobs=1, desc="", expected=0)
+
+
 def test_a_toy_study_runs_end_to_end_and_reuses_its_records(tmp_path, capsys, monkeypatch):
     args = dict(methods=("aligner1", "lora"), tasks=("facts",), learning_rates=(1e-2,), seeds=(1,), steps=1,
                 questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
