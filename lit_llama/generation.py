@@ -78,14 +78,14 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
         with model.selecting(group):
             group_logits = last_logits(model, idx, last, group_cache)
         place = {row: i for i, row in enumerate(group)}
-        members = [row for row, source in enumerate(same) if source in place]
-        sources = torch.tensor([place[same[row]] for row in members], device=device)
+        copies = [(row, place[source]) for row, source in enumerate(same) if source in place]
+        members, sources = torch.tensor(copies, device=device).unbind(1)
         for layer in range(model.config.n_layer):
             cache.k[layer, members, :, :length] = group_cache.k[layer, sources]
             cache.v[layer, members, :, :length] = group_cache.v[layer, sources]
         logits.append(group_logits[sources])
-        order += members
-    return torch.cat(logits)[torch.tensor(order, device=device).argsort()]
+        order.append(members)
+    return torch.cat(logits)[torch.cat(order).argsort()]
 
 
 def last_logits(model: LLaMA, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
