@@ -51,10 +51,10 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
 
 def compiled_with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute attention as matrix products and a softmax when compiled.
+    """Return a forward pass that computes attention as matrix products and a softmax when it is compiled.
 
     The compiled backward pass of the CPU's fused attention expects the strides of the first length that it was compiled
-    for, and fails with others (torch 2.13).
+    for, and fails with others (seen with torch 2.13). The price is memory for the probabilities, (B, nh, T, T) a layer.
     """
 
     @wraps(forward)

@@ -180,8 +180,13 @@ class LLaMA(llama.LLaMA):
             self._assign(sums, [[term.select(selected) for term in layer_terms] for layer_terms in terms])
             yield
 
-    def adapters_of(self, row: int) -> Sum:
-        return self.sums[0 if len(self.sums) == 1 else row]
+    def adapters_of_rows(self, count: int) -> Sequence[Sum]:
+        self._check_count(count)
+        return [self.sums[0]] * count if len(self.sums) == 1 else self.sums
+
+    def _check_count(self, count: int) -> None:
+        if len(self.sums) not in (1, count):
+            raise UserError(f"There are adapters for {len(self.sums)} rows, and the batch has {count}.")
 
     @contextmanager
     def _restored(self) -> Iterator[list[Sequence[Term]]]:
@@ -246,8 +251,7 @@ class LLaMA(llama.LLaMA):
                 self.bank[name]
 
     def run_blocks(self, x: Tensor, *args: Any) -> Tensor:
-        if len(self.sums) not in (1, len(x)):
-            raise UserError(f"There are adapters for {len(self.sums)} rows, and the batch has {len(x)}.")
+        self._check_count(len(x))
         return super().run_blocks(x, *args)
 
 

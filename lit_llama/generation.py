@@ -62,8 +62,9 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]
     cache.length, cache.even = model.n_virtual_tokens + max(lengths), len(set(lengths)) == 1
-    first: dict[Any, int] = {}  # the first row with a prompt and adapter
-    same = [first.setdefault((tuple(prompt), model.adapters_of(row)), row) for row, prompt in enumerate(prompts)]
+    first: dict[Any, int] = {}  # prompt and adapters -> the first row with them
+    keys = zip(map(tuple, prompts), model.adapters_of_rows(len(prompts)), strict=True)
+    source_of = [first.setdefault(key, row) for row, key in enumerate(keys)]
     distinct = list(first.values())
     groups = [[distinct[i] for i in group] for group in length_groups([lengths[row] for row in distinct])]
     logits, order = [], []
@@ -78,11 +79,14 @@ def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Ten
         with model.selecting(group):
             group_logits = last_logits(model, idx, last, group_cache)
         place = {row: i for i, row in enumerate(group)}
-        copies = [(row, place[source]) for row, source in enumerate(same) if source in place]
+        copies = [(row, place[source]) for row, source in enumerate(source_of) if source in place]
         members, sources = torch.tensor(copies, device=device).unbind(1)
-        for layer in range(model.config.n_layer):
-            cache.k[layer, members, :, :length] = group_cache.k[layer, sources]
-            cache.v[layer, members, :, :length] = group_cache.v[layer, sources]
+        for buffer, new in ((cache.k, group_cache.k), (cache.v, group_cache.v)):
+            if len(copies) == len(group):
+                buffer[:, members, :, :length] = new
+                continue
+            for layer, new_layer in zip(buffer, new, strict=True):  # one at a time, to save memory
+                layer[members, :, :length] = new_layer[sources]
         logits.append(group_logits[sources])
         order.append(members)
     return torch.cat(logits)[torch.cat(order).argsort()]

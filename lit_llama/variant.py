@@ -7,7 +7,7 @@ usually through `make_attention` and `CausalSelfAttention.attend`.
 
 import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -113,9 +113,13 @@ class Variant(nn.Module):
         """Temporarily expect batches of only these rows, for variants with different adapters per row."""
         return nullcontext()
 
-    def adapters_of(self, row: int) -> Hashable:
-        """Return a value that is equal for rows of a batch that use the same adapters."""
-        return None
+    def adapters_of_rows(self, count: int) -> Sequence[Hashable]:
+        """Return a value for each row of a batch, equal for rows that use the same adapters.
+
+        Args:
+            count: number of rows.
+        """
+        return [None] * count
 
 
 def check_shapes(tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], complaint: str) -> None:

@@ -53,6 +53,7 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.run.report import write_above_bar
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -208,7 +209,7 @@ def cell_plan(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list
     try:
         swept, rate = yield from sweep(settings, cell)
     except UserError as error:
-        log(f"{' '.join(cell)} is left out: {error}")
+        write_above_bar(f"{' '.join(cell)} is left out: {error}")
         return [], []
     final = yield [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
     return swept, final
@@ -279,10 +280,11 @@ def main(settings: Settings) -> None:
         given = getattr(settings, name)
         if not set(given) <= set(known):
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
-        settings = replace(settings, **{name: given or tuple(known)})
+        settings = replace(settings, **{name: tuple(dict.fromkeys(given)) or tuple(known)})
     for name in ("learning_rates", "seeds", "sweep_seeds"):
-        if not getattr(settings, name):
+        if not (given := getattr(settings, name)):
             raise UserError(f"{name} is empty; give at least one.")
+        settings = replace(settings, **{name: tuple(dict.fromkeys(given))})
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "results.csv", "reasoning.png"))
     counts = prepare_all(settings)

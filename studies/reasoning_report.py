@@ -54,16 +54,22 @@ def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
     return sorted(cells, key=lambda cell: [*OBJECTIVES].index(cell[0]))
 
 
+def axes_of(rows: list[Row], task: str, labels: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return the objectives and the methods that were trained on a task."""
+    cells = cells_of(rows, task)
+    methods = {method for _, method in cells}
+    return [*dict.fromkeys(objective for objective, _ in cells)], [method for method in labels if method in methods]
+
+
 def overview(rows: list[Row], task: str, labels: dict[str, str], column: str) -> str:
     """Return a table of one of `COLUMNS`, with a line for each method and a column for each objective."""
-    cells = cells_of(rows, task)
-    objectives = [*dict.fromkeys(objective for objective, _ in cells)]
+    objectives, methods = axes_of(rows, task, labels)
     lines = []
-    for method in [method for method in labels if any(method == other for _, other in cells)]:
-        trials = [reported(rows, task=task, objective=objective, method=method) for objective in objectives]
-        parameters = next(row["parameters"] for of_objective in trials for row in of_objective)
-        shares = [percent(row[column] for row in of_objective) for of_objective in trials]
-        lines.append([labels[method], f"{parameters:,}", *shares])
+    for method in methods:
+        by_objective = [reported(rows, task=task, objective=objective, method=method) for objective in objectives]
+        parameters = next(row["parameters"] for trials in by_objective for row in trials)
+        values = [percent(row[column] for row in trials) for trials in by_objective]
+        lines.append([labels[method], f"{parameters:,}", *values])
     return markdown_table(["method", "parameters", *(OBJECTIVES[objective][0] for objective in objectives)], lines)
 
 
@@ -108,7 +114,7 @@ def report(
     parts = []
     for task, title in TASKS.items():
         if any(row["task"] == task for row in rows):
-            for column in ("right", "other_facts"):
+            for column in ("right", "other_facts") if cells_of(rows, task) else ():
                 base = percent(row[column] for row in reported(rows, task=task, method=BASE, objective=""))
                 parts += [f"**{title[0].upper()}{title[1:]}: {COLUMNS[column]}** (the base alone: {base})",
                           overview(rows, task, labels, column)]  # fmt: skip
@@ -148,10 +154,8 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
     figure = make_figure(6.5 * len(tasks) + 1.5, 4.5)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        cells = cells_of(rows, task)
-        objectives = [*dict.fromkeys(objective for objective, _ in cells)]
-        methods = [method for method in labels if any(method == m for _, m in cells)]
-        first = {method: next(objective for objective, m in cells if m == method) for method in methods}
+        objectives, methods = axes_of(rows, task, labels)
+        first = {method: next(objective for objective, m in cells_of(rows, task) if m == method) for method in methods}
         width = 0.8 / len(methods)
         for j, method in enumerate(methods):
             for i, objective in enumerate(objectives):

@@ -48,15 +48,16 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.run.report import write_above_bar
 from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError
 from scripts.count_parameters import VARIANTS
 from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Record, Trial, choose, read_record, run_trials
+from studies.trials import Plan, Record, Trial, choose, read_record, run_plans
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -132,21 +133,25 @@ def as_row(record: Record) -> Row:
 
 def run_study(settings: Settings) -> tuple[list[Record], list[Record]]:
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate."""
-    folder = settings.out_dir / "runs"
-    cells = [(task, method) for method in settings.methods for task in settings.tasks]
-    grid = [make_trial(settings, *cell, rate, settings.sweep_seed, "valid")
-            for rate in settings.learning_rates for cell in cells]  # fmt: skip
-    swept = run_trials(grid, folder, score, jobs=settings.jobs, desc="choosing rates")
-    final = []
-    for i, cell in enumerate(cells):
-        try:
-            chosen = choose(swept[i :: len(cells)], key=lambda record: record["scores"]["right"])
-        except UserError as error:
-            log(f"{' '.join(cell)} is left out: {error}")
-            continue
-        rate = chosen["trial"]["settings"]["learning_rate"]
-        final += [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
-    return swept, run_trials(final, folder, score, jobs=settings.jobs, desc="seeds")
+    plans = [cell_plan(settings, task, method) for method in settings.methods for task in settings.tasks]
+    expected = len(plans) * (len(settings.learning_rates) + len(settings.seeds))
+    results = run_plans(
+        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="trainings", expected=expected
+    )
+    return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
+
+
+def cell_plan(settings: Settings, task: str, method: str) -> Plan[tuple[list[Record], list[Record]]]:
+    """Choose the learning rate of a method on a task and train all seeds; return the trials of both."""
+    rates, seeds = settings.learning_rates, settings.seeds
+    swept = yield [make_trial(settings, task, method, rate, settings.sweep_seed, "valid") for rate in rates]
+    try:
+        chosen = choose(swept, key=lambda record: record["scores"]["right"])
+    except UserError as error:
+        write_above_bar(f"{task} {method} is left out: {error}")
+        return swept, []
+    rate = chosen["trial"]["settings"]["learning_rate"]
+    return swept, (yield [make_trial(settings, task, method, rate, seed, "reported") for seed in seeds])
 
 
 def with_all(settings: Settings) -> Settings:

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -121,18 +122,18 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     path, log_path = run / "record.json", run / "log.txt"
     as_json = json.loads(json.dumps(asdict(trial), default=str))
     claim(run, (path.name, log_path.name), adopt=path.is_file())
+    if (record := stored_record(trial, out_dir)) is not None:
+        return record
     try:
         main, settings = prepare_run(trial, run)
-        expected = identity(trial, settings)
-        if (record := read_record(path)).get("identity") == expected:
-            return {**record, "trial": as_json}
+        identified = identity(trial, settings)
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
             scores = {} if score is None else score(trial, run)
         losses = {step: row["val/loss"] for step, row in read_metrics(run / "metrics.csv").items() if "val/loss" in row}
         record = {
             "trial": as_json,
-            "identity": expected,
+            "identity": identified,
             "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
             "curve": [list(pair) for pair in losses.items()],
             "scores": scores,
@@ -147,15 +148,16 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}
 
 
-def is_finished(trial: Trial, out_dir: Path) -> bool:
-    """Return whether `run_trial` only reads a record; False as well if the trial cannot be prepared."""
+def stored_record(trial: Trial, out_dir: Path) -> Record | None:
+    """Return the record of an earlier `run_trial`; None if there is none, or if the trial cannot be prepared."""
     run = Path(out_dir) / trial.name
     if not (record := read_record(run / "record.json")):
-        return False
+        return None
     try:
-        return record.get("identity") == identity(trial, prepare_run(trial, run)[1])
+        is_same = record.get("identity") == identity(trial, prepare_run(trial, run)[1])
     except Exception:  # `run_trial` reports it
-        return False
+        return None
+    return {**record, "trial": json.loads(json.dumps(asdict(trial), default=str))} if is_same else None
 
 
 def read_record(path: Path) -> Record:
@@ -176,7 +178,7 @@ def start_worker() -> None:
 def run_trials(
     trials: Iterable[Trial], out_dir: Path, score: Score | None = None, *, jobs: int = 2, desc: str = "trials"
 ) -> list[Record]:
-    """Return the records of all trials, in their order. The arguments and errors are those of `run_plans`."""
+    """Return the records of all trials, in their order. For the arguments and errors see `run_plans`."""
     trials = list(trials)
 
     def plan() -> Plan[list[Record]]:
@@ -190,25 +192,26 @@ def run_plans(
 ) -> list[T]:
     """Return the results of plans, in their order. A failed trial is reported, and the others continue.
 
-    Plans are started one after the other, the next one when there are fewer trials than processes. So a stopped study
-    has completed most of the plans that it started.
+    A plan is started when fewer trials than processes are left of those before it, so plans are finished roughly in
+    their order. All plans share the same processes.
 
     Args:
         out_dir: Folder for the runs, one folder each.
         score: A function at the top level of a module, so that other processes can import it.
-        jobs: Number of processes, of one thread each; 1 is this process, which also reads the records of finished
-            trials.
+        jobs: Number of processes, of one thread each; 1 is this process. Records of earlier calls are read in this
+            process.
         desc: Text of the progress bar.
         expected: Number of trials, as far as it is known; the bar grows if there are more.
 
     Raises:
         UserError: A process was killed.
+        ValueError: Two trials have the same name.
     """
-    bar = tqdm(total=expected, desc=desc, unit="trial", smoothing=0.05)
-    stack = ExitStack()
+    bar, stack = tqdm(total=expected, desc=desc, unit="trial", smoothing=0.05), ExitStack()
     names: set[str] = set()
-    futures: dict[Future, tuple[int, int]] = {}  # running trials -> number of the plan, place among its trials
-    records: dict[int, dict[int, Record]] = {}  # of the trials that each plan waits for
+    ready: deque[tuple[int, int, Callable[[], Record]]] = deque()  # plan, place among its trials, what to call here
+    submitted: dict[Future, tuple[int, int]] = {}
+    records: dict[int, list[Record | None]] = {}  # of the trials that a plan waits for
     results: dict[int, T] = {}
 
     @functools.cache
@@ -217,13 +220,6 @@ def run_plans(
         executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
         stack.callback(executor.shutdown, cancel_futures=True)
         return executor
-
-    def submit(trial: Trial) -> Future:
-        if jobs > 1 and not is_finished(trial, out_dir):
-            return pool().submit(run_trial, trial, out_dir, score)
-        future: Future = Future()
-        future.set_result(run_trial(trial, out_dir, score))
-        return future
 
     def advance(number: int, received: list[Record] | None) -> None:
         """Send a plan the records that it waits for (None starts it), and submit its next trials."""
@@ -238,34 +234,42 @@ def run_plans(
             if trial.name in names:
                 raise ValueError(f"Several trials are named {trial.name}")
             names.add(trial.name)
-        records[number], bar.total = {}, max(expected, len(names))
+        records[number], bar.total = [None] * len(trials), max(expected, len(names))
         for place, trial in enumerate(trials):
-            futures[submit(trial)] = number, place
+            if jobs == 1:
+                ready.append((number, place, functools.partial(run_trial, trial, out_dir, score)))
+            elif (record := stored_record(trial, out_dir)) is not None:
+                ready.append((number, place, functools.partial(dict, record)))
+            else:
+                submitted[pool().submit(run_trial, trial, out_dir, score)] = number, place
 
-    def report(record: Record) -> Record:
+    def receive(number: int, place: int, record: Record) -> None:
+        records[number][place], name = record, record["trial"]["name"]
+        bar.set_postfix_str(name, refresh=False)
         bar.update()
         if "error" in record:
-            name = record["trial"]["name"]
             bar.write(f"{name} failed: {record['error']} (see {Path(out_dir) / name / 'log.txt'})", file=sys.stderr)
-        return record
+        if None not in records[number]:
+            advance(number, records[number])
 
     not_started = iter(range(len(plans)))
     with bar, stack:
         try:
             while len(results) < len(plans):
-                done = [future for future in futures if future.done()]
-                if not done and len(futures) < jobs and (number := next(not_started, None)) is not None:
+                if ready:
+                    number, place, call = ready.popleft()
+                    receive(number, place, call())
+                elif done := [future for future in submitted if future.done()]:
+                    receive(*submitted.pop(done[0]), done[0].result())
+                elif len(submitted) < jobs and (number := next(not_started, None)) is not None:
                     advance(number, None)
-                    continue
-                for future in done or wait(futures, return_when=FIRST_COMPLETED).done:
-                    number, place = futures.pop(future)
-                    records[number][place] = report(future.result())
-                    if number not in {plan for plan, _ in futures.values()}:
-                        advance(number, [record for _, record in sorted(records[number].items())])
+                else:
+                    wait(submitted, return_when=FIRST_COMPLETED)
         except BrokenProcessPool:
             raise UserError(
                 "A process was killed, perhaps for lack of memory; run the study again with fewer jobs to continue."
             ) from None
+        bar.total = len(names)
     return [results[number] for number in range(len(plans))]
 
 

@@ -165,6 +165,14 @@ def test_rows_share_a_prefill_only_if_their_sums_are_equal(folder, bank, monkeyp
         assert batched[row] == generate(alone, [prompt], sampling, rows=[row])[0]
 
 
+def test_more_prompts_than_sums_are_refused(folder, bank):
+    model = load_with_bank(folder, bank)
+    with model.using(["late", "late", "early"]):
+        for lengths in ((5, 5), (5, 9, 3, 4)):
+            with pytest.raises(UserError, match=f"There are adapters for 3 rows, and the batch has {len(lengths)}."):
+                generate(model, prompts(*lengths), Sampling(1))
+
+
 def test_one_sum_applies_to_batches_of_any_size(folder, bank):
     model, idx = load_with_bank(folder, bank), token_ids(4, 9)
     terms = (("late", 0.5), ("early", 2.0), ("other", 1.0))

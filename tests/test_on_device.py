@@ -15,6 +15,7 @@ import toys
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from lit_llama import generation
 from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA as Composed
@@ -134,6 +135,17 @@ def test_decoding_step(kind, static, lengths):
                     tokens = sample(logits, sampling, [None] * 3)
                 positions = positions + 1
     assert logits.device == META and tokens.shape == (3,)
+
+
+@pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
+@each_model
+def test_a_prefill_of_repeated_prompts(kind, group_tokens, monkeypatch):
+    monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
+    network, (short, long) = MODELS[kind]().to(META).eval(), toys.prompts(3, 9)
+    cache = KVCache(network.config, 3, 20, META, torch.float32)
+    with network.inference():
+        assert prefill(network, [short, long, short], cache).shape == (3, 50)
+    assert cache.k.device == META
 
 
 @each_model

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,8 +31,8 @@ def record(rate: float, right: float = 0.0, loss: float = 1.0, **more) -> dict:
     return {"trial": trial, "scores": {"right": right}, "summary": {"last_val_loss": loss}, **more}
 
 
-def right(found: dict) -> float:
-    return found["scores"]["right"]
+def right(result: dict) -> float:
+    return result["scores"]["right"]
 
 
 # == choosing, intervals ==
@@ -310,27 +312,87 @@ def test_workers_return_records_in_order_and_match_a_single_process(base_dir, da
         run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
 
 
-def test_a_plan_receives_the_records_of_its_trials_in_order(monkeypatch, tmp_path):
+class Processes:
+    """Replaces `ProcessPoolExecutor` and `wait`: trials are completed by name, in the order of a test."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.order, self.started, self.submitted, self.futures = order, 0, [], {}
+
+    def __call__(self, *args):
+        self.started += 1
+        return self
+
+    def submit(self, run, trial, *args):
+        self.submitted.append(trial.name)
+        self.futures[trial.name] = Future()
+        return self.futures[trial.name]
+
+    def wait(self, futures, return_when):
+        name = self.order.pop(0)
+        if name == "killed":
+            self.futures["a0"].set_exception(BrokenProcessPool())
+        else:
+            self.submitted.append(f"{name} is done")
+            self.futures[name].set_result({"trial": {"name": name}})
+
+    def shutdown(self, cancel_futures):
+        self.order.append("shut down")
+
+
+def name_plan(name, *batches):
+    """Yield batches of trials of these sizes and return the names of the records, batch by batch."""
+    results = []
+    for number, count in enumerate(batches):
+        records = yield [Trial(f"{name}{number}{'xyz'[i] if count > 1 else ''}", None, {}) for i in range(count)]
+        results.append([record["trial"]["name"] for record in records])
+    return results
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    processes = Processes([])
+    monkeypatch.setattr(studies.trials, "ProcessPoolExecutor", processes)
+    monkeypatch.setattr(studies.trials, "wait", processes.wait)
+    return processes
+
+
+def test_the_next_plan_starts_while_the_last_trial_of_one_runs(processes, tmp_path):
+    processes.order += ["a0y", "b0", "a0x", "a1", "b1"]
+    plans = [name_plan("a", 2, 1), name_plan("b", 1, 1)]
+    results = studies.trials.run_plans(plans, tmp_path, jobs=2, desc="", expected=0)
+    assert results == [[["a0x", "a0y"], ["a1"]], [["b0"], ["b1"]]]
+    assert processes.submitted == ["a0x", "a0y", "a0y is done", "b0", "b0 is done", "b1", "a0x is done", "a1",
+                                   "a1 is done", "b1 is done"]  # fmt: skip
+    assert processes.started == 1 and processes.order == ["shut down"]
+
+
+def test_a_killed_process_ends_a_study_with_one_sentence(processes, tmp_path):
+    processes.order.append("killed")
+    with pytest.raises(UserError, match="A process was killed, perhaps for lack of memory"):
+        studies.trials.run_plans([name_plan("a", 1)], tmp_path, jobs=2, desc="", expected=0)
+    assert processes.order == ["shut down"]
+
+
+def test_one_process_finishes_a_plan_before_the_next(monkeypatch, tmp_path):
     order = []
+    monkeypatch.setattr(
+        studies.trials, "run_trial", lambda trial, *args: order.append(trial.name) or {"trial": asdict(trial)}
+    )
+    plans = [name_plan("a", 2, 0, 1), name_plan("b"), name_plan("c", 1)]
+    results = studies.trials.run_plans(plans, tmp_path, jobs=1, desc="", expected=0)
+    assert results == [[["a0x", "a0y"], [], ["a2"]], [], [["c0"]]]
+    assert order == ["a0x", "a0y", "a2", "c0"]
+    with pytest.raises(ValueError, match="Several trials are named e0"):
+        studies.trials.run_plans([name_plan("e", 1), name_plan("e", 1)], tmp_path, jobs=1, desc="", expected=0)
 
-    def run(trial, *rest):
-        order.append(trial.name)
-        return {"trial": {"name": trial.name}} | ({"error": "UserError: disk"} if trial.name == "b2" else {})
 
-    def plan(name, *batches):
-        results = []
-        for count in batches:
-            records = yield [Trial(f"{name}{len(results) + i}", None, {}) for i in range(count)]
-            results += [record["trial"]["name"] + "!" * ("error" in record) for record in records]
-        return results
+def test_one_process_reports_each_trial_as_soon_as_it_has_run(monkeypatch, tmp_path, capsys):
+    def run(trial, *args):
+        assert capsys.readouterr().err.count("failed: UserError") == int(trial.name[-1] == "y")
+        return {"trial": {"name": trial.name}, "error": "UserError: disk"}
 
     monkeypatch.setattr(studies.trials, "run_trial", run)
-    plans = [plan("a", 2, 0, 1), plan("b", 3), plan("c"), plan("d", 1, 1)]
-    results = studies.trials.run_plans(plans, tmp_path, jobs=1, desc="", expected=0)
-    assert results == [["a0", "a1", "a2"], ["b0", "b1", "b2!"], [], ["d0", "d1"]]
-    assert order == ["a0", "a1", "a2", "b0", "b1", "b2", "d0", "d1"]  # one process finishes a plan before the next
-    with pytest.raises(ValueError, match="Several trials are named e0"):
-        studies.trials.run_plans([plan("e", 1), plan("e", 1)], tmp_path, jobs=1, desc="", expected=0)
+    studies.trials.run_plans([name_plan("a", 2)], tmp_path, jobs=1, desc="", expected=0)
 
 
 def test_a_toy_study_runs_end_to_end_and_reuses_its_records(tmp_path, capsys, monkeypatch):
