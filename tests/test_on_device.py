@@ -140,6 +140,8 @@ def test_decoding_step(kind, static, lengths):
 @pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
 @each_model
 def test_a_prefill_of_repeated_prompts(kind, group_tokens, monkeypatch):
+    if (kind, group_tokens) == ("bank, rows differ", 1):
+        pytest.skip("selecting rows of a bank waits for the device; see the list above")
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
     network, (short, long) = MODELS[kind]().to(META).eval(), toys.prompts(3, 9)
     cache = KVCache(network.config, 3, 20, META, torch.float32)
