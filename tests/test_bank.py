@@ -132,7 +132,7 @@ def test_answers_are_in_order_at_any_batch_size(base_dir, tokenizer):
 @each_shape
 @pytest.mark.parametrize("names", [["a", "b", None], BATCHES[-1]], ids=["ones", "mixed"])
 def test_with_a_bf16_base_a_batch_is_about_as_accurate_as_single_adapters(folders, shape, names):
-    """Its squared error against fp32 is less than 1.5 times that of one adapter at a time."""
+    """The squared error of the batch against fp32 is less than 1.5 times that of one adapter at a time."""
     folder, adapters = folders[shape], make_adapters(shape)
     idx = token_ids(len(names), 12)
     model = load_with_bank(folder, make_bank(folder, adapters), dtype=torch.bfloat16)

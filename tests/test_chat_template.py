@@ -104,7 +104,7 @@ pieces = st.lists(st.sampled_from(["<|", "eot_id", "|>", "<|eot_id|>", "<|im_", 
 @given(parts=st.lists(pieces.map("".join), min_size=1, max_size=3))
 @pytest.mark.parametrize("kind", ["llama3", "mistral", "mistral-first"])
 def test_no_combination_of_pieces_becomes_a_special_token(kind, parts, folders):
-    """Not even if the end of a message and the text after it spell out a token."""
+    """The end of a message and the text after it may spell out a special token."""
     tokenizer = OPEN.setdefault(kind, Tokenizer(folders[kind]))
     messages, plain = [], []
     for i, part in enumerate(parts):

@@ -101,7 +101,7 @@ def test_only_a_regular_file_is_replaced(tmp_path, kind):
 
 
 def test_temporary_files_are_private_and_have_unpredictable_names(tmp_path):
-    """So nobody else can plant a link in the place of a temporary file."""
+    """With a predictable name, another user could create a link there before the file is written."""
     (tmp_path / "victim").write_text("precious")
     names = []
     for _ in range(2):

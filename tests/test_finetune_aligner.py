@@ -564,7 +564,7 @@ def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, launcher, st
 
 
 def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
-    """Otherwise it would train on only one of the two devices."""
+    """The job has one task for two devices, so it would train on only one of them."""
     job = {"SLURM_NTASKS": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
            "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}  # fmt: skip
     command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", *flags(tmp_path / "run")]

@@ -48,7 +48,7 @@ def run(folder: Path, task: str, **settings: object) -> list[dict]:
 
 
 @needs_lm_eval
-def test_mmlu_results_are_equal(shared, tmp_path, monkeypatch):
+def test_mmlu_results_equal_those_of_evaluate_mmlu(shared, tmp_path, monkeypatch):
     subjects = ("abstract_algebra", "global_facts")
     data_file = shared / "data/benchmarks/mmlu/mmlu.zip"
     settings = mmlu.Settings(
@@ -80,7 +80,7 @@ def test_mmlu_results_are_equal(shared, tmp_path, monkeypatch):
 
 
 @needs_lm_eval
-def test_gsm8k_answers_with_an_adapter_are_equal(shared, tmp_path):
+def test_gsm8k_answers_with_an_adapter_equal_those_of_evaluate_gsm8k(shared, tmp_path):
     tokenizer, lines = Tokenizer(MICROWORLD), (shared / "data/gsm8k_test.jsonl").read_text().splitlines()
     short = [line for line in lines if len(tokenizer.encode(json.loads(line)["question"])) < 180][:50]
     (tmp_path / "rows.jsonl").write_text("\n".join(short))

@@ -136,7 +136,7 @@ def test_bf16_model_is_close_to_the_fp32_model():
     assert (exact - rounded.float()).abs().mean() < 0.05 * exact.std()
 
 
-def test_llama3_scaling_keeps_blends_and_lowers_frequencies():
+def test_llama3_scaling_keeps_high_blends_middle_and_lowers_low_frequencies():
     config = LLaMAConfig.from_name("Llama-3.1-8B")
     scaled = rope_frequencies(config).double()
     plain = rope_frequencies(LLaMAConfig.from_name("Llama-3-8B")).double()
