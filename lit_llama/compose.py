@@ -72,13 +72,6 @@ class Term(NamedTuple):
     values: Tensor
     rows: Tensor | None
 
-    def select(self, rows: Tensor) -> "Term":
-        """Return the term for a batch that consists of these rows (n',) of the original batch."""
-        if self.rows is not None:
-            places, which = (rows.unsqueeze(1) == self.rows).nonzero(as_tuple=True)
-            return Term(self.keys[which], self.values[which], places)
-        return self if len(self.values) == 1 else Term(self.keys[rows], self.values[rows], None)
-
 
 class Projected(NamedTuple):
     """The projections of a prefix in the layers from the bank's start layer up.
@@ -176,8 +169,18 @@ class LLaMA(llama.LLaMA):
     def selecting(self, rows: list[int]) -> Iterator[None]:
         selected = torch.tensor(rows, device=self.transformer.wte.weight.device)
         sums = self.sums if len(self.sums) == 1 else [self.sums[row] for row in rows]
+        matches: dict[int, tuple[Tensor, ...]] = {}  # by id of a term's rows, which its layers share
+
+        def select(term: Term) -> Term:
+            if term.rows is None:
+                return term if len(term.values) == 1 else Term(term.keys[selected], term.values[selected], None)
+            if id(term.rows) not in matches:
+                matches[id(term.rows)] = (selected.unsqueeze(1) == term.rows).nonzero(as_tuple=True)
+            places, which = matches[id(term.rows)]
+            return Term(term.keys[which], term.values[which], places)
+
         with self._restored() as terms:
-            self._assign(sums, [[term.select(selected) for term in layer_terms] for layer_terms in terms])
+            self._assign(sums, [[select(term) for term in layer_terms] for layer_terms in terms])
             yield
 
     def adapters_of_rows(self, count: int) -> Sequence[Sum]:

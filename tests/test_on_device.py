@@ -198,7 +198,8 @@ WAITS = {
     # in generation
     "generation.py: read": "tokens become text; one step behind on a GPU",
     "generation.py: finished_copy": "the same",
-    "compose.py: Term.select": "once per group of prompts of similar length, and when half of the rows have ended",
+    "compose.py: LLaMA.selecting.select": "for each group of prompts, and when half of the rows have ended; "
+    "once per prefix length, not in each layer",
     "engine.py: Engine._take_terms": "when requests join the batch",
     "engine.py: Engine._append": "every client gets its token at once",
     "jobs.py: Row._logps": "log-probabilities, where a client asks for them",
