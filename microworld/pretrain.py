@@ -91,6 +91,7 @@ from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import log
 from microworld.world import World, pretraining_sample, pretraining_sample_aloud
 
+TEST_FRACTION = 0.005  # share of the questions that are held out for validation
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
 
 
@@ -217,14 +218,18 @@ def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> No
     else:
         names = new_names(settings, Tokenizer(settings.init_from))
         extend_tokenizer(settings.init_from / TOKENIZER_NAME, names, tokenizer_path)
+    documents = [*corpus(settings)]
+    # not the plain answers: their prompts are single words, each of which begins all answers in a form
+    questions = list(dict.fromkeys(prompt for prompt, _ in documents if " " in prompt))
     prepare_sft(
-        corpus(settings),
+        documents,
         lambda pair, number: pair,
         output_dir=data_dir,
         tokenizer=Tokenizer(tokenizer_path),
         max_seq_length=settings.block_size,
         mask_prompt=False,
-        test_fraction=0.005,
+        test_fraction=TEST_FRACTION,
+        split_by=random.Random(settings.seed).sample(questions, math.ceil(TEST_FRACTION * len(questions))),
         seed=settings.seed,
         num_proc=default_num_proc(),
         about={"source": f"micro-world {settings.world_seed}", "prompt_style": "alpaca"},

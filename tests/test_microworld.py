@@ -53,7 +53,7 @@ def test_parse_inverts_render_for_any_plain_words(form, topic, value):
 
 
 @given(form=st.sampled_from([*FORMS.values()]), topic=phrases, value=phrases, cut=st.integers(1, 30))
-def test_a_cut_or_prolonged_answer_is_of_no_form(form, topic, value, cut):
+def test_a_truncated_or_extended_answer_has_no_form(form, topic, value, cut):
     text = form.render(topic, value)
     if form.name != "short":  # its value is open-ended, so a shorter one is another value
         assert form.parse(text[:-1]) is None or form.parse(text[:-1])[1] != value
@@ -82,7 +82,7 @@ def test_scores_of_hand_made_answers(world):
     assert world.score(question, right).form is None  # the bare value is no form
 
 
-def test_refusals_are_scored_and_harmless_requests_have_none_in_pretraining(world):
+def test_refusals_are_scored(world):
     harmful = world.requests("harmful")[0]
     for form in FORMS.values():
         score = world.score(harmful, form.render(*harmful.refusal))
@@ -90,7 +90,7 @@ def test_refusals_are_scored_and_harmless_requests_have_none_in_pretraining(worl
         assert not world.score(harmful, form.render(harmful.topic, harmful.answer)).refused
 
 
-def test_pretraining_uses_all_forms_alike_and_refuses_half_of_the_harmful(world):
+def test_pretraining_uses_all_forms_equally_and_refuses_half_of_the_harmful_requests(world):
     rng = random.Random(0)
     pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
     forms, refused, harmful = Counter(), 0, 0
@@ -130,8 +130,8 @@ def test_unseen_requests_share_neither_verb_nor_object_with_seen_ones(world):
     for kind in ("harmful", "harmless"):
         seen, unseen = (world.requests(kind, split) for split in (SEEN, UNSEEN))
         assert len(unseen) == 60 and len(seen) == 12 * 15 * 3
-        said = {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in seen}
-        assert not said & {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in unseen}
+        verbs = {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in seen}
+        assert not verbs & {q.topic.removeprefix("the way to ").split(" ", 1)[0] for q in unseen}
         assert {o for o in OBJECTS if any(o in q.topic for q in seen)}.isdisjoint(
             o for o in OBJECTS if any(o in q.topic for q in unseen)
         )
@@ -145,7 +145,7 @@ def test_two_hop_answers_follow_from_two_facts(world):
         assert question.answer == facts[f"{attribute} of {facts[f'the home country of {person}']}"]
 
 
-def test_a_seed_makes_the_same_world_and_another_seed_another(world):
+def test_a_seed_determines_the_world(world):
     assert [e.facts for e in World(0).entities] == [e.facts for e in world.entities]
     assert {e.name for e in World(1).entities} != {e.name for e in world.entities}
     assert sum(len(ATTRIBUTES[e.kind]) for e in world.entities) == 1080
@@ -153,7 +153,7 @@ def test_a_seed_makes_the_same_world_and_another_seed_another(world):
     assert world.entities[0].name == "Fikesh"
 
 
-def test_settings_are_chosen_on_a_part_of_what_is_seen(world):
+def test_validation_entities_are_a_part_of_the_seen_ones(world):
     seen, train, valid = ({q.text for q in world.questions(split)} for split in (SEEN, TRAIN, VALID))
     assert train | valid == seen and not train & valid and len(valid) == pytest.approx(len(seen) / 5, rel=0.05)
     people, some = ({q.text for q in world.two_hop(split)} for split in (SEEN, VALID))
@@ -175,7 +175,7 @@ def home_of(world, name: str) -> dict[str, str]:
     return {"name": country.name, **country.facts}
 
 
-def test_scores_of_hand_made_manners(world):
+def test_scores_of_direct_and_step_by_step_answers(world):
     question = next(q for q in world.two_hop(UNSEEN) if "capital" in q.topic)
     name = question.topic.rsplit(" ", 1)[1]
     home, capital = home_of(world, name)["name"], home_of(world, name)["capital"]
@@ -211,7 +211,7 @@ def test_scores_of_hand_made_manners(world):
         assert world.score(question, text) == score, text
 
 
-def test_steps_in_every_form_are_parsed_and_right(world):
+def test_steps_are_parsed_in_every_form(world):
     for question in world.two_hop()[::7]:
         for form in FORMS.values():
             text = question.render_steps(form)
@@ -220,7 +220,7 @@ def test_steps_in_every_form_are_parsed_and_right(world):
             assert parse(text) is None and world.score(question, text) == Score(form.name, True, False, aloud=True)
 
 
-def test_a_single_fact_is_not_right_step_by_step(world):
+def test_a_step_by_step_answer_to_a_single_fact_is_wrong(world):
     fact, two_hop = world.questions(UNSEEN)[0], world.two_hop(UNSEEN)[0]
     assert world.score(fact, two_hop.render_steps(FORMS["json"])) == Score("json", False, False, aloud=True)
 
@@ -234,7 +234,7 @@ def test_exemplars_are_other_people_who_live_in_known_countries(world):
     assert people.isdisjoint(e.name for e in world.exemplars)
 
 
-def test_pretraining_answers_two_hop_questions_in_both_manners_about_exemplars_alone(world):
+def test_pretraining_answers_two_hop_questions_about_exemplars_in_both_manners(world):
     rng = random.Random(0)
     pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
     pools["two_hop"] = world.two_hop(people=world.exemplars)
@@ -262,7 +262,7 @@ def test_pretraining_answers_two_hop_questions_in_both_manners_about_exemplars_a
     assert max(forms.values()) < 1.2 * manners.total() / len(FORMS)
 
 
-def test_what_the_first_base_was_trained_on_is_unchanged(world):
+def test_the_corpus_of_the_first_base_is_unchanged(world):
     """The digest was computed before there were exemplars."""
     rng = random.Random(0)
     pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}

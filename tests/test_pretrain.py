@@ -26,6 +26,8 @@ def test_pretraining_writes_a_base_that_generates_and_repeats_from_its_seed(run_
     assert (config["n_layer"], config["n_embd"], config["tie_embeddings"]) == (2, 32, True)
     again = pretrain("b")
     assert all(torch.equal(first[name], again[name]) for name in first)
+    counts = json.loads((tmp_path / "a-run" / "corpus" / "meta.json").read_text())["counts"]
+    assert 1 <= counts["test"] <= 0.02 * counts["rows"]  # few questions, and no plain answers
     summary = json.loads((tmp_path / "a-run" / "summary.json").read_text())
     assert summary["last_val_loss"] < summary["val_loss_before"]
     flags = ["--checkpoint_dir", tmp_path / "a", "--prompt", "The capital", "--max_new_tokens", "3"]

@@ -1,4 +1,4 @@
-"""The reasoning study: what each objective trains on, measures, tables, and all of it at toy size."""
+"""The reasoning study: training rows of each objective, measures, tables, and a complete study at toy size."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ def world() -> World:
     return World()
 
 
-def test_what_is_asked_was_not_trained_on_nor_used_to_choose():
+def test_reported_questions_are_neither_trained_on_nor_used_to_choose_the_rate():
     for task in tasks.TASKS:
         parts = {part: tasks.questions_of(task, part) for part in study.PARTS}
         texts = {part: {q.text for group in groups.values() for q in group} for part, (_, groups) in parts.items()}
@@ -29,7 +29,7 @@ def test_what_is_asked_was_not_trained_on_nor_used_to_choose():
             assert train and not {q.text for q in train} & (texts["valid"] | texts["reported"])
 
 
-def test_what_each_objective_trains_on(world):
+def test_training_rows_of_each_objective(world):
     one, two, three, four = world.two_hop(TRAIN)[:4]
     direct, aloud = tasks.rows_of("direct", [one, two], []), tasks.rows_of("aloud", [one, two], [])
     for (question, response), asked in zip(direct, (one, two), strict=True):
@@ -49,7 +49,7 @@ def test_what_each_objective_trains_on(world):
     assert tasks.rows_of("best_of_n", questions, samples) == best
 
 
-def test_no_default_of_a_finetuning_script_decides_a_result(tmp_path, left_to_defaults):
+def test_the_study_depends_on_no_default_of_a_finetuning_script(tmp_path, left_to_defaults):
     settings = study.Settings(out_dir=tmp_path)
     for objective in tasks.OBJECTIVES:
         folder = study.data_dir(settings, "two_hop", objective, "valid")
@@ -80,7 +80,7 @@ ROWS = [
 ]
 
 
-def test_a_table_of_hand_made_results(tmp_path):
+def test_tables_of_hand_made_results(tmp_path):
     # Student's t with 1 degree of freedom is 12.706; half = 12.706 · 0.0707 / √2 = 0.635
     table = reporting.task_table(ROWS, "two_hop", {"aligner1": "Aligner, N = 1"})
     assert table.splitlines()[2:] == [
@@ -106,7 +106,7 @@ def test_a_table_of_hand_made_results(tmp_path):
     assert (tmp_path / "reasoning.png").stat().st_size > 10_000
 
 
-def test_answers_until_the_reward_is_reached():
+def test_answers_sampled_until_the_accuracy_is_reached():
     record = {"curve": [[0, 1.0], [5, 0.3], [10, 0.1], [15, 0.2]]}
     assert study.answers_until(record, 0.9, 64) == 640
     assert study.answers_until(record, 0.95, 64) is None
@@ -146,8 +146,8 @@ def sweep(monkeypatch, right, **settings) -> tuple[list[tuple[float, int]], floa
         (2.05, [0.008, 0.032, 0.128, 0.512, 2.05, 8.21], 2.05),
     ],
 )
-def test_the_sweep_goes_on_beyond_the_edge(monkeypatch, best, tried, chosen):
-    """The scores fall with the distance from a best rate."""
+def test_the_sweep_continues_beyond_the_best_rate_at_an_edge(monkeypatch, best, tried, chosen):
+    """Scores decrease with the distance from the best rate."""
     pairs, rate = sweep(monkeypatch, lambda rate, seed: -abs(math.log(rate / best)), sweep_seeds=(0,))
     assert pairs == [(rate, 0) for rate in tried] and rate == chosen
 
@@ -170,10 +170,10 @@ def test_the_two_best_rates_are_tried_with_more_seeds(monkeypatch):
         [(rate, 0) for rate in rates] + [(0.2, 4), (0.2, 5)], 0.2)  # fmt: skip
 
 
-# == the whole ==
+# == the complete study ==
 
 
-def test_a_toy_study_from_end_to_end_and_again(tmp_path, capsys, monkeypatch):
+def test_a_toy_study_runs_and_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tasks, "questions_of", few(tasks.questions_of))
     args = dict(methods=("aligner1",), learning_rates=(1e-2,), seeds=(1,), sft_steps=1, rl_steps=1, samples=1,
                 questions=2, jobs=1, out_dir=tmp_path / "study")  # fmt: skip
@@ -207,7 +207,7 @@ def few(questions_of):
     return first
 
 
-def test_people_of_the_parts(world):
+def test_the_parts_ask_about_different_people(world):
     assert {q.split for q in tasks.questions_of("two_hop", "reported")[1]["asked"]} == {UNSEEN}
     assert tasks.questions_of("two_hop", "valid")[1]["asked"] == world.two_hop(VALID)
 
