@@ -30,6 +30,14 @@ settings.register_profile("any machine", deadline=None)  # a slow machine must n
 settings.load_profile("any machine")
 
 
+@pytest.fixture(autouse=True)
+def unchanged_number_of_threads():
+    """Restore the number of threads after each test: benchmarks set it, and rounding in training depends on it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory, tokenizer_path) -> Path:
     """Save a base model (3 layers, 4 heads, 2 key/value heads, width 32, random weights) and return its folder."""

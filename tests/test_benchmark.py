@@ -173,14 +173,12 @@ class InProcess:
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """Yield settings for measuring only our models, on a tiny model, with all contestants in this process."""
+    """Return settings for measuring only our models, on a tiny model, with all contestants in this process."""
     monkeypatch.setitem(llama_configs, "toy", dict(
         block_size=64, vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48,
     ))  # fmt: skip
     monkeypatch.setattr(harness, "Contestant", InProcess)
-    threads = torch.get_num_threads()
-    yield dict(size="toy", rounds=2, peers=False, threads=1, accelerator="cpu", precision="32", out_dir=tmp_path)
-    torch.set_num_threads(threads)
+    return dict(size="toy", rounds=2, peers=False, threads=1, accelerator="cpu", precision="32", out_dir=tmp_path)
 
 
 def test_a_report_on_training(toy, capsys):
