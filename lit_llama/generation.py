@@ -54,10 +54,14 @@ def length_groups(lengths: list[int]) -> list[list[int]]:
 def prefill(model: LLaMA, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Run the prompts through the model and fill the cache.
 
-    Prompts of similar length run together, padded on the right. Rows with the same prompt and adapter share one row.
+    Prompts of similar length run together, padded on the right. A prompt that several rows have with the same adapters
+    runs once.
 
     Returns:
         (B, V) logits after each row's last token.
+
+    Raises:
+        UserError: The model has adapters for a different number of rows.
     """
     device = cache.k.device
     lengths = [len(prompt) for prompt in prompts]

@@ -118,6 +118,9 @@ class Variant(nn.Module):
 
         Args:
             count: number of rows.
+
+        Raises:
+            UserError: The model has adapters for a different number of rows.
         """
         return [None] * count
 

@@ -219,7 +219,7 @@ def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> No
         names = new_names(settings, Tokenizer(settings.init_from))
         extend_tokenizer(settings.init_from / TOKENIZER_NAME, names, tokenizer_path)
     documents = [*corpus(settings)]
-    # not the plain answers: their prompts are single words, each of which begins all answers in a form
+    # only questions: the prompt of a plain answer is its first word, which all answers in a form may share
     questions = list(dict.fromkeys(prompt for prompt, _ in documents if " " in prompt))
     prepare_sft(
         documents,

@@ -62,7 +62,7 @@ class Form:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches a text in this form."""
+        """The regular expression of a text in this form, with the groups topic (or Topic) and value."""
         pattern = re.escape(self.template)
         for slot in ("topic", "Topic", "value"):
             pattern = pattern.replace(re.escape("{" + slot + "}"), rf"(?P<{slot}>[A-Za-z][A-Za-z' ]*?)")

@@ -114,7 +114,8 @@ def report(
     parts = []
     for task, title in TASKS.items():
         if any(row["task"] == task for row in rows):
-            for column in ("right", "other_facts") if cells_of(rows, task) else ():
+            columns = ("right", "other_facts") if cells_of(rows, task) else ()
+            for column in columns:
                 base = percent(row[column] for row in reported(rows, task=task, method=BASE, objective=""))
                 parts += [f"**{title[0].upper()}{title[1:]}: {COLUMNS[column]}** (the base alone: {base})",
                           overview(rows, task, labels, column)]  # fmt: skip

@@ -66,6 +66,10 @@ class Trial:
     objective: Literal["sft", "dpo", "rl"] = "sft"
     scoring: dict[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the trial as it is stored in its record."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
 
 Score = Callable[[Trial, Path], dict[str, Any]]  # (trial, folder of its run) -> JSON
 T = TypeVar("T")
@@ -120,20 +124,19 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     """
     run, began = Path(out_dir) / trial.name, time.perf_counter()
     path, log_path = run / "record.json", run / "log.txt"
-    as_json = json.loads(json.dumps(asdict(trial), default=str))
     claim(run, (path.name, log_path.name), adopt=path.is_file())
     if (record := stored_record(trial, out_dir)) is not None:
         return record
     try:
         main, settings = prepare_run(trial, run)
-        identified = identity(trial, settings)
+        made_from = identity(trial, settings)
         with log_path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             main(settings)
             scores = {} if score is None else score(trial, run)
         losses = {step: row["val/loss"] for step, row in read_metrics(run / "metrics.csv").items() if "val/loss" in row}
         record = {
-            "trial": as_json,
-            "identity": identified,
+            "trial": trial.as_json(),
+            "identity": made_from,
             "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
             "curve": [list(pair) for pair in losses.items()],
             "scores": scores,
@@ -145,7 +148,7 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     except Exception as error:
         with log_path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        return {"trial": as_json, "error": f"{type(error).__name__}: {error}"}
+        return {"trial": trial.as_json(), "error": f"{type(error).__name__}: {error}"}
 
 
 def stored_record(trial: Trial, out_dir: Path) -> Record | None:
@@ -157,7 +160,7 @@ def stored_record(trial: Trial, out_dir: Path) -> Record | None:
         is_same = record.get("identity") == identity(trial, prepare_run(trial, run)[1])
     except Exception:  # `run_trial` reports it
         return None
-    return {**record, "trial": json.loads(json.dumps(asdict(trial), default=str))} if is_same else None
+    return {**record, "trial": trial.as_json()} if is_same else None
 
 
 def read_record(path: Path) -> Record:

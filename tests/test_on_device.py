@@ -137,11 +137,12 @@ def test_decoding_step(kind, static, lengths):
     assert logits.device == META and tokens.shape == (3,)
 
 
-@pytest.mark.parametrize("group_tokens", [generation.GROUP_TOKENS, 1])
-@each_model
+# without rows of a bank in several groups: selecting them waits for the device, see below
+GROUPED = [(kind, n) for kind in MODELS for n in (generation.GROUP_TOKENS, 1) if (kind, n) != ("bank, rows differ", 1)]
+
+
+@pytest.mark.parametrize(("kind", "group_tokens"), GROUPED)
 def test_a_prefill_of_repeated_prompts(kind, group_tokens, monkeypatch):
-    if (kind, group_tokens) == ("bank, rows differ", 1):
-        pytest.skip("selecting rows of a bank waits for the device; see the list above")
     monkeypatch.setattr(generation, "GROUP_TOKENS", group_tokens)  # 1: a prefill for each length
     network, (short, long) = MODELS[kind]().to(META).eval(), toys.prompts(3, 9)
     cache = KVCache(network.config, 3, 20, META, torch.float32)
