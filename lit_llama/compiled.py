@@ -42,24 +42,25 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    on_cpu = model.transformer.wte.weight.device.type == "cpu"
     for block in model.transformer.h:
-        if purpose == "training" and on_cpu:
-            block.forward = compiled_with_plain_attention(block.forward)
-        block.compile(fullgraph=True, backend=backend)
+        if purpose == "training" and model.transformer.wte.weight.device.type == "cpu":
+            block.forward = with_plain_attention(torch.compile(block.forward, fullgraph=True, backend=backend))
+        else:
+            block.compile(fullgraph=True, backend=backend)
     model.compiled = purpose
 
 
-def compiled_with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a forward pass that computes attention as matrix products and a softmax when it is compiled.
+def with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a compiled forward pass that, with gradients, computes attention as matrix products and a softmax.
 
     The compiled backward pass of the CPU's fused attention expects the strides of the first length that it was compiled
     for, and fails with others (seen with torch 2.13). The price is memory for the probabilities, (B, nh, T, T) a layer.
+    The choice is made outside of the compiled code, which would not undo it.
     """
 
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH) if torch.compiler.is_compiling() else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
             return forward(*args, **kwargs)
 
     return call

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from test_on_device import MODELS, sft_batch
+from torch.nn import functional as F
 
 from lit_llama.compiled import compile_, eager_unless
 from lit_llama.generation import Sampling, decode_one_token, generate, prefill
@@ -126,10 +127,26 @@ def test_training_gives_the_same_gradients(kind, backend):
             loss = -network.label_logps(idx, idx).mean()
             loss.backward()
             losses.append(loss.detach())
+            with torch.no_grad():  # validation
+                losses.append(-network.label_logps(idx, idx).mean())
         # generation does not use layers compiled for training
         answers = generate(network, toys.prompts(4, 6), Sampling(4))
         results.append((losses, [p.grad for p in network.parameters() if p.requires_grad], answers))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_training_does_not_change_how_other_models_compute_attention(backend):
+    network = MODELS["aligner, N = 1"]()
+    compile_(network, "training", backend)
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+
+    def kernel() -> str:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True).grad_fn.name()
+
+    before = kernel()
+    network.label_logps(*[toys.token_ids(2, 9, seed=0)] * 2).mean().backward()
+    assert kernel() == before == "ScaledDotProductFlashAttentionForCpuBackward0"
 
 
 def test_generation_does_not_use_layers_compiled_for_training(monkeypatch):
