@@ -29,7 +29,7 @@ class Settings(Checked):
     objectives: tuple[str, ...] = ()  # objectives to train for (default: all)
     tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
     learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best one is used
-    extra_rates: NonNegativeInt = 2  # further rates beyond the best, while it is the lowest or the highest
+    extra_rates: NonNegativeInt = 2  # most rates to try beyond the best, while it is the lowest or the highest
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter, the data order and the questions, at the chosen rate
     sweep_seeds: tuple[Seed, ...] = (0, 4, 5)  # seeds that choose the rate: the first, then all for the two best
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
@@ -72,7 +72,7 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Plan, Record, Trial, at_edge, choose, read_record, run_plans
+from studies.trials import Plan, Record, Trial, choose, read_record, run_plans
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -219,36 +219,41 @@ def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Rec
     """Return the trials that choose a learning rate, and the rate.
 
     While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. One seed can
-    be lucky, so the two best rates are tried with the other seeds as well, and the better mean decides. A single rate
-    is returned without a trial.
+    be lucky, so the two best rates are tried with the other seeds as well, and the better mean decides; if that rate is
+    now the lowest or the highest, one beyond it is tried with all seeds. A single rate is returned without a trial.
 
     Raises:
         UserError: All trials failed.
     """
-    rates, first, tried = sorted(settings.learning_rates), settings.sweep_seeds[0], []
+    rates, seeds = sorted(settings.learning_rates), settings.sweep_seeds
     if len(rates) == 1:
         return [], rates[0]
+    most, tried = len(rates) + settings.extra_rates, []
 
     def trials(rates: list[float], seeds: tuple[int, ...]) -> list[Trial]:
         return [make_trial(settings, *cell, rate, seed, "valid") for rate in rates for seed in seeds]
 
-    next_rates = rates
-    while True:
-        tried += yield trials(next_rates, (first,))
-        best = choose(tried, rank)
-        rate = best["trial"]["settings"]["learning_rate"]
-        if not at_edge(best, tried) or len(rates) == len(settings.learning_rates) + settings.extra_rates:
-            break
-        beyond = rates[0] ** 2 / rates[1] if rate == rates[0] else rates[-1] ** 2 / rates[-2]
-        next_rates = [float(f"{beyond:.3g}")]
-        rates = sorted(rates + next_rates)
-    if not settings.sweep_seeds[1:]:
+    def beyond(rate: float) -> list[float]:
+        """Return the next rate beyond this one, or nothing, if it is not an outermost one or enough were tried."""
+        inner = {rates[0]: rates[1], rates[-1]: rates[-2]}.get(rate)
+        return [] if inner is None or len(rates) == most else [float(f"{rate**2 / inner:.3g}")]
+
+    further = rates
+    while further:
+        tried += yield trials(further, seeds[:1])
+        rate = choose(tried, rank)["trial"]["settings"]["learning_rate"]
+        further = beyond(rate)
+        rates = sorted(rates + further)
+    if not seeds[1:]:
         return tried, rate
-    two = [rate]
-    if rest := [record for record in tried if "error" not in record and record is not best]:
-        two.append(choose(rest, rank)["trial"]["settings"]["learning_rate"])
-    tried += yield trials(two, settings.sweep_seeds[1:])
-    return tried, max(two, key=lambda rate: mean_rank(tried, rate))
+    finalists = [rate]
+    if rest := [r for r in tried if "error" not in r and r["trial"]["settings"]["learning_rate"] != rate]:
+        finalists.append(choose(rest, rank)["trial"]["settings"]["learning_rate"])
+    tried += yield trials(finalists, seeds[1:])
+    while further := beyond(rate := max(finalists, key=lambda rate: mean_rank(tried, rate))):
+        tried += yield trials(further, seeds)
+        rates, finalists = sorted(rates + further), finalists + further
+    return tried, rate
 
 
 def mean_rank(records: list[Record], rate: float) -> float:

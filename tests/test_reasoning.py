@@ -170,6 +170,20 @@ def test_the_two_best_rates_are_tried_with_more_seeds(monkeypatch):
         [(rate, 0) for rate in rates] + [(0.2, 4), (0.2, 5)], 0.2)  # fmt: skip
 
 
+def test_the_sweep_continues_if_other_seeds_prefer_an_outermost_rate(monkeypatch):
+    def right(rate, seed):  # the first seed prefers 0.2, the others the highest
+        return -abs(rate - 0.2) if seed == 0 else min(rate, 0.9)
+
+    rates = (0.1, 0.2, 0.4)
+    pairs, rate = sweep(monkeypatch, right, learning_rates=rates)
+    assert pairs == [*((rate, 0) for rate in rates), (0.2, 4), (0.2, 5), (0.1, 4), (0.1, 5)] and rate == 0.2
+    rates = (0.2, 0.3, 0.1)
+    pairs, rate = sweep(monkeypatch, right, learning_rates=rates)
+    first = [(rate, 0) for rate in sorted(rates)] + [(rate, seed) for rate in (0.2, 0.3) for seed in (4, 5)]
+    assert pairs == first + [(rate, seed) for rate in (0.45, 0.675) for seed in (0, 4, 5)] and rate == 0.675
+    assert sweep(monkeypatch, right, learning_rates=rates, extra_rates=0) == (first, 0.3)
+
+
 # == the complete study ==
 
 
