@@ -205,25 +205,21 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
 
 
 def cell_plan(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], list[Record]]]:
-    """Choose the learning rate of a cell and train all seeds; return the trials of both, none if all trials failed."""
-    try:
-        swept, rate = yield from sweep(settings, cell)
-    except UserError as error:
-        write_above_bar(f"{' '.join(cell)} is left out: {error}")
-        return [], []
+    """Choose the learning rate of a cell and train all seeds; return the trials of both."""
+    swept, rate = yield from sweep(settings, cell)
+    if rate is None:
+        write_above_bar(f"{' '.join(cell)} is left out: all trials failed, the first with: {swept[0]['error']}")
+        return swept, []
     final = yield [make_trial(settings, *cell, rate, seed, "reported") for seed in settings.seeds]
     return swept, final
 
 
-def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], float]]:
-    """Return the trials that choose a learning rate, and the rate.
+def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], float | None]]:
+    """Return the trials that choose a learning rate, and the rate, or None if all trials failed.
 
     While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. One seed can
     be lucky, so the two best rates are tried with the other seeds as well, and the better mean decides; if that rate is
     now the lowest or the highest, one beyond it is tried with all seeds. A single rate is returned without a trial.
-
-    Raises:
-        UserError: All trials failed.
     """
     rates, seeds = sorted(settings.learning_rates), settings.sweep_seeds
     if len(rates) == 1:
@@ -241,6 +237,8 @@ def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Rec
     further = rates
     while further:
         tried += yield trials(further, seeds[:1])
+        if all("error" in record for record in tried):
+            return tried, None
         rate = choose(tried, rank)["trial"]["settings"]["learning_rate"]
         further = beyond(rate)
         rates = sorted(rates + further)
@@ -278,6 +276,16 @@ def command_of(settings: Settings) -> str:
     return " ".join(["python studies/reasoning.py", *flags])
 
 
+def origin(settings: Settings, rows: list[Row]) -> str:
+    """Return command, duration, seeds and versions in one line."""
+    trials = [row for row in rows if row["method"] != BASE]
+    minutes = sum(row["seconds"] or 0 for row in trials) / 60
+    return (
+        f"{command_of(settings)}: {len(trials)} trainings, {minutes:.0f} minutes of one thread in all, seeds "
+        f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
+    )
+
+
 def main(settings: Settings) -> None:
     if settings.quick:
         settings = replace(settings, **QUICK)
@@ -299,17 +307,11 @@ def main(settings: Settings) -> None:
              for method in settings.methods if (task, objective) in counts.keys() - empty.keys()]  # fmt: skip
     swept, final = run_study(settings, cells)
     rows = base + [as_row(settings, record, counts) for record in swept + final]
-    trainings = swept + final
-    minutes = sum(record.get("seconds", 0) for record in trainings) / 60
-    origin = (
-        f"{command_of(settings)}: {len(trainings)} trainings, {minutes:.0f} minutes of one thread in all, seeds "
-        f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
-    )
-    text = report(rows, empty, {name: variant.label for name, variant in METHODS.items()}, settings=settings,
-                  origin=origin)  # fmt: skip
+    labels, caption = {name: variant.label for name, variant in METHODS.items()}, origin(settings, rows)
+    text = report(rows, empty, labels, settings=settings, origin=caption)
     write_text(folder / "table.md", text)
     write_text(folder / "results.csv", csv_text(rows))
-    plot(rows, {name: variant.label for name, variant in METHODS.items()}, folder / "reasoning.png", origin)
+    plot(rows, labels, folder / "reasoning.png", caption)
     print(text, end="")
 
 

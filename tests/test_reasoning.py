@@ -168,6 +168,7 @@ def test_the_two_best_rates_are_tried_with_more_seeds(monkeypatch):
     assert failing == (pairs, 0.2)
     assert sweep(monkeypatch, lambda rate, seed: 0.5 if rate == 0.2 else None, learning_rates=rates) == (
         [(rate, 0) for rate in rates] + [(0.2, 4), (0.2, 5)], 0.2)  # fmt: skip
+    assert sweep(monkeypatch, lambda rate, seed: None, learning_rates=rates) == ([(rate, 0) for rate in rates], None)
 
 
 def test_the_sweep_continues_if_other_seeds_prefer_an_outermost_rate(monkeypatch):
