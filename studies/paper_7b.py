@@ -7,13 +7,14 @@
     --table fig5_right  GSM8K, of models finetuned on MetaMathQA
     --table all         all of these
 
-Each step is a command of this repository; complete steps are skipped, so a stopped study continues when it is started
-again. --dry_run lists the commands with predicted GPU hours and memory. The paper's numbers are listed next to ours in
-report.md, report.csv and a figure for each table.
+Each step is a command of this repository; steps that the same command completed are skipped, so a stopped study
+continues when it is started again. --dry_run lists the commands with predicted GPU hours and memory. The paper's
+numbers are listed next to ours in report.md, report.csv and a figure for each table.
 """
 
 import csv
 import io
+import json
 import shlex
 import subprocess
 import sys
@@ -120,7 +121,6 @@ class Step:
         name: shown in the log and the plan.
         command: script and arguments.
         done: the file that the command writes last.
-        needs: a key that this JSON file must have for the step to be complete.
         hours, gigabytes: predicted for one GPU.
     """
 
@@ -129,11 +129,10 @@ class Step:
     done: Path
     hours: float = 0.0
     gigabytes: float = 0.0
-    needs: str = ""
 
-    @property
-    def complete(self) -> bool:
-        return self.done.is_file() and (not self.needs or self.needs in read_json(self.done))
+    def complete(self, completed: dict[str, list[str]]) -> bool:
+        """Return whether this command, or one with further flags (a judge), is among the completed ones, by name."""
+        return self.done.is_file() and completed.get(self.name, [])[: len(self.command)] == self.command
 
 
 class Number(NamedTuple):
@@ -217,14 +216,20 @@ class Study:
                     hours, gigabytes)  # fmt: skip
         return [*before, self.prepare(dataset), step]
 
-    def evaluate(self, benchmark: str, name: str, flags: dict[str, Any], hours: float, needs: str = "") -> Step:
-        """Return the step that evaluates a model, or a pair of models, on a benchmark."""
+    def evaluate(
+        self, benchmark: str, name: str, flags: dict[str, Any], hours: float, judge: dict[str, Any] | None = None
+    ) -> Step:
+        """Return the step that evaluates a model, or a pair of models, on a benchmark.
+
+        Args:
+            judge: flags without which the answers are generated and not judged.
+        """
         s, output = self.settings, self.results(benchmark, name)
         flags = {"checkpoint_dir": s.checkpoint_dir, "output_dir": output, **flags,
-                 "accelerator": s.accelerator, "limit": s.limit}  # fmt: skip
+                 "accelerator": s.accelerator, "limit": s.limit, **(judge or {})}  # fmt: skip
         gigabytes = 2 * self.parameters / 1e9 + 10
         return Step(f"{benchmark} of {name}", command(f"evaluate/{benchmark}.py", flags), output / "summary.json",
-                    hours, gigabytes, needs)  # fmt: skip
+                    hours, gigabytes)  # fmt: skip
 
     def decoding_hours(self, questions: int, tokens: int, batch_size: int = 16) -> float:
         """Predict the time to decode, limited by reading the weights once per token of a batch."""
@@ -301,13 +306,12 @@ def judged(benchmark: str, dataset: str, questions: int, file: str, read: dict[s
                     "adapter": study.run(method, dataset),
                     "against": study.run(other, dataset),
                     "data_file": getattr(s, file),
-                    "judge_url": s.judge_url,
-                    "judge_model": s.judge_model,
                     "max_new_tokens": s.max_new_tokens,
                     "skip_long": True,
                 }
                 hours = study.decoding_hours(2 * questions, 512)
-                step = study.evaluate(benchmark, f"{method}-{other}", flags, hours, "judge" if s.judge_url else "")
+                judge = {"judge_url": s.judge_url, "judge_model": s.judge_model}
+                step = study.evaluate(benchmark, f"{method}-{other}", flags, hours, judge)
                 steps.append(step)
                 cells += [Cell(f"{label(method)} against {label(other)}", column, step.done, reader)
                           for column, reader in read.items()]  # fmt: skip
@@ -382,11 +386,18 @@ def main(settings: Settings) -> None:
     names = list(TABLES) if settings.table == "all" else [settings.table]
     plans = {name: TABLES[name].plan(Study(settings, TABLES[name].methods)) for name in names}
     steps = list({tuple(step.command): step for plan, _ in plans.values() for step in plan}.values())
+    path = settings.out_dir / "completed.json"
+    completed = read_json(path) if path.is_file() else {}
     if settings.dry_run:
-        return show_plan(steps)
-    claim(settings.out_dir, ["report.md", "report.csv", *(f"{name}.png" for name in TABLES)])
+        return show_plan(steps, completed)
+    claim(settings.out_dir, ["completed.json", "report.md", "report.csv", *(f"{name}.png" for name in TABLES)])
     for number, step in enumerate(steps, 1):
+        if step.complete(completed):
+            log(f"[{number}/{len(steps)}] {step.name}: complete")
+            continue
         run_step(step, number, len(steps))
+        completed[step.name] = step.command
+        write_text(path, json.dumps(completed, indent=1) + "\n")
     report(settings, {name: cells for name, (_, cells) in plans.items()})
 
 
@@ -405,31 +416,28 @@ def check(settings: Settings) -> None:
         )
 
 
-def show_plan(steps: list[Step]) -> None:
-    """Print every command with predicted hours and memory."""
+def show_plan(steps: list[Step], completed: dict[str, list[str]]) -> None:
+    """Print every command with predicted hours and memory, and whether it is complete."""
     for step in steps:
         predicted = f"  # predicted: {step.hours:.2f} GPU hours, {step.gigabytes:.0f} GB" if step.hours else ""
-        print(shlex.join(["python", *step.command]) + predicted + "  # complete" * step.complete)
-    hours = sum(step.hours for step in steps if not step.complete)
+        print(shlex.join(["python", *step.command]) + predicted + "  # complete" * step.complete(completed))
+    hours = sum(step.hours for step in steps if not step.complete(completed))
     log(f"{len(steps)} commands, {hours:.1f} GPU hours predicted for those that are not complete. Predictions are from "
         "parameters and tokens (see --gpu_tflops, --gpu_bandwidth); nothing was measured.")  # fmt: skip
 
 
 def run_step(step: Step, number: int, total: int) -> None:
-    """Run a command unless it is complete.
+    """Run a command.
 
     Raises:
         UserError: the command failed; its own message is above.
     """
-    if step.complete:
-        log(f"[{number}/{total}] {step.name}: complete")
-        return
     log(f"[{number}/{total}] {step.name}: {shlex.join(['python', *step.command])}")
     words = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
     code = subprocess.run(words, stdout=2).returncode  # stdout is for the report
     if code == 130:
         raise KeyboardInterrupt
-    if code or not step.complete:
+    if code or not step.done.is_file():
         raise UserError(
             f"Step {number} of {total} ({step.name}) ended with exit code {code}; fix the error reported above and "
             "start the study again: complete steps are kept."

@@ -44,6 +44,21 @@ def test_a_table_is_made_from_raw_rows_and_only_once(run_script, files, tmp_path
     assert (code, second_text) == (0, text)
     assert log.count(": complete\n") == 3
 
+    # other settings: the evaluation is not complete, data and training are
+    code, text, log = run_script("studies/paper_7b.py", *SMALL, *files, "--limit", 3)
+    assert code == 0 and log.count(": complete\n") == 2
+    assert json.loads((tmp_path / "out/results/gsm8k-aligner1/summary.json").read_text())["n"] == 3
+    assert "smaller study than the paper's** (limit 3," in text and " | 3 | 0.053 |" in text
+
+
+def test_an_adapter_of_another_base_is_not_taken_for_a_complete_step(run_script, files, tmp_path):
+    assert run_script("studies/paper_7b.py", *SMALL, *files)[0] == 0
+    base = ("--checkpoint_dir", BASE.with_name("microworld-aloud"))
+    code, out, err = run_script("studies/paper_7b.py", *SMALL, *files, *base)
+    assert (code, out) == (1, "") and ": complete\n" not in err
+    assert "(train aligner1 on metamath) ended with exit code 1" in err
+    assert run_script("studies/paper_7b.py", *SMALL, *files, *base, "--out_dir", tmp_path / "other")[0] == 0
+
 
 def test_a_failing_step_is_named_and_ends_the_study(run_script, files, tmp_path):
     write_rows(tmp_path / "metamath.jsonl", [{"query": "What is 1 + 1?"}])
@@ -69,9 +84,18 @@ def test_the_parameter_count_is_exact():
 
 
 def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
-    (tmp_path / "summary.json").write_text('{"benchmark": "vicuna"}')
-    assert study.Step("", [], tmp_path / "summary.json").complete
-    assert not study.Step("", [], tmp_path / "summary.json", needs="judge").complete
+    def step(**judge) -> study.Step:
+        plan, _ = study.TABLES["2"].plan(study.Study(study.Settings(out_dir=tmp_path, **judge), ("aligner1", "lora")))
+        return plan[-1]
+
+    alone, judged = step(), step(judge_url="http://127.0.0.1:1/v1", judge_model="judge")
+    assert not alone.complete({alone.name: alone.command})  # no result
+    alone.done.parent.mkdir(parents=True)
+    alone.done.write_text("{}")
+    assert alone.complete({alone.name: alone.command}) and not judged.complete({alone.name: alone.command})
+    assert alone.complete({judged.name: judged.command}) and judged.complete({judged.name: judged.command})
+    assert not judged.complete({judged.name: step(judge_url="http://127.0.0.1:1/v1", judge_model="other").command})
+    assert not alone.complete({})
     assert study.read_pairs({"benchmark": "vicuna"}) == (None, None, None)
 
 
