@@ -82,6 +82,7 @@ from lit_llama.reference import (
     AdapterReference,
     StoredReference,
     adapter_sha256,
+    base_sha256,
     cached_reference,
     check_policy_equals_reference,
     reference_key,
@@ -92,7 +93,6 @@ from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config
-from lit_llama.storage.cache import cache_folder
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer
 
@@ -119,6 +119,8 @@ def make_losses(
         "training": (train, [micro_batch for step in epoch for micro_batch in step]),
         "validation": (val, plan_validation(val.lengths, settings.micro_batch_size)),
     }
+    caches = settings.precompute_reference and not settings.dry_run and not settings.reference_free
+    base = base_sha256(settings.checkpoint_dir) if caches and setup.fabric.global_rank == 0 else ""
     losses = []
     for name, (data, batches) in splits.items():
         reference: Reference | None = AdapterReference(start)
@@ -127,18 +129,17 @@ def make_losses(
         elif settings.precompute_reference and settings.dry_run:  # placeholders for a long computation
             reference = StoredReference(torch.zeros(len(data), 2, device=setup.fabric.device))
         elif settings.precompute_reference:
-            adapter = setup.adapter_meta["reference"]
             key = reference_key(
                 data,
-                settings.checkpoint_dir,
-                adapter,
+                base,
+                setup.adapter_meta["reference"],
                 batches,
                 setup.fabric,
-                method=settings.method,
                 quantize=settings.quantize,
+                method=settings.method,
+                compiled=settings.compile,
             )
-            cache_dir = cache_folder(settings.data_dir)
-            logps = cached_reference(data, setup.fabric, setup.model, batches, name, key, cache_dir)
+            logps = cached_reference(data, setup.fabric, setup.model, batches, name, key, settings.data_dir)
             reference = StoredReference(logps.to(setup.fabric.device))
         loss = DPOLoss(reference, **settings.loss)
         if not settings.dry_run:

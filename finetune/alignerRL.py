@@ -7,7 +7,6 @@ the values below, pass flags of the same name, or give a YAML file with --config
 """
 
 import os
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +76,7 @@ from lit_llama.rl import PolicyLoss
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
 from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import duration, plot_metrics, write_above_bar
+from lit_llama.run.report import duration, early_end, generate_command, plot_metrics, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import set_up_finetuning, with_initial_config
 from lit_llama.tokenizer import Tokenizer
@@ -88,7 +87,8 @@ PANELS = {
     "standard deviation of rewards in a group": ["reward_std"],
     "share of groups without signal": ["no_signal"],
     "entropy (nats per token)": ["entropy"],
-    "KL to the start": ["kl"],
+    "KL to the start (nats per answer)": ["kl"],
+    "KL to the start (nats per token)": ["kl_per_token"],
     "length of answers (tokens)": ["answer_tokens"],
     "share of answers that ended": ["ended"],
     "share of clipped tokens": ["clipped"],
@@ -98,16 +98,15 @@ PANELS = {
 
 def print_summary(summary: dict[str, Any], settings: Settings) -> None:
     """Print the result of a run to stdout, and the command that generates with it."""
-    command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
-    command += ["--adapter", str(settings.out_dir), "--prompt", "your instruction"]
     before, after = (summary[f"accuracy_{when}"] for when in ("before", "after"))
+    took = f"{duration(summary['seconds'])}{early_end(summary, settings)}"
     shares = "not logged" if before is None else f"{before:.1%} before, {after:.1%} at the end"
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps and "
-        f"{summary['answers_sampled']:,} sampled answers in {duration(summary['seconds'])}\n"
+        f"{summary['answers_sampled']:,} sampled answers in {took}\n"
         f"accuracy     {shares}, of greedy answers to held-out prompts (score: {settings.score or settings.reward})\n"
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl\n"
-        f"generate     {shlex.join(command)}"
+        f"generate     {generate_command(settings)}"
     )
 
 

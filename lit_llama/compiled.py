@@ -51,7 +51,7 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
 
 def with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a compiled forward pass that, with gradients, computes attention as matrix products and a softmax.
+    """Return a compiled forward pass that computes attention as matrix products and a softmax.
 
     The compiled backward pass of the CPU's fused attention expects the strides of the first length that it was compiled
     for, and fails with others (seen with torch 2.13). The price is memory for the probabilities, (B, nh, T, T) a layer.
@@ -60,7 +60,7 @@ def with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH):
             return forward(*args, **kwargs)
 
     return call

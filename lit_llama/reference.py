@@ -22,7 +22,7 @@ from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode, swapped_parameters
 from lit_llama.sharding import in_step
-from lit_llama.storage.cache import fill_once, hash_file, is_intact
+from lit_llama.storage.cache import cache_folder, cache_path, fill_once, hash_file, is_intact
 from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, log
 
@@ -66,38 +66,47 @@ def adapter_sha256(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def base_sha256(checkpoint_dir: Path) -> str:
+    """Return a hash of a base model's weight file, which is read completely, and its configuration."""
+    digest = hash_file(weights_path(checkpoint_dir))
+    digest.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
+    return digest.hexdigest()
+
+
 def reference_key(
     data: PreferenceData,
-    checkpoint_dir: Path,
+    base: str,
     adapter: str,
     batches: list[np.ndarray],
     fabric: Fabric,
     quantize: str | None = None,
     method: str = "aligner",
+    compiled: bool = False,
 ) -> dict[str, str]:
     """Return everything that the log-probabilities of the reference depend on, including their rounding.
 
     Args:
-        checkpoint_dir: The base; its weight file is hashed completely.
+        base: `base_sha256` of the base.
         adapter: `adapter_sha256` of the reference, or "none".
         batches: The micro-batches in which they are computed.
         quantize: The quantization of the base.
         method: The finetuning method; its own layers are not quantized.
+        compiled: Whether the layers are compiled.
     """
-    base = hash_file(weights_path(checkpoint_dir))
-    base.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
     layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
     on_gpu = fabric.device.type == "cuda"
-    processor = torch.cuda.get_device_name(fabric.device) if on_gpu else f" {instruction_set()}"
+    on_cpu = f" {instruction_set()} {torch.get_num_threads()} threads"
+    processor = torch.cuda.get_device_name(fabric.device) if on_gpu else on_cpu
     return {
         "data": data.sha256,
         "tokenizer": data.meta.get("tokenizer_sha256"),
-        "base": base.hexdigest(),
+        "base": base,
         "adapter": adapter,
         "batches": layout.hexdigest(),
         "precision": str(fabric.strategy.precision.precision),
         "method": method,
         "quantize": str(quantize),
+        "compiled": str(compiled),
         "device": fabric.device.type + processor,
         "torch": torch.__version__,
     }
@@ -137,11 +146,14 @@ def cached_reference(
     batches: list[np.ndarray],
     name: str,
     key: dict[str, str],
-    cache_dir: Path,
+    data_dir: Path,
 ) -> torch.Tensor:
-    """Return the result of `compute_reference`, cached in `cache_dir` in a folder named after the hash of `key`."""
+    """Return the result of `compute_reference`.
+
+    It is cached next to the dataset folder, in a folder named after the hash of `key`, if that can be written.
+    """
     text = json.dumps(key, sort_keys=True)
-    folder = Path(cache_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    folder = cache_path(data_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     logps = None
     if fabric.global_rank == 0 and is_intact(folder):
         logps = read_state(folder / "logps.safetensors").get("logps")
@@ -151,10 +163,11 @@ def cached_reference(
     logps = compute_reference(data, fabric, model, batches, name)
     if fabric.global_rank == 0:
         try:
+            cache_folder(data_dir)
             tensors = {"logps": logps.contiguous()}
             fill_once(folder, lambda new: save_file(tensors, new / "logps.safetensors", metadata={"key": text}))
         except UserError as error:
-            log(f"note: the reference is not cached. {error}")
+            log(f"note: the reference is not cached, and will be computed again. {error}")
     return logps
 
 
@@ -179,7 +192,7 @@ def check_policy_equals_reference(
             raise UserError(
                 f"Before the first step the loss is {value:.6f} and a margin {margin:.1e}, but they must be "
                 f"{loss.loss_at_start:.6f} and 0: policy and reference have the same weights but are rounded "
-                "differently on this device. Use --precompute_reference false, or --precision 32-true."
+                "differently on this device. Use --precompute_reference false, --precision 32-true or --compile false."
             )
 
 
@@ -203,6 +216,7 @@ def sampled_kl(
         degenerate: The share of answers that are empty, do not end within `max_new_tokens`, or mostly repeat
             themselves.
     """
+    stop_ids = tuple(i for i in stop_ids if i < model.config.padded_vocab_size)  # a tokenizer may have more
     answers = generate(model, prompts, Sampling(max_new_tokens, temperature=1.0), stop_ids)
     kl, degenerate = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):

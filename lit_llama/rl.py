@@ -86,8 +86,8 @@ class PolicyLoss:
 
         Returns:
             loss; clipped: the share of tokens whose gradient the clip removes; entropy: minus the mean log-probability
-            of an answer's tokens, which estimates the entropy in nats per token; kl: the mean KL_t of an answer's
-            tokens, if β is above 0.
+            of an answer's tokens, which estimates the entropy in nats per token; kl_per_token: the mean KL_t of an
+            answer's tokens, if β is above 0.
         """
         answer = batch["label_index"] // batch["labels"].size(1)  # the answer of each label, (n,)
         weight, mean_weight = batch["weights"][answer], batch["mean_weights"][answer]
@@ -105,7 +105,7 @@ class PolicyLoss:
         if reference is not None:
             kl = kl_estimates(logps, reference)
             objective = objective - self.kl_weight * kl
-            sums["kl"] = (mean_weight * kl.detach()).sum()
+            sums["kl_per_token"] = (mean_weight * kl.detach()).sum()
         return {"loss": -(weight * objective).sum(), **sums}
 
     def reference_logps(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

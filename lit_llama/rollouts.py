@@ -5,6 +5,7 @@ optimizer steps on them. The answers depend only on the seed, the step number an
 same answers and rewards.
 """
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from lit_llama.modules import add_scaled, eval_mode
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_weights, group_advantages
+from lit_llama.run.processes import together
 from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
@@ -109,7 +111,8 @@ class Rollouts:
 
         Returns:
             Sums over the prompts: mean reward and standard deviation of its group, whether all rewards of the group are
-            equal (no_signal), mean number of tokens of an answer, share of answers that ended.
+            equal (no_signal), mean number of tokens of an answer, share of answers that ended, and number of tokens
+            of all answers with their prompts.
         """
         seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         answers = self.answerer.answers(model, rows, each=self.group_size, temperature=1.0, seed=seed)
@@ -129,13 +132,13 @@ class Rollouts:
         }
         batch = {name: values[kept] for name, values in batch.items()}
         self.batches[rows.tobytes()] = {**padded(answers, kept.tolist()), **batch}
-        self.tokens[rows] = self.group_size * self.lengths[rows] + lengths.view(-1, self.group_size).sum(1).numpy()
         return {
             "reward": rewards.mean(1).sum(),
             "reward_std": rewards.std(1, correction=0).sum(),
             "no_signal": (~has_signal).float().sum(),
             "answer_tokens": lengths.sum() / self.group_size,
             "ended": ended.sum() / self.group_size,
+            "tokens": torch.tensor(float(self.group_size * self.lengths[rows].sum() + lengths.sum())),
         }
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
@@ -176,16 +179,16 @@ class PolicyTrainer(Trainer):
 
     def train_step(self, micro_batches: list[np.ndarray]) -> Step:
         """Sample answers, take `updates_per_batch` optimizer steps on them, and return the last step."""
-        sampled = self.sample(micro_batches)
+        began, sampled = time.perf_counter(), self.sample(micro_batches)
         for _ in range(self.settings.updates_per_batch):
             step = super().train_step(micro_batches)
-        return step._replace(further=sampled)
+        return step._replace(began=began, further=sampled)
 
     def sample(self, micro_batches: list[np.ndarray]) -> dict[str, float]:
         """Sample the answers of this process and return metrics, means over the prompts of all processes."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         self.train.batches.clear()
-        with in_step(self.model):
+        with together(self.fabric), in_step(self.model):
             for rows, scale in share_of_process(self.fabric, micro_batches):
                 sampled = self.train.sample(self.unwrapped, self.step, rows)
                 add_scaled(sums, self.fabric.to_device(sampled), scale)
@@ -195,6 +198,7 @@ class PolicyTrainer(Trainer):
                     with torch.no_grad(), eval_mode(self.model):
                         batch["old_logps"] = self.model(on_device["idx"], on_device["labels"], on_device["label_index"])
         metrics = mean_over_processes(self.fabric, sums, sum(map(len, micro_batches)))
+        self.train.tokens[np.concatenate(micro_batches)] = round(metrics.pop("tokens"))
         return {f"train/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -202,7 +206,7 @@ class PolicyTrainer(Trainer):
         """Return metrics of greedy answers to the validation prompts, always in the same batches."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
-        with in_step(self.model):
+        with together(self.fabric), in_step(self.model):
             for rows, scale in share_of_process(self.fabric, plan_validation(self.val.lengths, batch_size)):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)

@@ -118,7 +118,7 @@ class Trainer:
                         unread.append(self.train_step(micro_batches))
                         self.step += 1
                         evaluates = self.step == self.max_steps or self.step % settings.eval_interval == 0
-                        saves = self.step % settings.save_interval == 0
+                        saves = self.step % settings.save_interval == 0 or run.stops_alone
                         if evaluates or saves or len(unread) == self.log_interval:
                             for step, metrics in zip(unread, self.read(unread), strict=True):
                                 run.log_metrics(step.number, metrics)

@@ -139,7 +139,7 @@ class Question:
         text: As a user phrases it.
         topic, answer: The topic and the value that a correct answer states.
         kind: "fact", "two_hop", "harmful" or "harmless".
-        split: "seen" or "unseen", by the entity or by the action.
+        split: "seen" or "unseen", by the entity or by the action, "exemplar" for exemplars, or "mixed".
         refusal: (topic, value) of a refusal, for requests.
         steps: (topic, value) of both hops, for two-hop questions.
     """

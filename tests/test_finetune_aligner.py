@@ -411,10 +411,14 @@ def test_a_damaged_file_is_one_sentence_and_nothing_changes(finished, flags, tmp
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
-def test_sigterm_saves_after_the_step_and_tells_how_to_continue(finished, flags, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("log_interval", [1, 10])  # on a CPU and, by default, on a GPU
+def test_sigterm_saves_after_the_step_and_tells_how_to_continue(
+    finished, flags, tmp_path, capfd, monkeypatch, log_interval
+):
     train_step = Trainer.train_step
 
     def terminated(self, rows):
+        self.log_interval = log_interval
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, rows)
@@ -511,18 +515,23 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 # == several processes ==
 
 
-def run_on_two_machines(arguments: list[str]) -> tuple[int, str, str]:
-    """Start the script as on two machines, as in howto/large_models.md, and return its exit code, stdout and stderr."""
+def run_on_two_machines(arguments: list[str], of_second: list[str] | None = None) -> tuple[int, str, str]:
+    """Start the script as on two machines, as in howto/large_models.md, and return exit code, stdout and stderr of one.
+
+    Args:
+        of_second: The arguments on the second machine (default: the same).
+    """
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
     fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
-    arguments = [argument for argument in arguments if argument != "--accelerator=cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first, second = (
-        subprocess.Popen([*fabric_run, f"--node-rank={node}", ROOT / "finetune/aligner.py", *arguments], **pipes)
-        for node in (0, 1)
-    )
+    machines = []
+    for node, given in enumerate((arguments, of_second or arguments)):
+        given = [argument for argument in given if argument != "--accelerator=cpu"]
+        command = [*fabric_run, f"--node-rank={node}", ROOT / "finetune/aligner.py", *given]
+        machines.append(subprocess.Popen(command, **pipes))
+    first, second = machines
     out, err = first.communicate(timeout=300)
     assert (second.communicate(timeout=60)[0], second.returncode) == ("", first.returncode)
     return first.returncode, out, err
@@ -577,7 +586,8 @@ def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path):
+@pytest.mark.parametrize("launcher", ["--devices", "machines"])
+def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path, launcher):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     adapter_state = read_adapter(finished).state  # of any step, as long as both runs resume from it
@@ -586,11 +596,17 @@ def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tm
     )
     shutil.copytree(tmp_path / "run", tmp_path / "shared")
     train(flags(tmp_path / "run", resume=True))
-    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
-    command += flags(tmp_path / "shared", resume=True)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "continues from step 8." in result.stderr
+    if launcher == "machines":  # only the first one has the run folder
+        arguments = [flags(tmp_path / name, resume=True) for name in ("shared", "local")]
+        code, _, err = run_on_two_machines(*arguments)
+        assert not (tmp_path / "local").exists()
+    else:
+        command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
+        command += flags(tmp_path / "shared", resume=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        code, err = result.returncode, result.stderr
+    assert code == 0, err
+    assert "continues from step 8." in err
     assert_same_losses(tmp_path / "shared", tmp_path / "run", tolerance=1e-5)
 
 

@@ -184,8 +184,20 @@ def test_the_reference_is_recomputed_when_an_input_changes(
     assert run(micro_batch_size=8) == both
     assert run(precision="bf16-true") == both
     assert run() == []
+    assert run(compile=True) == both
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    assert run() == both
+    torch.set_num_threads(torch.get_num_threads() - 1)
+    assert run() == []
     monkeypatch.setattr(reference, "instruction_set", lambda: "AVX9")
     assert run() == both
+
+
+def test_a_reference_that_cannot_be_cached_is_computed_again(settings, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data/.aligner-cache").write_text("a file where the folder would be")
+    for _ in range(2):
+        assert recomputed_splits(settings(tmp_path / "run"), monkeypatch) == ["training", "validation"]
+    assert capsys.readouterr().err.count("note: the reference is not cached, and will be computed again. ") == 4
 
 
 def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
@@ -320,7 +332,7 @@ def test_drift_matches_a_computation_by_hand(base_dir, trained_adapter, monkeypa
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
     monkeypatch.setattr(reference, "generate", lambda *args: answers)
     prompts = [[1, 3], [1, 3, 4], [1, 5]]
-    result = reference.sampled_kl(policy, closed, prompts, (2, 1), 20)
+    result = reference.sampled_kl(policy, closed, prompts, (2, 1, 999), 20)  # the model has no token 999
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
     for prompt, answer, ends in zip(prompts, answers, ((2, 1), None, (2, 1)), strict=True):

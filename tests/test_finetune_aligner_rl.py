@@ -184,12 +184,12 @@ def finished(settings, tmp_path_factory) -> tuple[Path, str]:
 def test_every_metric_is_logged_and_plotted(finished):
     out_dir, out = finished
     rows = read_metrics(out_dir / "metrics.csv")
-    names = {f"train/{name}" for name in SAMPLED | {"loss", "clipped", "entropy", "kl"}}
+    names = {f"train/{name}" for name in SAMPLED | {"loss", "clipped", "entropy", "kl_per_token"}}
     assert set(rows[1]) == names | {"lr", "grad_norm", "tokens_per_s"}
     val = {"loss", "accuracy", "reward", "answer_tokens", "ended", "kl", "degenerate"}
     assert set(rows[5]) == {f"val/{name}" for name in val}
     assert [step for step, row in rows.items() if "val/loss" in row] == [0, 2, 4, 5]
-    assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-6) and rows[4]["train/kl"] > 0
+    assert rows[0]["train/kl_per_token"] == pytest.approx(0, abs=1e-6) and rows[4]["train/kl_per_token"] > 0
     assert rows[0]["train/clipped"] == 0  # one update for each batch
     assert (out_dir / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     summary = json.loads((out_dir / "summary.json").read_text())
@@ -261,6 +261,23 @@ def test_two_processes_give_the_same_metrics_as_one(settings, tmp_path, strategy
     assert two.keys() == one.keys()
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_error_of_a_reward_in_the_second_process_is_printed(settings, tmp_path, strategy):
+    (tmp_path / "strict.py").write_text(
+        "import os\n\n\n"
+        "def reward(prompts, answers, rows):\n"
+        "    if os.environ.get('LOCAL_RANK') == '1':\n"
+        "        raise ValueError('too strict')\n"
+        "    return [0.0] * len(answers)\n"
+    )
+    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command += settings(tmp_path / "run", reward="strict:reward", reward_options="null", score="length")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "too strict" in last
 
 
 # == mistakes ==

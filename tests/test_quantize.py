@@ -85,11 +85,11 @@ def test_which_layers_are_quantized():
     assert list(projections(with_lora)) == [name for name in everything if not name.endswith("c_attn")]
 
 
-def test_the_key_of_a_cached_reference_depends_on_quantization_and_method(base_dir, preference_dir, tokenizer):
+def test_the_key_of_a_cached_reference_depends_on_quantization_and_method(preference_dir, tokenizer):
     data = PreferenceData(preference_dir, "train", tokenizer)
     fabric = Fabric(accelerator="cpu", devices=1)
-    keys = [reference_key(data, base_dir, "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
-    keys.append(reference_key(data, base_dir, "none", [], fabric, "int8", "lora"))  # whose c_attn is not quantized
+    keys = [reference_key(data, "base", "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
+    keys.append(reference_key(data, "base", "none", [], fabric, "int8", "lora"))  # whose c_attn is not quantized
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
 

@@ -111,7 +111,9 @@ def test_the_loss_matches_a_loop():
             kl_sum += kl / len(answer) / 3
             clipped += ((advantage > 0 and ratio > 1.1) or (advantage < 0 and ratio < 0.9)) / len(answer) / 3
     sums = {name: value.item() for name, value in loss(policy, batch).items()}
-    assert sums == pytest.approx({"loss": -objective, "entropy": entropy, "kl": kl_sum, "clipped": clipped}, rel=1e-9)
+    assert sums == pytest.approx(
+        {"loss": -objective, "entropy": entropy, "kl_per_token": kl_sum, "clipped": clipped}, rel=1e-9
+    )
     assert 0 < clipped < 1
 
 

@@ -13,7 +13,7 @@ from lit_llama.run.setup import base_dtype
 from lit_llama.train import Trainer
 from lit_llama.utils import UserError, log
 
-WARM_UP = 30  # seconds; if the first step takes less, a second one is measured, without one-time costs
+WARM_UP = 30  # seconds; if the first step takes less or compiles, a second one is measured, without one-time costs
 
 
 def dry_run(trainer: Trainer) -> None:
@@ -42,7 +42,7 @@ def dry_run(trainer: Trainer) -> None:
     log("measuring a step")
     try:
         seconds = timed_step(trainer, first)
-        if seconds < WARM_UP:
+        if settings.compile or fabric.broadcast(seconds) < WARM_UP:
             seconds = timed_step(trainer, first)
     except torch.OutOfMemoryError:
         raise UserError(

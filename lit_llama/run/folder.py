@@ -133,14 +133,18 @@ class RunFolder:
         Raises:
             UserError: The saved run had other settings, another base or other data, or its state is damaged.
         """
-        with self.together():
-            has_state = self.settings.resume and self.state_path.is_file()
-            state = self.check_identity(read_saved_state(self.state_path)) if has_state else None
+        with self.together():  # of several machines, perhaps only the first has the folder
+            resumes = self.is_first and self.settings.resume and self.state_path.is_file()
+            state = read_saved_state(self.state_path) if resumes else None
+        state = self.fabric.broadcast(state)
+        if state is not None:
+            with self.together():
+                self.check_identity(state)
         self.saved_step = 0 if state is None else state["step"]
         return state
 
-    def check_identity(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a saved state after checking that it belongs to this run."""
+    def check_identity(self, state: dict[str, Any]) -> None:
+        """Raise a `UserError` if a saved state does not belong to this run, or its record of settings is damaged."""
         try:
             then, identity = (parse_json(state[name], name) for name in ("settings", "identity"))
         except UserError as error:
@@ -157,7 +161,6 @@ class RunFolder:
                 f"The run in {self.path} had other settings: {', '.join(differing)}; resume it with the same ones, or "
                 "start a new run in another --out_dir."
             )
-        return state
 
     def open(self, state: dict[str, Any] | None) -> None:
         """Prepare the folder for a new run, or restore exactly the files of a saved state.
@@ -219,11 +222,9 @@ class RunFolder:
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
-        folders = {
-            "on": getattr(self.settings, "checkpoint_dir", None),
-            "data": getattr(self.settings, "data_dir", None),
-        }
-        where = ", ".join(f"{word} {path.resolve().name}" for word, path in folders.items() if path)
+        folders = {"on": "checkpoint_dir", "data": "data_dir"}
+        paths = {word: getattr(self.settings, name, None) for word, name in folders.items()}
+        where = ", ".join(f"{word} {path.resolve().name}" for word, path in paths.items() if path)
         return f"{self.path.resolve().name}: {self.adapter_meta['method']} {where}".strip()
 
     def json_settings(self) -> dict[str, Any]:
@@ -259,6 +260,11 @@ class RunFolder:
         self.stopping = True
         if self.is_first:  # not `print`, which this signal may have interrupted
             os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
+
+    @property
+    def stops_alone(self) -> bool:
+        """Whether to stop, and there are no other processes, which would have to stop after the same step."""
+        return self.stopping and self.fabric.world_size == 1
 
     def leave(self, code: int) -> NoReturn:
         """Print how to continue and end the process."""

@@ -33,8 +33,8 @@ def launch(fabric: Fabric, num_nodes: int) -> None:
     Raises:
         UserError: They did not start in time.
     """
-    if num_nodes > 1:
-        cluster = fabric.strategy.cluster_environment
+    cluster = getattr(fabric.strategy, "cluster_environment", None)
+    if num_nodes > 1 and cluster.local_rank() == 0:
         log(f"Waiting for {num_nodes} machines at {cluster.main_address}:{cluster.main_port}, at most {PATIENCE}. "
             "Start this command on each, with the same MASTER_ADDR and MASTER_PORT, and NODE_RANK from 0 to "
             f"{num_nodes - 1}.")  # fmt: skip

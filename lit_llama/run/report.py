@@ -135,8 +135,10 @@ def print_notes(settings: TrainSettings, step: int, max_steps: int, warmup_steps
             "its peak.")  # fmt: skip
     per_step = settings.batch_size // settings.micro_batch_size
     if processes > per_step:
+        most = max(1, settings.batch_size // processes)
+        divisor = next(size for size in range(most, 0, -1) if settings.batch_size % size == 0)
         log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
-            f"{max(1, settings.batch_size // processes)}.")  # fmt: skip
+            f"{divisor}.")  # fmt: skip
 
 
 def write_above_bar(text: str) -> None:
@@ -150,25 +152,34 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
-    """Print the result of a finetuning run to stdout, and the command that generates with it."""
+def generate_command(settings: FinetuneSettings) -> str:
+    """Return the command that answers a prompt with the adapter of a finetuning run."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
+    return shlex.join([*command, "--prompt", "your instruction"])
+
+
+def early_end(summary: dict[str, Any], settings: FinetuneSettings) -> str:
+    """Return a phrase if a run stopped early, and nothing otherwise."""
     reason = f", stopped after {settings.early_stopping} validations without a lower loss"
-    early = reason if summary["stopped_early"] else ""
+    return reason if summary["stopped_early"] else ""
+
+
+def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
+    """Print the result of a finetuning run to stdout, and the command that generates with it."""
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps in "
-        f"{duration(summary['seconds'])}{early}\n"
+        f"{duration(summary['seconds'])}{early_end(summary, settings)}\n"
         f"validation   loss {summary['val_loss_before']:.4f} before, {summary['best_val_loss']:.4f} at best "
         f"(step {summary['best_step']}), {summary['last_val_loss']:.4f} at the end\n"
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"
-        f"generate     {shlex.join([*command, '--prompt', 'your instruction'])}"
+        f"generate     {generate_command(settings)}"
     )
 
 
 def plot_losses(metrics: Path, image: Path, title: str) -> None:
     """Plot the training and the validation loss over steps, from a metrics.csv."""
-    plot_metrics(metrics, image, {"loss (nats per target)": ["loss"]}, title)
+    plot_metrics(metrics, image, {"loss": ["loss"]}, title)
 
 
 def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title: str) -> None:

@@ -157,8 +157,8 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     settings = with_launcher_strategy(settings)  # also for `base_mesh`
     adapter, config = initial_adapter(settings), method_config(settings)
     fabric = make_fabric(settings)
-    if fabric.device.type == "cpu" and fabric.global_rank == 0:
-        note_if_busy(torch.get_num_threads() * fabric.world_size)
+    if fabric.device.type == "cpu" and fabric.world_size == 1:  # processes of this run would count as other programs
+        note_if_busy(torch.get_num_threads())
     fabric.seed_everything(settings.seed, verbose=False)
     model = load_model(
         settings.checkpoint_dir,

@@ -20,13 +20,18 @@ FILES = {
 }
 
 
+def cache_path(data_dir: Path) -> Path:
+    """Return the path of the cache folder next to a dataset folder."""
+    return Path(data_dir).absolute().parent / NAME
+
+
 def cache_folder(data_dir: Path) -> Path:
     """Return the cache folder next to a dataset folder. It is created if it does not exist.
 
     Raises:
         UserError: The folder cannot be written to.
     """
-    folder = Path(data_dir).parent / NAME
+    folder = cache_path(data_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in FILES.items():
