@@ -27,6 +27,7 @@ from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, ver
 from lit_llama.compose import load_adapted
 from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
+from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
 from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
 from lit_llama.storage.files import LOCK, claim, locked, unwritable, write_text
@@ -72,7 +73,7 @@ def load(settings: ModelSettings) -> EvaluatedModel:
 def pick_style(settings: ModelSettings) -> PromptStyle:
     """Return the prompt style of the settings, else the adapter's, else Alpaca's."""
     if settings.prompt_style is None and settings.adapter is not None:
-        name = read_adapter(settings.adapter).meta.get("prompt_style", "alpaca")
+        name = read_adapter(settings.adapter).meta.get("prompt_style") or "alpaca"
         return get_prompt_style(name, settings.checkpoint_dir)
     return get_prompt_style(settings.prompt_style or "alpaca", settings.checkpoint_dir)
 
@@ -362,12 +363,8 @@ def answer_batch(
     evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], rows: list[int]
 ) -> list[dict[str, Any]]:
     """Answer prompts given as token ids; `rows` are their numbers, which determine the seeds of sampling."""
-    model, tokenizer = evaluated.model, evaluated.tokenizer
-
-    def finished(ids: list[int]) -> bool:
-        return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
-
-    answers = []
+    model, tokenizer, answers = evaluated.model, evaluated.tokenizer, []
+    finished = stop_test(tokenizer, stop)
     for prompt, ids in zip(
         prompts, generate(model, prompts, sampling, tokenizer.stop_ids, finished, rows), strict=True
     ):

@@ -53,6 +53,7 @@ from evaluate.common import EvaluatedModel, Results, answer_statistics, few_shot
 from evaluate.letters import length_batches, pad
 from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
+from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import is_chat
@@ -213,10 +214,7 @@ class HarnessModel(TemplateLM):
         encoded = {i: self.tok_encode(text) or [self.prefix_token_id] for i, text in contexts.items()}
         self.truncated += sum(len(ids) > longest for ids in encoded.values())
         encoded = {i: ids[-longest:] for i, ids in encoded.items()}
-
-        def finished(ids: list[int]) -> bool:
-            return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
-
+        finished = stop_test(tokenizer, stop)
         order = sorted(encoded, key=lambda i: -len(encoded[i]))
         for start in range(0, len(order), self.batch_size):
             batch, began = order[start : start + self.batch_size], time.perf_counter()

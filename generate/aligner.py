@@ -56,7 +56,7 @@ from lit_llama.answering import (
     save_answers,
     show,
 )
-from lit_llama.bank import BASE, make_bank, open_bank
+from lit_llama.bank import BASE, adapter_name, make_bank, open_bank
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
@@ -81,8 +81,7 @@ class Plan(NamedTuple):
 
 def main(settings: Settings) -> None:
     settings.check_output(*settings.adapter, *settings.bank)
-    if settings.interactive and settings.compare_base:
-        raise UserError("--interactive and --compare_base cannot be combined.")
+    check_choice(settings)
     if settings.interactive and is_terminal():
         return chat(settings, open_tokenizer(settings))
     requests, tokenizer = gather_requests(settings, bank=bool(settings.bank)), open_tokenizer(settings)
@@ -97,8 +96,26 @@ def main(settings: Settings) -> None:
         if settings.compare_base:
             with scaled_adapter(session.model, 0.0):
                 columns = {"base": session.answers(plan.requests, plan.styles), **columns}
-    show(plan.requests, columns)
+    # before they are shown, which ends the program if standard output is closed
     save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
+    show(plan.requests, columns)
+
+
+def check_choice(settings: Settings) -> None:
+    """Check that the settings that choose adapters fit together.
+
+    Raises:
+        UserError: They do not.
+    """
+    if settings.interactive and settings.compare_base:
+        raise UserError("--interactive and --compare_base cannot be combined.")
+    if settings.use and not settings.bank:
+        raise UserError("--use names adapters of a bank; give --bank too.")
+    if settings.bank and len(settings.strength) > 1:
+        raise UserError("With --bank, --strength takes one number for all; give each its own in --use, as in a:0.5+b.")
+    if not settings.bank and len(settings.strength) not in (1, len(settings.adapter)):
+        counts = f"{len(settings.adapter)} adapters and {len(settings.strength)} strengths"
+        raise UserError(f"There are {counts}; give each its own.")
 
 
 def plan_adapters(settings: Settings, requests: list[Request], tokenizer: Tokenizer) -> Plan:
@@ -107,10 +124,8 @@ def plan_adapters(settings: Settings, requests: list[Request], tokenizer: Tokeni
     Raises:
         UserError: A file or setting does not fit.
     """
-    if settings.use:
-        raise UserError("--use names adapters of a bank; give --bank too.")
     adapters = [read_adapter(path) for path in settings.adapter]
-    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"), tokenizer)
+    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style") or "alpaca", tokenizer)
     load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **settings.model_options)
     made_by = {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)}
     return Plan(
@@ -125,8 +140,6 @@ def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer)
         UserError: A file or setting does not fit, or a name is not in the bank.
     """
     n_rows = max(1, len(requests))  # the chat has no requests and one row
-    if len(settings.strength) > 1:
-        raise UserError("With --bank, --strength takes one number for all; give each its own in --use, as in a:0.5+b.")
     if len(settings.use) not in (0, 1, n_rows):
         raise UserError(f"There are {n_rows} prompts and {len(settings.use)} names in --use; give each its own.")
     bank = open_bank(settings.bank, settings.checkpoint_dir)
@@ -154,12 +167,13 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
     base, options = settings.checkpoint_dir, settings.model_options
     adapters = [] if settings.bank else [read_adapter(path) for path in settings.adapter]
     if any(adapter.method != "aligner" for adapter in adapters):
-        load = partial(load_adapted, base, adapters, settings.strength, **options)
-        session = open_session(settings, tokenizer, load)
-        style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style", "alpaca"), tokenizer)
-        choice: Adapters = OneAdapter(session.model, settings.adapter[0].name, style)
+        session = open_session(settings, tokenizer, partial(load_adapted, base, adapters, **options))
+        style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style") or "alpaca", tokenizer)
+        choice: Adapters = OneAdapter(session.model, adapter_name(settings.adapter[0]), style, settings.strength[0])
         return Chat(session, choice).run()
     if settings.bank:
+        if len(settings.use) > 1:
+            raise UserError("A chat begins with one of the bank's adapters; give --use a single name or sum.")
         bank = open_bank(settings.bank, base)
         terms = parse_sum(settings.use[0] if settings.use else BASE, bank)
         strengths = [strength * settings.strength[0] for _, strength in terms]
@@ -174,8 +188,8 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
 
 
 def adapter_names(paths: tuple[Path, ...]) -> list[str]:
-    """Return a name for each adapter: that of its folder or file, or the complete path if two have the same name."""
-    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    """Return a name for each adapter: that in a bank, or the complete path if two have the same name."""
+    names = [adapter_name(path) for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 

@@ -323,7 +323,7 @@ def metrics_text(engine: Engine) -> str:
 
     def add(name: str, kind: str, help: str, values: dict[str, float]) -> None:
         lines.extend([f"# HELP aligner_{name} {help}", f"# TYPE aligner_{name} {kind}"])
-        lines.extend(f"aligner_{name}{suffix} {value:g}" for suffix, value in values.items())
+        lines.extend(f"aligner_{name}{suffix} {value}" for suffix, value in values.items())
 
     add("running", "gauge", "Requests in the batch.", {"": len(engine.rows)})
     add("waiting", "gauge", "Requests in the queue.", {"": len(engine.waiting)})

@@ -41,7 +41,8 @@ class Engine:
         max_batch: rows of the batch, for which the KV cache is allocated.
         max_waiting: requests that may wait.
         max_length: tokens of a prompt with its answer (default: the model's context).
-        prefill_tokens: prompts of up to this many tokens in total join in one step, between two tokens of running ones.
+        prefill_tokens: prompts of up to this many tokens in total, with their padding, join in one step, between two
+            tokens of running ones.
     """
 
     def __init__(
@@ -216,13 +217,13 @@ class Engine:
 
     def _next_jobs(self) -> list[Job]:
         """Take the requests that join at this step off the queue, in order."""
-        jobs, n_tokens = [], 0
+        jobs, longest = [], 0
         for job in list(self.waiting):
             if self._expire(job):
                 self.waiting.remove(job)
         while self.waiting and len(self.rows) + len(jobs) < self.max_batch:
-            n_tokens += len(self.waiting[0].prompt)
-            if jobs and n_tokens > self.prefill_tokens:
+            longest = max(longest, len(self.waiting[0].prompt))
+            if jobs and (len(jobs) + 1) * longest > self.prefill_tokens:
                 break
             job = self.waiting.popleft()
             try:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from lit_llama.answering import Session
-from lit_llama.bank import BASE, Bank
+from lit_llama.bank import BASE, Bank, adapter_name
 from lit_llama.chat_template import Message
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, parse_sum
@@ -74,13 +74,23 @@ class Adapters:
 
 
 class OneAdapter(Adapters):
-    """A single adapter of any method, which is part of the model."""
+    """A single adapter of any method, which is part of the model.
 
-    def __init__(self, model: LLaMA, name: str, style: PromptStyle) -> None:
+    Args:
+        model: From `load_adapted`, with the adapter as trained.
+        name: The adapter's name.
+        style: The prompt style.
+        strength: The strength to start with.
+
+    Raises:
+        UserError: The method does not support the strength.
+    """
+
+    def __init__(self, model: LLaMA, name: str, style: PromptStyle, strength: float = 1.0) -> None:
         super().__init__(style)
         self.model, self.names = model, (name,)
         self.trained = {key: p.data for key, p in model.adapter_parameters().items()}
-        self.label = name
+        self.set_strength(strength)
 
     def use(self, text: str) -> None:
         if text not in (BASE, *self.names):
@@ -105,6 +115,7 @@ class BankAdapters(Adapters):
 
     def __init__(self, model: LLaMA, tokenizer: Tokenizer, terms: Sum, style: str | None) -> None:
         self.model, self.bank, self.tokenizer, self.forced = model, model.bank, tokenizer, style
+        self.files: dict[str, Path] = {}  # by the names of adapters that the chat loaded
         self.set(terms)
 
     @property
@@ -112,12 +123,15 @@ class BankAdapters(Adapters):
         return list(self.bank)
 
     def use(self, text: str) -> None:
-        name = text
-        if text not in self.bank and Path(text).exists():
-            path = Path(text)
-            name = path.resolve().name if path.is_dir() else path.stem
-            if name not in self.bank:
-                self.bank.add(name, read_adapter(path))
+        name, path = text, Path(text)
+        if path.exists() and (text not in self.bank or text in self.files):
+            file = path.resolve()
+            name = adapter_name(path)
+            if name in self.bank and self.files.get(name) != file:  # another adapter has this name
+                name = text
+            change = self.bank.swap if name in self.bank else self.bank.add
+            change(name, read_adapter(path))  # again, because the file may have changed
+            self.files[name] = file
         self.set(parse_sum(name, self.bank))
 
     def set_strength(self, strength: float) -> None:
@@ -218,7 +232,8 @@ class Chat:
         """
         session, style = self.session, self.adapters.style
         turns = [*self.turns, {"role": "user", "content": text}]
-        turns, prompt = ([], style.render(text)) if style.continues else self.fit(turns)
+        system = session.settings.system
+        turns, prompt = ([], style.render(text, system=system)) if style.continues else self.fit(turns)
         pieces: list[str] = []
         began = time.perf_counter()
         sampling = session.settings.sampling
@@ -233,7 +248,8 @@ class Chat:
                         break
         print(flush=True)
         answered = "".join(pieces).strip()
-        n_tokens, seconds = session.count(answered), time.perf_counter() - began
+        n_tokens = session.count(answered) - (session.count(prompt) if style.continues else 0)
+        seconds = time.perf_counter() - began
         stopped = ", stopped" * is_stopped()
         log(f"({n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s{stopped})")
         if turns and answered:

@@ -50,7 +50,7 @@ class Request(BaseModel):
             seed: if the request has none.
         """
         length = min(self.wanted_tokens or max_new_tokens, max_new_tokens)
-        seed = seed if self.seed is None else self.seed
+        seed = seed if self.seed is None else self.seed % 2**32  # OpenAI's may be negative
         return Sampling(length, self.temperature, self.top_k, self.top_p, seed)
 
     @property

@@ -103,11 +103,11 @@ def main(settings: Settings) -> None:
 
 
 def make_rules(settings: Settings) -> Rules:
-    local = settings.host in LOCAL
+    local, hosts = settings.host in LOCAL, tuple(map(str.lower, settings.allowed_hosts))
     return Rules(
         api_key=settings.api_key or os.environ.get("ALIGNER_API_KEY") or None,
         admin_token=settings.admin_token or os.environ.get("ALIGNER_ADMIN_TOKEN") or None,
-        hosts=settings.allowed_hosts or (("127.0.0.1", "localhost", "[::1]") if local else ("*",)),
+        hosts=hosts or (("127.0.0.1", "localhost", "[::1]") if local else ("*",)),
         max_body=settings.max_body_kb * 1024,
         max_adapter=settings.max_adapter_mb * 2**20,
         max_adapters=settings.max_adapters,

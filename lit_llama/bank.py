@@ -12,13 +12,12 @@ A bank is saved as a safetensors file with these tensors for i = 0, 1, ...:
 and a header entry `lit_llama_bank`: JSON with the base's config and fingerprint, start_layer, and each N as `lengths`.
 """
 
-import heapq
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from lit_llama.utils import UserError
 from lit_llama.variant import check_shapes, without_aliases
 
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
+COMPARED = 1000  # names that are compared with an unknown one
 META_KEY = "lit_llama_bank"  # header entry of a bank's file
 BASE = "base"  # the reserved name of the base model without an adapter
 
@@ -83,10 +83,12 @@ class Bank(dict[str, Slot]):
         self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
-        # comparing with a million names takes too long: only those with the longest common prefix are compared
-        alike = heapq.nlargest(1000, self, key=lambda other: len(os.path.commonprefix([name, other])))  # noqa: RUF071
+        # a server must not compare with a million names: of many, only those that begin alike
+        some, alike = [*islice(self, COMPARED)], self
+        if len(self) > COMPARED:
+            alike = islice((other for other in self if other.startswith(name[:-2] or name)), COMPARED)
         near = get_close_matches(name, alike, 3)
-        hint = f"; {'similar' if near else 'some'} names are {', '.join(map(repr, near or alike[:3]))}" if alike else ""
+        hint = f"; {'similar' if near else 'some'} names are {', '.join(map(repr, near or some[:3]))}" if some else ""
         raise UserError(f"There is no adapter named {name!r} among the {len(self)} of the bank{hint}.")
 
     @property
@@ -259,13 +261,14 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
         if not bank:
             raise UserError(f"The bank {paths[0]} has no adapters.")
         return bank
-    names = [path.resolve().name if path.is_dir() else short_name(path) for path in paths]
-    return make_bank(checkpoint_dir, [(n, read_adapter(path)) for n, path in zip(names, paths, strict=True)])
+    return make_bank(checkpoint_dir, [(adapter_name(path), read_adapter(path)) for path in paths])
 
 
-def short_name(path: Path) -> str:
-    """Return the name that an adapter gets in a bank: that of its file, or of its repository on the hub."""
-    return repository(path)[0].partition("/")[2] if is_on_hub(path) else path.stem
+def adapter_name(path: Path) -> str:
+    """Return the name that an adapter gets in a bank: that of its folder, its file, or its repository on the hub."""
+    if is_on_hub(path):
+        return repository(path)[0].partition("/")[2]
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:

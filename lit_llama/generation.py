@@ -14,7 +14,7 @@ import torch
 
 from lit_llama.compiled import RecordedStep, Step, eager_unless
 from lit_llama.kv_cache import KVCache, cache_dtype
-from lit_llama.live_text import LiveText, cut_at_stop
+from lit_llama.live_text import LiveText, cut_at_stop, stop_test
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import PromptStyle
@@ -300,11 +300,7 @@ def answer(
     if adapters is not None:
         model.check_rows(adapters)
     rows = list(range(len(prompts))) if rows is None else rows
-    answers = [""] * len(prompts)
-
-    def finished(ids: list[int]) -> bool:
-        return bool(stop) and cut_at_stop(tokenizer.decode(ids), stop)[1]
-
+    answers, finished = [""] * len(prompts), stop_test(tokenizer, stop)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

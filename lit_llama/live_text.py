@@ -1,12 +1,14 @@
 """The text of an answer that grows token by token."""
 
+from collections.abc import Callable
+
 from lit_llama.tokenizer import Tokenizer
 
 CONTEXT = 8  # prompt tokens decoded with the first tokens, as some tokenizers drop a space at the beginning of a text
 
 
 class LiveText:
-    """Decodes an answer, in constant time per token, and cuts it at the first stop text.
+    """Decodes only the last tokens of an answer at each new one, and cuts the text at the first stop text.
 
     Args:
         prompt: token ids before the answer.
@@ -67,6 +69,15 @@ class LiveText:
             piece = piece.lstrip()
         self.n_taken = max(self.n_taken, end)
         return piece
+
+
+def stop_test(tokenizer: Tokenizer, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
+    """Return a function that returns whether the last token of an answer completes a stop text.
+
+    It decodes only as many of the last tokens as a stop text can have, and takes all token ids of the answer.
+    """
+    n_last = CONTEXT + 4 * max(map(len, stop), default=0)  # a character can be four byte tokens
+    return lambda ids: bool(stop) and cut_at_stop(tokenizer.decode(ids[-n_last:]), stop)[1]
 
 
 def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

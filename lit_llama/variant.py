@@ -35,6 +35,8 @@ class Variant(nn.Module):
         Raises:
             UserError: The variant does not support this strength.
         """
+        if strength != 1:
+            raise UserError("This method has no `scaled_parameter`, so its adapters can only be used as trained.")
         return value
 
     @staticmethod

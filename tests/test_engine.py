@@ -14,7 +14,7 @@ from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.generation import Sampling, cut_at_stop, generate
-from lit_llama.live_text import LiveText
+from lit_llama.live_text import LiveText, stop_test
 from lit_llama.utils import UserError
 
 ROWS = ["base", "a", "b", "c", "a:0.5+b", "c+b:-1.5", "a+base", "b:2", "c:0"]
@@ -91,6 +91,16 @@ def expected(engine: Engine, client: Client) -> str:
     if not job.strip:
         return cut_at_stop(decode(context + ids)[len(decode(context)) :], job.stop)[0]
     return cut_at_stop(decode(ids), job.stop)[0].strip()
+
+
+def test_prompts_that_join_together_fit_into_the_limit_with_their_padding(engine):
+    engine.prefill_tokens = 40
+    clients = [Client(engine, [5] * n, "a", Sampling(30)) for n in (20, 20, 2, 2)]
+    engine.submit([client.job for client in clients])
+    engine.step()
+    assert len(engine.rows) == 2  # a third row would be padded to 20 tokens, too
+    engine.step()
+    assert len(engine.rows) == 4
 
 
 def requests(engine: Engine, count: int, seed: int = 0) -> list[Client]:
@@ -251,6 +261,21 @@ def test_live_text_is_the_decoded_text(tokenizer, seed):
             pieces.append(text.take())
         pieces.append(text.take(last=True))
         assert "".join(pieces) == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stop_text_is_noticed_at_the_token_that_completes_it(tokenizer, seed):
+    rng = random.Random(seed)
+    words = [tokenizer.encode(word) for word in (" é", " the cat", "日本", "###", "# In", "st", "\n", "  a")]
+    for stop in ((), ("### Inst",), ("日本日", "a\n"), (" é é", "t the")):
+        finished = stop_test(tokenizer, stop)
+        for _ in range(30):
+            ids = [i for _ in range(60) for i in rng.choice([*words, [rng.randrange(3, 300)]])]
+            for n in range(1, len(ids) + 1):
+                expected = cut_at_stop(tokenizer.decode(ids[:n]), stop)[1]
+                assert finished(ids[:n]) == expected, (stop, ids[:n])
+                if expected:
+                    break
 
 
 def test_live_text_stops_and_strips(tokenizer):

@@ -1,6 +1,9 @@
 """The generate scripts as a user calls them, on the bundled model and its adapters."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,21 @@ def test_prompt_files_and_output_file(run_script, tmp_path, name, text):
     assert records[0]["settings"]["temperature"] == 0.0 and records[0]["settings"]["versions"]["torch"]
     if name == "bench.jsonl":
         assert [r["id"] for r in records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["aligner", "base"])
+def test_answers_are_saved_before_a_closed_pipe_ends_the_program(tmp_path, name):
+    (tmp_path / "many.txt").write_text(f"{QUESTIONS[0].text}\n" * 200)
+    output = tmp_path / "answers.json"
+    command = [sys.executable, f"generate/{name}.py", "--prompt_file", tmp_path / "many.txt", "--output_file", output]
+    if name == "base":
+        command += ["--checkpoint_dir", ROOT / "checkpoints/microworld", "--max_new_tokens", "2"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as pipe:
+        result = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 141, result.stderr
+    assert len(json.loads(output.read_text())) == 200
 
 
 def test_interactive_answers_line_by_line(run_script):

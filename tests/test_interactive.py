@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from chat_models import write_model
 
-from lit_llama.checkpoint import save_base
+import generate.aligner as script
+from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter
+from lit_llama import answering, cli
+from lit_llama.answer_settings import AnswerSettings
+from lit_llama.bank import make_bank
+from lit_llama.checkpoint import load_model, read_adapter, save_base
+from lit_llama.compose import load_with_bank
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 from microworld.world import parse
 
 ROOT = Path(__file__).parents[1]
@@ -208,12 +218,6 @@ def model(tmp_path_factory, tokenizer_path) -> Path:
 
 def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys):
     """Check the prompt of each turn."""
-    from generate.interactive import Adapters, Chat
-    from lit_llama import answering
-    from lit_llama.answer_settings import AnswerSettings
-    from lit_llama.checkpoint import load_model
-    from lit_llama.prompts import get_prompt_style
-
     tokenizer = Tokenizer(model)
     settings = AnswerSettings(checkpoint_dir=model, system="Be kind.", max_new_tokens=3)
     chat = Chat(
@@ -235,6 +239,22 @@ def test_the_conversation_is_rendered_by_the_template(model, monkeypatch, capsys
     assert capsys.readouterr().out == "ok\nok\n"
 
 
+def test_a_style_that_continues_texts_begins_with_the_system_prompt(model, monkeypatch, capsys):
+    style, prompts = get_prompt_style("plain", model), []
+    settings = AnswerSettings(checkpoint_dir=model, system="Be kind.", max_new_tokens=3)
+    chat = Chat(answering.Session(load_model(model), Tokenizer(model), settings, 0.0), Adapters(style))
+
+    def answer(network, tokenizer, prompt, *rest):
+        prompts.append(prompt)
+        yield f"{prompt} the"
+
+    monkeypatch.setattr("generate.interactive.stream", answer)
+    chat.handle("Hello")
+    assert prompts == [style.render("Hello", system="Be kind.")] != [style.render("Hello")]
+    n_tokens = len(Tokenizer(model).encode(f"{prompts[0]} the")) - len(Tokenizer(model).encode(prompts[0]))
+    assert f"({n_tokens} tokens in " in capsys.readouterr().err
+
+
 def test_a_base_model_chats_without_adapters(start, model):
     chat = start("--checkpoint_dir", model, "--prompt_style", "chat", "--max_new_tokens", 4, script="generate/base.py")
     chat.wait_for("Answering with the base model, in the prompt style chat")
@@ -250,12 +270,59 @@ def test_strength_scales_an_adapter_of_another_method(start, run_script, tmp_pat
     code, _, err = run_script("finetune/lora.py", *flags, "--accelerator", "cpu")
     assert code == 0, err
     chat = start("--checkpoint_dir", base_dir, "--adapter", out, "--max_new_tokens", 4)
-    chat.wait_for("Answering with lora, in the prompt style plain")
+    chat.wait_for("Answering with lora, strength 1, in the prompt style plain")
     chat.send("/strength 0", "\r")
     chat.wait_for("Answering with the base model")
     chat.send("/adapter lora", "\r")
     chat.wait_for("Answering with lora, strength 1")
     assert chat.end() == 0
+
+
+def test_the_first_strength_does_not_change_what_later_ones_mean(base_dir):
+    network = toys.aligned()
+    trained = {name: p.detach().clone() for name, p in network.adapter_parameters().items()}
+    choice = OneAdapter(network, "a", get_prompt_style("plain", base_dir), strength=0.0)
+    assert choice.label == "the base model" and not network.transformer.h[2].attn.gating_factor.any()
+    choice.set_strength(1.0)
+    assert all(torch.equal(p, trained[name]) for name, p in network.adapter_parameters().items())
+    assert choice.label == "a, strength 1"
+
+
+def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
+    base = ROOT / "checkpoints" / "microworld"
+    first, second = (tmp_path / name / "best.safetensors" for name in "ab")
+    for path, source in ((first, PIRATE), (second, JSON)):
+        path.parent.mkdir()
+        shutil.copy(source / "adapter.safetensors", path)
+    bank = make_bank(base, [("best", read_adapter(first))])
+    adapters = BankAdapters(load_with_bank(base, bank), Tokenizer(base), (("best", 1.0),), None)
+
+    def holds(name: str, path: Path) -> bool:
+        prefix = "global_value_embedding.weight"
+        return torch.equal(bank.adapter(name).state[prefix], read_adapter(path).state[prefix])
+
+    adapters.use(str(second))
+    assert adapters.label == f"{second}, strength 1"
+    assert holds("best", first) and holds(str(second), second)
+    shutil.copy(first, second)  # trained again
+    adapters.use(str(second))
+    assert holds(str(second), first)
+    adapters.use("best")
+    assert adapters.label == "best, strength 1" and adapters.names == ["best", str(second)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--adapter", PIRATE, JSON, PIRATE, "--strength", "1", "0.5"), "There are 3 adapters and 2 strengths; give "),
+        (("--use", "pirate"), "--use names adapters of a bank; give --bank too."),
+        (("--bank", PIRATE, "--strength", "1", "2"), "With --bank, --strength takes one number for all"),
+    ],
+)
+def test_a_chat_checks_its_adapters_like_other_prompts(monkeypatch, flags, sentence):
+    monkeypatch.setattr(script, "is_terminal", lambda: True)
+    with pytest.raises(UserError, match=sentence):
+        script.main(cli.parse(script.Settings, ["--interactive", *map(str, flags)]))
 
 
 def test_ctrl_c_twice_interrupts():

@@ -5,6 +5,8 @@ import re
 import socket
 import sys
 import threading
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ import httpx
 import torch
 from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Server
 
+from generate.app import metrics_text
 from generate.openai_format import Message, render_messages
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
@@ -247,6 +250,8 @@ def test_a_disconnected_client_frees_its_row(server):
 
 def test_metrics_are_prometheus_text(server):
     server.ask("base")
+    engine = SimpleNamespace(rows=[], waiting=[], bank={}, counts=Counter(new_tokens=12_345_678))
+    assert "\naligner_new_tokens_total 12345678\n" in metrics_text(engine)  # every digit
     for line in server.http.get("/metrics").text.splitlines():
         assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|aligner_\w+(\{\w+="[\w.+]+"\})? [\d.e+]+', line), line
     assert server.metric("new_tokens_total") > 0 and server.metric('first_token_seconds_bucket{le="+Inf"}') > 0

@@ -6,7 +6,9 @@ import torch.nn as nn
 import toys
 
 import lit_llama.model as llama
+from lit_llama.compose import scaled_adapter
 from lit_llama.methods import METHODS
+from lit_llama.utils import UserError
 
 
 class Shift(nn.Module):
@@ -97,3 +99,11 @@ def test_initialization_keeps_the_base_and_is_reproducible_with_a_seed(method):
         assert not all(torch.equal(t, states[2][name]) for name, t in states[0].items())
     for name, tensor in network.state_dict().items():
         assert network.is_adapter_parameter(name) or torch.equal(tensor, before[name]), name
+
+
+def test_a_variant_without_scaled_parameter_cannot_be_mistaken_for_the_base():
+    network = initialized_model(ShiftedLLaMA)
+    with scaled_adapter(network, 1.0):
+        assert torch.equal(network.shifted.shift, torch.ones(network.config.n_embd))
+    with pytest.raises(UserError, match="so its adapters can only be used as trained"), scaled_adapter(network, 0.0):
+        pass
