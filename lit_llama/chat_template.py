@@ -101,12 +101,13 @@ class Interrupter:
     def __call__(self, value: Any) -> Any:
         """Return plain data whose texts contain no special token, and form none with the text around them."""
         if isinstance(value, dict):
-            return {name: self(item) for name, item in value.items()}
+            # keys are only searched for complete tokens, so that templates find them under their names
+            return {self.interrupt(n) if isinstance(n, str) else n: self(item) for n, item in value.items()}
         if isinstance(value, list | tuple):
             return [self(item) for item in value]
         if not isinstance(value, str):
             return value
-        text = self.starts.sub(lambda match: match[0] + GUARD, value.replace(GUARD, ""))
+        text = self.interrupt(value)
         core = text.strip()
         lengths = range(1, min(self.longest, len(core)) + 1)
         begin, end = text.find(core), text.find(core) + len(core)
@@ -115,6 +116,10 @@ class Interrupter:
         if any(core[:n] in self.ends for n in lengths):
             text = text[:begin] + GUARD + text[begin:]
         return text
+
+    def interrupt(self, text: str) -> str:
+        """Return a text without complete special tokens."""
+        return self.starts.sub(lambda match: match[0] + GUARD, text.replace(GUARD, ""))
 
 
 class ChatTemplate:

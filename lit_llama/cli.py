@@ -101,7 +101,7 @@ def usage_error(parser: ArgumentParser, message: str) -> NoReturn:
 
 
 def join_repeated(args: Sequence[str], several: Sequence[str]) -> list[str]:
-    """Rewrite `--adapter a --adapter b` as `--adapter a b` for the flags that take several values."""
+    """Rewrite `--adapter a --adapter b` as `--adapter a b` for flags of several values; keep a single `--prompt=-x`."""
     others: list[str] = []
     joined: dict[str, list[str]] = {}
     current = others
@@ -113,4 +113,7 @@ def join_repeated(args: Sequence[str], several: Sequence[str]) -> list[str]:
         else:
             current = others if arg.startswith("--") else current
             current.append(arg)
-    return others + [word for name, values in joined.items() for word in (name, *values)]
+    for name, values in joined.items():
+        alone = f"{name}={values[0]}" if len(values) == 1 else None
+        others += [alone] if alone in args else [name, *values]
+    return others

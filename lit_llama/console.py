@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -161,6 +162,26 @@ def last_words(text: str) -> None:
     for bar in list(getattr(bars, "_instances", ())):
         bar.close()
     log(text)
+
+
+def call(command: list[str], **options: Any) -> int:
+    """Run a command and return its exit code. SIGTERM is passed on to it.
+
+    Args:
+        options: of `subprocess.Popen`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed, and the command, which gets it too, has ended.
+    """
+    process = subprocess.Popen(command, **options)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # `subprocess.run` would kill it
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

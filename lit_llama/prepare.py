@@ -113,8 +113,9 @@ def prepare_preferences(
         chosen_ids, rejected_ids = (ids[:space] for ids in full)
         return {
             "prompt": prompt_ids,
-            "chosen": chosen_ids,
-            "rejected": rejected_ids,
+            # arrays: a batch of empty lists would have another type
+            "chosen": np.array(chosen_ids, np.int64),
+            "rejected": np.array(rejected_ids, np.int64),
             "dropped": "too_long" if space == 0 else "identical" if chosen_ids == rejected_ids else "",
             "cut": sum(len(ids) > space for ids in full),
         }

@@ -8,7 +8,6 @@ It runs the scripts that you would run by hand, prints each command, and writes 
 import base64
 import json
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ if __name__ == "__main__":
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_llama.checkpoint import versions
+from lit_llama.console import call
 from lit_llama.run.report import legend_above, make_figure, save_figure
 from lit_llama.storage.files import claim, write_text
 from lit_llama.utils import UserError
@@ -54,7 +54,7 @@ def step(title: str, script: str, **flags: object) -> None:
     """
     arguments = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
-    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+    if call([sys.executable, str(ROOT / script), *arguments]):
         raise UserError(f"The demo stopped at: {title}.")
 
 

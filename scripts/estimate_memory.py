@@ -100,7 +100,7 @@ def base_config(settings: Settings) -> LLaMAConfig:
 def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
     """Estimate the memory of each task."""
     settings = within_context(settings, config)
-    method, overrides = METHODS[settings.method], method_config(settings)
+    overrides, method = method_config(settings), METHODS[settings.method]  # in this order: it checks the name
     with_method = method.config_class(**{**vars(config), **overrides})
     shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
 

@@ -83,8 +83,9 @@ def describe_other(adapter: AdapterFile) -> str:
     by_kind = kinds(adapter)
     lines += [f"  layer  root mean square of {', '.join(by_kind)}"]
     for layer in sorted({layer for by_layer in by_kind.values() for layer in by_layer}):
-        cells = [f"{by_layer[layer].square().mean().sqrt():.6f}" for by_layer in by_kind.values() if layer in by_layer]
-        lines.append(f"  {layer:5}  {'  '.join(cells)}")
+        sizes = [by_layer[layer].square().mean().sqrt() if layer in by_layer else None for by_layer in by_kind.values()]
+        cells = [f"{'-':<8}" if size is None else f"{size:.6f}" for size in sizes]
+        lines.append(f"  {layer:5}  {'  '.join(cells)}".rstrip())
     return "\n".join(lines)
 
 

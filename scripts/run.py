@@ -53,13 +53,17 @@ def install(requirements: list[str], cpu: bool = False) -> None:
         requirements: Names of the files.
         cpu: Install the build of torch without CUDA if torch is not installed yet.
     """
-    files = [ROOT / name for name in [*requirements, "constraints.txt"]]
+    files = [ROOT / name for name in [*requirements, "requirements-serve.txt", "constraints.txt"]]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = ENV / f"installed-{requirements[-1]}"
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == digest:
         return
     if not PYTHON.exists():
         make_environment()
+    elif subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode:
+        # creating it was interrupted, or another program made it without pip
+        if subprocess.run([str(PYTHON), "-m", "ensurepip", "-q"], stdout=sys.stderr).returncode:
+            stop(f"{ENV} has no pip; delete this folder and run again.")
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     constraints = ["-c", str(ROOT / "constraints.txt")]
     # torch first and alone: the other packages then accept the installed build
@@ -119,7 +123,9 @@ def main() -> None:
         near = get_close_matches(what, ["demo", "test", *scripts()], 1)
         stop(f"There is no script {what}; {f'did you mean {near[0]}?' if near else '--help lists all.'}")
     install(requirements, cpu)
-    sys.exit(subprocess.run([str(PYTHON), *command], cwd=ROOT).returncode)
+    sys.stdout.flush()
+    os.chdir(ROOT)
+    os.execv(str(PYTHON), [str(PYTHON), *command])  # signals then reach the script itself
 
 
 if __name__ == "__main__":

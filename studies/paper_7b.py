@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -67,6 +66,7 @@ if __name__ == "__main__":
 
 import torch
 
+from lit_llama.console import call
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim, write_text
@@ -434,7 +434,7 @@ def run_step(step: Step, number: int, total: int) -> None:
     """
     log(f"[{number}/{total}] {step.name}: {shlex.join(['python', *step.command])}")
     words = [sys.executable, str(ROOT / step.command[0]), *step.command[1:]]
-    code = subprocess.run(words, stdout=2).returncode  # stdout is for the report
+    code = call(words, stdout=2)  # stdout is for the report
     if code == 130:
         raise KeyboardInterrupt
     if code or not step.done.is_file():

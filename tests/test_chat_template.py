@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_llama import sandbox
-from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Unstable
+from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Interrupter, Unstable
 from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
 from lit_llama.prompts import get_prompt_style, template_variables
 from lit_llama.tokenizer import HuggingFace, Tokenizer
@@ -117,6 +117,15 @@ def test_no_combination_of_pieces_becomes_a_special_token(kind, parts, folders):
 
 
 OPEN: dict[str, Tokenizer] = {}
+
+
+def test_special_tokens_in_keys_stay_text():
+    protect = Interrupter(["<|im_end|>", "<|im_start|>"])
+    protected = protect({"role": "tool", "arguments": {"<|im_end|>": "<|im_end|>", "x": 1}})
+    assert list(protected) == ["role", "arguments"]  # under their names
+    (key, other), values = protected["arguments"], [*protected["arguments"].values()]
+    assert "<|im_end|>" not in key and key.replace(GUARD, "") == "<|im_end|>" and other == "x"
+    assert values[0].replace(GUARD, "") == "<|im_end|>" and "<|im_end|>" not in values[0] and values[1] == 1
 
 
 def test_tokens_that_a_model_may_write_stay_text_in_questions(folders):

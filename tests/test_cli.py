@@ -356,3 +356,8 @@ def test_a_flag_of_several_values_may_be_repeated(settings_class):
     assert parse(settings_class, arguments)["names"] == (*"acde",)
     assert parse(settings_class, ["--names=a", "--names", "b"])["names"] == ("a", "b")
     assert parse(settings_class, ["--kind", "a", "--kind", "b"])["kind"] == "b"
+
+
+def test_a_value_may_begin_with_a_dash(settings_class):
+    assert parse(settings_class, ["--names=-x", "--kind", "b"])["names"] == ("-x",)
+    assert parse(settings_class, ["--names=--help"])["names"] == ("--help",)

@@ -46,6 +46,19 @@ def test_run_py_suggests_a_similar_script():
     assert (result.returncode, result.stderr) == (1, message)
 
 
+def test_run_py_becomes_the_script(monkeypatch, tmp_path):
+    """Signals then reach the script."""
+    from scripts import run as script
+
+    started = []
+    monkeypatch.setattr(script, "install", lambda *args: None)
+    monkeypatch.setattr(script.os, "chdir", started.append)
+    monkeypatch.setattr(script.os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(sys, "argv", ["run.py", "generate/aligner.py", "--prompt", "Hi"])
+    script.main()
+    assert started == [ROOT, [str(script.PYTHON), "generate/aligner.py", "--prompt", "Hi"]]
+
+
 def test_run_py_lists_every_script_with_its_first_sentence():
     text = run("scripts/run.py", "--help").stdout
     for script in ("finetune/aligner.py", "evaluate/gsm8k.py", "studies/paper_7b.py", "benchmarks/training.py"):

@@ -3,9 +3,11 @@
 import errno
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,35 @@ def test_an_error_starts_a_new_line_after_a_progress_bar(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment
     )
     assert result.returncode == 1 and result.stderr.endswith("\nerror: No.\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGINT, -signal.SIGINT)])
+def test_a_called_command_ends_in_its_way_after_a_signal(tmp_path, number, code):
+    command = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def end(*_):
+    time.sleep(0.6)
+    (folder / "ended").touch()
+    sys.exit(7)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+    words = f"[sys.executable, '-c', {command!r}, {str(tmp_path)!r}]"
+    program = f"import sys; from lit_llama.console import call; sys.exit(call({words}))"
+    words = [sys.executable, "-c", program]
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (tmp_path / "ended").exists()
 
 
 def test_system_errors_are_explained():

@@ -1,5 +1,6 @@
 """Downloads from a local server that imitates the Hugging Face Hub, and of published weights from local files."""
 
+import errno
 import json
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from lit_llama.huggingface.hub import explain
 from scripts.download import wanted
 
 FETCH, DOWNLOAD = "scripts/fetch_published_weights.py", "scripts/download.py"
@@ -129,6 +131,17 @@ def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "me/model cannot be reached at http://127.0.0.1:9 (" in sentence("me/model")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_disk_is_not_taken_for_one_of_the_network():
+    def sentence(*error: object) -> str:
+        return str(explain(OSError(*error), "me/model", "main"))
+
+    assert sentence(errno.EACCES, "Permission denied", "/root/x") == (
+        "Cannot write /root/x (Permission denied); choose another output folder."
+    )
+    assert sentence(errno.ENOSPC, "No space left on device").startswith("There is no room left to write ")
+    assert "me/model cannot be reached at " in sentence("timed out")
 
 
 def test_published_weights_are_fetched_and_verified(shared, run_script, refused, tmp_path):

@@ -42,6 +42,13 @@ def write_pairs(folder, tokenizer, pairs, **changes):
     )
 
 
+def test_a_batch_of_prompts_that_are_too_long_does_not_change_the_type_of_the_tokens(tmp_path, tokenizer):
+    """The rows are processed in batches of 1,000."""
+    long = [("the cat sat on the mat " * 20, "yes", "no")] * 1000
+    meta = write_pairs(tmp_path / "pairs", tokenizer, long + [(f"the cat {i}", "yes", "no") for i in range(9)])
+    assert (meta["counts"]["too_long"], meta["counts"]["train"] + meta["counts"]["test"]) == (1000, 9)
+
+
 # == the loss, computed by hand ==
 
 

@@ -6,6 +6,12 @@ from lit_llama.memory import training_memory
 from lit_llama.utils import UserError
 
 
+@pytest.mark.parametrize("flags", [(), ("--table",)])
+def test_an_unknown_method_is_refused(run_script, flags):
+    code, out, err = run_script("scripts/estimate_memory.py", "--method", "lra", *flags)
+    assert (code, out) == (1, "") and "\nerror: There is no method 'lra'; choose from aligner, " in f"\n{err}"
+
+
 def test_a_micro_batch_too_large_for_any_device_is_refused():
     config = LLaMAConfig.from_name("microworld")
     for sequences, tokens in ((2**31, 2), (1, 2**31)):

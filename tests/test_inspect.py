@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 
 from lit_llama.checkpoint import read_adapter, save_adapter
+from lit_llama.methods import METHODS
 
 SCRIPT = "scripts/inspect_aligner.py"
 GATES = {2: [0.5, -0.5], 3: [0.25, 0.0]}  # by layer, one per head
@@ -74,6 +76,27 @@ def test_closed_gates_have_no_bar(run_script, tmp_path):
     path = write(tmp_path / "new.safetensors", torch.ones(1, 2), {0: [0.0], 1: [0.0]})
     code, out, _ = run_script(SCRIPT, path)
     assert code == 0 and "█" not in out
+
+
+def test_the_columns_of_another_method_are_aligned(run_script, tmp_path):
+    """A layer without one of the tensors has a dash in its column."""
+    network = METHODS["adapter_v2"](METHODS["adapter_v2"].config_class(**toys.SIZES))
+    toys.randomize(network)
+    state = {name: p.detach() for name, p in network.adapter_parameters().items()}
+    config = {"adapter_prompt_length": network.config.adapter_prompt_length,
+              "adapter_start_layer": network.config.adapter_start_layer}  # fmt: skip
+    save_adapter(tmp_path / "v2.safetensors", state, {"method": "adapter_v2", "config": config})
+    code, out, _ = run_script(SCRIPT, tmp_path / "v2.safetensors")
+    heading, *lines = out[out.index("  layer  ") :].splitlines()
+    kinds = heading.split(" of ")[1].split(", ")
+    assert code == 0 and len(lines) == network.config.n_layer
+    for line in lines:
+        layer, *cells = line.split()
+        assert len(cells) == len(kinds)
+        for kind, cell in zip(kinds, cells, strict=True):
+            names = (f"transformer.h.{layer}.attn.{kind}", f"transformer.h.{layer}.{kind}", *[kind] * (layer == "0"))
+            tensor = next((state[name] for name in names if name in state), None)
+            assert cell == ("-" if tensor is None else f"{tensor.float().square().mean().sqrt():.6f}")
 
 
 def test_not_an_adapter(refused, run_script, tmp_path, base_dir, one):

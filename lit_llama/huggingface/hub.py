@@ -1,9 +1,11 @@
 """The Hugging Face hub: adapters named `hf:owner/name`, and error messages."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
+from lit_llama.storage.files import unwritable
 from lit_llama.utils import UserError
 
 PREFIX = "hf:"
@@ -73,5 +75,7 @@ def explain(error: Exception, repo_id: str, revision: str) -> UserError:
     if status == 403:
         tokens = f"{endpoint()}/settings/tokens"
         return UserError(f"Your token may not do this with {repo_id}; make one that may write at {tokens}.")
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return unwritable(Path(error.filename or "."), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(f"{repo_id} cannot be reached at {endpoint()} ({reason}); run again to continue.")

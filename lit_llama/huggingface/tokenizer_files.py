@@ -53,7 +53,8 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
     """
     copy_tokenizer(tokenizer.path.parent, folder)
     if not (folder / "generation_config.json").is_file():
-        ends = [i for i in tokenizer.stop_ids if i != tokenizer.engine.stop_ids[-1]]  # without BOS
+        bos_id = tokenizer.engine.stop_ids[-1]  # does not end an answer in other programs, unless it is also EOS
+        ends = [i for i in tokenizer.stop_ids if i != bos_id or i == tokenizer.eos_id]
         generation = {**token_ids(tokenizer), "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id}
         write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
