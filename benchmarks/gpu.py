@@ -162,7 +162,8 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
 
 def main(settings: Settings) -> None:
     device, dtype = pick_device(settings.accelerator, settings.precision)
-    path = settings.out_dir / f"gpu-{settings.size}-{device.type}.md"
+    some = "" if settings.parts == USUAL else f"-{'-'.join(settings.parts)}"  # does not replace the complete page
+    path = settings.out_dir / f"gpu-{settings.size}-{device.type}{some}.md"
     tables, failed = [], []
     for part in settings.parts:
         began = time.perf_counter()

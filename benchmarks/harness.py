@@ -136,7 +136,7 @@ class Run:
             contestant.close()
 
     def path(self, name: str, suffix: str) -> Path:
-        return self.settings.out_dir / f"{name}-{self.settings.size}{suffix}"
+        return self.settings.out_dir / f"{name}-{self.settings.size}-{dtype_name(self.dtype)}{suffix}"
 
     def publish(self, title: str, parts: list[str]) -> None:
         heading = f"{title}, {self.settings.size}, {dtype_name(self.dtype)}"
@@ -210,11 +210,12 @@ def describe_run(device: torch.device) -> str:
     """Return a list in Markdown: the machine, how fast it is in this run, the versions, the date, and the command."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    fp32, bf16 = (matmul_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (matmul_rate(device, dtype, "wall") / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    copied = copy_bandwidth(device, "wall") / 1e9
     lines = {
         "machine": f"{describe_cpu()}, {os.cpu_count()} cores{gpu}{load}",
         "threads": str(torch.get_num_threads()),
-        "in this run": f"a copy reads and writes {copy_bandwidth(device) / 1e9:,.1f} GB/s; a large matrix product does "
+        "in this run": f"a copy reads and writes {copied:,.1f} GB/s; a large matrix product does "
         f"{fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16 ({bf16 / fp32:.1f} ×)",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -34,16 +34,16 @@ def timed(work: Callable[[], Any], device: torch.device = CPU, clock: Clock = "w
 
 
 @cache
-def copy_bandwidth(device: torch.device, clock: Clock = "wall") -> float:
-    """Return the bytes per second, read and written, of a large copy; measured once in a run."""
+def copy_bandwidth(device: torch.device, clock: Clock) -> float:
+    """Return the bytes per second, read and written, of a large copy; measured once in a run for each clock."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device, clock) for _ in range(7))
 
 
 @cache
-def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Clock = "wall") -> float:
-    """Return the FLOPs per second of a large matrix product; measured once in a run."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
+    """Return the FLOPs per second of a large matrix product; measured once in a run for each clock."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(timed(lambda: a @ b, device, clock) for _ in range(5))

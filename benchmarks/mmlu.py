@@ -30,7 +30,7 @@ class Settings(ModelSettings):
     shots: NonNegativeInt = 0  # worked examples before each question
     batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
     rounds: PositiveInt = 7  # passes over all batches
-    threads: NonNegativeInt = 1  # threads on a CPU
+    threads: NonNegativeInt = 1  # threads on a CPU; 0: PyTorch chooses
     clock: Clock = "wall"  # or cpu: CPU time, for a machine that is also used by others; needs --threads 1
 
 
@@ -49,7 +49,8 @@ from lit_llama.tables import markdown_table
 
 
 def main(settings: Settings) -> None:
-    torch.set_num_threads(settings.threads)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     evaluated = load(settings)
     model, tokenizer = evaluated.model, evaluated.tokenizer
     device = model.transformer.wte.weight.device

@@ -4,8 +4,8 @@
 at a time; the three take turns.
 
 --mode stress: --requests requests, a third of them canceled or malformed; each answer is compared with that of
-lit_llama.generation.instruct for its adapter. At the end, no row may be in use, and the server's memory and number of
-open files may not have grown.
+lit_llama.generation.instruct for its adapter. At the end, no row may be in use, and the number of the server's open
+files may not have grown; its memory is reported.
 """
 
 import asyncio
@@ -180,7 +180,8 @@ def make_adapters(settings: Settings) -> tuple[Path, list[str]]:
     return path, names
 
 
-def measure_speed(settings: Settings) -> list[str]:
+def measure_speed(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the parts of the report, and no problems."""
     path, names = make_adapters(settings)
     questions = [q.text for q in World(0).questions(UNSEEN) if q.text.startswith("What")]
     count = settings.clients * settings.requests_per_client
@@ -214,7 +215,7 @@ def measure_speed(settings: Settings) -> list[str]:
         markdown_table(header, rows),
         f"With {settings.clients} clients and adapters, {gains[0]} times the tokens/s of one by one, and {gains[1]} "
         "times the tokens per processor second.",
-    ]
+    ], []
 
 
 @dataclass
@@ -269,7 +270,8 @@ def malformed(rng: random.Random, model: str, question: str) -> tuple[dict[str, 
     return rng.choice(cases)
 
 
-def measure_stress(settings: Settings) -> list[str]:
+def measure_stress(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the parts of the report, and what should not have happened."""
     from httpx import TransportError
 
     adapters = sorted(path for path in BUNDLED.glob("microworld-*-n1") if path.is_dir())
@@ -343,12 +345,15 @@ def measure_stress(settings: Settings) -> list[str]:
         log(line)
     rows = [[what, f"{n:,}"] for what, n in sorted(outcomes.items())]
     (memory, files), (memory_after, files_after) = states
+    expected = ("answered, right", "malformed, refused", "cancelled", "answered before")
+    problems = [f"{n:,} {what}" for what, n in sorted(outcomes.items()) if not what.startswith(expected)]
+    problems += [f"{files_after} open files, {files} after the first tenth"] * (files_after > files)
     return [
         f"{settings.requests:,} requests of {settings.clients} clients, {len(models)} different sums of adapters.",
         markdown_table(["requests", "number"], rows),
         "At the end no row was in use and nothing waited. From the first tenth to the end, the server's memory went "
         f"from {memory:.0f} to {memory_after:.0f} MB, and its open files from {files} to {files_after}.",
-    ]
+    ], problems
 
 
 async def settle(server: Server) -> tuple[float, int]:
@@ -372,10 +377,12 @@ def main(settings: Settings) -> None:
         raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
     if settings.threads:
         torch.set_num_threads(settings.threads)  # as in the server
-    parts = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
+    parts, problems = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
     b.publish(
         settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")
     )
+    if problems:
+        raise UserError(f"The server failed: {'; '.join(problems)}.")
 
 
 if __name__ == "__main__":

@@ -95,14 +95,17 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
     first = second = None  # files and settings are read first, since generating takes long
+    against_file = Path(settings.against).suffix.lower() in (".json", ".jsonl", ".gz")
+    other = None if against_file else other_side(settings)
     if settings.answer_file:
         first = read_answers(settings.answer_file, items, asked)
     else:
+        if other is not None and settings.adapter is None:  # a base is asked in the style of the other side's adapter
+            settings = replace(settings, prompt_style=pick_style(other).name)
         results = open_results(settings, settings.output_dir / "answers")
-    if Path(settings.against).suffix.lower() in (".json", ".jsonl", ".gz"):
+    if other is None:
         second = read_answers(Path(settings.against), items, asked)
     else:
-        other = other_side(settings)
         other_results = open_results(other, settings.output_dir / "answers_against")
     return first or generate_answers(settings, asked, results), second or generate_answers(other, asked, other_results)
 
@@ -147,7 +150,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         UserError: a row lacks a field, or the answers are to other questions.
     """
     known, by_text = {item.id: item for item in items}, {item.text: item.id for item in items}
-    answers = Answers(Path(path).stem, {}, made_by={"file": str(path)})
+    answers, made_by = Answers(Path(path).stem, {}, made_by={"file": str(path)}), {}
     for number, row in enumerate(read_rows(path), 1):
         with naming(path):
             id, text = answer_of_row(row, number, by_text)
@@ -162,7 +165,9 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
         answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
     missing = [item.id for item in asked if item.id not in answers.texts]
-    if missing:
+    if missing and answers.texts and made_by:  # `answered_by_both` leaves out what an evaluation skipped as too long
+        log(f"note: {path} has no answers to {len(missing)} of {len(asked)} questions, which are left out.")
+    elif missing:
         raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")
     return answers
 

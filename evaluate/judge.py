@@ -80,7 +80,7 @@ class Judge:
             raise UserError(f"{self.file.path} is not a file of judgements; set --judge_cache.")
         self.records: dict[str, dict[str, Any]] = {}
         for record in self.file.records:
-            self.records.setdefault(record["key"], record)
+            self.keep(record)
         self.endpoint = None
         if settings.judge_url:
             key = os.environ.get(settings.judge_key_env, "").strip() or None
@@ -107,21 +107,30 @@ class Judge:
         max_tokens = settings.judge_max_tokens if body["max_tokens"] is None else body.pop("max_tokens")
         return replace(settings, judge_model=model, judge_max_tokens=max_tokens, judge_body=body)
 
+    def keep(self, record: dict[str, Any]) -> None:
+        """Use a line of the cache file, unless an earlier one has a reply to the same request."""
+        if "refused" in self.records.get(record["key"], {"refused": ""}):
+            self.records[record["key"]] = record
+
     def store(self, record: dict[str, Any]) -> None:
         self.file.append(record)
-        self.records.setdefault(record["key"], record)
+        self.keep(record)
 
     def ask(self, requests: list[Request]) -> list[dict[str, Any] | None]:
         """Return the record of the reply to each request; None where the endpoint did not answer.
 
-        Equal requests are sent once. Each reply is on the disk before the next one is waited for.
+        Equal requests are sent once. Requests that the endpoint refuses while it accepts others, such as those that a
+        content filter stops, get an empty reply, and are sent again the next time. Each reply is on the disk before the
+        next one is waited for.
 
         Raises:
             UserError: the cache lacks replies and there is no endpoint, or the endpoint does not work. Replies that
                 arrived before are in the cache.
         """
         keys = [request_key(request.body(self.settings)) for request in requests]
-        jobs = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.records}
+        again = {key for key, record in self.records.items() if "refused" in record and self.endpoint}
+        missing = set(keys) - (self.records.keys() - again)
+        jobs = {key: request for key, request in zip(keys, requests, strict=True) if key in missing}
         total = len(set(keys))
         if jobs and not self.endpoint:
             raise UserError(
@@ -136,7 +145,9 @@ class Judge:
 
     def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Return what a report states about the judge and the replies that it uses, as JSON."""
-        used = {record["key"]: record for record in records if record}.values()
+        used = [*{record["key"]: record for record in records if record}.values()]
+        refused = {record["key"]: record["refused"] for record in used if "refused" in record}
+        used = [record for record in used if "refused" not in record]
         times = sorted(record["time"] for record in used if "time" in record)
         return {
             "model": self.settings.judge_model,
@@ -148,7 +159,7 @@ class Judge:
             "cut_replies": sum(record.get("finish_reason") == "length" for record in used),
             "first_reply": times[0] if times else None,
             "last_reply": times[-1] if times else None,
-            "failed_requests": sorted(self.failed.values()),
+            "failed_requests": sorted({**self.failed, **refused}.values()),
         }
 
 
@@ -188,6 +199,11 @@ class Dispatcher:
         self.stopped = threading.Event()
         self.successes, self.failures_in_a_row, self.not_before = 0, 0, 0.0
         self.noted: set[str] = set()
+        self.refused: dict[str, Request] = {}  # key -> request that the endpoint refuses
+        # whether the cache has a reply of the same model with the same sampling settings
+        same = Request(()).body(self.settings)
+        replies = [record for record in judge.records.values() if "refused" not in record]
+        self.accepted_before = any({**record.get("request", {}), "messages": []} == same for record in replies)
 
     def run(self) -> None:
         """Send all requests. An error ends the run after the replies in flight are stored."""
@@ -205,7 +221,11 @@ class Dispatcher:
             else:
                 self.judge.store(outcome)
                 self.bar.update()
-        if self.judge.failed and not self.successes and not errors:
+        if self.successes or self.accepted_before:
+            for key, request in self.refused.items():
+                if key not in self.judge.records:
+                    self.judge.store(self.record(key, request, refused=self.judge.failed[key]))
+        elif self.judge.failed and not errors:
             errors = [UserError(f"{self.name()} accepts no request ({next(iter(self.judge.failed.values()))}).")]
         if errors and isinstance(errors[0], UserError):
             progress = f"{self.bar.n} of {self.bar.total} judgements are in {self.judge.file.path}"
@@ -234,7 +254,8 @@ class Dispatcher:
             try:
                 reply = self.judge.endpoint.post(body)
             except Refused as refusal:
-                return self.give_up(key, str(refusal))
+                self.refused[key], self.judge.failed[key] = request, str(refusal)
+                return None if self.accepted_before else self.give_up(key, str(refusal))
             except Retry as failure:
                 if failure.kind == "busy" and self.successes > successes:
                     attempt, successes = 0, self.successes  # the rate limit let other requests through
@@ -244,7 +265,7 @@ class Dispatcher:
                 attempt += 1
             else:
                 self.successes, self.failures_in_a_row = self.successes + 1, 0
-                return self.record(key, request, body, reply, time.monotonic() - began)
+                return self.record(key, request, reply, time.monotonic() - began)
         return None
 
     def name(self) -> str:
@@ -279,19 +300,29 @@ class Dispatcher:
             raise UserError(f"{self.name()} does not answer these requests ({reason}).")
 
     def record(
-        self, key: str, request: Request, body: dict[str, Any], reply: dict[str, Any], seconds: float
+        self,
+        key: str,
+        request: Request,
+        reply: dict[str, Any] | None = None,
+        seconds: float | None = None,
+        refused: str | None = None,
     ) -> dict[str, Any]:
-        """Return the line of the cache file."""
+        """Return the line of the cache file. That of a refused request has an empty reply, and the reason."""
+        about: dict[str, Any] = {"reply": "", "refused": refused}
+        if reply is not None:
+            about = {
+                "reply": reply_text(reply),
+                "finish_reason": reply["choices"][0].get("finish_reason"),
+                "served_model": reply.get("model"),
+                "usage": reply.get("usage"),
+                "seconds": round(seconds, 3),
+            }
         return {
             "key": key,
             **request.about,
             "model": self.settings.judge_model,
-            "reply": reply_text(reply),
-            "finish_reason": reply["choices"][0].get("finish_reason"),
-            "served_model": reply.get("model"),
-            "usage": reply.get("usage"),
+            **about,
             "endpoint": self.judge.endpoint.name,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 3),
-            "request": body,
+            "request": request.body(self.settings),
         }

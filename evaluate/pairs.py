@@ -364,10 +364,11 @@ def write_report(
 
 def render_judge(judge: dict[str, Any]) -> str:
     """Return the judge's description and its prompts as Markdown."""
-    tokens = f"at most {judge['max_tokens']} tokens"
+    sent = {"temperature": 0, "max_tokens": judge["max_tokens"], **judge["body"]}
+    sampling = ", ".join(f"{name} {value}" for name, value in sent.items() if value is not None)
     text = (
         f"Judge: {judge['model']} (served as {', '.join(judge['served_models']) or 'unknown'}) at "
-        f"{', '.join(judge['endpoints'])}, temperature 0, {tokens}, other settings {judge['body'] or 'none'}; "
+        f"{', '.join(judge['endpoints'])}, {sampling or 'no sampling settings'}; "
         f"{judge['replies']} replies from {judge['first_reply']} to {judge['last_reply']}, {judge['cut_replies']} of "
         f"them cut at the limit; {len(judge['failed_requests'])} requests without a reply.\n"
     )

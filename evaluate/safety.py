@@ -333,7 +333,8 @@ def calibrate(settings: Settings, judge: Judge | None) -> dict[str, Any]:
     }
     print(render_calibration(result))
     print(json.dumps(result))
-    described = {**judge.describe(records), "prompt": SCORE_PROMPT} if judge else None
+    prompt = {"prompt": SCORE_PROMPT} if settings.judge == "scores" else {}  # a guard model gets only the chat
+    described = {**judge.describe(records), **prompt} if judge else None
     summary = {**result, "date": date.today().isoformat(), "versions": versions(), "judged": described}
     write_text(settings.output_dir / "calibration.json", json.dumps(summary, indent=2, default=str) + "\n")
     return summary

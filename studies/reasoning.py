@@ -63,6 +63,8 @@ from studies.paper_tasks import Part
 from studies.protocol import dpo_settings, rl_settings, sft_settings
 from studies.reasoning_report import BASE, Row, plot, report
 from studies.reasoning_tasks import (
+    EVAL_INTERVAL,
+    EVAL_ROWS,
     LEAST_ROWS,
     OBJECTIVES,
     SCRIPTS,
@@ -99,10 +101,10 @@ def make_trial(settings: Settings, task: str, objective: str, method: str, rate:
     folder = data_dir(settings, task, objective, part)
     rows = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
     common = {"data_dir": folder, "checkpoint_dir": settings.checkpoint_dir, "learning_rate": rate, "seed": seed,
-              "save_interval": 10**6, "eval_rows": 40}  # fmt: skip
+              "save_interval": 10**6, "eval_rows": EVAL_ROWS}  # fmt: skip
     kind = SCRIPTS[objective]
     if kind == "rl":
-        interval = 5 if part == "reported" else settings.rl_steps  # trials that choose the rate need no curve
+        interval = EVAL_INTERVAL if part == "reported" else settings.rl_steps  # choosing the rate needs no curve
         stated = rl_settings(rows, settings.rl_steps, reward="microworld_two_hop", eval_interval=interval, **common)
     elif kind == "dpo":
         steps = settings.sft_steps
@@ -116,7 +118,10 @@ def make_trial(settings: Settings, task: str, objective: str, method: str, rate:
 
 
 def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
-    """Write all datasets; return (training rows, answers sampled from the base) of each (task, objective)."""
+    """Write all datasets; return (training rows, answers sampled from the base) of each (task, objective).
+
+    A task with two parts has two datasets; the smaller one counts.
+    """
     tokenizer, counts = Tokenizer(settings.checkpoint_dir), {}
     model = load_model(settings.checkpoint_dir)
     for task in settings.tasks:
@@ -132,7 +137,7 @@ def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
                 folder = data_dir(settings, task, objective, part)
                 rows = prepare(tokenizer, task, objective, part, samples, folder)
                 sampled = settings.samples * len(samples) if objective in ("dpo", "best_of_n") else 0
-                counts[task, objective] = rows, sampled
+                counts[task, objective] = min(rows, counts.get((task, objective), (rows, 0))[0]), sampled
     return counts
 
 

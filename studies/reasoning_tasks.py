@@ -32,6 +32,7 @@ OBJECTIVES = {
     "rl": ("RL", "the reward"),
 }
 SCRIPTS = {"direct": "sft", "aloud": "sft", "best_of_n": "sft", "dpo": "dpo", "rl": "rl"}
+EVAL_ROWS, EVAL_INTERVAL = 40, 5  # validation questions of RL's curve, and steps between its points
 LEAST_ROWS = 16  # an objective with fewer training rows is not trained
 
 

@@ -14,12 +14,12 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.settings import Checked, PositiveInt, Seed
-from microworld.world import FORMS
+from microworld.world import FORMS, FormName
 
 
 @dataclass
 class Settings(Checked):
-    forms: tuple[str, ...] = tuple(FORMS)  # forms to train
+    forms: tuple[FormName, ...] = tuple(FORMS)  # forms to train
     adapter_prompt_length: PositiveInt = 1  # prefix tokens
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter and of the data order
     questions: PositiveInt = 300  # questions to ask about unseen entities, per temperature

@@ -178,6 +178,16 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def on_one_thread(work: Callable[..., T], *args: Any) -> T:
+    """Call a function while PyTorch uses one thread, as a worker does: rounding depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return work(*args)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_trials(
     trials: Iterable[Trial], out_dir: Path, score: Score | None = None, *, jobs: int = 2, desc: str = "trials"
 ) -> list[Record]:
@@ -207,8 +217,7 @@ def run_plans(
         expected: Number of trials, as far as it is known; the bar grows if there are more.
 
     Raises:
-        UserError: A process was killed.
-        ValueError: Two trials have the same name.
+        UserError: A process was killed, or two trials have the same name.
     """
     bar, stack = tqdm(total=expected, desc=desc, unit="trial", smoothing=0.05), ExitStack()
     names: set[str] = set()
@@ -235,12 +244,12 @@ def run_plans(
             return
         for trial in trials:
             if trial.name in names:
-                raise ValueError(f"Several trials are named {trial.name}")
+                raise UserError(f"Several trials are named {trial.name}: a setting has the same value twice.")
             names.add(trial.name)
         records[number], bar.total = [None] * len(trials), max(expected, len(names))
         for place, trial in enumerate(trials):
             if jobs == 1:
-                ready.append((number, place, functools.partial(run_trial, trial, out_dir, score)))
+                ready.append((number, place, functools.partial(on_one_thread, run_trial, trial, out_dir, score)))
             elif (record := stored_record(trial, out_dir)) is not None:
                 ready.append((number, place, functools.partial(dict, record)))
             else:

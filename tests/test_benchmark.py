@@ -63,8 +63,8 @@ def test_the_description_of_the_processor(text, expected, tmp_path):
 
 
 def test_a_report_states_the_machine_and_its_rates(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 33.6e9)
-    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype: {4: 195e9, 2: 429e9}[dtype.itemsize])
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device, clock: 33.6e9)
+    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype, clock: {4: 195e9, 2: 429e9}[dtype.itemsize])
     text = harness.write_report(tmp_path / "out/report.md", "Title", ["A part."], measure.CPU)
     rates = "a large matrix product does 195 GFLOP/s in fp32, 429 in bf16 (2.2 ×)"
     assert f"- in this run: a copy reads and writes 33.6 GB/s; {rates}\n" in text
@@ -184,12 +184,12 @@ def toy(monkeypatch, tmp_path):
 def test_a_report_on_training(toy, capsys):
     training.main(training.Settings(**toy, micro_batch_size=4, growth=False))
     report = capsys.readouterr().out
-    assert report.strip() == (toy["out_dir"] / "training-toy.md").read_text(encoding="utf-8").strip()
+    assert report.strip() == (toy["out_dir"] / "training-toy-fp32.md").read_text(encoding="utf-8").strip()
     for name in (training.BARE, training.N1, training.N10, training.BF16, "DPO, cached reference"):
         assert f"| {name} | " in report
     for ratio in ("N = 1 over the bare base", "N = 10 over the bare base", "bf16 base over fp32", "DPO over SFT"):
         assert f"{ratio} | ≤ " in report or f"{ratio} base | ≥ " in report
-    assert (toy["out_dir"] / "training-toy.png").stat().st_size > 5000
+    assert (toy["out_dir"] / "training-toy-fp32.png").stat().st_size > 5000
 
 
 def trainable(contestant: InProcess) -> list[torch.nn.Parameter]:

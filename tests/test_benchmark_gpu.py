@@ -13,7 +13,7 @@ def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path)
     parts = ("logits", "flash", "dpo", "processes", "train", "decode")
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", *parts)
     assert code == 0, err
-    assert out == (tmp_path / "gpu-microworld-cpu.md").read_text(encoding="utf-8")
+    assert out == (tmp_path / f"gpu-microworld-cpu-{'-'.join(parts)}.md").read_text(encoding="utf-8")
     titles = [line.split()[1].rstrip(",") for line in out.splitlines() if line.startswith("## ")]
     assert titles == list(parts)
     assert "| logits, N = 1, fp32: relative error | ≤ 0.000100 | 0 |" in out

@@ -240,8 +240,16 @@ def test_a_request_that_always_fails_does_not_affect_the_others(tmp_path):
     with serving(reply) as server:
         opened = open_judge(server, tmp_path)
         records = opened.ask(requests(12))
-    assert replies(records) == [None if i == 5 else text for i, text in enumerate(expected(12))]
-    assert opened.describe(records)["failed_requests"] == ["HTTP 400: the prompt is too long"]
+    assert replies(records) == ["" if i == 5 else text for i, text in enumerate(expected(12))]
+    described = opened.describe(records)
+    assert described["failed_requests"] == ["HTTP 400: the prompt is too long"] and described["replies"] == 11
+    # a finished run can be repeated, with the endpoint and without it
+    with serving(reply) as server:
+        again = open_judge(server, tmp_path)
+        assert again.ask(requests(12)) == records and len(server.requests) == 1
+        assert again.describe(records) == described
+    offline = Judge(JudgeSettings(), tmp_path)
+    assert offline.ask(requests(12)) == records and offline.describe(records) == described
     with serving(echo) as server:  # only the failed request is sent again
         assert replies(open_judge(server, tmp_path).ask(requests(12))) == expected(12)
         assert len(server.requests) == 1

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import studies.paper_report as paper
 import studies.paper_tasks as tasks
@@ -382,8 +383,15 @@ def test_one_process_finishes_a_plan_before_the_next(monkeypatch, tmp_path):
     results = studies.trials.run_plans(plans, tmp_path, jobs=1, desc="", expected=0)
     assert results == [[["a0x", "a0y"], [], ["a2"]], [], [["c0"]]]
     assert order == ["a0x", "a0y", "a2", "c0"]
-    with pytest.raises(ValueError, match="Several trials are named e0"):
+    with pytest.raises(UserError, match="Several trials are named e0: a setting has the same value twice"):
         studies.trials.run_plans([name_plan("e", 1), name_plan("e", 1)], tmp_path, jobs=1, desc="", expected=0)
+
+
+def test_a_trial_in_this_process_uses_one_thread(monkeypatch, tmp_path):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(studies.trials, "run_trial", lambda trial, *_: {"trial": {"name": torch.get_num_threads()}})
+    records = studies.trials.run_plans([name_plan("a", 1)], tmp_path, jobs=1, desc="", expected=0)
+    assert records == [[[1]]] and torch.get_num_threads() == 2
 
 
 def test_one_process_reports_each_trial_as_soon_as_it_has_run(monkeypatch, tmp_path, capsys):

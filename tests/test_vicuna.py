@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import toys
 from judge_server import Fault, serving
 
-from evaluate import judge, vicuna
+from evaluate import answers, judge, vicuna
 from evaluate.answers import fetch, read_answers
+from evaluate.common import pick_style
 from evaluate.pairs import combine, length_controlled, tally
 from evaluate.replies import parse_score, parse_scores
 from evaluate.vicuna import Settings, main
+from lit_llama.checkpoint import save_adapter
 from lit_llama.utils import UserError
 
 REVIEWS = ("alpaca-13b", "gpt35", "llama-13b")
@@ -316,8 +319,29 @@ def test_without_a_judge_only_answers_are_generated(toy, tmp_path, base_dir, cap
     assert "set --judge_url" in captured.err and "## Pairs" not in captured.out
     main(settings)  # the answers exist, so no model is loaded
     assert "Answering" not in capsys.readouterr().err
-    answers = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
-    assert answers.texts == {1: record["answer"]} and answers.name == str(base_dir)
+    read = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
+    assert read.texts == {1: record["answer"]} and read.name == str(base_dir)
+
+
+def test_a_base_is_asked_in_the_style_of_the_adapter_on_either_side(tmp_path, base_dir, monkeypatch):
+    config = {"adapter_prompt_length": 3, "adapter_start_layer": 1}
+    meta = {"method": "aligner", "config": config, "prompt_style": "orca"}
+    path = tmp_path / "orca.safetensors"
+    save_adapter(path, toys.adapter_state(toys.aligned()), meta)
+    styles = []
+    monkeypatch.setattr(answers, "open_results", lambda settings, _: styles.append(pick_style(settings).name))
+    monkeypatch.setattr(answers, "generate_answers", lambda *_: None)
+    for sides in ({"against": str(path)}, {"adapter": path, "against": "base"}):
+        answers.answers_of_both(Settings(checkpoint_dir=base_dir, **sides), [], [])
+    assert styles == 4 * ["orca"]
+
+
+def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
+    items = [answers.Item(i, f"Question {i}?", "c") for i in range(3)]
+    rows = [{"id": i, "prompt": f"Question {i}?", "answer": str(i), "made_by": {"base": "x"}} for i in (0, 2)]
+    read = read_answers(write_lines(tmp_path / "answers.jsonl", rows), items, items)
+    assert read.texts == {0: "0", 2: "2"} and answers.answered_by_both(items, read, read) == [items[0], items[2]]
+    assert "has no answers to 1 of 3 questions, which are left out" in capsys.readouterr().err
 
 
 def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tmp_path, base_dir, capsys):
