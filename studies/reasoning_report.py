@@ -131,16 +131,16 @@ def report(
     repeated = f", and for the two best rates also with {' and '.join(others)}" if others else ""
     chosen = (
         f"The learning rate is the best of {tried} by answers about validation people and to other questions, with "
-        f"seed {first}{repeated}. While it was the lowest or the highest, also after the further seeds, a rate beyond it "
-        f"was tried, at most {settings.extra_rates} times; a star marks a rate that is still the lowest or the highest."
+        f"seed {first}{repeated}. While it was the lowest or the highest, a rate beyond it was tried, at most "
+        f"{settings.extra_rates} times; a star marks a rate that is still the lowest or the highest."
         if len(settings.learning_rates) > 1
         else f"The learning rate was not chosen; it is {tried}."
     )
     parts.append(
         f"""Percent of greedy answers to {settings.questions} questions of each kind: mean ± half of the 95 % interval
 (Student's t) over the seeds, which also draw the questions. Answers sampled: for RL until {settings.reached:.0%} of
-{EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people; new
-facts in the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring,
+{EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people;
+new facts in the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring,
 median. {chosen}"""
     )
     failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "
