@@ -102,7 +102,7 @@ def generation_memory(
     dtype: torch.dtype,
     quantize: str | None = None,
 ) -> Memory:
-    """Return the memory of generation.
+    """Return the memory of generation on a GPU; on a CPU, the cache of a bf16 model is in fp32 and twice as large.
 
     Args:
         model_class, config: the class of the method and its configuration; `LLaMA` for an Aligner of one token, which

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progres
 from lit_llama.console import signals_to_first_process
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
 from lit_llama.prompts import PromptStyle
-from lit_llama.storage.cache import cache_folder, fill_once
+from lit_llama.storage.cache import cache_folder, fill_once, hash_file
 from lit_llama.storage.files import atomic_folder, check_folder, write_text
 from lit_llama.storage.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.storage.rows import naming
@@ -183,7 +183,8 @@ def prepare_dataset(
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
     _check_count(len(texts), counts, max_seq_length)
 
-    encoded = _tokenize(texts, encode, [*key, tokenizer.identity, texts], num_proc, cache_folder(output_dir))
+    depends_on = [*key, tokenizer.identity, _chat_identity(tokenizer), texts]
+    encoded = _tokenize(texts, encode, depends_on, num_proc, cache_folder(output_dir))
     reasons = np.array(encoded["dropped"][:])
     counts |= {reason: int(np.sum(reasons == reason)) for reason in drops}
     keep = np.flatnonzero(reasons == "")
@@ -256,6 +257,14 @@ def held_out_by_hash(prompts: Sequence[str], test_fraction: float, seed: int) ->
 def _check_prompts(prompts: Sequence[Hashable]) -> None:
     if len(set(prompts)) < 2:
         raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
+
+
+def _chat_identity(tokenizer: Tokenizer) -> list[Any]:
+    """Return what the token ids of chats also depend on: tokenizer.json, and which tokens are special or added."""
+    if tokenizer.template is None:
+        return []
+    path, engine = tokenizer.path.parent / "tokenizer.json", tokenizer.chat_engine
+    return [hash_file(path).hexdigest() if path.is_file() else None, engine.control, engine.added]
 
 
 def _tokenize(

@@ -13,6 +13,7 @@ from chat_models import write_model
 from lit_llama.checkpoint import read_adapter, save_adapter, save_base
 from lit_llama.data import PreferenceData, SFTData, read_meta
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.prepare import _chat_identity
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -273,6 +274,17 @@ PAIRS = [
     {"prompt": [CAT], "chosen": [SAT, CAT], "rejected": [ATE]},
     {"prompt": "x", "chosen": [CAT, SAT], "rejected": [message("user", "other"), SAT]},
 ]  # fmt: skip
+
+
+def test_cached_tokens_of_chats_depend_on_tokenizer_json(models, tmp_path):
+    """Chats are encoded with it, even if the tokenizer of plain texts is tokenizer.model."""
+    folder = shutil.copytree(models["llama3"], tmp_path / "model")
+    before = _chat_identity(Tokenizer(folder))
+    assert before == _chat_identity(Tokenizer(models["llama3"])) != _chat_identity(Tokenizer(models["chatml"]))
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert _chat_identity(Tokenizer(folder))[0] != before[0]
+    assert _chat_identity(Tokenizer(ROOT / "checkpoints/microworld")) == []  # no chat template
 
 
 def test_preferences_may_be_lists_of_messages(prepare, models):
