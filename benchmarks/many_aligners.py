@@ -101,7 +101,7 @@ def make_batches(settings: Settings, size: str, device: torch.device, dtype: tor
         for different in sorted({1, min(64, rows), rows}):
             names = [f"{n}-{i % different}" for i in range(rows)]
             batches[f"N = {n}, bank, {different} in the batch"] = Batch(many, names)
-        batches[f"N = {n}, bank, {rows} in the batch, projected anew"] = Batch(many, names, anew=True)
+        batches[f"N = {n}, bank, {rows} in the batch, projected for each batch"] = Batch(many, names, anew=True)
     cycle = [*settings.lengths, None]
     mixed = [n and f"{n}-{i}" for i, n in enumerate(cycle * rows)][:rows]
     batches[f"bank, N = {', '.join(map(str, settings.lengths))} and the base mixed"] = Batch(many, mixed)

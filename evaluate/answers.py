@@ -165,7 +165,9 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
         answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
     missing = [item.id for item in asked if item.id not in answers.texts]
-    if missing and answers.texts and made_by:  # `answered_by_both` leaves out what an evaluation skipped as too long
+    folders = (path.parent, path.parent.parent)  # of an evaluation's answers, or of those of one side
+    if missing and answers.texts and made_by and any((folder / "summary.json").is_file() for folder in folders):
+        # a complete evaluation has skipped them as too long, and `answered_by_both` leaves them out
         log(f"note: {path} has no answers to {len(missing)} of {len(asked)} questions, which are left out.")
     elif missing:
         raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")

@@ -200,7 +200,7 @@ class Dispatcher:
         self.successes, self.failures_in_a_row, self.not_before = 0, 0, 0.0
         self.noted: set[str] = set()
         self.refused: dict[str, Request] = {}  # key -> request that the endpoint refuses
-        # whether the cache has a reply of the same model with the same sampling settings
+        # whether the cache has a reply of this model with these sampling settings
         same = Request(()).body(self.settings)
         replies = [record for record in judge.records.values() if "refused" not in record]
         self.accepted_before = any({**record.get("request", {}), "messages": []} == same for record in replies)
@@ -255,7 +255,7 @@ class Dispatcher:
                 reply = self.judge.endpoint.post(body)
             except Refused as refusal:
                 self.refused[key], self.judge.failed[key] = request, str(refusal)
-                return None if self.accepted_before else self.give_up(key, str(refusal))
+                return None if key in self.judge.records else self.give_up(key, str(refusal))  # as in an earlier run
             except Retry as failure:
                 if failure.kind == "busy" and self.successes > successes:
                     attempt, successes = 0, self.successes  # the rate limit let other requests through

@@ -96,9 +96,10 @@ def main(settings: Settings) -> None:
         if settings.compare_base:
             with scaled_adapter(session.model, 0.0):
                 columns = {"base": session.answers(plan.requests, plan.styles), **columns}
-    # before they are shown, which ends the program if standard output is closed
-    save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
-    show(plan.requests, columns)
+    try:  # first, since showing them ends the program if standard output is closed
+        save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
+    finally:
+        show(plan.requests, columns)
 
 
 def check_choice(settings: Settings) -> None:
@@ -184,7 +185,8 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
         strengths = [*settings.strength] * (len(names) if len(settings.strength) == 1 else 1)
         terms = tuple(zip(names, strengths, strict=True))
     session = open_session(settings, tokenizer, partial(load_with_bank, base, bank, **options))
-    Chat(session, BankAdapters(session.model, tokenizer, terms, settings.prompt_style)).run()
+    files = {} if settings.bank else {name: path.resolve() for name, path in zip(names, settings.adapter, strict=True)}
+    Chat(session, BankAdapters(session.model, tokenizer, terms, settings.prompt_style, files)).run()
 
 
 def adapter_names(paths: tuple[Path, ...]) -> list[str]:

@@ -44,12 +44,13 @@ def main(settings: Settings) -> None:
         if only_assists(session.model):
             return
         responses = session.answers(requests, [style] * len(requests))
-    # before they are shown, which ends the program if standard output is closed
-    save_answers(settings, requests, {"response": responses}, {"style": style.name})
-    if style.continues:
-        print("\n\n".join(responses))
-    else:
-        show(requests, {"base": responses})
+    try:  # first, since showing them ends the program if standard output is closed
+        save_answers(settings, requests, {"response": responses}, {"style": style.name})
+    finally:
+        if style.continues:
+            print("\n\n".join(responses))
+        else:
+            show(requests, {"base": responses})
 
 
 if __name__ == "__main__":

@@ -111,11 +111,14 @@ class BankAdapters(Adapters):
         tokenizer: The tokenizer of the base.
         terms: The weighted sum to start with.
         style: Name of the prompt style for all; None uses each adapter's own.
+        files: The files of the bank's adapters, by their names, as far as they are known.
     """
 
-    def __init__(self, model: LLaMA, tokenizer: Tokenizer, terms: Sum, style: str | None) -> None:
+    def __init__(
+        self, model: LLaMA, tokenizer: Tokenizer, terms: Sum, style: str | None, files: dict[str, Path] | None = None
+    ) -> None:
         self.model, self.bank, self.tokenizer, self.forced = model, model.bank, tokenizer, style
-        self.files: dict[str, Path] = {}  # by the names of adapters that the chat loaded
+        self.files = files or {}
         self.set(terms)
 
     @property
@@ -124,7 +127,7 @@ class BankAdapters(Adapters):
 
     def use(self, text: str) -> None:
         name, path = text, Path(text)
-        if path.exists() and (text not in self.bank or text in self.files):
+        if text != BASE and path.exists() and (text not in self.bank or text in self.files):
             file = path.resolve()
             name = adapter_name(path)
             if name in self.bank and self.files.get(name) != file:  # another adapter has this name
@@ -248,7 +251,7 @@ class Chat:
                         break
         print(flush=True)
         answered = "".join(pieces).strip()
-        n_tokens = session.count(answered) - (session.count(prompt) if style.continues else 0)
+        n_tokens = max(0, session.count(answered) - (session.count(prompt) if style.continues else 0))
         seconds = time.perf_counter() - began
         stopped = ", stopped" * is_stopped()
         log(f"({n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s{stopped})")

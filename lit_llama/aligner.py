@@ -4,7 +4,7 @@
                       ▲          │                                     ▲
                       │          └──► softmax(q·K_pᵀ/√hs)·V_p × gate ──┘
                       │                             ▲
-    prefix (P, C) ────┴────────────────────────► K_p, V_p, neither normalized nor rotated
+    prefix (P, C) ────┴────────────────────────► K_p, V_p, not rotated; no layer norm
 
 The trained parameters are the prefix (`global_value_embedding`) and a gate per head and layer (`gating_factor`), which
 starts at zero. For P = 1 the softmax is 1, so each layer adds the constant gate × V_p: see lit_llama/merge.py.

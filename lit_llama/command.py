@@ -1,4 +1,4 @@
-"""The `aligner` command: a short name for each script, in an editable installation (`pip install -e .`).
+"""The `aligner` command: short names for the most common scripts, in an editable installation (`pip install -e .`).
 
 aligner finetune --help     is     python finetune/aligner.py --help
 """

@@ -5,8 +5,9 @@ On a GPU a decoding step of all layers is recorded once per batch as a CUDA grap
 fixed shapes and addresses: a static `KVCache`, and token and position tensors that are written in place.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lit_llama.variant import Variant
 
 Step = Callable[[Tensor, Tensor], Tensor]  # tokens (B,) and their positions (B,) -> logits (B, V)
 RECOMPILE_LIMIT = 64  # versions of a layer's code that may be compiled
+runs_eagerly = ContextVar("runs_eagerly", default=False)  # within `eager_unless`
 WARM_UP = 3  # steps before recording: the first ones compile, choose algorithms and allocate workspaces
 
 
@@ -60,16 +62,24 @@ def with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if runs_eagerly.get() else sdpa_kernel(SDPBackend.MATH):
             return forward(*args, **kwargs)
 
     return call
 
 
-def eager_unless(model: Variant, purpose: str) -> AbstractContextManager:
+@contextmanager
+def eager_unless(model: Variant, purpose: str) -> Iterator[None]:
     """Temporarily run a model without its compiled layers, unless they are for this purpose."""
-    # only where something is compiled, because importing the compiler takes a second
-    return nullcontext() if model.compiled in (None, purpose) else torch.compiler.set_stance("force_eager")
+    if model.compiled in (None, purpose):  # then the compiler, whose import takes a second, is not needed
+        yield
+        return
+    token = runs_eagerly.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        runs_eagerly.reset(token)
 
 
 class RecordedStep:

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from lit_llama.storage.schema import unreadable
@@ -101,12 +102,27 @@ def explain(error: Exception) -> str:
     return ""
 
 
+def ends_at_once() -> Callable[..., None]:
+    """Return a handler with which a signal ends the process at once, if it comes at least a second from now.
+
+    Some programs send SIGTERM to a process and to its group, which are not two requests.
+    """
+    began = time.monotonic()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    return end
+
+
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end the process like `sys.exit`, so that its child processes and temporary files are cleaned up."""
 
     def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
+        signal.signal(signal.SIGTERM, ends_at_once())
         sys.exit(128 + signal.SIGTERM)
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -165,7 +181,7 @@ def last_words(text: str) -> None:
 
 
 def call(command: list[str], **options: Any) -> int:
-    """Run a command and return its exit code. SIGTERM is passed on to it.
+    """Run a command and return its exit code. SIGTERM is passed on to it, and ends this process after it.
 
     Args:
         options: of `subprocess.Popen`.
@@ -173,15 +189,23 @@ def call(command: list[str], **options: Any) -> int:
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed, and the command, which gets it too, has ended.
     """
-    process = subprocess.Popen(command, **options)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    process, terminated = subprocess.Popen(command, **options), threading.Event()
+
+    def pass_on(*_: Any) -> None:
+        terminated.set()
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        return process.wait()
+        code = process.wait()
     except KeyboardInterrupt:
         process.wait()  # `subprocess.run` would kill it
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+    if terminated.is_set():
+        signal.raise_signal(signal.SIGTERM)
+    return code
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A dataset folder, written by `lit_llama.prepare`, contains Arrow files and `meta
 
 Columns of a dataset for supervised finetuning:
 
-    input_ids        prompt and response, with EOS at the end
+    input_ids        prompt and response, up to EOS or the end of the turn unless it was truncated
     prompt_length    number of prompt tokens; they are labels too unless meta.json sets `mask_prompt`
     gaps             only if meta.json sets `multi_turn`: the tokens between two answers of a conversation, which are
                      not labels either, as [start, end, start, end, ...]

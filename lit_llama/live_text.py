@@ -8,7 +8,7 @@ CONTEXT = 8  # prompt tokens decoded with the first tokens, as some tokenizers d
 
 
 class LiveText:
-    """Decodes only the last tokens of an answer at each new one, and cuts the text at the first stop text.
+    """For each new token, decodes only the last tokens of an answer, and cuts the text at the first stop text.
 
     Args:
         prompt: token ids before the answer.
@@ -74,7 +74,8 @@ class LiveText:
 def stop_test(tokenizer: Tokenizer, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
     """Return a function that returns whether the last token of an answer completes a stop text.
 
-    It decodes only as many of the last tokens as a stop text can have, and takes all token ids of the answer.
+    The function takes all token ids of an answer, and decodes only as many of the last ones as the longest stop text
+    can span.
     """
     n_last = CONTEXT + 4 * max(map(len, stop), default=0)  # a character can be four byte tokens
     return lambda ids: bool(stop) and cut_at_stop(tokenizer.decode(ids[-n_last:]), stop)[1]

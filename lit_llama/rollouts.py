@@ -182,6 +182,7 @@ class PolicyTrainer(Trainer):
         began, sampled = time.perf_counter(), self.sample(micro_batches)
         for _ in range(self.settings.updates_per_batch):
             step = super().train_step(micro_batches)
+        self.tokens -= (self.settings.updates_per_batch - 1) * step.tokens  # counted once, as in `tokens_per_s`
         return step._replace(began=began, further=sampled)
 
     def sample(self, micro_batches: list[np.ndarray]) -> dict[str, float]:

@@ -241,10 +241,13 @@ def main(settings: Settings) -> None:
     run = RunFolder(settings)
     fabric = make_fabric(settings)
     data_dir, tokenizer_path = settings.out_dir / "corpus", settings.out_dir / TOKENIZER_NAME
-    has_state = settings.resume and run.state_path.is_file()  # which checks that the rows are the same
-    if fabric.global_rank == 0 and not (has_state and data_dir.is_dir()):
+    continues = settings.resume and run.state_path.is_file()  # `fit` then checks that the rows are those of the state
+    if fabric.global_rank == 0 and not (continues and data_dir.is_dir()):
+        if settings.init_from is not None:
+            Tokenizer(settings.init_from)  # an error about it comes before anything is deleted
         claim(settings.out_dir, [TOKENIZER_NAME])
-        run.remove_files(keep_run=False)  # --overwrite: a state could not be resumed with another corpus
+        if not continues:
+            run.remove_files(keep_run=False)  # --overwrite: a state could not be resumed with another corpus
         write_corpus(settings, tokenizer_path, data_dir)
     fabric.barrier()
     tokenizer = Tokenizer(tokenizer_path)

@@ -117,7 +117,7 @@ def check_repository(api: HfApi, settings: Settings) -> None:
         return
     if ADAPTER_NAME in names and not settings.overwrite:
         raise UserError(f"{settings.repo_id} already has an adapter; replace it with --overwrite.")
-    if ADAPTER_NAME not in names and CARD in names:
+    if ADAPTER_NAME not in names and names - {".gitattributes"}:
         raise UserError(f"{settings.repo_id} contains something other than an adapter; choose another --repo_id.")
 
 

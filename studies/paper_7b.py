@@ -131,8 +131,15 @@ class Step:
     gigabytes: float = 0.0
 
     def complete(self, completed: dict[str, list[str]]) -> bool:
-        """Return whether this command, or one with further flags (a judge), is among the completed ones, by name."""
-        return self.done.is_file() and completed.get(self.name, [])[: len(self.command)] == self.command
+        """Return whether this command, or the same with a judge, is among the completed ones, by name."""
+        then = completed.get(self.name, [])
+        same, further = then[: len(self.command)] == self.command, then[len(self.command) :]
+        return self.done.is_file() and same and (not further or further[0].startswith("--judge_"))
+
+    def made(self, words: list[str]) -> bool:
+        """Return whether a command uses the folder that this step writes."""
+        folder = str(self.done.parent)
+        return any(word == folder or word.startswith(f"{folder}/") for word in words)
 
 
 class Number(NamedTuple):
@@ -396,6 +403,8 @@ def main(settings: Settings) -> None:
             log(f"[{number}/{len(steps)}] {step.name}: complete")
             continue
         run_step(step, number, len(steps))
+        # whatever used the earlier result is not complete any more
+        completed = {name: words for name, words in completed.items() if not step.made(words)}
         completed[step.name] = step.command
         write_text(path, json.dumps(completed, indent=1) + "\n")
     report(settings, {name: cells for name, (_, cells) in plans.items()})

@@ -127,7 +127,7 @@ method, the training data, the settings and the versions. `python generate/align
 The table has the mean over seeds {", ".join(map(str, settings.seeds))} (lowest in parentheses), with
 {settings.questions} questions each about entities that finetuning never saw. A form counts only if the entire answer
 matches it; a fact counts only if topic and value are both right. Seconds are the median training time on one CPU core,
-with {settings.jobs} runs and other load in parallel. The files are those of seed {settings.seeds[0]}.
+with {settings.jobs} runs at a time, beside other programs. The files are those of seed {settings.seeds[0]}.
 
 {table(rows)}
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lit_llama.compiled import compile_, eager_unless
 from lit_llama.generation import Sampling, decode_one_token, generate, prefill
 from lit_llama.kv_cache import KVCache
-from lit_llama.model import LLaMA
+from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.utils import UserError
 
 # with N = 1 an Aligner adds its values without attention
@@ -147,6 +147,20 @@ def test_compiled_training_does_not_change_how_other_models_compute_attention(ba
     before = kernel()
     network.label_logps(*[toys.token_ids(2, 9, seed=0)] * 2).mean().backward()
     assert kernel() == before == "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def test_generation_beside_layers_compiled_for_training_uses_the_fused_kernel(monkeypatch):
+    network, backends = MODELS["aligner, N = 1"](), set()
+    compile_(network, "training", "eager")
+    attend = CausalSelfAttention.attend
+
+    def watched(*args):
+        backends.add(torch.backends.cuda.flash_sdp_enabled())
+        return attend(*args)
+
+    monkeypatch.setattr(CausalSelfAttention, "attend", watched)
+    generate(network, toys.prompts(4, 6), Sampling(4))
+    assert backends == {True}
 
 
 def test_generation_does_not_use_layers_compiled_for_training(monkeypatch):

@@ -141,15 +141,15 @@ def test_an_error_starts_a_new_line_after_a_progress_bar(tmp_path):
     assert result.returncode == 1 and result.stderr.endswith("\nerror: No.\n")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGINT, -signal.SIGINT)])
-def test_a_called_command_ends_in_its_way_after_a_signal(tmp_path, number, code):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_called_command_ends_in_its_way_after_a_signal(tmp_path, number):
     command = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 def end(*_):
     time.sleep(0.6)
     (folder / "ended").touch()
-    sys.exit(7)
+    sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGINT, end)
 (folder / "ready").touch()
@@ -166,8 +166,23 @@ time.sleep(60)
     else:
         process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == -number
     assert (tmp_path / "ended").exists()
+
+
+def test_a_second_sigterm_ends_the_process_only_after_a_second():
+    program = """
+import os, signal, time
+from lit_llama.console import ends_at_once
+signal.signal(signal.SIGTERM, ends_at_once())
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here", flush=True)
+time.sleep(1.1)
+os.kill(os.getpid(), signal.SIGTERM)
+print("not reached")
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "still here\n")
 
 
 def test_system_errors_are_explained():

@@ -255,6 +255,15 @@ def test_a_request_that_always_fails_does_not_affect_the_others(tmp_path):
         assert len(server.requests) == 1
 
 
+def test_an_endpoint_that_stops_accepting_requests_ends_a_later_run(tmp_path):
+    """For example because there is no credit left."""
+    with serving(echo) as server:
+        open_judge(server, tmp_path).ask(requests(6))
+    with serving(lambda body, number: Fault(400, b"no credit")) as server, pytest.raises(UserError) as error:
+        open_judge(server, tmp_path).ask(requests(30))
+    assert "does not answer these requests (HTTP 400: no credit)" in message(error) and len(server.requests) < 12
+
+
 def test_a_cache_truncated_by_a_kill_is_completed(tmp_path):
     with serving(echo) as server:
         open_judge(server, tmp_path).ask(requests(6))

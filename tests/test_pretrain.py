@@ -1,6 +1,7 @@
 """Pretraining from nothing to a checkpoint folder that the other scripts use, at toy size."""
 
 import json
+import shutil
 
 import torch
 from safetensors.torch import load_file
@@ -56,3 +57,28 @@ def test_pretraining_continues_from_a_base_with_the_names_of_new_people(run_scri
         torch.testing.assert_close(continued[name][:rows], weight[:rows], atol=1e-4, rtol=1e-2)
     drawn = continued["transformer.wte.weight"][old.vocab_size : new.vocab_size].float()
     assert drawn.std() > 0.5 * base["transformer.wte.weight"].float().std() and len({*map(tuple, drawn.tolist())}) > 100
+
+
+def test_a_state_is_continued_only_with_its_corpus(run_script, tmp_path):
+    folders = [f"--output_dir={tmp_path / 'base'}", f"--out_dir={tmp_path / 'run'}"]
+
+    def pretrain(*flags: str) -> tuple[int, str]:
+        code, _, err = run_script("microworld/pretrain.py", *SMALL, *folders, *flags)
+        return code, err
+
+    assert pretrain()[0] == 0
+    losses = (tmp_path / "run/metrics.csv").read_text()
+    # a corpus that was deleted is written again, and the run goes on
+    shutil.rmtree(tmp_path / "run/corpus")
+    code, err = pretrain("--resume")
+    assert code == 0 and "continues from step 4." in err
+    assert (tmp_path / "run/metrics.csv").read_text().startswith(losses.splitlines()[0])
+    # a mistake deletes nothing
+    assert pretrain("--overwrite", f"--init_from={tmp_path / 'typo'}")[0] == 1
+    assert (tmp_path / "run/state.pt").is_file()
+    # without a state, a corpus of other settings is not used
+    (tmp_path / "run/state.pt").unlink()
+    (tmp_path / "run/last.safetensors").unlink()
+    written = (tmp_path / "run/corpus/meta.json").read_text()
+    assert pretrain("--resume", "--documents=900")[0] == 0
+    assert (tmp_path / "run/corpus/meta.json").read_text() != written

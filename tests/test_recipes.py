@@ -259,8 +259,10 @@ def test_python_on_the_page_on_many_aligners(workplace, capsys):
 
 def test_python_on_the_weights_page(workplace, capsys):
     configuration, header = python_blocks("weights.md")
+    folder = workplace / "checkpoints/Llama-2-7B"
+    folder.mkdir(parents=True, exist_ok=True)
     exec(compile(configuration, "weights.md", "exec"), {})
-    assert '"n_embd": 4096' in (workplace / "lit_config.json").read_text()
+    assert '"n_embd": 4096' in (folder / "lit_config.json").read_text()
     exec(compile(header, "weights.md", "exec"), {})
     assert capsys.readouterr().out.split()[0] == "aligner"
 

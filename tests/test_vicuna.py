@@ -339,7 +339,11 @@ def test_a_base_is_asked_in_the_style_of_the_adapter_on_either_side(tmp_path, ba
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
     items = [answers.Item(i, f"Question {i}?", "c") for i in range(3)]
     rows = [{"id": i, "prompt": f"Question {i}?", "answer": str(i), "made_by": {"base": "x"}} for i in (0, 2)]
-    read = read_answers(write_lines(tmp_path / "answers.jsonl", rows), items, items)
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    with pytest.raises(UserError, match="lacks answers to 1 of 3 questions, such as 1"):
+        read_answers(path, items, items)  # the evaluation is not complete
+    (tmp_path / "summary.json").touch()
+    read = read_answers(path, items, items)
     assert read.texts == {0: "0", 2: "2"} and answers.answered_by_both(items, read, read) == [items[0], items[2]]
     assert "has no answers to 1 of 3 questions, which are left out" in capsys.readouterr().err
 

@@ -33,6 +33,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import is_ours, save_adapter, versions
+from lit_llama.console import ends_at_once
 from lit_llama.run.loggers import Loggers, check_logger
 from lit_llama.run.processes import together
 from lit_llama.run.report import MetricsLog, plot_losses
@@ -62,8 +63,7 @@ class RunFolder:
     """
 
     def __init__(self, settings: TrainSettings) -> None:
-        self.settings, self.path = settings, settings.out_dir
-        self.state_path = self.path / "state.pt"
+        self.settings, self.path, self.state_path = settings, settings.out_dir, settings.out_dir / "state.pt"
         self.stopping = False  # whether to stop after the current step
         if settings.dry_run:
             return
@@ -255,15 +255,15 @@ class RunFolder:
                     self.metrics.save()
 
     def stop_after_step(self, *_: Any) -> None:
-        """Request to save the state and stop after the current step; a second SIGTERM ends the process at once."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Request to save the state and stop after the current step; a later SIGTERM ends the process at once."""
+        signal.signal(signal.SIGTERM, ends_at_once())
         self.stopping = True
         if self.is_first:  # not `print`, which this signal may have interrupted
             os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
 
     @property
     def stops_alone(self) -> bool:
-        """Whether to stop, and there are no other processes, which would have to stop after the same step."""
+        """Whether to stop a run of one process. Several processes have to agree on the last step."""
         return self.stopping and self.fabric.world_size == 1
 
     def leave(self, code: int) -> NoReturn:
