@@ -53,7 +53,7 @@ class Settings(FinetuneSettings):
     epochs: PositiveFloat = 2.0  # passes over the prompts, not necessarily a whole number
     batch_size: PositiveInt = 16  # prompts per step, over all devices
     micro_batch_size: PositiveInt = 16  # prompts per sampling and forward pass on one device; divides batch_size
-    learning_rate: PositiveFloat = 0.4  # peak learning rate of AdamW
+    learning_rate: PositiveFloat = 0.2  # peak learning rate of AdamW
     warmup_epochs: NonNegativeFloat = 0.0  # length of the linear warmup
     max_steps: PositiveInt | None = 80  # stop after this many steps even if the epochs are not over
 
