@@ -57,7 +57,7 @@ from lit_llama.answering import (
     show,
 )
 from lit_llama.bank import BASE, adapter_name, make_bank, open_bank
-from lit_llama.checkpoint import read_adapter
+from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
@@ -119,6 +119,11 @@ def check_choice(settings: Settings) -> None:
         raise UserError(f"There are {counts}; give each its own.")
 
 
+def style_of(settings: Settings, adapter: AdapterFile, tokenizer: Tokenizer) -> PromptStyle:
+    """Return the prompt style of the settings, else the adapter's, else Alpaca's."""
+    return get_prompt_style(settings.prompt_style or adapter.meta.get("prompt_style") or "alpaca", tokenizer)
+
+
 def plan_adapters(settings: Settings, requests: list[Request], tokenizer: Tokenizer) -> Plan:
     """Return the plan for --adapter: the same adapters for all requests.
 
@@ -126,7 +131,7 @@ def plan_adapters(settings: Settings, requests: list[Request], tokenizer: Tokeni
         UserError: A file or setting does not fit.
     """
     adapters = [read_adapter(path) for path in settings.adapter]
-    style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style") or "alpaca", tokenizer)
+    style = style_of(settings, adapters[0], tokenizer)
     load = partial(load_adapted, settings.checkpoint_dir, adapters, settings.strength, **settings.model_options)
     made_by = {"style": style.name, "adapter": " + ".join(str(adapter.path) for adapter in adapters)}
     return Plan(
@@ -169,7 +174,7 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
     adapters = [] if settings.bank else [read_adapter(path) for path in settings.adapter]
     if any(adapter.method != "aligner" for adapter in adapters):
         session = open_session(settings, tokenizer, partial(load_adapted, base, adapters, **options))
-        style = get_prompt_style(settings.prompt_style or adapters[0].meta.get("prompt_style") or "alpaca", tokenizer)
+        style = style_of(settings, adapters[0], tokenizer)
         choice: Adapters = OneAdapter(session.model, adapter_name(settings.adapter[0]), style, settings.strength[0])
         return Chat(session, choice).run()
     if settings.bank:

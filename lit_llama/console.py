@@ -103,9 +103,9 @@ def explain(error: Exception) -> str:
 
 
 def ends_at_once() -> Callable[..., None]:
-    """Return a handler with which a signal ends the process at once, if it comes at least a second from now.
+    """Return a signal handler that ends the process at once, but does nothing within a second from now.
 
-    Some programs send SIGTERM to a process and to its group, which are not two requests.
+    Some programs signal a process and then its group; the two signals are one request.
     """
     began = time.monotonic()
 

@@ -167,7 +167,8 @@ def cached_reference(
             tensors = {"logps": logps.contiguous()}
             fill_once(folder, lambda new: save_file(tensors, new / "logps.safetensors", metadata={"key": text}))
         except UserError as error:
-            log(f"note: the reference is not cached, and will be computed again. {error}")
+            reason = str(error).partition(";")[0]  # without the advice on output folders
+            log(f"note: the reference is not cached, and the next run computes it again. {reason}.")
     return logps
 
 

@@ -137,10 +137,10 @@ def test_an_error_of_the_disk_is_not_taken_for_one_of_the_network():
     def sentence(*error: object) -> str:
         return str(explain(OSError(*error), "me/model", "main"))
 
-    assert sentence(errno.EACCES, "Permission denied", "/root/x") == (
-        "Cannot write /root/x (Permission denied); choose another output folder."
+    assert sentence(errno.EACCES, "Permission denied", "folder/x") == (
+        "Cannot write folder/x (Permission denied); choose another output folder."
     )
-    assert sentence(errno.ENOSPC, "No space left on device").startswith("There is no room left to write ")
+    assert sentence(errno.ENOSPC, "No space left on device").startswith("There is no room left to write the download:")
     assert "me/model cannot be reached at " in sentence("timed out")
 
 

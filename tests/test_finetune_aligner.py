@@ -34,8 +34,8 @@ from lit_llama.checkpoint import (
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
-from lit_llama.run.folder import agrees
 from lit_llama.run.report import read_metrics
+from lit_llama.run.saved_state import agrees
 from lit_llama.storage.staging import TEMPORARY
 from lit_llama.storage.tensor_files import read_state
 from lit_llama.train import SFTLoss, Trainer

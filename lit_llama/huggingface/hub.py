@@ -76,6 +76,6 @@ def explain(error: Exception, repo_id: str, revision: str) -> UserError:
         tokens = f"{endpoint()}/settings/tokens"
         return UserError(f"Your token may not do this with {repo_id}; make one that may write at {tokens}.")
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return unwritable(Path(error.filename or "."), error)
+        return unwritable(Path(error.filename or "the download"), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(f"{repo_id} cannot be reached at {endpoint()} ({reason}); run again to continue.")

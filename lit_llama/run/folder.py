@@ -38,7 +38,7 @@ from lit_llama.run.loggers import Loggers, check_logger
 from lit_llama.run.processes import together
 from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
-from lit_llama.run.saved_state import best_of, damaged, read_saved_state
+from lit_llama.run.saved_state import agrees, as_json, best_of, damaged, read_saved_state
 from lit_llama.run.train_settings import TrainSettings
 from lit_llama.storage.files import LOCK, atomic_write, check_claim, claim, locked, unwritable, write_text
 from lit_llama.storage.manifest import OUTPUTS, read_manifest
@@ -63,7 +63,8 @@ class RunFolder:
     """
 
     def __init__(self, settings: TrainSettings) -> None:
-        self.settings, self.path, self.state_path = settings, settings.out_dir, settings.out_dir / "state.pt"
+        self.settings, self.path = settings, settings.out_dir
+        self.state_path = self.path / "state.pt"
         self.stopping = False  # whether to stop after the current step
         if settings.dry_run:
             return
@@ -144,7 +145,11 @@ class RunFolder:
         return state
 
     def check_identity(self, state: dict[str, Any]) -> None:
-        """Raise a `UserError` if a saved state does not belong to this run, or its record of settings is damaged."""
+        """Check that a saved state belongs to this run.
+
+        Raises:
+            UserError: It does not, or its record of settings is damaged.
+        """
         try:
             then, identity = (parse_json(state[name], name) for name in ("settings", "identity"))
         except UserError as error:
@@ -153,7 +158,7 @@ class RunFolder:
         fixed = [name for name in now if name in then and name not in self.settings.may_change]
         differing = [f"{name} ({then[name]} then, {now[name]} now)" for name in fixed if then[name] != now[name]]
         if not differing:
-            now = _as_json(self.identity)
+            now = as_json(self.identity)
             # earlier versions recorded less
             differing = [f"another {n}" for n in now if n in identity and not agrees(identity[n], now[n])]
         if differing:
@@ -222,14 +227,16 @@ class RunFolder:
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
-        folders = {"on": "checkpoint_dir", "data": "data_dir"}
-        paths = {word: getattr(self.settings, name, None) for word, name in folders.items()}
-        where = ", ".join(f"{word} {path.resolve().name}" for word, path in paths.items() if path)
+        folders = {
+            "on": getattr(self.settings, "checkpoint_dir", None),
+            "data": getattr(self.settings, "data_dir", None),
+        }
+        where = ", ".join(f"{word} {path.resolve().name}" for word, path in folders.items() if path)
         return f"{self.path.resolve().name}: {self.adapter_meta['method']} {where}".strip()
 
     def json_settings(self) -> dict[str, Any]:
         """Return the settings as config.yaml, state.pt and adapter files record them."""
-        return _as_json({**asdict(self.settings), "resume": False, "overwrite": False})
+        return as_json({**asdict(self.settings), "resume": False, "overwrite": False})
 
     # == writing ==
 
@@ -310,7 +317,7 @@ class RunFolder:
         """
         if self.is_first:
             self.metrics.save()
-            record = {"settings": json.dumps(self.json_settings()), "identity": json.dumps(_as_json(self.identity))}
+            record = {"settings": json.dumps(self.json_settings()), "identity": json.dumps(as_json(self.identity))}
             with atomic_write(self.state_path) as path:
                 torch.save({**state, **record, **self.loggers.state}, path)
             self.saved_step = state["step"]
@@ -338,13 +345,3 @@ class RunFolder:
             yield
         except OSError as error:
             raise unwritable(self.path, error) or error from None
-
-
-def agrees(then: Any, now: Any) -> bool:
-    """Return whether a recorded value equals the current one; a recorded object may lack some of its fields."""
-    return then == now or (isinstance(then, dict) and isinstance(now, dict) and {**now, **then} == now)
-
-
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy in which values that JSON cannot represent, such as paths, are text."""
-    return json.loads(json.dumps(value, default=str))

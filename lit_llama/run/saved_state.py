@@ -1,6 +1,7 @@
 """state.pt: the state that a run is resumed from. It is checked completely before it is used."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def slots_of(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
         parameter.grad = torch.zeros_like(parameter)
     twin.step()
     return twin.state_dict()["state"]
+
+
+def agrees(then: Any, now: Any) -> bool:
+    """Return whether a recorded value equals the current one; a recorded object may lack some of its fields."""
+    return then == now or (isinstance(then, dict) and isinstance(now, dict) and {**now, **then} == now)
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy in which values that JSON cannot represent, such as paths, are text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _check_val_losses(val_losses: list[Any], last_step: int) -> None:
