@@ -9,7 +9,7 @@ import copy
 import json
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -95,12 +95,19 @@ def merge(tensors: dict[str, LazyTensor], model: LLaMA, changed: str) -> tuple[d
     tensors = without_tied_head(tensors, config, "transformer.wte.weight")
     check_shapes(tensors, parameters(config), f"The weights do not fit {CONFIG_NAME}")
     config = replace(config, proj_bias=config.proj_bias or changed == "c_proj.bias")
-    merged = {name: tensors.get(name) for name in parameters(config)}
-    for layer, block in enumerate(model.transformer.h):
+
+    @lru_cache(maxsize=1)  # Hugging Face's format reads the rows of q, k and v in turn
+    def read(layer: int) -> torch.Tensor:
         prefix = f"transformer.h.{layer}.attn."
         base = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        shape, dtype = parameters(config)[prefix + changed], base["c_proj.weight"].dtype
-        merged[prefix + changed] = LazyTensor(shape, dtype, partial(merge_layer, block.attn, base))
+        return merge_layer(model.transformer.h[layer].attn, base)
+
+    shapes = parameters(config)
+    merged = {name: tensors.get(name) for name in shapes}
+    for layer in range(config.n_layer):
+        attn = f"transformer.h.{layer}.attn."
+        dtype = tensors[f"{attn}c_proj.weight"].dtype
+        merged[attn + changed] = LazyTensor(shapes[attn + changed], dtype, partial(read, layer))
     return merged, config
 
 

@@ -18,10 +18,13 @@ from lit_llama import adapter, adapter_v2, aligner, bitfit, generation, lora, pr
 from lit_llama.checkpoint import load_model, read_adapter, save_adapter
 from lit_llama.compose import load_adapted, scaled_adapter
 from lit_llama.generation import Sampling, generate
+from lit_llama.huggingface.weights import to_hf
 from lit_llama.methods import METHODS
 from lit_llama.run.report import read_metrics
 from lit_llama.settings import describe
+from lit_llama.storage.tensor_files import LazyTensor
 from lit_llama.utils import UserError
+from scripts import merge_aligner
 
 BASELINES = {"adapter": adapter, "adapter_v2": adapter_v2, "lora": lora, "bitfit": bitfit,
              "prompt_tuning": prompt_tuning}  # fmt: skip
@@ -592,6 +595,29 @@ def test_merging_into_a_plain_model_keeps_the_logits(method, architecture, tmp_p
     assert not torch.allclose(network(idx), base(idx), atol=0.1)
     merged = load_model(tmp_path / "merged")
     torch.testing.assert_close(merged(idx), network.eval()(idx), atol=1e-4, rtol=1e-4)
+
+
+def test_writing_the_format_of_hugging_face_computes_the_merged_weights_of_a_layer_once(monkeypatch):
+    layers = []
+
+    def count(attn, base, merge_layer=merge_aligner.merge_layer):
+        layers.append(attn)
+        return merge_layer(attn, base)
+
+    monkeypatch.setattr(merge_aligner, "merge_layer", count)
+    network = adapted("lora")
+    base = {
+        name: LazyTensor(tuple(t.shape), t.dtype, t.clone)
+        for name, t in network.state_dict().items()
+        if not network.is_adapter_parameter(name)
+    }
+    tensors, config = merge_aligner.merge(base, network, "c_attn.weight")
+    written = {name: tensor.read() for name, tensor in to_hf(tensors, config).items()}
+    assert layers == [block.attn for block in network.transformer.h]
+    network.merge()
+    for i, block in enumerate(network.transformer.h):
+        value = written[f"model.layers.{i}.self_attn.v_proj.weight"]
+        assert torch.equal(value, block.attn.c_attn.weight[-len(value) :])
 
 
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2", "prompt_tuning"])
