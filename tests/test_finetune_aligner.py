@@ -34,8 +34,10 @@ from lit_llama.checkpoint import (
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.model import LLaMAConfig
+from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import read_metrics
 from lit_llama.run.saved_state import agrees
+from lit_llama.storage.files import LOCK, locked
 from lit_llama.storage.staging import TEMPORARY
 from lit_llama.storage.tensor_files import read_state
 from lit_llama.train import SFTLoss, Trainer
@@ -453,6 +455,16 @@ def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
     holder.kill()
     holder.communicate()
     train(flags(tmp_path / "run", resume=True))
+
+
+def test_processes_of_a_run_that_start_together_all_pass_the_first_check(finished, flags, tmp_path):
+    """SLURM starts them at the same time; each checks that no run trains in the folder."""
+    shutil.copytree(finished, tmp_path / "run")
+    settings = cli.parse(script.Settings, flags(tmp_path / "run", resume=True))
+    with locked(tmp_path / "run" / LOCK, shared=True):
+        RunFolder(settings)
+    with locked(tmp_path / "run" / LOCK), pytest.raises(UserError, match="Another process is writing into"):
+        RunFolder(settings)
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:

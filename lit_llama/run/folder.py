@@ -71,8 +71,8 @@ class RunFolder:
         check_logger(settings.logger)
         with self.explained():
             self.check()
-            if os.environ.get("LOCAL_RANK", "0") == "0" and (self.path / LOCK).exists():
-                with locked(self.path / LOCK):  # fail before the model is loaded if another process trains here
+            if (self.path / LOCK).exists():
+                with locked(self.path / LOCK, shared=True):  # fail before the model is loaded if a run trains here
                     pass
 
     def check(self) -> bool:
