@@ -89,7 +89,7 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
     device, dtype = pick_device(settings.accelerator, settings.precision)
     return {
         "base": str(settings.checkpoint_dir),
-        "base_weights": base_fingerprint(settings.checkpoint_dir)["weights"],
+        "base_tensors": base_fingerprint(settings.checkpoint_dir)["tensors"],
         **describe_adapter(settings),
         **pick_style(settings).about,
         "precision": str(dtype).removeprefix("torch."),

@@ -144,7 +144,7 @@ def prepare_all(settings: Settings) -> dict[tuple[str, str], tuple[int, int]]:
 def score_base(settings: Settings) -> list[Row]:
     """Return the measures of the base model, as it is and asked to think step by step, as lines of results.csv."""
     rows, model, tokenizer = [], load_model(settings.checkpoint_dir), Tokenizer(settings.checkpoint_dir)
-    base = base_fingerprint(settings.checkpoint_dir)["weights"]
+    base = base_fingerprint(settings.checkpoint_dir)["tensors"]
     for task in settings.tasks:
         for objective, suffix in (("", ""), ("asked", f" {STEPS_REQUEST}")):
             if task == "facts" and suffix:

@@ -68,7 +68,7 @@ def samples_of_base(
 ) -> list[list[str]]:
     """Sample `each` answers of the base at temperature 1 to every training question, or read them from a file."""
     questions, _ = questions_of(task, part)
-    identity = {"base": base_fingerprint(base_dir)["weights"], "each": each, "task": task, "part": part}
+    identity = {"base": base_fingerprint(base_dir)["tensors"], "each": each, "task": task, "part": part}
     if (record := read_record(path)).get("identity") == identity:
         return record["answers"]
     texts = [question.text for question in questions for _ in range(each)]

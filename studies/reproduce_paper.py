@@ -97,7 +97,7 @@ def score_base(settings: Settings) -> list[Row]:
     """Return the base model's answers to the same questions as lines of results.csv."""
     rows = []
     model, tokenizer = load_model(settings.checkpoint_dir), Tokenizer(settings.checkpoint_dir)
-    base = base_fingerprint(settings.checkpoint_dir)["weights"]
+    base = base_fingerprint(settings.checkpoint_dir)["tensors"]
     cells = [(task, seed) for task in settings.tasks for seed in settings.seeds]
     for task, seed in tqdm(cells, desc="base model", unit="score"):
         scoring = scoring_of(settings, task, "reported", seed)

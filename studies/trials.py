@@ -108,7 +108,7 @@ def identity(trial: Trial, settings: Any) -> dict[str, Any]:
         "objective": trial.objective,
         "settings": stated,
         "scoring": trial.scoring,
-        "base": base_fingerprint(settings.checkpoint_dir)["weights"],
+        "base": base_fingerprint(settings.checkpoint_dir)["tensors"],
         "rows": rows.hexdigest(),
     }
     return json.loads(json.dumps(parts, default=str))

@@ -11,7 +11,7 @@ import torch
 from evaluate import common
 from evaluate.common import JsonLines, Question, Results, answer_questions, bootstrap_interval
 from evaluate.settings import ModelSettings
-from lit_llama.checkpoint import load_model, save_adapter
+from lit_llama.checkpoint import load_model, save_adapter, save_base
 from lit_llama.generation import Sampling
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
@@ -78,6 +78,20 @@ def test_results_of_other_settings_are_replaced_only_with_overwrite(evaluated, t
     assert [r["prompt"] for r in answers(evaluated, tmp_path, other, overwrite=True)] == ["the dog"]
     assert len(JsonLines(tmp_path / common.ANSWERS).records) == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_merged_model_is_another_base(base_dir, tmp_path):
+    """It may differ from its base only in the biases of its output projections."""
+    base = load_model(base_dir)
+    config = replace(base.config, proj_bias=True)
+    biases = {f"transformer.h.{i}.attn.c_proj.bias": torch.full((config.n_embd,), 0.1) for i in range(config.n_layer)}
+    save_base(tmp_path / "merged", config, {**base.state_dict(), **biases})
+    made_by = [
+        common.identify(ModelSettings(checkpoint_dir=folder, prompt_style="plain", accelerator="cpu"))
+        for folder in (base_dir, tmp_path / "merged")
+    ]
+    first, second = ({k: v for k, v in record.items() if k not in common.IDENTIFIED_OTHERWISE} for record in made_by)
+    assert first != second
 
 
 def test_two_evaluations_cannot_write_to_the_same_folder(tmp_path):
