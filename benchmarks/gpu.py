@@ -9,13 +9,13 @@ On a CPU, --accelerator cpu --size microworld tests the command itself.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from benchmarks.settings import DeviceSettings
 from lit_llama import cli
-from lit_llama.settings import PositiveInt
+from lit_llama.settings import PositiveInt, Range
 
 Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode", "peers"]
 USUAL: tuple[Part, ...] = (
@@ -32,17 +32,19 @@ class Settings(DeviceSettings):
 
     # == How to measure ==
     rounds: PositiveInt = 7  # measured rounds; every contestant runs once in each
-    rows: PositiveInt = 8  # rows of a micro-batch
+    rows: PositiveInt = 8  # rows of a micro-batch, an even number: two make a pair
     length: PositiveInt = 512  # tokens of each row, half of them labels
     prompt_length: PositiveInt = 128  # tokens of each prompt
-    new_tokens: PositiveInt = 128  # tokens to generate
+    new_tokens: Annotated[int, Range(least=3)] = 128  # tokens to generate; the first is part of prefill
     batch_sizes: tuple[PositiveInt, ...] = (1, 8, 64)  # prompts at a time
 
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+import gc
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 
@@ -63,16 +65,20 @@ from lit_llama.utils import UserError, log
 Rows = Iterator[list[str]]  # what, target, measured, verdict
 
 
-def make_worker(settings: Settings, device: torch.device, dtype: torch.dtype, n: int) -> Ours:
-    """Return a contestant with random weights on the device and an Aligner of `n` tokens."""
-    worker = Ours({"threads": torch.get_num_threads(), "weights": None, "device": device, "dtype": dtype})
-    worker.build(n=n, config=asdict(shape(settings.size)))
+def make_worker(settings: Settings, device: torch.device, dtype: torch.dtype, *, generates: bool) -> Ours:
+    """Return a contestant with random weights on the device and an Aligner of one token.
+
+    For generation the Aligner is merged, as the generate scripts do: the model is a plain one with an output bias.
+    """
+    about = {"threads": torch.get_num_threads(), "weights": None, "device": device, "dtype": dtype}
+    worker, config = Ours({**about, "generates": generates}), asdict(shape(settings.size))
+    worker.build(n=0 if generates else 1, config={**config, "proj_bias": generates})
     return worker
 
 
 def measure_training(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
     """Utilization and memory of a training step, with and without compiled layers, and DPO against SFT."""
-    worker = make_worker(settings, device, dtype, 1)
+    worker = make_worker(settings, device, dtype, generates=False)
     response = settings.length // 2
     batch = [(settings.rows, settings.length, response)]
     sft, dpo = (partial(worker.step, batches=batch, data="random", loss=loss) for loss in ("sft", "dpo"))
@@ -102,7 +108,7 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
 
 def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
     """Decoding as a share of the bandwidth limit, plain and compiled with CUDA graphs; a batch against one by one."""
-    worker, rng = make_worker(settings, device, dtype, 1), np.random.default_rng(0)
+    worker, rng = make_worker(settings, device, dtype, generates=True), np.random.default_rng(0)
     config, bandwidth = worker.model.config, copy_bandwidth(device, "wall")
     yield ["bandwidth of a copy, read and written", "", f"{bandwidth / 1e9:,.0f} GB/s", ""]
     length, new = settings.prompt_length, settings.new_tokens
@@ -110,7 +116,6 @@ def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtyp
     def prompts(count: int) -> list[list[int]]:
         return rng.integers(3, config.vocab_size, (count, length)).tolist()
 
-    worker.model.eval().requires_grad_(False)
     for what in ("", ", --compile") if device.type == "cuda" else ("",):
         if what:
             compile_(worker.model, "decoding")
@@ -130,13 +135,13 @@ def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtyp
 
 
 def measure_peers(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
-    """Training compared with PEFT and LitGPT, as benchmarks/training.py measures it."""
+    """Training with N = 1 compared with PEFT and LitGPT, as benchmarks/training.py measures it."""
     run = b.start_run(training.Settings(
         accelerator=settings.accelerator, precision="bf16" if dtype == torch.bfloat16 else "32", size=settings.size,
         rounds=settings.rounds, out_dir=settings.out_dir, micro_batch_size=settings.rows, max_length=settings.length,
         dpo=False, growth=False,
     ))  # fmt: skip
-    _, answers = training.measure(run)
+    _, answers = training.measure(run, {training.N1: {"n": 1}})
     yield from training.ratios(run, answers)
     yield from ([note, "", "", ""] for note in run.notes)
 
@@ -145,7 +150,10 @@ MEASUREMENTS = {"train": measure_training, "decode": measure_decoding, "peers": 
 
 
 def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.dtype) -> tuple[list[list[str]], bool]:
-    """Return the rows of a part, and whether it succeeded. An error in it does not stop the other parts."""
+    """Return the rows of a part, and whether it succeeded. An error in it does not stop the other parts.
+
+    The traceback of an unexpected error goes to stderr, its first line into the rows.
+    """
     rows: list[list[str]] = []
     try:
         if part in CHECKS:
@@ -153,7 +161,12 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
         else:
             for row in MEASUREMENTS[part](settings, device, dtype):
                 rows.append(row)
+        gc.collect()  # a compiled model is part of a reference cycle
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     except Exception as error:  # from any library: a driver, a compiler, a peer
+        if not isinstance(error, UserError):
+            log(traceback.format_exc())
         sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
         log(f"{part}: {sentence}")
         return [*rows, [part, "", f"failed: {sentence}", ""]], False
@@ -161,6 +174,8 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
 
 
 def main(settings: Settings) -> None:
+    if settings.rows % 2:
+        raise UserError(f"rows is {settings.rows}; two make a pair, so it must be even.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
     some = "" if settings.parts == USUAL else f"-{'-'.join(settings.parts)}"  # does not replace the complete page
     path = settings.out_dir / f"gpu-{settings.size}-{device.type}{some}.md"
@@ -174,8 +189,6 @@ def main(settings: Settings) -> None:
         tables += [title, markdown_table(["what", "target", "measured", "verdict"], rows)]
         text = b.write_report(path, f"{device.type}, {settings.size}, {dtype_name(dtype)}", tables, device)
         log("\n".join(f"{row[0]}: {row[2]}" for row in rows))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     print(text, end="")
     if failed:
         raise UserError(f"Failed: {', '.join(failed)}; {path} says why.")

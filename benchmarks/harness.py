@@ -50,7 +50,8 @@ class Unavailable(UserError):
 class Contestant:
     """A `benchmarks.worker.Worker` in its own process.
 
-    Calling it calls one of the worker's methods and waits; the other processes sleep meanwhile.
+    Calling it calls one of the worker's methods and waits; the other processes sleep meanwhile. A peer whose call fails
+    is closed, so that its model no longer takes memory.
 
     Raises:
         UserError: The call failed; `Unavailable` if it is a peer's.
@@ -59,14 +60,20 @@ class Contestant:
     def __init__(self, name: str, **settings: Any) -> None:
         self.name, self.settings = name, settings
         self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.failure: Unavailable | None = None
 
     def __call__(self, method: str, **arguments: Any) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
         try:
             return self.process.submit(worker.call, self.settings, method, arguments).result()
         except Exception as error:
-            kind = UserError if self.settings["kind"] == "ours" else Unavailable
             sentence = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise kind(f"{self.name}: {sentence}.") from error
+            if self.settings["kind"] == "ours":
+                raise UserError(f"{self.name}: {sentence}.") from error
+            self.failure = Unavailable(f"{self.name}: {sentence}.")
+            self.close()
+            raise self.failure from error
 
     def close(self) -> None:
         self.process.shutdown()
@@ -91,7 +98,8 @@ def take_turns(turns: Turns, rounds: int, notes: list[str]) -> tuple[dict[str, A
                     if name in answers_of:
                         answers_of[name].append(turns[name]())
                 except Unavailable as error:
-                    notes.append(f"Without {error}")
+                    if (note := f"Without {error}") not in notes:
+                        notes.append(note)
                     del answers_of[name]
                 bar.update()
     first = {name: answers[0] for name, answers in answers_of.items()}

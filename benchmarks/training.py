@@ -77,19 +77,25 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def measure(run: b.Run) -> tuple[dict[str, dict[str, Any]], b.Answers]:
-    """Return the first step and the measured steps of every contestant; peers also run on randomly ordered batches."""
+def our_contestants(settings: Settings, dtype: torch.dtype) -> b.Specs:
+    ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}}
+    if dtype == torch.float32:
+        ours[BF16] = {"n": 1, "dtype": torch.bfloat16}
+    return ours | ({name: {"n": 1} for name in PAIRS} if settings.dpo else {})
+
+
+def measure(run: b.Run, ours: b.Specs) -> tuple[dict[str, dict[str, Any]], b.Answers]:
+    """Return the first step and the measured steps of every contestant; peers also run on randomly ordered batches.
+
+    Args:
+        ours: This project's contestants, all or some of `our_contestants`.
+    """
     settings = run.settings
     prompts, lengths = alpaca_lengths(1024, min(settings.max_length, run.config.block_size))
     run.shared["data"] = settings.out_dir / "data"
     write_data(run.shared["data"], prompts, lengths, run.config.vocab_size)
     batches = choose(lengths, settings.micro_batch_size, settings.micro_batches)
     half = [rows[: max(1, len(rows) // 2)] for rows in batches["grouped"]]
-    ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}}
-    if run.dtype == torch.float32:
-        ours[BF16] = {"n": 1, "dtype": torch.bfloat16}
-    if settings.dpo:
-        ours |= {name: {"n": 1} for name in PAIRS}
     with run.contestants(ours, PEERS) as contestants:
         turns = {}
         for name, contestant in contestants.items():
@@ -195,7 +201,7 @@ def main(settings: Settings) -> None:
     run = b.start_run(settings)
     dtypes = {torch.float32, torch.bfloat16, run.dtype}
     peak = {dtype: matmul_rate(run.device, dtype, settings.clock) for dtype in dtypes}
-    first, answers = measure(run)
+    first, answers = measure(run, our_contestants(settings, run.dtype))
     parts = [step_table(run, answers, peak), ratio_table(ratios(run, answers) + paddings(settings))]
     b.plot_bars(run.path("training", ".png"), {
         "tokens/s": {name: tokens_per_second(steps) for name, steps in answers.items()},

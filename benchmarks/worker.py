@@ -20,7 +20,7 @@ from lit_llama.checkpoint import CONFIG_NAME, load_model
 from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
-from lit_llama.generation import Sampling, decode, generate, read
+from lit_llama.generation import Sampling, decode, generate
 from lit_llama.logps import find_labels
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
@@ -155,14 +155,25 @@ class Ours(Worker):
         return load_model(self.weights, device=self.device, dtype=self.dtype)
 
     def build(self, n: int, config: dict[str, Any]) -> dict[str, Any]:
-        """Make a model of any shape with random weights."""
+        """Make a model of any shape with random weights, on the device and in the dtype of the base."""
         self.memory, self.optimizer = Memory(self.device), None
         torch.manual_seed(0)
-        with self.device:
+        with torch.device("meta"):
             model = aligner.LLaMA(aligner.LLaMAConfig(**config, **_aligned(n))) if n else LLaMA(LLaMAConfig(**config))
-        # like trained ones; with PyTorch's default, probabilities fall below 1e-38, which CPUs compute slowly
-        torch.nn.init.normal_(model.transformer.wte.weight, std=0.02)
-        self._train(model.to(self.dtype))
+        adapter = model.adapter_parameters() if n else {}
+        base = {}
+        for name, p in model.named_parameters():
+            if name not in adapter:
+                mean = 1.0 if name.endswith("scale") else 0.0
+                base[name] = torch.empty(p.shape, device=self.device, dtype=self.dtype).normal_(mean, 0.02)
+        model.load_state_dict(base, assign=True)
+        if adapter:
+            model.initialize_adapter()
+        model.to(self.device)
+        if self.settings.get("generates"):
+            self.model = pack_(model.requires_grad_(False))
+        else:
+            self._train(model)
         return {}
 
     def _train(self, model: LLaMA) -> None:
@@ -190,7 +201,7 @@ class Ours(Worker):
         return dpo_loss(*sum_logps_by_row(logps, labels, index).chunk(2), *reference.chunk(2))[0].mean()
 
     def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
-        for _ in read(decode(self.model, prompts, Sampling(n_new))):
+        for _ in decode(self.model, prompts, Sampling(n_new)):  # `read` would yield a token one step later on a GPU
             on_token()
 
     def answer_all(self, prompts: list[list[int]], n_new: int, batch_size: int) -> dict[str, Any]:

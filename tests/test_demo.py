@@ -144,7 +144,7 @@ def test_the_study_of_the_forms_ships_the_adapters_of_its_first_seed(tmp_path, m
         (tmp_path / "weights" / name).read_text() for name in ("microworld-json-n1/README.md", "scores.csv")
     )
     assert "--seed 5" in card and len(scores.splitlines()) == 3
-    with pytest.raises(UserError, match="README.md exists; replace it with --overwrite true"):
+    with pytest.raises(UserError, match=r"README\.md exists; replace it with --overwrite true"):
         study.main(settings)
 
 
