@@ -107,9 +107,10 @@ def report(rows: list[Row], *, questions: int, sweep_seed: int, origin: str) -> 
     parts = [
         *(results_table(rows, group) for group in groups if group),
         f"""Shares of answers in percent: mean ± half of the 95 % interval (Student's t) over the seeds. Answers are
-greedy, except those about values, which are sampled at temperature {TASKS["values"].temperature:g}. Each seed trains
-anew and draws its own {questions} questions of a group, or takes all if there are fewer, so the interval covers
-trainings and questions. It is 0 where all seeds gave the same.""",
+greedy, except those about values, which are sampled at temperature {TASKS["values"].temperature:g}. The interval is
+over training runs and, in groups of more than {questions} questions, over the {questions} that each seed draws. Every
+seed asks all questions of a smaller group, so there the interval does not cover the choice of questions. It is 0 where
+all seeds gave the same.""",
         *([differences_table(rows)] if {"aligner1", "lora"} <= methods_of(rows).keys() else []),
         rates_table(rows),
         f"""The rate with the best answers to validation questions, which are none of those above. Rates tried:

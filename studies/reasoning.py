@@ -11,7 +11,7 @@ where it stopped.
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Plan, Record, Trial, choose, read_record, run_plans
+from studies.trials import Plan, Record, Trial, choose, command_of, read_record, run_plans, with_quick
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -82,6 +82,7 @@ METHODS: dict[str, Variant] = {
 }
 QUICK = {"methods": ("aligner1",), "objectives": ("direct", "rl"), "tasks": ("two_hop",), "learning_rates": (0.128,),
          "seeds": (1,), "sft_steps": 40, "rl_steps": 25, "questions": 60}  # fmt: skip
+COMPARED = {"methods": tuple(METHODS), "objectives": tuple(OBJECTIVES), "tasks": tuple(TASKS)}
 PARTS: tuple[Part, ...] = ("valid", "reported")
 
 
@@ -270,35 +271,32 @@ def rank(record: Record) -> float:
     return record["scores"]["right"] + record["scores"]["other_facts"] / 2
 
 
-def command_of(settings: Settings) -> str:
-    """Return the command of this study, without flags that have their default values."""
-    left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
-    complete = {"methods": tuple(METHODS), "objectives": tuple(OBJECTIVES), "tasks": tuple(TASKS)}
-    flags = []
-    for name, value in asdict(settings).items():
-        if value not in (getattr(Settings, name), complete.get(name)) and name not in left_out:
-            flags.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()}")
-    return " ".join(["python studies/reasoning.py", *flags])
+def with_all(settings: Settings) -> Settings:
+    """Return the settings with all methods, objectives and tasks where they name none."""
+    return replace(settings, **{name: getattr(settings, name) or known for name, known in COMPARED.items()})
 
 
 def origin(settings: Settings, rows: list[Row]) -> str:
     """Return command, duration, seeds and versions in one line."""
+    defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
+    command = command_of("studies/reasoning.py", with_all(settings), defaults)
     trials = [row for row in rows if row["method"] != BASE]
     minutes = sum(row["seconds"] or 0 for row in trials) / 60
     return (
-        f"{command_of(settings)}: {len(trials)} trainings, {minutes:.0f} minutes of one thread in all, seeds "
+        f"{command}: {len(trials)} training runs, {minutes:.0f} minutes of one thread in all, seeds "
         f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
     )
 
 
 def main(settings: Settings) -> None:
     if settings.quick:
-        settings = replace(settings, **QUICK)
-    for name, known in (("methods", METHODS), ("objectives", OBJECTIVES), ("tasks", TASKS)):
+        settings = with_quick(settings, QUICK)
+    settings = with_all(settings)
+    for name, known in COMPARED.items():
         given = getattr(settings, name)
         if not set(given) <= set(known):
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
-        settings = replace(settings, **{name: tuple(dict.fromkeys(given)) or tuple(known)})
+        settings = replace(settings, **{name: tuple(dict.fromkeys(given))})
     for name in ("learning_rates", "seeds", "sweep_seeds"):
         if not (given := getattr(settings, name)):
             raise UserError(f"{name} is empty; give at least one.")

@@ -9,7 +9,7 @@ all trials (CSV), the table (CSV and Markdown) and figures. A stopped study cont
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,7 +57,7 @@ from scripts.count_parameters import VARIANTS
 from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Plan, Record, Trial, choose, read_record, run_plans
+from studies.trials import Plan, Record, Trial, choose, command_of, read_record, run_plans, with_quick
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -159,29 +159,21 @@ def with_all(settings: Settings) -> Settings:
     return replace(settings, methods=settings.methods or tuple(VARIANTS), tasks=settings.tasks or tuple(TASKS))
 
 
-def command_of(settings: Settings) -> str:
-    """Return the command of this study, without flags that have their default values."""
-    left_out = {"out_dir", "report_dir", "jobs"} | (QUICK.keys() if settings.quick else set())
-    flags, defaults = [], with_all(Settings())
-    for name, value in asdict(with_all(settings)).items():
-        if value != getattr(defaults, name) and name not in left_out:
-            flags.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()}")
-    return " ".join(["python studies/reproduce_paper.py", *flags])
-
-
 def origin(settings: Settings, rows: list[Row]) -> str:
     """Return command, duration, seeds and versions in one line."""
+    defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
+    command = command_of("studies/reproduce_paper.py", with_all(settings), defaults)
     trials = [row for row in rows if row["method"] != BASE]
     minutes = sum(row["seconds"] or 0 for row in trials) / settings.jobs / 60
     return (
-        f"{command_of(settings)}: {len(trials)} trainings, {minutes:.0f} minutes of {settings.jobs} processes of one "
-        f"thread each, seeds {', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
+        f"{command}: {len(trials)} training runs, {minutes:.0f} minutes of {settings.jobs} processes of one thread "
+        f"each, seeds {', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
     )
 
 
 def main(settings: Settings) -> None:
     if settings.quick:
-        settings = replace(settings, **QUICK)
+        settings = with_quick(settings, QUICK)
     settings = with_all(settings)
     for name, known in (("methods", VARIANTS), ("tasks", TASKS)):
         given = getattr(settings, name)

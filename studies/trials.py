@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 import threading
@@ -27,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,7 @@ from scripts.count_parameters import Variant
 from studies.protocol import METHODS
 
 Record = dict[str, Any]  # result of a trial, see `run_trial`
+UNRECORDED = {"out_dir", "report_dir", "jobs"}  # settings of a study that do not affect its results
 SCRIPTS = {"dpo": "alignerDPO", "rl": "alignerRL"}  # objectives with one script for all methods
 
 
@@ -72,6 +74,7 @@ class Trial:
 
 
 Score = Callable[[Trial, Path], dict[str, Any]]  # (trial, folder of its run) -> JSON
+S = TypeVar("S")
 T = TypeVar("T")
 Plan = Generator[list[Trial], list[Record], T]  # yields trials, is sent their records, and returns a result
 
@@ -314,6 +317,28 @@ def at_edge(chosen: Record, records: Iterable[Record]) -> bool:
     """Return whether the chosen learning rate is the lowest or highest that was tried; a better one may lie beyond."""
     rates = [record["trial"]["settings"]["learning_rate"] for record in records]
     return chosen["trial"]["settings"]["learning_rate"] in (min(rates), max(rates))
+
+
+def command_of(script: str, settings: Any, defaults: Any) -> str:
+    """Return the command of a study with the flags that affect its results, without those that have default values.
+
+    Args:
+        script: Path of the script.
+        settings: Its settings, a dataclass.
+        defaults: The settings without flags.
+    """
+    words = ["python", script]
+    for name, value in asdict(settings).items():
+        if name not in UNRECORDED and value != getattr(defaults, name):
+            values = value if isinstance(value, tuple) else [str(value).lower() if isinstance(value, bool) else value]
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)
+
+
+def with_quick(settings: S, quick: dict[str, Any]) -> S:
+    """Return the settings with the values of --quick for those that have their default values."""
+    changed = {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}
+    return replace(settings, **{name: value for name, value in quick.items() if name not in changed})
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:

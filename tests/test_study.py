@@ -3,13 +3,15 @@
 import csv
 import json
 import math
+import shlex
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_recipes import ROOT, parse
 
 import studies.paper_report as paper
 import studies.paper_tasks as tasks
@@ -22,7 +24,7 @@ from microworld.world import FORMS, UNSEEN, World
 from scripts.count_parameters import VARIANTS
 from studies import train_microworld_adapters, train_microworld_values
 from studies.protocol import dpo_settings, sft_settings
-from studies.trials import Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials
+from studies.trials import Trial, at_edge, choose, interval, prepare_run, run_trial, run_trials, with_quick
 
 STORED = Path(__file__).parents[1] / "howto" / "study"
 
@@ -250,12 +252,27 @@ def test_tables_of_handwritten_results():
 def test_the_report_states_how_it_was_made_and_lists_failures(tmp_path):
     origin = study.origin(study.Settings(seeds=(1, 2), steps=7), ROWS)
     text = paper.report(ROWS, questions=200, sweep_seed=0, origin=origin)
-    assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 trainings, 3 minutes of 2 processes" in text
+    assert "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 11 training runs, 3 minutes of 2 processes" in text
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
     paper.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     lines = list(csv.DictReader(csv_text(ROWS).splitlines()))
     assert len(lines) == len(ROWS) and lines[-1]["learning_rate"] == ""
+
+
+def test_the_recorded_command_repeats_the_study():
+    settings = study.Settings(
+        checkpoint_dir=Path("my bases/Llama-2-7B"), methods=("lora",), quick=True, out_dir=Path("x"), jobs=4
+    )
+    quick = with_quick(settings, study.QUICK)
+    assert (quick.methods, quick.tasks, quick.seeds) == (("lora",), study.QUICK["tasks"], study.QUICK["seeds"])
+    command = study.origin(quick, ROWS).partition(": ")[0]
+    assert command == (
+        "python studies/reproduce_paper.py --methods lora --quick true --checkpoint_dir 'my bases/Llama-2-7B'"
+    )
+    _, script, *words = shlex.split(command)
+    recorded = replace(settings, out_dir=study.Settings.out_dir, jobs=study.Settings.jobs)
+    assert asdict(parse(ROOT / script, words)) == asdict(recorded)
 
 
 def stored_results() -> list[dict]:
