@@ -1,6 +1,6 @@
 """Train an Aligner for each form of the micro-world, with several seeds, and score all of them on held-out entities.
 
-Writes a table (CSV and Markdown), and writes the first seed's adapters, each with a card, to aligner_weights/.
+Writes a table (CSV and Markdown). With --weights_dir it also writes the first seed's adapters, each with a card.
 """
 
 import json
@@ -25,7 +25,7 @@ class Settings(Checked):
     questions: PositiveInt = 300  # questions to ask about unseen entities, per temperature
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     out_dir: Path = Path("out/microworld-adapters")  # data, runs and tables
-    weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapters go; null for nowhere
+    weights_dir: Path | None = None  # where the first seed's adapters go, such as aligner_weights
     overwrite: bool = False  # replace files in weights_dir
     jobs: PositiveInt = 2  # training runs in parallel, one thread each
 
@@ -145,11 +145,17 @@ def write_results(settings: Settings, rows: list[dict[str, Any]]) -> None:
     write_text(settings.out_dir / "environment.json", json.dumps(versions(), indent=2) + "\n")
 
 
+def is_complete(settings: Settings) -> bool:
+    """Return whether the adapters are those of the folder's overview: one token for each form."""
+    return set(settings.forms) == set(FORMS) and settings.adapter_prompt_length == 1
+
+
 def ship(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """Put the first seed's adapters and the scores of all into `weights_dir`."""
+    """Put the first seed's adapters into `weights_dir` and, if all forms were trained, the scores of all."""
     overwrite = settings.overwrite
-    write_text(settings.weights_dir / "README.md", overview(settings, rows), overwrite=overwrite)
-    copy_file(settings.out_dir / "scores.csv", settings.weights_dir / "scores.csv", overwrite=overwrite)
+    if is_complete(settings):
+        write_text(settings.weights_dir / "README.md", overview(settings, rows), overwrite=overwrite)
+        copy_file(settings.out_dir / "scores.csv", settings.weights_dir / "scores.csv", overwrite=overwrite)
     for row in rows:
         if row["seed"] == settings.seeds[0]:
             folder = settings.weights_dir / folder_name(settings, row["form"])
@@ -162,7 +168,7 @@ def main(settings: Settings) -> None:
     claim(settings.out_dir, ("scores.csv", "scores.md", "environment.json"))
     if settings.weights_dir:
         folders = [settings.weights_dir / folder_name(settings, form) for form in settings.forms]
-        shipped = [settings.weights_dir / name for name in ("README.md", "scores.csv")]
+        shipped = [settings.weights_dir / name for name in ("README.md", "scores.csv") if is_complete(settings)]
         for path in shipped + [folder / name for folder in folders for name in ("README.md", "adapter.safetensors")]:
             check_file(path, overwrite=settings.overwrite)
     for form in settings.forms:

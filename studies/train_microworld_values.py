@@ -1,7 +1,7 @@
 """Teach the micro-world's values with DPO, with several seeds, and score them on held-out verbs and objects.
 
-Also applies the first seed's adapter together with one trained for a form. Writes two tables, and writes the first
-seed's adapter, with a card, to aligner_weights/.
+Also applies the first seed's adapter together with one trained for a form. Writes two tables. With --weights_dir it
+also writes the first seed's adapter, with a card.
 """
 
 import random
@@ -27,7 +27,7 @@ class Settings(Checked):
     form: str = "pirate"  # the form that it was trained for
     out_dir: Path = Path("out/microworld-values")  # data, runs and tables
     jobs: PositiveInt = 2  # training runs in parallel, one thread each
-    weights_dir: Path | None = Path("aligner_weights")  # where the first seed's adapter goes; null for nowhere
+    weights_dir: Path | None = None  # where the first seed's adapter goes, such as aligner_weights
     overwrite: bool = False  # replace files in weights_dir
 
 
