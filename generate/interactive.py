@@ -25,8 +25,8 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text, log
 
 HELP = """\
-Enter sends a message, Alt+Enter begins a new line, the arrow keys edit it and recall earlier ones. Ctrl-C stops an
-answer, Ctrl-D ends the program.
+Enter sends a message, Alt+Enter begins a new line, the arrow keys move the cursor and recall earlier messages. Ctrl-C
+stops an answer, Ctrl-D ends the program.
 
     /adapter NAME     answer with this adapter, or with a sum such as a:0.5+b; a path loads a file
     /adapter          list the adapters
@@ -189,6 +189,8 @@ class Chat:
                 return
             try:
                 self.handle(line)
+            except KeyboardInterrupt:  # pressed twice, or while no answer was being generated
+                log("Stopped.")
             except UserError as error:
                 log(f"error: {error}")
 
@@ -305,7 +307,7 @@ def parse_strength(text: str) -> float:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[Any]:
-    """Yield a function that returns whether Ctrl-C was pressed; pressed twice, it interrupts as usual."""
+    """Yield a function that returns whether Ctrl-C was pressed; pressed twice, it raises `KeyboardInterrupt`."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:

@@ -38,18 +38,25 @@ class AnswerSettings(Checked):
 
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
-    devices: PositiveInt = 1  # the base is sharded over several devices
+    devices: PositiveInt = 1  # number of devices; with more than one, the base is sharded over them
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
-    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: as precision)
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
     compile: bool = False  # compile the layers with torch.compile, for many answers; on a GPU with CUDA graphs
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("interactive", "quantize"):
+        for name in ("interactive", "quantize", "compile"):
             if self.devices > 1 and getattr(self, name):
                 raise UserError(
                     f"--{name} needs a complete base on one device, and --devices {self.devices} shards it."
                 )
+        if self.compile and self.quantize:
+            raise UserError("--compile and --quantize cannot be combined: quantized layers cannot be compiled.")
+        for name in ("prompt_file", "output_file"):
+            if self.interactive and getattr(self, name):
+                raise UserError(f"--interactive and --{name} cannot be combined.")
+        if self.prompt_file and self.input:
+            raise UserError("--input is the context of --prompt; in --prompt_file, each row has its own.")
 
     @property
     def sampling(self) -> "Sampling":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lit_llama.answer_settings import AnswerSettings
 from lit_llama.checkpoint import versions, weights_path
@@ -18,7 +19,7 @@ from lit_llama.generation import answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
 from lit_llama.prompts import PromptStyle
-from lit_llama.sharding import is_sharded
+from lit_llama.sharding import is_sharded, only_assists
 from lit_llama.storage.files import write_text
 from lit_llama.storage.rows import naming, read_rows, read_text, text_field
 from lit_llama.tokenizer import Tokenizer
@@ -112,22 +113,25 @@ class Session:
         prompts = [style.render(r.prompt, r.input, system) for style, r in zip(styles, requests, strict=True)]
         check_prompts(self.model, [self.tokenizer.encode(prompt, bos=True) for prompt in prompts])
         began, n_tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
-        for style in dict.fromkeys(styles):
-            rows = [row for row, other in enumerate(styles) if other == style]
-            answers = answer(
-                self.model,
-                self.tokenizer,
-                [prompts[row] for row in rows],
-                self.settings.sampling,
-                style.stop,
-                self.settings.batch_size,
-                echo=style.continues,
-                rows=rows,
-                adapters=None if adapters is None else [adapters[row] for row in rows],
-            )
-            for row, text in zip(rows, answers, strict=True):
-                texts[row] = text
-                n_tokens += self.count(text) - (self.count(prompts[row]) if style.continues else 0)
+        hidden = len(prompts) <= self.settings.batch_size or only_assists(self.model)
+        with tqdm(total=len(prompts), desc="Answering", unit=" prompts", disable=hidden) as bar:
+            for style in dict.fromkeys(styles):
+                rows = [row for row, other in enumerate(styles) if other == style]
+                answers = answer(
+                    self.model,
+                    self.tokenizer,
+                    [prompts[row] for row in rows],
+                    self.settings.sampling,
+                    style.stop,
+                    self.settings.batch_size,
+                    echo=style.continues,
+                    rows=rows,
+                    adapters=None if adapters is None else [adapters[row] for row in rows],
+                    on_batch=bar.update,
+                )
+                for row, text in zip(rows, answers, strict=True):
+                    texts[row] = text
+                    n_tokens += self.count(text) - (self.count(prompts[row]) if style.continues else 0)
         self.report(n_tokens, time.perf_counter() - began)
         return texts
 

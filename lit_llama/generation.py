@@ -167,8 +167,8 @@ def decode(
 def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
     """Yield the tokens of each step of `decode` as a list of ids.
 
-    On a GPU a step is read while the next one runs, so that the device does not wait for the program. The price is one
-    step that is computed in vain after the last one that is needed.
+    On a GPU a step is read while the next one runs, so that the device does not wait for the program. The cost is one
+    wasted step at the end.
     """
     before: tuple[torch.Tensor, torch.cuda.Event] | None = None
     for tokens in steps:
@@ -283,6 +283,7 @@ def answer(
     echo: bool = False,
     rows: list[int] | None = None,
     adapters: Sequence[Any] | None = None,
+    on_batch: Callable[[int], Any] = lambda n_answers: None,
 ) -> list[str]:
     """Return the answers to complete prompt texts, in the same order. Prompts of similar length share a batch.
 
@@ -291,6 +292,7 @@ def answer(
         echo: return each prompt with its continuation, unstripped.
         rows: see `decode`.
         adapters: each prompt's adapters, for a model with adapters per row; see `lit_llama.compose.LLaMA.using`.
+        on_batch: Called after each batch with its number of answers.
 
     Raises:
         UserError: A prompt is empty or longer than the context, or an adapter does not exist.
@@ -311,6 +313,7 @@ def answer(
         for i, ids in zip(batch, new, strict=True):
             text = tokenizer.decode(encoded[i] + ids) if echo else cut_at_stop(tokenizer.decode(ids), stop)[0].strip()
             answers[i] = text
+        on_batch(len(batch))
     return answers
 
 

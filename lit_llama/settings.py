@@ -83,12 +83,14 @@ class Checked:
     """Base of settings whose numbers are checked.
 
     Raises:
-        UserError: A number is out of range, or a setting that must have a value is null.
+        UserError: A number is out of range, or a setting that must have a value is null or has none.
     """
 
     def __post_init__(self) -> None:
         none = [f for f in fields(self) if getattr(self, f.name) is None and type(None) not in get_args(f.type)]
         problems = [f"{f.name} is null; leave it out for its default" for f in none if f.default is not None]
+        empty = [f.name for f in fields(self) if getattr(self, f.name) == () and f.default not in ((), MISSING)]
+        problems += [f"{name} is empty; give at least one" for name in empty]
         for name, allowed in ranges(type(self)).items():
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):

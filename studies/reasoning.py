@@ -298,9 +298,7 @@ def main(settings: Settings) -> None:
             raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
         settings = replace(settings, **{name: tuple(dict.fromkeys(given))})
     for name in ("learning_rates", "seeds", "sweep_seeds"):
-        if not (given := getattr(settings, name)):
-            raise UserError(f"{name} is empty; give at least one.")
-        settings = replace(settings, **{name: tuple(dict.fromkeys(given))})
+        settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))})
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "results.csv", "reasoning.png"))
     counts = prepare_all(settings)

@@ -57,6 +57,36 @@ def test_batches_and_seeds_do_not_change_sampled_answers(run_script):
     assert one_by_one == together != other_seed
 
 
+def test_several_batches_have_a_progress_bar(run_script):
+    prompts = [q.text for q in QUESTIONS]
+    _, _, one_batch = run_script("generate/aligner.py", "--prompt", *prompts)
+    code, out, err = run_script("generate/aligner.py", "--batch_size", "2", "--prompt", *prompts)
+    assert code == 0 and "Answering: 100%" in err and "| 3/3 [" in err
+    assert "Answering" not in one_batch and "Answering" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--interactive", "--output_file", "a.json"), "--interactive and --output_file cannot be combined."),
+        (("--interactive", "--prompt_file", "a.txt"), "--interactive and --prompt_file cannot be combined."),
+        (("--prompt_file", "a.txt", "--input", "x"), "--input is the context of --prompt; in --prompt_file, "),
+        (("--compile", "--quantize", "nf4"), "--compile and --quantize cannot be combined"),
+        (("--compile", "--devices", "2"), "--compile needs a complete base on one device, and --devices 2 shards it."),
+    ],
+)
+def test_settings_that_cannot_be_combined_are_refused_at_once(refused, flags, sentence):
+    assert refused("generate/aligner.py", *flags, "--checkpoint_dir", "/nowhere").startswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["prompt", "adapter", "strength"])
+def test_an_empty_list_is_refused(refused, tmp_path, name):
+    (tmp_path / "settings.yaml").write_text(f"{name}: []\nbank: []\nuse: []\n")
+    assert refused("generate/aligner.py", "--config", tmp_path / "settings.yaml") == (
+        f"{name} is empty; give at least one."
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

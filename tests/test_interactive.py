@@ -135,7 +135,7 @@ def test_a_conversation_with_commands(start):
         ("/adapter microworld-pirate-n1:0.5+microworld-json-n1", r"pirate-n1, strength 0\.5 \+ microworld-json-n1"),
         (f"/adapter {ROOT / 'aligner_weights/microworld-polite-n1'}", "microworld-polite-n1, strength 1"),
         ("/nonsense", "error: There is no command /nonsense"),
-        ("/help", "Ctrl-C stops an\nanswer"),
+        ("/help", "Ctrl-C\nstops an answer"),
     ):
         chat.send(line, "\r")
         chat.wait_for(message)
@@ -338,6 +338,23 @@ def test_ctrl_c_twice_interrupts():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_twice_returns_to_the_prompt(monkeypatch, capsys):
+    """The second one raises `KeyboardInterrupt`, for example while a long prompt is prefilled."""
+    lines = iter(["Hello", "/help"])
+    monkeypatch.setattr("generate.interactive.line_reader", lambda: lambda: next(lines))
+    chat = Chat(None, Adapters(get_prompt_style("plain")))
+    chat.turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "answer", interrupted)
+    with pytest.raises(StopIteration):  # no more lines
+        chat.run()
+    err = capsys.readouterr().err
+    assert err.index("Stopped.") < err.index("Ctrl-D ends the program") and len(chat.turns) == 2
 
 
 def test_piped_lines_are_answered_one_by_one():

@@ -333,7 +333,7 @@ def test_python_on_the_customizing_page(workplace, monkeypatch):
     varied(idx).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in varied.adapter_parameters().values())
     (cached,) = generate(varied, [idx[0].tolist()], Sampling(3))
-    assert cached[0] == varied(idx)[0, -1].argmax()
+    assert cached[0] == varied(idx)[0, -1, : varied.config.vocab_size].argmax()  # without vocabulary padding
 
     # once METHODS contains the method, a saved adapter loads by the name of its method
     monkeypatch.setitem(METHODS, "head_bias", module.LLaMA)
