@@ -2,16 +2,19 @@
 
 Downloads meta-math/MetaMathQA, or reads --data_file: a JSON list, JSON Lines or Parquet. The full dataset has
 395,000 rows. The solutions end with "The answer is: ...", which evaluate/gsm8k.py reads. With --stage rl it writes
-prompts for reinforcement learning with `--reward gsm8k`, from MetaMathQA or GSM8K (`question`, `answer`).
+prompts for reinforcement learning with `--reward gsm8k`, from MetaMathQA or GSM8K (`question`, `answer`). Rows whose
+answer is not a number are omitted then.
 """
 
+import re
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
 from lit_llama.prepare_settings import PrepareSettings
@@ -37,7 +40,11 @@ if __name__ == "__main__":
 from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, read_rows, text_field
+from lit_llama.rewards import load_function
+from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.utils import UserError, log
+
+NO_NUMBER = "whose answer is not a number"
 
 
 def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]:
@@ -46,11 +53,27 @@ def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]
     return prompt, style.reply(prompt, text_field(row, number, "response"))
 
 
-def prepare_prompt(row: Any, number: int, style: PromptStyle) -> tuple[str, Any]:
-    """Return the prompt of a row of MetaMathQA or GSM8K, and the row, which has the solution."""
-    problem, solution = ("question", "answer") if isinstance(row, dict) and "question" in row else ("query", "response")
-    text_field(row, number, solution)
-    return render_prompt(style, text_field(row, number, problem)), row
+def read_prompts(rows: Iterable[Any], style: PromptStyle) -> tuple[list[tuple[str, Any]], int]:
+    """Return the prompts of rows of MetaMathQA or GSM8K, each with its row, and the number of omitted rows."""
+    reward, samples, omitted = load_function("gsm8k"), [], 0
+    for number, row in enumerate(rows, 1):
+        names = ("question", "answer") if isinstance(row, dict) and "question" in row else ("query", "response")
+        problem, solution = (text_field(row, number, name) for name in names)
+        if states_number(solution, reward):
+            samples.append((render_prompt(style, problem), row))
+        else:
+            omitted += 1
+    log(f"Omitted {omitted} rows {NO_NUMBER}. Kept {len(samples)} rows.")
+    return samples, omitted
+
+
+def states_number(solution: str, reward: Callable[..., list[float]]) -> bool:
+    """Return whether the answer that a solution states earns the reward; a word or a root does not."""
+    stated = re.split(r"####|The answer is:?", solution)[-1]
+    try:
+        return reward([""], [stated], [{"response": solution}]) == [1.0]
+    except UserError:  # the solution has no number
+        return False
 
 
 def main(settings: Settings) -> None:
@@ -63,7 +86,10 @@ def main(settings: Settings) -> None:
     if settings.stage == "sft":
         prepare_sft(rows, partial(prepare_sample, style=style), mask_prompt=settings.mask_prompt, **options)
     else:
-        prepare_prompts(rows, partial(prepare_prompt, style=style), **options)
+        with naming(options["about"]["source"]):
+            samples, omitted = read_prompts(rows, style)
+        options["about"]["left_out"] = {NO_NUMBER: omitted}
+        prepare_prompts(samples, lambda sample, number: sample, **options)
     print(settings.output_dir)
 
 

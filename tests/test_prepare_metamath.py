@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lit_llama.data import SFT_FORMAT, SFTData, read_meta
+from lit_llama.data import SFT_FORMAT, PromptData, SFTData, read_meta
+from lit_llama.rewards import Reward
 from lit_llama.tokenizer import Tokenizer
 
 SCRIPT = "scripts/prepare_metamath.py"
@@ -41,3 +42,27 @@ def test_a_row_without_a_solution_is_refused(tmp_path, base_dir, refused):
     message = refused(SCRIPT, "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out")
     assert message == f"{path}: Row 2 has no field 'response'; it has 'query'."
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_for_the_reward_have_a_number_as_the_answer(rows, tmp_path, base_dir, run_script):
+    """One real row has a root as its answer. A word is omitted too, although its solution has a number."""
+    word = {"query": "Who has most?", "response": "Evelyn has 3.\nThe answer is: \\text{Evelyn}"}
+    usable = [
+        *json.loads(rows.read_text())[1:],
+        {"query": "Which share?", "response": "Of 4, she has 3.\nThe answer is: \\frac{3}{4}"},
+        {"question": "How many?", "answer": "She has <<2*9=18>>18.\n#### 18"},
+    ]
+    path, folder = tmp_path / "rows.json", tmp_path / "out"
+    path.write_text(json.dumps([*json.loads(rows.read_text()), word, *usable[3:]]))
+    code, _, err = run_script(
+        SCRIPT, "--stage", "rl", "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir", folder,
+        "--max_seq_length", 2000, "--num_proc", 1,
+    )  # fmt: skip
+    assert code == 0 and "Omitted 2 rows whose answer is not a number. Kept 5 rows." in err
+    assert json.loads((folder / "meta.json").read_text())["left_out"] == {"whose answer is not a number": 2}
+    sources = []
+    for split in ("train", "test"):
+        data = PromptData(folder, split)
+        sources += data.sources(range(len(data)))
+    assert sorted(sources, key=str) == sorted(usable, key=str)
+    assert Reward("gsm8k")([""] * 5, ["0.75"] * 5, sources, list(range(5))).count(1) == 1
