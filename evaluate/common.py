@@ -401,7 +401,3 @@ def bootstrap_interval(
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table with a final line break."""
     return tables.markdown_table(header, rows) + "\n"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -52,7 +52,6 @@ from evaluate.common import (
     identify,
     load,
     markdown_table,
-    percent,
     pick_style,
 )
 from lit_llama.generation import Sampling
@@ -258,9 +257,9 @@ def show(summary: dict[str, Any], shots: int) -> str:
         "questions": summary["n"],
         "skipped": summary["skipped"],
         "accuracy": f"{summary['accuracy']:.3f}",
-        "95 % interval": "{:.3f} to {:.3f}".format(*summary["interval"]),
-        "with a number": percent(summary["extracted_share"]),
-        "ended": percent(summary["ended_share"]),
+        "95% interval": "{:.3f} to {:.3f}".format(*summary["interval"]),
+        "with a number": f"{summary['extracted_share']:.1%}",
+        "ended": f"{summary['ended_share']:.1%}",
         "mean tokens": f"{summary['mean_tokens']:.1f}",
         "tokens/s": f"{summary['tokens_per_second']:.0f}",
     }

@@ -49,7 +49,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from evaluate.common import EvaluatedModel, Results, answer_statistics, few_shot, identify, load, percent
+from evaluate.common import EvaluatedModel, Results, answer_statistics, few_shot, identify, load
 from evaluate.letters import length_batches, pad
 from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
@@ -337,7 +337,7 @@ def show(summary: dict[str, Any]) -> str:
     table = markdown_table(["task", "metric", "filter", "questions", "value", "standard error"], rows)
     notes = f"{summary['truncated']} requests were longer than the model's context and were truncated at the beginning"
     if "ended_share" in summary:
-        notes += f". {percent(summary['ended_share'])} of the answers ended by themselves, after "
+        notes += f". {summary['ended_share']:.1%} of the answers ended by themselves, after "
         notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
     return f"{table}\n\n{notes}.\n"
 

@@ -62,7 +62,6 @@ from evaluate.common import (
     identify,
     load,
     markdown_table,
-    percent,
     pick_style,
 )
 from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
@@ -231,10 +230,10 @@ def show(summary: dict[str, Any], shots: int) -> str:
         ]
         for name, group in groups.items()
     ]
-    table = markdown_table([f"MMLU, {shots}-shot", "questions", "skipped", "accuracy", "95 % interval"], rows)
+    table = markdown_table([f"MMLU, {shots}-shot", "questions", "skipped", "accuracy", "95% interval"], rows)
     notes = "Predicted: " + ", ".join(f"{letter} {count}" for letter, count in summary["predicted"].items())
     if "ended_share" in summary:
-        notes += f". {percent(summary['ended_share'])} of the answers ended by themselves, after "
+        notes += f". {summary['ended_share']:.1%} of the answers ended by themselves, after "
         notes += f"{summary['mean_tokens']:.1f} tokens on average; {summary['tokens_per_second']:.0f} tokens/s"
     else:
         notes += f". {summary['prompt_tokens_per_second']:.0f} prompt tokens/s"

@@ -44,7 +44,7 @@ def tally(verdicts: Sequence[Verdict | None], seed: int = 0) -> dict[str, Any]:
 
     Returns:
         n: verdicts that were understood; win, tie, loss, unparsed: counts; rate: win / n; adjusted_rate:
-        (win + tie / 2) / n; interval: 95 % bootstrap interval of the adjusted rate. Rates are None if n is 0.
+        (win + tie / 2) / n; interval: 95% bootstrap interval of the adjusted rate. Rates are None if n is 0.
     """
     counts: dict[str, Any] = {name: sum(v == name for v in verdicts) for name in ("win", "tie", "loss")}
     n = sum(counts.values())
@@ -232,7 +232,7 @@ def length_controlled(points: list[float], differences: list[float], resamples: 
         differences: length of the first answer minus that of the second.
 
     Returns:
-        first_longer, second_longer: questions; length_controlled_rate and _interval (95 % bootstrap), or None.
+        first_longer, second_longer: questions; length_controlled_rate and _interval (95% bootstrap), or None.
     """
     y, x = np.asarray(points, float), np.asarray(differences, float)
     first_longer, second_longer = int((x > 0).sum()), int((x < 0).sum())
@@ -269,7 +269,7 @@ def rate_at_zero(x: np.ndarray, y: np.ndarray, ridge: float = 0.01) -> float:
 
 def tally_table(summary: dict[str, Any]) -> str:
     """Return the Markdown table of all questions and of each category."""
-    header = ["category", "n", "win", "tie", "loss", "unparsed", "win rate", "adjusted", "95 %", "score", "against"]
+    header = ["category", "n", "win", "tie", "loss", "unparsed", "win rate", "adjusted", "95%", "score", "against"]
     parts = {"all": summary["all"], **summary["by_category"]}
     return markdown_table(header, [[name, *tally_cells(part)] for name, part in parts.items()])
 
@@ -328,7 +328,7 @@ def render_length(length: dict[str, Any]) -> str:
             f"to {length['second_longer']} questions, so too little is known about answers of equal length.\n"
         )
     low, high = length["length_controlled_interval"]
-    return text + f"Length-controlled rate: {length['length_controlled_rate']:.3f} (95 % {low:.3f}–{high:.3f}).\n"
+    return text + f"Length-controlled rate: {length['length_controlled_rate']:.3f} (95% {low:.3f}–{high:.3f}).\n"
 
 
 def write_report(

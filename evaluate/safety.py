@@ -7,8 +7,8 @@ answers of a model with any adapter are compared with those of the base, of anot
     --judge guard       a guard model calls each answer safe or unsafe
     --judge keywords    only the refusal rate: the share of answers with a phrase such as "I cannot"
 
-The refusal rate is always given, but does not measure safety: on 5,135 answers with labels, such phrases occur in 14 %
-of the safe and 7 % of the unsafe ones. With --calibrate, the judge is measured on labeled answers instead.
+The refusal rate is always given, but does not measure safety: on 5,135 answers with labels, such phrases occur in 14%
+of the safe and 7% of the unsafe ones. With --calibrate, the judge is measured on labeled answers instead.
 """
 
 import json
@@ -76,7 +76,7 @@ SAFE_RLHF = "https://raw.githubusercontent.com/PKU-Alignment/safe-rlhf/main/safe
 BEAVERTAILS = "PKU-Alignment/BeaverTails-Evaluation"
 
 NOT_SAFETY = (
-    "The refusal rate is not safety: on 5,135 answers with labels, such phrases occur in 14 % of the safe and 7 % of "
+    "The refusal rate is not safety: on 5,135 answers with labels, such phrases occur in 14% of the safe and 7% of "
     "the unsafe ones."
 )
 REFUSAL_PHRASES = (
@@ -388,7 +388,7 @@ def render_flags(flags: dict[str, Any]) -> str:
             interval = part[f"interval{side}"]
             row += [fixed(part[f"share{side}"], 3), "{:.3f}–{:.3f}".format(*interval) if interval else "–"]
         rows.append(row)
-    table = markdown_table(["category", "n", "first", "95 %", "against", "95 %"], rows)
+    table = markdown_table(["category", "n", "first", "95%", "against", "95%"], rows)
     return table + render_unparsed(flags["unparsed"])
 
 

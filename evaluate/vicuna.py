@@ -283,7 +283,7 @@ def grade_summary(grades: list[Grades]) -> dict[str, Any]:
 
 
 def mean_grades(grades: list[Grades]) -> dict[str, Any]:
-    """Return the mean grade of each side, and their difference with its 95 % bootstrap interval."""
+    """Return the mean grade of each side, and their difference with its 95% bootstrap interval."""
     understood = [(g.first, g.second) for g in grades if None not in (g.first, g.second)]
     if not understood:
         return {"n": 0, "grade": None, "grade_against": None, "difference": None, "interval": None}
@@ -321,7 +321,7 @@ def render_grades(single: dict[str, Any]) -> str:
         interval = "–" if part["interval"] is None else "{:.2f} to {:.2f}".format(*part["interval"])
         numbers = [fixed(part[field], 2) for field in ("grade", "grade_against", "difference")]
         rows.append([name, part["n"], *numbers, interval])
-    table = markdown_table(["category", "n", "grade", "against", "difference", "95 %"], rows)
+    table = markdown_table(["category", "n", "grade", "against", "difference", "95%"], rows)
     return table + render_unparsed(single["unparsed"])
 
 
