@@ -29,7 +29,7 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
-from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
+from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.storage.files import LOCK, claim, locked, unwritable, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes
 from lit_llama.tokenizer import Tokenizer
@@ -306,15 +306,11 @@ def few_shot(style: PromptStyle, examples: Sequence[tuple[str, str]], question: 
 
     The style `plain` has no turns, so each question is followed by "Answer:" there.
     """
-    if isinstance(style, ChatStyle):
-        turns = [(("user", text), ("assistant", answer)) for text, answer in examples]
-        messages = [{"role": role, "content": text} for turn in turns for role, text in turn]
-        return style.render_messages([*messages, {"role": "user", "content": question}])
-
-    def turn(text: str) -> str:
-        return f"{text}\nAnswer:" if style.name == "plain" else style.render(text)
-
-    return "".join(f"{turn(text).rstrip()} {answer}\n\n" for text, answer in examples) + turn(question)
+    if style.name == "plain":
+        return "".join(f"{text}\nAnswer: {answer}\n\n" for text, answer in examples) + f"{question}\nAnswer:"
+    turns = [(("user", text), ("assistant", answer)) for text, answer in examples]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in turn]
+    return style.render_messages([*messages, {"role": "user", "content": question}])
 
 
 def answer_questions(

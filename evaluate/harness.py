@@ -49,7 +49,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from evaluate.common import EvaluatedModel, Results, answer_statistics, few_shot, identify, load
+from evaluate.common import EvaluatedModel, Results, answer_statistics, identify, load
 from evaluate.letters import length_batches, pad
 from lit_llama.console import did_you_mean
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
@@ -113,13 +113,10 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation in the prompt style. A system message becomes part of the first instruction."""
-        system = "\n\n".join(m["content"] for m in chat_history if m["role"] == "system")
-        texts = [m["content"] for m in chat_history if m["role"] != "system"]
-        if system:
-            texts[0] = f"{system}\n\n{texts[0]}"
-        opening = "" if add_generation_prompt else f" {texts.pop()}"  # an answer to continue
-        examples = list(zip(texts[:-1:2], texts[1::2], strict=True))
-        return few_shot(self.evaluated.style, examples, texts[-1]) + opening
+        if add_generation_prompt:
+            return self.evaluated.style.render_messages(chat_history)
+        *turns, opening = chat_history  # the last answer is to be continued
+        return f"{self.evaluated.style.render_messages(turns)} {opening['content']}"
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of both. An answer to an instruction begins with a space, which the harness omits."""

@@ -102,7 +102,7 @@ def render(item: Item, examples: list[Item], style: PromptStyle) -> str:
         header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         return header + few_shot(style, [(e.text(), e.answer) for e in examples], item.text())
     header = f"Answer the following multiple choice question about {subject} with A, B, C or D.\n\n"
-    return few_shot(style, [(header + e.text(), e.answer) for e in examples], header + item.text()).rstrip()
+    return few_shot(style, [(header + e.text(), e.answer) for e in examples], header + item.text())
 
 
 # == Scoring by the letters' log-probabilities ==
@@ -156,17 +156,19 @@ def letter_record(question: Question, logps: list[float], prompt_tokens: int, se
 def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     """Return the letter that an answer chooses as `predicted`, or None.
 
-    It is the letter that the answer begins with or states after "answer is", or that of the one choice that the answer
-    begins with.
+    It is the letter that the answer begins with or states after "answer is", or that of the longest choice that the
+    answer begins with.
     """
     answer = record["answer"]
-    match = re.match(r"\W*([A-D])(?![\w'’])(?!\s+[a-z])", answer) or re.search(
-        r"\b[Aa]nswer\s*(?:is|:)\W*([A-D])\b(?!\s+[a-z])", answer
-    )
+    letter = r"(A(?!\s+[a-z])|[B-D])(?![\w'’])"  # before a word, A is the article
+    match = re.match(rf"\W*{letter}", answer) or re.search(rf"\b[Aa]nswer\s*(?:is|:)\W*{letter}", answer)
     if match:
         return {"predicted": match[1]}
-    text = answer.strip().lower()
-    same = [letter for letter, c in zip(LETTERS, record["choices"], strict=True) if text.startswith(c.strip().lower())]
+    text, begins = answer.strip().lower(), {}
+    for letter, choice in zip(LETTERS, (choice.strip().lower() for choice in record["choices"]), strict=True):
+        if choice and re.match(rf"{re.escape(choice)}(?!\w|[.,]\d)", text):
+            begins.setdefault(len(choice), []).append(letter)
+    same = begins[max(begins)] if begins else []
     return {"predicted": same[0] if len(same) == 1 else None}
 
 

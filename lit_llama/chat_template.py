@@ -65,9 +65,6 @@ class ChatText(Rendered):
         more = text if isinstance(text, ChatText) else "".join(GUARD + c for c in text.replace(GUARD, ""))
         return self.with_text(super().__add__(more))
 
-    def rstrip(self, *args: str) -> "ChatText":
-        return self.with_text(super().rstrip(*args))
-
     def part(self, start: int, end: int | None = None) -> "ChatText":
         """Return the characters from `start` to before `end`."""
         return self.with_text(self[start:end])

@@ -412,13 +412,17 @@ def test_special_tokens_stay_text_in_another_process(folders):
 
 
 def test_few_shot_examples_are_rendered_as_earlier_turns(folders):
+    from evaluate import mmlu
     from evaluate.common import few_shot
+    from evaluate.mmlu_data import Item
 
     style = get_prompt_style("chat", folders["chatml"])
     prompt = few_shot(style, [("1 + 1?", "2")], "2 + 2?")
     turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
     assert prompt == style.render_messages([{"role": role, "content": text} for role, text in turns])
     assert isinstance(prompt, ChatText)
+    item = Item("anatomy", "1 + 1?", ("1", "2", "3", "4"), "B")
+    assert mmlu.render(item, [], style).endswith("<|im_start|>assistant\n")
 
 
 def test_scoring_letters_after_a_chat_template_is_refused(refused, folders, tmp_path):

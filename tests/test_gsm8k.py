@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate import gsm8k
+from evaluate.common import bootstrap_interval
 from evaluate.gsm8k import EXAMPLE, Settings, extract_answer
 from lit_llama.prompts import get_prompt_style
 from lit_llama.utils import UserError
@@ -149,6 +150,8 @@ def test_a_worked_example_is_rendered_in_the_prompt_style():
     prompt = gsm8k.render("How many?", style, 1)
     assert prompt == f"{style.render(EXAMPLE[0])} {EXAMPLE[1]}\n\n{style.render('How many?')}"
     assert gsm8k.render("How many?", style, 0) == style.render("How many?")
+    one_line = gsm8k.render("How many?", get_prompt_style("orca"), 1)
+    assert one_line.endswith(f" [|AI Assistant|] {EXAMPLE[1]} [|User|] How many? [|AI Assistant|] ")
     assert gsm8k.render("How many?", get_prompt_style("plain"), 0) == "Question: How many?\nAnswer:"
     assert extract_answer(EXAMPLE[1]) == "216" == str(6 * 24 * 3 // 4 * 2)
 
@@ -180,6 +183,15 @@ def test_the_summary_is_consistent_with_the_answers(base_dir, rows, tmp_path, ca
         assert gsm8k.score({**record, "answer": f"So {record['gold']}.00"})["correct"]
         assert not gsm8k.score({**record, "answer": "So 3."})["correct"]
     assert "| 0-shot | 5 |" in capsys.readouterr().out
+
+
+def test_the_summary_counts_right_answers_and_answers_with_a_number():
+    pairs = [("3", True), ("3", True), ("4", False), (None, False)]
+    statistics = {"tokens": 6, "ended": True, "seconds": 0.5}
+    summary = gsm8k.summarize([{"extracted": e, "correct": c, **statistics} for e, c in pairs], skipped=1)
+    assert (summary["n"], summary["skipped"], summary["accuracy"], summary["extracted_share"]) == (4, 1, 0.5, 0.75)
+    assert summary["interval"] == bootstrap_interval([1, 1, 0, 0])
+    assert "| 0-shot | 4 | 1 | 0.500 | 0.000 to 1.000 | 75.0% |" in gsm8k.show(summary, 0)
 
 
 def test_bad_rows_and_settings_are_refused(base_dir, rows, tmp_path):

@@ -154,7 +154,7 @@ def test_tasks_are_rendered_in_a_prompt_style():
     style_model = HarnessModel(load(ModelSettings(checkpoint_dir=MICROWORLD, prompt_style="hh")))
     turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "1"), ("user", "Two?")]
     history = [{"role": role, "content": text} for role, text in turns]
-    expected = "Human: Be kind.\n\nOne? Assistant: 1\n\nHuman: Two? Assistant: "
+    expected = "Human: Be kind.\n\nOne? Assistant: 1 Human: Two? Assistant: "
     assert style_model.apply_chat_template(history) == expected
     history.append({"role": "assistant", "content": "It"})
     assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{expected} It"

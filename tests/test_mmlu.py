@@ -115,7 +115,11 @@ def test_prompts():
     prompt = mmlu.render(item, [example], get_prompt_style("alpaca"))
     assert prompt.count("### Response:") == 2 and "### Response: B\n\nBelow is" in prompt
     assert prompt.endswith("### Response:")
-    assert mmlu.render(item, [], get_prompt_style("orca")).endswith("[|AI Assistant|]")
+    prompt = mmlu.render(item, [], get_prompt_style("orca"))
+    assert prompt.endswith("[|AI Assistant|] ")  # as in training; generated answers follow the space
+    tokenizer = Tokenizer(MICROWORLD)
+    letters = Letters.of(tokenizer)
+    assert letters.prompt(tokenizer, prompt) == letters.prompt(tokenizer, prompt.rstrip())
 
 
 def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:
@@ -168,7 +172,12 @@ def test_batches_contain_every_question_once_and_fit_the_token_limit(lengths, ba
         ("The answer is B.", "B"),
         ("I think the answer is: (C)", "C"),
         ("A cat is an animal", None),
+        ("The answer is A cat", None),
         ("The answer is a cat", None),
+        ("B is the correct answer.", "B"),
+        ("C because it is green", "C"),
+        ("The correct answer is B because", "B"),
+        ("Blue-green", "B"),
         ("blue", "B"),
         ("Green, of course", "C"),
         ("none", None),
@@ -178,6 +187,15 @@ def test_batches_contain_every_question_once_and_fit_the_token_limit(lengths, ba
 def test_reading_the_letter_from_an_answer(answer, letter):
     choices = ["red", "blue", "green", "grey"]
     assert read_letter({"answer": answer, "choices": choices}) == {"predicted": letter}
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [("10", "D"), ("1.", "A"), ("2 apples", "B"), ("1.5 apples", "C"), ("12 apples", None), ("2.5", None)],
+)
+def test_an_answer_begins_with_the_longest_choice_that_matches(answer, letter):
+    assert read_letter({"answer": answer, "choices": ["1", "2", "1.5", "10"]}) == {"predicted": letter}
+    assert read_letter({"answer": answer, "choices": ["", answer, answer, "none"]}) == {"predicted": None}
 
 
 def settings(data_file: Path, tmp_path: Path, **others) -> Settings:
@@ -218,9 +236,14 @@ def test_padding_and_batches_do_not_change_the_scores(folder, tmp_path):
 def test_generated_answers_are_parsed(folder, tmp_path):
     out = settings(folder, tmp_path, scoring="generate", shots=1, subjects=("anatomy",), max_new_tokens=4, limit=2)
     summary = mmlu.main(out)
-    records = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    path = tmp_path / "out/answers.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     assert summary["n"] == len(records) == 2 and 0 <= summary["ended_share"] <= 1
-    assert all(r["predicted"] in (*LETTERS, None) and r["tokens"] <= 4 for r in records)
+    assert all(r["tokens"] <= 4 and r["predicted"] == read_letter(r)["predicted"] for r in records)
+    path.write_text("".join(json.dumps({**r, "answer": "B"}) + "\n" for r in records))
+    summary = mmlu.main(out)  # reads the answers again
+    assert summary["predicted"] == {"A": 0, "B": 2, "C": 0, "D": 0, "none": 0}
+    assert summary["accuracy"] == 0.5  # the first question's letter is A, the second's B
 
 
 def test_long_questions_are_skipped_and_counted_or_refused(folder, tmp_path, refused):
