@@ -30,7 +30,7 @@ from lit_llama.utils import UserError, log
 JUDGEMENTS = "judgements.jsonl"
 FIRST_DELAY = 1.0  # seconds before the second attempt; each further delay is twice as long, up to a minute
 LONGEST_WAIT = 600  # seconds; an endpoint that asks for more ends the run, which can be continued later
-MOST_FAILURES = 5  # consecutive failed requests after which the run ends
+MOST_FAILURES = 5  # consecutive failed requests after which the run ends; refusals count until the first reply
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class Dispatcher:
     def __init__(self, judge: Judge, jobs: dict[str, Request], bar: tqdm) -> None:
         self.judge, self.settings, self.bar = judge, judge.settings, bar
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        for job in jobs.items():
+        # shuffled, since a content filter may refuse all requests of a category
+        for job in random.Random(0).sample([*jobs.items()], len(jobs)):
             self.jobs.put(job)
         self.outcomes: queue.SimpleQueue = queue.SimpleQueue()
         self.stopped = threading.Event()
@@ -255,7 +256,9 @@ class Dispatcher:
                 reply = self.judge.endpoint.post(body)
             except Refused as refusal:
                 self.refused[key], self.judge.failed[key] = request, str(refusal)
-                return None if key in self.judge.records else self.give_up(key, str(refusal))  # as in an earlier run
+                if self.successes or key in self.judge.records:  # the endpoint works, or refused it in an earlier run
+                    return None
+                return self.give_up(key, str(refusal))
             except Retry as failure:
                 if failure.kind == "busy" and self.successes > successes:
                     attempt, successes = 0, self.successes  # the rate limit let other requests through

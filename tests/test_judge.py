@@ -255,6 +255,22 @@ def test_a_request_that_always_fails_does_not_affect_the_others(tmp_path):
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "refuses",
+    [lambda id, number: id < 12, lambda id, number: 3 <= number < 15],
+    ids=["the first questions", "many in a row"],
+)
+def test_a_content_filter_may_refuse_many_requests(tmp_path, refuses):
+    def reply(body, number):
+        id = int(body["messages"][0]["content"].split()[-1])
+        return Fault(400, b"filtered") if refuses(id, number) else echo(body, number)
+
+    with serving(reply) as server:
+        opened = open_judge(server, tmp_path, judge_workers=1)
+        records = opened.ask(requests(40))
+    assert replies(records).count("") == 12 and opened.describe(records)["replies"] == 28
+
+
 def test_an_endpoint_that_stops_accepting_requests_ends_a_later_run(tmp_path):
     """For example because there is no credit left."""
     with serving(echo) as server:
