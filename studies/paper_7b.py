@@ -52,7 +52,7 @@ class Settings(Checked):
     # == A smaller study ==
     limit: PositiveInt | None = None  # evaluate only this many questions (MMLU: of each subject)
     max_steps: PositiveInt | None = None  # train only this many steps
-    max_seq_length: PositiveInt | None = None  # truncate rows to this many tokens (default: 512, preferences 1024)
+    max_seq_length: PositiveInt | None = None  # truncate rows to this many tokens (default: 512, Beaver 1024)
     max_new_tokens: PositiveInt | None = None  # longest answer in tokens (default: each evaluation's)
 
     # == Device ==
@@ -216,7 +216,8 @@ class Study:
         tokens = min(steps, s.max_steps or steps) * 64 * TOKENS[dataset]
         # with frozen weights, 2 operations per weight and token forward and 2 for the gradient of the activations
         hours = 4 * self.parameters * tokens / (s.gpu_tflops * 1e12) / 3600
-        in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * (s.max_seq_length or (1024 if pairs else 512))
+        length = s.max_seq_length or (1024 if dataset.startswith("beaver") else 512)  # as prepared
+        in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * length
         activations = 17 * self.config.n_embd * self.config.n_layer * in_batch  # numbers that the backward pass reads
         gigabytes = 2 * (self.parameters + activations) / 1e9
         step = Step(f"train {method} on {dataset}", command(f"finetune/{script}.py", flags), out_dir / "summary.json",
@@ -347,20 +348,20 @@ def read_grades(summary: dict[str, Any]) -> Number:
     return Number(part.get("difference"), part.get("interval"), part.get("n"))
 
 
-SMALL_N = "With 80 questions the 95 % interval of a rate is 0.08 to 0.095 wide on each side."
 FEW_METHODS = ("aligner1", "aligner10", "adapter", "lora")
 TABLES: dict[TableName, Table] = {
     "2": Table(
         "Table 2: Vicuna benchmark, adjusted rate of the Aligner",
         FEW_METHODS,
         ("The paper's adjusted rates follow from (wins + ties / 2) / 80 but for one cell: 28 wins, 26 ties and 26 "
-         "losses are 0.5125, not 0.528.", f"{SMALL_N} Only one of the paper's cells differs from 0.5 by more."),
+         "losses are 0.5125, not 0.528.", "With 80 questions the 95 % interval of a rate is 0.08 to 0.095 wide on each "
+         "side. Only one of the paper's cells differs from 0.5 by more."),
         judged("vicuna", "alpaca", 80, "vicuna_file", {"adjusted rate": read_pairs}),
     ),
     "3": Table(
         "Table 3: Vicuna benchmark, answers graded one by one",
         FEW_METHODS,
-        (SMALL_N,),
+        (),
         judged("vicuna", "alpaca", 80, "vicuna_file", {"difference of the mean grades": read_grades}),
     ),
     "fig3": Table(
@@ -389,9 +390,9 @@ TABLES: dict[TableName, Table] = {
 
 
 def main(settings: Settings) -> None:
-    check(settings)
     names = list(TABLES) if settings.table == "all" else [settings.table]
     plans = {name: TABLES[name].plan(Study(settings, TABLES[name].methods)) for name in names}
+    check(settings, plans)
     steps = list({tuple(step.command): step for plan, _ in plans.values() for step in plan}.values())
     path = settings.out_dir / "completed.json"
     completed = read_json(path) if path.is_file() else {}
@@ -410,14 +411,19 @@ def main(settings: Settings) -> None:
     report(settings, {name: cells for name, (_, cells) in plans.items()})
 
 
-def check(settings: Settings) -> None:
-    """Check the methods and the base model.
+def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell]]]) -> None:
+    """Check the methods, the tables and the base model.
 
     Raises:
-        UserError: a method is unknown, or there is no base model.
+        UserError: a method is unknown, a table has nothing to compare, or there is no base model.
     """
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"There is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+    if empty := [name for name, (_, cells) in plans.items() if not cells]:
+        raise UserError(
+            f"--table {empty[0]} compares Aligners with other methods; --methods needs at least one of each from "
+            f"{', '.join(TABLES[empty[0]].methods)}."
+        )
     if not settings.dry_run and not (settings.checkpoint_dir / "lit_config.json").is_file():
         raise UserError(
             f"There is no base model at {settings.checkpoint_dir}; convert one with scripts/convert_hf_checkpoint.py, "
@@ -449,7 +455,8 @@ def run_step(step: Step, number: int, total: int) -> None:
     if code or not step.done.is_file():
         raise UserError(
             f"Step {number} of {total} ({step.name}) ended with exit code {code}; fix the error reported above and "
-            "start the study again: complete steps are kept."
+            f"start the study again: complete steps are kept. To repeat this step with other settings, delete "
+            f"{step.done.parent} first."
         )
 
 

@@ -1,6 +1,7 @@
 """The command for the paper's benchmarks, from raw rows to the report, on the bundled model and a few rows."""
 
 import csv
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_results_of_other_data_or_another_base_are_not_complete(run_script, file
         code, out, err = run_script("studies/paper_7b.py", *SMALL, *files, *change)
         assert (code, out) == (1, "") and ": complete\n" not in err
         assert "(train aligner1 on metamath) ended with exit code 1" in err
+        assert err.endswith(f"with other settings, delete {tmp_path}/out/runs/metamath-aligner1 first.\n")
 
 
 def test_a_failing_step_is_named_and_ends_the_study(run_script, files, tmp_path):
@@ -94,6 +96,17 @@ def test_the_parameter_count_is_exact():
     assert study.Study(study.Settings(checkpoint_dir=Path("/nowhere")), ()).parameters == 6_738_415_616  # Llama 2 7B
 
 
+@pytest.mark.parametrize("dataset", study.TRAINING)
+def test_memory_is_predicted_for_the_default_length_of_the_rows(dataset):
+    def gigabytes(max_seq_length: int | None = None) -> float:
+        settings = study.Settings(checkpoint_dir=Path("/nowhere"), max_seq_length=max_seq_length)
+        return study.Study(settings, ("lora",)).train("lora", dataset)[-1].gigabytes
+
+    script = study.Study(study.Settings(), ()).prepare(dataset).command[0]
+    default = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Settings.max_seq_length
+    assert gigabytes() == gigabytes(default) != gigabytes(2 * default)
+
+
 def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
     def step(**judge) -> study.Step:
         plan, _ = study.TABLES["2"].plan(study.Study(study.Settings(out_dir=tmp_path, **judge), ("aligner1", "lora")))
@@ -114,6 +127,8 @@ def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
     ("flags", "sentence"),
     [
         (("--methods", "aligner2"), "There is no method 'aligner2'; choose from aligner1, aligner10, "),
+        (("--table", "2", "--methods", "aligner1"), "--table 2 compares Aligners with other methods; "),
+        (("--table", "2", "--methods", "aligner300"), "--table 2 compares Aligners with other methods; "),
         (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
     ],
 )
