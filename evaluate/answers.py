@@ -94,27 +94,26 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     """
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
-    first = second = None  # files and settings are read first, since generating takes long
+    # files and settings are read first, since generating takes long
     against_file = Path(settings.against).suffix.lower() in (".json", ".jsonl", ".gz")
-    other = None if against_file else other_side(settings)
-    if settings.answer_file:
-        first = read_answers(settings.answer_file, items, asked)
-    else:
-        if other is not None and settings.adapter is None:  # a base is asked in the style of the other side's adapter
-            settings = replace(settings, prompt_style=pick_style(other).name)
+    first = read_answers(settings.answer_file, items, asked) if settings.answer_file else None
+    second = read_answers(Path(settings.against), items, asked) if against_file else None
+    other = None if second else other_side(settings, first)
+    if first is None:
+        if settings.adapter is None:  # a base is asked in the style of the other side
+            style = pick_style(other).name if other else settings.prompt_style or second.made_by.get("prompt_style")
+            settings = replace(settings, prompt_style=style)
         results = open_results(settings, settings.output_dir / "answers")
-    if other is None:
-        second = read_answers(Path(settings.against), items, asked)
-    else:
+    if other is not None:
         other_results = open_results(other, settings.output_dir / "answers_against")
     return first or generate_answers(settings, asked, results), second or generate_answers(other, asked, other_results)
 
 
-def other_side(settings: CompareSettings) -> CompareSettings:
+def other_side(settings: CompareSettings, first: Answers | None) -> CompareSettings:
     """Return the settings of the model `against`; a base model gets the prompt style of the first side."""
     if settings.against != "base":
         return replace(settings, adapter=Path(settings.against), strength=1.0)
-    style = settings.prompt_style if settings.answer_file else pick_style(settings).name
+    style = pick_style(settings).name if first is None else settings.prompt_style or first.made_by.get("prompt_style")
     return replace(settings, adapter=None, strength=1.0, prompt_style=style)
 
 
@@ -164,6 +163,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.answer_ids[id] = str(row.get("answer_id", ""))
         made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
         answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
+        answers.made_by |= made_by
     missing = [item.id for item in asked if item.id not in answers.texts]
     folders = (path.parent, path.parent.parent)  # of an evaluation's answers, or of those of one side
     if missing and answers.texts and made_by and any((folder / "summary.json").is_file() for folder in folders):
