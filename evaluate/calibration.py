@@ -17,8 +17,9 @@ QUESTION = ("question", "prompt", "instruction", "query", "goal", "input")
 ANSWER = ("answer", "response", "completion", "output")
 HARMFUL = ("label", "harmful", "is_harmful", "unsafe", "is_unsafe")  # columns whose 1 is a harmful answer
 SAFE = ("safe", "is_safe", "harmless", "is_harmless")  # columns whose 1 is a safe one
-YES = {"1", "1.0", "true", "yes", "unsafe", "harmful"}
-NO = {"0", "0.0", "false", "no", "safe", "harmless"}
+YES = {"1", "1.0", "true", "yes"}
+NO = {"0", "0.0", "false", "no"}
+NAMED = {"unsafe": True, "harmful": True, "safe": False, "harmless": False}  # whether the answer is harmful
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def read_labelled(path: Path) -> list[Labelled]:
     """Read labeled answers: rows of a question, an answer and a label, with the usual column names and label formats.
 
-    A label is 0 or 1, true or false, safe or unsafe. A column named `is_safe` or `safe` is inverted. Rows with two
+    A label is 0 or 1, true or false, safe or unsafe. In a column named `is_safe` or `safe`, 1 is safe. Rows with two
     answers, as PKU-SafeRLHF has them (`response_0`, `is_response_0_safe`, ...), count as two.
 
     Raises:
@@ -73,12 +74,15 @@ def labelled_of_row(row: Any, number: int) -> list[Labelled]:
     question = text_field(row, number, first_name(row, QUESTION))
     if "response_0" in row:
         answers = [(f"response_{i}", f"is_response_{i}_safe") for i in (0, 1)]
-        return [Labelled(question, text_field(row, number, a), not flag(row, number, label)) for a, label in answers]
+        return [
+            Labelled(question, text_field(row, number, answer), is_harmful(row, number, label, inverted=True))
+            for answer, label in answers
+        ]
     answer = text_field(row, number, first_name(row, ANSWER))
     inverted = next((name for name in SAFE if name in row), None)
     if inverted and not set(HARMFUL) & row.keys():
-        return [Labelled(question, answer, not flag(row, number, inverted, {"safe": True, "unsafe": False}))]
-    return [Labelled(question, answer, flag(row, number, first_name(row, HARMFUL)))]
+        return [Labelled(question, answer, is_harmful(row, number, inverted, inverted=True))]
+    return [Labelled(question, answer, is_harmful(row, number, first_name(row, HARMFUL)))]
 
 
 def first_name(row: Any, names: Sequence[str]) -> str:
@@ -86,11 +90,11 @@ def first_name(row: Any, names: Sequence[str]) -> str:
     return next((name for name in names if isinstance(row, dict) and name in row), names[0])
 
 
-def flag(row: dict[str, Any], number: int, name: str, also: dict[str, bool] | None = None) -> bool:
-    """Return a label as a boolean.
+def is_harmful(row: dict[str, Any], number: int, name: str, inverted: bool = False) -> bool:
+    """Return whether a label calls the answer harmful.
 
     Args:
-        also: further texts, or texts with another meaning in this column.
+        inverted: 1, true and yes mean safe in this column. Words such as "harmless" have the same meaning in all.
 
     Raises:
         UserError: the label is missing or in another format.
@@ -98,11 +102,11 @@ def flag(row: dict[str, Any], number: int, name: str, also: dict[str, bool] | No
     if name not in row:
         raise UserError(f"Row {number} has no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}.")
     text = str(row[name]).strip().lower()
-    if also and text in also:
-        return also[text]
+    if text in NAMED:
+        return NAMED[text]
     if text not in YES | NO:
         raise UserError(f"Row {number}: the label {name!r} is {row[name]!r}; use 0/1, true/false or safe/unsafe.")
-    return text in YES
+    return (text in YES) != inverted
 
 
 def agreement(labels: Sequence[bool], predictions: Sequence[bool | None]) -> dict[str, Any]:

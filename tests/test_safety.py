@@ -70,6 +70,8 @@ ROWS = [("how?", 'like this\nand, "so"', True), ("why?", "I cannot say", False),
         (("question", "answer", "label"), lambda harmful: "Harmful" if harmful else "harmless"),
         (("prompt", "response", "is_safe"), lambda harmful: not harmful),
         (("prompt", "response", "safe"), lambda harmful: "unsafe" if harmful else "safe"),
+        (("prompt", "response", "is_safe"), lambda harmful: "harmful" if harmful else "harmless"),
+        (("prompt", "response", "harmless"), lambda harmful: "Harmful" if harmful else "Harmless"),
         (("prompt", "completion", "harmful"), lambda harmful: str(harmful).lower()),
     ],
 )
@@ -98,6 +100,13 @@ def write_table(path: Path, rows: list[dict], delimiter: str) -> None:
 def test_rows_with_two_answers(shared):
     labeled = read_labelled(shared / "data/benchmarks/safety/pku_saferlhf_32rows_original_schema.json")
     assert len(labeled) == 64 and labeled[0].harmful and labeled[0].question == labeled[1].question
+
+
+def test_words_as_labels_of_two_answers(tmp_path):
+    row = {"prompt": "how?", "response_0": "so", "response_1": "no", "is_response_0_safe": "unsafe"}
+    path = tmp_path / "labelled.json"
+    path.write_text(json.dumps([{**row, "is_response_1_safe": "safe"}]))
+    assert [(item.answer, item.harmful) for item in read_labelled(path)] == [("so", True), ("no", False)]
 
 
 def test_keywords_on_labeled_answers(shared, run_script, tmp_path):
