@@ -1,8 +1,10 @@
 """The micro-world: generator, forms, scorer, splits."""
 
 import hashlib
+import json
 import random
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -287,6 +289,17 @@ def test_a_mistyped_name_is_refused(run_script, flag, value):
     code, out, err = run_script("evaluate/microworld.py", flag, value)
     assert code != 0 and out == ""
     assert err.count("\n") == 1 and value in err and ("pirate" if flag == "--form" else "unseen") in err
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(1, 1, 1), (0, 0, 0.5)])
+def test_the_evaluation_applies_the_adapter(strength, low, high, run_script, tmp_path):
+    path = tmp_path / "scores.json"
+    adapter = Path(__file__).parents[1] / "aligner_weights/microworld-pirate-n1"
+    flags = ("--adapter", adapter, "--strength", strength, "--questions", 8, "--groups", "unseen")
+    code, _, err = run_script("evaluate/microworld.py", *flags, "--output_file", path)
+    assert code == 0, err
+    result = json.loads(path.read_text())["results"]["unseen"]
+    assert result["n"] == 8 and low <= result["form"] <= high
 
 
 def test_every_form_and_group_has_a_name(world):
