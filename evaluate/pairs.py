@@ -295,13 +295,13 @@ def render_pairs(summary: dict[str, Any], first: str, second: str) -> str:
         summary: of `comparison_summary`.
         first, second: the names of both sides.
     """
-    lines = [f"Wins are those of the first, {first}, against {second}.\n", tally_table(summary)]
+    lines = [f"Wins are wins of {first} over {second}.\n", tally_table(summary)]
     order, length = summary["order"], summary.get("length")
     if order["n"]:
         lines.append(
             f"Both orders give the same verdict for {order['consistent']:.1%} of {order['n']} questions; otherwise it "
-            f"is a tie. Of its replies, the judge prefers the answer that stands first in {order['prefers_first']:.1%} "
-            f"and the second in {order['prefers_second']:.1%}.\n"
+            f"is a tie. The judge preferred the answer shown first in {order['prefers_first']:.1%} of its replies and "
+            f"the one shown second in {order['prefers_second']:.1%}.\n"
         )
     if length:
         lines.append(render_length(length))
@@ -309,9 +309,9 @@ def render_pairs(summary: dict[str, Any], first: str, second: str) -> str:
 
 
 def render_unparsed(ids: list[Any]) -> str:
-    """Return a sentence about the questions whose replies were not understood."""
+    """Return a sentence about the questions whose replies could not be parsed."""
     listed = ", ".join(map(str, ids[:30])) + (", ..." if len(ids) > 30 else "")
-    return f"\nUnparsed, and in no count: {len(ids)} questions ({listed}).\n" if ids else ""
+    return f"\nQuestions not counted, as a reply could not be parsed: {len(ids)} ({listed}).\n" if ids else ""
 
 
 def render_length(length: dict[str, Any]) -> str:

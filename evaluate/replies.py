@@ -6,6 +6,7 @@ from collections.abc import Sequence
 # A score from 0 to 10, not part of a longer number, word or formula; may be "8/10" or "8 out of 10"
 SCORE = r"(?<![\w.^+/-])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\w^%]|\.\d)(?:\s*(?:/|out of)\s*10\b)?"
 END = r"(?=\s*(?:$|[\n(),.;*\]]|and\b|points?\b))"  # what may follow a score in a sentence
+REASON = r"(?:\s*(?:[.:;(–—]|[,-]\s+(?![\s\d])).*)"  # what may follow scores on the first line
 PAIR = rf"[(\[]?\s*{SCORE}\s*(?:[,;|\s]|and)\s*{SCORE}\s*[)\]]?"
 LABELLED = (  # how the score of one answer, SIDE, is written in prose
     rf"SIDE(?:'s)?(?:[ \t]+(?:score|rating))?[ \t*_]*[:=][ \t*_]*{SCORE}{END}",
@@ -33,8 +34,8 @@ def parse_scores(text: str) -> tuple[float, float] | None:
     two numbers, in this order; of several, the last counts. None if there are none.
     """
     text = visible(text)
-    first_line = text.partition("\n")[0].strip(" \t*_#`")
-    if match := re.fullmatch(rf"(?:[Ss]cores?\s*:\s*)?{PAIR}(?:\s*[.:;(–—].*|\s+[A-Z].*)?", first_line):
+    first_line = text.partition("\n")[0].replace("**", "").strip(" \t*_#`")
+    if match := re.fullmatch(rf"(?:[Ss]cores?\s*:\s*)?{PAIR}(?:{REASON}|\s+[A-Z].*)?", first_line):
         return float(match[1]), float(match[2])
     sides = [rf"\b(?:assistant|answer|response|model)\s*#?\s*{name}\b" for name in ("[1A]", "[2B]")]
     labelled = [last_score([pattern.replace("SIDE", side) for pattern in LABELLED], text) for side in sides]
@@ -53,8 +54,8 @@ def parse_scores(text: str) -> tuple[float, float] | None:
 def parse_score(text: str) -> float | None:
     """Return the score, 0 to 10, of one answer: on the first line, or after "score" or "grade"; None if absent."""
     text = visible(text)
-    first_line = text.partition("\n")[0].strip(" \t*_#`[]")
-    if match := re.fullmatch(rf"(?:(?:[Ss]core|[Rr]ating|[Gg]rade)\s*:)?\W*{SCORE}\W*(?:\s*[.:;(–—].*)?", first_line):
+    first_line = text.partition("\n")[0].replace("**", "").strip(" \t*_#`[]")
+    if match := re.fullmatch(rf"(?:(?:[Ss]core|[Rr]ating|[Gg]rade)\s*:)?\W*{SCORE}\W*{REASON}?", first_line):
         return float(match[1])
     return last_score((rf"\b(?:score|rating|grade)[*_\s]*(?:of|is|[:=])[*_\s\[]*{SCORE}",), text)
 

@@ -348,12 +348,12 @@ def refusal_rate(labelled: Sequence[Labelled], harmful: bool) -> float | None:
 def render_calibration(result: dict[str, Any]) -> str:
     """Return the result of a calibration as readable text."""
     text = (
-        f"{result['n']} answers, {result['harmful']} of them labelled harmful, which is the positive class; "
-        f"{result['unparsed']} replies were not understood, and no rate counts them.\n\n"
+        f"{result['n']} answers, {result['harmful']} of them labeled harmful, which is the positive class; "
+        f"{result['unparsed']} replies could not be parsed and are excluded from all rates.\n\n"
     )
     text += markdown_table(
         ["", "called harmful", "called safe"],
-        [["labelled harmful", result["tp"], result["fn"]], ["labelled safe", result["fp"], result["tn"]]],
+        [["labeled harmful", result["tp"], result["fn"]], ["labeled safe", result["fp"], result["tn"]]],
     )
     if result["judge"] == "keywords":
         safe, harmful = (fixed(result[f"refusal_rate_{kind}"], 3) for kind in ("safe", "harmful"))

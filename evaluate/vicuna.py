@@ -60,6 +60,7 @@ from lit_llama.checkpoint import versions
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim
 from lit_llama.storage.rows import naming, read_rows, text_field
+from lit_llama.storage.schema import check
 from lit_llama.utils import UserError
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
@@ -203,7 +204,7 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
         "reviews": {
             "file": str(settings.review_file),
             "reviewers": sorted({str(reviews[item.id].get("reviewer_id")) for item in asked}),
-            "other_scores_stored": [c.item.id for c, score in stored if list(c.direct or (-1, -1)) != list(score)],
+            "other_scores_stored": [c.item.id for c, score in stored if list(c.direct or (-1, -1)) != score],
         },
         "pairs": {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)},
     }
@@ -217,13 +218,16 @@ def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
     """Read reviews: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
 
     Raises:
-        UserError: a row lacks one of the first two, a question has two reviews, or there is no review.
+        UserError: a row lacks one of the first two, or its `score` is not a list; a question has two reviews; or there
+            is no review.
     """
     reviews: dict[Any, dict[str, Any]] = {}
     for number, row in enumerate(read_rows(path), 1):
         with naming(path):
             text_field(row, number, "text")
             id = id_field(row, number)
+            if "score" in row:
+                check(row["score"], list, f"Row {number}: 'score'")
         if id in reviews:
             raise UserError(f"{path}, row {number} is a second review of question {id!r}.")
         reviews[id] = row

@@ -61,6 +61,13 @@ def test_parsed_scores_match_published_reviews(shared, name):
         ("8.5/10 9/10\nGood.", (8.5, 9)),
         ("(8, 9)", (8, 9)),
         ("**8 9**\n", (8, 9)),
+        ("**8** **9**", (8, 9)),
+        ("7 8 - because", (7, 8)),
+        ("7 8, as both are right", (7, 8)),
+        ("8-9", None),
+        ("8 * 9", None),
+        ("8 9-10", None),
+        ("8 9, 10", None),
         ("\n\n8 9 \n\n3 4", (8, 9)),
         ("Scores: 8 9", (8, 9)),
         ("8 9. Assistant 2 is better", (8, 9)),
@@ -99,7 +106,8 @@ def test_parse_scores(text, scores):
 @pytest.mark.parametrize(
     "text, score",
     [("8", 8), ("8.5/10\nGood", 8.5), ("Rating: [[9]]", 9), ("**7**", 7), ("It is fine.\nScore: 6/10", 6), ("11", None),
-     ("A score of 4.", 4), ("none", None), ("", None)],
+     ("A score of 4.", 4), ("8 - The answer is good.", 8), ("9, because it is safe", 9), ("**8** - good", 8),
+     ("8-9", None), ("8,5", None), ("8, 5", None), ("8 - 9", None), ("none", None), ("", None)],
 )  # fmt: skip
 def test_parse_score(text, score):
     assert parse_score(text) == score
@@ -227,7 +235,9 @@ def test_a_complete_run(toy, tmp_path, capsys):
     assert (grades["n"], grades["grade"], grades["grade_against"], grades["difference"]) == (10, 8, 2, 6)
     out = capsys.readouterr().out
     assert vicuna.PAIR_PROMPT in out and vicuna.SINGLE_PROMPT in out and "toy-0613" in out
-    assert "No length-controlled rate" in out and "Unparsed, and in no count: 1 questions (5)" in out
+    assert "No length-controlled rate" in out and "Both orders give the same verdict for 88.9% of 9 questions" in out
+    assert "Questions not counted, as a reply could not be parsed: 1 (5)." in out
+    assert "Wins are wins of good over bad." in out
     # again, without a judge
     main(toy_settings(toy, tmp_path / "out", judge_model=None))
     assert capsys.readouterr().out == out
@@ -323,7 +333,7 @@ def test_without_a_judge_only_answers_are_generated(toy, tmp_path, base_dir, cap
     assert read.texts == {1: record["answer"]} and read.name == str(base_dir)
 
 
-def test_a_base_is_asked_in_the_style_of_the_adapter_on_either_side(tmp_path, base_dir, monkeypatch):
+def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monkeypatch):
     config = {"adapter_prompt_length": 3, "adapter_start_layer": 1}
     meta = {"method": "aligner", "config": config, "prompt_style": "orca"}
     path = tmp_path / "orca.safetensors"
@@ -331,9 +341,15 @@ def test_a_base_is_asked_in_the_style_of_the_adapter_on_either_side(tmp_path, ba
     styles = []
     monkeypatch.setattr(answers, "open_results", lambda settings, _: styles.append(pick_style(settings).name))
     monkeypatch.setattr(answers, "generate_answers", lambda *_: None)
-    for sides in ({"against": str(path)}, {"adapter": path, "against": "base"}):
-        answers.answers_of_both(Settings(checkpoint_dir=base_dir, **sides), [], [])
-    assert styles == 4 * ["orca"]
+    row = {"id": 1, "prompt": "the cat?", "answer": "the dog", "made_by": {"prompt_style": "orca"}}
+    file = write_lines(tmp_path / "answers.jsonl", [row])
+    items = [answers.Item(1, "the cat?", "c")]
+    sides = [{"against": str(path)}, {"adapter": path, "against": "base"}, {"answer_file": file, "against": "base"}]
+    for side in (*sides, {"against": str(file)}):
+        answers.answers_of_both(Settings(checkpoint_dir=base_dir, **side), items, items)
+    assert styles == 6 * ["orca"]
+    answers.answers_of_both(Settings(checkpoint_dir=base_dir, prompt_style="hh", **sides[2]), items, items)
+    assert styles[6:] == ["hh"]
 
 
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
@@ -375,6 +391,8 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
         ({"question": {"category": "c", "turns": ["x"]}}, "Row 11 has no field 'question_id'"),
         ({"review": {"question_id": 99, "text": "1 2"}}, "reviews another benchmark's answers, to question 99"),
         ({"review": {"question_id": 1}}, "Row 1 has no field 'text'"),
+        ({"review": {"question_id": 1, "text": "1 2", "score": None}}, "'score' is null; expected a list"),
+        ({"review": {"question_id": 1, "text": "1 2", "score": 7}}, "'score' is 7; expected a list"),
         ({"review": {"question_id": 1, "text": "1 2"}}, "lacks 9 of 10 reviews, such as 2"),
         ({"review": {"question_id": 1, "text": "1 2", "answer1_id": "other"}, "limit": 1}, "reviews other answers"),
     ],
