@@ -425,6 +425,23 @@ def test_steps_that_draw_from_all_rows_have_both_lengths():
     assert {10} in grouped and {30} in grouped
 
 
+def test_steps_of_a_group_are_not_sorted_by_length():
+    """Each of the 30 groups has 4 steps, which happen to be sorted with probability 1/24."""
+    lengths = np.arange(16 * 10)
+    steps = [plan_epoch(lengths, 4, 2, seed, epoch=0, sorted_batches=4) for seed in range(3)]
+    means = np.array([lengths[np.concatenate(step)].mean() for plan in steps for step in plan]).reshape(30, 4)
+    assert (np.diff(means) > 0).all(axis=1).mean() < 0.3
+
+
+def test_the_rows_of_a_short_step_are_drawn_at_random():
+    """In 40 epochs of 11 rows, the longest row is in the short step of 3 rows about 11 times."""
+    plans = [plan_epoch(np.arange(11), 8, 4, seed=0, epoch=epoch) for epoch in range(40)]
+    short = [np.concatenate(plan[-1]) for plan in plans]
+    assert {len(rows) for rows in short} == {3}
+    assert set(np.concatenate(short)) == set(range(11))
+    assert 2 <= sum(10 in rows for rows in short) <= 20
+
+
 def padding_share(lengths: np.ndarray, steps: list[list[np.ndarray]]) -> float:
     """Return the fraction of padding among all tokens computed in the planned steps."""
     computed = [len(m) * lengths[m].max() for step in steps for m in step]

@@ -24,6 +24,7 @@ from lit_llama.checkpoint import (
 from lit_llama.data import PreferenceData
 from lit_llama.dpo import sequence_logps
 from lit_llama.epochs import plan_fixed_epoch
+from lit_llama.generation import Sampling
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.manifest import MANIFEST
@@ -93,6 +94,26 @@ def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tm
     assert rows[7]["val/margin"] > 0
     assert rows[0]["val/kl"] == 0
     assert rows[7]["val/kl"] != 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss_of"),
+    [
+        (dict(loss_type="ipo", beta=0.25), lambda margin: (margin / 0.25 - 2) ** 2),
+        (dict(loss_type="hinge"), lambda margin: max(0.0, 1 - margin)),
+        (
+            dict(label_smoothing=0.2),
+            lambda margin: 0.8 * math.log1p(math.exp(-margin)) + 0.2 * math.log1p(math.exp(margin)),
+        ),
+    ],
+    ids=["ipo", "hinge", "label smoothing"],
+)
+def test_the_settings_of_the_loss_are_used(settings, tmp_path, changes, loss_of):
+    """With one pair per step, the loss follows from the margin, which is 0 in the first step."""
+    train(settings(tmp_path / "run", batch_size=1, micro_batch_size=1, max_steps=3, drift_prompts=0, **changes))
+    margins, losses = (column(tmp_path / "run", f"train/{name}") for name in ("margin", "loss"))
+    assert margins[0] == 0 and abs(margins[2]) > 0.01
+    assert losses == pytest.approx({step: loss_of(margin) for step, margin in margins.items()}, abs=1e-5)
 
 
 def test_a_reference_that_differs_from_the_initial_policy_is_refused(settings, tmp_path, monkeypatch):
@@ -335,9 +356,10 @@ def test_drift_matches_a_computation_by_hand(base_dir, trained_adapter, monkeypa
     policy = load_model(base_dir, read_adapter(trained_adapter))
     closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
-    monkeypatch.setattr(reference, "generate", lambda *args: answers)
-    prompts = [[1, 3], [1, 3, 4], [1, 5]]
+    prompts, calls = [[1, 3], [1, 3, 4], [1, 5]], []
+    monkeypatch.setattr(reference, "generate", lambda *args: calls.append(args) or answers)
     result = reference.sampled_kl(policy, closed, prompts, (2, 1, 999), 20)  # the model has no token 999
+    assert calls == [(policy, prompts, Sampling(20, temperature=1.0), (2, 1))]
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
     for prompt, answer, ends in zip(prompts, answers, ((2, 1), None, (2, 1)), strict=True):

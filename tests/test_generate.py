@@ -49,12 +49,17 @@ def test_strength_0_is_the_base_and_compare_base_shows_both(run_script):
     assert both.count("aligned:") == 3
 
 
-def test_batches_and_seeds_do_not_change_sampled_answers(run_script):
-    flags = ["--temperature", "1", "--seed", "7", "--prompt", *(q.text for q in QUESTIONS)]
-    _, one_by_one, _ = run_script("generate/aligner.py", "--batch_size", "1", *flags)
-    _, together, _ = run_script("generate/aligner.py", "--batch_size", "8", *flags)
-    _, other_seed, _ = run_script("generate/base.py", "--prompt_style", "alpaca", "--seed", "8", *flags[:2], *flags[4:])
-    assert one_by_one == together != other_seed
+def test_sampled_answers_depend_on_every_sampling_setting_but_not_on_the_batch_size(run_script):
+    def answers(*flags: str) -> str:
+        code, out, err = run_script("generate/aligner.py", *flags, "--prompt", *(q.text for q in QUESTIONS))
+        assert code == 0, err
+        return out
+
+    greedy, flags = answers(), ("--temperature", "2", "--seed", "7")
+    sampled = answers(*flags, "--batch_size", "1")
+    assert answers(*flags, "--batch_size", "8") == sampled != greedy
+    assert answers("--temperature", "2", "--seed", "8") not in (sampled, greedy)
+    assert answers(*flags, "--top_k", "1") == answers(*flags, "--top_p", "1e-6") == greedy  # the most likely token
 
 
 def test_several_batches_have_a_progress_bar(run_script):

@@ -152,7 +152,7 @@ def test_without_old_log_probabilities_the_ratio_is_one():
     policy, batch, _, *_ = updated_policy()
     del batch["old_logps"]
     sums = PolicyLoss(clip=0.1, kl_weight=0.0, start={})(policy, batch)
-    assert sums["clipped"] == 0 and "kl" not in sums
+    assert sums["clipped"] == 0 and "kl_per_token" not in sums
     assert sums["loss"].item() == pytest.approx(-(1.5 - 1.0) / 3)
 
 

@@ -249,6 +249,22 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(base_dir, data_dir, tmp_
     assert metrics["train/loss"] == pytest.approx((sums / counts).item(), rel=1e-6)
 
 
+def test_the_learning_rate_of_a_group_is_scaled(base_dir, data_dir, tmp_path):
+    def two_groups(model, settings):
+        gates = [attn.gating_factor for attn in toys.prefix_layers(model)]
+        groups = [{"params": [model.global_value_embedding.weight]}, {"params": gates, "lr_scale": 0.1}]
+        return torch.optim.SGD(groups, lr=0.0)
+
+    trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=two_groups, learning_rate=0.5)
+    expected = hand_computed_gradients(trainer.unwrapped, trainer.train, [3, 9, 18])
+    before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
+    (metrics,) = trainer.read([trainer.train_step([np.array([3, 9, 18])])])
+    for name, p in trainer.trainable.items():
+        lr = 0.05 if name.endswith("gating_factor") else 0.5
+        torch.testing.assert_close(before[name] - p.detach(), lr * expected[name], atol=1e-6, rtol=0)
+    assert metrics["lr"] == 0.5
+
+
 def test_clipping_bounds_the_gradient_and_reports_its_norm(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path, make_optimizer=plain_sgd, grad_clip=0.01)
     before = {name: p.detach().clone() for name, p in trainer.trainable.items()}
@@ -402,7 +418,7 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
             output += os.read(master, 10_000)
     os.close(master)
     output = output.decode()
-    assert re.search(r"75%\|.*\| 3/4 \[00:00<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
+    assert re.search(r"75%\|.*\| 3/4 \[00:\d\d<00:\d\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
     assert "\rstep 3: something\r\n" in output
 
 
