@@ -6,6 +6,7 @@ evaluates. All parameters are random: a method that adds nothing to the base wou
 
 import importlib
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -544,6 +545,21 @@ def test_dpo_trains_every_method(method, precompute, runs, tmp_path, base_dir, p
     assert config.items() <= file.config.items()
     metrics = read_metrics(tmp_path / "run/metrics.csv")
     assert metrics[0]["val/dpo_loss"] == pytest.approx(0.693147, abs=1e-5) and metrics[0]["val/kl"] == 0
+
+
+def test_the_reference_of_dpo_has_no_dropout(runs, tmp_path, base_dir, preference_dir):
+    """Dropout changes a LoRA only if B is not 0, as after training."""
+    script, losses = script_of("alignerDPO"), []
+    for precompute in (True, False):
+        settings = script.Settings(
+            checkpoint_dir=base_dir, data_dir=preference_dir, out_dir=tmp_path / f"{precompute}", method="lora",
+            method_config={"lora_dropout": 0.5}, init_adapter=runs["lora"], max_steps=2, batch_size=4,
+            micro_batch_size=2, sample_prompts=0, drift_prompts=0, accelerator="cpu", precompute_reference=precompute,
+        )  # fmt: skip
+        script.main(settings)
+        rows = read_metrics(settings.out_dir / "metrics.csv")
+        losses.append([rows[step]["train/dpo_loss"] for step in (0, 1)])
+    assert losses[0] == losses[1] and abs(losses[0][0] - math.log(2)) > 1e-4  # the policy has dropout
 
 
 @each_method

@@ -21,7 +21,7 @@ from lit_llama.logps import LabelLogps
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.rewards import Reward
 from lit_llama.rl import PolicyLoss
-from lit_llama.rollouts import Answerer, Rollouts
+from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts
 from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
 
@@ -136,6 +136,27 @@ def test_sampled_answers_depend_on_step_and_row_but_not_on_the_batch(rollouts, b
     assert answers(2, [2]) != alone
 
 
+def test_answers_are_sampled_from_the_distribution_of_the_policy(rollouts, base_dir):
+    """The seed follows from that of the run and the step; the answers to row r have row numbers 3r to 3r + 2 in it."""
+    model, rows = load_model(base_dir), np.array([4, 2])
+    rollouts.sample(model, 7, rows)
+    batch = rollouts.batch(rows)
+    prompts = [prompt for prompt in rollouts.answerer.data.prompt_ids(rows) for _ in range(3)]
+    seed = int(np.random.SeedSequence((5, 7)).generate_state(1)[0])
+    expected = generate(model, prompts, Sampling(6, temperature=1.0, seed=seed),
+                        finished=rollouts.answerer.has_ended, rows=[12, 13, 14, 6, 7, 8])  # fmt: skip
+    assert [idx[label != -1].tolist() for idx, label in zip(batch["idx"], batch["labels"], strict=True)] == expected
+
+
+def test_answers_end_before_a_stop_text(rollouts, base_dir, monkeypatch):
+    data, tokenizer = rollouts.answerer.data, rollouts.answerer.tokenizer
+    data.meta["prompt_style"] = "hh"
+    ids = tokenizer.encode(" the cat Human: and the dog", bos=False)
+    monkeypatch.setattr("lit_llama.rollouts.generate", lambda *args, **options: [ids])
+    answers = Answerer(data, tokenizer, len(ids)).answers(load_model(base_dir), np.array([0]))
+    assert (answers.texts, answers.ids, answers.ended) == (["the cat"], [ids], [False])
+
+
 @pytest.mark.parametrize("values", [[1, 1, 1, 0, 1, 0, 2, 2, 2], [1] * 9])
 def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, values):
     """Loss and gradients equal those over all groups; the entropy is the mean over the remaining groups."""
@@ -211,6 +232,59 @@ def test_validation_is_greedy_and_covers_the_entire_split(finished, base_dir, pr
     assert row["val/loss"] == pytest.approx(1 - np.mean(scores), abs=1e-6)
     rewards = Reward("length", {"words": 2})(prompts, answers, [{}] * 6, [0] * 6)
     assert row["val/reward"] == pytest.approx(np.mean(rewards), abs=1e-6)
+
+
+def test_only_a_score_of_1_is_right(settings, tmp_path, monkeypatch):
+    """The numbers of the validation rows are 1, 4, 10, 15, 21 and 26."""
+    monkeypatch.chdir(tmp_path)
+    Path("row_scores.py").write_text("def reward(prompts, answers, rows):\n"
+                                     "    return [min(row['number'] / 15, 1) for row in rows]\n")  # fmt: skip
+    train(settings(tmp_path / "run", max_steps=1, drift_prompts=0, score="row_scores:reward"))
+    row = read_metrics(tmp_path / "run/metrics.csv")[1]
+    assert row["val/accuracy"] == 0.5 and row["val/loss"] == pytest.approx((14 + 11 + 5) / 15 / 6)
+
+
+def trainer_of(flags: list[str], monkeypatch) -> PolicyTrainer:
+    """Return the trainer of a run, before its first step."""
+    trainers = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "dry_run", trainers.append)
+        train([*flags, "--dry_run"])
+    return trainers[0]
+
+
+@pytest.mark.parametrize(("length_term", "divide_by_std"), [("answer", "true"), ("constant", "false")])
+def test_the_settings_of_the_objective_are_used(settings, tmp_path, monkeypatch, length_term, divide_by_std):
+    flags = settings(tmp_path / "run", length_term=length_term, divide_by_std=divide_by_std)
+    trainer, rows = trainer_of(flags, monkeypatch), np.arange(8)
+    sums = trainer.train.sample(trainer.unwrapped, 0, rows)
+    batch = trainer.train.batch(rows)  # only the groups with a signal
+    lengths = (batch["labels"] != -1).sum(1)
+    deviations = batch["advantages"].view(-1, 3).std(1, correction=0)
+    assert 1 < len(deviations) == 8 - sums["no_signal"] and len(set(lengths.tolist())) > 1
+    if length_term == "constant":  # Dr. GRPO
+        assert batch["weights"].tolist() == pytest.approx([1 / (3 * 6)] * len(lengths))
+        assert deviations.sum().item() == pytest.approx(sums["reward_std"].item())
+        assert deviations.max() < 0.9
+    else:
+        assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths.tolist()])
+        assert deviations.tolist() == pytest.approx([1] * len(deviations), abs=1e-3)
+
+
+def test_the_policies_that_the_loss_compares_with_have_no_dropout(settings, tmp_path, monkeypatch):
+    changes = dict(method="lora", method_config='{"lora_dropout": 0.5}', kl_weight=0.1, updates_per_batch=2)
+    trainer, rows = trainer_of(settings(tmp_path / "run", **changes), monkeypatch), np.array([4, 2])
+    for p in trainer.trainable.values():
+        torch.nn.init.normal_(p, std=0.2)
+    trainer.loss.start = {name: p.detach().clone() for name, p in trainer.trainable.items()}
+    trainer.sample([rows])
+    batch = trainer.train.batch(rows)
+    with_dropout, again = (trainer.model(batch["idx"], batch["labels"], batch["label_index"]) for _ in range(2))
+    assert not torch.equal(with_dropout, again)
+    old, reference = batch["old_logps"], trainer.loss.reference_logps(trainer.model, batch)
+    trainer.model.eval()
+    expected = trainer.model(batch["idx"], batch["labels"], batch["label_index"])
+    assert torch.equal(old, expected) and torch.equal(reference, expected)
 
 
 def test_the_reward_rises(settings, tmp_path):
