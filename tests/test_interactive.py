@@ -21,7 +21,7 @@ from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter
 from lit_llama import answering, cli
 from lit_llama.answer_settings import AnswerSettings
 from lit_llama.bank import make_bank
-from lit_llama.checkpoint import load_model, read_adapter, save_base
+from lit_llama.checkpoint import CONFIG_NAME, TOKENIZER_NAME, load_model, read_adapter, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
@@ -161,15 +161,29 @@ def test_keys_edit_the_line_and_never_reach_the_model(start):
     assert chat.end() == 0
 
 
-def test_ctrl_c_stops_the_answer_but_not_the_program(start):
-    chat = start("--temperature", 4, "--max_new_tokens", 240, "--use", "base", "--bank", PIRATE)
+@pytest.fixture
+def endless_model(tmp_path, base_dir, tokenizer_path) -> Path:
+    """Save a base that repeats one letter until a context of 100,000 tokens is full, and return its folder."""
+    config = LLaMAConfig.from_json(base_dir / CONFIG_NAME, block_size=100_000)
+    state = {name: torch.zeros_like(p) for name, p in LLaMA(config).named_parameters()}
+    state["transformer.wte.weight"] += 1
+    state["transformer.ln_f.scale"] += 1
+    state["lm_head.weight"][Tokenizer(base_dir).encode("a", bos=False)[-1]] = 1
+    save_base(tmp_path / "endless", config, state)
+    shutil.copy(tokenizer_path, tmp_path / "endless" / TOKENIZER_NAME)
+    return tmp_path / "endless"
+
+
+def test_ctrl_c_stops_the_answer_but_not_the_program(start, endless_model):
+    flags = ("--checkpoint_dir", endless_model, "--prompt_style", "alpaca", "--temperature", 0)
+    chat = start(*flags, "--max_new_tokens", 90_000, script="generate/base.py")
     chat.wait_for("Ctrl-D ends")
     chat.send("Hi", "\r")
     while not chat.answers.read_text().strip():  # until the answer begins
         chat.read(0.05)
     chat.send(CTRL_C)
     stopped = chat.wait_for(r"\((\d+) tokens in [\d.]+ s, \d+ tokens/s, stopped\)")
-    assert int(stopped[1]) < 239
+    assert 0 < int(stopped[1]) < 90_000
     chat.send("/reset", "\r")
     chat.wait_for("A new conversation")
     assert chat.process.poll() is None
