@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses 
 import random
 import runpy
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, field, fields, make_dataclass
@@ -126,6 +127,26 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
     return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port on which a process that the test starts can listen.
+
+    It is below those that the system assigns to other sockets, and in a range of this pytest process, so that it is
+    still free when the process needs it.
+    """
+
+    def is_free(port: int) -> bool:
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return True
+        except OSError:
+            return False
+
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20
+    ports = range(10_000 + 1000 * worker, 11_000 + 1000 * worker)
+    return next(filter(is_free, random.SystemRandom().sample(ports, len(ports))))
 
 
 @pytest.fixture

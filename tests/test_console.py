@@ -4,7 +4,6 @@ import errno
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -206,14 +205,10 @@ with exit_on_user_error():
 """
 
 
-def test_a_process_reports_that_another_one_ended():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+def test_a_process_reports_that_another_one_ended(free_port):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first, second = (
-        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, port, rank], env=environment, stderr=subprocess.PIPE)
-        for rank in "01"
-    )
+    command = [sys.executable, "-c", DISTRIBUTED, str(free_port)]
+    first, second = (subprocess.Popen([*command, rank], env=environment, stderr=subprocess.PIPE) for rank in "01")
     _, stderr = first.communicate(timeout=100)
     second.communicate(timeout=100)
     assert (first.returncode, second.returncode) == (1, 3)

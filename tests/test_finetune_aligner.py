@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -527,14 +526,13 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 # == several processes ==
 
 
-def run_on_two_machines(arguments: list[str], of_second: list[str] | None = None) -> tuple[int, str, str]:
+def run_on_two_machines(port: int, arguments: list[str], of_second: list[str] | None = None) -> tuple[int, str, str]:
     """Start the script as on two machines, as in howto/large_models.md, and return exit code, stdout and stderr of one.
 
     Args:
+        port: The port on which the first machine listens.
         of_second: The arguments on the second machine (default: the same).
     """
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
     fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
     fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -553,21 +551,19 @@ def run_on_two_machines(arguments: list[str], of_second: list[str] | None = None
     ("launcher", "strategy"),
     [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("fabric run", "hsdp"), ("machines", "fsdp")],
 )
-def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, launcher, strategy):
+def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, free_port, launcher, strategy):
     # the sixth step has one row and the validation one batch, so the second process has nothing to do in them
     changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
     train(flags(tmp_path / "one", **changes))
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
     if launcher == "machines":
-        code, out, err = run_on_two_machines(arguments)
+        code, out, err = run_on_two_machines(free_port, arguments)
     else:
         run = [sys.executable, script_path, "--devices=2", f"--strategy={strategy}"]
         if launcher == "fabric run":
             arguments.remove("--accelerator=cpu")
-            with socket.create_server(("127.0.0.1", 0)) as sock:
-                port = sock.getsockname()[1]
-            run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={port}", "--devices=2",
+            run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={free_port}", "--devices=2",
                    "--accelerator=cpu", "--", script_path, f"--strategy={strategy}"]  # fmt: skip
         result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
         code, out, err = result.returncode, result.stdout, result.stderr
@@ -599,7 +595,7 @@ def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["--devices", "machines"])
-def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path, launcher):
+def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path, free_port, launcher):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     adapter_state = read_adapter(finished).state  # of any step, as long as both runs resume from it
@@ -610,7 +606,7 @@ def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tm
     train(flags(tmp_path / "run", resume=True))
     if launcher == "machines":  # only the first one has the run folder
         arguments = [flags(tmp_path / name, resume=True) for name in ("shared", "local")]
-        code, _, err = run_on_two_machines(*arguments)
+        code, _, err = run_on_two_machines(free_port, *arguments)
         assert not (tmp_path / "local").exists()
     else:
         command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]

