@@ -213,7 +213,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", llama_configs)
+@pytest.mark.parametrize("name", sorted(llama_configs.keys() | PARAMETERS.keys()))
 def test_named_models_have_their_published_size(name):
     with torch.device("meta"):
         network = LLaMA.from_name(name)
