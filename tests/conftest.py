@@ -25,6 +25,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_preferences, prepare_sft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
+from microworld.world import World
 from studies.trials import Trial, prepare_run
 
 settings.register_profile("any machine", deadline=None)  # a slow machine must not fail tests
@@ -118,6 +119,11 @@ def tokenizer_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path) -> Tokenizer:
     return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return World()
 
 
 @pytest.fixture(scope="session")

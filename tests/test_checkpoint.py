@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -264,13 +265,8 @@ def test_adapters_of_earlier_versions_are_accepted_by_the_old_fingerprint(tmp_pa
 # == files that are not checkpoints ==
 
 
-class RunsCode:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the code ran')",)
-
-
 def write_pickle(path: Path) -> None:
-    torch.save({"x": RunsCode()}, path)
+    torch.save({"x": toys.RunsCode()}, path)
 
 
 def write_list(path: Path) -> None:

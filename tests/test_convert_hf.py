@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -397,14 +398,9 @@ def test_a_missing_folder(tmp_path, monkeypatch, capsys):
     assert_refused(tmp_path / "nowhere", tmp_path, monkeypatch, capsys, "There is no file at")
 
 
-class RunsCode:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the code ran')",)
-
-
 def test_code_in_a_bin_file_does_not_run(tmp_path, monkeypatch, capsys):
     source = write_hf(tmp_path / "hf", TINY, random_tensors(TINY), suffix=".bin")
-    torch.save({"model.norm.weight": RunsCode()}, source / "pytorch_model.bin")
+    torch.save({"model.norm.weight": toys.RunsCode()}, source / "pytorch_model.bin")
     assert_refused(source, tmp_path, monkeypatch, capsys, "it would run code when loaded")
 
 

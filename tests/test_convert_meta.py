@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from safetensors.torch import load_file
 
 from lit_llama.checkpoint import load_model
@@ -170,11 +171,6 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-class RunsCode:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('the code ran')",)
-
-
 BAD: dict[str, Any] = {
     "There is no file at": delete("params.json"),
     "params.json has no n_layers": change_json("params.json", n_layers=None),
@@ -184,7 +180,7 @@ BAD: dict[str, Any] = {
     "found: none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
     "consolidated.01.pth is not a checkpoint: it is damaged or cut short": truncate,
     "is not a checkpoint: it would run code when loaded": lambda folder: torch.save(
-        {"norm.weight": RunsCode()}, folder / "consolidated.01.pth"
+        {"norm.weight": toys.RunsCode()}, folder / "consolidated.01.pth"
     ),
     # a wrong n_heads changes only the head size, which is noticed only if n_kv_heads is set
     "layers.0.attention.wk.weight is (16, 32), not (32, 32)": change_json("params.json", n_heads=4),

@@ -1,6 +1,5 @@
 """Decoding: the cache, batches, sampling, stopping, streaming."""
 
-import io
 import itertools
 import math
 
@@ -9,7 +8,6 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceTrainer
 
 from lit_llama import generation
 from lit_llama.generation import (
@@ -27,7 +25,6 @@ from lit_llama.generation import (
 )
 from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.prompts import PromptStyle
-from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 GREEDY = Sampling(max_new_tokens=10)
@@ -332,20 +329,6 @@ def test_empty_and_too_long_prompts_are_refused(lengths, sentence):
 
 
 # == Text ==
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A real SentencePiece model with byte fallback: 3 control pieces, 256 bytes and a few words."""
-    model = io.BytesIO()
-    words = ["the cat sat on the mat", "a dog ran to the hat", "### Instruction: say it", "one\ntwo"] * 20
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    return Tokenizer(path)
 
 
 @pytest.fixture(scope="module")

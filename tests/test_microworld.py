@@ -39,11 +39,6 @@ words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
 phrases = st.lists(words, min_size=1, max_size=5).map(" ".join)
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World(0)
-
-
 @given(form=st.sampled_from([*FORMS.values(), NEW_FORM]), topic=phrases, value=phrases)
 def test_parse_inverts_render_for_any_plain_words(form, topic, value):
     # words of the templates themselves would make a text ambiguous

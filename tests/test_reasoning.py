@@ -11,13 +11,8 @@ import studies.reasoning as study
 import studies.reasoning_report as reporting
 import studies.reasoning_tasks as tasks
 import studies.trials
-from microworld.world import FORMS, TRAIN, UNSEEN, VALID, World
+from microworld.world import FORMS, TRAIN, UNSEEN, VALID
 from studies.trials import Trial, prepare_run
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World()
 
 
 def test_reported_questions_are_neither_trained_on_nor_used_to_choose_the_rate():

@@ -1,4 +1,7 @@
-"""Tiny random models. Every parameter is random: a norm scale of 1 or a gate of 0 would hide errors."""
+"""Tiny random models, and a malicious pickle.
+
+Every parameter is random: a norm scale of 1 or a gate of 0 would hide errors.
+"""
 
 from typing import Any
 
@@ -76,3 +79,10 @@ def token_ids(rows: int, length: int, seed: int = 0, vocab_size: int = 50) -> to
 
 def prompts(*lengths: int, seed: int = 0, vocab_size: int = 50) -> list[list[int]]:
     return [token_ids(1, n, seed + i, vocab_size)[0].tolist() for i, n in enumerate(lengths)]
+
+
+class RunsCode:
+    """An object whose pickle ends the program when it is loaded."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the code ran')",)
