@@ -10,14 +10,18 @@ import runpy
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field, fields, make_dataclass
+from http.server import ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from hub_server import Hub
+from huggingface_hub import constants
 from hypothesis import settings
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
@@ -133,6 +137,28 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real models and data is absent")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
+    """Start a local server in place of the Hugging Face Hub, with a token that may write, and return its class."""
+
+    class Server(Hub):
+        repositories, private, failures, objects, asked = {}, set(), {}, {}, []
+
+    Server.tokens = {"hf_writer": "write", "hf_reader": "read"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # use Git LFS; the server does not simulate Xet
+    yield Server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture

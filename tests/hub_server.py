@@ -13,19 +13,20 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories with commits; a token may read, or read and write, all of them.
 
     Subclasses define `repositories` (owner/name -> a list of commits, each path -> content), `private` names,
-    `tokens` (token -> "read" or "write"), uploaded `objects` (sha256 -> content) and `asked` (method and path of each
-    request).
+    `failures` (owner/name -> status and error code of each response), `tokens` (token -> "read" or "write"), uploaded
+    `objects` (sha256 -> content) and `asked` (method and path of each request).
     """
 
     protocol_version = "HTTP/1.1"
     repositories: dict[str, list[dict[str, bytes]]]
     private: set[str]
+    failures: dict[str, tuple[int, str]]
     tokens: dict[str, str]
     objects: dict[str, bytes]
     asked: list[str]
 
-    def answer(self, code: int, body: bytes | dict[str, Any] = b"", **headers: str) -> None:
-        if isinstance(body, dict):
+    def answer(self, code: int, body: bytes | dict[str, Any] | list[Any] = b"", **headers: str) -> None:
+        if not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
         self.send_response(code)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -54,11 +55,15 @@ class Hub(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self.preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/(.+)", self.commit),
             (r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self.info),
+            (r"/api/models/([^/]+/[^/]+)/tree/(.+)", self.tree),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)", self.batch),
             (r"/([^/]+/[^/]+)/resolve/([^/]+)/(?:.+)", self.resolve),
         ):
             if match := re.fullmatch(pattern, path):
                 name, revision = match[1], match[2] or "main"
+                if name in self.failures:
+                    status, error = self.failures[name]
+                    return self.answer(status, X_Error_Code=error)
                 if name not in self.repositories or (name in self.private and not right):
                     return self.answer(404 if right else 401, X_Error_Code="RepoNotFound")
                 if self.command in ("POST", "PUT") and right != "write":
@@ -119,6 +124,12 @@ class Hub(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path, "size": len(content)} for path, content in snapshot[1].items()]
         about = {"id": name, "sha": snapshot[0], "siblings": siblings, "private": name in self.private, "tags": []}
         return self.answer(200, about)
+
+    def tree(self, name: str, revision: str, _: bytes) -> None:
+        if (snapshot := self.files(name, revision)) is None:
+            return self.answer(404, X_Error_Code="RevisionNotFound")
+        return self.answer(200, [{"type": "file", "path": path, "size": len(content), "oid": f"{i:040x}"}
+                                 for i, (path, content) in enumerate(snapshot[1].items())])  # fmt: skip
 
     def resolve(self, name: str, revision: str, _: bytes) -> None:
         if (snapshot := self.files(name, revision)) is None:

@@ -1,97 +1,29 @@
 """Downloads from a local server that imitates the Hugging Face Hub, and of published weights from local files."""
 
 import errno
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
-
-import pytest
 
 from lit_llama.huggingface.hub import explain
 from scripts.download import wanted
 
 FETCH, DOWNLOAD = "scripts/fetch_published_weights.py", "scripts/download.py"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Serve a model's files under /api/models/REPO/revision/REVISION and /REPO/resolve/COMMIT/NAME."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append(f"{self.command} {path}")
-        if path.startswith("/api/models/me/model/revision/"):
-            if path.rpartition("/")[2] not in ("main", COMMIT):
-                return self.answer(404, X_Error_Code="RevisionNotFound")
-            files = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-            body = {"id": "me/model", "sha": COMMIT, "siblings": files, "private": False, "tags": []}
-            return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
-        if path.startswith("/api/models/me/model/tree/"):
-            files = [{"type": "file", "path": n, "size": len(c), "oid": f"{i:040}"} for i, (n, c) in
-                     enumerate(self.files.items())]  # fmt: skip
-            return self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
-        name = path.removeprefix(f"/me/model/resolve/{COMMIT}/")
-        if name in self.files:
-            return self.answer(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
-        if "/me/locked" in path:
-            return self.answer(403, X_Error_Code="GatedRepo")
-        if "/me/down" in path:
-            return self.answer(418)
-        return self.answer(401, X_Error_Code="RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[type[Hub]]:
-    class Server(Hub):
-        files, asked = {}, []
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    yield Server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def test_only_files_that_the_conversion_needs_are_downloaded(hub, run_script, tmp_path):
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
-    hub.files = {name: f"content of {name}".encode() for name in names}
-    hub.files |= {name: b"" for name in ("README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx")}
+    files = {name: f"content of {name}".encode() for name in names}
+    others = ("README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx")
+    hub.repositories["me/model"] = [files | dict.fromkeys(others, b"")]
     out = tmp_path / "out"
     code, stdout, err = run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)
     assert (code, stdout) == (0, f"{out}\n"), err
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == {
-        name: hub.files[name] for name in names
-    }
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == files
     hub.asked.clear()
     assert run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)[0] == 0
     assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # everything exists already
 
 
 def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_path):
-    hub.files = {name: b"theirs" for name in ("config.json", "model.safetensors")}
+    hub.repositories["me/model"] = [dict.fromkeys(("config.json", "model.safetensors"), b"theirs")]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text("mine")
     sentence = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
@@ -117,6 +49,8 @@ def test_weights_are_downloaded_in_one_format_only():
 
 def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
     out = ("--output_dir", tmp_path / "out")
+    hub.repositories["me/model"] = [{"README.md": b"words"}]
+    hub.failures |= {"me/locked": (403, "GatedRepo"), "me/down": (418, "")}
 
     def sentence(repo: str, *more: object) -> str:
         return refused(DOWNLOAD, "--repo_id", repo, *out, *more)
@@ -126,7 +60,6 @@ def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
     assert "me/down cannot be reached at http://127.0.0.1" in sentence("me/down")
     assert "not the name of a model" in sentence("a/b/c")
     assert "has no branch, tag or commit 'v9'" in sentence("me/model", "--revision", "v9")
-    hub.files = {"README.md": b"words"}
     assert "me/model has no model to convert: it needs config.json and one of model.safetensors" in sentence("me/model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "me/model cannot be reached at http://127.0.0.1:9 (" in sentence("me/model")

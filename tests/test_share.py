@@ -1,15 +1,10 @@
 """Adapters on the Hugging Face Hub: uploaded by scripts/share.py, read as hf:owner/name, with the real client."""
 
 import re
-import threading
-from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import hub_server
 import pytest
 import yaml
-from huggingface_hub import constants
 
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
@@ -19,26 +14,6 @@ from lit_llama.utils import UserError
 SCRIPT, GENERATE = "scripts/share.py", "generate/aligner.py"
 PIRATE = Path("aligner_weights/microworld-pirate-n1")
 QUESTION = "What is the capital of Pilmaria?"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[type[hub_server.Hub]]:
-    class Server(hub_server.Hub):
-        repositories, private, objects, asked = {}, set(), {}, []
-
-    Server.tokens = {"hf_writer": "write", "hf_reader": "read"}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # use Git LFS; the server does not simulate Xet
-    yield Server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def share(tmp_path: Path, *flags: object) -> list[object]:
