@@ -12,6 +12,7 @@ from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
 from lit_llama.utils import check_text
 
+MAX_MODEL_LENGTH = 4096  # characters of the name or sum in `model`
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop texts of a request, and their characters
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Unused = Annotated[float, Field(ge=0, le=0)]  # an unsupported setting: only its neutral value is accepted
@@ -26,7 +27,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str  # an adapter's name, "base", or a sum such as "a:0.5+b"
+    model: str = Field(max_length=MAX_MODEL_LENGTH)  # an adapter's name, "base", or a sum such as "a:0.5+b"
     temperature: float = Field(1.0, ge=0, le=10)  # 0 is greedy
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # not OpenAI's: sample from the k most likely tokens; 0 means all

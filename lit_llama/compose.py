@@ -28,9 +28,9 @@ from lit_llama.merge import merge_aligners_
 from lit_llama.modules import swapped_parameters
 from lit_llama.utils import UserError
 
-PROJECTED_BYTES = (
-    2**28
-)  # of the projected prefixes that a model keeps; a prefix of 10 tokens takes 4.9 MB at 7B in bf16
+MAX_TERMS = 16  # of a sum that a text describes; each takes memory in every layer of a row
+# of the projected prefixes that a model keeps; a prefix of 10 tokens takes 4.9 MB at 7B in bf16
+PROJECTED_BYTES = 2**28
 Sum = tuple[tuple[str, float], ...]  # names in a bank, and their strengths
 Row = Sum | str | None  # a name stands for ((name, 1.0),), None for ()
 
@@ -47,11 +47,13 @@ def parse_sum(text: str, bank: Bank) -> Sum:
     A name in the bank may contain `+` and `:` if it is the complete text.
 
     Raises:
-        UserError: A name is not in the bank, or its adapter is not finite.
+        UserError: A name is not in the bank, its adapter is not finite, or there are more than `MAX_TERMS` terms.
     """
-    terms = []
-    for part in [text] if text in bank else text.split("+"):
-        scaled = None if part in bank else re.fullmatch(r"(.*):(-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d{1,2})?)", part)
+    terms, parts = [], [text] if text in bank else text.split("+")
+    if len(parts) > MAX_TERMS:
+        raise UserError(f"The sum has {len(parts):,} terms; use at most {MAX_TERMS}.")
+    for part in parts:
+        scaled = None if part in bank else re.fullmatch(r"(.*):(-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d{1,2})?)", part)
         name, strength = (scaled[1], float(scaled[2])) if scaled else (part, 1.0)
         if name != BASE:
             bank.check(name)

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from toys import aligned, base, prompts, token_ids
@@ -199,6 +201,13 @@ def test_sums_are_parsed_from_text(folder):
                           ("", ""), ("pirate+", "")):  # fmt: skip
         with pytest.raises(UserError, match=f"no adapter named '{unknown}' among the 5"):
             parse_sum(text, bank)
+    assert len(parse_sum("+".join(["pirate"] * 16), bank)) == 16
+    with pytest.raises(UserError, match=r"^The sum has 17 terms; use at most 16\.$"):
+        parse_sum("+".join(["pirate"] * 17), bank)
+    began = time.process_time()
+    with pytest.raises(UserError, match="no adapter named"):
+        parse_sum(f"pirate:{'1' * 9000}x", bank)
+    assert time.process_time() - began < 1
     assert as_sum("pirate") == (("pirate", 1.0),) and as_sum(None) == () == as_sum([("pirate", 0.0)])
 
 

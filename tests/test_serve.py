@@ -125,6 +125,8 @@ def refused(server, error: type, **request) -> dict:
 def test_errors_are_one_sentence_in_openai_format(server):
     unknown = refused(server, openai.NotFoundError, model="microworld-pirat-n1")
     assert unknown["code"] == "model_not_found" and "microworld-pirate-n1" in unknown["message"]
+    assert "17 terms" in refused(server, openai.NotFoundError, model="+".join(["base"] * 17))["message"]
+    assert refused(server, openai.BadRequestError, model="a" * 5000)["param"] == "model"
     assert refused(server, openai.BadRequestError, temperature=-1)["param"] == "temperature"
     assert refused(server, openai.BadRequestError, n=2)["param"] == "n"
     assert "tools" in refused(server, openai.BadRequestError, tools=[])["message"]
