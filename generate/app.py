@@ -136,16 +136,17 @@ class Server:
         self, body: Any, format: openai.Format, jobs: list[Job], queue: asyncio.Queue
     ) -> AsyncIterator[str]:
         """Yield the answers as server-sent events."""
-        head = openai.head(format, body.model, True)
+        head, new = openai.head(format, body.model, True), set(range(len(jobs)))  # choices without a part so far
         async for index, event in events_of(queue, len(jobs)):
             if event.error:
                 yield sse(refusal_of(event.error).body)
                 return
             tokens = event.tokens if body.n_top is not None else None
             if event.text:
-                yield sse({**head, "choices": [format.part(index, event.text, tokens, None)]})
+                yield sse({**head, "choices": [format.part(index, event.text, tokens, None, index in new)]})
+                new.discard(index)
             if event.finish:
-                yield sse({**head, "choices": [format.part(index, "", None, event.finish)]})
+                yield sse({**head, "choices": [format.part(index, "", None, event.finish, index in new)]})
         if body.wants_usage:
             yield sse({**head, "choices": [], "usage": used(jobs)})
         yield "data: [DONE]\n\n"

@@ -136,7 +136,11 @@ class CompletionFormat:
     def choice(index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": CompletionFormat.logprobs(tokens), "finish_reason": finish}
 
-    part = choice
+    @staticmethod
+    def part(
+        index: int, text: str, tokens: Sequence[Token] | None, finish: str | None, is_first: bool
+    ) -> dict[str, Any]:
+        return CompletionFormat.choice(index, text, tokens, finish)
 
     @staticmethod
     def logprobs(tokens: Sequence[Token] | None) -> dict[str, Any] | None:
@@ -163,8 +167,10 @@ class ChatFormat:
         }  # fmt: skip
 
     @staticmethod
-    def part(index: int, text: str, tokens: Sequence[Token] | None, finish: str | None) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if text else {}
+    def part(
+        index: int, text: str, tokens: Sequence[Token] | None, finish: str | None, is_first: bool
+    ) -> dict[str, Any]:
+        delta = ({"role": "assistant"} if is_first else {}) | ({"content": text} if text else {})
         return {"index": index, "delta": delta, "logprobs": ChatFormat.logprobs(tokens), "finish_reason": finish}
 
     @staticmethod

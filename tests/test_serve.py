@@ -85,6 +85,10 @@ def test_streamed_pieces_add_up_to_the_answer(server):
         parts = list(stream)
     assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == full
     assert len(parts) > 5 and parts[-2].choices[0].finish_reason == "stop" and parts[-1].usage.completion_tokens > 5
+    messages = [{"role": "user", "content": QUESTION}]
+    with server.client.chat.completions.stream(model=PIRATE.name, messages=messages, temperature=0) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", full)
     stream = server.client.completions.create(model="base", prompt="The capital", max_tokens=9, stream=True, seed=1)
     assert len([part for part in stream if part.choices[0].text]) > 3
 
