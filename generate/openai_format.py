@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from generate.jobs import Token
 from lit_llama.generation import Sampling
@@ -31,7 +31,7 @@ class Request(BaseModel):
     temperature: float = Field(1.0, ge=0, le=10)  # 0 is greedy
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # not OpenAI's: sample from the k most likely tokens; 0 means all
-    seed: int | None = Field(None, ge=-(2**31), lt=2**31)  # of the random numbers (default: a new one each time)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)  # of the random numbers (default: a new one each time)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None  # texts that end the answer
     max_tokens: int | None = Field(None, ge=1)  # longest answer (default: the server's)
     stream: bool = False
@@ -42,6 +42,11 @@ class Request(BaseModel):
     n: Literal[1] | None = 1
     frequency_penalty: Unused | None = None
     presence_penalty: Unused | None = None
+
+    @field_validator("temperature", "top_p", "top_k", "stream", mode="before")
+    @classmethod
+    def default_for_null(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
 
     def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
         """Return how tokens are chosen.

@@ -17,7 +17,7 @@ import torch
 from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Server
 
 from generate.app import metrics_text
-from generate.openai_format import Message, render_messages
+from generate.openai_format import ChatRequest, Message, render_messages
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
 from lit_llama.compose import load_with_bank, parse_sum
@@ -66,8 +66,19 @@ def test_a_seed_gives_the_same_answer_as_generate(server, reference):
     options = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 30, "extra_body": {"top_k": 50}}
     reply = server.ask(PIRATE.name, **options)
     assert reply.choices[0].message.content == expected(reference, PIRATE.name, sampling=Sampling(30, 0.9, 50, 0.95, 7))
+    long = {"temperature": 0.9, "seed": 3_000_000_000, "max_tokens": 12}
+    wanted = expected(reference, PIRATE.name, sampling=Sampling(12, 0.9, seed=3_000_000_000))
+    assert server.ask(PIRATE.name, **long).choices[0].message.content == wanted
+    negative = server.ask(PIRATE.name, **{**long, "seed": 3_000_000_000 - 2**32})
+    assert negative.choices[0].message.content == wanted
     hot = {"temperature": 3.0, "max_tokens": 20}
     assert len({server.ask("base", **hot).choices[0].message.content for _ in range(3)}) == 3
+
+
+def test_null_is_the_default():
+    message = {"role": "user", "content": QUESTION}
+    request = ChatRequest(model="a", messages=[message], temperature=None, top_p=None, top_k=None, stream=None)
+    assert request == ChatRequest(model="a", messages=[message])
 
 
 def test_completions_continue_a_text(server, reference):
