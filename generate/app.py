@@ -62,7 +62,7 @@ class Server:
 
     async def complete(self, body: openai.CompletionRequest, request: Request) -> Response:
         adapters = self.parse(body.model)
-        return await self.answer(body, request, openai.CompletionFormat, adapters, body.prompts, (), strip=False)
+        return await self.answer(body, request, openai.CompletionFormat, adapters, body.prompt, (), strip=False)
 
     async def chat(self, body: openai.ChatRequest, request: Request) -> Response:
         adapters = self.parse(body.model)

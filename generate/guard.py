@@ -48,11 +48,13 @@ def explain(error: RequestValidationError) -> Refusal:
     if first["type"] == "json_invalid":
         return Refusal(400, "The body is not JSON.")
     place = [str(part) for part in first["loc"] if part not in ("body", "query")]
-    name = place[0] if place else None
+    if not place:
+        return Refusal(400, "The body must be a JSON object, sent with Content-Type: application/json.")
+    name = place[0]
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"This server does not support the field {name!r}.", param=name)
     message = first["msg"][:1].lower() + first["msg"][1:]
-    return Refusal(400, f"{'.'.join(place) or 'The body'}: {message}.", param=name)
+    return Refusal(400, f"{'.'.join(place)}: {message}.", param=name)
 
 
 class Guard:

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from generate.jobs import Token
 from lit_llama.generation import Sampling
@@ -15,6 +15,8 @@ from lit_llama.utils import check_text
 MAX_MODEL_LENGTH = 4096  # characters of the name or sum in `model`
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # stop texts of a request, and their characters
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+# a single text stands for a list of one; a union instead would report an error for each of its members
+ListOfOne = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Unused = Annotated[float, Field(ge=0, le=0)]  # an unsupported setting: only its neutral value is accepted
 
 
@@ -32,7 +34,7 @@ class Request(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # not OpenAI's: sample from the k most likely tokens; 0 means all
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)  # of the random numbers (default: a new one each time)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None  # texts that end the answer
+    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), ListOfOne] | None = None  # texts that end the answer
     max_tokens: int | None = Field(None, ge=1)  # longest answer (default: the server's)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -65,7 +67,7 @@ class Request(BaseModel):
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -75,14 +77,10 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """The body of POST /v1/completions: texts that the model continues as they are."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=128)]
+    prompt: Annotated[list[str], Field(min_length=1, max_length=128), ListOfOne]
     logprobs: int | None = Field(None, ge=0, le=20)  # of the tokens, and of this many of the most likely ones
     echo: Literal[False] | None = False
     best_of: Literal[1] | None = 1
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
     @property
     def n_top(self) -> int | None:
@@ -94,14 +92,19 @@ class TextPart(BaseModel):
     text: str
 
 
+def in_parts(content: Any) -> Any:
+    """Return a content that is a text as a list of one part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(in_parts)]
     name: str | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(Request):

@@ -163,6 +163,25 @@ def test_errors_are_one_sentence_in_openai_format(server):
     # any web page could send a request without this header
     without_type = server.http.post("/v1/completions", content=b'{"model": "base", "prompt": "a"}')
     assert without_type.status_code == 400
+    assert "Content-Type: application/json" in without_type.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": ["."] * 17}, "stop: list should have at most 16 items"),
+        ({"stop": ["a", ""]}, "stop.1: string should have at least 1 character"),
+        ({"stop": 5}, "stop: input should be a valid list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type: input"),
+        ({"prompt": [5, 6]}, "prompt.0: input should be a valid string"),
+        ({"prompt": [""] * 129}, "prompt: list should have at most 128 items"),
+    ],
+)
+def test_an_error_names_the_place_of_the_mistake(server, body, message):
+    path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    others = {} if "prompt" in body else {"messages": [{"role": "user", "content": "Hello"}]}
+    reply = server.http.post(path, json={"model": "base", **others, **body})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)
 
 
 def test_too_large_and_too_slow_bodies_are_refused(server):
