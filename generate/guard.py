@@ -25,8 +25,9 @@ class Refusal(Exception):
         self.status, self.body = status, error_body(message, kind, code, param)
 
     def response(self) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status)
-        return JSONResponse(self.body, self.status, headers)
+        # OpenAI's client repeats a request after any status from 500 on, unless a header forbids it
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 504: {"x-should-retry": "false"}}
+        return JSONResponse(self.body, self.status, headers.get(self.status))
 
 
 def refusal_of(error: Exception) -> Refusal:
