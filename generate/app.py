@@ -56,6 +56,7 @@ class Server:
 
     def __init__(self, engine: Engine, rules: Rules) -> None:
         self.engine, self.rules, self.started = engine, rules, int(time.time())
+        self.folder = engine.tokenizer.path.parent
         self.random = random.SystemRandom()
 
     # == answers ==
@@ -139,7 +140,7 @@ class Server:
         head, new = openai.head(format, body.model, True), set(range(len(jobs)))  # choices without a part so far
         async for index, event in events_of(queue, len(jobs)):
             if event.error:
-                yield sse(refusal_of(event.error).body)
+                yield sse(refusal_of(event.error, self.folder).body)
                 return
             tokens = event.tokens if body.n_top is not None else None
             if event.text:
@@ -269,7 +270,7 @@ def make_app(engine: Engine, rules: Rules) -> FastAPI:
             return explain(error).response()
         if isinstance(error, HTTPException):
             return Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
-        return (error if isinstance(error, Refusal) else refusal_of(error)).response()
+        return (error if isinstance(error, Refusal) else refusal_of(error, server.folder)).response()
 
     for kind in (Refusal, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)

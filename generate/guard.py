@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -30,17 +31,23 @@ class Refusal(Exception):
         return JSONResponse(self.body, self.status, headers.get(self.status))
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """Return the answer to an error of the engine."""
+def refusal_of(error: Exception, folder: Path) -> Refusal:
+    """Return the answer to an error.
+
+    Args:
+        error: an error of the request, or any other one, whose text is for the log only.
+        folder: the checkpoint's, which is removed from the paths of its files.
+    """
+    message = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", str(error))
     if isinstance(error, QueueFull):
-        return Refusal(429, str(error), "queue_full")
+        return Refusal(429, message, "queue_full")
     if isinstance(error, Expired):
-        return Refusal(504, str(error), "timeout")
+        return Refusal(504, message, "timeout")
     if isinstance(error, TooLong):
-        return Refusal(400, str(error), "context_length_exceeded")
+        return Refusal(400, message, "context_length_exceeded")
     if isinstance(error, UserError):
-        return Refusal(400, str(error))
-    return Refusal(500, str(error))
+        return Refusal(400, message)
+    return Refusal(500, "The server failed to answer; its log says why.")
 
 
 def explain(error: RequestValidationError) -> Refusal:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llama.chat_template import ChatTemplate, ChatText, Message, Rendered
+from lit_llama.chat_template import TEMPLATE_NAME, ChatTemplate, ChatText, Message, Rendered
 from lit_llama.utils import UserError
 
 if TYPE_CHECKING:
@@ -196,9 +196,8 @@ def get_prompt_style(name: str, base: "Tokenizer | Path | None" = None) -> Promp
     tokenizer = base if isinstance(base, Tokenizer) else Tokenizer(base)
     if tokenizer.template is None:
         raise UserError(
-            f"{tokenizer.path.parent} has no chat template, which the prompt style 'chat' needs: neither "
-            "chat_template.jinja nor an entry in tokenizer_config.json. Convert an instruct model again, or choose "
-            "another style."
+            f"The prompt style 'chat' needs a chat template: {tokenizer.path.parent / TEMPLATE_NAME}, or an entry in "
+            "tokenizer_config.json. Convert an instruct model again, or choose another style."
         )
     return ChatStyle(name, "", chat=tokenizer.template.with_variables(variables) if variables else tokenizer.template)
 

@@ -395,7 +395,7 @@ def test_template_files_take_precedence_over_the_tokenizer_config(folders, tmp_p
 
 
 def test_the_chat_style_without_a_template_gives_a_one_sentence_error(tokenizer_path):
-    with pytest.raises(UserError, match="has no chat template, which the prompt style 'chat' needs") as error:
+    with pytest.raises(UserError, match="The prompt style 'chat' needs a chat template: ") as error:
         get_prompt_style("chat", tokenizer_path.parent)
     assert "\n" not in str(error.value)
 

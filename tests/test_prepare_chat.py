@@ -340,7 +340,7 @@ def test_training_counts_only_the_answers_and_generation_uses_the_style(prepare,
     assert code == 0
     code, _, err = run_script("generate/aligner.py", "--checkpoint_dir", "checkpoints/microworld", "--prompt_style",
                               "chat")  # fmt: skip
-    assert code == 1 and "has no chat template" in err
+    assert code == 1 and "needs a chat template" in err
 
 
 def test_generation_uses_the_template_variables_of_training(prepare, models, run_script, tmp_path):

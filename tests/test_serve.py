@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Server
 
 from generate.app import metrics_text
+from generate.guard import refusal_of
 from generate.openai_format import ChatRequest, Message, render_messages
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
@@ -182,6 +184,11 @@ def test_an_error_names_the_place_of_the_mistake(server, body, message):
     others = {} if "prompt" in body else {"messages": [{"role": "user", "content": "Hello"}]}
     reply = server.http.post(path, json={"model": "base", **others, **body})
     assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)
+
+
+def test_the_text_of_an_unexpected_error_is_not_sent():
+    refusal = refusal_of(KeyError("/home/secret"), Path("m"))
+    assert refusal.status == 500 and "secret" not in refusal.body["error"]["message"]
 
 
 def test_too_large_and_too_slow_bodies_are_refused(server):

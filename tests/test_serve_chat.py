@@ -38,7 +38,8 @@ def served(request, tmp_path_factory, tokenizer_path):
     network, generator = LLaMA(config), torch.Generator().manual_seed(0)
     state = {name: 0.3 * torch.randn(p.shape, generator=generator) for name, p in network.named_parameters()}
     save_base(folder, config, state)
-    bank = make_bank(folder, [("plain-one", adapter("alpaca", 1)), ("chat-one", adapter("chat", 2))])
+    styles = {"plain-one": "alpaca", "chat-one": "chat", "bad-one": "chat:nonsense=1"}
+    bank = make_bank(folder, [(name, adapter(style, i)) for i, (name, style) in enumerate(styles.items(), 1)])
     model = load_with_bank(folder, bank)
     app = make_app(Engine(model, tokenizer, max_batch=4), Rules())
     with TestClient(app) as http:
@@ -79,6 +80,15 @@ def test_a_conversation_that_the_template_refuses_gives_a_one_sentence_error(ser
         client.chat.completions.create(model="base", messages=two_questions, max_tokens=2)
     sentence = error.value.body["message"]
     assert "refuses the conversation: Conversation roles must alternate" in sentence and "\n" not in sentence
+
+
+def test_an_error_of_the_template_names_its_file_without_the_folder(served):
+    client, _, tokenizer, _ = served
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="bad-one", messages=[message("user", "Hi")])
+    sentence = error.value.body["message"]
+    assert "has no variable 'nonsense'" in sentence
+    assert tokenizer.template.path.name in sentence and str(tokenizer.path.parent) not in sentence
 
 
 def test_developer_messages_are_treated_as_system_messages(served):
