@@ -6,8 +6,8 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from starlette.exceptions import HTTPException
 from generate import openai_format as openai
 from generate.engine import FIRST_TOKEN_BOUNDS, Engine
 from generate.guard import Guard, Refusal, explain, refusal_of
+from generate.interactive import style_name
 from generate.jobs import Event, Job
 from generate.rules import Rules
 from lit_llama.bank import BASE
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum
-from lit_llama.prompts import CHAT, PromptStyle, get_prompt_style
+from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
 
@@ -153,22 +154,15 @@ class Server:
         yield "data: [DONE]\n\n"
 
     def parse(self, model: str) -> Sum:
-        try:
+        with not_found():
             return self.engine.parse(model)
-        except UserError as error:
-            raise Refusal(404, str(error), "model_not_found", "model") from None
 
     def style_of(self, adapters: Sum) -> PromptStyle:
-        """Return the prompt style of a sum's first adapter.
-
-        For the base model it is its chat template, or else the style of the bank's first adapter.
-        """
+        """Return the prompt style of a sum; see `style_name`."""
         tokenizer, style = self.engine.tokenizer, self.rules.style
-        if style is None and not adapters and tokenizer.template is not None:
-            style = CHAT
         if style is None:
-            names = [name for name, _ in adapters] or list(self.names(1))
-            style = self.adapter(names[0]).meta["prompt_style"] if names else "alpaca"
+            with not_found(), self.engine.changed:
+                style = style_name(adapters, self.engine.bank, tokenizer)
         return get_prompt_style(style, tokenizer)
 
     # == adapters ==
@@ -179,12 +173,8 @@ class Server:
         return names
 
     def adapter(self, name: str) -> AdapterFile:
-        adapters: list[AdapterFile] = []
-        try:
-            self.engine.edit_bank(lambda bank: adapters.append(bank.adapter(name)))
-        except UserError as error:
-            raise Refusal(404, str(error), "model_not_found", "model") from None
-        return adapters[0]
+        with not_found(), self.engine.changed:
+            return self.engine.bank.adapter(name)
 
     def model_card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "local"}
@@ -294,6 +284,15 @@ def open_upload(name: str, content: bytes, tokenizer: Tokenizer) -> AdapterFile:
         except UserError as error:
             raise UserError(f"The adapter {name} is refused: {str(error).replace(str(path), 'the file')}") from None
     return AdapterFile(state, adapter.meta, Path(name))
+
+
+@contextmanager
+def not_found() -> Iterator[None]:
+    """Answer a request with status 404 if a name is not in the bank."""
+    try:
+        yield
+    except UserError as error:
+        raise Refusal(404, str(error), "model_not_found", "model") from None
 
 
 async def events_of(queue: asyncio.Queue, n_open: int) -> AsyncIterator[tuple[int, Event]]:
