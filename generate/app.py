@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
@@ -31,11 +33,31 @@ from lit_llama.utils import UserError, check_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
 LISTED = 1000  # adapters that GET /v1/models lists, out of up to a million
+FINISH_SECONDS = 5  # for running answers to end, after Ctrl-C or SIGTERM
+CLOSE_SECONDS = 3  # for clients to receive the error that the others end with
 PAGE = Path(__file__).parent / "playground.html"
 PAGE_POLICY = (  # what the page may do: its own script and requests to this server, nothing else
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+class HTTPServer(uvicorn.Server):
+    """Uvicorn, which cancels requests that are unfinished when it shuts down; here they end with an error before."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        config.timeout_graceful_shutdown = FINISH_SECONDS + CLOSE_SECONDS
+        super().__init__(config)
+        self.engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.ensure_future(self.stop_engine())
+        await super().shutdown(sockets)
+        stopping.cancel()
+
+    async def stop_engine(self) -> None:
+        await asyncio.sleep(FINISH_SECONDS)
+        await asyncio.to_thread(self.engine.stop)
 
 
 class Stream(StreamingResponse):

@@ -19,7 +19,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from generate.jobs import Event, Expired, Job, QueueFull, Row, TooLong
+from generate.jobs import Event, Expired, Job, QueueFull, Row, ShuttingDown, TooLong
 from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
@@ -77,6 +77,7 @@ class Engine:
 
         Raises:
             QueueFull: The queue has no room for them at the moment.
+            ShuttingDown: The engine was stopped.
             UserError: A prompt is empty or leaves no room for an answer, or there are more requests than may wait.
         """
         for job in jobs:
@@ -89,7 +90,7 @@ class Engine:
             raise UserError(f"The request asks for {len(jobs)} answers, and at most {self.max_waiting} may wait.")
         with self.changed:
             if self.stopping:
-                raise QueueFull("The server is shutting down.")
+                raise ShuttingDown("The server is shutting down.")
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
                 room = self.max_waiting - len(self.waiting)
@@ -152,7 +153,7 @@ class Engine:
                 while not (self.waiting or self.rows or self.stopping):
                     self.changed.wait()
             if self.stopping:
-                return self._fail_all(UserError("The server is shutting down."))
+                return self._fail_all(ShuttingDown("The server is shutting down."))
             try:
                 self.step()
             except Exception:  # a bug, or a GPU out of memory: other requests may still succeed

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from generate.jobs import Expired, QueueFull, TooLong
+from generate.jobs import Expired, QueueFull, ShuttingDown, TooLong
 from generate.openai_format import error_body
 from generate.rules import Rules
 from lit_llama.utils import UserError
@@ -41,6 +41,8 @@ def refusal_of(error: Exception, folder: Path) -> Refusal:
     message = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", str(error))
     if isinstance(error, QueueFull):
         return Refusal(429, message, "queue_full")
+    if isinstance(error, ShuttingDown):
+        return Refusal(503, message, "shutting_down")
     if isinstance(error, Expired):
         return Refusal(504, message, "timeout")
     if isinstance(error, TooLong):

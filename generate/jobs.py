@@ -20,6 +20,10 @@ class QueueFull(UserError):
     """The queue of waiting requests is full."""
 
 
+class ShuttingDown(UserError):
+    """The server is shutting down."""
+
+
 class TooLong(UserError):
     """A prompt leaves no room for an answer."""
 

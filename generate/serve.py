@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     try:
         import uvicorn
 
-        from generate.app import make_app
+        from generate.app import HTTPServer, make_app
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] not in ("fastapi", "pydantic", "starlette", "uvicorn"):
             raise
@@ -88,13 +88,11 @@ def main(settings: Settings) -> None:
         get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # raises an error if there is none
     rules = make_rules(settings)
     listener = listen(settings.host, settings.port)
-    app = make_app(make_engine(settings), rules)
+    engine = make_engine(settings)
     # clients drop idle connections after some seconds; a server that does so first makes their next request fail
-    options = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 5, "ws": "none"}
-    options["limit_concurrency"] = settings.max_connections
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on", **options)
-    )
+    options = {"timeout_keep_alive": 60, "ws": "none", "limit_concurrency": settings.max_connections}
+    options |= {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on"}
+    server = HTTPServer(uvicorn.Config(make_app(engine, rules), **options), engine)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     if settings.host not in LOCAL and rules.api_key is None:
         log(f"note: everybody who reaches {settings.host} may use this server; --api_key restricts it.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import sys
 import threading
@@ -308,6 +309,23 @@ def test_an_answer_that_takes_too_long_is_an_error_and_not_requested_again():
     assert caught.value.status_code == 504 and caught.value.code == "timeout"
     assert server.metric("requests_total") == 1
     assert server.stop() in (0, 130)
+
+
+def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error():
+    server, replies = Server("--max_batch", "1"), []
+    request = {"model": "base", "prompt": ["a"] * 100, "temperature": 9.0, "max_tokens": 250}
+    with server.client.completions.create(**request, stream=True) as stream:
+        next(stream)
+        ask = threading.Thread(target=lambda: replies.append(server.http.post("/v1/completions", json=request)))
+        ask.start()
+        server.wait_for("requests_total", 200)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match=r"The server is shutting down\."):
+            list(stream)
+    ask.join()
+    assert replies[0].status_code == 503 and replies[0].json()["error"]["code"] == "shutting_down"
+    assert server.process.wait(60) in (0, 130)
+    assert not any("Traceback" in line for line in server.log), "".join(server.log)
 
 
 def test_a_full_queue_is_an_error():
