@@ -59,6 +59,12 @@ def test_base_and_aligned_answers_side_by_side(page):
         page.get_by_role("button", name="microworld-json-n1").click()
         page.get_by_text("Gates of microworld-json-n1").wait_for()
 
+        before = len(addresses)
+        page.press("#question", "Enter")
+        page.press("#question", "Enter")  # while answers stream
+        page.locator("#ask:not([disabled])").wait_for()
+        assert len(addresses) == before + 2  # the base and the aligned model, once each
+
         page.fill("#question", "<img src=x onerror=alert(1)>")
         ask(page)
         page.fill("#question", "")
