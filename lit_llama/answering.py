@@ -151,7 +151,6 @@ class Session:
 
     def answer_lines(self, style: PromptStyle) -> None:
         """Answer stdin line by line until it ends. Questions are independent of each other."""
-        log("Ask something; end with Ctrl-D.")
         while line := sys.stdin.readline():
             if not line.strip():
                 continue
