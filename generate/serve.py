@@ -6,6 +6,7 @@ weighted sum such as "pirate:0.5+polite". Adapters can be added, replaced and re
 """
 
 import os
+import resource
 import socket
 import sys
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ class Settings(Checked):
     max_length: PositiveInt | None = None  # tokens of a prompt with its answer (default: the model's context)
     max_new_tokens: PositiveInt = 1024  # longest answer, in tokens, also of requests that state none
     max_waiting: PositiveInt = 256  # requests in the queue; further ones are refused
-    max_connections: PositiveInt = 1024  # simultaneous connections
+    max_connections: PositiveInt = 1024  # simultaneous connections, also silent ones
     seconds: PositiveFloat = 120.0  # time limit for an answer, including the time in the queue
-    body_seconds: PositiveFloat = 10.0  # time limit for a request to arrive
+    body_seconds: PositiveFloat = 10.0  # time limit for the body of a request to arrive, after its headers
     max_body_kb: PositiveInt = 256  # largest request
     max_adapter_mb: PositiveInt = 16  # largest adapter that can be added
     max_adapters: PositiveInt = 10_000  # adapters in the bank; no more can be added
@@ -87,6 +88,7 @@ def main(settings: Settings) -> None:
     if settings.prompt_style is not None:
         get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # raises an error if there is none
     rules = make_rules(settings)
+    allow_open_files(2 * settings.max_connections)  # also of connections that are refused
     listener = listen(settings.host, settings.port)
     engine = make_engine(settings)
     # clients drop idle connections after some seconds; a server that does so first makes their next request fail
@@ -134,6 +136,15 @@ def make_engine(settings: Settings) -> Engine:
     cache = engine.cache.k.nbytes + engine.cache.v.nbytes
     log(f"{len(bank)} adapters; the KV cache of {settings.max_batch} rows takes {cache / 1e9:.2f} GB")
     return engine
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the limit of open files to `count`, or as far as the system permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

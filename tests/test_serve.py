@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Ser
 from generate.app import metrics_text
 from generate.guard import refusal_of
 from generate.openai_format import ChatRequest, Message, render_messages
+from generate.serve import allow_open_files
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
 from lit_llama.compose import load_with_bank, parse_sum
@@ -356,6 +358,18 @@ def test_history_is_rendered_turn_by_turn():
     assert render_messages(turns, style) == "Human: Be kind.\n\nOne? Assistant: 1 Human: Two? Assistant: "
     with pytest.raises(UserError, match="last"):
         render_messages([message("system", "a")], style)
+
+
+def test_the_limit_of_open_files_is_raised_and_never_lowered():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard == resource.RLIM_INFINITY or hard > 512
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        for count, limit in ((512, 512), (300, 512)):
+            allow_open_files(count)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limit, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_invalid_settings_give_a_one_sentence_error(refused):
