@@ -49,11 +49,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import harness as b
-from benchmarks.material import MICROWORLD
+from benchmarks.material import MICROWORLD, dtype_name
 from benchmarks.measure import compare, number, with_interval
 from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import load_with_bank, parse_sum
+from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, instruct
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tables import markdown_table
@@ -71,18 +72,22 @@ KEY = "benchmark"
 
 @dataclass
 class Server:
-    """A running server; `threads` as in the settings."""
+    """A running server; the settings give its device, threads and number of clients."""
 
     bank: Path
-    threads: int
+    settings: Settings
     process: subprocess.Popen = field(init=False)
     url: str = field(init=False)
 
     def __enter__(self) -> "Server":
         script = Path(__file__).parents[1] / "generate" / "serve.py"
+        clients, threads = self.settings.clients, self.settings.threads
         command = [sys.executable, script, "--port", "0", "--checkpoint_dir", MICROWORLD, "--bank", self.bank]
+        command += ["--accelerator", self.settings.accelerator, "--precision", self.settings.precision]
+        # also for requests that were just canceled; for 64 clients, the server's defaults
+        command += ["--max_waiting", str(4 * clients), "--max_connections", str(16 * clients)]
         environment = {**os.environ, "ALIGNER_API_KEY": KEY}
-        environment |= {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+        environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         for line in self.process.stderr:
             if "serving at" in line:
@@ -190,7 +195,7 @@ def measure_speed(settings: Settings) -> tuple[list[str], list[str]]:
         f"{settings.clients} clients, one adapter": (settings.clients, names[settings.clients // 2 :][:1], count),
         "one client, one by one": (1, names, max(1, settings.clients // 4)),
     }
-    with Server(path, settings.threads) as server:
+    with Server(path, settings) as server:
         turns = {}
         for kind, (clients, models, n) in kinds.items():
             bodies = [chat(models[i % len(models)], questions[i % len(questions)]) for i in range(n)]
@@ -244,9 +249,13 @@ async def run_all(server: Server, bodies: list[dict[str, Any]], clients: int) ->
 # == stress ==
 
 
-def known_answers(bank: Bank, models: list[str], questions: list[str]) -> dict[tuple[str, str], str]:
+def known_answers(
+    settings: Settings, bank: Bank, models: list[str], questions: list[str]
+) -> dict[tuple[str, str], str]:
     """Return the correct answer of each model to each question."""
-    network, tokenizer, style = load_with_bank(MICROWORLD, bank), Tokenizer(MICROWORLD), get_prompt_style("alpaca")
+    device, dtype = pick_device(settings.accelerator, settings.precision)
+    network = load_with_bank(MICROWORLD, bank, device=device, dtype=dtype)
+    tokenizer, style = Tokenizer(MICROWORLD), get_prompt_style("alpaca")
     pairs = [(model, question) for model in models for question in questions]
     adapters, texts = [parse_sum(model, bank) for model, _ in pairs], [question for _, question in pairs]
     answers = instruct(network, tokenizer, texts, style, Sampling(NEW_TOKENS), batch_size=64, adapters=adapters)
@@ -279,7 +288,7 @@ def measure_stress(settings: Settings) -> tuple[list[str], list[str]]:
     names = list(bank)
     models = ["base", *names, *(f"{a}:0.5+{c}" for a, c in pairwise(names))]
     questions = [q.text for q in World(0).questions(UNSEEN) if q.text.startswith("What")][:8]
-    right = known_answers(bank, models, questions)
+    right = known_answers(settings, bank, models, questions)
     path = settings.out_dir / "serving-bank.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     bank.save(path)
@@ -336,7 +345,7 @@ def measure_stress(settings: Settings) -> tuple[list[str], list[str]]:
             async with connect(server) as http:
                 await share([make(server, http, bar) for _ in range(count)], settings.clients)
 
-    with Server(path, settings.threads) as server:
+    with Server(path, settings) as server:
         states = []
         for count in (settings.requests // 10, settings.requests - settings.requests // 10):  # the first tenth warms up
             asyncio.run(run(server, count))
@@ -377,10 +386,10 @@ def main(settings: Settings) -> None:
         raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
     if settings.threads:
         torch.set_num_threads(settings.threads)  # as in the server
+    device, dtype = pick_device(settings.accelerator, settings.precision)
     parts, problems = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
-    b.publish(
-        settings.out_dir / f"serving-{settings.mode}.md", f"The server: {settings.mode}", parts, torch.device("cpu")
-    )
+    title = f"The server: {settings.mode}, {dtype_name(dtype)}"
+    b.publish(settings.out_dir / f"serving-{settings.mode}.md", title, parts, device)
     if problems:
         raise UserError(f"The server failed: {'; '.join(problems)}.")
 
