@@ -56,7 +56,7 @@ from lit_llama.answering import (
     save_answers,
     show,
 )
-from lit_llama.bank import BASE, adapter_name, make_bank, open_bank
+from lit_llama.bank import BASE, adapter_name, adapter_names, make_bank, open_bank
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
@@ -192,12 +192,6 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
     session = open_session(settings, tokenizer, partial(load_with_bank, base, bank, **options))
     files = {} if settings.bank else {name: path.resolve() for name, path in zip(names, settings.adapter, strict=True)}
     Chat(session, BankAdapters(session.model, tokenizer, terms, settings.prompt_style, files)).run()
-
-
-def adapter_names(paths: tuple[Path, ...]) -> list[str]:
-    """Return a name for each adapter: that in a bank, or the complete path if two have the same name."""
-    names = [adapter_name(path) for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 if __name__ == "__main__":

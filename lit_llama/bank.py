@@ -250,10 +250,10 @@ class Bank(dict[str, Slot]):
 
 
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
-    """Return the bank of one bank file, or a bank of adapter files and folders, named after them.
+    """Return the bank of one bank file, or a bank of adapter files and folders, named by `adapter_names`.
 
     Raises:
-        UserError: A path is neither, an adapter does not belong to the base, or two have the same name.
+        UserError: A path is neither, an adapter does not belong to the base, or a path is given twice.
     """
     paths = [Path(path) for path in paths]
     if len(paths) == 1 and paths[0].is_file() and read_header(paths[0], META_KEY) is not None:
@@ -261,7 +261,8 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
         if not bank:
             raise UserError(f"The bank {paths[0]} has no adapters.")
         return bank
-    return make_bank(checkpoint_dir, [(adapter_name(path), read_adapter(path)) for path in paths])
+    adapters = [read_adapter(path) for path in paths]
+    return make_bank(checkpoint_dir, list(zip(adapter_names(paths), adapters, strict=True)))
 
 
 def adapter_name(path: Path) -> str:
@@ -269,6 +270,12 @@ def adapter_name(path: Path) -> str:
     if is_on_hub(path):
         return repository(path)[0].partition("/")[2]
     return path.resolve().name if path.is_dir() else path.stem
+
+
+def adapter_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each adapter: its `adapter_name`, or the complete path if two have the same name."""
+    names = [adapter_name(path) for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:

@@ -576,7 +576,9 @@ def test_command_line_errors_are_one_line(refused, base_dir, trained, tmp_path):
     assert "give --bank too" in refused("generate/aligner.py", "--use", "cat")
     duplicate = tmp_path / "twin" / "cat"
     shutil.copytree(trained["cat"], duplicate)
-    assert "The name 'cat' is taken" in refused("generate/aligner.py", *flags, "--bank", trained["cat"], duplicate)
+    assert list(open_bank([trained["cat"], duplicate], base_dir)) == [str(trained["cat"]), str(duplicate)]
+    twice = [trained["cat"]] * 2
+    assert f"The name '{trained['cat']}' is taken" in refused("generate/aligner.py", *flags, "--bank", *twice)
     with pytest.raises(UserError, match="There is no adapter at"):
         open_bank([tmp_path / "none"], base_dir)
     Bank(LLaMAConfig.from_json(base_dir / "lit_config.json"), base_dir).save(tmp_path / "empty.safetensors")
