@@ -56,7 +56,8 @@ class Bank(dict[str, Slot]):
 
     Args:
         config: the base's configuration.
-        checkpoint_dir: the base's folder, to refuse adapters of another base; None accepts all adapters of this shape.
+        checkpoint_dir: the base's folder, to refuse adapters of another base; None accepts all adapters of this shape,
+            unless `load` found the base's fingerprint in the file.
         start_layer: lowest start layer that the bank accepts; adapters with a higher one have zero gates below it.
         dtype: fp32 returns adapters bit for bit. bf16 halves the memory: under a bf16 base only the gates are rounded,
             because such a base rounds the prefix anyway.
@@ -161,7 +162,7 @@ class Bank(dict[str, Slot]):
         if adapter.method != "aligner":
             raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; a bank holds Aligners.")
         if self.base is not None:
-            check_base(adapter, self.checkpoint_dir, config, self.base)
+            check_base(adapter, self.checkpoint_dir or Path("the bank"), config, self.base)
         start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
         if start < self.start_layer:
             raise UserError(f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}.")
@@ -220,8 +221,13 @@ class Bank(dict[str, Slot]):
         try:
             config = LLaMAConfig(**meta["config"])
             bank = cls(config, checkpoint_dir, start_layer=field(meta, "start_layer", int, "its header"), device=device)
-            if bank.base is not None:
-                made_for = meta["base"] or {**bank.base, "config": meta["config"]}
+            made_for = field(meta, "base", dict | None, "its header")
+            for name, kind in (("config", dict), ("weights", str)) if made_for is not None else ():
+                field(made_for, name, kind, "its header: base")
+            if bank.base is None:
+                bank.base = made_for
+            else:
+                made_for = made_for or {**bank.base, "config": meta["config"]}
                 check_base(AdapterFile({}, {"base": made_for}, path), checkpoint_dir, config, bank.base)
             with safe_open(path, framework="pt") as file:
                 for i, length in enumerate(meta["lengths"]):

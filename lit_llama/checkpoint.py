@@ -334,8 +334,8 @@ def check_base(
     if differing:
         was, now = ({k: c["config"].get(k) for k in differing} for c in (trained_on, base))
         raise UserError(f"The adapter {adapter.path} was trained on a base with {was}; {checkpoint_dir} has {now}.")
-    for name in ("weights", "tensors"):  # adapters of earlier versions have no `tensors`
-        if trained_on.get(name, base[name]) != base[name]:
+    for name in ("weights", "tensors"):  # files of earlier versions have no `tensors`
+        if name in trained_on and name in base and trained_on[name] != base[name]:
             raise UserError(
                 f"The adapter {adapter.path} was trained on a base of this shape but with other weights than "
                 f"{checkpoint_dir} (fingerprint {trained_on[name]}, here {base[name]})."

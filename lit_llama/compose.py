@@ -23,7 +23,7 @@ from torch import Tensor
 import lit_llama.model as llama
 from lit_llama.aligner import gated_kv, prefix_attention
 from lit_llama.bank import BASE, Bank, Slot, make_bank
-from lit_llama.checkpoint import AdapterFile, load_model
+from lit_llama.checkpoint import AdapterFile, check_base, load_model
 from lit_llama.merge import merge_aligners_
 from lit_llama.modules import swapped_parameters
 from lit_llama.utils import UserError
@@ -272,7 +272,7 @@ def load_with_bank(
         options: device, dtype and quantize of `load_model`.
 
     Raises:
-        UserError: As `load_model`, the bank is for a base of another shape, or a name is not in the bank.
+        UserError: As `load_model`, the bank is for another base, or a name is not in the bank.
     """
     if options.get("mesh") is not None:
         raise UserError(
@@ -283,6 +283,8 @@ def load_with_bank(
     model = load_model(checkpoint_dir, method=None if merge else LLaMA, **options)
     if model.config != bank.config:
         raise UserError(f"The bank is for a base of another shape than {checkpoint_dir}.")
+    if bank and bank.checkpoint_dir != checkpoint_dir:  # otherwise its adapters have been checked
+        check_base(bank.adapter(next(iter(bank))), checkpoint_dir, model.config)
     if merge:
         merge_aligners_(model, [(bank.adapter(name).state, strength) for name, strength in terms])
     else:

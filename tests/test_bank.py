@@ -436,6 +436,16 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
         Bank.load(path, tmp_path / "other")
     with pytest.raises(UserError, match="The bank is for a base of another shape"):
         load_with_bank(folders["gqa"], Bank.load(path))
+    loaded = Bank.load(path)  # the file knows its base
+    load_with_bank(folders["mha"], loaded)
+    with pytest.raises(UserError, match="The adapter a was trained on a base of this shape but with other weights"):
+        load_with_bank(tmp_path / "other", loaded)
+    meta = {"method": "aligner", "base": base_fingerprint(tmp_path / "other")}
+    with pytest.raises(UserError, match="other weights than the bank "):
+        loaded.add("b", AdapterFile(make_adapters("mha")["b"].state, meta, Path("b")))
+    loaded.save(tmp_path / "again.safetensors")
+    with pytest.raises(UserError, match="with other weights"):
+        Bank.load(tmp_path / "again.safetensors", tmp_path / "other")
     save_adapter(tmp_path / "a.safetensors", make_adapters("mha")["a"].state, {})
     for name, message in (("a.safetensors", "is not a bank"), ("none", "There is no file at")):
         with pytest.raises(UserError, match=message):
