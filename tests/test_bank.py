@@ -1,6 +1,7 @@
 """Batches with many Aligners, compared with each adapter loaded alone by `load_model`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from random import Random
@@ -457,37 +458,57 @@ def test_a_bank_of_another_base_is_refused(folders, tmp_path):
 
 
 def test_damaged_banks_are_refused(folders, tmp_path):
-    bank, path = (
-        make_bank(folders["mha"], {"a": make_adapters("mha")["a"], "b": make_adapters("mha")["b"]}),
-        tmp_path / "bank",
-    )
+    bank = make_bank(folders["mha"], {"a": make_adapters("mha")["a"], "b": make_adapters("mha")["b"]})
+    path = tmp_path / "x.safetensors"
     bank.save(path)
     with safe_open(path, framework="pt") as file:
         header, tensors = json.loads(file.metadata()[META_KEY]), {key: file.get_tensor(key) for key in file.keys()}
 
-    def names(value: object) -> dict[str, torch.Tensor]:
-        return {"names.0": torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)}
+    def without(name: str) -> dict[str, object]:
+        return {key: value for key, value in header.items() if key != name}
 
-    headers = [[], {}, *({k: v for k, v in header.items() if k != key} for key in header)]
-    headers += [{**header, "config": {"n_layer": "3"}}, {**header, "config": {"depth": 3}}, {**header, "lengths": [2]}]
-    headers += [{**header, "lengths": [1, 1]}, {**header, "base": {"weights": "0"}}, {**header, "start_layer": "x"}]
-    headers += [
-        {**header, "start_layer": 1.0},
-        {**header, "start_layer": True},
-        {**header, "lengths": 1},
-        {**header, "start_layer": 5},
-        {**header, "lengths": ["1"]},
-    ]
-    damaged = [(changed, tensors) for changed in headers]
-    for value in ([], {}, [["a", "alpaca"]], [["a", "alpaca"]] * 2, [["a", 3], ["b", "alpaca"]], [["a"], ["b"]], 7,
-                  [[[], "alpaca"], ["b", "alpaca"]], [[3, "alpaca"], ["b", "alpaca"]]):  # fmt: skip
-        damaged.append((header, tensors | names(value)))
-    for part in (torch.zeros(2, 5), torch.zeros(2, 40, dtype=torch.int32), torch.zeros(())):
-        damaged.append((header, tensors | {"adapters.0": part}))
-    for changed, parts in damaged:
-        save_file(parts, path, metadata={META_KEY: json.dumps(changed)})
-        with pytest.raises(UserError, match=r"bank.*\.$"):
+    def refused(words: str, header: object, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, path, metadata={META_KEY: json.dumps(header)})
+        with pytest.raises(UserError, match=rf"{re.escape(words)}.*\.$"):
             Bank.load(path, folders["mha"])
+
+    for words, changed in (
+        ("holds a list; expected an object", []),
+        ("KeyError: 'config'", {}),
+        ("KeyError: 'config'", without("config")),
+        ("its header has no start_layer", without("start_layer")),
+        ("its header has no base", without("base")),
+        ("KeyError: 'lengths'", without("lengths")),
+        ('n_layer is "3"; expected a whole number', {**header, "config": {"n_layer": "3"}}),
+        ("unexpected keyword argument 'depth'", {**header, "config": {"depth": 3}}),
+        ("a tensor is (2, 40), torch.float32; it must be (2, 72)", {**header, "lengths": [2]}),
+        ("does not contain tensor adapters.1", {**header, "lengths": [1, 1]}),
+        ("object is not iterable", {**header, "lengths": 1}),
+        ("can only concatenate str", {**header, "lengths": ["1"]}),
+        ("its header: base has no config", {**header, "base": {"weights": "0"}}),
+        ("its header: base has no weights", {**header, "base": {"config": {}}}),
+        ('start_layer is "x"; expected a whole number', {**header, "start_layer": "x"}),
+        ("start_layer is 1.0; expected a whole number", {**header, "start_layer": 1.0}),
+        ("start_layer is true; expected a whole number", {**header, "start_layer": True}),
+        ("start_layer is 5; it must be from 0 to 2", {**header, "start_layer": 5}),
+    ):
+        refused(words, changed, tensors)
+    for words, names in (
+        ("it must be (0, 40)", []),
+        ("it must be (0, 40)", {}),
+        ("it must be (1, 40)", [["a", "alpaca"]]),
+        ("a name occurs twice", [["a", "alpaca"]] * 2),
+        ("argument must be str", [["a", 3], ["b", "alpaca"]]),
+        ("not enough values to unpack", [["a"], ["b"]]),
+        ("has no len()", 7),
+        ("unhashable type", [[[], "alpaca"], ["b", "alpaca"]]),
+        ("is not text", [[3, "alpaca"], ["b", "alpaca"]]),
+    ):
+        content = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
+        refused(words, header, tensors | {"names.0": content})
+    for part in (torch.zeros(2, 5), torch.zeros(2, 40, dtype=torch.int32), torch.zeros(())):
+        words = f"a tensor is {tuple(part.shape)}, {part.dtype}; it must be (2, 40)"
+        refused(words, header, tensors | {"adapters.0": part})
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="is not a bank"):
         Bank.load(path)
