@@ -1,8 +1,11 @@
 """Checkpoint folders, adapter files, and damaged or missing files."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, model
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
-from lit_llama.storage.tensor_files import read_state
+from lit_llama.storage.tensor_files import open_rows, open_tensors, read_state
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +208,47 @@ def test_tensors_that_are_refused(sentence, tmp_path):
     assert sentence in str(error.value)
 
 
+# == files larger than memory ==
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def write_sparse_safetensors(path: Path, tensors: int, nbytes: int) -> None:
+    """Write a file whose tensors of zeros take no space on the disk."""
+    entries = [{"dtype": "BF16", "shape": [nbytes // 2], "data_offsets": [i * nbytes, (i + 1) * nbytes]}
+               for i in range(tensors)]  # fmt: skip
+    header = json.dumps({f"x{i}": entry for i, entry in enumerate(entries)}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, path.stat().st_size + tensors * nbytes)
+
+
+def test_safetensors_larger_than_memory_are_mapped(tmp_path):
+    path, nbytes = tmp_path / "a.safetensors", MEMORY // 4 * 2
+    write_sparse_safetensors(path, 6, nbytes)
+    for state in (read_state(path), {name: tensor.read() for name, tensor in open_tensors([path]).items()}):
+        assert [t.nbytes for t in state.values()] == [nbytes] * 6 and state["x5"][-1] == 0
+    assert open_rows(path)["x5"][1](nbytes // 2 - 1, nbytes // 2) == 0
+    state["x5"][-1] = 1  # copied on write
+    assert read_state(path)["x5"][-1] == 0
+
+
+if sys.platform == "linux":  # which refuses to map more than its memory at once
+
+    def test_a_tensor_larger_than_memory_is_refused(tmp_path):
+        write_sparse_safetensors(tmp_path / "a.safetensors", 1, 3 * MEMORY)
+        with pytest.raises(UserError, match=r"a\.safetensors cannot be read \("):
+            read_state(tmp_path / "a.safetensors")
+
+    def test_a_pickle_larger_than_memory_is_refused(tmp_path):
+        torch.save({"x": torch.ones(2)}, tmp_path / "small.pth")
+        with ZipFile(tmp_path / "small.pth") as small, ZipFile(tmp_path / "a.pth", "w") as large:
+            for item in small.infolist():
+                large.writestr(item, small.read(item))
+            large.start_dir += 3 * MEMORY  # of the directory at the end, so the space before it is a hole
+        with pytest.raises(UserError, match=r"a\.pth is larger than the memory of this machine"):
+            read_state(tmp_path / "a.pth")
+
+
 # == fingerprints ==
 
 
@@ -222,6 +266,15 @@ def test_the_fingerprint_survives_casts(dtype, tmp_path):
     torch.save(state, tmp_path / "pth/lit-llama.pth")
     (tmp_path / "pth/lit_config.json").write_text(config.to_json())
     assert fingerprints.count(base_fingerprint(tmp_path / "pth")) == 3
+
+
+def test_the_fingerprint_opens_a_pickle_once(tmp_path, monkeypatch):
+    config, load, opened = model.LLaMAConfig(**SIZES), torch.load, []
+    torch.save(random_state(model.LLaMA(config), 0), tmp_path / "lit-llama.pth")
+    (tmp_path / "lit_config.json").write_text(config.to_json())
+    monkeypatch.setattr(torch, "load", lambda path, **options: opened.append(path) or load(path, **options))
+    base_fingerprint(tmp_path)
+    assert opened == [tmp_path / "lit-llama.pth"]
 
 
 def test_the_fingerprint_tells_weights_apart(tmp_path):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lit_llama.storage.schema import check_readable, parse_json
+from lit_llama.storage.schema import check_readable, parse_json, unreadable
 from lit_llama.utils import UserError
 
 # dtypes of unquantized weights, by their names in safetensors headers
@@ -50,16 +51,17 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a `.safetensors` or `.pth` file, memory-mapped where the format allows it.
 
     Raises:
-        UserError: The file is missing or is not a checkpoint.
+        UserError: The file is missing, is not a checkpoint, or cannot be mapped into memory.
     """
     path = Path(path)
     check_readable(path, "checkpoint")
+    if path.suffix.lower() == ".safetensors":
+        return {name: tensor.read() for name, tensor in _open_safetensors(path).items()}
     try:
-        if path.suffix.lower() == ".safetensors":
-            state = {name: _read_mapped(path, name) for name in _read_names(path)}
-        else:
-            state = _load_pickle(path)
-    except Exception as error:  # each format raises its own
+        state = _load_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds
         raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
@@ -90,7 +92,7 @@ def read_header(path: Path, key: str) -> dict[str, Any] | None:
     """
     check_readable(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             text = (file.metadata() or {}).get(key)
     except (OSError, SafetensorError):
         return None
@@ -122,35 +124,67 @@ def open_rows(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[int, int
     Raises:
         UserError: As `open_tensors`.
     """
-    tensors = open_tensors([path])
     if path.suffix.lower() != ".safetensors":
-        return {name: (t.shape, lambda first, last, t=t: t.read()[first:last]) for name, t in tensors.items()}
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
+        state = read_state(path)
+        return {name: (tuple(t.shape), lambda first, last, t=t: t[first:last]) for name, t in state.items()}
+    check_readable(path, "checkpoint")
 
-    def read(name: str, first: int, last: int) -> torch.Tensor:
-        tensor = tensors[name]
-        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    def read(start: int, shape: tuple[int, ...], dtype: torch.dtype, first: int, last: int) -> torch.Tensor:
+        row = math.prod(shape[1:]) * dtype.itemsize
         with path.open("rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            file.seek(start + header[name]["data_offsets"][0] + first * row)
-            return torch.frombuffer(bytearray(file.read((last - first) * row)), dtype=tensor.dtype)
+            file.seek(start + first * row)
+            return torch.frombuffer(bytearray(file.read((last - first) * row)), dtype=dtype)
 
-    return {name: (tensor.shape, partial(read, name)) for name, tensor in tensors.items()}
+    layout = _read_layout(path)
+    return {name: (shape, partial(read, start, shape, dtype)) for name, (start, shape, dtype) in layout.items()}
+
+
+def _read_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+    """Return the position in the file, in bytes, the shape and the dtype of each tensor of a safetensors file.
+
+    Raises:
+        UserError: The file is damaged or has an unsupported dtype.
+    """
+    try:
+        with safe_open(path, framework="np") as file:  # validates the header; "pt" would reserve memory for all tensors
+            names = file.keys()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    layout = {}
+    for name in names:
+        entry = header[name]
+        _check_dtype(path, name, DTYPES.get(entry["dtype"]), entry["dtype"])
+        layout[name] = (start + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return layout
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    layout = _read_layout(path)
+    return {
+        name: LazyTensor(shape, dtype, partial(_map_tensor, path, start, shape, dtype))
+        for name, (start, shape, dtype) in layout.items()
+    }
+
+
+def _map_tensor(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor that maps its part of a file, which is released with the tensor. Writing changes only memory.
+
+    Raises:
+        UserError: The system refuses to map it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            entries = [(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a checkpoint: {_diagnose(path, error)}.") from None
-    for name, _, dtype in entries:
-        _check_dtype(path, name, DTYPES.get(dtype), dtype)
-    return {name: LazyTensor(shape, DTYPES[dtype], partial(_read_mapped, path, name)) for name, shape, dtype in entries}
+        mapped = np.memmap(path, np.uint8, "c", start, (nbytes,))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
 def _open_pickle(path: Path, read_unmapped: Callable[[Path], dict[str, torch.Tensor]]) -> dict[str, LazyTensor]:
@@ -163,22 +197,16 @@ def _open_pickle(path: Path, read_unmapped: Callable[[Path], dict[str, torch.Ten
     return {name: LazyTensor(tuple(t.shape), t.dtype, partial(read, name)) for name, t in read_state(path).items()}
 
 
-def _read_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _read_mapped(path: Path, name: str) -> torch.Tensor:
-    """Return one tensor of a safetensors file with its own memory mapping, which is released with the tensor."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
 def _load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:  # files of torch < 1.6 cannot be mapped
-        if "mmap" not in str(error):
+    except RuntimeError as error:
+        if "unable to mmap" in str(error):
+            raise UserError(
+                f"{path} is larger than the memory of this machine, and torch can map a pickled file only as a unit: "
+                "use the model's safetensors if it has any, or add swap space."
+            ) from None
+        if "mmap can only be used with" not in str(error):  # torch's message for files of torch < 1.6
             raise
         return torch.load(path, map_location="cpu", weights_only=True)
 
