@@ -5,7 +5,7 @@ Nothing is downloaded.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from lit_llama.settings import Checked, PositiveFloat, PositiveInt
 class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/meta/Llama-2-7B")  # folder with params.json and consolidated.*.pth
     tokenizer_dir: Path | None = None  # folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
-    output_dir: Path = Path("checkpoints/Llama-2-7B")  # folder to write
+    output_dir: Path | None = None  # folder to write (default: checkpoints/NAME of checkpoint_dir)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
     block_size: PositiveInt = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
     rope_factor: PositiveFloat | None = None  # of Llama 3.1's RoPE scaling (default: 32 with tied embeddings, else 8)
@@ -155,6 +155,8 @@ def convert_params(
 
 
 def main(settings: Settings) -> None:
+    output_dir = settings.output_dir or Path("checkpoints") / settings.checkpoint_dir.resolve().name
+    settings = replace(settings, output_dir=output_dir)
     check_folder(settings.output_dir, BASE_MODEL, settings.checkpoint_dir, settings.tokenizer_dir)
     params = read_json(settings.checkpoint_dir / "params.json")
     tensors = join_shards(open_shards(settings.checkpoint_dir), field(params, "dim", int, SOURCE))

@@ -5,7 +5,7 @@ a time, so that memory never holds the complete model. Nothing is downloaded.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from lit_llama import cli
 @dataclass
 class Settings:
     checkpoint_dir: Path = Path("checkpoints/hf/Llama-2-7B")  # folder to read, in Hugging Face's layout
-    output_dir: Path = Path("checkpoints/Llama-2-7B")  # folder to write
+    output_dir: Path | None = None  # folder to write (default: checkpoints/NAME of the input; reversed, out/hf/NAME)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
     verify: bool = False  # compare the logits with those of transformers, which must be installed
     reverse: bool = False  # read one of this project's base models and write Hugging Face's layout
@@ -93,6 +93,8 @@ def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
 
 
 def main(settings: Settings) -> None:
+    parent = Path("out/hf" if settings.reverse else "checkpoints")
+    settings = replace(settings, output_dir=settings.output_dir or parent / settings.checkpoint_dir.resolve().name)
     check_folder(settings.output_dir, HF_MODEL if settings.reverse else BASE_MODEL, settings.checkpoint_dir)
     if settings.verify:
         try:

@@ -22,7 +22,7 @@ from lit_llama import cli
 class Settings:
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
-    output_dir: Path = Path("out/merged/microworld-pirate-n1")  # the folder to write
+    output_dir: Path | None = None  # the folder to write (default: out/merged/NAME of the adapter)
     format: Literal["hf", "lit"] = "hf"  # for transformers, vLLM and llama.cpp; or this project's
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
     max_shard_size: str = "5GB"  # hf: larger weights are split into several files
@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import torch
 
 from lit_llama import aligner, bitfit, lora
+from lit_llama.bank import adapter_name
 from lit_llama.checkpoint import (
     CONFIG_NAME,
     AdapterFile,
@@ -56,6 +57,12 @@ from lit_llama.variant import check_shapes
 
 CARD = "aligner.json"  # records the adapter and the base that were merged
 MERGED_TENSOR = {"aligner": "c_proj.bias", "bitfit": "c_proj.bias", "lora": "c_attn.weight"}  # of each attention
+
+
+def default_output(adapter: Path) -> Path:
+    """Return out/merged/NAME, from the names of the adapter's folder and, if the path is a file, of the file."""
+    name = adapter_name(adapter)
+    return Path("out/merged") / (f"{adapter.resolve().parent.name}-{name}" if adapter.is_file() else name)
 
 
 def load_adapter(adapter: AdapterFile, checkpoint_dir: Path) -> LLaMA:
@@ -131,6 +138,7 @@ def merge_layer(attn: CausalSelfAttention, base: dict[str, LazyTensor]) -> torch
 
 
 def main(args: Settings) -> None:
+    args = replace(args, output_dir=args.output_dir or default_output(args.adapter))
     check_folder(args.output_dir, MERGED_MODEL, args.checkpoint_dir, args.adapter)
     adapter = read_adapter(args.adapter)
     model = load_adapter(adapter, args.checkpoint_dir)

@@ -145,6 +145,12 @@ def test_dtype_and_a_tokenizer_from_another_folder(tmp_path, tokenizer_path, run
     assert (tmp_path / "out/tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
+def test_by_default_the_output_has_the_name_of_the_input(tmp_path, tokenizer_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "tiny", tokenizer_path, PARAMS, random_tensors(PARAMS), 1)
+    assert run_script(SCRIPT, "--checkpoint_dir", "tiny")[:2] == (0, "checkpoints/tiny\n")
+
+
 def delete(name: str):
     return lambda folder: (folder / name).unlink()
 

@@ -93,6 +93,17 @@ def test_a_base_model_round_trips_through_hugging_face_format(case, tmp_path, to
         torch.testing.assert_close(model(IDS).logits, load_model(base)(IDS)[..., :300], rtol=1e-4, atol=1e-4)
 
 
+def test_by_default_outputs_have_the_names_of_their_inputs(tmp_path, tokenizer_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = make_base(Path("tiny"), tokenizer_path)
+    make_adapter(Path("run/best.safetensors"), base)
+    assert run_script(CONVERT, "--reverse", "--checkpoint_dir", "tiny")[:2] == (0, "out/hf/tiny\n")
+    assert run_script(CONVERT, "--checkpoint_dir", "out/hf/tiny/")[:2] == (0, "checkpoints/tiny\n")
+    for adapter, name in (("run", "run"), ("run/best.safetensors", "run-best")):
+        code, out, _ = run_script(MERGE, "--checkpoint_dir", "checkpoints/tiny", "--adapter", adapter)
+        assert (code, out) == (0, f"out/merged/{name}\n")
+
+
 def test_bf16_weights_round_trip_bit_for_bit(tmp_path, tokenizer_path, run_script):
     base = make_base(tmp_path / "base", tokenizer_path, dtype=torch.bfloat16, n_kv_head=2)
     run_script(CONVERT, "--reverse", "--checkpoint_dir", base, "--output_dir", tmp_path / "hf")
