@@ -57,7 +57,7 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
     """Return the descriptions of tools in a row: a list, or a list as JSON.
 
     Raises:
-        UserError: They are neither.
+        UserError: They are neither, or hold text that cannot be encoded.
     """
     tools = row.get("tools")
     try:
@@ -66,6 +66,7 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
         tools = ""
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"Row {number}: 'tools' is not a list of tools.")
+    check_text(json.dumps(tools, ensure_ascii=False, default=str), f"Row {number}: 'tools'")
     return tools or None
 
 
@@ -106,6 +107,7 @@ def _read_message(entry: Any, label: str) -> Message:
     if not isinstance(content, str):
         raise UserError(f"{label} has no text.")
     content = check_text(content, label)
+    check_text(json.dumps(kept, ensure_ascii=False, default=str), label)
     return {"role": ROLES[role], "content": content.strip() if ROLES[role] == "assistant" else content, **kept}
 
 

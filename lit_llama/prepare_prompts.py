@@ -7,6 +7,7 @@ from typing import Any
 from lit_llama.data import PROMPT_FORMAT
 from lit_llama.prepare import prepare_dataset
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import check_text
 
 
 def prepare_prompts(
@@ -22,7 +23,7 @@ def prepare_prompts(
     Args:
         rows: Rows of the source.
         prepare_sample: Function of a row and its number, counted from 1, that returns the prompt and what the reward
-            needs to know, as a value that JSON can represent. It raises `UserError` for an invalid row.
+            needs to know, as a value for JSON (other values, such as dates, become text). It raises `UserError` for an invalid row.
         max_seq_length: Maximum length of prompt and answer, in tokens; a row whose prompt leaves no room for an answer
             is dropped.
         options: Arguments of `prepare_dataset`.
@@ -33,7 +34,7 @@ def prepare_prompts(
 
     def prepare(row: Any, number: int) -> tuple[str, str]:
         prompt, source = prepare_sample(row, number)
-        return prompt, json.dumps(source, ensure_ascii=False)
+        return prompt, check_text(json.dumps(source, ensure_ascii=False, default=str), f"Row {number}")
 
     def encode(prompt: str, source: str) -> dict[str, Any]:
         prompt_ids = tokenizer.encode(prompt, bos=True)

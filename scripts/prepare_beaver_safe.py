@@ -118,26 +118,33 @@ def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair 
             question = prompt or [{"role": "user", "content": text_field(row, number, "prompt")}]
             messages = question + messages
         sides.append(messages)
-    return conversations_pair(*sides, style, read_tools(row, number))
+    return conversations_pair(*sides, number, style, read_tools(row, number))
 
 
 def conversations_pair(
-    chosen: list[Message], rejected: list[Message], style: PromptStyle, tools: list[Any] | None = None
+    chosen: list[Message], rejected: list[Message], number: int, style: PromptStyle, tools: list[Any] | None = None
 ) -> Pair | str:
-    """Return the pair in two conversations that differ only in their last answer, or the reason to omit them."""
+    """Return the pair in two conversations that differ only in their last answer, or the reason to omit them.
+
+    Raises:
+        UserError: The style cannot render them; the message gives the row's number.
+    """
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         return "that do not end with an answer"
     if chosen[:-1] != rejected[:-1]:
         return "with dialogues that differ before the last answer"
-    if len(chosen) == 1 or chosen[-2]["role"] == "assistant":
+    turns = [message for message in chosen[:-1] if message["role"] != "system"]
+    if not turns or turns[-1]["role"] == "assistant":
         return "whose last answer follows no question"
-    if not all(message["content"].strip() for message in chosen[:-1] if message["role"] == "user"):
+    if not all(message["content"].strip() for message in turns if message["role"] == "user"):
         return "with an empty question"
     try:
         prompt = style.render_messages(chosen[:-1], tools)
         return with_replies(style, prompt, chosen[-1]["content"], rejected[-1]["content"])
     except Refusal:
         return "that the chat template refuses"
+    except UserError as error:
+        raise UserError(f"Row {number}: {error}") from None
 
 
 def with_replies(style: PromptStyle, prompt: str, chosen: str, rejected: str) -> Pair:
@@ -154,7 +161,7 @@ def hh_pair(row: Any, number: int, style: PromptStyle) -> Pair | str:
         UserError: A field is missing, or is not a dialogue.
     """
     chosen, rejected = (split_dialogue(row, number, name) for name in ("chosen", "rejected"))
-    return conversations_pair(chosen, rejected, style)
+    return conversations_pair(chosen, rejected, number, style)
 
 
 def split_dialogue(row: Any, number: int, name: str) -> list[Message]:

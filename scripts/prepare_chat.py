@@ -118,7 +118,9 @@ def chat_samples(rows: Iterable[Conversation], style: ChatStyle, train_on: str, 
     return samples
 
 
-def style_samples(rows: Iterable[Conversation], style: PromptStyle, train_on: str) -> list[tuple[str, str]]:
+def style_samples(
+    rows: Iterable[Conversation], style: PromptStyle, train_on: str, omitted: Omitted
+) -> list[tuple[str, str]]:
     """Return (prompt, answer) for the answers to train on; a prompt consists of the turns before the answer.
 
     Raises:
@@ -128,7 +130,10 @@ def style_samples(rows: Iterable[Conversation], style: PromptStyle, train_on: st
     for number, messages, tools in rows:
         try:
             for i in answers(messages, train_on):
-                samples.append((style.render_messages(messages[:i], tools), messages[i]["content"]))
+                if next(m["role"] for m in reversed(messages[:i]) if m["role"] != "system") == "assistant":
+                    omitted.add("with an answer that follows no question", f"row {number}")
+                else:
+                    samples.append((style.render_messages(messages[:i], tools), messages[i]["content"]))
         except UserError as error:
             raise UserError(f"Row {number}: {error}") from None
     return samples
@@ -145,7 +150,7 @@ def main(settings: Settings) -> None:
         if isinstance(style, ChatStyle):
             samples = chat_samples(kept, style, settings.train_on, omitted)
         else:
-            samples = style_samples(kept, style, settings.train_on)
+            samples = style_samples(kept, style, settings.train_on, omitted)
     omitted.report()
     about = {"source": source, **style.about, "train_on": settings.train_on, "left_out": dict(omitted.counts)}
     options |= {"about": about, "split_by": "hash"}

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
+from datetime import date
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -404,6 +407,18 @@ def test_rows_become_prompts(run_script, base_dir, tmp_path, script_name, rows, 
     assert Reward(reward)(["?"] * 9, ["0"] * 9, sources, list(range(9)))
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert meta["format"] == "lit-llama-prompts-1" and meta["counts"]["train"] + meta["counts"]["test"] == 9
+
+
+def test_values_that_json_lacks_become_text_and_half_characters_are_refused(run_script, refused, base_dir, tmp_path):
+    flags = ("--stage", "rl", "--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out", "--num_proc", 1)
+    rows = [{"instruction": f"add {i}", "day": date(2024, 1, i)} for i in range(1, 5)]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert run_script("scripts/prepare_alpaca.py", "--data_file", tmp_path / "rows.parquet", *flags)[0] == 0
+    sources = [row for split in ("train", "test") for row in _sources(tmp_path / "out", split)]
+    assert {row["day"] for row in sources} == {f"2024-01-0{i}" for i in range(1, 5)}
+    (tmp_path / "rows.json").write_text('[{"instruction": "a"}, {"instruction": "b", "output": "\\ud800"}]')
+    message = refused("scripts/prepare_alpaca.py", "--data_file", tmp_path / "rows.json", *flags)
+    assert "Row 2 holds one half of a surrogate pair" in message
 
 
 def _sources(folder: Path, split: str) -> list:

@@ -219,6 +219,13 @@ def test_unusable_rows_are_counted(prepare, models):
     assert read_meta(folder, SFTData.format)["left_out"]["with an empty message"] == 1
 
 
+def test_answers_to_no_question_are_omitted_in_other_styles(prepare, models):
+    twice = {"messages": [*SINGLE["messages"], {"role": "system", "content": "a"}, message("assistant", "sat")]}
+    folder, err = prepare([twice, {"messages": [CAT, ATE]}], models["chatml"], "--prompt_style", "plain")
+    assert "Omitted 1 rows with an answer that follows no question (the first: row 1)." in err
+    assert read_meta(folder, SFTData.format)["counts"]["rows"] == 2
+
+
 WRONG = {
     "Row 2 has no field 'messages' or 'conversations'; it has 'prompt'.": {"prompt": "a"},
     "Row 2: 'messages' is not a list of messages.": {"messages": "a"},
@@ -232,6 +239,10 @@ WRONG = {
     },
     "Row 2 is not an object": [1],
     "Row 2: 'tools' is not a list": {**SINGLE, "tools": "{"},
+    "Row 2: 'tools' holds one half of a surrogate pair": {**SINGLE, "tools": [{"name": "\ud800"}]},
+    "Row 2: 'messages', message 1 holds one half of a surrogate pair": {
+        "messages": [{**SINGLE["messages"][0], "name": "\ud800"}, SINGLE["messages"][1]]
+    },
 }
 
 
@@ -273,6 +284,7 @@ PAIRS = [
     {"prompt": [message("system", "Be kind."), CAT], "chosen": "sat", "rejected": "ate"},
     {"prompt": [CAT], "chosen": [SAT, CAT], "rejected": [ATE]},
     {"prompt": "x", "chosen": [CAT, SAT], "rejected": [message("user", "other"), SAT]},
+    {"prompt": [message("system", "Be kind.")], "chosen": "sat", "rejected": "ate"},
 ]  # fmt: skip
 
 
@@ -297,6 +309,7 @@ def test_preferences_may_be_lists_of_messages(prepare, models):
     assert pairs_in(folder, tokenizer) == {(str(render(q)), "sat<|im_end|>", "ate<|im_end|>") for q in questions}
     assert "Omitted 1 rows that do not end with an answer." in err
     assert "Omitted 1 rows with dialogues that differ before the last answer." in err
+    assert "Omitted 1 rows whose last answer follows no question." in err
     folder, _ = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "hh", **flags)
     prompts = {pair[0] for pair in pairs_in(folder, tokenizer)}
     assert "Human: hat Assistant: ate Human: why Assistant: " in prompts
