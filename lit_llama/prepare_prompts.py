@@ -23,7 +23,8 @@ def prepare_prompts(
     Args:
         rows: Rows of the source.
         prepare_sample: Function of a row and its number, counted from 1, that returns the prompt and what the reward
-            needs to know, as a value for JSON (other values, such as dates, become text). It raises `UserError` for an invalid row.
+            needs to know; values that JSON cannot represent, such as dates, become text. It raises `UserError` for an
+            invalid row.
         max_seq_length: Maximum length of prompt and answer, in tokens; a row whose prompt leaves no room for an answer
             is dropped.
         options: Arguments of `prepare_dataset`.

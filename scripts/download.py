@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     folder = settings.output_dir or Path("checkpoints/hf") / settings.repo_id.split("/")[-1]
     try:
         download(settings.repo_id, settings.revision, folder)
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+    except (OSError, RuntimeError, errors.HTTPError, errors.HFValidationError) as error:  # hf_xet raises RuntimeError
         raise explain(error, settings.repo_id, settings.revision) from None
     print(folder)
 

@@ -129,7 +129,12 @@ def hub(settings: Settings) -> Iterator[HfApi]:
     try:
         yield HfApi(endpoint=endpoint())
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        raise explain(error, settings.repo_id, "main") from None
+        raise explain(error, settings.repo_id, "main", writes=True) from None
+    except ValueError as error:  # a `UserError`, or the card is invalid
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The hub refuses the model card ({reason}); change --license or --base_model.") from None
 
 
 def main(settings: Settings) -> None:

@@ -13,14 +13,14 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories with commits; a token may read, or read and write, all of them.
 
     Subclasses define `repositories` (owner/name -> a list of commits, each path -> content), `private` names,
-    `failures` (owner/name -> status and error code of each response), `tokens` (token -> "read" or "write"), uploaded
+    `failures` (owner/name -> status and headers of each response), `tokens` (token -> "read" or "write"), uploaded
     `objects` (sha256 -> content) and `asked` (method and path of each request).
     """
 
     protocol_version = "HTTP/1.1"
     repositories: dict[str, list[dict[str, bytes]]]
     private: set[str]
-    failures: dict[str, tuple[int, str]]
+    failures: dict[str, tuple[int, dict[str, str]]]
     tokens: dict[str, str]
     objects: dict[str, bytes]
     asked: list[str]
@@ -48,7 +48,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Invalid credentials in Authorization header"},
                                X_Error_Message="Invalid credentials in Authorization header")  # fmt: skip
         if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
+            errors = [{"message": '"license" must be one of ["mit"]'}] if b"license: L" in body else []
+            return self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body), right)
         for pattern, method in (
@@ -62,8 +63,8 @@ class Hub(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, path):
                 name, revision = match[1], match[2] or "main"
                 if name in self.failures:
-                    status, error = self.failures[name]
-                    return self.answer(status, X_Error_Code=error)
+                    status, headers = self.failures[name]
+                    return self.answer(status, **headers)
                 if name not in self.repositories or (name in self.private and not right):
                     return self.answer(404 if right else 401, X_Error_Code="RepoNotFound")
                 if self.command in ("POST", "PUT") and right != "write":

@@ -50,12 +50,19 @@ def test_weights_are_downloaded_in_one_format_only():
 def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
     out = ("--output_dir", tmp_path / "out")
     hub.repositories["me/model"] = [{"README.md": b"words"}]
-    hub.failures |= {"me/locked": (403, "GatedRepo"), "me/down": (418, "")}
+    hub.failures |= {
+        "me/locked": (403, {"X_Error_Code": "GatedRepo", "X_Error_Message": "Enable gated repositories."}),
+        "me/forbidden": (403, {"X_Error_Message": "Your token is for another organization."}),
+        "me/down": (418, {}),
+    }
 
     def sentence(repo: str, *more: object) -> str:
         return refused(DOWNLOAD, "--repo_id", repo, *out, *more)
 
     assert "/me/locked, then log in with `hf auth login`, or set HF_TOKEN" in sentence("me/locked")
+    assert sentence("me/locked").endswith("(the hub says: Enable gated repositories).")
+    assert "make one that may read it" in sentence("me/forbidden")
+    assert sentence("me/forbidden").endswith("(the hub says: Your token is for another organization).")
     assert "There is no model me/nothing that you may see" in sentence("me/nothing")
     assert "me/down cannot be reached at http://127.0.0.1" in sentence("me/down")
     assert "not the name of a model" in sentence("a/b/c")
@@ -74,7 +81,17 @@ def test_an_error_of_the_disk_is_not_taken_for_one_of_the_network():
         "Cannot write folder/x (Permission denied); choose another output folder."
     )
     assert sentence(errno.ENOSPC, "No space left on device").startswith("There is no room left to write the download:")
+    assert sentence("Data error: No space left on device (os error 28)").startswith("There is no room left to write")
     assert "me/model cannot be reached at " in sentence("timed out")
+
+
+def test_an_error_of_the_transfer_is_not_taken_for_one_of_the_network(refused, tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("Data error: hash mismatch")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", broken)
+    message = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
+    assert message == "me/model could not be downloaded (Data error: hash mismatch); run again to continue."
 
 
 def test_published_weights_are_fetched_and_verified(shared, run_script, refused, tmp_path):

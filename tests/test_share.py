@@ -95,9 +95,11 @@ def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_
     assert "Name the repository with --repo_id" in refused(SCRIPT, "--adapter", PIRATE)
     assert "write it like hf:owner/name@revision" in refused(*share(tmp_path), "--repo_id", "a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    assert "Your token may not do this with me/pirate; make one that may write" in refused(*share(tmp_path))
+    assert "Your token may not do this with me/pirate; make one that may write at http://" in refused(*share(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "does not accept your token; log in with `hf auth login`, or set HF_TOKEN" in refused(*share(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    assert 'must be one of ["mit"]); change --license' in refused(*share(tmp_path), "--license", "Llama 2")
     monkeypatch.delenv("HF_TOKEN")
     assert "There is no token for the hub" in refused(*share(tmp_path))
 

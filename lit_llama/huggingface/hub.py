@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from lit_llama.storage.files import unwritable
+from lit_llama.storage.files import NO_ROOM, unwritable
 from lit_llama.utils import UserError
 
 PREFIX = "hf:"
@@ -43,7 +43,7 @@ def download_adapter(path: Path | str) -> Path:
     repo_id, revision = repository(path)
     try:
         return Path(hf_hub_download(repo_id, ADAPTER_NAME, revision=revision, endpoint=endpoint()))
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+    except (OSError, RuntimeError, errors.HTTPError, errors.HFValidationError) as error:  # hf_xet raises RuntimeError
         raise explain(error, repo_id, revision) from None
 
 
@@ -52,14 +52,16 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def explain(error: Exception, repo_id: str, revision: str) -> UserError:
-    """Return a sentence for an error of huggingface_hub."""
+def explain(error: Exception, repo_id: str, revision: str, *, writes: bool = False) -> UserError:
+    """Return a sentence for an error of huggingface_hub; `writes` says that the repository was to be written."""
     from huggingface_hub import errors
 
     page, log_in = f"{endpoint()}/{repo_id}", "log in with `hf auth login`, or set HF_TOKEN"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    message = " ".join((getattr(error, "server_message", None) or "").split()).rstrip(".")
+    hub_says = f" (the hub says: {message})" if message else ""
     if isinstance(error, errors.GatedRepoError):
-        return UserError(f"{repo_id} is behind a license: accept it at {page}, then {log_in} and run again.")
+        return UserError(f"{repo_id} is behind a license: accept it at {page}, then {log_in} and run again{hub_says}.")
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{repo_id} has no branch, tag or commit {revision!r}.")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -74,8 +76,13 @@ def explain(error: Exception, repo_id: str, revision: str) -> UserError:
         return UserError(f"{endpoint()} does not accept your token; {log_in}.")
     if status == 403:
         tokens = f"{endpoint()}/settings/tokens"
-        return UserError(f"Your token may not do this with {repo_id}; make one that may write at {tokens}.")
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return unwritable(Path(error.filename or "the download"), error)
+        may = "may write" if writes else "may read it"
+        return UserError(f"Your token may not do this with {repo_id}; make one that {may} at {tokens}{hub_says}.")
+    file, number = getattr(error, "filename", None), getattr(error, "errno", None)
+    no_room = number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in NO_ROOM)  # or hf_xet's text
+    if file or no_room:
+        return unwritable(Path(file or "the download"), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, RuntimeError):
+        return UserError(f"{repo_id} could not be downloaded ({reason}); run again to continue.")
     return UserError(f"{repo_id} cannot be reached at {endpoint()} ({reason}); run again to continue.")
