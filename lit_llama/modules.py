@@ -19,6 +19,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the LLaMA inside a `LabelLogps`, which may be wrapped by Fabric."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 @contextmanager
 def swapped_parameters(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
     """Temporarily replace parameter values. Gradients must not be computed across the change.
@@ -27,9 +34,7 @@ def swapped_parameters(model: nn.Module, state: dict[str, Tensor]) -> Iterator[N
         model: a `LLaMA`, which may be inside a `LabelLogps` or wrapped by Fabric.
         state: new values by parameter name.
     """
-    while hasattr(model, "module"):
-        model = model.module
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     original = {name: parameters[name].data for name in state}
     for name, values in state.items():
         parameters[name].data = values

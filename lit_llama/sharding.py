@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from lit_llama.model import LLaMA
+from lit_llama.modules import unwrapped
 from lit_llama.utils import UserError
 
 
@@ -51,13 +52,6 @@ def only_assists(model: nn.Module) -> bool:
     return is_sharded(model) and unwrapped(model).transformer.wte.weight.device_mesh.get_local_rank() > 0
 
 
-def unwrapped(model: nn.Module) -> LLaMA:
-    """Return the LLaMA inside a `LabelLogps`, which may be wrapped by Fabric."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
 def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
     """Check that a base can be sharded, before its weights are read.
 
@@ -67,7 +61,10 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
     if quantize is not None:
         raise UserError(f"--quantize {quantize} does not work with a base that is sharded over devices; choose one.")
     if type(model).label_logps is not LLaMA.label_logps:  # it could read the output layer several times in a pass
-        raise UserError("A base cannot be sharded with this method, which trains the output layer; use --strategy ddp.")
+        raise UserError(
+            "A base cannot be sharded with this method, which trains the output layer; use one device, or in training "
+            "--strategy ddp."
+        )
 
 
 def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> None:

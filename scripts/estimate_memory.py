@@ -1,7 +1,8 @@
 """Estimate the memory of SFT, DPO and generation from a model's configuration; no weights are needed.
 
-The model is a known size, a name on the hub, or a folder with a lit_config.json or a config.json. With --table, print
-the table of howto/models.md: all known sizes. The finetuning scripts compute the same for their data with --dry_run.
+The model is a known size, the hub's name of one of these, or a folder with a lit_config.json or a config.json. With
+--table, print the table of howto/models.md: all known sizes. The finetuning scripts compute the same for their data
+with --dry_run.
 """
 
 import sys
@@ -18,7 +19,7 @@ from lit_llama.settings import Checked, NonNegativeInt, PositiveInt, PositiveSha
 @dataclass
 class Settings(Checked):
     # == Model ==
-    model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or a name on the hub such as Qwen/Qwen3-8B
+    model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or the hub's name of one, as in --table
     checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or the file itself
     precision: Literal["bf16", "fp32"] = "bf16"  # precision of the frozen weights
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits
@@ -86,7 +87,13 @@ def base_config(settings: Settings) -> LLaMAConfig:
     path = settings.checkpoint_dir
     if path is None:
         by_hub_name = {hub_name(size): size for size in llama_configs}
-        return LLaMAConfig.from_name(by_hub_name.get(settings.model, settings.model))
+        size = by_hub_name.get(settings.model, settings.model)
+        if size not in llama_configs:
+            raise UserError(
+                f"{settings.model!r} is not one of the models that --table lists; pass a folder with its config.json "
+                "as --checkpoint_dir."
+            )
+        return LLaMAConfig.from_name(size)
     if path.is_dir():
         names = [path / name for name in (CONFIG_NAME, "config.json") if (path / name).is_file()]
         if not names:

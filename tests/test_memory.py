@@ -130,7 +130,8 @@ def test_a_model_by_size_hub_name_folder_and_config(tmp_path, base_dir, run_scri
 
 
 def test_user_errors(tmp_path, refused):
-    assert "There is no model named 'Llama-9'" in refused(SCRIPT, "--model", "Llama-9")
+    message = refused(SCRIPT, "--model", "org/Llama-9")
+    assert message.startswith("'org/Llama-9' is not one of the models that --table lists; pass a folder")
     assert "holds neither lit_config.json nor config.json" in refused(SCRIPT, "--checkpoint_dir", tmp_path)
     assert "There is no method 'x'" in refused(SCRIPT, "--method", "x")
     (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
