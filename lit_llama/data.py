@@ -34,6 +34,7 @@ from datasets import Dataset
 
 from lit_llama.logps import IGNORE_INDEX, find_labels
 from lit_llama.storage.arrow_files import load_split
+from lit_llama.storage.cache import hash_file
 from lit_llama.storage.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -90,7 +91,8 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
     """Check that a dataset was prepared with this tokenizer. Older datasets do not record their BOS and EOS.
 
     Raises:
-        UserError: The tokenizer file, its BOS or EOS token, or the chat template differs.
+        UserError: The tokenizer file, its BOS or EOS token, or the chat template differs; for chats, also
+            tokenizer.json or the special tokens.
     """
     now = tokenizer.identity
     then = {name: meta.get(name, value) for name, value in now.items()}
@@ -105,12 +107,28 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
             f"{data_dir} was prepared with {before} of texts (-1: none), and {tokenizer.path.parent} now has {after}; "
             "prepare it again."
         )
-    template = meta.get("chat_template_sha256")
+    tokens, template = meta.get("chat_tokens_sha256"), meta.get("chat_template_sha256")
+    if tokens is not None and tokens != hash_chat_tokens(tokenizer):
+        raise UserError(
+            f"{data_dir} was prepared with other special tokens or another tokenizer.json than {tokenizer.path.parent} "
+            "has; prepare it again."
+        )
     if template is not None and (tokenizer.template is None or tokenizer.template.sha256 != template):
         raise UserError(
             f"{data_dir} was prepared with a different chat template than that of {tokenizer.path.parent}; prepare it "
             "again."
         )
+
+
+def hash_chat_tokens(tokenizer: Tokenizer) -> str:
+    """Return a hash of what the token ids of chats also depend on: tokenizer.json, and the special and added tokens.
+
+    Without a chat template, the tokens are those of plain texts.
+    """
+    path = tokenizer.path.parent / "tokenizer.json"
+    file = hash_file(path).hexdigest() if path.is_file() else None
+    engine = tokenizer.engine if tokenizer.template is None else tokenizer.chat_engine
+    return hashlib.sha256(json.dumps([file, engine.control, engine.added]).encode()).hexdigest()
 
 
 class Split:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 
 from lit_llama.console import signals_to_first_process
-from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT
+from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT, hash_chat_tokens
 from lit_llama.prompts import PromptStyle
-from lit_llama.storage.cache import cache_folder, fill_once, hash_file
+from lit_llama.storage.cache import cache_folder, fill_once
 from lit_llama.storage.files import atomic_folder, check_folder, write_text
 from lit_llama.storage.manifest import DATASET, MANIFEST, make_manifest
 from lit_llama.storage.rows import naming
@@ -178,12 +179,13 @@ def prepare_dataset(
     adopt_dataset(output_dir)
     check_folder(output_dir, DATASET, tokenizer.path)
     with naming(about.get("source", "data")):
-        samples = [prepare_sample(row, number) for number, row in enumerate(rows, 1)]
+        bar = tqdm(rows, desc="Rendering", unit=" rows", delay=1)
+        samples = [prepare_sample(row, number) for number, row in enumerate(bar, 1)]
     texts = [sample for sample in samples if all(text.strip() for text in sample)]
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
     _check_count(len(texts), counts, max_seq_length)
 
-    depends_on = [*key, tokenizer.identity, _chat_identity(tokenizer), texts]
+    depends_on = [*key, tokenizer.identity, hash_chat_tokens(tokenizer), texts]
     encoded = _tokenize(texts, encode, depends_on, num_proc, cache_folder(output_dir))
     reasons = np.array(encoded["dropped"][:])
     counts |= {reason: int(np.sum(reasons == reason)) for reason in drops}
@@ -201,6 +203,8 @@ def prepare_dataset(
     counts |= {name: len(split) for name, split in splits.items()}
     meta = {**settings, **about, **tokenizer.identity, "counts": counts}
     meta |= {"test_fraction": test_fraction, "seed": seed, "split_by": split_by}
+    if "chat_template_sha256" in about:
+        meta["chat_tokens_sha256"] = hash_chat_tokens(tokenizer)
     write_dataset(output_dir, splits, meta)
     log(
         f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} responses truncated to "
@@ -257,14 +261,6 @@ def held_out_by_hash(prompts: Sequence[str], test_fraction: float, seed: int) ->
 def _check_prompts(prompts: Sequence[Hashable]) -> None:
     if len(set(prompts)) < 2:
         raise UserError(f"All {len(prompts)} rows have the same prompt; two splits need at least 2.")
-
-
-def _chat_identity(tokenizer: Tokenizer) -> list[Any]:
-    """Return what the token ids of chats also depend on: tokenizer.json, and which tokens are special or added."""
-    if tokenizer.template is None:
-        return []
-    path, engine = tokenizer.path.parent / "tokenizer.json", tokenizer.chat_engine
-    return [hash_file(path).hexdigest() if path.is_file() else None, engine.control, engine.added]
 
 
 def _tokenize(

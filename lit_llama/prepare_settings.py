@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.settings import Checked, OpenShare, PositiveInt, Seed
+from lit_llama.storage.files import check_folder
+from lit_llama.storage.manifest import DATASET
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -27,6 +29,15 @@ class PrepareSettings(Checked):
     num_proc: PositiveInt = field(default_factory=default_num_proc)  # processes for tokenization
 
     def options(self) -> dict[str, Any]:
-        """Return the settings as arguments of `prepare_sft` and `prepare_preferences`."""
+        """Return the settings as arguments of `prepare_sft` and `prepare_preferences`.
+
+        Raises:
+            UserError: The checkpoint has no usable tokenizer, or the output folder may not be written.
+        """
+        from lit_llama.prepare import adopt_dataset  # imports PyTorch, for which --help does not wait
+
         names = ("output_dir", "max_seq_length", "test_fraction", "seed", "num_proc")
-        return {"tokenizer": Tokenizer(self.checkpoint_dir), **{name: getattr(self, name) for name in names}}
+        tokenizer = Tokenizer(self.checkpoint_dir)
+        adopt_dataset(self.output_dir)
+        check_folder(self.output_dir, DATASET, tokenizer.path)
+        return {"tokenizer": tokenizer, **{name: getattr(self, name) for name in names}}

@@ -254,7 +254,7 @@ class Tokenizer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that token ids depend on: the file, BOS and EOS."""
+        """What token ids depend on: the file, BOS and EOS. For chats, see also `lit_llama.data.hash_chat_tokens`."""
         return {"tokenizer_sha256": self.sha256, "bos_id": self.bos_id, "eos_id": self.eos_id}
 
     @cached_property

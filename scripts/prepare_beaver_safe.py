@@ -51,6 +51,8 @@ class Settings(PrepareSettings):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+from tqdm import tqdm
+
 from lit_llama.chat_template import Message, Refusal
 from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare import prepare_preferences, prepare_sft, render_prompt
@@ -177,7 +179,7 @@ def split_dialogue(row: Any, number: int, name: str) -> list[Message]:
 def read_pairs(settings: Settings, rows: Iterable[Any], style: PromptStyle) -> tuple[list[Pair], dict[str, int]]:
     """Return the pairs in all rows, and the number of omitted rows by reason."""
     pairs, omitted = [], Counter()
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(tqdm(rows, desc="Rendering", unit=" rows", delay=1), 1):
         if settings.data_format == "pku":
             pair = pku_pair(row, number, style, settings.keep, settings.prefer)
         else:

@@ -11,9 +11,8 @@ import torch
 from chat_models import write_model
 
 from lit_llama.checkpoint import read_adapter, save_adapter, save_base
-from lit_llama.data import PreferenceData, SFTData, read_meta
+from lit_llama.data import PreferenceData, SFTData, check_tokenizer, hash_chat_tokens, read_meta
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.prepare import _chat_identity
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -105,6 +104,7 @@ def test_both_kinds_of_rows_train_on_all_answers(prepare, models):
         "chat", "all", True, True,
     )  # fmt: skip
     assert meta["chat_template_sha256"] == tokenizer.template.sha256
+    assert meta["chat_tokens_sha256"] == hash_chat_tokens(tokenizer)
     rows = [row for split in ("train", "test") for row in SFTData(folder, split, tokenizer).rows]
     texts = [tokenizer.decode(row["input_ids"].tolist()) for row in rows]
     # these are encoded as ordinary text: decoding would omit special tokens
@@ -288,15 +288,30 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def test_cached_tokens_of_chats_depend_on_tokenizer_json(models, tmp_path):
+def test_the_tokens_of_chats_depend_on_tokenizer_json(models, tmp_path):
     """Chats are encoded with it, even if the tokenizer of plain texts is tokenizer.model."""
     folder = shutil.copytree(models["llama3"], tmp_path / "model")
-    before = _chat_identity(Tokenizer(folder))
-    assert before == _chat_identity(Tokenizer(models["llama3"])) != _chat_identity(Tokenizer(models["chatml"]))
+    before = hash_chat_tokens(Tokenizer(folder))
+    assert before == hash_chat_tokens(Tokenizer(models["llama3"])) != hash_chat_tokens(Tokenizer(models["chatml"]))
     with (folder / "tokenizer.json").open("a") as file:
         file.write("\n")
-    assert _chat_identity(Tokenizer(folder))[0] != before[0]
-    assert _chat_identity(Tokenizer(ROOT / "checkpoints/microworld")) == []  # no chat template
+    tokenizer = Tokenizer(folder)
+    assert hash_chat_tokens(tokenizer) != before
+    check_tokenizer(folder, tokenizer.identity, tokenizer)  # a dataset of an earlier version
+    meta = {**tokenizer.identity, "chat_tokens_sha256": hash_chat_tokens(tokenizer)}
+    check_tokenizer(folder, meta, tokenizer)
+    with pytest.raises(UserError, match=r"with other special tokens or another tokenizer\.json than .*model has; prep"):
+        check_tokenizer(folder, {**meta, "chat_tokens_sha256": before}, tokenizer)
+
+
+def test_cached_tokens_of_texts_depend_on_the_special_tokens(base_dir, tmp_path):
+    for name in ("tokenizer.model", "lit_config.json"):
+        shutil.copy(base_dir / name, tmp_path)
+    before = Tokenizer(tmp_path)
+    piece = before.engine.processor.id_to_piece(before.encode("the cat")[0])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": [piece]}))
+    assert Tokenizer(tmp_path).encode("the cat") != before.encode("the cat") and before.template is None
+    assert hash_chat_tokens(Tokenizer(tmp_path)) != hash_chat_tokens(before)
 
 
 def test_preferences_may_be_lists_of_messages(prepare, models):
@@ -314,6 +329,14 @@ def test_preferences_may_be_lists_of_messages(prepare, models):
     prompts = {pair[0] for pair in pairs_in(folder, tokenizer)}
     assert "Human: hat Assistant: ate Human: why Assistant: " in prompts
     assert "Human: Be kind.\n\nthe cat Assistant: " in prompts
+
+
+@pytest.mark.parametrize("name", ["alpaca", "beaver_safe", "chat", "metamath"])
+def test_the_output_folder_is_checked_before_the_rows_are_read(name, refused, base_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").touch()
+    flags = ("--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out", "--data_file", tmp_path / "missing.json")
+    assert "holds thesis.tex, which is not part" in refused(f"scripts/prepare_{name}.py", *flags)
 
 
 def test_other_scripts_accept_the_chat_style(prepare, models):
