@@ -346,6 +346,18 @@ def test_only_abandoned_temporary_folders_are_removed(tmp_path):
     assert not public.exists()
 
 
+def test_a_folder_in_use_is_not_removed_even_if_its_process_id_is_unknown(tmp_path):
+    """Containers can have the same host name, and each its own process ids."""
+    with atomic_folder(tmp_path / "out", KIND) as folder:
+        own = folder.parents[1]
+        other = own.with_name(f"{TEMPORARY}999999999-{platform.node()}-{'0' * 16}")
+        own.rename(other)
+        write_text(tmp_path / "file", "x")
+        other.rename(own)
+        (folder / "a").write_text("new")
+    assert (tmp_path / "out/a").read_text() == "new"
+
+
 def test_overlapping_writes_of_one_folder(tmp_path):
     """The later one of two overlapping writes wins; neither removes the temporary folder of the other."""
     with atomic_folder(tmp_path / "out", KIND) as first:

@@ -3,10 +3,12 @@
     .aligner-tmp-PID-HOST-RANDOM/new/NAME       the file or folder NAME until it is complete
     .aligner-tmp-PID-HOST-RANDOM/old/NAME       the folder that NAME replaces, until its files are removed
 
-They are next to the file or folder, only their user can open them, and their names are unpredictable.
+They are next to the file or folder, only their user can open them, and their names are unpredictable. Their process
+holds a lock on them: to a container with other process ids, it would seem to have ended.
 """
 
 import errno
+import fcntl
 import os
 import platform
 import re
@@ -14,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lit_llama.storage.manifest import remove_recorded
@@ -29,18 +31,39 @@ def staged(path: Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{platform.node()}-{secrets.token_hex(8)}"
     made = [folder for folder in path.parents if not folder.exists()]
     _in_use.add(temporary.name)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _recover(path.parent)
+            temporary.mkdir(0o700)
+            stack.enter_context(_locked(temporary))
+            (temporary / "new").mkdir()
+            yield temporary / "new" / path.name
+        finally:
+            _close(temporary)
+            _in_use.discard(temporary.name)
+            with suppress(OSError):
+                for folder in made:  # a folder stays if something was written to it
+                    folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder during a block, if its file system has locks.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _recover(path.parent)
-        temporary.mkdir(0o700)
-        (temporary / "new").mkdir()
-        yield temporary / "new" / path.name
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise
+        yield
     finally:
-        _close(temporary)
-        _in_use.discard(temporary.name)
-        with suppress(OSError):
-            for folder in made:  # a folder stays if something was written to it
-                folder.rmdir()
+        os.close(handle)
 
 
 def _close(temporary: Path) -> None:
@@ -63,11 +86,12 @@ def _recover(folder: Path) -> None:
             about = temporary.lstat()
             private = about.st_uid == os.geteuid() and about.st_mode & 0o077 == 0
             if stat.S_ISDIR(about.st_mode) and private and _is_abandoned(temporary.name):
-                _close(temporary)
+                with _locked(temporary):
+                    _close(temporary)
 
 
 def _is_abandoned(name: str) -> bool:
-    """Return whether the process that made a temporary folder on this host has ended."""
+    """Return whether the process that made a temporary folder on this host has ended, as far as its id shows."""
     match = re.fullmatch(re.escape(TEMPORARY) + r"(\d{1,9})-(.*)-[0-9a-f]{16}", name)
     if match is None or match[2] != platform.node():
         return False
