@@ -1,6 +1,8 @@
 """The `aligner` command: short names for the most common scripts, in an editable installation (`pip install -e .`).
 
 aligner finetune --help     is     python finetune/aligner.py --help
+
+Relative paths, including the defaults, refer to the current folder, so run it in the clone.
 """
 
 import ast
@@ -23,6 +25,7 @@ COMMANDS = {
     "merge": "scripts/merge_aligner.py",
     "share": "scripts/share.py",
 }
+READ_BASE = ("finetune", "dpo", "rl", "generate", "serve", "merge")  # commands whose default base is in checkpoints/
 
 
 def main() -> None:
@@ -37,6 +40,10 @@ def main() -> None:
         near = get_close_matches(name, available(), 1)
         hint = f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(available())}."
         sys.exit(f"error: There is no command {name}{hint}")
+    given = {argument.partition("=")[0] for argument in arguments}
+    has_base = given & {"--checkpoint_dir", "--config", "--help"} or Path("checkpoints").is_dir()
+    if name in READ_BASE and not has_base:
+        sys.exit(f"error: There is no folder checkpoints here; run aligner {name} in {ROOT}, or pass all paths.")
     os.execv(sys.executable, [sys.executable, str(ROOT / COMMANDS[name]), *arguments])
 
 

@@ -5,8 +5,9 @@
     python3 scripts/run.py SCRIPT [ARG …]    run a script, such as generate/aligner.py --interactive
     python3 scripts/run.py --cpu demo        the same, but if it creates .venv, install PyTorch without CUDA
 
-Requires only Python 3.10 or newer. On Linux the default build of PyTorch includes 5 GB of CUDA libraries; the build
-without CUDA is not on every package index.
+Relative paths refer to the repository, not to the current folder. Requires only Linux or macOS (on Windows, WSL) and
+Python 3.10 or newer. On Linux the default build of PyTorch includes 5 GB of CUDA libraries; the build without CUDA is
+not on every package index.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
 ENV = ROOT / ".venv"
-PYTHON = ENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+PYTHON = ENV / "bin/python"
 
 
 def stop(message: str) -> None:
@@ -43,7 +44,7 @@ def make_environment() -> None:
         # only a new interpreter finds the package
         subprocess.run([sys.executable, "-m", "venv", str(ENV)], check=True)
         return
-    venv.create(ENV, with_pip=True, symlinks=os.name != "nt")
+    venv.create(ENV, with_pip=True, symlinks=True)
 
 
 def install(requirements: list[str], cpu: bool = False) -> None:
@@ -107,6 +108,8 @@ def overview() -> str:
 def main() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
         stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+    if os.name == "nt":
+        stop("Windows is not supported; use the Windows Subsystem for Linux (WSL).")
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(overview())
         sys.exit(0 if len(sys.argv) > 1 else 2)

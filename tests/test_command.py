@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,28 @@ def test_an_unknown_command_suggests_a_similar_one_or_lists_all():
     assert (result.returncode, result.stderr) == (1, "error: There is no command fintune; did you mean finetune?\n")
     result = run("-m", "lit_llama.command", "xyz")
     assert result.returncode == 1 and "choose one of demo, finetune, dpo" in result.stderr
+
+
+def test_outside_the_clone_a_command_that_needs_the_default_base_stops(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(command.os, "execv", lambda program, words: started.append(words[2:]))
+    for words in (["generate", "--checkpoint_dir=x"], ["generate", "--help"], ["inspect", "x"]):
+        monkeypatch.setattr(sys, "argv", ["aligner", *words])
+        command.main()
+    assert started == [["--checkpoint_dir=x"], ["--help"], ["x"]]
+    monkeypatch.setattr(sys, "argv", ["aligner", "generate", "--prompt", "Hi"])
+    with pytest.raises(SystemExit, match=f"run aligner generate in {ROOT}, or pass all paths"):
+        command.main()
+
+
+def test_run_py_stops_on_windows(monkeypatch, capsys):
+    from scripts import run as script
+
+    monkeypatch.setattr(script, "os", SimpleNamespace(name="nt"))
+    with pytest.raises(SystemExit):
+        script.main()
+    assert capsys.readouterr().err == "error: Windows is not supported; use the Windows Subsystem for Linux (WSL).\n"
 
 
 def test_run_py_suggests_a_similar_script():
