@@ -91,7 +91,7 @@ def tables(run: b.Run, results: dict[int, Times], bandwidth: float) -> tuple[str
                 what = f"decode step, batch {size}, {name} over the bare base"
                 ratios.append([what, TARGETS.get(name, ""), *compare(seconds_of["decode"], times[BARE]["decode"])])
             if name == N1 and on_gpu:
-                ratios.append([f"decode, batch {size}, share of the bandwidth limit", "≥ 85 %", share, ""])
+                ratios.append([f"decode, batch {size}, share of the bandwidth limit", "≥ 85%", share, ""])
     heads = ["batch", "prefill, tokens/s", "decode, tokens/s", "of the bandwidth limit"]
     return f"## {prompt} tokens, then {new} more\n\n{markdown_table(heads, rows)}", ratios
 

@@ -90,7 +90,7 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
     def utilization(what: str, steps: list[dict]) -> list[str]:
         flops = training_flops(worker.model.config, steps[0]["lengths"]) / steps[0]["lengths"].sum()
         used = f"{np.median(rates(steps)) * flops / peak:.0%} ({with_interval(rates(steps))} tokens/s)"
-        return [f"training, {what}: utilization of the rate of a large product", "≥ 60 %", used, ""]
+        return [f"training, {what}: utilization of the rate of a large product", "≥ 60%", used, ""]
 
     _, steps_of = b.take_turns({"SFT": sft, "DPO": dpo}, settings.rounds, [])
     yield utilization("N = 1", steps_of["SFT"])
@@ -125,7 +125,7 @@ def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtyp
             rates = [size * (new - 1) / answer["decode"] for answer in answers["decode"]]
             limit = size * bandwidth / decode_bytes(config, dtype, size, length + new / 2)
             used = f"{np.median(rates) / limit:.0%} ({with_interval(rates)} tokens/s)"
-            yield [f"decode, batch {size}{what}: share of the bandwidth limit", "≥ 85 %", used, ""]
+            yield [f"decode, batch {size}{what}: share of the bandwidth limit", "≥ 85%", used, ""]
         many = prompts(max(settings.batch_sizes))
         turns = {str(size): partial(worker.answer_all, many, new, size) for size in (len(many), 1)}
         _, answers = b.take_turns(turns, 1, [])

@@ -247,7 +247,7 @@ def main(settings: Settings) -> None:
         "projecting the adapters is part of the time.",
         *(f"### {size}\n\n{speed_table(settings, values)}\n\n{assigning[size]}" for size, values in rates.items()),
         f"## Size and speed of a bank\n\nAdapters of one token, at most {settings.memory_gb:g} GB. Times are medians, "
-        "with the 99 % quantile in brackets.\n\n" + markdown_table(["at the width of", *banks], lines),
+        "with the 99% quantile in brackets.\n\n" + markdown_table(["at the width of", *banks], lines),
     ]
     path = settings.out_dir / "many-aligners.md"
     b.plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": values for size, values in rates.items()})

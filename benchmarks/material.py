@@ -27,7 +27,7 @@ SIZE_110M = dict(block_size=1024, vocab_size=32000, n_layer=12, n_head=12, n_emb
                  tie_embeddings=True)  # fmt: skip
 
 # lengths of 999 Alpaca rows in tokens of LLaMA's tokenizer, in the Alpaca template with BOS and EOS: the 0, 5, 10, …
-# 100 % quantiles of prompt and response
+# 100% quantiles of prompt and response
 PROMPT_QUANTILES = [40, 43, 44, 46, 46, 47, 48, 49, 50, 51, 53, 57, 65, 69, 72, 74, 77, 81, 87, 97, 224]
 RESPONSE_QUANTILES = [2, 9, 13, 16, 22, 29, 38, 53, 71, 92, 120, 150, 179, 212, 251, 290, 325, 366, 405, 460, 663]
 

@@ -83,11 +83,11 @@ def _resident(field: Literal["VmRSS", "VmHWM"]) -> int:
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Return the median and the ends of its 95 % interval.
+    """Return the median and the ends of its 95% interval.
 
     The ends are the k-th lowest and the k-th highest value. They enclose the median of the distribution with a
-    probability of 1 - 2 P(B < k), where B is binomial with n draws and p = 1/2; k is the largest that gives 95 %. With
-    fewer than six values it is 1, and the probability is lower: 94 % with five.
+    probability of 1 - 2 P(B < k), where B is binomial with n draws and p = 1/2; k is the largest that gives 95%. With
+    fewer than six values it is 1, and the probability is lower: 94% with five.
     """
     values, n = sorted(values), len(values)
     k = max(1, int(binom.ppf(0.025, n, 0.5)))

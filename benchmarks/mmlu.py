@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
         ["letters' log-probabilities", with_interval(scored), *compare(scored, plain)],
         ["plain forward pass", with_interval(plain), 1, ""],
     ]
-    print(markdown_table([str(settings.checkpoint_dir), "tokens/s", "ratio (95 %)", "is"], rows))
+    print(markdown_table([str(settings.checkpoint_dir), "tokens/s", "ratio (95%)", "is"], rows))
 
 
 if __name__ == "__main__":

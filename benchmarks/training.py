@@ -163,7 +163,7 @@ def paddings(settings: Settings) -> list[list[str]]:
     random = np.array_split(np.random.default_rng(0).permutation(len(lengths)), len(epoch))
     grouped, shuffled = (f"{padding_share(lengths, batches):.1%}" for batches in (epoch, random))
     return [
-        ["padding of an epoch of 51,760 rows, batches of 64", "≤ 5 %", grouped, ""],
+        ["padding of an epoch of 51,760 rows, batches of 64", "≤ 5%", grouped, ""],
         ["the same in random order", "", shuffled, ""],
     ]
 

@@ -245,7 +245,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = self.c_fc1(x), self.c_fc2(x)
-        # generation does not pay for autograd: a decoding step of a small model takes 4 % longer with `apply`
+        # generation does not pay for autograd: a decoding step of a small model takes 4% longer with `apply`
         return self.c_proj(SwiGLU.apply(gate, x) if torch.is_grad_enabled() else F.silu(gate).mul_(x))
 
 

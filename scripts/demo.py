@@ -26,7 +26,7 @@ class Settings(Checked):
     out_dir: Path = Path("out/demo")  # folder for all files of the demo
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter_prompt_length: PositiveInt = 1  # prefix tokens
-    questions: PositiveInt = 300  # most questions to ask per group, before and after
+    questions: PositiveInt = 300  # maximum number of questions per group, before and after
     seed: Seed = 1337  # seed of the adapter and of the data order
 
 

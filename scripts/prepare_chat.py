@@ -34,7 +34,7 @@ class Settings(PrepareSettings):
     checkpoint_dir: Path = Path("checkpoints/SmolLM2-135M-Instruct")  # model whose tokenizer and template are used
     prompt_style: str = "chat"  # the checkpoint's template, also chat:NAME=VALUE; or alpaca, orca, beaver, hh, plain
     train_on: Literal["all", "last"] = "all"  # train on all answers of a conversation, or on the last one
-    max_seq_length: int = 2048  # most tokens of a conversation; longer ones end after an earlier answer
+    max_seq_length: int = 2048  # maximum number of tokens of a conversation; longer ones end after an earlier answer
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ class Settings(PrepareSettings):
     )
     manner: Literal["direct", "aloud"] = "direct"  # sft: answer two-hop questions at once, or step by step
     form: FormName = "pirate"  # form of every answer; the base model knows all but telegram
-    split: Literal["seen", "train"] = "seen"  # "train" omits the entities that settings are chosen on
+    split: Literal["seen", "train"] = "seen"  # "train" leaves out the entities reserved for choosing hyperparameters
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path | None = None  # folder to write (default: data/microworld-FORM, -two_hop-MANNER, or -rl)
     checkpoint_dir: Path | None = (
         None  # base model whose tokenizer is used (default: checkpoints/microworld, and -aloud for two_hop)
     )
-    max_seq_length: PositiveInt = 256  # most tokens of prompt and response
+    max_seq_length: PositiveInt = 256  # maximum number of tokens of prompt and response
     test_fraction: OpenShare = 0.1  # share of the rows held out for validation
 
 

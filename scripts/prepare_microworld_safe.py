@@ -25,11 +25,11 @@ class Settings(PrepareSettings):
     pairs: PositiveInt = 570  # number of pairs, drawn at random from all requests without a held-out verb or object
     harmless_share: Share = 0.2  # share of harmless requests
     fact_share: Share = 0.25  # share of questions about facts of seen entities; the other requests are harmful
-    split: Literal["seen", "train"] = "seen"  # "train" omits the words and entities that settings are chosen on
+    split: Literal["seen", "train"] = "seen"  # "train" leaves out those reserved for choosing hyperparameters
     world_seed: Seed = 0  # seed of the world; the bundled base model knows world 0
     output_dir: Path | None = None  # folder to write (default: data/microworld-safe, or -safe-rl)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
-    max_seq_length: PositiveInt = 256  # most tokens of prompt and response
+    max_seq_length: PositiveInt = 256  # maximum number of tokens of prompt and response
     test_fraction: OpenShare = 0.2  # share of the pairs held out for validation
     seed: Seed = 42  # seed of the requests, the forms and the split
 

@@ -57,7 +57,7 @@ class Settings(Checked):
 
     # == Device ==
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto" uses a GPU if there is one
-    gpu_tflops: PositiveFloat = 350.0  # bf16 TFLOP/s that predictions assume for training and prompts (an H100, 45 %)
+    gpu_tflops: PositiveFloat = 350.0  # bf16 TFLOP/s that predictions assume for training and prompts (an H100, 45%)
     gpu_bandwidth: PositiveFloat = 2000.0  # GB/s that predictions assume for decoding
 
 
@@ -143,7 +143,7 @@ class Step:
 
 
 class Number(NamedTuple):
-    """A result: its value, its 95 % interval and the number of questions; all None if nothing was judged."""
+    """A result: its value, its 95% interval and the number of questions; all None if nothing was judged."""
 
     value: float | None
     interval: list[float] | None
@@ -354,7 +354,7 @@ TABLES: dict[TableName, Table] = {
         "Table 2: Vicuna benchmark, adjusted rate of the Aligner",
         FEW_METHODS,
         ("The paper's adjusted rates follow from (wins + ties / 2) / 80 but for one cell: 28 wins, 26 ties and 26 "
-         "losses are 0.5125, not 0.528.", "With 80 questions the 95 % interval of a rate is 0.08 to 0.095 wide on each "
+         "losses are 0.5125, not 0.528.", "With 80 questions the 95% interval of a rate is 0.08 to 0.095 wide on each "
          "side. Only one of the paper's cells differs from 0.5 by more."),
         judged("vicuna", "alpaca", 80, "vicuna_file", {"adjusted rate": read_pairs}),
     ),
@@ -496,7 +496,7 @@ def render(table: Table, rows: list[tuple[Cell, Number]]) -> str:
         paper = "see the paper" if cell.paper is None else f"{cell.paper:g}"
         cells.append([cell.row, cell.column, here, between, "–" if n is None else n, paper])
     notes = "".join(f"- {note}\n" for note in table.notes)
-    return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95 %', 'questions', 'paper'], cells)}\n{notes}"
+    return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95%', 'questions', 'paper'], cells)}\n{notes}"
 
 
 def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
@@ -507,7 +507,7 @@ def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
         if value is not None:
             low, high = interval or (value, value)
             axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3,
-                          label="here, 95 % interval" if place == 0 else None)  # fmt: skip
+                          label="here, 95% interval" if place == 0 else None)  # fmt: skip
         if cell.paper is not None:
             axes.plot(cell.paper, place, "x", color="C1", label="paper" if "paper" not in labels(axes) else None)
     axes.set(yticks=range(len(rows)), yticklabels=[cell.row for cell, _ in rows], title=table.title,

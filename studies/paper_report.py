@@ -46,7 +46,7 @@ def label(method: str) -> str:
 
 
 def percent(values: list[float], sign: str = "") -> str:
-    """Return the mean and half of the 95 % interval, such as "97.5 ± 1.3", or a dash if there is no value."""
+    """Return the mean and half of the 95% interval, such as "97.5 ± 1.3", or a dash if there is no value."""
     if not values:
         return "–"
     mean, half = interval(values)
@@ -96,7 +96,7 @@ def report(rows: list[Row], *, questions: int, sweep_seed: int, origin: str) -> 
     """Return the content of table.md.
 
     Args:
-        questions: The most questions asked of each group.
+        questions: The maximum number of questions of each group.
         sweep_seed: The seed of the trials that chose the learning rates.
         origin: How the results were made.
     """
@@ -106,7 +106,7 @@ def report(rows: list[Row], *, questions: int, sweep_seed: int, origin: str) -> 
               for row in rows if row["error"]]  # fmt: skip
     parts = [
         *(results_table(rows, group) for group in groups if group),
-        f"""Shares of answers in percent: mean ± half of the 95 % interval (Student's t) over the seeds. Answers are
+        f"""Shares of answers in percent: mean ± half of the 95% interval (Student's t) over the seeds. Answers are
 greedy, except those about values, which are sampled at temperature {TASKS["values"].temperature:g}. The interval is
 over training runs and, in groups of more than {questions} questions, over the {questions} that each seed draws. Every
 seed asks all questions of a smaller group, so there the interval does not cover the choice of questions. It is 0 where

@@ -39,7 +39,7 @@ class Settings(Checked):
     learning_rates: tuple[PositiveFloat, ...] = (4e-3, 1.6e-2, 6.4e-2, 2.56e-1, 1.024)  # the best per method and task
     valid_fraction: OpenShare = 0.2  # share of the training rows that the rate is chosen on
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the training runs at the chosen rate
-    rows: PositiveInt = 256  # most held-out rows to read
+    rows: PositiveInt = 256  # maximum number of held-out rows
 
     # == Running ==
     resamples: PositiveInt = 10_000  # bootstrap samples for the interval
@@ -77,7 +77,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share and its 95 % interval; the interval is nan if LoRA's gain may be zero."""
+    """A share and its 95% interval; the interval is nan if LoRA's gain may be zero."""
 
     value: float
     low: float
@@ -252,7 +252,7 @@ def scores_of(records: list[Record], name: str) -> np.ndarray:
     """
     done = [record["scores"][name] for record in records if "error" not in record]
     if not done:
-        raise UserError(f"All trainings of {records[0]['trial']['name']} failed: {records[0]['error']}")
+        raise UserError(f"All training runs of {records[0]['trial']['name']} failed: {records[0]['error']}")
     return np.array(done)
 
 

@@ -40,7 +40,7 @@ class Settings(Checked):
     rl_steps: PositiveInt = 30  # steps of RL, of 8 prompts with 8 sampled answers each
     samples: PositiveInt = 8  # answers of the base to each training question, for DPO and best of n
     questions: PositiveInt = 100  # questions to ask of each group
-    reached: PositiveFloat = 0.9  # accuracy on validation people up to which the answers that RL samples are counted
+    reached: PositiveFloat = 0.9  # count the answers that RL samples until accuracy on validation people reaches this
     checkpoint_dir: Path = Path("checkpoints/microworld-aloud")  # the base model's folder
 
     # == Running ==
@@ -205,7 +205,7 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
     sweeps = len(settings.learning_rates) + 2 * len(settings.sweep_seeds[1:]) if settings.learning_rates[1:] else 0
     expected, plans = len(cells) * (sweeps + len(settings.seeds)), [cell_plan(settings, cell) for cell in cells]
     results = run_plans(
-        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="trainings", expected=expected
+        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="training runs", expected=expected
     )
     return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
 

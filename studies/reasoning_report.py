@@ -32,7 +32,7 @@ def reported(rows: list[Row], **values: Any) -> list[Row]:
 
 
 def percent(values: Iterable[float | None]) -> str:
-    """Return the mean and half of the 95 % interval in percent; a dash if there are no values."""
+    """Return the mean and half of the 95% interval in percent; a dash if there are no values."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -138,7 +138,7 @@ def report(
         else f"The learning rate was not chosen; it is {tried}."
     )
     parts.append(
-        f"""Percent of greedy answers to {settings.questions} questions of each kind: mean ± half of the 95 % interval
+        f"""Percent of greedy answers to {settings.questions} questions of each kind: mean ± half of the 95% interval
 (Student's t) over the seeds, which also draw the questions. Answers sampled: for RL until {settings.reached:.0%} of
 {EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people;
 new facts in the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring,

@@ -33,7 +33,7 @@ class Settings(Checked):
     steps: PositiveInt = 200  # optimizer steps, except for values
     batch_size: PositiveInt = 8  # rows per step, except for values
     pair_epochs: PositiveFloat = 2.25  # passes over the pairs of values
-    questions: PositiveInt = 200  # most questions to ask of each group
+    questions: PositiveInt = 200  # maximum number of questions of each group
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
 
     # == Running ==
@@ -136,7 +136,7 @@ def run_study(settings: Settings) -> tuple[list[Record], list[Record]]:
     plans = [cell_plan(settings, task, method) for method in settings.methods for task in settings.tasks]
     expected = len(plans) * (len(settings.learning_rates) + len(settings.seeds))
     results = run_plans(
-        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="trainings", expected=expected
+        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="training runs", expected=expected
     )
     return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
 

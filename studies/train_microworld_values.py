@@ -19,7 +19,7 @@ from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 @dataclass
 class Settings(Checked):
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter and of the data order
-    questions: PositiveInt = 100  # most questions to ask of each group, per repetition
+    questions: PositiveInt = 100  # maximum number of questions of each group, per repetition
     repeats: PositiveInt = 3  # repetitions with different random numbers
     temperature: NonNegativeFloat = 0.7  # temperature of the answers
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder

@@ -342,7 +342,7 @@ def with_quick(settings: S, quick: dict[str, Any]) -> S:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval by Student's t; for a single value the half is nan."""
+    """Return the mean and half the width of its 95% interval by Student's t; for a single value the half is nan."""
     from scipy.stats import t
 
     values = list(values)

@@ -88,7 +88,7 @@ def test_the_numbers_on_the_page_on_large_models_are_correct():
     assert round(8 * 512 * 2 * config.n_layer * config.n_embd / 1e9, 1) == 5.4
     with torch.device("meta"):
         trained = METHODS["aligner"].from_name(name).adapter_parameters().values()
-    assert sum(p.numel() for p in trained) == 13_184 and "trains 13,184 numbers on Llama-2-70B" in page
+    assert sum(p.numel() for p in trained) == 13_184 and "13,184 trainable parameters on Llama-2-70B" in page
     settings = parse(ROOT / "finetune/aligner.py", ["--config", str(ROOT / "howto/recipes/alpaca_70b_n1.yaml")])
     assert (settings.strategy, settings.devices, settings.gradient_checkpointing) == ("fsdp", 8, True)
 
