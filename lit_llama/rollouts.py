@@ -24,6 +24,7 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_weights, group_advantages
 from lit_llama.run.processes import together
+from lit_llama.run.report import validation_bar
 from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
@@ -176,6 +177,7 @@ class PolicyTrainer(Trainer):
         super().__init__(*args, plan=partial(plan_epoch, sorted_batches=1), **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
+        self.log_interval = 1  # and waits for the device to score it
 
     def train_step(self, micro_batches: list[np.ndarray]) -> Step:
         """Sample answers, take `updates_per_batch` optimizer steps on them, and return the last step."""
@@ -208,7 +210,8 @@ class PolicyTrainer(Trainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
         with together(self.fabric), in_step(self.model):
-            for rows, scale in share_of_process(self.fabric, plan_validation(self.val.lengths, batch_size)):
+            batches = share_of_process(self.fabric, plan_validation(self.val.lengths, batch_size))
+            for rows, scale in validation_bar(batches, self.fabric.global_rank == 0):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)
                 if self.train.reward is not self.score:

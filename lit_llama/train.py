@@ -18,14 +18,14 @@ import torch
 from lit_llama.data import Data, check_rows, rows_sha256
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.model import LLaMA
-from lit_llama.modules import add_scaled
+from lit_llama.modules import add_scaled, eval_mode
 from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import Progress, print_notes, write_above_bar
+from lit_llama.run.report import Progress, print_notes, validation_bar, write_above_bar
 from lit_llama.run.samples import summarize
 from lit_llama.run.saved_state import best_of, check_saved_state
 from lit_llama.run.schedule import count_steps, lr_at, stops_early
 from lit_llama.run.setup import Setup
-from lit_llama.run.steps import Batches, Step, mean_over_processes, read_metrics, share_of_process
+from lit_llama.run.steps import Batches, Step, mean_over_processes, read_metrics, share_of_process, steps_between_reads
 from lit_llama.sharding import average_gradients, in_step
 from lit_llama.utils import UserError, log
 
@@ -79,7 +79,7 @@ class Trainer:
         self.run, self.settings, self.adapter_meta = run, run.settings, setup.adapter_meta
         self.val_metrics, self.sample_answers, self.plan = val_metrics, sample_answers, plan
         self.unwrapped = setup.unwrapped
-        self.log_interval = 1 if setup.fabric.device.type == "cpu" else run.settings.log_interval
+        self.log_interval = steps_between_reads(setup.fabric, self.settings.log_interval)
         self.batches = Batches(train, setup.fabric)
         self.trainable = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
@@ -120,9 +120,10 @@ class Trainer:
                         evaluates = self.step == self.max_steps or self.step % settings.eval_interval == 0
                         saves = self.step % settings.save_interval == 0 or run.stops_alone
                         if evaluates or saves or len(unread) == self.log_interval:
-                            for step, metrics in zip(unread, self.read(unread), strict=True):
-                                run.log_metrics(step.number, metrics)
-                                progress.advance(metrics)
+                            metrics = self.read(unread)
+                            for step, values in zip(unread, metrics, strict=True):
+                                run.log_metrics(step.number, values)
+                            progress.advance(metrics)
                             unread = []
                         if evaluates:
                             self.evaluate()
@@ -171,7 +172,7 @@ class Trainer:
                 # DDP averages the gradients of the processes, but their sum is needed
                 fabric.backward(losses["loss"] * (scale * fabric.world_size / total))
             add_scaled(sums, losses, scale)
-            bad.append((~losses["loss"].detach().isfinite(), rows))
+            bad.append(~losses["loss"].detach().isfinite())
         average_gradients(fabric, self.model)
         sums["stopping"] = torch.full((), float(self.run.stopping), device=fabric.device)
         norm = torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), settings.grad_clip or math.inf)
@@ -194,7 +195,7 @@ class Trainer:
         metrics = read_metrics(self.fabric, steps)
         for step, values in zip(steps, metrics, strict=True):
             self.stopping = values.pop("train/stopping") > 0
-            if problem := step.problem(values):
+            if problem := step.problem(self.fabric, values):
                 raise self.diverged(problem, step.number)
         return metrics
 
@@ -216,12 +217,11 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Return the mean losses over the validation data, always in the same batches."""
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
-        self.model.eval()
-        batches = plan_validation(self.val.lengths, self.settings.micro_batch_size)
-        for rows, scale in share_of_process(self.fabric, batches):
-            batch = self.fabric.to_device(self.val.batch(rows))
-            add_scaled(sums, self.val_loss(self.model, batch), scale)
-        self.model.train()
+        batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.micro_batch_size))
+        with eval_mode(self.model):
+            for rows, scale in validation_bar(batches, self.fabric.global_rank == 0):
+                batch = self.fabric.to_device(self.val.batch(rows))
+                add_scaled(sums, self.val_loss(self.model, batch), scale)
         return mean_over_processes(self.fabric, sums, float(self.val.weights.sum()))
 
     def evaluate(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import finetune.alignerRL as script
 from lit_llama import cli
+from lit_llama import train as training
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import PromptData
@@ -296,6 +297,14 @@ def test_the_reward_rises(settings, tmp_path):
                    reward_options='{"words": 6}', learning_rate=0.5, group_size=8, seed=2))  # fmt: skip
     rewards = [row["train/reward"] for row in read_metrics(tmp_path / "run/metrics.csv").values() if "lr" in row]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05, rewards
+
+
+def test_each_step_is_read_on_a_gpu_too(settings, tmp_path, monkeypatch):
+    read, reads = training.read_metrics, []
+    monkeypatch.setattr(training, "read_metrics", lambda fabric, steps: reads.append(len(steps)) or read(fabric, steps))
+    monkeypatch.setattr(training, "steps_between_reads", lambda fabric, log_interval: log_interval)
+    train(settings(tmp_path / "run", sample_prompts=0, drift_prompts=0, eval_interval=5, save_interval=5))
+    assert reads == [1] * 5
 
 
 def test_resuming_gives_the_same_rewards(settings, tmp_path):

@@ -10,10 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = f"""
-import os, signal, sys, time
+import math, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import torch
 from lightning.fabric import Fabric
 from lit_llama.run import processes
+from lit_llama.run.steps import Step
 from lit_llama.console import exit_on_user_error
 from lit_llama.utils import UserError
 
@@ -27,6 +30,11 @@ with exit_on_user_error():
         with processes.together(fabric):
             if here:
                 raise UserError("The disk is full.")
+    if case == "bad rows":  # five micro-batches, so the second process repeats the first one
+        rows = [np.array([10 * i, 10 * i + 1]) for i in range(5)]
+        bad = [torch.tensor(here and i == 1) for i in range(3)]
+        step = Step(7, {{}}, 1.0, torch.ones(()), 0.1, 0, rows, bad, 0.0, {{}})
+        raise UserError(step.problem(fabric, {{"train/loss": math.nan, "grad_norm": 1.0}}) + ".")
     if case == "mistake":
         with processes.together(fabric):
             if here:
@@ -56,6 +64,12 @@ def run(path: Path, *args: object) -> tuple[int, str, float]:
 def test_an_error_of_one_process_is_printed_once(tmp_path, rank):
     code, output, _ = run(tmp_path, "error", rank)
     assert (code, output) == (1, "error: The disk is full.\n")
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(0, "20, 21"), (1, "30, 31")])
+def test_rows_with_a_bad_loss_are_named_whichever_process_had_them(tmp_path, rank, rows):
+    code, output, _ = run(tmp_path, "bad rows", rank)
+    assert (code, output) == (1, f"error: The loss is nan in step 7, rows {rows}, at lr 1.0e-01.\n")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run.folder import NAMES, RunFolder
-from lit_llama.run.report import MetricsLog, Progress, read_metrics, write_above_bar
+from lit_llama.run.report import MetricsLog, Progress, read_metrics, validation_bar, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
-from lit_llama.run.steps import Batches
+from lit_llama.run.steps import Batches, steps_between_reads
 from lit_llama.run.train_settings import TrainSettings
 from lit_llama.storage.files import claim
 from lit_llama.train import SFTLoss, Trainer, lr_at
@@ -321,6 +322,12 @@ def test_metrics_read_for_several_steps_at_once_are_those_of_each_step(base_dir,
     assert reads == [1] * 12 + [3, 1] * 3
 
 
+@pytest.mark.parametrize(("device", "processes", "steps"), [("cuda", 1, 10), ("cuda", 8, 1), ("cpu", 1, 1)])
+def test_several_processes_read_each_step_to_agree_on_the_last(device, processes, steps):
+    fabric = SimpleNamespace(device=torch.device(device), world_size=processes)
+    assert steps_between_reads(fabric, 10) == steps
+
+
 def test_a_nonfinite_loss_reports_step_and_rows_and_changes_no_parameters(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.step = 7
@@ -411,7 +418,10 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         with Progress(2, 4, enabled=True) as progress:
             time.sleep(0.11)  # a bar is drawn ten times a second at most
-            progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})
+            progress.advance([{"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0}])
+            assert list(validation_bar([1, 2], True)) == [1, 2]  # too short for a bar
+            for _ in validation_bar([1, 2], True):
+                time.sleep(2.1)
             write_above_bar("step 3: something")
         output = b""
         while select.select([master], [], [], 1.0)[0]:  # a terminal delivers its output in pieces
@@ -419,15 +429,18 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
     os.close(master)
     output = output.decode()
     assert re.search(r"75%\|.*\| 3/4 \[00:\d\d<00:\d\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
+    assert output.count("Validation: ") == 2
+    assert re.search(r"\rValidation: 100%\|[^\r]*\| 2/2 \[[^\r]*\r\n\r +\x1b\[A", output)  # and is then cleared
     assert "\rstep 3: something\r\n" in output
 
 
 def test_a_log_file_gets_plain_lines_at_intervals(capsys):
     assert not sys.stderr.isatty()
     progress = Progress(2, 12, enabled=True)
-    progress.advance({"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0})
+    progress.advance([{"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0}])
     assert capsys.readouterr().err == ""  # too soon
     progress.began -= 20.0
     progress.shown -= 20.0
-    progress.advance({"train/loss": 0.25, "lr": 1e-2, "tokens_per_s": 1234.0})
-    assert capsys.readouterr().err == "step 4 of 12: loss 0.250, lr 1.00e-02, 1,234 tokens/s, 0:01:20 left\n"
+    read_together = [{"train/loss": loss, "lr": 1e-2, "tokens_per_s": 1234.0} for loss in (0.75, 0.5, 0.25)]
+    progress.advance(read_together)
+    assert capsys.readouterr().err == "step 6 of 12: loss 0.250, lr 1.00e-02, 1,234 tokens/s, 0:00:30 left\n"

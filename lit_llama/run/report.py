@@ -5,9 +5,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from lit_llama.utils import UserError, log
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 class MetricsLog:
@@ -112,16 +115,17 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def advance(self, metrics: dict[str, float]) -> None:
-        """Count a step and show its metrics: the reward in reinforcement learning, the loss otherwise."""
-        self.done += 1
+    def advance(self, steps: list[dict[str, float]]) -> None:
+        """Count steps and show the metrics of the last: the reward in reinforcement learning, the loss otherwise."""
+        metrics = steps[-1]
+        self.done += len(steps)
         shown = "reward" if "train/reward" in metrics else "loss"
         status = (
             f"{shown} {metrics[f'train/{shown}']:.3f}, lr {metrics['lr']:.2e}, {metrics['tokens_per_s']:,.0f} tokens/s"
         )
         if self.bar is not None:
             self.bar.set_postfix_str(status, refresh=False)
-            self.bar.update()
+            self.bar.update(len(steps))
         elif self.enabled and time.monotonic() - self.shown > self.interval:
             self.shown = time.monotonic()
             left = (self.shown - self.began) / (self.done - self.first) * (self.total - self.done)
@@ -139,6 +143,16 @@ def print_notes(settings: TrainSettings, step: int, max_steps: int, warmup_steps
         divisor = next(size for size in range(most, 0, -1) if settings.batch_size % size == 0)
         log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
             f"{divisor}.")  # fmt: skip
+
+
+def validation_bar(batches: list[T], enabled: bool) -> Iterable[T]:
+    """Return batches to iterate over, with a bar on a terminal, which disappears at the end, if that takes seconds.
+
+    Args:
+        enabled: Whether this process shows anything.
+    """
+    hidden = not (enabled and sys.stderr.isatty())
+    return tqdm(batches, desc="Validation", unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
 def write_above_bar(text: str) -> None:

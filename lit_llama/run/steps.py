@@ -1,6 +1,7 @@
 """Steps whose metrics stay on the device until they are read, and batches that are built ahead of time.
 
-This way a GPU waits for the program only once per `log_interval` steps, and never for a batch.
+This way a GPU waits for the program only once per `log_interval` steps, and never for a batch. With several devices it
+waits in every step: only then do all processes know whether to stop.
 """
 
 import math
@@ -30,7 +31,8 @@ class Step(NamedTuple):
         lr: learning rate.
         tokens: number of tokens of all processes.
         micro_batches: row numbers of each micro-batch.
-        bad: for each micro-batch of this process, whether its loss is not finite, () on the device, and its rows.
+        bad: for each micro-batch of this process, as in `share_of_process`: whether its loss is not finite, () on the
+            device.
         began: `time.perf_counter()` at the start of the step.
         further: further metrics, already known.
     """
@@ -42,22 +44,33 @@ class Step(NamedTuple):
     lr: float
     tokens: int
     micro_batches: list[np.ndarray]
-    bad: list[tuple[Tensor, np.ndarray]]
+    bad: list[Tensor]
     began: float
     further: dict[str, float]
 
-    def problem(self, metrics: dict[str, float]) -> str | None:
+    def problem(self, fabric: Fabric, metrics: dict[str, float]) -> str | None:
         """Return a phrase about the loss or gradient norm of this step that is not finite, or None.
 
-        It names the rows whose loss is not finite, or all rows if only the gradient is not.
+        It names the rows whose loss is not finite, or all rows if only the gradient is not. All processes must call
+        this together, with the same metrics.
         """
         for name, value in (("loss", metrics["train/loss"]), ("gradient norm", metrics["grad_norm"])):
             if not math.isfinite(value):
-                bad = [rows for is_bad, rows in self.bad if is_bad]
+                by_process = fabric.all_gather(torch.stack(self.bad)).view(fabric.world_size, -1)
+                in_order = by_process.T.flatten().tolist()  # longer than `micro_batches` if a process repeated one
+                bad = [rows for is_bad, rows in zip(in_order, self.micro_batches, strict=False) if is_bad]
                 rows = np.concatenate(bad or self.micro_batches).tolist()
                 listed = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
                 return f"The {name} is {value} in step {self.number}, rows {listed}, at lr {self.lr:.1e}"
         return None
+
+
+def steps_between_reads(fabric: Fabric, log_interval: int) -> int:
+    """Return after how many steps the metrics are read: `log_interval` on a single GPU, and 1 elsewhere.
+
+    A CPU has nothing to wait for, and several processes have to agree in each step whether to stop.
+    """
+    return log_interval if fabric.world_size == 1 and fabric.device.type != "cpu" else 1
 
 
 def read_metrics(fabric: Fabric, steps: list[Step]) -> list[dict[str, float]]:
