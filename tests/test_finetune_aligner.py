@@ -345,6 +345,10 @@ def test_resuming_with_different_settings_is_refused_and_names_them(finished, fl
 def test_resuming_with_settings_that_do_not_affect_the_results_is_allowed(finished, flags, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     train(flags(tmp_path / "run", resume=True, save_interval=3, sample_prompts=2, gradient_checkpointing=True))
+    # "auto", with which the run started, is 32-true on a CPU
+    train(flags(tmp_path / "run", resume=True, precision="32-true"))
+    with pytest.raises(UserError, match=r"had other settings: precision \(32-true then, bf16-true now\);"):
+        train(flags(tmp_path / "run", resume=True, precision="bf16-true"))
 
 
 def test_resuming_with_other_data_or_another_base_is_refused(finished, flags, base_dir, data_dir, tmp_path):

@@ -154,7 +154,8 @@ class RunFolder:
             then, identity = (parse_json(state[name], name) for name in ("settings", "identity"))
         except UserError as error:
             raise damaged(self.state_path, error) from None
-        now = self.json_settings()
+        now = {**self.json_settings(), "precision": self.identity["precision"]}  # the one that "auto" chose
+        then["precision"] = identity.get("precision", now["precision"])
         fixed = [name for name in now if name in then and name not in self.settings.may_change]
         differing = [f"{name} ({then[name]} then, {now[name]} now)" for name in fixed if then[name] != now[name]]
         if not differing:
