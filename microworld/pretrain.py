@@ -25,6 +25,7 @@ sys.path.append(str(HERE.parent))  # run without installing
 from lit_llama import cli
 from lit_llama.run.train_settings import Precision, TrainSettings
 from lit_llama.settings import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveShare, Seed, Share
+from lit_llama.utils import UserError
 
 
 @dataclass
@@ -67,6 +68,13 @@ class Settings(TrainSettings):
 
     # == Devices ==
     precision: Precision = "bf16-mixed"  # precision of the computations; the weights are fp32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blend_with is not None and self.init_from is None:
+            raise UserError("--blend_with needs --init_from, the model to average with it.")
+        if self.blend_share < 1 and self.blend_with is None:
+            raise UserError("--blend_share needs --blend_with, the model that has the rest of the average.")
 
 
 if __name__ == "__main__":

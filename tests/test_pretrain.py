@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -57,6 +58,20 @@ def test_pretraining_continues_from_a_base_with_the_names_of_new_people(run_scri
         torch.testing.assert_close(continued[name][:rows], weight[:rows], atol=1e-4, rtol=1e-2)
     drawn = continued["transformer.wte.weight"][old.vocab_size : new.vocab_size].float()
     assert drawn.std() > 0.5 * base["transformer.wte.weight"].float().std() and len({*map(tuple, drawn.tolist())}) > 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--blend_with=a"], "--blend_with needs --init_from, the model to average with it."),
+        (
+            ["--init_from=a", "--blend_share=0.5"],
+            "--blend_share needs --blend_with, the model that has the rest of the average.",
+        ),
+    ],
+)
+def test_an_average_of_one_model_is_refused(refused, flags, sentence):
+    assert refused("microworld/pretrain.py", *flags) == sentence
 
 
 def test_a_state_is_continued_only_with_its_corpus(run_script, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,11 +24,12 @@ from lit_llama import aligner, train
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
+from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
 from lit_llama.run.report import MetricsLog, Progress, read_metrics, validation_bar, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
 from lit_llama.run.steps import Batches, steps_between_reads
-from lit_llama.run.train_settings import TrainSettings
+from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
 from lit_llama.storage.files import claim
 from lit_llama.train import SFTLoss, Trainer, lr_at
 from lit_llama.utils import UserError
@@ -50,9 +52,15 @@ class Settings(TrainSettings):
     precision: str = "32-true"
 
 
+@dataclass
+class FrozenBase(Settings, FinetuneSettings):
+    checkpoint_dir: Path = Path("base")
+    data_dir: Path = Path("data")
+
+
 def trainer_for(base_dir, data_dir, out_dir, precision="32-true", make_optimizer=adamw, length=2, **changes):
     """Return a trainer for an Aligner with nonzero gates."""
-    settings = Settings(out_dir=out_dir, precision=precision, **changes)
+    settings = FrozenBase(out_dir=out_dir, precision=precision, **changes)
     fabric = make_fabric(settings)
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     method_config = {"adapter_prompt_length": length, "adapter_start_layer": 1}
@@ -170,9 +178,22 @@ def test_an_incomplete_launcher_environment_raises_a_clear_error(tmp_path, monke
         make_fabric(Settings(out_dir=tmp_path, devices=2))
 
 
-def test_half_precision_without_loss_scaling_is_refused(tmp_path):
-    with pytest.raises(UserError, match="precision 16-true is not supported; use 32-true, bf16-true, bf16-mixed"):
-        make_fabric(Settings(out_dir=tmp_path, precision="16-true"))
+@pytest.mark.parametrize(
+    ("kind", "precision", "sentence"),
+    [
+        (FrozenBase, "16-true", "precision 16-true is not supported; use 32-true, bf16-true, bf16-mixed"),
+        (Settings, "bf16-true", "bf16-true is not supported where the base is trained; use 32-true, bf16-mixed"),
+    ],
+)
+def test_a_precision_that_cannot_train_is_refused(tmp_path, kind, precision, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_fabric(kind(out_dir=tmp_path, precision=precision))
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(FrozenBase, "bf16-true"), (Settings, "bf16-mixed")])
+def test_the_default_precision_on_a_gpu_keeps_trained_weights_in_fp32(tmp_path, monkeypatch, kind, precision):
+    monkeypatch.setattr(setup, "computes_bf16", lambda accelerator: True)
+    assert make_fabric(kind(out_dir=tmp_path, precision="auto")).strategy.precision.precision == precision
 
 
 def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path):

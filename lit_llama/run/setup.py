@@ -66,19 +66,21 @@ class Setup:
 def make_fabric(settings: TrainSettings) -> Fabric:
     """Launch Fabric with the devices of the settings. The flags of `fabric run` take precedence.
 
-    `precision="auto"` is bf16 for the base on a GPU that computes in bf16, and fp32 elsewhere.
+    On a GPU that computes in bf16, `precision="auto"` is bf16 for a frozen base and bf16-mixed for a trained one, whose
+    weights stay fp32. Elsewhere it is fp32.
 
     Raises:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
-    settings = with_launcher_strategy(settings)
+    settings, frozen_base = with_launcher_strategy(settings), isinstance(settings, FinetuneSettings)
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
     flags["strategy"] = fabric_strategy(settings.strategy, settings.num_nodes)
     launched = FABRIC_RUN in os.environ
     given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
     if flags["precision"] == "auto":
         accelerator = given.get("accelerator", flags["accelerator"])
-        flags["precision"] = "bf16-true" if computes_bf16(accelerator) else "32-true"
+        bf16 = "bf16-true" if frozen_base else "bf16-mixed"
+        flags["precision"] = bf16 if computes_bf16(accelerator) else "32-true"
     try:
         fabric = Fabric(**{name: value for name, value in flags.items() if name not in given})
     except KeyError as error:
@@ -88,7 +90,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         ) from None
     except Exception as error:  # Fabric raises many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
-    check_fabric(fabric, settings.strategy, isinstance(settings, FinetuneSettings))
+    check_fabric(fabric, settings.strategy, frozen_base)
     if not launched:
         launch(fabric, settings.num_nodes)
     check_processes(fabric)
@@ -119,8 +121,11 @@ def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
     if strategy in SHARDED and not frozen_base:
         raise UserError(f"--strategy {strategy} shards a frozen base, and here the base is trained; use ddp.")
     precisions, precision = get_args(Precision)[1:], fabric.strategy.precision.precision
+    where = ""
+    if not frozen_base:  # trained weights must be fp32
+        precisions, where = [name for name in precisions if name != "bf16-true"], " where the base is trained"
     if precision not in precisions:
-        raise UserError(f"The precision {precision} is not supported; use {', '.join(precisions)}.")
+        raise UserError(f"The precision {precision} is not supported{where}; use {', '.join(precisions)}.")
 
 
 def check_processes(fabric: Fabric) -> None:
