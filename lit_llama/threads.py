@@ -38,10 +38,14 @@ def busy_cores() -> float | None:
 
 
 def note_if_busy(n_threads: int) -> None:
-    """Log a note if other programs leave fewer cores free than there are threads."""
-    if n_threads == 1 or (busy := busy_cores()) is None:
+    """Log a note if other programs leave fewer cores free than there are threads.
+
+    If this process may use only some of the cores, as in a SLURM job, none is logged: other programs may use the rest.
+    """
+    cores = os.cpu_count() or 1
+    restricted = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < cores
+    if n_threads == 1 or restricted or (busy := busy_cores()) is None:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if n_threads > max(1, round(cores - busy)):
         log(
             f"note: {n_threads} threads for {cores} cores, of which other programs use {min(busy, cores):.1f}; fewer "

@@ -32,10 +32,19 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise(given, expec
 @pytest.mark.parametrize("n_threads, busy, noted", [(1, 9.0, False), (4, 0.2, False), (4, 2.1, True), (2, 2.0, False),
                                                      (4, None, False)])  # fmt: skip
 def test_a_note_is_logged_if_the_machine_is_busy(n_threads, busy, noted, monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     threads.note_if_busy(n_threads)
     assert ("4 threads for 4 cores, of which other programs use 2.1" in capsys.readouterr().err) == noted
+
+
+def test_programs_on_the_cores_of_others_are_not_noted(monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(threads, "busy_cores", lambda: 100.0)
+    threads.note_if_busy(8)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("text, busy", [("9.81 9.60 9.20 3/420 77\n", 2.0), ("0.00 0.00 0.00 1/9 77\n", 0.0),
