@@ -1,9 +1,9 @@
 """Reinforcement learning with Aligner: a frozen LLaMA learns from a function that scores its answers.
 
-A step samples a group of answers to each of several prompts, and makes the answers more likely that got a higher reward
-than the others of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer
-two-hop questions, which it can do only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit
-the values below, pass flags of the same name, or give a YAML file with --config.
+A step samples a group of answers to each of several prompts, and raises the probability of answers that scored above
+the rest of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer two-hop
+questions, which it can do only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit the values
+below, pass flags of the same name, or give a YAML file with --config.
 """
 
 import os
