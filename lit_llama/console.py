@@ -77,6 +77,22 @@ def is_lost_connection(error: Exception) -> bool:
     return type(error).__name__ == "DistBackendError" or "/gloo/transport/" in str(error)
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the first one of a run on its machine, which reports an error that all have.
+
+    torchrun and Lightning number the processes of a run. SLURM also numbers independent tasks, so its number counts
+    only after the processes of the run have found each other.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if "WORLD_SIZE" in os.environ:
+        rank = os.environ.get("LOCAL_RANK", "0")
+    elif distributed is not None and distributed.is_available() and distributed.is_initialized():
+        rank = os.environ.get("SLURM_LOCALID", "0")
+    else:
+        rank = "0"
+    return rank == "0" or not rank.isdecimal()
+
+
 def hide_interrupts() -> None:
     """Let Ctrl-C end the process without a traceback while modules are imported, which takes seconds."""
 
@@ -230,8 +246,7 @@ def exit_on_user_error() -> Iterator[None]:
                 raise
             sys.stdout.flush()
         except UserError as error:
-            rank = os.environ.get("LOCAL_RANK", "0") if "WORLD_SIZE" in os.environ else "0"  # a launcher sets both
-            if rank == "0" or not rank.isdecimal():  # all processes of a run have the same error
+            if is_first_process():
                 last_words(f"error: {error}")
             sys.exit(1)
         except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """Two processes over gloo: if one fails or is killed, both end with one error message."""
 
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +66,21 @@ def run(path: Path, *args: object) -> tuple[int, str, float]:
 def test_an_error_of_one_process_is_printed_once(tmp_path, rank):
     code, output, _ = run(tmp_path, "error", rank)
     assert (code, output) == (1, "error: The disk is full.\n")
+
+
+def test_an_error_under_slurm_is_printed_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+           "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    tasks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        command = [sys.executable, tmp_path / "script.py", "error", "1"]
+        tasks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [task.communicate(timeout=300)[1] for task in tasks]
+    assert ([task.returncode for task in tasks], errors) == ([1, 1], ["error: The disk is full.\n", ""])
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(0, "20, 21"), (1, "30, 31")])
