@@ -2,7 +2,9 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +26,28 @@ def test_a_missing_wandb_is_a_one_line_error(base_dir, data_dir, tmp_path, refus
     message = refused("finetune/aligner.py", *folders, *SHORT, "--logger", "wandb")
     assert message == "--logger wandb needs wandb, which is not installed: pip install wandb."
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_key_is_found_before_a_run_is_replaced(base_dir, data_dir, tmp_path, refused, monkeypatch, capsys):
+    """With a stand-in for wandb, which may not be installed."""
+
+    def login() -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), Error=RuntimeError, login=login)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = tmp_path / "run"
+    train(base_dir, data_dir, run)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    folders = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", run)
+    message = refused("finetune/aligner.py", *folders, *SHORT, "--logger", "wandb", "--overwrite")
+    assert message == (
+        "Weights & Biases refuses the run (No API key configured. Use `wandb login` to log in); run wandb login, or "
+        "set WANDB_MODE=offline."
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_continues_the_wandb_run(base_dir, data_dir, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ class RunFolder:
         """Prepare the folder for a new run, or restore exactly the files of a saved state.
 
         Raises:
-            UserError: A log is damaged, or the folder cannot be written.
+            UserError: A log is damaged, Weights & Biases refuses the run, or the folder cannot be written.
         """
         with self.together():
             if not self.is_first:
@@ -185,9 +185,12 @@ class RunFolder:
             if state is not None:  # read everything before changing anything
                 self.metrics.resume(self.saved_step)
                 self.samples = read_samples(self.path / "samples.jsonl", self.saved_step)
+            self.loggers = Loggers()
+            if self.settings.logger == "wandb":  # may fail, so before an earlier run is deleted
+                self.loggers.open_wandb(self.path, self.title(), self.json_settings(), state or {})
             self.remove_files(keep_run=state is not None)
             self.write_description()
-            self.open_loggers(state)
+            self.open_event_file()
             self.metrics.save()
             if state is not None:
                 self.add_samples(self.saved_step, [])
@@ -218,13 +221,11 @@ class RunFolder:
         }
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
-    def open_loggers(self, state: dict[str, Any] | None) -> None:
-        """Write all earlier metrics to a new TensorBoard log, and start or continue the run on Weights & Biases."""
+    def open_event_file(self) -> None:
+        """Write all earlier metrics to a new TensorBoard log."""
         name = f"tensorboard/events.out.tfevents.{time.time_ns()}"
         claim(self.path, [name])
-        self.loggers = Loggers(self.path / name, self.metrics.rows)
-        if self.settings.logger == "wandb":
-            self.loggers.open_wandb(self.path, self.title(), self.json_settings(), state or {})
+        self.loggers.open_event_file(self.path / name, self.metrics.rows)
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""

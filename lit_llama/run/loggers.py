@@ -4,6 +4,8 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,34 @@ from lit_llama.utils import UserError
 
 
 def check_logger(name: str) -> None:
-    """Check that the package that a logger needs is installed, before a model is loaded.
+    """Check that the package that a logger needs is installed, and log in, before a model is loaded.
 
     Raises:
-        UserError: It is not.
+        UserError: It is not installed, or there is no valid API key.
     """
-    if name == "wandb" and find_spec("wandb") is None:
+    if name != "wandb":
+        return
+    if find_spec("wandb") is None:
         raise UserError("--logger wandb needs wandb, which is not installed: pip install wandb.")
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        import wandb
+
+        with wandb_explained():
+            wandb.login()
+
+
+@contextmanager
+def wandb_explained() -> Iterator[None]:
+    """Turn an error of Weights & Biases into a `UserError`."""
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"Weights & Biases refuses the run ({reason}); run wandb login, or set WANDB_MODE=offline."
+        ) from None
 
 
 class EventFile:
@@ -53,21 +76,25 @@ class WandbRun:
         name: Name of the run on Weights & Biases.
         settings: Configuration of the run.
         id: Id of the run; an existing run is continued.
+
+    Raises:
+        UserError: Weights & Biases refuses the run, or cannot be reached.
     """
 
     def __init__(self, folder: Path, name: str, settings: dict[str, Any], id: str) -> None:
         import wandb
         from lightning.pytorch.loggers import WandbLogger  # takes seconds to import
 
-        self.logger = WandbLogger(
-            name=name,
-            save_dir=folder,
-            version=id,
-            project=os.environ.get("WANDB_PROJECT", "aligner"),
-            config=settings,
-            settings=wandb.Settings(console="off", silent=True),
-        )
-        self.logger.experiment  # noqa: B018  (the first access begins the run)
+        with wandb_explained():
+            self.logger = WandbLogger(
+                name=name,
+                save_dir=folder,
+                version=id,
+                project=os.environ.get("WANDB_PROJECT", "aligner"),
+                config=settings,
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            self.logger.experiment  # noqa: B018  (the first access begins the run)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         self.logger.log_metrics(values, step)
@@ -77,18 +104,18 @@ class WandbRun:
 
 
 class Loggers:
-    """All loggers of a process; each receives every metric.
+    """All loggers of a process; each receives every metric."""
 
-    Args:
-        event_file: The TensorBoard log to write.
-        rows: Metrics that earlier processes of the run logged; they are repeated in the new TensorBoard log.
-    """
-
-    def __init__(self, event_file: Path, rows: dict[int, dict[str, float]]) -> None:
-        self.open: list[EventFile | WandbRun] = [EventFile(event_file)]
+    def __init__(self) -> None:
+        self.open: list[EventFile | WandbRun] = []
         self.state: dict[str, str] = {}  # recorded in state.pt, to continue the same runs
+
+    def open_event_file(self, path: Path, rows: dict[int, dict[str, float]]) -> None:
+        """Begin a TensorBoard log with the metrics that earlier processes of the run logged."""
+        events = EventFile(path)
+        self.open.append(events)
         for step, values in rows.items():
-            self.add(step, values)
+            events.add(step, values)
 
     def open_wandb(self, folder: Path, name: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
         """Begin a run on Weights & Biases, or continue the one of a saved state."""
