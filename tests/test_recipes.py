@@ -20,6 +20,7 @@ from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
+from lit_llama.run.report import generate_command
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import lr_at
 
@@ -91,6 +92,7 @@ def test_the_numbers_on_the_page_on_large_models_are_correct():
     assert sum(p.numel() for p in trained) == 13_184 and "13,184 trainable parameters on Llama-2-70B" in page
     settings = parse(ROOT / "finetune/aligner.py", ["--config", str(ROOT / "howto/recipes/alpaca_70b_n1.yaml")])
     assert (settings.strategy, settings.devices, settings.gradient_checkpointing) == ("fsdp", 8, True)
+    assert "--adapter out/aligner/alpaca-70b-n1 --devices 8 --prompt" in generate_command(settings)
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])

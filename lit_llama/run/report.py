@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from lit_llama.run.processes import SHARDED
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.schema import check_readable, unreadable
@@ -170,6 +171,8 @@ def generate_command(settings: FinetuneSettings) -> str:
     """Return the command that answers a prompt with the adapter of a finetuning run."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
+    if settings.strategy in SHARDED and isinstance(settings.devices, int):  # a base that needs several devices
+        command += ["--devices", str(settings.devices)]
     return shlex.join([*command, "--prompt", "your instruction"])
 
 
