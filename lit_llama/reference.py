@@ -68,7 +68,10 @@ def adapter_sha256(state: dict[str, torch.Tensor]) -> str:
 
 def base_sha256(checkpoint_dir: Path) -> str:
     """Return a hash of a base model's weight file, which is read completely, and its configuration."""
-    digest = hash_file(weights_path(checkpoint_dir))
+    path = weights_path(checkpoint_dir)
+    if path.stat().st_size > 1 << 30:  # takes seconds to minutes
+        log(f"Hashing {path}.")
+    digest = hash_file(path)
     digest.update((Path(checkpoint_dir) / CONFIG_NAME).read_bytes())
     return digest.hexdigest()
 
