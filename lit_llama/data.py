@@ -121,14 +121,14 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
 
 
 def hash_chat_tokens(tokenizer: Tokenizer) -> str:
-    """Return a hash of what the token ids of chats also depend on: tokenizer.json, and the special and added tokens.
+    """Return a hash of what the token ids of chats also depend on: tokenizer.json, special, added and stop tokens.
 
     Without a chat template, the tokens are those of plain texts.
     """
     path = tokenizer.path.parent / "tokenizer.json"
     file = hash_file(path).hexdigest() if path.is_file() else None
     engine = tokenizer.engine if tokenizer.template is None else tokenizer.chat_engine
-    return hashlib.sha256(json.dumps([file, engine.control, engine.added]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([file, engine.control, engine.added, tokenizer.stop_ids]).encode()).hexdigest()
 
 
 class Split:

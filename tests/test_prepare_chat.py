@@ -304,6 +304,17 @@ def test_the_tokens_of_chats_depend_on_tokenizer_json(models, tmp_path):
         check_tokenizer(folder, {**meta, "chat_tokens_sha256": before}, tokenizer)
 
 
+def test_the_tokens_of_chats_depend_on_the_stop_tokens(models, tmp_path):
+    """An answer whose last token is not one of them gets EOS."""
+    folder = shutil.copytree(models["llama3"], tmp_path / "model")
+    before = Tokenizer(folder)
+    other = next(i for i in range(before.vocab_size) if i not in before.stop_ids)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [before.eos_id, other]}))
+    after = Tokenizer(folder)
+    assert after.identity == before.identity and other in after.stop_ids
+    assert hash_chat_tokens(after) != hash_chat_tokens(before)
+
+
 def test_cached_tokens_of_texts_depend_on_the_special_tokens(base_dir, tmp_path):
     for name in ("tokenizer.model", "lit_config.json"):
         shutil.copy(base_dir / name, tmp_path)
