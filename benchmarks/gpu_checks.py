@@ -33,7 +33,7 @@ from lit_llama.reference import AdapterReference, check_policy_equals_reference
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import read_metrics
 from lit_llama.run.setup import Setup, adamw, make_fabric
-from lit_llama.run.train_settings import TrainSettings
+from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import UserError
 
@@ -137,7 +137,7 @@ def check_greedy_answers(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 @dataclass
-class FiftySteps(TrainSettings):
+class FiftySteps(FinetuneSettings):
     epochs: float = 100.0
     batch_size: int = 8
     micro_batch_size: int = 4
@@ -152,13 +152,20 @@ class FiftySteps(TrainSettings):
 def trainer(device: torch.device, name: str, out_dir: Path) -> Trainer:
     """Return a run of 50 steps as the scripts make it, on random rows."""
     prompts, lengths = np.full(32, 8), np.random.default_rng(0).integers(16, 48, 32)
-    if not (out_dir / "check-data" / "sft" / "meta.json").is_file():
+    data_dir = out_dir / "check-data" / "sft"
+    if not (data_dir / "meta.json").is_file():
         write_data(out_dir / "check-data", prompts, lengths, 2048)
     precision = "bf16-true" if name == "bf16" else "32-true"
     where = "cuda" if device.type == "cuda" else "cpu"
-    settings = FiftySteps(out_dir=out_dir / f"check-{device.type}-{name}", accelerator=where, precision=precision)
+    settings = FiftySteps(
+        checkpoint_dir=MICROWORLD,
+        data_dir=data_dir,
+        out_dir=out_dir / f"check-{device.type}-{name}",
+        accelerator=where,
+        precision=precision,
+    )
     fabric, network = make_fabric(settings), model(device, DTYPES[name])
-    data = SFTData(out_dir / "check-data" / "sft", "train")
+    data = SFTData(data_dir, "train")
     setup = Setup.wrap(fabric, network, [adamw(network, settings)], {"method": "aligner", "base": {}})
     return Trainer(setup, data, data, SFTLoss(), RunFolder(settings))
 
