@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -214,18 +214,12 @@ def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return f"{name} with {', '.join(sets) or torch.backends.cpu.get_cpu_capability()}"
 
 
-@cache
-def measure_rates(device: torch.device) -> tuple[float, float, float]:
-    """Return the GFLOP/s of large matrix products in fp32 and bf16, and the GB/s of a copy, measured once."""
-    fp32, bf16 = (matmul_rate(device, dtype, "wall") / 1e9 for dtype in (torch.float32, torch.bfloat16))
-    return fp32, bf16, copy_bandwidth(device, "wall") / 1e9
-
-
 def describe_run(device: torch.device) -> str:
     """Return a list in Markdown: the machine, how fast it is in this run, the versions, the date, and the command."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    fp32, bf16, copied = measure_rates(device)
+    fp32, bf16 = (matmul_rate(device, dtype, "wall") / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    copied = copy_bandwidth(device, "wall") / 1e9
     lines = {
         "machine": f"{describe_cpu()}, {os.cpu_count()} cores{gpu}{load}",
         "threads": str(torch.get_num_threads()),
