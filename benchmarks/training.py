@@ -77,9 +77,17 @@ def choose(lengths: np.ndarray, size: int, count: int) -> dict[str, list[np.ndar
     return chosen
 
 
-def our_contestants(settings: Settings, dtype: torch.dtype) -> b.Specs:
+def our_contestants(settings: Settings, dtype: torch.dtype, peak: dict[torch.dtype, float]) -> b.Specs:
+    """Return this project's contestants.
+
+    A bf16 base is one of them if products in bf16 are not several times as slow as in fp32, as on a CPU that emulates
+    bf16.
+
+    Args:
+        peak: FLOPs per second of a large matrix product in each dtype.
+    """
     ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}}
-    if dtype == torch.float32:
+    if dtype == torch.float32 and peak[torch.bfloat16] > peak[dtype] / 4:
         ours[BF16] = {"n": 1, "dtype": torch.bfloat16}
     return ours | ({name: {"n": 1} for name in PAIRS} if settings.dpo else {})
 
@@ -201,7 +209,10 @@ def main(settings: Settings) -> None:
     run = b.start_run(settings)
     dtypes = {torch.float32, torch.bfloat16, run.dtype}
     peak = {dtype: matmul_rate(run.device, dtype, settings.clock) for dtype in dtypes}
-    first, answers = measure(run, our_contestants(settings, run.dtype))
+    ours = our_contestants(settings, run.dtype, peak)
+    if run.dtype == torch.float32 and BF16 not in ours:
+        run.notes.append("Without a bf16 base: this machine emulates bf16.")
+    first, answers = measure(run, ours)
     parts = [step_table(run, answers, peak), ratio_table(ratios(run, answers) + paddings(settings))]
     b.plot_bars(run.path("training", ".png"), {
         "tokens/s": {name: tokens_per_second(steps) for name, steps in answers.items()},

@@ -183,7 +183,9 @@ def toy(monkeypatch, tmp_path):
     return dict(size="toy", rounds=2, peers=False, threads=1, accelerator="cpu", precision="32", out_dir=tmp_path)
 
 
-def test_a_report_on_training(toy, capsys):
+def test_a_report_on_training(toy, monkeypatch, capsys):
+    rates = {torch.float32: 1e11, torch.bfloat16: 2e11}
+    monkeypatch.setattr(training, "matmul_rate", lambda device, dtype, clock: rates[dtype])
     training.main(training.Settings(**toy, micro_batch_size=4, growth=False))
     report = capsys.readouterr().out
     assert report.strip() == (toy["out_dir"] / "training-toy-fp32.md").read_text(encoding="utf-8").strip()
@@ -192,6 +194,13 @@ def test_a_report_on_training(toy, capsys):
     for ratio in ("N = 1 over the bare base", "N = 10 over the bare base", "bf16 base over fp32", "DPO over SFT"):
         assert f"{ratio} | ≤ " in report or f"{ratio} base | ≥ " in report
     assert (toy["out_dir"] / "training-toy-fp32.png").stat().st_size > 5000
+
+
+def test_a_machine_that_emulates_bf16_does_not_train_a_bf16_base(toy):
+    settings = training.Settings(**toy, dpo=False)
+    for bf16, expected in ((1e9, False), (1e11, True)):
+        rates = {torch.float32: 1e11, torch.bfloat16: bf16}
+        assert (training.BF16 in training.our_contestants(settings, torch.float32, rates)) == expected
 
 
 def trainable(contestant: InProcess) -> list[torch.nn.Parameter]:

@@ -3,6 +3,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from lit_llama.checkpoint import (
     save_adapter,
     save_base,
 )
+from lit_llama.compiled import compile_
 from lit_llama.data import PreferenceData
 from lit_llama.dpo import sequence_logps
 from lit_llama.epochs import plan_fixed_epoch
 from lit_llama.generation import Sampling
 from lit_llama.model import LLaMAConfig
+from lit_llama.run import setup
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.manifest import MANIFEST
 from lit_llama.storage.tensor_files import read_state
@@ -205,7 +208,9 @@ def test_the_reference_is_recomputed_when_an_input_changes(
     assert run(micro_batch_size=8) == both
     assert run(precision="bf16-true") == both
     assert run() == []
-    assert run(compile=True) == both
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "compile_", partial(compile_, backend="eager"))  # the compiler takes minutes
+        assert run(compile=True) == both
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 99)
         assert run() == both
