@@ -156,14 +156,14 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
     """
     rows: list[list[str]] = []
     try:
+        gc.collect()  # the model of the part before: a compiled one is in a reference cycle
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if part in CHECKS:
             rows += ([*row, ""] for row in CHECKS[part](device, settings.out_dir))
         else:
             for row in MEASUREMENTS[part](settings, device, dtype):
                 rows.append(row)
-        gc.collect()  # a compiled model is part of a reference cycle
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     except Exception as error:  # from any library: a driver, a compiler, a peer
         if not isinstance(error, UserError):
             log(traceback.format_exc())

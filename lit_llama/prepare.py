@@ -185,7 +185,8 @@ def prepare_dataset(
     counts = {"rows": len(samples), "empty": len(samples) - len(texts), **dict.fromkeys(drops, 0)}
     _check_count(len(texts), counts, max_seq_length)
 
-    depends_on = [*key, tokenizer.identity, hash_chat_tokens(tokenizer), texts]
+    chat_tokens = hash_chat_tokens(tokenizer)
+    depends_on = [*key, tokenizer.identity, chat_tokens, texts]
     encoded = _tokenize(texts, encode, depends_on, num_proc, cache_folder(output_dir))
     reasons = np.array(encoded["dropped"][:])
     counts |= {reason: int(np.sum(reasons == reason)) for reason in drops}
@@ -204,7 +205,7 @@ def prepare_dataset(
     meta = {**settings, **about, **tokenizer.identity, "counts": counts}
     meta |= {"test_fraction": test_fraction, "seed": seed, "split_by": split_by}
     if "chat_template_sha256" in about:
-        meta["chat_tokens_sha256"] = hash_chat_tokens(tokenizer)
+        meta["chat_tokens_sha256"] = chat_tokens
     write_dataset(output_dir, splits, meta)
     log(
         f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} responses truncated to "

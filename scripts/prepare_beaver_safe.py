@@ -44,7 +44,7 @@ class Settings(PrepareSettings):
     stage: Literal["dpo", "sft"] = "dpo"  # write pairs, or only the chosen responses
     output_dir: Path | None = None  # folder to write (default: data/beaver-safe-STAGE)
     prompt_style: str = "beaver"  # template of the prompts: alpaca, orca, beaver, hh, plain or chat
-    max_seq_length: int = 1024  # maximum number of tokens of prompt and response; longer ones are cut
+    max_seq_length: int = 1024  # maximum tokens of prompt and response; longer responses are truncated
     test_fraction: float = 0.02  # share of the rows held out for validation
 
 

@@ -449,7 +449,7 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
             output += os.read(master, 10_000)
     os.close(master)
     output = output.decode()
-    assert re.search(r"75%\|.*\| 3/4 \[00:\d\d<00:\d\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
+    assert re.search(r"75%\|.*\| 3/4 \[00:0\d<00:0\d, .*step/s, loss 0\.500, lr 1\.00e-02, 1,000 tokens/s\]", output)
     assert output.count("Validation: ") == 2
     assert re.search(r"\rValidation: 100%\|[^\r]*\| 2/2 \[[^\r]*\r\n\r +\x1b\[A", output)  # and is then cleared
     assert "\rstep 3: something\r\n" in output
