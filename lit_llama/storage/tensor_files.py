@@ -23,6 +23,7 @@ from lit_llama.utils import UserError
 
 # dtypes of unquantized weights, by their names in safetensors headers
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAPPED_BYTES = 2**20  # smaller tensors are read: a mapping holds an open file, and an adapter has a tensor per layer
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,19 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 def _map_tensor(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor that maps its part of a file, which is released with the tensor. Writing changes only memory.
 
+    A tensor of less than `MAPPED_BYTES` is read instead.
+
     Raises:
-        UserError: The system refuses to map it.
+        UserError: The system refuses to map it, or the file cannot be read.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
     try:
+        if nbytes < MAPPED_BYTES:
+            with path.open("rb") as file:
+                file.seek(start)
+                return torch.frombuffer(bytearray(file.read(nbytes)), dtype=dtype).view(shape)
         mapped = np.memmap(path, np.uint8, "c", start, (nbytes,))
     except OSError as error:
         raise unreadable(path, error) from None
@@ -203,8 +210,8 @@ def _load_pickle(path: Path) -> Any:
     except RuntimeError as error:
         if "unable to mmap" in str(error):
             raise UserError(
-                f"{path} is larger than the memory of this machine, and torch can map a pickled file only as a unit: "
-                "use the model's safetensors if it has any, or add swap space."
+                f"{path} ({path.stat().st_size / 1e9:.0f} GB) cannot be mapped into memory as a unit, as torch needs "
+                "for a pickled file: use the model's safetensors if it has any, or add memory or swap space."
             ) from None
         if "mmap can only be used with" not in str(error):  # torch's message for files of torch < 1.6
             raise
