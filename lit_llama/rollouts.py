@@ -177,7 +177,7 @@ class PolicyTrainer(Trainer):
         super().__init__(*args, plan=partial(plan_epoch, sorted_batches=1), **options)
         self.val_answerer, self.score = val_answerer, score
         self.batches = Batches(self.train, self.fabric, ahead=False)  # a step samples its data
-        self.log_interval = 1  # and waits for the device to score it
+        self.log_interval = 1  # each step waits for the device anyway, to score its answers
 
     def train_step(self, micro_batches: list[np.ndarray]) -> Step:
         """Sample answers, take `updates_per_batch` optimizer steps on them, and return the last step."""

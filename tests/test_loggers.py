@@ -10,6 +10,7 @@ import pytest
 
 import finetune.aligner as script
 from lit_llama import cli
+from lit_llama.run.loggers import check_logger
 
 SHORT = ("--max_steps=4", "--batch_size=8", "--micro_batch_size=8", "--adapter_start_layer=1", "--eval_interval=2",
          "--save_interval=2", "--sample_prompts=0", "--accelerator=cpu")  # fmt: skip
@@ -48,6 +49,19 @@ def test_a_missing_key_is_found_before_a_run_is_replaced(base_dir, data_dir, tmp
         "set WANDB_MODE=offline."
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_only_the_first_process_logs_in(monkeypatch):
+    """The others would ask for the key on the same terminal."""
+    logins = []
+    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), Error=RuntimeError, login=lambda: logins.append(1))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        check_logger("wandb")
+    assert logins == [1]
 
 
 def test_resuming_continues_the_wandb_run(base_dir, data_dir, tmp_path, monkeypatch):

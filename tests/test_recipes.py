@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,7 @@ def test_there_is_a_recipe_for_each_setting_of_the_paper():
     assert {path.stem for path in RECIPES} == alpaca | metamath | others
 
 
-def test_the_numbers_on_the_page_on_large_models_are_correct():
+def test_the_numbers_on_the_page_on_large_models_are_correct(monkeypatch):
     page = (ROOT / "howto/large_models.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.endswith("GB |")]
     assert [row[0] for row in rows] == ["Llama-2-13B", "30B", "Llama-2-70B"]
@@ -93,6 +94,8 @@ def test_the_numbers_on_the_page_on_large_models_are_correct():
     settings = parse(ROOT / "finetune/aligner.py", ["--config", str(ROOT / "howto/recipes/alpaca_70b_n1.yaml")])
     assert (settings.strategy, settings.devices, settings.gradient_checkpointing) == ("fsdp", 8, True)
     assert "--adapter out/aligner/alpaca-70b-n1 --devices 8 --prompt" in generate_command(settings)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "--devices 4 --prompt" in generate_command(replace(settings, devices="auto"))
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lit_llama.console import is_first_process
 from lit_llama.utils import UserError
 
 
@@ -17,13 +18,13 @@ def check_logger(name: str) -> None:
     """Check that the package that a logger needs is installed, and log in, before a model is loaded.
 
     Raises:
-        UserError: It is not installed, or there is no valid API key.
+        UserError: It is not installed, or there is no API key.
     """
     if name != "wandb":
         return
     if find_spec("wandb") is None:
         raise UserError("--logger wandb needs wandb, which is not installed: pip install wandb.")
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+    if is_first_process() and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):  # it may ask for the key
         import wandb
 
         with wandb_explained():

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from lit_llama.run.processes import SHARDED
@@ -147,7 +148,7 @@ def print_notes(settings: TrainSettings, step: int, max_steps: int, warmup_steps
 
 
 def validation_bar(batches: list[T], enabled: bool) -> Iterable[T]:
-    """Return batches to iterate over, with a bar on a terminal, which disappears at the end, if that takes seconds.
+    """Return the batches, on a terminal with a progress bar that appears after two seconds and disappears at the end.
 
     Args:
         enabled: Whether this process shows anything.
@@ -171,8 +172,9 @@ def generate_command(settings: FinetuneSettings) -> str:
     """Return the command that answers a prompt with the adapter of a finetuning run."""
     command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
     command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
-    if settings.strategy in SHARDED and isinstance(settings.devices, int):  # a base that needs several devices
-        command += ["--devices", str(settings.devices)]
+    if settings.strategy in SHARDED:  # a base that needs several devices
+        devices = settings.devices if isinstance(settings.devices, int) else max(1, torch.cuda.device_count())
+        command += ["--devices", str(devices)]
     return shlex.join([*command, "--prompt", "your instruction"])
 
 
