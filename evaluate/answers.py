@@ -20,6 +20,7 @@ from evaluate.common import (
 )
 from evaluate.settings import CompareSettings
 from lit_llama.generation import Sampling
+from lit_llama.prompts import PROMPT_STYLES, check_style_name, is_chat
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.storage.schema import check
@@ -163,7 +164,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.answer_ids[id] = str(row.get("answer_id", ""))
         made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
         answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
-        answers.made_by |= made_by
+        answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
     missing = [item.id for item in asked if item.id not in answers.texts]
     folders = (path.parent, path.parent.parent)  # of an evaluation's answers, or of those of one side
     if missing and answers.texts and made_by and any((folder / "summary.json").is_file() for folder in folders):
@@ -172,6 +173,19 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     elif missing:
         raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")
     return answers
+
+
+def style_of_row(row: dict[str, Any], made_by: dict[str, Any], path: Path) -> dict[str, str]:
+    """Return the prompt style that a row states, as an entry of `made_by`; empty if it states none.
+
+    Raises:
+        UserError: An evaluation's row states a style that does not exist.
+    """
+    if "prompt_style" in made_by:
+        with naming(path):
+            return {"prompt_style": check_style_name(str(made_by["prompt_style"]))}
+    style = str(row.get("style"))  # written by generate/aligner.py; in other files it may be anything
+    return {"prompt_style": style} if style in PROMPT_STYLES or is_chat(style) else {}
 
 
 def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple[int | str, str]:

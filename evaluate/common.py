@@ -207,6 +207,8 @@ class Results:
 
     def _differing(self, made_by: dict[str, Any]) -> str:
         """Describe the first setting that differs from a record's; empty if none does."""
+        if "base_weights" in made_by and "base_tensors" not in made_by:
+            return "of an earlier version, which identified the base by a part of its weights"
         for name in sorted((self.made_by.keys() | made_by.keys()) - IDENTIFIED_OTHERWISE):
             was, now = made_by.get(name), self.made_by.get(name)
             if was != now:

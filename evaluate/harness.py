@@ -116,7 +116,8 @@ class HarnessModel(TemplateLM):
         if add_generation_prompt:
             return self.evaluated.style.render_messages(chat_history)
         *turns, opening = chat_history  # the last answer is to be continued
-        return f"{self.evaluated.style.render_messages(turns)} {opening['content']}"
+        prompt = self.evaluated.style.render_messages(turns).rstrip(" ")  # some styles end with a space
+        return f"{prompt} {opening['content']}"
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of both. An answer to an instruction begins with a space, which the harness omits."""

@@ -299,7 +299,9 @@ class Dispatcher:
         """Leave one request without a reply; end the run after too many in a row."""
         self.judge.failed[key] = reason
         self.failures_in_a_row += 1
-        if self.failures_in_a_row >= MOST_FAILURES:
+        # a refusal takes less time than a reply, so all workers may be refused before the first reply arrives
+        most = MOST_FAILURES if self.successes else max(MOST_FAILURES, 2 * self.settings.judge_workers)
+        if self.failures_in_a_row >= most:
             raise UserError(f"{self.name()} does not answer these requests ({reason}).")
 
     def record(

@@ -156,20 +156,21 @@ def letter_record(question: Question, logps: list[float], prompt_tokens: int, se
 def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     """Return the letter that an answer chooses as `predicted`, or None.
 
-    It is the letter that the answer begins with or states after "answer is", or that of the longest choice that the
-    answer begins with.
+    It is that of the longest choice that the answer begins with, or the letter that the answer begins with or states
+    after "answer is". A choice of a single character, which may be a letter, comes last.
     """
     answer = record["answer"]
-    letter = r"(A(?!\s+[a-z])|[B-D])(?![\w'’])"  # before a word, A is the article
-    match = re.match(rf"\W*{letter}", answer) or re.search(rf"\b[Aa]nswer\s*(?:is|:)\W*{letter}", answer)
-    if match:
-        return {"predicted": match[1]}
     text, begins = answer.strip().lower(), {}
     for letter, choice in zip(LETTERS, (choice.strip().lower() for choice in record["choices"]), strict=True):
         if choice and re.match(rf"{re.escape(choice)}(?!\w|[.,]\d)", text):
             begins.setdefault(len(choice), []).append(letter)
     same = begins[max(begins)] if begins else []
-    return {"predicted": same[0] if len(same) == 1 else None}
+    chosen = same[0] if len(same) == 1 else None
+    if chosen and max(begins) > 1:
+        return {"predicted": chosen}
+    letter = r"(A(?!\s+[a-z])|[B-D])(?![\w'’])"  # before a word, A is the article
+    match = re.match(rf"\W*{letter}", answer) or re.search(rf"\b[Aa]nswer\s*(?:is|:)\W*{letter}", answer)
+    return {"predicted": match[1] if match else chosen}
 
 
 def generate_letters(

@@ -27,7 +27,7 @@ class ModelSettings(Checked):
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
     precision: str = "auto"  # precision of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
-    quantize: Quantize | None = None  # store the base in 4 or 8 bits, with bitsandbytes (default: as precision)
+    quantize: Quantize | None = None  # store the base in 4 or 8 bits, with bitsandbytes (default: no)
 
 
 @dataclass

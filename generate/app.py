@@ -43,7 +43,7 @@ PAGE_POLICY = (  # what the page may do: its own script and requests to this ser
 
 
 class HTTPServer(uvicorn.Server):
-    """Uvicorn, which cancels requests that are unfinished when it shuts down; here they end with an error before."""
+    """A uvicorn server that ends unfinished answers with an error at shutdown; uvicorn alone cancels their tasks."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         config.timeout_graceful_shutdown = FINISH_SECONDS + CLOSE_SECONDS

@@ -35,10 +35,11 @@ def refusal_of(error: Exception, folder: Path) -> Refusal:
     """Return the answer to an error.
 
     Args:
-        error: an error of the request, or any other one, whose text is for the log only.
-        folder: the checkpoint's, which is removed from the paths of its files.
+        error: any error. Clients see the text of a `UserError` only.
+        folder: the checkpoint's, which is removed from that text.
     """
     message = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", str(error))
+    message = re.sub(rf"(?<!\S){re.escape(str(folder))}(?![\w/.-]*\w)", "the base model", message)
     if isinstance(error, QueueFull):
         return Refusal(429, message, "queue_full")
     if isinstance(error, ShuttingDown):

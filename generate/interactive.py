@@ -144,10 +144,9 @@ class BankAdapters(Adapters):
 
     def set(self, terms: Sum) -> None:
         """Answer with a weighted sum."""
-        style = self.forced or style_name(terms, self.bank, self.tokenizer)
-        self.style = get_prompt_style(style, self.tokenizer)
-        self.model.use([terms])
-        self.terms = terms
+        style = get_prompt_style(self.forced or style_name(terms, self.bank, self.tokenizer), self.tokenizer)
+        self.model.use([terms])  # Ctrl-C may interrupt it
+        self.style, self.terms = style, terms
         parts = [f"{name}, strength {strength:g}" for name, strength in terms]
         self.label = " + ".join(parts) or "the base model"
 
@@ -244,13 +243,17 @@ class Chat:
         sampling = session.settings.sampling
         with stopped_by_ctrl_c() as is_stopped:
             answer = stream(session.model, session.tokenizer, prompt, sampling, style.stop, style.continues)
-            with closing(answer):
-                for piece in answer:
-                    piece = piece if any(pieces) or style.continues else piece.lstrip()
-                    pieces.append(piece)
-                    print(piece, end="", flush=True)
-                    if is_stopped():
-                        break
+            try:
+                with closing(answer):
+                    for piece in answer:
+                        piece = piece if any(pieces) or style.continues else piece.lstrip()
+                        pieces.append(piece)
+                        print(piece, end="", flush=True)
+                        if is_stopped():
+                            break
+            except KeyboardInterrupt:  # a second Ctrl-C
+                print(flush=True)
+                raise
         print(flush=True)
         answered = "".join(pieces).strip()
         n_tokens = max(0, session.count(answered) - (session.count(prompt) if style.continues else 0))

@@ -9,9 +9,10 @@ import os
 import resource
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -23,6 +24,8 @@ Port = Annotated[int, Range(least=0, most=65535)]
 
 @dataclass
 class Settings(Checked):
+    may_be_empty: ClassVar[tuple[str, ...]] = ("bank",)  # adapters can be added later
+
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     bank: tuple[Path, ...] = (
@@ -55,7 +58,7 @@ class Settings(Checked):
     # == Device ==
     accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
-    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: as precision)
+    quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
 
 
 if __name__ == "__main__":
@@ -144,7 +147,8 @@ def allow_open_files(count: int) -> None:
     if hard != resource.RLIM_INFINITY:
         count = min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        with suppress(ValueError, OSError):  # macOS has a lower limit than it states
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

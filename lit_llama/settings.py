@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lit_llama.console import did_you_mean
 from lit_llama.storage.schema import read_yaml, shown
@@ -80,17 +80,19 @@ def check_environment() -> None:
 
 
 class Checked:
-    """Base of settings whose numbers are checked.
+    """Base of settings whose numbers are checked. `may_be_empty` names the lists that need no element.
 
     Raises:
-        UserError: A number is out of range, or a setting that must have a value is null or has none.
+        UserError: A number is out of range, or a required setting is null or an empty list.
     """
+
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         none = [f for f in fields(self) if getattr(self, f.name) is None and type(None) not in get_args(f.type)]
         problems = [f"{f.name} is null; leave it out for its default" for f in none if f.default is not None]
         empty = [f.name for f in fields(self) if getattr(self, f.name) == () and f.default not in ((), MISSING)]
-        problems += [f"{name} is empty; give at least one" for name in empty]
+        problems += [f"{name} is empty; give at least one" for name in empty if name not in self.may_be_empty]
         for name, allowed in ranges(type(self)).items():
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):

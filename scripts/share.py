@@ -128,7 +128,7 @@ def hub(settings: Settings) -> Iterator[HfApi]:
         raise UserError("There is no token for the hub; log in with `hf auth login`, or set HF_TOKEN.")
     try:
         yield HfApi(endpoint=endpoint())
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+    except (OSError, RuntimeError, errors.HTTPError, errors.HFValidationError) as error:
         raise explain(error, settings.repo_id, "main", writes=True) from None
     except ValueError as error:  # a `UserError`, or the card is invalid
         if not str(error).startswith("Invalid metadata"):

@@ -94,6 +94,14 @@ def test_a_merged_model_is_another_base(base_dir, tmp_path):
     assert first != second
 
 
+def test_results_of_an_earlier_version_are_named_as_the_cause(tmp_path):
+    first = common.Results(tmp_path, {"base_weights": "1", "base": "b"})
+    first.add({"id": 1, "prompt": "the cat"})
+    del first
+    with pytest.raises(UserError, match="has results of an earlier version, which identified the base by a part of"):
+        common.Results(tmp_path, {"base_tensors": "2", "base": "b"})
+
+
 def test_two_evaluations_cannot_write_to_the_same_folder(tmp_path):
     first = common.Results(tmp_path, {})
     with pytest.raises(UserError, match=r"Another process is writing into .*; wait until it ends, or choose another"):

@@ -198,6 +198,14 @@ def test_an_answer_begins_with_the_longest_choice_that_matches(answer, letter):
     assert read_letter({"answer": answer, "choices": ["", answer, answer, "none"]}) == {"predicted": None}
 
 
+@pytest.mark.parametrize(
+    "answer, letter",
+    [("C major", "A"), ("D minor.", "B"), ("C", "C"), ("C.", "C"), ("D", "D"), ("B cells", "B"), ("A", "A")],
+)
+def test_a_choice_may_begin_with_a_letter(answer, letter):
+    assert read_letter({"answer": answer, "choices": ["C major", "D minor", "B", "C"]}) == {"predicted": letter}
+
+
 def settings(data_file: Path, tmp_path: Path, **others) -> Settings:
     return Settings(data_file=data_file, output_dir=tmp_path / "out", accelerator="cpu", **others)
 

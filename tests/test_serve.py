@@ -22,7 +22,7 @@ from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Ser
 from generate.app import metrics_text
 from generate.guard import refusal_of
 from generate.openai_format import ChatRequest, Message, render_messages
-from generate.serve import allow_open_files
+from generate.serve import Settings, allow_open_files, make_engine
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
 from lit_llama.compose import load_with_bank, parse_sum
@@ -42,6 +42,21 @@ def server():
     running.admin.close()
     assert running.stop() in (0, 130)
     assert not any("Traceback" in line for line in running.log), "".join(running.log)
+
+
+@pytest.fixture
+def start_server():
+    """Return a function that starts a server, which does not outlive the test."""
+    started = []
+
+    def start(*flags: str) -> Server:
+        started.append(Server(*flags))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+        server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +209,25 @@ def test_the_text_of_an_unexpected_error_is_not_sent():
     assert refusal.status == 500 and "secret" not in refusal.body["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("/srv/m/lit_config.json is empty.", "lit_config.json is empty."),
+        ("a was trained on {}; /srv/m has {}.", "a was trained on {}; the base model has {}."),
+        ("other weights than /srv/m (fingerprint 1).", "other weights than the base model (fingerprint 1)."),
+        ("It is not in /srv/m.", "It is not in the base model."),
+        ("/srv/m2/x and /srv/m-2 differ.", "/srv/m2/x and /srv/m-2 differ."),
+    ],
+)
+def test_the_folder_of_the_base_is_not_sent(text, sent):
+    assert refusal_of(UserError(text), Path("/srv/m")).body["error"]["message"] == sent
+
+
+def test_a_server_may_start_without_adapters():
+    engine = make_engine(Settings(bank=(), max_batch=1))
+    assert len(engine.bank) == 0
+
+
 def test_too_large_and_too_slow_bodies_are_refused(server):
     for content in (b"x" * 9000, iter([b"x" * 5000] * 3), b"x" * 10**6):
         reply = server.http.post("/v1/completions", content=content)
@@ -308,8 +342,8 @@ def test_metrics_are_prometheus_text(server):
     assert server.metric("new_tokens_total") > 0 and server.metric('first_token_seconds_bucket{le="+Inf"}') > 0
 
 
-def test_an_answer_that_takes_too_long_is_an_error_and_not_requested_again():
-    server = Server("--seconds", "0.01")
+def test_an_answer_that_takes_too_long_is_an_error_and_not_requested_again(start_server):
+    server = start_server("--seconds", "0.01")
     client = server.client.with_options(max_retries=2)
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="base", prompt="a", temperature=9.0, max_tokens=250)
@@ -318,8 +352,8 @@ def test_an_answer_that_takes_too_long_is_an_error_and_not_requested_again():
     assert server.stop() in (0, 130)
 
 
-def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error():
-    server, replies = Server("--max_batch", "1"), []
+def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error(start_server):
+    server, replies = start_server("--max_batch", "1"), []
     request = {"model": "base", "prompt": ["a"] * 100, "temperature": 9.0, "max_tokens": 250}
     with server.client.completions.create(**request, stream=True) as stream:
         next(stream)
@@ -335,8 +369,8 @@ def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error
     assert not any("Traceback" in line for line in server.log), "".join(server.log)
 
 
-def test_a_full_queue_is_an_error():
-    server = Server("--max_batch", "1", "--max_waiting", "1")
+def test_a_full_queue_is_an_error(start_server):
+    server = start_server("--max_batch", "1", "--max_waiting", "1")
     request = {"model": "base", "prompt": ["a", "a"], "temperature": 9.0}
     refused = server.http.post("/v1/completions", json=request)  # can never fit, so retrying is pointless
     assert refused.status_code == 400 and "at most 1 may wait" in refused.json()["error"]["message"]

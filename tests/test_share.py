@@ -91,11 +91,24 @@ def test_overwrite_replaces_an_adapter_but_never_a_model(hub, run_script, refuse
     assert run_script(*share(tmp_path, "--private"), "--repo_id", "me/other")[0] == 0 and hub.private == {"me/other"}
 
 
+def test_an_interrupted_upload_is_explained(hub, refused, tmp_path, monkeypatch):
+    def upload_folder(self, **options) -> None:
+        raise RuntimeError("Error while uploading 'adapter.safetensors' to the Hub.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    assert refused(*share(tmp_path)) == (
+        "me/pirate could not be uploaded (Error while uploading 'adapter.safetensors' to the Hub); run again to "
+        "continue."
+    )
+
+
 def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_path, monkeypatch):
     assert "Name the repository with --repo_id" in refused(SCRIPT, "--adapter", PIRATE)
     assert "write it like hf:owner/name@revision" in refused(*share(tmp_path), "--repo_id", "a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    assert "Your token may not do this with me/pirate; make one that may write at http://" in refused(*share(tmp_path))
+    assert "Your token has no permission to write to me/pirate; create one that has at http://" in refused(
+        *share(tmp_path)
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "does not accept your token; log in with `hf auth login`, or set HF_TOKEN" in refused(*share(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_writer")

@@ -343,13 +343,20 @@ def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monk
     monkeypatch.setattr(answers, "generate_answers", lambda *_: None)
     row = {"id": 1, "prompt": "the cat?", "answer": "the dog", "made_by": {"prompt_style": "orca"}}
     file = write_lines(tmp_path / "answers.jsonl", [row])
+    generated = {"prompt": "the cat?", "response": "the dog", "style": "orca"}  # by generate/aligner.py --output_file
+    output = write_lines(tmp_path / "output.jsonl", [generated])
     items = [answers.Item(1, "the cat?", "c")]
     sides = [{"against": str(path)}, {"adapter": path, "against": "base"}, {"answer_file": file, "against": "base"}]
-    for side in (*sides, {"against": str(file)}):
+    for side in (*sides, {"against": str(file)}, {"against": str(output)}):
         answers.answers_of_both(Settings(checkpoint_dir=base_dir, **side), items, items)
-    assert styles == 6 * ["orca"]
+    assert styles == 7 * ["orca"]
     answers.answers_of_both(Settings(checkpoint_dir=base_dir, prompt_style="hh", **sides[2]), items, items)
-    assert styles[6:] == ["hh"]
+    assert styles[7:] == ["hh"]
+    write_lines(file, [{**row, "made_by": {"prompt_style": 3}}])
+    with pytest.raises(UserError, match=r"answers\.jsonl: There is no prompt style '3'"):
+        read_answers(file, items, items)
+    write_lines(file, [{**generated, "style": "formal"}])  # of another program
+    assert "prompt_style" not in read_answers(file, items, items).made_by
 
 
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):

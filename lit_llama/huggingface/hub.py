@@ -76,13 +76,16 @@ def explain(error: Exception, repo_id: str, revision: str, *, writes: bool = Fal
         return UserError(f"{endpoint()} does not accept your token; {log_in}.")
     if status == 403:
         tokens = f"{endpoint()}/settings/tokens"
-        may = "may write" if writes else "may read it"
-        return UserError(f"Your token may not do this with {repo_id}; make one that {may} at {tokens}{hub_says}.")
+        access = "write to" if writes else "read"
+        return UserError(
+            f"Your token has no permission to {access} {repo_id}; create one that has at {tokens}{hub_says}."
+        )
     file, number = getattr(error, "filename", None), getattr(error, "errno", None)
     no_room = number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in NO_ROOM)  # or hf_xet's text
     if file or no_room:
         return unwritable(Path(file or "the download"), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, RuntimeError):
-        return UserError(f"{repo_id} could not be downloaded ({reason}); run again to continue.")
+        done = "uploaded" if writes else "downloaded"
+        return UserError(f"{repo_id} could not be {done} ({reason}); run again to continue.")
     return UserError(f"{repo_id} cannot be reached at {endpoint()} ({reason}); run again to continue.")
