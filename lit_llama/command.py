@@ -41,9 +41,12 @@ def main() -> None:
         hint = f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(available())}."
         sys.exit(f"error: There is no command {name}{hint}")
     given = {argument.partition("=")[0] for argument in arguments}
-    has_base = given & {"--checkpoint_dir", "--config", "--help"} or Path("checkpoints").is_dir()
+    has_base = given & {"--checkpoint_dir", "--config", "--help", "-h"} or Path("checkpoints").is_dir()
     if name in READ_BASE and not has_base:
-        sys.exit(f"error: There is no folder checkpoints here; run aligner {name} in {ROOT}, or pass all paths.")
+        sys.exit(
+            f"error: There is no folder checkpoints here; run aligner {name} in {ROOT}, or pass --checkpoint_dir and "
+            "the other paths."
+        )
     os.execv(sys.executable, [sys.executable, str(ROOT / COMMANDS[name]), *arguments])
 
 

@@ -92,7 +92,7 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
 
     Raises:
         UserError: The tokenizer file, its BOS or EOS token, or the chat template differs; for chats, also
-            tokenizer.json or the special tokens.
+            tokenizer.json, the special tokens or the stop tokens.
     """
     now = tokenizer.identity
     then = {name: meta.get(name, value) for name, value in now.items()}
@@ -107,23 +107,23 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
             f"{data_dir} was prepared with {before} of texts (-1: none), and {tokenizer.path.parent} now has {after}; "
             "prepare it again."
         )
-    tokens, template = meta.get("chat_tokens_sha256"), meta.get("chat_template_sha256")
-    if tokens is not None and tokens != hash_chat_tokens(tokenizer):
-        raise UserError(
-            f"{data_dir} was prepared with other special tokens or another tokenizer.json than {tokenizer.path.parent} "
-            "has; prepare it again."
-        )
+    template, tokens = meta.get("chat_template_sha256"), meta.get("chat_tokens_sha256")
     if template is not None and (tokenizer.template is None or tokenizer.template.sha256 != template):
         raise UserError(
             f"{data_dir} was prepared with a different chat template than that of {tokenizer.path.parent}; prepare it "
             "again."
         )
+    if tokens is not None and tokens != hash_chat_tokens(tokenizer):
+        raise UserError(
+            f"{data_dir} was prepared with other special or stop tokens, or another tokenizer.json, than "
+            f"{tokenizer.path.parent} has; prepare it again."
+        )
 
 
 def hash_chat_tokens(tokenizer: Tokenizer) -> str:
-    """Return a hash of what the token ids of chats also depend on: tokenizer.json, special, added and stop tokens.
+    """Return a hash of tokenizer.json and of the special, added and stop tokens, which token ids of chats depend on.
 
-    Without a chat template, the tokens are those of plain texts.
+    Without a chat template, those of the plain tokenizer are hashed.
     """
     path = tokenizer.path.parent / "tokenizer.json"
     file = hash_file(path).hexdigest() if path.is_file() else None

@@ -62,8 +62,8 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
         raise UserError(f"--quantize {quantize} does not work with a base that is sharded over devices; choose one.")
     if type(model).label_logps is not LLaMA.label_logps:  # it could read the output layer several times in a pass
         raise UserError(
-            "A base cannot be sharded with this method, which trains the output layer; use one device, or in training "
-            "--strategy ddp."
+            "A base cannot be sharded with this method, which trains the output layer; use one device (for training, "
+            "--strategy ddp also works)."
         )
 
 

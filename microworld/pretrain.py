@@ -74,7 +74,7 @@ class Settings(TrainSettings):
         if self.blend_with is not None and self.init_from is None:
             raise UserError("--blend_with needs --init_from, the model to average with it.")
         if self.blend_share < 1 and self.blend_with is None:
-            raise UserError("--blend_share needs --blend_with, the model that has the rest of the average.")
+            raise UserError("--blend_share below 1 needs --blend_with, the other model of the average.")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messag
 
 
 class Omitted:
-    """The number of omitted rows by reason, with the first example of each."""
+    """The number of omitted rows and answers by reason, with the first example of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -65,7 +65,7 @@ class Omitted:
 
     def report(self) -> None:
         for reason, count in self.counts.items():
-            log(f"Omitted {count} rows {reason} (the first: {self.examples[reason].rstrip('.')}).")
+            log(f"Omitted {count} {reason} (the first: {self.examples[reason].rstrip('.')}).")
 
 
 def conversations(rows: Iterable[Any], omitted: Omitted) -> Iterator[Conversation]:
@@ -78,9 +78,9 @@ def conversations(rows: Iterable[Any], omitted: Omitted) -> Iterator[Conversatio
         messages, tools = read_conversation(row, number)
         messages = up_to_last_answer(messages)
         if not messages:
-            omitted.add("without an answer to a question", f"row {number}")
+            omitted.add("rows without an answer to a question", f"row {number}")
         elif not all(message["content"].strip() or "tool_calls" in message for message in messages):
-            omitted.add("with an empty message", f"row {number}")
+            omitted.add("rows with an empty message", f"row {number}")
         else:
             yield number, messages, tools
 
@@ -107,7 +107,7 @@ def chat_samples(rows: Iterable[Conversation], style: ChatStyle, train_on: str, 
                 samples += [style.chat.answer_spans(part, only_last=True, tools=tools) for part in parts]
                 n_divided, n_parts = n_divided + 1, n_parts + len(parts)
         except Refusal as error:
-            omitted.add("that the chat template refuses", f"row {number}: {error}")
+            omitted.add("rows that the chat template refuses", f"row {number}: {error}")
         except UserError as error:
             raise UserError(f"Row {number}: {error}") from None
     if n_divided:
@@ -131,7 +131,7 @@ def style_samples(
         try:
             for i in answers(messages, train_on):
                 if next(m["role"] for m in reversed(messages[:i]) if m["role"] != "system") == "assistant":
-                    omitted.add("with an answer that follows no question", f"row {number}")
+                    omitted.add("answers that follow no question", f"row {number}")
                 else:
                     samples.append((style.render_messages(messages[:i], tools), messages[i]["content"]))
         except UserError as error:

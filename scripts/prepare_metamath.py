@@ -6,6 +6,7 @@ prompts for reinforcement learning with `--reward gsm8k`, from MetaMathQA or GSM
 answer is not a number are omitted then.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -37,12 +38,14 @@ class Settings(PrepareSettings):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+from tqdm import tqdm
+
 from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rewards import load_function
 from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, check_text, log
 
 NO_NUMBER = "whose answer is not a number"
 
@@ -56,7 +59,8 @@ def prepare_sample(row: Any, number: int, style: PromptStyle) -> tuple[str, str]
 def read_prompts(rows: Iterable[Any], style: PromptStyle) -> tuple[list[tuple[str, Any]], int]:
     """Return the prompts of rows of MetaMathQA or GSM8K, each with its row, and the number of omitted rows."""
     reward, samples, omitted = load_function("gsm8k"), [], 0
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(tqdm(rows, desc="Reading", unit=" rows"), 1):
+        check_text(json.dumps(row, ensure_ascii=False, default=str), f"Row {number}")
         names = ("question", "answer") if isinstance(row, dict) and "question" in row else ("query", "response")
         problem, solution = (text_field(row, number, name) for name in names)
         if states_number(solution, reward):

@@ -134,3 +134,9 @@ def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
 )
 def test_invalid_flags_raise_a_clear_error(refused, flags, sentence):
     assert refused("studies/paper_7b.py", *flags).startswith(sentence)
+
+
+def test_all_tables_are_those_that_the_methods_allow(run_script):
+    code, out, err = run_script("studies/paper_7b.py", "--dry_run", "--methods", "aligner1", "aligner10")
+    assert code == 0 and "metamath" in out and "beaver" not in out
+    assert "note: table 2 is left out: it compares Aligners with other methods, and --methods lacks one." in err

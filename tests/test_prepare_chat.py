@@ -216,13 +216,13 @@ def test_unusable_rows_are_counted(prepare, models):
     assert "Omitted 1 rows with an empty message (the first: row 3)." in err
     assert "Omitted 1 rows that the chat template refuses (the first: row 4: The chat template refuses" in err
     assert "Conversation roles must alternate" in err
-    assert read_meta(folder, SFTData.format)["left_out"]["with an empty message"] == 1
+    assert read_meta(folder, SFTData.format)["left_out"]["rows with an empty message"] == 1
 
 
 def test_answers_to_no_question_are_omitted_in_other_styles(prepare, models):
     twice = {"messages": [*SINGLE["messages"], {"role": "system", "content": "a"}, message("assistant", "sat")]}
     folder, err = prepare([twice, {"messages": [CAT, ATE]}], models["chatml"], "--prompt_style", "plain")
-    assert "Omitted 1 rows with an answer that follows no question (the first: row 1)." in err
+    assert "Omitted 1 answers that follow no question (the first: row 1)." in err
     assert read_meta(folder, SFTData.format)["counts"]["rows"] == 2
 
 
@@ -300,8 +300,20 @@ def test_the_tokens_of_chats_depend_on_tokenizer_json(models, tmp_path):
     check_tokenizer(folder, tokenizer.identity, tokenizer)  # a dataset of an earlier version
     meta = {**tokenizer.identity, "chat_tokens_sha256": hash_chat_tokens(tokenizer)}
     check_tokenizer(folder, meta, tokenizer)
-    with pytest.raises(UserError, match=r"with other special tokens or another tokenizer\.json than .*model has; prep"):
+    with pytest.raises(UserError, match=r"special or stop tokens, or another tokenizer\.json, than .*model has; prep"):
         check_tokenizer(folder, {**meta, "chat_tokens_sha256": before}, tokenizer)
+
+
+def test_a_removed_chat_template_is_named_as_the_cause(models, tmp_path):
+    """Without it, the tokens of chats are others, too."""
+    folder = shutil.copytree(models["llama3"], tmp_path / "model")
+    tokenizer = Tokenizer(folder)
+    meta = {**tokenizer.identity, "chat_tokens_sha256": hash_chat_tokens(tokenizer),
+            "chat_template_sha256": tokenizer.template.sha256}  # fmt: skip
+    check_tokenizer(folder, meta, tokenizer)
+    tokenizer.template = None
+    with pytest.raises(UserError, match="a different chat template"):
+        check_tokenizer(folder, meta, tokenizer)
 
 
 def test_the_tokens_of_chats_depend_on_the_stop_tokens(models, tmp_path):

@@ -44,16 +44,29 @@ def test_a_row_without_a_solution_is_refused(tmp_path, base_dir, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_for_the_reward_have_a_number_as_the_answer(rows, tmp_path, base_dir, run_script):
-    """One real row has a root as its answer. A word is omitted too, although its solution has a number."""
+def test_broken_text_is_reported_with_the_number_of_its_row(tmp_path, base_dir, refused):
+    path = tmp_path / "rows.json"
+    word = {"query": "Who?", "response": "The answer is: Ann"}
+    rows = [word, {"query": "How many?", "response": "The answer is: 4", "original_question": "\ud800"}]
+    path.write_text(json.dumps(rows))
+    message = refused(SCRIPT, "--stage", "rl", "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir",
+                      tmp_path / "out")  # fmt: skip
+    assert message.startswith(f"{path}: Row 2 ")
+
+
+def test_prompts_for_the_reward_have_a_number_as_the_answer(tmp_path, base_dir, run_script):
+    """A root and a word are omitted, although the solutions have numbers."""
+    root = {"query": "How far is it?", "response": "The legs are 1 and 2.\nThe answer is: \\sqrt{5}"}
     word = {"query": "Who has most?", "response": "Evelyn has 3.\nThe answer is: \\text{Evelyn}"}
     usable = [
-        *json.loads(rows.read_text())[1:],
+        {"query": "How much?", "response": "It costs $2 each.\nThe answer is: 1,200"},
+        {"query": "How cold?", "response": "It fell by 5 degrees.\nThe answer is: -3.5"},
+        {"query": "How many apples?", "response": "Two and two.\nThe answer is: 4"},
         {"query": "Which share?", "response": "Of 4, she has 3.\nThe answer is: \\frac{3}{4}"},
         {"question": "How many?", "answer": "She has <<2*9=18>>18.\n#### 18"},
     ]
     path, folder = tmp_path / "rows.json", tmp_path / "out"
-    path.write_text(json.dumps([*json.loads(rows.read_text()), word, *usable[3:]]))
+    path.write_text(json.dumps([root, *usable[:3], word, *usable[3:]]))
     code, _, err = run_script(
         SCRIPT, "--stage", "rl", "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir", folder,
         "--max_seq_length", 2000, "--num_proc", 1,

@@ -66,7 +66,7 @@ def test_pretraining_continues_from_a_base_with_the_names_of_new_people(run_scri
         (["--blend_with=a"], "--blend_with needs --init_from, the model to average with it."),
         (
             ["--init_from=a", "--blend_share=0.5"],
-            "--blend_share needs --blend_with, the model that has the rest of the average.",
+            "--blend_share below 1 needs --blend_with, the other model of the average.",
         ),
     ],
 )
