@@ -118,7 +118,10 @@ Made with:
 
 def overview(settings: Settings, rows: list[dict[str, Any]]) -> str:
     """Return the README of the folder of shipped adapters."""
-    flags = f"--seeds {' '.join(map(str, settings.seeds))} --questions {settings.questions}"
+    flags = (
+        f"--seeds {' '.join(map(str, settings.seeds))} --questions {settings.questions} "
+        f"--weights_dir {settings.weights_dir} --overwrite"
+    )
     return f"""# Adapters for the bundled base model
 
 Each adapter has a folder with a model card. An adapter is one safetensors file of about 3 KB, whose header records the

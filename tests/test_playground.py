@@ -60,8 +60,9 @@ def test_base_and_aligned_answers_side_by_side(page):
         page.get_by_text("Gates of microworld-json-n1").wait_for()
 
         before = len(addresses)
-        page.press("#question", "Enter")
-        page.press("#question", "Enter")  # while answers stream
+        twice = """for (let i = 0; i < 2; i++) document.getElementById("question").dispatchEvent(
+            new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true}))"""
+        page.evaluate(f"() => {{ {twice} }}")  # the second one while answers stream
         page.locator("#ask:not([disabled])").wait_for()
         assert len(addresses) == before + 2  # the base and the aligned model, once each
 

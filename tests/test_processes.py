@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -68,18 +67,20 @@ def test_an_error_of_one_process_is_printed_once(tmp_path, rank):
     assert (code, output) == (1, "error: The disk is full.\n")
 
 
-def test_an_error_under_slurm_is_printed_once(tmp_path):
+def test_an_error_under_slurm_is_printed_once(tmp_path, free_port):
     (tmp_path / "script.py").write_text(SCRIPT)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-           "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+           "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}  # fmt: skip
     tasks = []
     for rank in ("0", "1"):
         environment = {**os.environ, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
         command = [sys.executable, tmp_path / "script.py", "error", "1"]
         tasks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [task.communicate(timeout=300)[1] for task in tasks]
+    try:
+        errors = [task.communicate(timeout=300)[1] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert ([task.returncode for task in tasks], errors) == ([1, 1], ["error: The disk is full.\n", ""])
 
 
