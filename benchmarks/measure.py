@@ -36,7 +36,7 @@ def timed(work: Callable[[], Any], device: torch.device = CPU, clock: Clock = "w
 @cache
 def copy_bandwidth(device: torch.device, clock: Clock) -> float:
     """Return the bytes per second, read and written, of a large copy; measured once in a run for each clock."""
-    source = torch.ones(2**26, device=device)
+    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device, clock) for _ in range(7))
 

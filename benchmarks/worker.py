@@ -19,6 +19,7 @@ from lit_llama import aligner
 from lit_llama.checkpoint import CONFIG_NAME, load_model
 from lit_llama.compose import load_adapted
 from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
+from lit_llama.device import disable_cudnn_attention
 from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.logps import find_labels
@@ -52,10 +53,11 @@ class Worker:
         return {"seconds": self.timed(self.load_model)}
 
     def step(self, batches: list[Any], data: str = "sft", loss: str = "sft") -> dict[str, Any]:
-        """Take an optimizer step, on a GPU after a smaller step that is not measured.
+        """Take an optimizer step, on a GPU after one with the last micro-batch alone that is not measured.
 
         Args:
-            batches: micro-batches; rows of the data, or (rows, length, length of the responses) of random tokens.
+            batches: micro-batches, the longest one last; rows of the data, or (rows, length, length of the responses)
+                of random tokens.
             data: "sft", "pairs" or "random".
             loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
 
@@ -65,7 +67,7 @@ class Worker:
         """
         self.memory.reset_peak()
         if self.device.type == "cuda":
-            self._step(batches[:1], data, loss)
+            self._step(batches[-1:], data, loss)  # allocates memory for the longest
         answer = self._step(batches, data, loss)
         peak, frozen = self.memory.peak(), sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         if self.device.type == "cuda":
@@ -115,19 +117,26 @@ class Worker:
             self.optimizer.zero_grad()
 
     def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
-        """Return the seconds to the first token and from there to the last, and the peak bytes since loading."""
+        """Generate `n_new` tokens for each prompt.
+
+        Returns:
+            prefill: seconds to the first token; decode: seconds from there to the last one; steady: seconds of a token
+            from the third on, None for fewer, which leaves out the recording of a CUDA graph; peak: peak bytes since
+            loading.
+        """
         count, times = 0, [self.now()]
 
         def on_token() -> None:
             nonlocal count
             count += 1
-            if count in (1, n_new):
+            if count in (1, 2, n_new):
                 times.append(self.now())
 
         with torch.no_grad():
             self.generate_tokens(prompts, n_new, on_token)
         assert count == n_new, f"{count} tokens instead of {n_new}"
-        return {"prefill": times[1] - times[0], "decode": times[-1] - times[1], "peak": self.memory.peak()}
+        decode, steady = times[-1] - times[1], (times[-1] - times[2]) / (n_new - 2) if n_new > 2 else None
+        return {"prefill": times[1] - times[0], "decode": decode, "steady": steady, "peak": self.memory.peak()}
 
 
 class Ours(Worker):
@@ -136,6 +145,10 @@ class Ours(Worker):
     The bare base is the limit of training speed: its backward pass reaches down to where the first aligned layer would
     add its term, but nothing is added.
     """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        disable_cudnn_attention()
 
     def load_model(self) -> None:
         n, options = self.settings["n"], {"device": self.device, "dtype": self.dtype}

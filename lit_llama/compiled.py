@@ -91,6 +91,8 @@ class RecordedStep:
         step: a step with static shapes; calling it twice with the same arguments must be the same as calling it once.
     """
 
+    stream: Any = None  # shared by all recordings: cuBLAS keeps a workspace for each stream
+
     def __init__(self, step: Step) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
         self.tokens = self.positions = self.logits = None
@@ -105,11 +107,11 @@ class RecordedStep:
 
     def record(self, tokens: Tensor, positions: Tensor) -> None:
         self.tokens, self.positions = tokens.clone(), positions.clone()
-        stream = torch.cuda.Stream()
+        stream = RecordedStep.stream = RecordedStep.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self.step(self.tokens, self.positions)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.logits = self.step(self.tokens, self.positions)

@@ -1,4 +1,4 @@
-"""The default device and precision of a run."""
+"""The device and precision of a run."""
 
 import torch
 from lightning.fabric import Fabric
@@ -21,6 +21,14 @@ def computes_bf16(accelerator: str) -> bool:
     return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def disable_cudnn_attention() -> None:
+    """Leave out cuDNN's attention, which PyTorch prefers on some GPUs from version 2.11 on.
+
+    It makes a plan on the CPU for each new shape, so for each token that is decoded and each length of a micro-batch.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of one of Fabric's accelerators, and the dtype of the base model on it.
 
@@ -35,6 +43,7 @@ def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.d
         raise UserError(f"Fabric has no accelerator {accelerator!r} here: {error}") from None
     if precision == "auto":
         precision = "bf16" if computes_bf16(accelerator) else "32"
+    disable_cudnn_attention()
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; choose from auto, {', '.join(DTYPES)}.")
     return device, DTYPES[precision]

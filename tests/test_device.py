@@ -21,6 +21,12 @@ def test_the_default_on_a_cpu_is_fp32():
     assert pick_device("cpu", "16")[1] == torch.float16
 
 
+def test_attention_does_not_use_cudnn():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device("cpu", "auto")
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_unknown_devices_and_precisions_are_refused():
     with pytest.raises(UserError, match="Fabric has no accelerator 'abacus' here"):
         pick_device("abacus", "auto")

@@ -11,7 +11,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Sing
 from lit_llama.aligner import mark_only_adapter_as_trainable
 from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read_adapter
 from lit_llama.compiled import compile_
-from lit_llama.device import computes_bf16
+from lit_llama.device import computes_bf16, disable_cudnn_attention
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -91,6 +91,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     except Exception as error:  # Fabric raises many types, all about the flags
         raise UserError(f"Fabric refuses these settings: {error}") from None
     check_fabric(fabric, settings.strategy, frozen_base)
+    disable_cudnn_attention()
     if not launched:
         launch(fabric, settings.num_nodes)
     check_processes(fabric)
