@@ -190,6 +190,7 @@ def as_row(settings: Settings, record: Record, sampled: dict[tuple[str, str], tu
         "steps": summary.get("steps"),
         "answers_sampled": summary.get("answers_sampled", sampled[task, objective][1]),
         "answers_until": until,
+        "val_loss": summary.get("last_val_loss"),
         "seconds": record.get("seconds"),
         "error": record.get("error", ""),
         **record.get("scores", {}),

@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from stored_results import read_results
 
 import studies.reasoning as study
 import studies.reasoning_report as reporting
@@ -13,6 +16,8 @@ import studies.reasoning_tasks as tasks
 import studies.trials
 from microworld.world import FORMS, TRAIN, UNSEEN, VALID
 from studies.trials import Trial, prepare_run
+
+STORED = Path(__file__).parents[1] / "howto" / "reasoning"
 
 
 def test_reported_questions_are_neither_trained_on_nor_used_to_choose_the_rate():
@@ -178,6 +183,51 @@ def test_the_sweep_continues_if_other_seeds_prefer_an_outermost_rate(monkeypatch
     first = [(rate, 0) for rate in sorted(rates)] + [(rate, seed) for rate in (0.2, 0.3) for seed in (4, 5)]
     assert pairs == first + [(rate, seed) for rate in (0.45, 0.675) for seed in (0, 4, 5)] and rate == 0.675
     assert sweep(monkeypatch, right, learning_rates=rates, extra_rates=0) == (first, 0.3)
+
+
+# == the stored results ==
+
+
+def test_the_stored_tables_match_the_stored_results(monkeypatch):
+    rows, settings = read_results(STORED / "results.csv"), study.with_all(study.Settings(tasks=("two_hop",)))
+    monkeypatch.setattr(study, "versions", lambda: {"torch": "2.13.0+cpu"})
+    labels = {name: variant.label for name, variant in study.METHODS.items()}
+    text = reporting.report(rows, {}, labels, settings=settings, origin=study.origin(settings, rows))
+    assert text == (STORED / "table.md").read_text(encoding="utf-8")
+    page = (STORED.parent / "reasoning.md").read_text(encoding="utf-8")
+    for task in settings.tasks:
+        for column in ("right", "other_facts"):
+            assert reporting.overview(rows, task, labels, column) in page
+        base = reporting.reported(rows, task=task, method=reporting.BASE)
+        assert {row["seed"] for row in base} == set(settings.seeds)
+
+
+def test_the_stored_trials_are_those_that_the_current_study_would_run(tmp_path):
+    """The sweep of each cell is repeated with the stored scores: it tries the same rates and chooses the same one."""
+    settings, stored, replayed = study.Settings(out_dir=tmp_path), defaultdict(dict), 0
+    for row in read_results(STORED / "results.csv"):
+        if row["method"] != reporting.BASE:
+            cell = row["task"], row["objective"], row["method"]
+            stored[cell][row["part"], row["learning_rate"], row["seed"]] = row
+    for cell, rows in stored.items():
+        for part in study.PARTS:
+            folder = study.data_dir(settings, *cell[:2], part)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "meta.json").write_text('{"counts": {"train": 480}}')
+        plan, records, tried = study.cell_plan(settings, cell), None, set()
+        try:
+            while True:
+                trials = plan.send(records)
+                keys = [(t.scoring["part"], t.settings["learning_rate"], t.settings["seed"]) for t in trials]
+                records = [
+                    {"trial": trial.as_json(), "summary": {"last_val_loss": row["val_loss"]}, "scores": row}
+                    for trial, row in zip(trials, map(rows.__getitem__, keys), strict=True)
+                ]
+                tried.update(keys)
+        except StopIteration:
+            assert tried == rows.keys(), cell
+        replayed += len(tried)
+    assert len(stored) == 7 * 5 and replayed >= 35 * (4 + 4 + 3)
 
 
 # == the complete study ==
