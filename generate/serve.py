@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -24,7 +24,7 @@ Port = Annotated[int, Range(least=0, most=65535)]
 
 @dataclass
 class Settings(Checked):
-    may_be_empty: ClassVar[tuple[str, ...]] = ("bank",)  # adapters can be added later
+    may_be_empty = ("bank",)  # adapters can be added later
 
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder

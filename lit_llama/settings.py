@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_llama.console import did_you_mean
 from lit_llama.storage.schema import read_yaml, shown
@@ -86,7 +86,7 @@ class Checked:
         UserError: A number is out of range, or a required setting is null or an empty list.
     """
 
-    may_be_empty: ClassVar[tuple[str, ...]] = ()
+    may_be_empty = ()
 
     def __post_init__(self) -> None:
         none = [f for f in fields(self) if getattr(self, f.name) is None and type(None) not in get_args(f.type)]
