@@ -392,11 +392,10 @@ TABLES: dict[TableName, Table] = {
 def main(settings: Settings) -> None:
     names = list(TABLES) if settings.table == "all" else [settings.table]
     plans = {name: TABLES[name].plan(Study(settings, TABLES[name].methods)) for name in names}
-    if settings.table == "all" and (possible := {name: plan for name, plan in plans.items() if plan[1]}):
-        for name in plans.keys() - possible.keys():
-            log(f"note: table {name} is left out: it compares Aligners with other methods, and --methods lacks one.")
-        plans = possible
     check(settings, plans)
+    for name in [name for name, (_, cells) in plans.items() if not cells]:
+        log(f"note: table {name} is left out: it compares Aligners with other methods, and --methods lacks one.")
+        del plans[name]
     steps = list({tuple(step.command): step for plan, _ in plans.values() for step in plan}.values())
     path = settings.out_dir / "completed.json"
     completed = read_json(path) if path.is_file() else {}
@@ -416,14 +415,15 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell]]]) -> None:
-    """Check the methods, the tables and the base model.
+    """Check the methods, the tables and the base model. Of all tables, some may have nothing to compare.
 
     Raises:
         UserError: a method is unknown, a table has nothing to compare, or there is no base model.
     """
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"There is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    if empty := [name for name, (_, cells) in plans.items() if not cells]:
+    empty = [name for name, (_, cells) in plans.items() if not cells]
+    if len(empty) == len(plans):
         raise UserError(
             f"--table {empty[0]} compares Aligners with other methods; --methods needs at least one of each from "
             f"{', '.join(TABLES[empty[0]].methods)}."

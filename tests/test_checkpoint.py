@@ -240,7 +240,7 @@ def test_small_tensors_keep_no_file_open(tmp_path):
         read = read_state(tmp_path / "a.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert list(read) == list(state) and all(torch.equal(read[name], state[name]) for name in state)
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
     read["x7"][0] = 5  # writable
 
 

@@ -61,7 +61,7 @@ def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
 
     assert "/me/locked, then log in with `hf auth login`, or set HF_TOKEN" in sentence("me/locked")
     assert sentence("me/locked").endswith("(the hub says: Enable gated repositories).")
-    assert "make one that may read it" in sentence("me/forbidden")
+    assert "no permission to read me/forbidden; create one that has at" in sentence("me/forbidden")
     assert sentence("me/forbidden").endswith("(the hub says: Your token is for another organization).")
     assert "There is no model me/nothing that you may see" in sentence("me/nothing")
     assert "me/down cannot be reached at http://127.0.0.1" in sentence("me/down")

@@ -44,14 +44,14 @@ def test_a_row_without_a_solution_is_refused(tmp_path, base_dir, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_broken_text_is_reported_with_the_number_of_its_row(tmp_path, base_dir, refused):
+def test_broken_text_is_reported_with_the_number_of_its_row(tmp_path, base_dir, run_script):
     path = tmp_path / "rows.json"
     word = {"query": "Who?", "response": "The answer is: Ann"}
     rows = [word, {"query": "How many?", "response": "The answer is: 4", "original_question": "\ud800"}]
     path.write_text(json.dumps(rows))
-    message = refused(SCRIPT, "--stage", "rl", "--data_file", path, "--checkpoint_dir", base_dir, "--output_dir",
-                      tmp_path / "out")  # fmt: skip
-    assert message.startswith(f"{path}: Row 2 ")
+    folders = ("--checkpoint_dir", base_dir, "--output_dir", tmp_path / "out")
+    code, _, err = run_script(SCRIPT, "--stage", "rl", "--data_file", path, *folders)
+    assert code == 1 and err.splitlines()[-1].startswith(f"error: {path}: Row 2 ")
 
 
 def test_prompts_for_the_reward_have_a_number_as_the_answer(tmp_path, base_dir, run_script):
