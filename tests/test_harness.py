@@ -157,7 +157,7 @@ def test_tasks_are_rendered_in_a_prompt_style():
     expected = "Human: Be kind.\n\nOne? Assistant: 1 Human: Two? Assistant: "
     assert style_model.apply_chat_template(history) == expected
     history.append({"role": "assistant", "content": "It"})
-    assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{expected} It"
+    assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{expected}It"
     pairs = [("Assistant:", "It"), ("Assistant:", " It"), ("Assistant: ", "It")]
     assert len({tuple(map(tuple, style_model._encode_pair(*pair))) for pair in pairs}) == 1
 
