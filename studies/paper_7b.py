@@ -415,10 +415,10 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell]]]) -> None:
-    """Check the methods, the tables and the base model. Of all tables, some may have nothing to compare.
+    """Check the methods, the tables and the base model. With `--table all`, some tables may be empty.
 
     Raises:
-        UserError: a method is unknown, a table has nothing to compare, or there is no base model.
+        UserError: a method is unknown, no table has anything to compare, or there is no base model.
     """
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"There is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
