@@ -28,6 +28,7 @@ from lit_llama.data import PreferenceData, SFTData, pad_rows
 from lit_llama.dpo import DPOLoss
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
+from lit_llama.packing import pack_answers
 from lit_llama.quantize import Quantize
 from lit_llama.reference import AdapterReference, check_policy_equals_reference
 from lit_llama.run.folder import RunFolder
@@ -229,14 +230,23 @@ def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Flash attention is available forward and backward in bf16, for text and prefix attention."""
-    network, rows = model(device, torch.bfloat16, 10), batch(device)
-    try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-            network.label_logps(rows["idx"], rows["labels"], rows["label_index"]).sum().backward()
-    except RuntimeError as problem:
-        raise Failed(f"Flash attention is not reached: {str(problem).splitlines()[0]}") from None
-    yield "attention through the flash kernels alone, N = 10", "possible", "yes"
+    """Fused attention is available forward and backward in bf16: flash attention for text and prefix attention, and for
+    the rows of reinforcement learning, which need a mask, that or memory-efficient attention."""
+    network = model(device, torch.bfloat16, 10)
+    packed = pack_answers([(row, tokens(9, 30, seed=len(row))) for row in tokens(20, 35)])
+    packed = {name: tensor.to(device) for name, tensor in packed.items()}
+    for name, rows, backends in (
+        ("flash attention", batch(device), [SDPBackend.FLASH_ATTENTION]),
+        ("fused attention with a mask", packed, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
+    ):
+        try:
+            with sdpa_kernel(backends):
+                network.label_logps(
+                    rows["idx"], rows["labels"], rows["label_index"], rows.get("segments")
+                ).sum().backward()
+        except RuntimeError as problem:
+            raise Failed(f"{name} is not reached: {str(problem).splitlines()[0]}") from None
+        yield f"{name} alone, N = 10", "possible", "yes"
 
 
 def check_processes(device: torch.device, out_dir: Path) -> Iterator[Row]:

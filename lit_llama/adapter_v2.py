@@ -102,10 +102,12 @@ class LLaMA(adapter.LLaMA):
             elif isinstance(module, aligner.Prefix | aligner.CausalSelfAttention):
                 module.reset_parameters()
 
-    def label_logps(self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None) -> Tensor:
+    def label_logps(
+        self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         if self.lm_head is None:
-            return super().label_logps(idx, labels, label_index)
-        hidden, targets = self.predicting(idx, labels, label_index)
+            return super().label_logps(idx, labels, label_index, segments)
+        hidden, targets = self.predicting(idx, labels, label_index, segments)
         size = chunk_size(self.lm_head.weight)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(self.chunk_logps, h, t, use_reentrant=False) for h, t in chunks])

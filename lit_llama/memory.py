@@ -59,6 +59,7 @@ def training_memory(
     dtype: torch.dtype,
     quantize: str | None = None,
     gradient_checkpointing: bool = False,
+    packed: bool = False,
 ) -> Memory:
     """Return the memory of a training step with this largest micro-batch.
 
@@ -70,6 +71,7 @@ def training_memory(
         dtype: dtype of the base and of the computation.
         quantize: one of `lit_llama.quantize.Quantize`.
         gradient_checkpointing: recompute each layer in the backward pass.
+        packed: the sequences are rows of `lit_llama.packing.pack_answers`.
 
     Raises:
         UserError: The micro-batch is larger than any device can hold; counting its tensors would take hours.
@@ -85,7 +87,8 @@ def training_memory(
 
     def step() -> None:
         label_index = torch.empty(labels, dtype=torch.long, device=META)
-        model.label_logps(idx, torch.empty_like(idx), label_index).sum().backward()
+        segments = torch.empty_like(idx) if packed else None
+        model.label_logps(idx, torch.empty_like(idx), label_index, segments).sum().backward()
 
     activations = _peak(step, model)
     adapter = sum(p.nbytes + MOMENTS * p.numel() for p in model.adapter_parameters().values())

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_llama.config import LLaMAConfig, llama_configs  # noqa: F401
 from lit_llama.kv_cache import KVCache, LayerCache
 from lit_llama.logps import find_labels, token_logps
+from lit_llama.packing import segment_mask
 from lit_llama.rope import RoPE, rotate
 from lit_llama.utils import UserError
 from lit_llama.variant import Variant
@@ -68,7 +69,9 @@ class LLaMA(Variant):
         """
         return self.unembed(self.hidden(idx, cache, positions))
 
-    def label_logps(self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None) -> Tensor:
+    def label_logps(
+        self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Return the log-probabilities of n labels, (n,) fp32 in row-major order.
 
         The output layer is applied only to the positions that predict a label.
@@ -77,29 +80,44 @@ class LLaMA(Variant):
             idx: (B, T) token ids, as for `forward`.
             labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
             label_index: (n,) from `find_labels`; if None, it is computed here, which synchronizes with a GPU.
+            segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with several answers to a prompt.
         """
-        return self.hidden_logps(*self.predicting(idx, labels, label_index))
+        return self.hidden_logps(*self.predicting(idx, labels, label_index, segments))
 
-    def predicting(self, idx: Tensor, labels: Tensor, label_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def predicting(
+        self, idx: Tensor, labels: Tensor, label_index: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the hidden states (n, C) that predict the labels, and the labels (n,)."""
         index = find_labels(labels) if label_index is None else label_index
-        return self.hidden(idx).flatten(0, 1).index_select(0, index), labels.flatten().index_select(0, index + 1)
+        x = self.hidden(idx, segments=segments).flatten(0, 1)
+        return x.index_select(0, index), labels.flatten().index_select(0, index + 1)
 
     def hidden_logps(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the log-probabilities of tokens, (n,) fp32, for normalized hidden states (n, C) and token ids (n,)."""
         return token_logps(x, self.output_weight, targets)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Return the normalized output of the last block, (B, T, C). The arguments are those of `forward`."""
-        return self.run_blocks(self.transformer.wte(idx), cache, positions)
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Return the normalized output of the last block, (B, T, C).
 
-    def run_blocks(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        The arguments are those of `forward` and `label_logps`; `segments` excludes the others.
+        """
+        return self.run_blocks(self.transformer.wte(idx), cache, positions, segments)
+
+    def run_blocks(
+        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Return what `hidden` does, for embedded tokens (B, T, C)."""
-        if x.size(1) > self.config.block_size:
+        mask = None  # (B, 1, T, S)
+        if segments is not None:
+            mask, positions = segment_mask(segments)
+        elif positions is not None:
+            mask = cache.mask(positions)
+        elif x.size(1) > self.config.block_size:
             n_tokens = x.size(1) - self.n_virtual_tokens
             raise UserError(f"A sequence of {n_tokens} tokens is longer than the model's {self.max_tokens}.")
         angles = self.rope(slice(x.size(1)) if positions is None else positions)
-        mask = None if positions is None else cache.mask(positions)  # (B, 1, T, S)
         layers = [None] * self.config.n_layer if cache is None else cache.layers(positions)
         for block, kv, rotary in zip(self.transformer.h, layers, self.config.rotary_layers, strict=True):
             rope = angles if rotary else None
@@ -223,6 +241,8 @@ class CausalSelfAttention(nn.Module):
             mask: (B, 1, T, S), True where a token attends to a key. None is causal attention with S = T, or attention
                 to all keys for T = 1.
         """
+        if mask is not None and q.size(2) > 1:  # CUDA has no fused kernel for grouped queries and a mask
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         # a plain bool, even where torch.compile makes the length a symbol
         is_causal = True if mask is None and q.size(2) > 1 else False
         return F.scaled_dot_product_attention(

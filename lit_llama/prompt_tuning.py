@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import lit_llama.model as llama
 from lit_llama.aligner import Prefix
@@ -70,9 +71,13 @@ class LLaMA(llama.LLaMA):
         wte = self.transformer.wte
         self.prompt_embedding.weight.copy_(wte(tokens.to(wte.weight.device)))
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         x = self.transformer.wte(idx)  # (B, T, C)
         if positions is not None:
             return self.run_blocks(x, cache, positions + self.n_virtual_tokens)
         prompt = self.prompt_embedding.weight.to(x.dtype).expand(len(x), -1, -1)  # (B, P, C)
-        return self.run_blocks(torch.cat((prompt, x), dim=1), cache)[:, self.n_virtual_tokens :]
+        if segments is not None:
+            segments = F.pad(segments, (self.n_virtual_tokens, 0))  # the prompt's vectors are in segment 0
+        return self.run_blocks(torch.cat((prompt, x), dim=1), cache, None, segments)[:, self.n_virtual_tokens :]

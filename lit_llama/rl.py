@@ -69,6 +69,11 @@ def kl_estimates(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def answer_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the log-probability of each token of the answers in a batch of `lit_llama.rollouts.Rollouts`, (n,)."""
+    return model(batch["idx"], batch["labels"], batch["label_index"], batch["segments"])
+
+
 class PolicyLoss:
     """Minus the objective, for a batch of B answers in complete groups, and the metrics that are logged with it.
 
@@ -89,11 +94,9 @@ class PolicyLoss:
             of an answer's tokens, which estimates the entropy in nats per token; kl_per_token: the mean KL_t of an
             answer's tokens, if β is above 0.
         """
-        answer = batch["label_index"] // batch["labels"].size(1)  # the answer of each label, (n,)
-        weight, mean_weight = batch["weights"][answer], batch["mean_weights"][answer]
-        advantages = batch["advantages"][answer]
+        weight, mean_weight, advantages = batch["weights"], batch["mean_weights"], batch["advantages"]
         reference = self.reference_logps(model, batch) if self.kl_weight else None
-        logps = model(batch["idx"], batch["labels"], batch["label_index"])  # (n,)
+        logps = answer_logps(model, batch)
         old = batch.get("old_logps", logps.detach())
         objective = clipped_objective(logps, old, advantages, self.clip)
         ratio = (logps.detach() - old).exp()
@@ -111,4 +114,4 @@ class PolicyLoss:
     def reference_logps(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the log-probabilities of the labels under π_ref: the same base with other adapter weights."""
         with torch.no_grad(), eval_mode(model), swapped_parameters(model, self.start):
-            return model(batch["idx"], batch["labels"], batch["label_index"])
+            return answer_logps(model, batch)

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.data import IGNORE_INDEX, PromptData, pad_rows
+from lit_llama.data import PromptData
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
 from lit_llama.modules import add_scaled, eval_mode
+from lit_llama.packing import pack_answers
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
-from lit_llama.rl import answer_weights, group_advantages
+from lit_llama.rl import answer_logps, answer_weights, group_advantages
 from lit_llama.run.processes import together
 from lit_llama.run.report import validation_bar
 from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
@@ -124,15 +125,17 @@ class Rollouts:
         trained = torch.arange(len(rewards)) if self.keep_equal else has_signal.nonzero().flatten()
         if len(trained) == 0:  # a batch must not be empty
             trained = torch.tensor([0])
-        kept = (trained[:, None] * self.group_size + torch.arange(self.group_size)).flatten()  # of the answers
+        first = trained * self.group_size  # of the answers to each prompt
+        kept = (first[:, None] + torch.arange(self.group_size)).flatten()
         means = answer_weights(lengths, self.group_size, "answer", self.answerer.max_new_tokens)
-        batch = {
+        per_answer = {
             "advantages": group_advantages(rewards, self.divide_by_std).flatten(),
             "weights": answer_weights(lengths, self.group_size, self.length_term, self.answerer.max_new_tokens),
             "mean_weights": means * len(rewards) / len(trained),  # the trainer divides by all prompts
         }
-        batch = {name: values[kept] for name, values in batch.items()}
-        self.batches[rows.tobytes()] = {**padded(answers, kept.tolist()), **batch}
+        per_token = {name: values[kept].repeat_interleave(lengths[kept]) for name, values in per_answer.items()}
+        groups = [(answers.prompts[i], answers.ids[i : i + self.group_size]) for i in first.tolist()]
+        self.batches[rows.tobytes()] = {**pack_answers(groups), **per_token}
         return {
             "reward": rewards.mean(1).sum(),
             "reward_std": rewards.std(1, correction=0).sum(),
@@ -146,20 +149,12 @@ class Rollouts:
         """Return the sampled answers to a micro-batch of prompts.
 
         Returns:
-            idx, labels, label_index: as `pad_rows` for (answers, T); labels are -1 in the prompt and the padding.
-                Without `keep_equal`, only groups whose rewards differ, or the first group if there are none.
-            advantages, weights, mean_weights: (answers,) for `lit_llama.rl.PolicyLoss`.
+            idx, labels, segments, label_index: from `pack_answers`, a row for each prompt. Without `keep_equal`, only
+                prompts whose rewards differ, or the first prompt if there are none.
+            advantages, weights, mean_weights: (n,) of each token's answer, for `lit_llama.rl.PolicyLoss`.
             old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
         """
         return self.batches[indices.tobytes()]
-
-
-def padded(answers: Answers, kept: list[int]) -> dict[str, Tensor]:
-    """Return the answers with the indices `kept`, with their prompts, as `pad_rows` does."""
-    pairs = [(torch.tensor(answers.prompts[i]), torch.tensor(answers.ids[i])) for i in kept]
-    idx = [torch.cat(pair) for pair in pairs]
-    labels = [torch.cat((torch.full_like(prompt, IGNORE_INDEX), answer)) for prompt, answer in pairs]
-    return pad_rows(idx, labels)
 
 
 class PolicyTrainer(Trainer):
@@ -199,7 +194,7 @@ class PolicyTrainer(Trainer):
                     batch = self.train.batch(rows)
                     on_device = self.fabric.to_device(batch)
                     with torch.no_grad(), eval_mode(self.model):
-                        batch["old_logps"] = self.model(on_device["idx"], on_device["labels"], on_device["label_index"])
+                        batch["old_logps"] = answer_logps(self.model, on_device)
         metrics = mean_over_processes(self.fabric, sums, sum(map(len, micro_batches)))
         self.train.tokens[np.concatenate(micro_batches)] = round(metrics.pop("tokens"))
         return {f"train/{name}": value for name, value in metrics.items()}

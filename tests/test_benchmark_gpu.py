@@ -46,7 +46,8 @@ def test_a_failed_check_is_named_and_the_others_run(run_script, tmp_path, monkey
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", "logits", "flash")
     assert code == 1 and err.endswith("says why.\n") and "error: Failed: logits; " in err
     assert "| first | ≤ 1 | 0 |" in out and "failed: second: 2.00, and at most 1.00 is allowed" in out
-    assert "flash kernels" in out
+    assert "| flash attention alone, N = 10 | possible | yes |" in out
+    assert "| fused attention with a mask alone, N = 10 | possible | yes |" in out
 
 
 def test_a_model_with_different_results_fails(tmp_path, monkeypatch):
@@ -70,7 +71,7 @@ def test_a_model_without_a_flash_kernel_fails(tmp_path, monkeypatch):
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", fail)
-    with pytest.raises(gpu_checks.Failed, match="Flash attention is not reached: No available kernel"):
+    with pytest.raises(gpu_checks.Failed, match="flash attention is not reached: No available kernel"):
         list(gpu_checks.check_flash(torch.device("cpu"), tmp_path))
 
 

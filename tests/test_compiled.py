@@ -54,12 +54,12 @@ def test_a_step_with_a_static_cache_keeps_shapes_and_addresses_and_compiles_once
     cache = KVCache(network.config, 3, slots, CPU, torch.float32, static=True)
     masks, run_blocks = [], network.run_blocks
 
-    def watched(x, cache, positions):
+    def watched(x, cache, positions, segments=None):
         masks.append(cache.mask(positions).shape)
         assert {layer.update(*[torch.zeros(3, 2, 1, 8)] * 2)[0].shape for layer in cache.layers(positions)} == {
             (3, 2, slots, 8)
         }
-        return run_blocks(x, cache, positions)
+        return run_blocks(x, cache, positions, segments)
 
     with network.inference(), eager_unless(network, "prefill"):
         logits = prefill(network, toys.prompts(*lengths), cache)

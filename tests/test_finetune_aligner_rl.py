@@ -22,9 +22,10 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import PromptData
 from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
+from lit_llama.packing import pack_answers
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.rewards import Reward
-from lit_llama.rl import PolicyLoss
+from lit_llama.rl import PolicyLoss, answer_logps
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts
 from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
@@ -96,21 +97,27 @@ def rollouts(prompt_dir, tokenizer) -> Rollouts:
                     length_term="answer", keep_equal=True)  # fmt: skip
 
 
+def answers_of(batch: dict[str, torch.Tensor]) -> list[list[list[int]]]:
+    """Return the token ids of the answers to each prompt of a batch of three answers per prompt."""
+    rows = zip(batch["labels"], batch["segments"], strict=True)
+    return [[labels[(segments == i) & (labels != -1)].tolist() for i in (1, 2, 3)] for labels, segments in rows]
+
+
 def test_a_batch_contains_the_answers_group_by_group(rollouts, base_dir):
     model, rows = load_model(base_dir), np.array([4, 2])
     sums = rollouts.sample(model, 0, rows)
     batch, data = rollouts.batch(rows), rollouts.answerer.data
-    prompts = data.prompt_ids(rows)
-    lengths = (batch["labels"] != -1).sum(1)
-    for i in range(6):
-        prompt = prompts[i // 3]
-        assert batch["idx"][i, : len(prompt)].tolist() == prompt
-        assert (batch["labels"][i, : len(prompt)] == -1).all()
-        end = len(prompt) + lengths[i]
-        assert torch.equal(batch["labels"][i, len(prompt) : end], batch["idx"][i, len(prompt) : end])
-    assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths.tolist()])
-    assert sums["answer_tokens"].item() == pytest.approx(lengths.sum().item() / 3)
-    torch.testing.assert_close(batch["advantages"].view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+    answers = answers_of(batch)
+    expected = pack_answers(list(zip(data.prompt_ids(rows), answers, strict=True)))
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+    lengths = [len(answer) for group in answers for answer in group]
+    assert len(lengths) == 6
+    assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths for _ in range(n)])
+    assert sums["answer_tokens"].item() == pytest.approx(sum(lengths) / 3)
+    advantages = torch.stack([tokens[0] for tokens in batch["advantages"].split(lengths)])
+    assert all((tokens == tokens[0]).all() for tokens in batch["advantages"].split(lengths))
+    torch.testing.assert_close(advantages.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+    assert advantages.any()
 
 
 def test_a_finished_answer_includes_its_stop_token(rollouts, base_dir, monkeypatch):
@@ -130,9 +137,7 @@ def test_sampled_answers_depend_on_step_and_row_but_not_on_the_batch(rollouts, b
     def answers(step: int, rows: list[int]) -> dict[int, list[list[int]]]:
         rows = np.array(rows)
         rollouts.sample(model, step, rows)
-        batch = rollouts.batch(rows)
-        texts = [i[label != -1].tolist() for i, label in zip(batch["idx"], batch["labels"], strict=True)]
-        return {row: texts[3 * i : 3 * i + 3] for i, row in enumerate(rows.tolist())}
+        return dict(zip(rows.tolist(), answers_of(rollouts.batch(rows)), strict=True))
 
     together, alone = answers(1, [4, 2, 9]), answers(1, [2])
     assert together[2] == alone[2]
@@ -149,7 +154,7 @@ def test_answers_are_sampled_from_the_distribution_of_the_policy(rollouts, base_
     seed = int(np.random.SeedSequence((5, 7)).generate_state(1)[0])
     expected = generate(model, prompts, Sampling(6, temperature=1.0, seed=seed),
                         finished=rollouts.answerer.has_ended, rows=[12, 13, 14, 6, 7, 8])  # fmt: skip
-    assert [idx[label != -1].tolist() for idx, label in zip(batch["idx"], batch["labels"], strict=True)] == expected
+    assert answers_of(batch) == [expected[:3], expected[3:]]
 
 
 def test_answers_end_before_a_stop_text(rollouts, base_dir, monkeypatch):
@@ -181,16 +186,15 @@ def test_groups_without_a_signal_are_left_out(rollouts, base_dir, monkeypatch, v
         model.zero_grad()
         sums[keep_equal]["loss"].backward()
         gradients[keep_equal] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    remaining = [1] if len(set(values)) > 1 else [0]
+    remaining = 1 if len(set(values)) > 1 else 0
     assert sampled["no_signal"].item() == (2 if len(set(values)) > 1 else 3)
-    all_groups, kept = (batches[keep_equal]["idx"] for keep_equal in (True, False))
-    assert len(kept) == 3 and torch.equal(kept, all_groups[3 * remaining[0] : 3 * remaining[0] + 3, : kept.size(1)])
+    all_groups, kept = (answers_of(batches[keep_equal]) for keep_equal in (True, False))
+    assert len(all_groups) == 3 and kept == [all_groups[remaining]]
     torch.testing.assert_close(sums[False]["loss"], sums[True]["loss"])
     torch.testing.assert_close(gradients[False], gradients[True])
     assert gradients[True].any() == (len(set(values)) > 1)
-    logps = wrapped(kept, batches[False]["labels"], batches[False]["label_index"]).detach()
-    answer = batches[False]["label_index"] // kept.size(1)
-    means = [-logps[answer == i].mean() for i in range(3)]
+    logps = answer_logps(wrapped, batches[False]).detach()
+    means = [-of_answer.mean() for of_answer in logps.split([len(answer) for answer in kept[0]])]
     assert sums[False]["entropy"].item() / len(rows) == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
 
 
@@ -263,15 +267,16 @@ def test_the_settings_of_the_objective_are_used(settings, tmp_path, monkeypatch,
     trainer, rows = trainer_of(flags, monkeypatch), np.arange(8)
     sums = trainer.train.sample(trainer.unwrapped, 0, rows)
     batch = trainer.train.batch(rows)  # only the groups with a signal
-    lengths = (batch["labels"] != -1).sum(1)
-    deviations = batch["advantages"].view(-1, 3).std(1, correction=0)
-    assert 1 < len(deviations) == 8 - sums["no_signal"] and len(set(lengths.tolist())) > 1
+    lengths = [len(answer) for group in answers_of(batch) for answer in group]
+    first = np.cumsum([0, *lengths[:-1]])  # label of each answer
+    deviations = batch["advantages"][first].view(-1, 3).std(1, correction=0)
+    assert 1 < len(deviations) == 8 - sums["no_signal"] and len(set(lengths)) > 1
     if length_term == "constant":  # Dr. GRPO
-        assert batch["weights"].tolist() == pytest.approx([1 / (3 * 6)] * len(lengths))
+        assert batch["weights"].tolist() == pytest.approx([1 / (3 * 6)] * sum(lengths))
         assert deviations.sum().item() == pytest.approx(sums["reward_std"].item())
         assert deviations.max() < 0.9
     else:
-        assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths.tolist()])
+        assert batch["weights"][first].tolist() == pytest.approx([1 / (3 * n) for n in lengths])
         assert deviations.tolist() == pytest.approx([1] * len(deviations), abs=1e-3)
 
 
@@ -283,11 +288,11 @@ def test_the_policies_that_the_loss_compares_with_have_no_dropout(settings, tmp_
     trainer.loss.start = {name: p.detach().clone() for name, p in trainer.trainable.items()}
     trainer.sample([rows])
     batch = trainer.train.batch(rows)
-    with_dropout, again = (trainer.model(batch["idx"], batch["labels"], batch["label_index"]) for _ in range(2))
+    with_dropout, again = (answer_logps(trainer.model, batch) for _ in range(2))
     assert not torch.equal(with_dropout, again)
     old, reference = batch["old_logps"], trainer.loss.reference_logps(trainer.model, batch)
     trainer.model.eval()
-    expected = trainer.model(batch["idx"], batch["labels"], batch["label_index"])
+    expected = answer_logps(trainer.model, batch)
     assert torch.equal(old, expected) and torch.equal(reference, expected)
 
 

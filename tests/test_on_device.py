@@ -25,6 +25,7 @@ from lit_llama.kv_cache import KVCache
 from lit_llama.logps import LabelLogps, find_labels
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.packing import pack_answers
 from lit_llama.rl import PolicyLoss
 from lit_llama.train import SFTLoss
 
@@ -88,8 +89,9 @@ def sft_batch() -> dict[str, torch.Tensor]:
 
 
 def policy_batch() -> dict[str, torch.Tensor]:
-    numbers = {name: torch.ones(2) for name in ("advantages", "weights", "mean_weights")}
-    return sft_batch() | numbers
+    batch = pack_answers([([1, 2, 3], [[4, 5], [6], [7, 8]]), ([9], [[4], [5, 6]])])
+    n_labels = len(batch["label_index"])
+    return batch | {name: torch.ones(n_labels) for name in ("advantages", "weights", "mean_weights")}
 
 
 def reference(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -184,6 +186,7 @@ WAITS = {
     # in training
     "logps.py: find_labels": "the number of labels; batches are made with it on the CPU",
     "data.py: pad_rows": "on the CPU",
+    "packing.py: pack_answers": "the same",
     "model.py: LLaMA.predicting": "without label_index, as in a caller's own loss",
     "dpo.py: sum_logps_by_row": "the same",
     "dpo.py: DPOLoss.__init__": "once per run",

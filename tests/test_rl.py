@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_llama.logps import find_labels
+from lit_llama.packing import pack_answers
 from lit_llama.rewards import REWARDS, Reward
-from lit_llama.rl import PolicyLoss, answer_weights, clipped_objective, group_advantages, kl_estimates
+from lit_llama.rl import PolicyLoss, answer_logps, answer_weights, clipped_objective, group_advantages, kl_estimates
 from lit_llama.rollouts import falling_score
 from lit_llama.utils import UserError
 from microworld.world import FORMS, World
@@ -66,21 +66,24 @@ class Bigrams(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(torch.randn(size, size, dtype=torch.float64, generator=generator))
 
-    def forward(self, idx: torch.Tensor, labels: torch.Tensor, label_index: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, labels: torch.Tensor, label_index: torch.Tensor, segments: torch.Tensor
+    ) -> torch.Tensor:
         logps = self.table.log_softmax(-1)
         predicts = labels[:, 1:] != -1
         return logps[idx[:, :-1], labels[:, 1:].clamp(min=0)][predicts]
 
 
 def batch_of(answers: list[list[int]], advantages: list[float], weights: list[float]) -> dict[str, torch.Tensor]:
-    """Return a batch of answers to the prompt 0, padded on the right."""
-    longest = max(map(len, answers))
-    idx = torch.tensor([[0, *answer, *[0] * (longest - len(answer))] for answer in answers])
-    labels = torch.tensor([[-1, *answer, *[-1] * (longest - len(answer))] for answer in answers])
-    own = torch.tensor([1 / (len(answers) * len(answer)) for answer in answers], dtype=torch.float64)
-    to_tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    answer_fields = {"advantages": to_tensor(advantages), "weights": to_tensor(weights), "mean_weights": own}
-    return {"idx": idx, "labels": labels, "label_index": find_labels(labels), **answer_fields}
+    """Return a batch of answers to the prompt 0."""
+    lengths = torch.tensor([len(answer) for answer in answers])
+    own = [1 / (len(answers) * n) for n in lengths.tolist()]
+    per_answer = {"advantages": advantages, "weights": weights, "mean_weights": own}
+    per_token = {
+        name: torch.tensor(values, dtype=torch.float64).repeat_interleave(lengths)
+        for name, values in per_answer.items()
+    }
+    return {**pack_answers([([0], answers)]), **per_token}
 
 
 ANSWERS, ADVANTAGES = [[1, 2, 3], [4], [2, 2]], [1.5, -1.0, 0.0]
@@ -92,7 +95,7 @@ def updated_policy() -> tuple[Bigrams, dict[str, torch.Tensor], PolicyLoss, Bigr
     with torch.no_grad():
         old.table += 0.3 * torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     batch = batch_of(ANSWERS, ADVANTAGES, [1 / 9, 1 / 3, 1 / 6])
-    batch["old_logps"] = old(batch["idx"], batch["labels"], batch["label_index"]).detach()
+    batch["old_logps"] = answer_logps(old, batch).detach()
     return policy, batch, PolicyLoss(clip=0.1, kl_weight=0.05, start={"table": start.table.detach()}), old, start
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
+from lit_llama.packing import packed_length
 from lit_llama.rollouts import Rollouts
 from lit_llama.run.report import duration
 from lit_llama.run.setup import base_dtype
@@ -67,12 +68,10 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
     shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
     tasks = {}
     if isinstance(train, Rollouts):
-        new, sequences = settings.max_new_tokens, len(rows) * train.group_size
-        prompt, labels = int(train.lengths[rows].max()) - 1, sequences * new
-        tokens = min(prompt + new, trainer.unwrapped.max_tokens)
-        tasks["sampling"] = generation_memory(
-            method, config, rows=sequences, prompt=prompt, new=tokens - prompt, **shared
-        )
+        prompt, answers = int(train.lengths[rows].max()) - 1, len(rows) * train.group_size
+        new = min(settings.max_new_tokens, trainer.unwrapped.max_tokens - prompt)
+        tasks["sampling"] = generation_memory(method, config, rows=answers, prompt=prompt, new=new, **shared)
+        sequences, tokens, labels = len(rows), packed_length(prompt, [new] * train.group_size), answers * new
     else:
         batch = train.batch(rows)
         (sequences, tokens), labels = batch["idx"].shape, int((batch["labels"] != -1).sum())
@@ -84,6 +83,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         tokens=tokens,
         labels=labels,
         gradient_checkpointing=checkpointing,
+        packed=isinstance(train, Rollouts),
         **shared,
     )
     return tasks
