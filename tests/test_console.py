@@ -155,7 +155,12 @@ signal.signal(signal.SIGINT, end)
 time.sleep(60)
 """
     words = f"[sys.executable, '-c', {command!r}, {str(tmp_path)!r}]"
-    program = f"import sys; from lit_llama.console import call; sys.exit(call({words}))"
+    program = f"""
+import signal, sys
+from lit_llama.console import call
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+sys.exit(call({words}))
+"""
     words = [sys.executable, "-c", program]
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
     while not (tmp_path / "ready").exists():
