@@ -71,12 +71,12 @@ class AnswerSettings(Checked):
         The first access starts these processes.
         """
         from lit_llama.device import pick_device  # loads PyTorch
-        from lit_llama.run.processes import launch_sharded
-        from lit_llama.sharding import base_mesh
 
         device, dtype = pick_device(self.accelerator, self.precision)
         if self.devices == 1:
             return {"device": device, "dtype": dtype, "quantize": self.quantize}
+        from lit_llama.run.processes import base_mesh, launch_sharded  # loads Lightning
+
         fabric = launch_sharded(self.accelerator, self.devices)
         return {"device": fabric.device, "dtype": dtype, "mesh": base_mesh(fabric, "fsdp")}
 

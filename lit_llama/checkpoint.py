@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,4 @@ def check_base(
 
 def versions() -> dict[str, str]:
     """Return the versions that results may depend on."""
-    import lightning
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": version("lightning")}

@@ -1,7 +1,6 @@
 """The device and precision of a run."""
 
 import torch
-from lightning.fabric import Fabric
 
 from lit_llama.utils import UserError
 
@@ -30,20 +29,23 @@ def disable_cudnn_attention() -> None:
 
 
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Return the device of one of Fabric's accelerators, and the dtype of the base model on it.
+    """Return the device of an accelerator, and the dtype of the base model on it.
 
-    The precision "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
+    The accelerators are named as in Fabric, which is not used here because it takes seconds to import. The precision
+    "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
 
     Raises:
         UserError: There is no such device or precision.
     """
-    try:
-        device = Fabric(accelerator=accelerator, devices=1).device
-    except Exception as error:  # Fabric raises several types
-        raise UserError(f"Fabric has no accelerator {accelerator!r} here: {error}") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    devices = {"auto": torch.device("cpu"), "cpu": torch.device("cpu")}
+    if found is not None:
+        devices |= dict.fromkeys(("auto", "gpu", found.type), torch.device(found.type, 0))
+    if accelerator not in devices:
+        raise UserError(f"There is no accelerator {accelerator!r} here; choose from {', '.join(devices)}.")
     if precision == "auto":
         precision = "bf16" if computes_bf16(accelerator) else "32"
     disable_cudnn_attention()
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; choose from auto, {', '.join(DTYPES)}.")
-    return device, DTYPES[precision]
+    return devices[accelerator], DTYPES[precision]

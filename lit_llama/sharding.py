@@ -13,38 +13,24 @@ elsewhere, processes without work of their own assist the others (`in_step`).
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import ModelParallelStrategy
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
 
 from lit_llama.model import LLaMA
 from lit_llama.modules import unwrapped
 from lit_llama.utils import UserError
 
-
-def base_mesh(fabric: Fabric, strategy: str) -> DeviceMesh | None:
-    """Return the processes that share a base: those of all machines for "fsdp", of one machine for "hsdp", else None.
-
-    Args:
-        fabric: Fabric, already launched.
-    """
-    if not isinstance(fabric.strategy, ModelParallelStrategy):
-        return None
-    if strategy == "hsdp":
-        return fabric.strategy.device_mesh["tensor_parallel"]  # Fabric's name for the devices of a machine
-    return init_device_mesh(fabric.device.type, (fabric.world_size,))
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric  # takes seconds to import, and generation does not need it
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `shard_base_` was applied to a model, which may be wrapped."""
-    return isinstance(unwrapped(model).transformer.wte.weight, DTensor)
+    return hasattr(unwrapped(model).transformer.wte.weight, "device_mesh")  # a DTensor
 
 
 def only_assists(model: nn.Module) -> bool:
@@ -78,6 +64,9 @@ def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: tor
         device: Device of all parameters.
         dtype: Dtype of the base's parameters.
     """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second to import
+    from torch.distributed.tensor import DTensor, Shard
+
     if device.type == "cpu":
         return_freed_memory()
     adapter = set(model.adapter_parameters().values())
@@ -159,7 +148,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
         raise problem
 
 
-def average_gradients(fabric: Fabric, model: nn.Module) -> None:
+def average_gradients(fabric: "Fabric", model: nn.Module) -> None:
     """Average the gradients of the replicated parameters over all processes; for other models DDP does this."""
     if is_sharded(model):
         gradients = [p.grad for p in model.parameters() if p.requires_grad]

@@ -55,9 +55,8 @@ from lit_llama.checkpoint import CONFIG_NAME
 from lit_llama.config import llama_configs
 from lit_llama.huggingface.config import convert_config
 from lit_llama.memory import Memory, byte_size, count_parameters, generation_memory, memory_table, training_memory
-from lit_llama.methods import METHODS
+from lit_llama.methods import METHODS, method_config
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.run.setup import method_config
 from lit_llama.storage.schema import read_json
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError

@@ -27,8 +27,16 @@ def test_attention_does_not_use_cudnn():
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_an_accelerator_is_the_default_device(kind, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    assert {pick_device(name, "32")[0] for name in ("auto", "gpu", kind)} == {torch.device(kind, 0)}
+    assert pick_device("cpu", "32")[0] == torch.device("cpu")
+
+
 def test_unknown_devices_and_precisions_are_refused():
-    with pytest.raises(UserError, match="Fabric has no accelerator 'abacus' here"):
-        pick_device("abacus", "auto")
+    for name in ("abacus", "mps", "gpu"):
+        with pytest.raises(UserError, match=rf"There is no accelerator '{name}' here; choose from auto, cpu\."):
+            pick_device(name, "auto")
     with pytest.raises(UserError, match="precision is '8'; choose from auto, bf16"):
         pick_device("cpu", "8")

@@ -45,3 +45,20 @@ def test_help_does_not_import_torch():
     assert len(scripts) > 40
     result = subprocess.run([sys.executable, "-c", HELP_WITHOUT_TORCH, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+IMPORTED_LATER = """
+import importlib, sys
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    for slow in ("lightning", "datasets", "pandas", "torch.distributed.fsdp", "matplotlib", "scipy"):
+        assert slow not in sys.modules, f"{name} imports {slow}"
+"""
+
+
+def test_generation_does_not_import_what_it_rarely_needs():
+    """These packages take longer to import than PyTorch."""
+    modules = [f"generate.{name}" for name in ("base", "aligner", "interactive", "engine", "serve")]
+    result = subprocess.run([sys.executable, "-c", IMPORTED_LATER, *modules], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

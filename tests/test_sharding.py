@@ -36,8 +36,8 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.console import exit_on_user_error
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
-from lit_llama.run.processes import launch_sharded
-from lit_llama.sharding import average_gradients, base_mesh, in_step, is_sharded, only_assists
+from lit_llama.run.processes import base_mesh, launch_sharded
+from lit_llama.sharding import average_gradients, in_step, is_sharded, only_assists
 from lit_llama.utils import UserError
 from lit_llama.variant import mark_only_adapter_as_trainable
 

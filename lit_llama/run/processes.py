@@ -13,10 +13,11 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lit_llama.run.train_settings import SHARDED
 from lit_llama.utils import UserError, log
 
-SHARDED = ("fsdp", "hsdp")  # strategies that shard the base over all devices, or over those of each machine
 PATIENCE = timedelta(minutes=30)  # timeout of waiting for other machines, or for one process that works alone
 
 
@@ -88,6 +89,19 @@ def launch_sharded(accelerator: str, devices: int) -> Fabric:
     launch(fabric, 1)
     watch_processes(fabric, advice="")
     return fabric
+
+
+def base_mesh(fabric: Fabric, strategy: str) -> DeviceMesh | None:
+    """Return the processes that share a base: those of all machines for "fsdp", of one machine for "hsdp", else None.
+
+    Args:
+        fabric: Fabric, already launched.
+    """
+    if not isinstance(fabric.strategy, ModelParallelStrategy):
+        return None
+    if strategy == "hsdp":
+        return fabric.strategy.device_mesh["tensor_parallel"]  # Fabric's name for the devices of a machine
+    return init_device_mesh(fabric.device.type, (fabric.world_size,))
 
 
 def watch_processes(fabric: Fabric, advice: str = "; continue it with --resume") -> None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from lit_llama.run.processes import SHARDED
-from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
+from lit_llama.run.train_settings import SHARDED, FinetuneSettings, TrainSettings
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.schema import check_readable, unreadable
 from lit_llama.utils import UserError, log

@@ -13,11 +13,10 @@ from lit_llama.checkpoint import AdapterFile, base_fingerprint, load_model, read
 from lit_llama.compiled import compile_
 from lit_llama.device import computes_bf16, disable_cudnn_attention
 from lit_llama.logps import LabelLogps
-from lit_llama.methods import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.run.processes import SHARDED, fabric_strategy, launch, watch_processes
-from lit_llama.run.train_settings import FinetuneSettings, Precision, TrainSettings
-from lit_llama.sharding import base_mesh
+from lit_llama.methods import method_config
+from lit_llama.model import LLaMA
+from lit_llama.run.processes import base_mesh, fabric_strategy, launch, watch_processes
+from lit_llama.run.train_settings import SHARDED, FinetuneSettings, Precision, TrainSettings
 from lit_llama.storage.schema import field
 from lit_llama.threads import note_if_busy
 from lit_llama.utils import UserError
@@ -212,24 +211,6 @@ def with_initial_config(settings: S) -> S:
     adapter = initial_adapter(settings)
     config = {} if adapter is None else adapter.config
     return replace(settings, **{f.name: config[f.name] for f in fields(settings) if f.name in config})
-
-
-def method_config(settings: FinetuneSettings) -> dict[str, Any]:
-    """Return the configuration of the method, from settings of the same name, `method_config` or the defaults.
-
-    Raises:
-        UserError: There is no such method, or `method_config` has a name that is not in its configuration.
-    """
-    if settings.method not in METHODS:
-        raise UserError(f"There is no method {settings.method!r}; choose from {', '.join(METHODS)}.")
-    base_fields = {field.name for field in fields(LLaMAConfig)}
-    method_fields = [field for field in fields(METHODS[settings.method].config_class) if field.name not in base_fields]
-    config = {field.name: getattr(settings, field.name, field.default) for field in method_fields}
-    overrides = getattr(settings, "method_config", None) or {}
-    if unknown := sorted(overrides.keys() - config.keys()):
-        known = f"it has {', '.join(config)}" if config else "it has none"
-        raise UserError(f"method_config: {unknown[0]!r} is not a setting of the method {settings.method!r}; {known}.")
-    return {**config, **overrides}
 
 
 def adamw(model: LLaMA, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from lit_llama.utils import UserError
 
 LossType = Literal["sigmoid", "ipo", "hinge"]  # of DPO
 LengthTerm = Literal["answer", "constant"]  # of reinforcement learning: what a loss is divided by
+SHARDED = ("fsdp", "hsdp")  # strategies that shard the base over all devices, or over those of each machine
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed"]  # fp16 would need loss scaling
 
 
@@ -100,8 +101,8 @@ class FinetuneSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quantize is not None and self.strategy in ("fsdp", "hsdp"):
+        if self.quantize is not None and self.strategy in SHARDED:
             raise UserError(f"--quantize {self.quantize} and --strategy {self.strategy} cannot be combined.")
-        if self.compile and (self.quantize is not None or self.strategy in ("fsdp", "hsdp")):
+        if self.compile and (self.quantize is not None or self.strategy in SHARDED):
             other = f"--strategy {self.strategy}" if self.quantize is None else f"--quantize {self.quantize}"
             raise UserError(f"--compile and {other} cannot be combined.")

@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-from datasets import enable_progress_bars, load_dataset
-
 from lit_llama.storage.schema import check_readable, parse_json
 from lit_llama.utils import UserError, check_text
 
@@ -33,6 +29,9 @@ def read_rows(path: Path) -> list[Any]:
     path = Path(path)
     check_readable(path, "data file")
     if path.suffix.lower() == ".parquet":
+        import pyarrow as pa  # generation from a prompt in a flag starts without it
+        import pyarrow.parquet
+
         try:
             return pa.parquet.read_table(path).to_pylist()
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
@@ -73,6 +72,8 @@ def download_rows(
     Raises:
         UserError: The dataset cannot be downloaded.
     """
+    from datasets import enable_progress_bars, load_dataset  # takes a second to import
+
     enable_progress_bars()
     try:
         return load_dataset(repo_id, name, split=split, revision=revision)
