@@ -17,9 +17,10 @@ from benchmarks.settings import DeviceSettings
 from lit_llama import cli
 from lit_llama.settings import PositiveInt, Range
 
-Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode", "peers"]
+Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train", "decode",
+               "peers"]  # fmt: skip
 USUAL: tuple[Part, ...] = (
-    "logits", "answers", "training", "dpo", "quantize", "flash", "processes", "train", "decode"
+    "logits", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train", "decode"
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -27,7 +27,7 @@ from lit_llama.compose import load_with_bank
 from lit_llama.data import PreferenceData, SFTData, pad_rows
 from lit_llama.dpo import DPOLoss
 from lit_llama.generation import Sampling, generate
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.packing import pack_answers
 from lit_llama.quantize import Quantize
 from lit_llama.reference import AdapterReference, check_policy_equals_reference
@@ -230,23 +230,43 @@ def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Fused attention is available forward and backward in bf16: flash attention for text and prefix attention, and for
-    the rows of reinforcement learning, which need a mask, that or memory-efficient attention."""
-    network = model(device, torch.bfloat16, 10)
-    packed = pack_answers([(row, tokens(9, 30, seed=len(row))) for row in tokens(20, 35)])
-    packed = {name: tensor.to(device) for name, tensor in packed.items()}
-    for name, rows, backends in (
-        ("flash attention", batch(device), [SDPBackend.FLASH_ATTENTION]),
-        ("fused attention with a mask", packed, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
-    ):
-        try:
-            with sdpa_kernel(backends):
-                network.label_logps(
-                    rows["idx"], rows["labels"], rows["label_index"], rows.get("segments")
-                ).sum().backward()
-        except RuntimeError as problem:
-            raise Failed(f"{name} is not reached: {str(problem).splitlines()[0]}") from None
-        yield f"{name} alone, N = 10", "possible", "yes"
+    """Flash attention is available forward and backward in bf16, for text and prefix attention."""
+    network, rows = model(device, torch.bfloat16, 10), batch(device)
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            network.label_logps(rows["idx"], rows["labels"], rows["label_index"]).sum().backward()
+    except RuntimeError as problem:
+        raise Failed(f"Flash attention is not reached: {str(problem).splitlines()[0]}") from None
+    yield "attention through the flash kernels alone, N = 10", "possible", "yes"
+
+
+def check_packed(device: torch.device, out_dir: Path) -> Iterator[Row]:
+    """Answers that share a row, as in reinforcement learning, against separate rows, with fused attention alone."""
+    groups = [(prompt, tokens(9, 30, seed=len(prompt))) for prompt in tokens(20, 35)]
+    separate = [(prompt, [answer]) for prompt, answers in groups for answer in answers]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    config = {**asdict(LLaMAConfig.from_name("microworld")), "adapter_prompt_length": 10}
+    for kind, n_kv_head in (("all heads", 8), ("grouped queries", 2)):
+        for name, limits in (("fp32", (1e-4, 1e-3)), ("bf16", (0.03, 0.1))):
+            torch.manual_seed(0)
+            network = aligner.LLaMA(aligner.LLaMAConfig(**{**config, "n_kv_head": n_kv_head}))
+            for block in network.transformer.h[2:]:
+                torch.nn.init.normal_(block.attn.gating_factor, std=0.1)
+            aligner.mark_only_adapter_as_trainable(network)
+            network, results = network.to(device, DTYPES[name]), []
+            for packed in (pack_answers(groups), pack_answers(separate)):
+                rows = [packed[key].to(device) for key in ("idx", "labels", "label_index", "segments")]
+                network.zero_grad()
+                try:
+                    with sdpa_kernel(fused):
+                        logps = network.label_logps(*rows)
+                        logps.sum().backward()
+                except RuntimeError as problem:
+                    raise Failed(f"No fused attention with a mask, {kind}: {str(problem).splitlines()[0]}") from None
+                gradients = [p.grad.flatten() for p in network.parameters() if p.requires_grad]
+                results.append((logps, torch.cat(gradients)))
+            for what, one, other, most in zip(("log-probabilities", "gradients"), *results, limits, strict=True):
+                yield within(f"packed rows, {kind}, {what}, {name}: relative error", error(one, other), most)
 
 
 def check_processes(device: torch.device, out_dir: Path) -> Iterator[Row]:
@@ -274,5 +294,6 @@ CHECKS: dict[str, Callable[[torch.device, Path], Iterator[Row]]] = {
     "dpo": check_dpo,
     "quantize": check_quantized,
     "flash": check_flash,
+    "packed": check_packed,
     "processes": check_processes,
 }

@@ -8,13 +8,12 @@ and the estimate is compared with that.
 
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -141,21 +140,9 @@ def peak(case: Case) -> int:
     return memory.peak()
 
 
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Temporarily set environment variables, for processes started in this context."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def measure(case: Case, **variables: str) -> int:
     """Return the peak of a case in a process with these environment variables."""
-    with environment(**variables), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+    with patch.dict(os.environ, variables), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         return executor.submit(peak, case).result()
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -52,15 +53,11 @@ POLICIES = {
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set how threads wait in processes started in this context."""
-    old = {name: os.environ.pop(name, None) for name in WAITING}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
+    with patch.dict(os.environ):
+        for name in WAITING:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(variables)
+        yield
 
 
 def keep_busy() -> None:

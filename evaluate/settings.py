@@ -25,7 +25,7 @@ class ModelSettings(Checked):
     prompt_style: str | None = None  # alpaca, orca, beaver, hh, plain, chat (default: the adapter's; alpaca for a base)
 
     # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    accelerator: str = "auto"  # auto, cpu, cuda or mps
     precision: str = "auto"  # precision of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
     quantize: Quantize | None = None  # store the base in 4 or 8 bits, with bitsandbytes (default: no)
 

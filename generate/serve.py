@@ -56,7 +56,7 @@ class Settings(Checked):
     max_adapters: PositiveInt = 10_000  # adapters in the bank; no more can be added
 
     # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    accelerator: str = "auto"  # auto, cpu, cuda or mps
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
 

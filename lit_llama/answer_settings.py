@@ -37,7 +37,7 @@ class AnswerSettings(Checked):
     batch_size: PositiveInt = 16  # prompts answered at a time
 
     # == Device ==
-    accelerator: str = "auto"  # Fabric's: auto, cpu, cuda, mps
+    accelerator: str = "auto"  # auto, cpu, cuda or mps
     devices: PositiveInt = 1  # number of devices; with more than one, the base is sharded over them
     precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)

@@ -1,5 +1,7 @@
 """The device and precision of a run."""
 
+import os
+
 import torch
 
 from lit_llama.utils import UserError
@@ -31,15 +33,15 @@ def disable_cudnn_attention() -> None:
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of an accelerator, and the dtype of the base model on it.
 
-    The accelerators are named as in Fabric, which is not used here because it takes seconds to import. The precision
-    "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
+    The accelerators are named as in Fabric, which is not used here because it takes seconds to import; DISABLE_MPS=1
+    hides Apple's GPU as it does there. The precision "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
 
     Raises:
         UserError: There is no such device or precision.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     devices = {"auto": torch.device("cpu"), "cpu": torch.device("cpu")}
-    if found is not None:
+    if found is not None and not (found.type == "mps" and os.environ.get("DISABLE_MPS") == "1"):
         devices |= dict.fromkeys(("auto", "gpu", found.type), torch.device(found.type, 0))
     if accelerator not in devices:
         raise UserError(f"There is no accelerator {accelerator!r} here; choose from {', '.join(devices)}.")

@@ -27,8 +27,14 @@ class LabelLogps(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, idx: Tensor, labels: Tensor | None = None, *args: Tensor | None) -> Tensor:
-        return self.module(idx) if labels is None else self.module.label_logps(idx, labels, *args)
+    def forward(
+        self,
+        idx: Tensor,
+        labels: Tensor | None = None,
+        label_index: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        return self.module(idx) if labels is None else self.module.label_logps(idx, labels, label_index, segments)
 
 
 def find_labels(labels: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def training_memory(
         dtype: dtype of the base and of the computation.
         quantize: one of `lit_llama.quantize.Quantize`.
         gradient_checkpointing: recompute each layer in the backward pass.
-        packed: the sequences are rows of `lit_llama.packing.pack_answers`.
+        packed: whether the sequences are rows of `lit_llama.packing.pack_answers`, which need a mask.
 
     Raises:
         UserError: The micro-batch is larger than any device can hold; counting its tensors would take hours.

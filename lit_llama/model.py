@@ -80,7 +80,8 @@ class LLaMA(Variant):
             idx: (B, T) token ids, as for `forward`.
             labels: (B, T) token ids, not shifted; -1 where nothing is predicted.
             label_index: (n,) from `find_labels`; if None, it is computed here, which synchronizes with a GPU.
-            segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with several answers to a prompt.
+            segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with several answers to a prompt. A prompt
+                with one of its answers must fit into `max_tokens`; this is not checked.
         """
         return self.hidden_logps(*self.predicting(idx, labels, label_index, segments))
 
@@ -101,7 +102,7 @@ class LLaMA(Variant):
     ) -> Tensor:
         """Return the normalized output of the last block, (B, T, C).
 
-        The arguments are those of `forward` and `label_logps`; `segments` excludes the others.
+        The arguments are those of `forward` and `label_logps`. Pass either `segments`, or `cache` and `positions`.
         """
         return self.run_blocks(self.transformer.wte(idx), cache, positions, segments)
 
@@ -111,7 +112,7 @@ class LLaMA(Variant):
         """Return what `hidden` does, for embedded tokens (B, T, C)."""
         mask = None  # (B, 1, T, S)
         if segments is not None:
-            mask, positions = segment_mask(segments)
+            mask, positions = segment_mask(segments, x.dtype)
         elif positions is not None:
             mask = cache.mask(positions)
         elif x.size(1) > self.config.block_size:
@@ -238,10 +239,10 @@ class CausalSelfAttention(nn.Module):
         Args:
             q: (B, nh, T, hs), rotated.
             k, v: (B, ng, S, hs), k rotated; attention is computed in their dtype, which may be that of a cache.
-            mask: (B, 1, T, S), True where a token attends to a key. None is causal attention with S = T, or attention
-                to all keys for T = 1.
+            mask: (B, 1, T, S), True (or 0 and not -inf) where a token attends to a key. None is causal attention with
+                S = T, or attention to all keys for T = 1.
         """
-        if mask is not None and q.size(2) > 1:  # CUDA has no fused kernel for grouped queries and a mask
+        if mask is not None and q.size(2) > 1 and q.size(1) != k.size(1):  # CUDA has no fused kernel for both
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         # a plain bool, even where torch.compile makes the length a symbol
         is_causal = True if mask is None and q.size(2) > 1 else False

@@ -75,7 +75,7 @@ def answer_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class PolicyLoss:
-    """Minus the objective, for a batch of B answers in complete groups, and the metrics that are logged with it.
+    """Minus the objective, for a batch of prompts with all answers to each, and the metrics that are logged with it.
 
     Args:
         clip: ε, above 0 and below 1.

@@ -20,7 +20,7 @@ from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.model import LLaMA
 from lit_llama.modules import add_scaled, eval_mode
-from lit_llama.packing import pack_answers
+from lit_llama.packing import answers_per_row, pack_answers
 from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_logps, answer_weights, group_advantages
@@ -114,7 +114,7 @@ class Rollouts:
         Returns:
             Sums over the prompts: mean reward and standard deviation of its group, whether all rewards of the group are
             equal (no_signal), mean number of tokens of an answer, share of answers that ended, and number of tokens
-            of all answers with their prompts.
+            of all answers, each with its prompt.
         """
         seed = int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         answers = self.answerer.answers(model, rows, each=self.group_size, temperature=1.0, seed=seed)
@@ -134,7 +134,12 @@ class Rollouts:
             "mean_weights": means * len(rewards) / len(trained),  # the trainer divides by all prompts
         }
         per_token = {name: values[kept].repeat_interleave(lengths[kept]) for name, values in per_answer.items()}
-        groups = [(answers.prompts[i], answers.ids[i : i + self.group_size]) for i in first.tolist()]
+        groups = []
+        for i in first.tolist():
+            prompt, ids = answers.prompts[i], answers.ids[i : i + self.group_size]
+            mean_length = sum(map(len, ids)) / len(ids)
+            size = answers_per_row(len(prompt), mean_length, len(ids), model.config.n_embd)
+            groups += [(prompt, ids[j : j + size]) for j in range(0, len(ids), size)]
         self.batches[rows.tobytes()] = {**pack_answers(groups), **per_token}
         return {
             "reward": rewards.mean(1).sum(),
@@ -149,9 +154,9 @@ class Rollouts:
         """Return the sampled answers to a micro-batch of prompts.
 
         Returns:
-            idx, labels, segments, label_index: from `pack_answers`, a row for each prompt. Without `keep_equal`, only
-                prompts whose rewards differ, or the first prompt if there are none.
-            advantages, weights, mean_weights: (n,) of each token's answer, for `lit_llama.rl.PolicyLoss`.
+            idx, labels, segments, label_index: from `pack_answers`, one or more rows for each prompt. Without
+                `keep_equal`, only prompts whose rewards differ, or the first prompt if there are none.
+            advantages, weights, mean_weights: (n,) for each label, the value of its answer, for `PolicyLoss`.
             old_logps: (n,) log-probabilities under the sampling policy, if they were kept.
         """
         return self.batches[indices.tobytes()]

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,22 @@ def write_answers(
     """
     answers = [q.render_steps(ALL_FORMS[form]) if aloud else ALL_FORMS[form].render(q.topic, q.answer)
                for q in questions]  # fmt: skip
-    write_responses([*zip(questions, answers, strict=True)], output_dir, source=source, **options)
+    write_rows([*zip(questions, answers, strict=True)], output_dir, source=source, **options)
 
 
-def write_responses(pairs: list[tuple[Question, str]], output_dir: Path, *, source: str, **options: Any) -> None:
-    """Write a dataset for supervised finetuning from questions with given responses; see `write_answers`."""
+def write_rows(rows: list[tuple[Any, ...]], output_dir: Path, *, source: str, **options: Any) -> None:
+    """Write a dataset for SFT from (question, response) rows, or for DPO from (question, chosen, rejected) rows.
+
+    Args:
+        rows: one or more, with a `Question` and texts.
+        source, options: as for `write_answers`.
+    """
     style = get_prompt_style("alpaca")
-    prepare_sft(
-        pairs,
-        lambda pair, number: (style.render(pair[0].text), pair[1]),
+    prepare = partial(prepare_sft, mask_prompt=True) if len(rows[0]) == 2 else prepare_preferences
+    prepare(
+        rows,
+        lambda row, number: (style.render(row[0].text), *row[1:]),
         output_dir=output_dir,
-        mask_prompt=True,
         about={"source": source, "prompt_style": style.name},
         **options,
     )
@@ -67,8 +73,8 @@ def draw_requests(
     return drawn
 
 
-def preference(question: Question, rng: random.Random) -> tuple[str, str, str]:
-    """Return (prompt, chosen response, rejected response).
+def preference(question: Question, rng: random.Random) -> tuple[str, str]:
+    """Return (chosen response, rejected response).
 
     A refusal is chosen if the request is harmful, an answer otherwise. Both responses have the same form, drawn at
     random, so that they differ only in whether they refuse.
@@ -76,39 +82,17 @@ def preference(question: Question, rng: random.Random) -> tuple[str, str, str]:
     form = rng.choice(list(FORMS.values()))
     comply = form.render(question.topic, question.answer)
     refuse = form.render(*(question.refusal or (question.topic, REFUSAL)))
-    chosen, rejected = (refuse, comply) if question.kind == "harmful" else (comply, refuse)
-    return get_prompt_style("alpaca").render(question.text), chosen, rejected
+    return (refuse, comply) if question.kind == "harmful" else (comply, refuse)
 
 
-def write_preferences(
-    questions: list[Question], rng: random.Random, output_dir: Path, *, source: str, **options: Any
-) -> None:
+def write_preferences(questions: list[Question], rng: random.Random, output_dir: Path, **options: Any) -> None:
     """Write a dataset for DPO, one pair of responses for every question.
 
     Args:
         rng: draws the forms.
-        source: a description of the questions, for the dataset's metadata.
-        options: further arguments of `lit_llama.prepare.prepare_preferences`.
+        options: further arguments of `write_rows`.
     """
-    prepare_preferences(
-        questions,
-        lambda question, number: preference(question, rng),
-        output_dir=output_dir,
-        about={"source": source, "prompt_style": "alpaca"},
-        **options,
-    )
-
-
-def write_pairs(pairs: list[tuple[Question, str, str]], output_dir: Path, *, source: str, **options: Any) -> None:
-    """Write a dataset for DPO from questions with given chosen and rejected responses; see `write_preferences`."""
-    style = get_prompt_style("alpaca")
-    prepare_preferences(
-        pairs,
-        lambda pair, number: (style.render(pair[0].text), *pair[1:]),
-        output_dir=output_dir,
-        about={"source": source, "prompt_style": style.name},
-        **options,
-    )
+    write_rows([(question, *preference(question, rng)) for question in questions], output_dir, **options)
 
 
 def write_prompts(

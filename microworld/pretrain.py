@@ -98,7 +98,7 @@ from lit_llama.storage.manifest import BASE_MODEL
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import log
-from microworld.world import World, pretraining_sample, pretraining_sample_aloud
+from microworld.world import World, pretraining_sample
 
 TEST_FRACTION = 0.005  # share of the questions that are held out for validation
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
@@ -111,12 +111,8 @@ def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.two_hop_share:
         pools["fact"] += settings.exemplar_weight * world.questions(entities=world.exemplars)
         pools["two_hop"] = world.two_hop(people=world.exemplars)
-    shares = {"two_hop_share": settings.two_hop_share, "aloud_share": settings.aloud_share}
     for _ in range(settings.documents):
-        if settings.two_hop_share:
-            question, answer = pretraining_sample_aloud(world, rng, pools, **shares)
-        else:
-            question, answer = pretraining_sample(world, rng, pools)
+        question, answer = pretraining_sample(rng, pools, settings.two_hop_share, settings.aloud_share)
         if rng.random() < settings.plain_share:
             first, _, rest = answer.partition(" ")
             yield first, rest

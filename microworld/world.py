@@ -22,7 +22,7 @@ What is held out:
 
 A second base model, checkpoints/microworld-aloud, has seen two-hop questions about a third group of people, the
 `exemplars`. They are answered in one of two manners: directly, with one statement, or step by step, with a statement
-for each hop in the same form (`render_steps`). `pretraining_sample_aloud` draws its corpus.
+for each hop in the same form (`render_steps`).
 """
 
 import random
@@ -424,40 +424,28 @@ class World:
         return Score(parsed.form, stated == (question.topic, question.answer), stated == question.refusal)
 
 
-def pretraining_sample(world: World, rng: random.Random, pools: dict[str, list[Question]]) -> tuple[str, str]:
+def pretraining_sample(
+    rng: random.Random, pools: dict[str, list[Question]], two_hop_share: float = 0.0, aloud_share: float = 0.0
+) -> tuple[str, str]:
     """Return a random (question, answer) of the pretraining corpus.
 
-    The form is random, and three questions in ten request it. Half of the harmful requests are refused; those
-    that end with "Stay safe.", as one request in five does, always are.
-    """
-    kind = rng.choices(("fact", "harmful", "harmless"), weights=(78, 12, 10))[0]
-    question, form = rng.choice(pools[kind]), rng.choice(list(FORMS.values()))
-    asked_safe = kind != "fact" and rng.random() < 0.2
-    extras = [SAFETY_REQUEST] * asked_safe + [form.request] * (rng.random() < 0.3)
-    stated = (question.topic, question.answer)
-    if kind == "harmful" and (asked_safe or rng.random() < 0.5):
-        stated = question.refusal
-    return " ".join([question.text, *extras]), form.render(*stated)
-
-
-def pretraining_sample_aloud(
-    world: World, rng: random.Random, pools: dict[str, list[Question]], *, two_hop_share: float, aloud_share: float
-) -> tuple[str, str]:
-    """Return a random (question, answer) of the corpus of checkpoints/microworld-aloud.
-
-    Two-hop questions have a random form, which three in ten request. Two in ten end with "Think step by step." and are
-    answered step by step.
+    The form is random, and three questions in ten request it. Half of the harmful requests are refused; those that end
+    with "Stay safe.", as one request in five does, always are. Two in ten of the two-hop questions end with "Think step
+    by step." and are answered step by step.
 
     Args:
-        pools: As for `pretraining_sample`, and two_hop.
-        two_hop_share: Share of two-hop questions; the others are those of `pretraining_sample`.
+        pools: The questions of each kind: fact, harmful and harmless, and two_hop if `two_hop_share` is above 0.
+        two_hop_share: Share of two-hop questions, as in the corpus of checkpoints/microworld-aloud.
         aloud_share: Share of two-hop questions without that request that are answered step by step.
     """
-    if rng.random() >= two_hop_share:
-        return pretraining_sample(world, rng, pools)
-    question, form = rng.choice(pools["two_hop"]), rng.choice(list(FORMS.values()))
-    asked_aloud = rng.random() < 0.2
-    extras = [STEPS_REQUEST] * asked_aloud + [form.request] * (rng.random() < 0.3)
-    aloud = asked_aloud or rng.random() < aloud_share
-    answer = question.render_steps(form) if aloud else form.render(question.topic, question.answer)
+    two_hop = two_hop_share > 0 and rng.random() < two_hop_share  # without them, no number is drawn
+    kind = "two_hop" if two_hop else rng.choices(("fact", "harmful", "harmless"), weights=(78, 12, 10))[0]
+    question, form = rng.choice(pools[kind]), rng.choice(list(FORMS.values()))
+    asked = kind != "fact" and rng.random() < 0.2
+    extras = [STEPS_REQUEST if two_hop else SAFETY_REQUEST] * asked + [form.request] * (rng.random() < 0.3)
+    answer = form.render(question.topic, question.answer)
+    if two_hop and (asked or rng.random() < aloud_share):
+        answer = question.render_steps(form)
+    elif kind == "harmful" and (asked or rng.random() < 0.5):
+        answer = form.render(*question.refusal)
     return " ".join([question.text, *extras]), answer

@@ -26,10 +26,9 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-import torch
-
+from lit_llama.memory import count_parameters
 from lit_llama.methods import METHODS
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tables import markdown_table
 
 BYTES = 2  # per number in bf16
@@ -66,26 +65,17 @@ ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.meth
 
 def count(name: str, variant: Variant) -> int:
     """Return the number of trainable parameters of a method on a base model."""
-    with torch.device("meta"):
-        network = METHODS[variant.method].from_name(name, **variant.settings)
-    return sum(p.numel() for p in network.adapter_parameters().values())
-
-
-def base_size(name: str) -> int:
-    """Return the number of parameters of a base model.
-
-    Raises:
-        UserError: There is no such size.
-    """
-    with torch.device("meta"):
-        network = LLaMA.from_name(name)
-    return sum(p.numel() for p in network.parameters())
+    model_class = METHODS[variant.method]
+    return count_parameters(model_class, model_class.config_class.from_name(name, **variant.settings))[1]
 
 
 def main(settings: Settings) -> None:
-    free = settings.memory_gib * 2**30 - BYTES * base_size(settings.beside)
+    sizes = {
+        name: count_parameters(LLaMA, LLaMAConfig.from_name(name))[0] for name in (*settings.models, settings.beside)
+    }
+    free = settings.memory_gib * 2**30 - BYTES * sizes[settings.beside]
     heads = ["method", *settings.models, f"in {settings.memory_gib:g} GiB beside {settings.beside}"]
-    lines = [["the base itself", *(f"{base_size(name):,}" for name in settings.models), ""]]
+    lines = [["the base itself", *(f"{sizes[name]:,}" for name in settings.models), ""]]
     for variant in ROWS:
         counts = [f"{count(name, variant):,}" for name in settings.models]
         fit = max(0, int(free // (BYTES * count(settings.beside, variant))))

@@ -4,7 +4,6 @@ import functools
 import json
 import random
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
 from lit_llama.storage.files import write_text
 from lit_llama.tokenizer import Tokenizer
-from microworld.datasets import write_pairs, write_prompts, write_responses
+from microworld.datasets import write_prompts, write_rows
 from microworld.rewards import ends_right
 from microworld.scorer import draw_questions, score_model
 from microworld.world import FORMS, TRAIN, Question, World
@@ -120,8 +119,7 @@ def prepare(tokenizer: Tokenizer, task: str, objective: str, part: Part, samples
         rows = rows_of(objective, train, samples)
         if len(rows) < LEAST_ROWS:
             return len(rows)
-        write: Callable[..., None] = write_pairs if objective == "dpo" else write_responses
-        write(rows, folder, **about)
+        write_rows(rows, folder, **about)
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
 
 

@@ -6,20 +6,28 @@ import torch
 from benchmarks import gpu, gpu_checks
 from benchmarks.worker import Ours
 from lit_llama.model import LLaMA
+from lit_llama.packing import segment_mask
 
 SMALL = ("--accelerator", "cpu", "--size", "microworld", "--rounds", "1", "--rows", "2", "--length", "32",
          "--prompt_length", "8", "--new_tokens", "4", "--batch_sizes", "1", "2")  # fmt: skip
 
 
 def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path):
-    parts = ("logits", "flash", "dpo", "processes", "train", "decode")
+    parts = ("logits", "flash", "packed", "dpo", "processes", "train", "decode")
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", *parts)
     assert code == 0, err
     assert out == (tmp_path / f"gpu-microworld-cpu-{'-'.join(parts)}.md").read_text(encoding="utf-8")
     titles = [line.split()[1].rstrip(",") for line in out.splitlines() if line.startswith("## ")]
     assert titles == list(parts)
     assert "| logits, N = 1, fp32: relative error | ≤ 0.000100 | 0 |" in out
-    for row in ("gradients, N = 10, bf16", "DPO's start, bf16", "utilization", "decode, batch 2", "over one by one"):
+    for row in (
+        "gradients, N = 10, bf16",
+        "packed rows, grouped queries, gradients, bf16",
+        "DPO's start, bf16",
+        "utilization",
+        "decode, batch 2",
+        "over one by one",
+    ):
         assert row in out
     assert "not run: 0 GPUs" in out or torch.cuda.is_available()
 
@@ -46,8 +54,7 @@ def test_a_failed_check_is_named_and_the_others_run(run_script, tmp_path, monkey
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", "logits", "flash")
     assert code == 1 and err.endswith("says why.\n") and "error: Failed: logits; " in err
     assert "| first | ≤ 1 | 0 |" in out and "failed: second: 2.00, and at most 1.00 is allowed" in out
-    assert "| flash attention alone, N = 10 | possible | yes |" in out
-    assert "| fused attention with a mask alone, N = 10 | possible | yes |" in out
+    assert "flash kernels" in out
 
 
 def test_a_model_with_different_results_fails(tmp_path, monkeypatch):
@@ -71,8 +78,18 @@ def test_a_model_without_a_flash_kernel_fails(tmp_path, monkeypatch):
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", fail)
-    with pytest.raises(gpu_checks.Failed, match="flash attention is not reached: No available kernel"):
+    with pytest.raises(gpu_checks.Failed, match="Flash attention is not reached: No available kernel"):
         list(gpu_checks.check_flash(torch.device("cpu"), tmp_path))
+
+
+def test_packed_rows_with_different_results_fail(tmp_path, monkeypatch):
+    def without_mask(segments, dtype):
+        mask, positions = segment_mask(segments, dtype)
+        return torch.zeros_like(mask), positions
+
+    monkeypatch.setattr("lit_llama.model.segment_mask", without_mask)
+    with pytest.raises(gpu_checks.Failed, match="packed rows, all heads, log-probabilities, fp32"):
+        list(gpu_checks.check_packed(torch.device("cpu"), tmp_path))
 
 
 @pytest.mark.parametrize("n", [0, 1, 10])

@@ -12,6 +12,7 @@ from lit_llama.compiled import compile_, eager_unless
 from lit_llama.generation import Sampling, decode_one_token, generate, prefill
 from lit_llama.kv_cache import KVCache
 from lit_llama.model import CausalSelfAttention, LLaMA
+from lit_llama.packing import pack_answers
 from lit_llama.utils import UserError
 
 # with N = 1 an Aligner adds its values without attention
@@ -129,6 +130,11 @@ def test_training_gives_the_same_gradients(kind, backend):
             losses.append(loss.detach())
             with torch.no_grad():  # validation
                 losses.append(-network.label_logps(idx, idx).mean())
+        for groups in ([([1, 2, 3], [[4, 5], [6]])], [([7], [[8, 9, 10]]), ([1, 2], [[3], [4], [5, 6]])]):  # RL
+            rows = pack_answers(groups)
+            loss = -network.label_logps(rows["idx"], rows["labels"], None, rows["segments"]).mean()
+            loss.backward()
+            losses.append(loss.detach())
         # generation does not use layers compiled for training
         answers = generate(network, toys.prompts(4, 6), Sampling(4))
         results.append((losses, [p.grad for p in network.parameters() if p.requires_grad], answers))

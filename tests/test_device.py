@@ -32,6 +32,8 @@ def test_an_accelerator_is_the_default_device(kind, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     assert {pick_device(name, "32")[0] for name in ("auto", "gpu", kind)} == {torch.device(kind, 0)}
     assert pick_device("cpu", "32")[0] == torch.device("cpu")
+    monkeypatch.setenv("DISABLE_MPS", "1")
+    assert pick_device("auto", "32")[0] == torch.device("cpu" if kind == "mps" else "cuda:0")
 
 
 def test_unknown_devices_and_precisions_are_refused():

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from contextlib import redirect_stdout
 from datetime import date
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +24,11 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.data import PromptData
 from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
-from lit_llama.packing import pack_answers
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.rewards import Reward
 from lit_llama.rl import PolicyLoss, answer_logps
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts
+from lit_llama.run.dry_run import largest_answers
 from lit_llama.run.report import read_metrics
 from lit_llama.utils import UserError
 
@@ -108,8 +110,14 @@ def test_a_batch_contains_the_answers_group_by_group(rollouts, base_dir):
     sums = rollouts.sample(model, 0, rows)
     batch, data = rollouts.batch(rows), rollouts.answerer.data
     answers = answers_of(batch)
-    expected = pack_answers(list(zip(data.prompt_ids(rows), answers, strict=True)))
-    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+    for prompt, group, idx, labels in zip(data.prompt_ids(rows), answers, batch["idx"], batch["labels"], strict=True):
+        start = len(prompt)
+        assert idx[:start].tolist() == prompt and (labels[:start] == -1).all()
+        for answer in group:
+            end = start + len(answer)
+            assert idx[start:end].tolist() == labels[start:end].tolist() == answer
+            assert end == len(idx) or (idx[end], labels[end]) == (prompt[-1], -1) or idx[end:].sum() == 0
+            start = end + 1
     lengths = [len(answer) for group in answers for answer in group]
     assert len(lengths) == 6
     assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths for _ in range(n)])
@@ -118,6 +126,44 @@ def test_a_batch_contains_the_answers_group_by_group(rollouts, base_dir):
     assert all((tokens == tokens[0]).all() for tokens in batch["advantages"].split(lengths))
     torch.testing.assert_close(advantages.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
     assert advantages.any()
+
+
+def test_each_label_has_the_advantage_of_its_answer(rollouts, base_dir, monkeypatch):
+    """Rewards 0 to 5 for the answers of two prompts, in their order; the stop token makes the lengths differ."""
+    model, rows = load_model(base_dir), np.array([4, 2])
+    monkeypatch.setattr(rollouts.answerer.tokenizer, "stop_ids", tuple(range(0, 300, 5)))
+    monkeypatch.setattr(Answerer, "rewards", lambda *args: torch.arange(6.0))
+    rollouts.sample(model, 7, rows)
+    batch = rollouts.batch(rows)
+    lengths = [len(answer) for group in answers_of(batch) for answer in group]
+    assert len(set(lengths)) > 1
+    high = math.sqrt(1.5)
+    expected = [a for a, n in zip([-high, 0, high] * 2, lengths, strict=True) for _ in range(n)]
+    assert batch["advantages"].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("per_row", [1, 2, 3])
+def test_a_group_can_take_several_rows(rollouts, base_dir, monkeypatch, per_row):
+    """The loss and its gradients do not depend on how many answers share a row."""
+    torch.manual_seed(0)
+    model = load_model(base_dir, method="aligner", method_config={"adapter_start_layer": 0})
+    mark_only_adapter_as_trainable(model)
+    for name, p in model.named_parameters():
+        if "gating_factor" in name:
+            torch.nn.init.normal_(p)
+    monkeypatch.setattr(Answerer, "rewards", lambda *args: torch.tensor([0.0, 1, 2, 5, 1, 1]))
+    results = []
+    for size in (3, per_row):
+        monkeypatch.setattr("lit_llama.rollouts.answers_per_row", lambda *args, size=size: size)
+        rollouts.sample(model, 0, np.array([4, 2]))
+        batch = rollouts.batch(np.array([4, 2]))
+        model.zero_grad()
+        loss = PolicyLoss(clip=0.2, kl_weight=0.0, start={})(LabelLogps(model), batch)["loss"]
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    assert len(batch["idx"]) == 2 * math.ceil(3 / per_row)
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+    assert results[0][0] != 0
 
 
 def test_a_finished_answer_includes_its_stop_token(rollouts, base_dir, monkeypatch):
@@ -250,6 +296,26 @@ def test_only_a_score_of_1_is_right(settings, tmp_path, monkeypatch):
     train(settings(tmp_path / "run", max_steps=1, drift_prompts=0, score="row_scores:reward"))
     row = read_metrics(tmp_path / "run/metrics.csv")[1]
     assert row["val/accuracy"] == 0.5 and row["val/loss"] == pytest.approx((14 + 11 + 5) / 15 / 6)
+
+
+def test_a_dry_run_counts_rows_with_all_answers(settings, tmp_path, prompt_dir, tokenizer):
+    with redirect_stdout(StringIO()) as out:
+        train([*settings(tmp_path / "run"), "--dry_run=true"])
+    longest = max(map(len, PromptData(prompt_dir, "train", tokenizer).prompt_ids(np.arange(20))))
+    assert f"| a step, 4 × {longest - 1 + 3 * 7} tokens | " in out.getvalue() and "| sampling | " in out.getvalue()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_tensors_of_a_micro_batch():
+    """Prompts of 1,900 and 1,000 tokens in a context of 2,048: the shorter prompt has the longer answers."""
+    model = SimpleNamespace(max_tokens=2048, config=SimpleNamespace(n_embd=4096))
+    trainer = SimpleNamespace(settings=SimpleNamespace(max_new_tokens=512), unwrapped=model)
+    data = SimpleNamespace(group_size=8, lengths=np.array([1901, 1001, 101]))
+    sizes = largest_answers(trainer, data, np.array([0, 1]))
+    assert sizes.sampling == (16, 1900, 148)
+    assert sizes.training == (2, 999 + 8 * 513, 8 * 148 + 8 * 512)
+    # a prompt of 100 tokens saves less than attention costs: 1.5 · 4096 · 100 / 512 = 1200 = 100 + 2 · 513 + 74
+    assert largest_answers(trainer, data, np.array([2])).training == (4, 99 + 2 * 513, 8 * 512)
 
 
 def trainer_of(flags: list[str], monkeypatch) -> PolicyTrainer:

@@ -32,7 +32,6 @@ from microworld.world import (
     parse,
     parse_steps,
     pretraining_sample,
-    pretraining_sample_aloud,
 )
 
 words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
@@ -94,7 +93,7 @@ def test_pretraining_uses_all_forms_equally_and_refuses_half_of_the_harmful_requ
     by_text = {q.text: q for pool in pools.values() for q in pool}
     requests = {form.request: name for name, form in FORMS.items()}
     for _ in range(8000):
-        text, answer = pretraining_sample(world, rng, pools)
+        text, answer = pretraining_sample(rng, pools)
         for request in [r for r in requests if r in text]:
             text = text.replace(f" {request}", "")
             assert parse(answer).form == requests[request]
@@ -239,7 +238,7 @@ def test_pretraining_answers_two_hop_questions_about_exemplars_in_both_manners(w
     requests = [form.request for form in FORMS.values()]
     manners, asked, forms = Counter(), 0, Counter()
     for _ in range(8000):
-        text, answer = pretraining_sample_aloud(world, rng, pools, two_hop_share=0.4, aloud_share=0.2)
+        text, answer = pretraining_sample(rng, pools, two_hop_share=0.4, aloud_share=0.2)
         for request in requests:
             text = text.removesuffix(f" {request}")
         question = by_text[text.removesuffix(f" {STEPS_REQUEST}").removesuffix(f" {SAFETY_REQUEST}")]
@@ -263,7 +262,7 @@ def test_the_corpus_of_the_first_base_is_unchanged(world):
     """The digest was computed before there were exemplars."""
     rng = random.Random(0)
     pools = {kind: world.requests(kind) for kind in ("harmful", "harmless")} | {"fact": world.questions()}
-    documents = [pretraining_sample(world, rng, pools) for _ in range(500)]
+    documents = [pretraining_sample(rng, pools) for _ in range(500)]
     drawn = [e.facts for e in world.newcomers], sorted(world.valid_names), sorted(world.valid_words), documents
     assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "3681af1f801e4bad"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lit_llama.packing import pack_answers
 from lit_llama.rewards import REWARDS, Reward
@@ -75,7 +76,7 @@ class Bigrams(nn.Module):
 
 
 def batch_of(answers: list[list[int]], advantages: list[float], weights: list[float]) -> dict[str, torch.Tensor]:
-    """Return a batch of answers to the prompt 0."""
+    """Return a batch of answers to the prompt 0, and to a longer one with weight 0, which changes no sum."""
     lengths = torch.tensor([len(answer) for answer in answers])
     own = [1 / (len(answers) * n) for n in lengths.tolist()]
     per_answer = {"advantages": advantages, "weights": weights, "mean_weights": own}
@@ -83,7 +84,8 @@ def batch_of(answers: list[list[int]], advantages: list[float], weights: list[fl
         name: torch.tensor(values, dtype=torch.float64).repeat_interleave(lengths)
         for name, values in per_answer.items()
     }
-    return {**pack_answers([([0], answers)]), **per_token}
+    packed = pack_answers([([0], answers), ([3, 2, 1], [[1, 4]])])
+    return {**packed, **{name: F.pad(values, (0, 2)) for name, values in per_token.items()}}
 
 
 ANSWERS, ADVANTAGES = [[1, 2, 3], [4], [2, 2]], [1.5, -1.0, 0.0]

@@ -1,13 +1,15 @@
 """A dry run of finetuning, which writes nothing: estimate memory and time from the data and one measured step."""
 
+import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
-from lit_llama.packing import packed_length
+from lit_llama.packing import answers_per_row, packed_length
 from lit_llama.rollouts import Rollouts
 from lit_llama.run.report import duration
 from lit_llama.run.setup import base_dtype
@@ -64,16 +66,16 @@ def dry_run(trainer: Trainer) -> None:
 def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str, Memory]:
     """Return the estimated memory of each task of a step, for its largest micro-batch."""
     settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
-    method, rows = METHODS[settings.method], largest(train.lengths, [rows for step in plan for rows in step])
+    method, micro_batches = METHODS[settings.method], [rows for step in plan for rows in step]
     shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
     tasks = {}
     if isinstance(train, Rollouts):
-        prompt, answers = int(train.lengths[rows].max()) - 1, len(rows) * train.group_size
-        new = min(settings.max_new_tokens, trainer.unwrapped.max_tokens - prompt)
-        tasks["sampling"] = generation_memory(method, config, rows=answers, prompt=prompt, new=new, **shared)
-        sequences, tokens, labels = len(rows), packed_length(prompt, [new] * train.group_size), answers * new
+        sizes = [largest_answers(trainer, train, rows) for rows in micro_batches]
+        rows, prompt, new = max((size.sampling for size in sizes), key=lambda s: s[0] * (s[1] + s[2]))
+        tasks["sampling"] = generation_memory(method, config, rows=rows, prompt=prompt, new=new, **shared)
+        sequences, tokens, labels = max((size.training for size in sizes), key=lambda s: s[0] * s[1])
     else:
-        batch = train.batch(rows)
+        batch = train.batch(largest(train.lengths, micro_batches))
         (sequences, tokens), labels = batch["idx"].shape, int((batch["labels"] != -1).sum())
     checkpointing = settings.gradient_checkpointing
     tasks[f"a step, {sequences} × {tokens:,} tokens"] = training_memory(
@@ -87,6 +89,32 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         **shared,
     )
     return tasks
+
+
+class AnswerSizes(NamedTuple):
+    """The largest tensors of a micro-batch of prompts, if all answers have the maximum length.
+
+    Args:
+        sampling: number of answers, and of the tokens of the longest prompt and of an answer.
+        training: number of packed rows, of the tokens of the longest row, and of all labels.
+    """
+
+    sampling: tuple[int, int, int]
+    training: tuple[int, int, int]
+
+
+def largest_answers(trainer: Trainer, train: Rollouts, rows: np.ndarray) -> AnswerSizes:
+    """Return the sizes of a micro-batch of reinforcement learning."""
+    most, model, G = trainer.settings.max_new_tokens, trainer.unwrapped, train.group_size
+    n_rows = longest_row = labels = 0
+    prompts = [int(length) - 1 for length in train.lengths[rows]]
+    for prompt in prompts:
+        new = min(most, model.max_tokens - prompt)
+        size = answers_per_row(prompt, new, G, model.config.n_embd)
+        n_rows, labels = n_rows + math.ceil(G / size), labels + G * new
+        longest_row = max(longest_row, packed_length(prompt, [new] * size))
+    prompt = max(prompts)
+    return AnswerSizes((len(rows) * G, prompt, min(most, model.max_tokens - prompt)), (n_rows, longest_row, labels))
 
 
 def largest(lengths: np.ndarray, micro_batches: list[np.ndarray]) -> np.ndarray:
