@@ -33,8 +33,9 @@ def disable_cudnn_attention() -> None:
 def pick_device(accelerator: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of an accelerator, and the dtype of the base model on it.
 
-    The accelerators are named as in Fabric, which is not used here because it takes seconds to import; DISABLE_MPS=1
-    hides Apple's GPU as it does there. The precision "auto" is bf16 if `computes_bf16(accelerator)`, and fp32 otherwise.
+    The accelerators are named as in Fabric, which is not used here because it takes seconds to import. DISABLE_MPS=1
+    hides the GPU of a Mac, as in Fabric. The precision "auto" is bf16 if `computes_bf16(accelerator)`, and fp32
+    otherwise.
 
     Raises:
         UserError: There is no such device or precision.
