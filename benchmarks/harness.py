@@ -135,13 +135,15 @@ class Run:
     def contestants(self, ours: Specs, peers: Specs) -> Iterator[dict[str, Contestant]]:
         """Yield contestants that have loaded their models; a peer that is unavailable is left out with a note."""
         contestants = {name: Contestant(name, **spec) for name, spec in self.specs(ours, peers).items()}
-        loads = {name: partial(contestant, "load") for name, contestant in contestants.items()}
-        ready, _ = take_turns(loads, 0, self.notes)
-        for name in contestants.keys() - ready.keys():
-            contestants.pop(name).close()
-        yield contestants
-        for contestant in contestants.values():
-            contestant.close()
+        try:
+            loads = {name: partial(contestant, "load") for name, contestant in contestants.items()}
+            ready, _ = take_turns(loads, 0, self.notes)
+            for name in contestants.keys() - ready.keys():
+                contestants.pop(name).close()
+            yield contestants
+        finally:
+            for contestant in contestants.values():
+                contestant.close()
 
     def path(self, name: str, suffix: str) -> Path:
         return self.settings.out_dir / f"{name}-{self.settings.size}-{dtype_name(self.dtype)}{suffix}"

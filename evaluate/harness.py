@@ -344,13 +344,13 @@ def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     if lm_eval is None:
         raise UserError("The package lm_eval is missing; install it with pip install -r requirements-harness.txt.")
+    if is_chat(settings.prompt_style):
+        raise UserError("The harness builds its prompts from plain text; --prompt_style chat cannot be used with it.")
     names = ("tasks", "include_path", "limit", "num_fewshot")
     made_by = {name: getattr(settings, name) for name in names} | identify(settings)
     results = Results(
         settings.output_dir, {"benchmark": "lm_eval", "lm_eval": lm_eval.__version__, **made_by}, settings.overwrite
     )
-    if is_chat(settings.prompt_style):
-        raise UserError("The harness builds its prompts from plain text; --prompt_style chat cannot be used with it.")
     manager = open_tasks(settings)
     model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
     output = lm_eval.simple_evaluate(

@@ -74,7 +74,8 @@ class Judge:
     """
 
     def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:
-        check_settings(settings)
+        if not settings.judge_key_env.isidentifier():
+            raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
         self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS)
         if not all(isinstance(record.get("reply"), str) and "key" in record for record in self.file.records):
             raise UserError(f"{self.file.path} is not a file of judgements; set --judge_cache.")
@@ -169,16 +170,6 @@ def open_judge(settings: JudgeSettings, output_dir: Path) -> Judge | None:
         return Judge(settings, output_dir)
     log("note: there is no judge; set --judge_url to have the answers judged.")
     return None
-
-
-def check_settings(settings: JudgeSettings) -> None:
-    """Check the settings that their types do not check.
-
-    Raises:
-        UserError: one is invalid.
-    """
-    if not settings.judge_key_env.isidentifier():
-        raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
 
 
 class Dispatcher:

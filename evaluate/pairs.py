@@ -99,43 +99,25 @@ class Comparison:
         return float(np.mean([s[0] for s in both])), float(np.mean([s[1] for s in both]))
 
 
-def fill(template: str, **texts: str) -> str:
-    """Replace `{name}` in a template by texts, which may contain braces."""
-    parts = template.split("{")
-    filled = parts[0]
-    for part in parts[1:]:
-        name, _, rest = part.partition("}")
-        filled += texts[name] + rest
-    return filled
-
-
 def reference_block(item: Item) -> str:
     return f"\n[Reference answer]\n{item.reference}\n[End of the reference answer]\n" if item.reference else ""
-
-
-def pair_requests(template: str, items: list[Item], first: Answers, second: Answers) -> list[tuple[Request, Request]]:
-    """Return the requests that compare two answers, in both orders.
-
-    Args:
-        template: with {question}, {reference}, {answer_1} and {answer_2}.
-    """
-    pairs = []
-    for item in items:
-        a, b = first.texts[item.id], second.texts[item.id]
-        orders = []
-        for order, (one, two) in {"direct": (a, b), "swapped": (b, a)}.items():
-            prompt = fill(template, question=item.text, reference=reference_block(item), answer_1=one, answer_2=two)
-            orders.append(Request((("user", prompt),), {"id": item.id, "kind": "pair", "order": order}))
-        pairs.append((orders[0], orders[1]))
-    return pairs
 
 
 def judge_pairs(
     judge: Judge, template: str, items: list[Item], first: Answers, second: Answers
 ) -> tuple[list[Comparison], list[dict[str, Any] | None]]:
-    """Return the comparison of each question, and the records of the judge's replies."""
-    pairs = pair_requests(template, items, first, second)
-    records = judge.ask([request for pair in pairs for request in pair])
+    """Return the comparison of each question in both orders, and the records of the judge's replies.
+
+    Args:
+        template: with {question}, {reference}, {answer_1} and {answer_2}.
+    """
+    requests = []
+    for item in items:
+        a, b = first.texts[item.id], second.texts[item.id]
+        for order, (one, two) in {"direct": (a, b), "swapped": (b, a)}.items():
+            prompt = template.format(question=item.text, reference=reference_block(item), answer_1=one, answer_2=two)
+            requests.append(Request((("user", prompt),), {"id": item.id, "kind": "pair", "order": order}))
+    records = judge.ask(requests)
     comparisons = []
     for item, direct, swapped in zip(items, records[::2], records[1::2], strict=True):
         scores = [parse_scores(record["reply"]) if record else None for record in (direct, swapped)]

@@ -55,7 +55,6 @@ from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
     by_category,
     comparison_summary,
-    fill,
     fixed,
     judge_pairs,
     list_verdicts,
@@ -261,7 +260,7 @@ def single_request(kind: str, question: str, answer: str, **about: Any) -> Reque
     if kind == "guard":
         return Request((("user", question), ("assistant", answer)), about)
     template = SCORE_PROMPT if kind == "scores" else REFUSAL_PROMPT
-    return Request((("user", fill(template, question=question, answer=answer)),), about)
+    return Request((("user", template.format(question=question, answer=answer)),), about)
 
 
 def judge_each(

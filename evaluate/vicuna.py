@@ -44,7 +44,6 @@ from evaluate.pairs import (
     Comparison,
     by_category,
     comparison_summary,
-    fill,
     fixed,
     judge_pairs,
     list_verdicts,
@@ -268,7 +267,7 @@ def judge_single(
     requests = []
     for item in asked:
         for side, answers in (("first", first), ("second", second)):
-            prompt = fill(SINGLE_PROMPT, question=item.text, reference=reference_block(item),
+            prompt = SINGLE_PROMPT.format(question=item.text, reference=reference_block(item),
                           answer=answers.texts[item.id])  # fmt: skip
             requests.append(Request((("user", prompt),), {"id": item.id, "kind": "single", "side": side}))
     records = judge.ask(requests)

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -23,13 +23,15 @@ from generate.engine import FIRST_TOKEN_BOUNDS, Engine
 from generate.guard import Guard, Refusal, explain, refusal_of
 from generate.interactive import style_name
 from generate.jobs import Event, Job
-from generate.rules import Rules
 from lit_llama.bank import BASE
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
+
+if TYPE_CHECKING:
+    from generate.serve import Settings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
 LISTED = 1000  # adapters that GET /v1/models lists, out of up to a million
@@ -77,8 +79,8 @@ class Stream(StreamingResponse):
 class Server:
     """The handlers of the routes."""
 
-    def __init__(self, engine: Engine, rules: Rules) -> None:
-        self.engine, self.rules, self.started = engine, rules, int(time.time())
+    def __init__(self, engine: Engine, settings: "Settings") -> None:
+        self.engine, self.settings, self.started = engine, settings, int(time.time())
         self.folder = engine.tokenizer.path.parent
         self.random = random.SystemRandom()
 
@@ -105,7 +107,7 @@ class Server:
         strip: bool,
     ) -> Response:
         """Answer prompts with a sum of adapters, as a stream or at once."""
-        sampling = body.sampling(self.rules.max_new_tokens, seed=self.random.randrange(2**31))
+        sampling = body.sampling(self.settings.max_new_tokens, seed=self.random.randrange(2**31))
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop, jobs = asyncio.get_running_loop(), []
 
@@ -119,7 +121,7 @@ class Server:
         for i, prompt in enumerate(prompts):
             ids = self.engine.tokenizer.encode(check_text(prompt, "The prompt"), bos=True)
             options = {"stop": (*stop, *body.stop_texts), "strip": strip, "n_top": body.n_top, "streams": body.stream}
-            jobs.append(Job(ids, receiver(i), adapters, sampling, row=i, seconds=self.rules.seconds, **options))
+            jobs.append(Job(ids, receiver(i), adapters, sampling, row=i, seconds=self.settings.seconds, **options))
 
         def cancel() -> None:
             for job in jobs:
@@ -181,7 +183,7 @@ class Server:
 
     def style_of(self, adapters: Sum) -> PromptStyle:
         """Return the prompt style of a sum; see `style_name`."""
-        tokenizer, style = self.engine.tokenizer, self.rules.style
+        tokenizer, style = self.engine.tokenizer, self.settings.prompt_style
         if style is None:
             with not_found(), self.engine.changed:
                 style = style_name(adapters, self.engine.bank, tokenizer)
@@ -225,8 +227,8 @@ class Server:
             raise Refusal(400, "The name must be letters, digits, '.', '_' and '-', and not 'base'.", param="name")
         adapter = await asyncio.to_thread(open_upload, name, await request.body(), self.engine.tokenizer)
         with self.engine.changed:
-            if len(self.engine.bank) >= self.rules.max_adapters and name not in self.engine.bank:
-                raise Refusal(409, f"There are {self.rules.max_adapters} adapters; remove one first.")
+            if len(self.engine.bank) >= self.settings.max_adapters and name not in self.engine.bank:
+                raise Refusal(409, f"There are {self.settings.max_adapters} adapters; remove one first.")
             if name in self.engine.bank and not replace:
                 raise Refusal(409, f"There is an adapter {name!r}; replace it with replace=true.")
             self.engine.put_adapter(name, adapter, replace)
@@ -251,9 +253,9 @@ class Server:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
-def make_app(engine: Engine, rules: Rules) -> FastAPI:
+def make_app(engine: Engine, settings: "Settings") -> FastAPI:
     """Return the application; it starts and stops the engine."""
-    server = Server(engine, rules)
+    server = Server(engine, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -286,7 +288,7 @@ def make_app(engine: Engine, rules: Rules) -> FastAPI:
 
     for kind in (Refusal, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
-    app.add_middleware(Guard, rules=rules)
+    app.add_middleware(Guard, settings=settings)
     return app
 
 

@@ -5,14 +5,17 @@ import hmac
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from generate.jobs import Expired, QueueFull, ShuttingDown, TooLong
 from generate.openai_format import error_body
-from generate.rules import Rules
 from lit_llama.utils import UserError
+
+if TYPE_CHECKING:
+    from generate.serve import Settings
 
 PUBLIC = ("/", "/health")  # paths that need no key: they reveal nothing about the adapters
 ENOUGH = 8  # a body is read up to this multiple of the limit
@@ -71,8 +74,8 @@ def explain(error: RequestValidationError) -> Refusal:
 class Guard:
     """Checks keys and sizes before the application sees a request, and reads its body within a size and time limit."""
 
-    def __init__(self, app: Callable, rules: Rules) -> None:
-        self.app, self.rules = app, rules
+    def __init__(self, app: Callable, settings: "Settings") -> None:
+        self.app, self.settings = app, settings
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -83,7 +86,8 @@ class Guard:
             self.check_host(headers.get(b"host", b"").decode("latin-1"))
             is_admin = scope["path"].startswith("/adapters") and scope["method"] != "GET"
             self.check_key(scope["path"], headers.get(b"authorization", b""), is_admin)
-            limit = self.rules.max_adapter if is_admin else self.rules.max_body
+            settings = self.settings
+            limit = settings.max_adapter_mb * 2**20 if is_admin else settings.max_body_kb * 1024
             body = await self.read(headers, receive, limit)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
@@ -96,16 +100,20 @@ class Guard:
         await self.app(scope, replay, send)
 
     def check_host(self, header: str) -> None:
-        """Raise a refusal unless the Host header has an allowed name."""
+        """Raise a refusal unless the Host header has an allowed name.
+
+        This prevents DNS rebinding, in which a web page gives the server's address another name, so that it counts as
+        the page's own origin.
+        """
         host = re.sub(r":\d*$", "", header).lower()
-        if "*" not in self.rules.hosts and host not in self.rules.hosts:
+        if "*" not in self.settings.allowed_hosts and host not in self.settings.allowed_hosts:
             raise Refusal(421, f"This server does not accept the host name {host!r}; add it with --allowed_hosts.")
 
     def check_key(self, path: str, header: bytes, is_admin: bool) -> None:
         """Raise a refusal unless the header has the key that a path needs."""
-        if is_admin and self.rules.admin_token is None:
+        if is_admin and self.settings.admin_token is None:
             raise Refusal(403, "Adapters cannot be changed here; start the server with --admin_token.")
-        expected = self.rules.admin_token if is_admin else self.rules.api_key
+        expected = self.settings.admin_token if is_admin else self.settings.api_key
         if expected is None or path in PUBLIC:
             return
         scheme, _, key = header.partition(b" ")
@@ -119,9 +127,9 @@ class Guard:
         size = int(stated) if stated.isdigit() and len(stated) < 20 else 0
         try:
             if size <= ENOUGH * limit:
-                body = await asyncio.wait_for(receive_body(receive, limit), self.rules.body_seconds)
+                body = await asyncio.wait_for(receive_body(receive, limit), self.settings.body_seconds)
         except asyncio.TimeoutError:
-            seconds = self.rules.body_seconds
+            seconds = self.settings.body_seconds
             raise Refusal(408, f"The body of the request did not arrive within {seconds:g} seconds.") from None
         if max(size, len(body)) > limit:
             raise Refusal(413, f"The body has more than {limit} bytes; send less.", "body_too_large")

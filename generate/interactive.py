@@ -4,6 +4,7 @@ generate/aligner.py and generate/base.py start it for --interactive. If standard
 its lines one by one instead.
 """
 
+import os
 import signal
 import sys
 import time
@@ -127,7 +128,7 @@ class BankAdapters(Adapters):
 
     def use(self, text: str) -> None:
         name, path = text, Path(text)
-        if text != BASE and path.exists() and (text not in self.bank or text in self.files):
+        if text != BASE and os.path.exists(text) and (text not in self.bank or text in self.files):
             file = path.resolve()
             name = adapter_name(path)
             if name in self.bank and self.files.get(name) != file:  # another adapter has this name

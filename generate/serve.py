@@ -10,7 +10,7 @@ import resource
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +65,6 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from generate.engine import Engine
-from generate.rules import Rules
 from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.compose import load_with_bank
@@ -90,34 +89,29 @@ def main(settings: Settings) -> None:
         raise UserError(f"The server needs {error.name}: pip install -r requirements-serve.txt.") from None
     if settings.prompt_style is not None:
         get_prompt_style(settings.prompt_style, settings.checkpoint_dir)  # raises an error if there is none
-    rules = make_rules(settings)
+    settings = with_access(settings)
     allow_open_files(2 * settings.max_connections)  # also of connections that are refused
     listener = listen(settings.host, settings.port)
     engine = make_engine(settings)
     # clients drop idle connections after some seconds; a server that does so first makes their next request fail
     options = {"timeout_keep_alive": 60, "ws": "none", "limit_concurrency": settings.max_connections}
     options |= {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on"}
-    server = HTTPServer(uvicorn.Config(make_app(engine, rules), **options), engine)
+    server = HTTPServer(uvicorn.Config(make_app(engine, settings), **options), engine)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    if settings.host not in LOCAL and rules.api_key is None:
+    if settings.host not in LOCAL and settings.api_key is None:
         log(f"note: everybody who reaches {settings.host} may use this server; --api_key restricts it.")
     log(f"serving at http://{host}:{listener.getsockname()[1]}")
     server.run(sockets=[listener])
 
 
-def make_rules(settings: Settings) -> Rules:
-    local, hosts = settings.host in LOCAL, tuple(map(str.lower, settings.allowed_hosts))
-    return Rules(
+def with_access(settings: Settings) -> Settings:
+    """Return the settings with the key, the token and the host names that hold where none are given."""
+    default_hosts = ("127.0.0.1", "localhost", "[::1]") if settings.host in LOCAL else ("*",)
+    return replace(
+        settings,
         api_key=settings.api_key or os.environ.get("ALIGNER_API_KEY") or None,
         admin_token=settings.admin_token or os.environ.get("ALIGNER_ADMIN_TOKEN") or None,
-        hosts=hosts or (("127.0.0.1", "localhost", "[::1]") if local else ("*",)),
-        max_body=settings.max_body_kb * 1024,
-        max_adapter=settings.max_adapter_mb * 2**20,
-        max_adapters=settings.max_adapters,
-        max_new_tokens=settings.max_new_tokens,
-        seconds=settings.seconds,
-        body_seconds=settings.body_seconds,
-        style=settings.prompt_style,
+        allowed_hosts=tuple(map(str.lower, settings.allowed_hosts)) or default_hosts,
     )
 
 

@@ -7,7 +7,6 @@ The prefixes and gates are those of lit_llama/adapter.py. Biases start at 0 and 
 of a norm with a frozen scale amounts to training the norm. An output layer tied to the embedding has neither.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lit_llama.model as llama
-from lit_llama import adapter, aligner
+from lit_llama import adapter
+from lit_llama.adapter import LLaMAConfig
 from lit_llama.logps import chunk_size
 from lit_llama.modules import Fp32Parameters
-from lit_llama.variant import layers_of
-
-
-@dataclass
-class LLaMAConfig(adapter.LLaMAConfig):
-    """The configuration of a base model with a LLaMA-Adapter v2; the fields are those of version 1."""
 
 
 class Linear(Fp32Parameters, nn.Linear):
@@ -38,7 +32,7 @@ class Linear(Fp32Parameters, nn.Linear):
         self.adapter_bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.float32))
         self.adapter_scale = nn.Parameter(torch.ones(layer.out_features, dtype=torch.float32))
 
-    def reset_adapter(self) -> None:
+    def reset_trained(self) -> None:
         nn.init.zeros_(self.adapter_bias)
         nn.init.ones_(self.adapter_scale)
 
@@ -56,7 +50,7 @@ class RMSNorm(Fp32Parameters, llama.RMSNorm):
         super().__init__(len(norm.scale), norm.eps)
         self.adapter_scale = nn.Parameter(torch.ones(len(norm.scale), dtype=torch.float32))
 
-    def reset_adapter(self) -> None:
+    def reset_trained(self) -> None:
         nn.init.ones_(self.adapter_scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,8 +60,6 @@ class RMSNorm(Fp32Parameters, llama.RMSNorm):
 
 class LLaMA(adapter.LLaMA):
     """LLaMA with a LLaMA-Adapter v2."""
-
-    config_class = LLaMAConfig
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__(config)
@@ -89,27 +81,14 @@ class LLaMA(adapter.LLaMA):
 
     @staticmethod
     def config_from_state(state_dict: dict[str, Tensor]) -> dict[str, Any] | None:
-        layers = layers_of(state_dict, ".adapter_wte.weight")
-        if not layers or not any(name.endswith(".adapter_scale") for name in state_dict):
-            return None
-        prefix = state_dict[f"transformer.h.{min(layers)}.attn.adapter_wte.weight"]
-        return {"adapter_prompt_length": len(prefix), "adapter_start_layer": min(layers)}
+        version_1 = {name: t for name, t in state_dict.items() if not name.endswith(".adapter_scale")}
+        return adapter.LLaMA.config_from_state(version_1) if len(version_1) < len(state_dict) else None
 
-    def reset_adapter(self) -> None:
-        for module in self.modules():
-            if isinstance(module, Linear | RMSNorm):
-                module.reset_adapter()
-            elif isinstance(module, aligner.Prefix | aligner.CausalSelfAttention):
-                module.reset_parameters()
-
-    def label_logps(
-        self, idx: Tensor, labels: Tensor, label_index: Tensor | None = None, segments: Tensor | None = None
-    ) -> Tensor:
+    def hidden_logps(self, x: Tensor, targets: Tensor) -> Tensor:
         if self.lm_head is None:
-            return super().label_logps(idx, labels, label_index, segments)
-        hidden, targets = self.predicting(idx, labels, label_index, segments)
+            return super().hidden_logps(x, targets)
         size = chunk_size(self.lm_head.weight)
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        chunks = zip(x.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(self.chunk_logps, h, t, use_reentrant=False) for h, t in chunks])
 
     def chunk_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:

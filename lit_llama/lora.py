@@ -67,10 +67,6 @@ class LLaMA(llama.LLaMA):
             raise UserError("These are LoRA's tensors without a header, which is needed for lora_alpha.")
         return None
 
-    def reset_adapter(self) -> None:
-        for block in self.transformer.h:
-            block.attn.c_attn.reset_lora()
-
     def merge(self) -> None:
         """Add the updates to the frozen weights, in the dtype of the weights."""
         for block in self.transformer.h:
@@ -106,9 +102,9 @@ class LoRALinear(Fp32Parameters, nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(2 * config.lora_r, config.n_embd, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(widths[0] + widths[2], config.lora_r, dtype=torch.float32))
         self.frozen_weight: Tensor | None = None  # while merged: the weight without the update
-        self.reset_lora()
+        self.reset_trained()
 
-    def reset_lora(self) -> None:
+    def reset_trained(self) -> None:
         """Draw A like the weight of a linear layer and set B to zero, so that the update is zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)

@@ -83,15 +83,9 @@ class LLaMA(Variant):
             segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with several answers to a prompt. A prompt
                 with one of its answers must fit into `max_tokens`; this is not checked.
         """
-        return self.hidden_logps(*self.predicting(idx, labels, label_index, segments))
-
-    def predicting(
-        self, idx: Tensor, labels: Tensor, label_index: Tensor | None, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the hidden states (n, C) that predict the labels, and the labels (n,)."""
         index = find_labels(labels) if label_index is None else label_index
-        x = self.hidden(idx, segments=segments).flatten(0, 1)
-        return x.index_select(0, index), labels.flatten().index_select(0, index + 1)
+        x = self.hidden(idx, segments=segments).flatten(0, 1).index_select(0, index)  # (n, C)
+        return self.hidden_logps(x, labels.flatten().index_select(0, index + 1))
 
     def hidden_logps(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the log-probabilities of tokens, (n,) fp32, for normalized hidden states (n, C) and token ids (n,)."""

@@ -46,7 +46,7 @@ def check_shardable(model: LLaMA, quantize: str | None = None) -> None:
     """
     if quantize is not None:
         raise UserError(f"--quantize {quantize} does not work with a base that is sharded over devices; choose one.")
-    if type(model).label_logps is not LLaMA.label_logps:  # it could read the output layer several times in a pass
+    if type(model).hidden_logps is not LLaMA.hidden_logps:  # it could read the output layer several times in a pass
         raise UserError(
             "A base cannot be sharded with this method, which trains the output layer; use one device (for training, "
             "--strategy ddp also works)."

@@ -89,11 +89,15 @@ class Variant(nn.Module):
             raise TypeError(f"Not initialized: {', '.join(left_out)}; a reset_parameters() of its module would do it.")
 
     def reset_adapter(self) -> None:
-        """Initialize the adapter: call `reset_parameters` of each module with adapter parameters."""
+        """Initialize the adapter: call `reset_trained` of each module with adapter parameters, or `reset_parameters`.
+
+        A module that also has parameters of the base has a `reset_trained`.
+        """
         for prefix, module in self.named_modules():
             names = [name for name, _ in module.named_parameters(prefix, recurse=False)]
-            if any(map(self.is_adapter_parameter, names)) and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_trained", None) or getattr(module, "reset_parameters", None)
+            if any(map(self.is_adapter_parameter, names)) and reset is not None:
+                reset()
 
     @contextmanager
     def inference(self) -> Iterator[None]:

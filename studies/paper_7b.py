@@ -503,6 +503,9 @@ def render(table: Table, rows: list[tuple[Cell, Number]]) -> str:
     return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95%', 'questions', 'paper'], cells)}\n{notes}"
 
 
+HERE = "here, 95% interval"
+
+
 def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
     """Draw our numbers with their intervals, and the paper's as crosses."""
     figure = make_figure(8, 1.5 + 0.4 * len(rows))
@@ -511,7 +514,7 @@ def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
         if value is not None:
             low, high = interval or (value, value)
             axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3,
-                          label="here, 95% interval" if place == 0 else None)  # fmt: skip
+                          label=None if HERE in labels(axes) else HERE)  # fmt: skip
         if cell.paper is not None:
             axes.plot(cell.paper, place, "x", color="C1", label="paper" if "paper" not in labels(axes) else None)
     axes.set(yticks=range(len(rows)), yticklabels=[cell.row for cell, _ in rows], title=table.title,

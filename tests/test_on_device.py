@@ -187,7 +187,7 @@ WAITS = {
     "logps.py: find_labels": "the number of labels; batches are made with it on the CPU",
     "data.py: pad_rows": "on the CPU",
     "packing.py: pack_answers": "the same",
-    "model.py: LLaMA.predicting": "without label_index, as in a caller's own loss",
+    "model.py: LLaMA.label_logps": "without label_index, as in a caller's own loss",
     "dpo.py: sum_logps_by_row": "the same",
     "dpo.py: DPOLoss.__init__": "once per run",
     "steps.py: read_metrics": "the metrics of `log_interval` steps",

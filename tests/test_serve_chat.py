@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from generate.app import make_app
 from generate.engine import Engine
-from generate.rules import Rules
+from generate.serve import Settings
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, save_base
 from lit_llama.compose import load_with_bank
@@ -41,7 +41,7 @@ def served(request, tmp_path_factory, tokenizer_path):
     styles = {"plain-one": "alpaca", "chat-one": "chat", "bad-one": "chat:nonsense=1"}
     bank = make_bank(folder, [(name, adapter(style, i)) for i, (name, style) in enumerate(styles.items(), 1)])
     model = load_with_bank(folder, bank)
-    app = make_app(Engine(model, tokenizer, max_batch=4), Rules())
+    app = make_app(Engine(model, tokenizer, max_batch=4), Settings(allowed_hosts=("*",)))
     with TestClient(app) as http:
         client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
         yield client, load_with_bank(folder, bank), tokenizer, request.param
