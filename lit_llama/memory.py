@@ -219,21 +219,21 @@ class _AliveBytes(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     """Stand in for `F.scaled_dot_product_attention`, which has no fused kernel on the meta device."""
-    return _FlashAttention.apply(q, k, v)
+    return _FlashAttention.apply(q, k, v, attn_mask)
 
 
 class _FlashAttention(torch.autograd.Function):
     """The tensors of flash attention (arXiv 2205.14135): no scores, and the log of each query's normalizer is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         y = q.new_empty(q.shape)
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, mask, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *_ = ctx.saved_tensors
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), None

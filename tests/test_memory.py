@@ -74,6 +74,16 @@ def test_larger_inputs_take_more_memory():
     assert half.adapter == plain.adapter  # trainable parameters stay in fp32
 
 
+@pytest.mark.parametrize("layers", [5, 10])
+def test_the_mask_of_packed_rows_is_counted_once(layers):
+    """Rows of 512 tokens have a mask of 1 MB each in fp32, which all layers share."""
+    shape = dict(sequences=4, tokens=512, labels=40, dtype=torch.float32)
+    config = METHODS["aligner"].config_class(**{**SMALL, "n_layer": layers})
+    plain, packed = (training_memory(METHODS["aligner"], config, **shape, packed=value).activations
+                     for value in (False, True))  # fmt: skip
+    assert 4 * 2**20 <= packed - plain < 8 * 2**20
+
+
 def test_weights_and_cache():
     config = LLaMAConfig(**SMALL, n_kv_head=2)
     estimate = generation_memory(LLaMA, config, rows=3, prompt=20, new=12, dtype=torch.bfloat16)
