@@ -224,16 +224,20 @@ def call(command: list[str], **options: Any) -> int:
     return code
 
 
+def quiet_lightning() -> None:
+    """Hide Lightning's advice, which is for authors of training loops. Importing Lightning later would undo this."""
+    warnings.filterwarnings("ignore", module="lightning")
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a permission error, Ctrl-C or a full GPU into one line on stderr and an exit code.
 
     Other exceptions are bugs of this project and keep their traceback.
     """
-    # Fabric's advice is for authors of training loops, not for their users
-    warnings.filterwarnings("ignore", module="lightning")
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_lightning()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional parts that are only faster
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # rejected where it is used as text

@@ -15,6 +15,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lit_llama.console import quiet_lightning
 from lit_llama.run.train_settings import SHARDED
 from lit_llama.utils import UserError, log
 
@@ -82,6 +83,7 @@ def launch_sharded(accelerator: str, devices: int) -> Fabric:
     Raises:
         UserError: There are no such devices.
     """
+    quiet_lightning()  # it was imported after the program started
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, strategy=fabric_strategy("fsdp"))
     except Exception as error:  # Fabric raises several types
