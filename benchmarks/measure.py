@@ -17,7 +17,7 @@ from benchmarks.settings import Clock
 from lit_llama.tables import markdown_table
 
 CPU = torch.device("cpu")
-MATMUL_SECONDS = 3  # enough of a slow product: a CPU without bf16 instructions takes 7 seconds for each
+MATMUL_SECONDS = 3  # a product that takes longer, as in bf16 on a CPU without instructions for it, is not repeated
 
 
 def now(device: torch.device = CPU, clock: Clock = "wall") -> float:

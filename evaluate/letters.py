@@ -34,7 +34,7 @@ class Letters:
         encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
         shared = next((i for i, ids in enumerate(zip(*encoded, strict=False)) if len(set(ids)) > 1), None)
         if shared is None:
-            raise UserError(f"{tokenizer.path} does not tell the letters A to D apart; use --scoring generate.")
+            raise UserError(f"{tokenizer.path} gives the letters A to D the same tokens; use --scoring generate.")
         encoded = [ids[shared:] for ids in encoded]
         space = max((ids[:-1] for ids in encoded), key=len)
         if any(ids[:-1] != space[: len(ids) - 1] for ids in encoded):

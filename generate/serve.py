@@ -105,7 +105,7 @@ def main(settings: Settings) -> None:
 
 
 def with_access(settings: Settings) -> Settings:
-    """Return the settings with the key, the token and the host names that hold where none are given."""
+    """Return the settings, with defaults for the keys (from the environment) and for the allowed host names."""
     default_hosts = ("127.0.0.1", "localhost", "[::1]") if settings.host in LOCAL else ("*",)
     return replace(
         settings,

@@ -225,7 +225,7 @@ def call(command: list[str], **options: Any) -> int:
 
 
 def quiet_lightning() -> None:
-    """Hide Lightning's advice, which is for authors of training loops. Importing Lightning later would undo this."""
+    """Hide Lightning's advice, which is for authors of training loops. Importing Lightning afterwards undoes this."""
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)

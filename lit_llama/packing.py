@@ -35,10 +35,10 @@ def answers_per_row(prompt: int, answer: float, count: int, n_embd: int) -> int:
 
 
 def pack_answers(groups: Sequence[tuple[list[int], list[list[int]]]]) -> dict[str, Tensor]:
-    """Return prompts with their answers, a row for each prompt.
+    """Return a row for each group of answers to a prompt.
 
     Args:
-        groups: token ids of each prompt, 1 or more, and of each of its answers.
+        groups: token ids of each prompt, 1 or more, and of each of its answers, 1 or more as well.
 
     Returns:
         idx, labels: (B, T) int64, padded on the right; labels are the tokens of the answers, and -1 elsewhere.
@@ -72,7 +72,7 @@ def packed_length(prompt: int, answers: Iterable[int]) -> int:
 
 
 def segment_mask(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the attention mask (B, 1, T, T) and the position of each token, (B, T) int64.
+    """Return the attention mask (B, 1, T, T) and the position of each token, (B, T) int64, for segments (B, T).
 
     The mask is 0 where a token attends to a key and -inf elsewhere, in the dtype of attention. A bool mask would be
     converted in each layer, and stored by each for the backward pass.

@@ -323,6 +323,8 @@ def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
     assert holds(str(second), first)
     adapters.use("best")
     assert adapters.label == "best, strength 1" and adapters.names == ["best", str(second)]
+    with pytest.raises(UserError):  # longer than a file name can be
+        adapters.use("+".join(["missing:0.5"] * 30))
 
 
 @pytest.mark.parametrize(

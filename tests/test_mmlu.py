@@ -21,6 +21,7 @@ from evaluate.settings import ModelSettings
 from lit_llama.checkpoint import load_model
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 MICROWORLD = ROOT / "checkpoints/microworld"
@@ -120,6 +121,15 @@ def test_prompts():
     tokenizer = Tokenizer(MICROWORLD)
     letters = Letters.of(tokenizer)
     assert letters.prompt(tokenizer, prompt) == letters.prompt(tokenizer, prompt.rstrip())
+
+
+def test_letters_without_tokens_of_their_own_are_refused():
+    class Merging(Tokenizer):
+        def encode(self, text: str, **options) -> list[int]:
+            return super().encode(text[:-1], **options)
+
+    with pytest.raises(UserError, match="gives the letters A to D the same tokens; use --scoring generate"):
+        Letters.of(Merging(MICROWORLD))
 
 
 def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:

@@ -29,7 +29,7 @@ def files(tmp_path) -> tuple:
             "--gsm8k_file", write_rows(tmp_path / "gsm8k.jsonl", problems), "--out_dir", tmp_path / "out")  # fmt: skip
 
 
-def test_a_table_is_made_from_raw_rows_and_again_only_for_other_inputs(run_script, files, tmp_path):
+def test_a_table_is_made_from_raw_rows_and_again_only_for_other_settings(run_script, files, tmp_path):
     code, text, _ = run_script("studies/paper_7b.py", *SMALL, *files)
     assert code == 0
     assert "**A smaller study than the paper's** (limit 2, max_steps 1" in text

@@ -92,11 +92,11 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
 
 
 class AnswerSizes(NamedTuple):
-    """The largest tensors of a micro-batch of prompts, if all answers have the maximum length.
+    """Sizes of the largest tensors for a micro-batch of prompts, if all answers have the maximum length.
 
     Args:
-        sampling: number of answers, and of the tokens of the longest prompt and of an answer.
-        training: number of packed rows, of the tokens of the longest row, and of all labels.
+        sampling: number of answers, tokens of the longest prompt, and tokens of its answer.
+        training: number of packed rows, tokens of the longest row, and number of labels.
     """
 
     sampling: tuple[int, int, int]

@@ -83,7 +83,7 @@ def launch_sharded(accelerator: str, devices: int) -> Fabric:
     Raises:
         UserError: There are no such devices.
     """
-    quiet_lightning()  # it was imported after the program started
+    quiet_lightning()  # again, because this module imports Lightning only now
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, strategy=fabric_strategy("fsdp"))
     except Exception as error:  # Fabric raises several types
