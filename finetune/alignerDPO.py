@@ -166,6 +166,7 @@ def main(settings: Settings) -> None:
     val = PreferenceData(settings.data_dir, "test", tokenizer, settings.eval_rows)
     setup = set_up_finetuning(settings, train.meta)
     model = setup.unwrapped
+    train.n_embd = val.n_embd = model.config.n_embd  # the responses to a prompt may share a row
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     # a fresh adapter does not change the base, except for the learned vectors of prompt tuning
     is_base = settings.init_adapter is None and not model.n_virtual_tokens

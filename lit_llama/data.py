@@ -30,10 +30,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from lit_llama.logps import IGNORE_INDEX, find_labels
-from lit_llama.storage.arrow_files import load_split
+from lit_llama.packing import answers_per_row, pack_answers
+from lit_llama.storage.arrow_files import hash_tokens, load_split
 from lit_llama.storage.cache import hash_file
 from lit_llama.storage.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
@@ -229,15 +229,21 @@ class PreferenceData(Split):
     """One split of a preference dataset (`Data`): a row is a prompt with two responses.
 
     `weights` is 1 for each pair.
+
+    Attributes:
+        n_embd: The width of the model, if both responses to a prompt may share a row of a batch; 0 is never.
     """
 
     format = PREFERENCE_FORMAT
     columns = ("prompt", "chosen", "rejected")
+    n_embd = 0
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
         columns = (self.rows["prompt"], self.rows["chosen"], self.rows["rejected"])
         n_prompt, n_chosen, n_rejected = (np.array([len(ids) for ids in column], int) for column in columns)
+        if not (n_prompt.all() and n_chosen.all() and n_rejected.all()):
+            raise UserError(f"{data_dir} has rows with an empty prompt or response; prepare the dataset again.")
         self.lengths = n_prompt + np.maximum(n_chosen, n_rejected)
         self.tokens = 2 * n_prompt + n_chosen + n_rejected
         self.weights = np.ones(len(self))
@@ -248,19 +254,23 @@ class PreferenceData(Split):
         return hash_tokens(self.rows, ("prompt", "chosen", "rejected")).hexdigest()
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return B pairs as a batch of 2B sequences: first all chosen, then all rejected ones.
+        """Return B pairs as a batch of B rows if that saves work (`answers_per_row`), otherwise of 2B rows.
 
         Returns:
-            The tensors of `pad_rows`, and rows: (B,) int64, the row number of each pair.
+            The tensors of `pack_answers` for B prompts, each with its chosen and its rejected response, or without
+            segments for 2B prompts with one response: first all chosen, then all rejected ones. And rows: (B,) int64,
+            the row number of each pair.
         """
         rows = self.rows[indices]
-        ids, labels = [], []
-        for side in ("chosen", "rejected"):
-            for prompt, response in zip(rows["prompt"], rows[side], strict=True):
-                prompt, response = torch.tensor(prompt).long(), torch.tensor(response).long()
-                ids.append(torch.cat((prompt, response)))
-                labels.append(torch.cat((torch.full((len(prompt),), IGNORE_INDEX), response)))
-        return {**pad_rows(ids, labels), "rows": torch.as_tensor(indices)}
+        prompts, chosen, rejected = ([ids.tolist() for ids in rows[name]] for name in self.columns)
+        groups = [(prompt, list(pair)) for prompt, *pair in zip(prompts, chosen, rejected, strict=True)]
+        n_prompt, n_pair = sum(map(len, prompts)), sum(map(len, chosen + rejected))
+        if self.n_embd and answers_per_row(n_prompt / len(groups), n_pair / len(groups) / 2, 2, self.n_embd) == 2:
+            batch = pack_answers(groups)
+        else:
+            batch = pack_answers([(prompt, [pair[side]]) for side in (0, 1) for prompt, pair in groups])
+            del batch["segments"]  # causal attention is faster
+        return {**batch, "rows": torch.as_tensor(indices)}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """Return the first rows as (prompt, chosen response) token ids."""
@@ -332,17 +342,3 @@ def rows_sha256(*splits: Data) -> dict[str, str]:
         rows.update(np.asarray(data.lengths, np.int64).tobytes() + np.asarray(data.weights, np.float64).tobytes())
         tokens.update(data.sha256.encode())
     return {"rows": rows.hexdigest(), "tokens": tokens.hexdigest()}
-
-
-def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
-    """Return the sha256 object of [length, token ids] as int32, of each column, row by row."""
-    tables = [rows.with_format("arrow")[name].combine_chunks() for name in columns]
-    lengths = np.stack([table.value_lengths().to_numpy(zero_copy_only=False) for table in tables], 1)
-    starts = (np.cumsum(lengths + 1) - (lengths + 1).flatten()).reshape(lengths.shape)
-    numbers = np.empty(lengths.sum() + lengths.size, np.int32)
-    numbers[starts] = lengths
-    for column, table in enumerate(tables):
-        n = lengths[:, column]
-        offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # to add to a token's index in its column
-        numbers[offsets + np.arange(n.sum())] = table.flatten().to_numpy(zero_copy_only=False)
-    return hashlib.sha256(numbers)

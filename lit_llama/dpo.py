@@ -40,12 +40,24 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def sum_logps_by_row(
-    logps: torch.Tensor, labels: torch.Tensor, label_index: torch.Tensor | None = None
+    logps: torch.Tensor,
+    labels: torch.Tensor,
+    label_index: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps` for the same labels."""
+    """Return the sums over each row, (B,), of the log-probabilities (n,) of `LLaMA.label_logps` for the same labels.
+
+    Args:
+        segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with two answers each. The result is then
+            (2B,): the sums over the first answers, then those over the second ones.
+    """
     index = find_labels(labels) if label_index is None else label_index
+    sequences, slots = len(labels), index
+    if segments is not None:
+        answer = segments.flatten().index_select(0, index) - 1
+        sequences, slots = 2 * sequences, index + answer * labels.numel()
     # on a GPU, index_add into (B,) would sum in an order that varies from call to call
-    return logps.new_zeros(labels.numel()).index_copy(0, index, logps).view(labels.shape)[:, :-1].sum(-1)
+    return logps.new_zeros(sequences * labels.size(1)).index_copy(0, slots, logps).view(sequences, -1).sum(-1)
 
 
 def dpo_loss(
@@ -100,8 +112,8 @@ def dpo_loss(
 
 def pair_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probabilities of a batch of B pairs, (2B,): of the chosen, then of the rejected responses."""
-    labels, index = batch["labels"], batch["label_index"]
-    return sum_logps_by_row(model(batch["idx"], labels, index), labels, index)
+    labels, index, segments = batch["labels"], batch["label_index"], batch.get("segments")
+    return sum_logps_by_row(model(batch["idx"], labels, index, segments), labels, index, segments)
 
 
 class DPOLoss:
@@ -142,8 +154,9 @@ class DPOLoss:
         )
         sums = {"loss": losses.sum()}
         if self.sft_weight:
-            n_tokens = (batch["labels"][: len(chosen), 1:] != IGNORE_INDEX).sum(-1)
-            sft = -(chosen / n_tokens).sum()
+            each = torch.ones_like(batch["label_index"], dtype=torch.float32)
+            n_tokens = sum_logps_by_row(each, batch["labels"], batch["label_index"], batch.get("segments"))
+            sft = -(chosen / n_tokens[: len(chosen)]).sum()
             sums = {"loss": sums["loss"] + self.sft_weight * sft, "dpo_loss": sums["loss"], "sft_loss": sft}
         return sums | {
             "reward_accuracy": (chosen_rewards > rejected_rewards).float().sum(),
@@ -156,7 +169,6 @@ class DPOLoss:
 
     def logps(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities under policy and reference, (2B,) each, in the order of `pair_logps`."""
-        reference = torch.zeros(len(batch["idx"]), device=batch["idx"].device)
-        if self.reference is not None:
-            reference = self.reference(model, batch)
-        return pair_logps(model, batch), reference
+        reference = None if self.reference is None else self.reference(model, batch)
+        policy = pair_logps(model, batch)
+        return policy, torch.zeros_like(policy) if reference is None else reference

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
+from lit_llama.modules import attention_mask
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -59,11 +60,11 @@ class KVCache:
         return [LayerCache(self, k, v, slots) for k, v in zip(self.k, self.v, strict=True)]
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """Return (B, 1, T, S), True for the slots up to a token's position; None if every token attends to all."""
+        """Return the `attention_mask` (B, 1, T, S) of the slots up to each position (B, T); None if it is all 0."""
         if self.even and positions.size(1) == 1 and not self.static:
             return None
         slots = torch.arange(self.k.size(3) if self.static else self.length, device=positions.device)
-        return (slots <= positions.unsqueeze(-1)).unsqueeze(1)
+        return attention_mask(slots <= positions.unsqueeze(-1), self.k.dtype)
 
 
 @dataclass

@@ -233,8 +233,8 @@ class CausalSelfAttention(nn.Module):
         Args:
             q: (B, nh, T, hs), rotated.
             k, v: (B, ng, S, hs), k rotated; attention is computed in their dtype, which may be that of a cache.
-            mask: (B, 1, T, S), True where a token attends to a key; or 0 there and -inf elsewhere, in the dtype of q.
-                None is causal attention with S = T, or attention to all keys for T = 1.
+            mask: (B, 1, T, S), 0 where a token attends to a key and -inf elsewhere, in the dtype of k. None is causal
+                attention with S = T, or attention to all keys for T = 1.
         """
         if mask is not None and q.size(2) > 1 and q.size(1) != k.size(1):  # CUDA has no fused kernel for both
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))

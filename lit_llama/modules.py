@@ -1,11 +1,14 @@
-"""Tools for PyTorch modules: evaluation mode, temporary parameter values, parameters that stay fp32."""
+"""Tools for PyTorch modules: evaluation mode, temporary parameter values, parameters that stay fp32, masks."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from lit_llama.config import round_up
 
 
 @contextmanager
@@ -62,6 +65,20 @@ class Fp32Parameters:
             if parameter.dtype != torch.float32:
                 parameter.data = values.to(parameter.device)
         return self
+
+
+def attention_mask(attends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mask (B, 1, T, S) of a bool tensor (B, T, S): 0 where it is True, and -inf elsewhere.
+
+    A bool mask would be converted in each layer, and stored by each for the backward pass.
+
+    Args:
+        dtype: The dtype of attention.
+    """
+    *rows, S = attends.shape
+    # CUDA's kernel would copy a mask whose rows are not aligned
+    aligned = torch.full((*rows, round_up(S, 16)), -math.inf, dtype=dtype, device=attends.device)
+    return aligned[..., :S].masked_fill_(attends, 0).unsqueeze(1)
 
 
 def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lit_llama.config import round_up
 from lit_llama.logps import IGNORE_INDEX, find_labels
+from lit_llama.modules import attention_mask
 
 
 def answers_per_row(prompt: int, answer: float, count: int, n_embd: int) -> int:
@@ -72,13 +72,7 @@ def packed_length(prompt: int, answers: Iterable[int]) -> int:
 
 
 def segment_mask(segments: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the attention mask (B, 1, T, T) and the position of each token, (B, T) int64, for segments (B, T).
-
-    The mask is 0 where a token attends to a key and -inf elsewhere, in the dtype of attention. A bool mask would be
-    converted in each layer, and stored by each for the backward pass.
-    """
-    keys, T = segments.unsqueeze(1), segments.size(1)  # (B, 1, T)
+    """Return the `attention_mask` (B, 1, T, T) and the position of each token, (B, T) int64, for segments (B, T)."""
+    keys = segments.unsqueeze(1)  # (B, 1, T)
     attends = ((keys == segments.unsqueeze(2)) | (keys == 0)).tril()  # (B, T, T)
-    # CUDA's kernel would copy a mask whose rows are not aligned
-    aligned = torch.full((len(segments), T, round_up(T, 16)), -math.inf, dtype=dtype, device=segments.device)
-    return aligned[..., :T].masked_fill_(attends, 0).unsqueeze(1), attends.sum(-1) - 1
+    return attention_mask(attends, dtype), attends.sum(-1) - 1

@@ -106,6 +106,7 @@ def reference_key(
         "base": base,
         "adapter": adapter,
         "batches": layout.hexdigest(),
+        "packed": str(data.n_embd > 0),
         "precision": str(fabric.strategy.precision.precision),
         "method": method,
         "quantize": str(quantize),

@@ -1,7 +1,10 @@
 import math
+import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import test_data
 import torch
 import toys
 
@@ -216,6 +219,36 @@ def test_losses_with_a_different_model_as_the_reference(policy, base_dir, prefer
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-3)
 
 
+def test_pairs_that_share_a_row_have_the_same_losses_and_gradients(policy, preference_dir):
+    data, results = PreferenceData(preference_dir, "train"), []
+    state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
+    for data.n_embd in (0, 10**6):
+        batch = data.batch(np.arange(len(data)))
+        sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
+        sums["loss"].backward()
+        gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+        results.append(({name: value.detach() for name, value in sums.items()}, gradients, len(batch["idx"])))
+        policy.zero_grad()
+    (separate, separate_gradients, n_separate), (packed, packed_gradients, n_packed) = results
+    assert (n_separate, n_packed) == (2 * len(data), len(data))
+    assert 0 < separate["reward_accuracy"] < len(data)
+    torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(packed_gradients, separate_gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_pairs_share_rows_where_that_saves_work(preference_dir, monkeypatch):
+    """The decision depends on the mean lengths in the batch and on the width of the model."""
+    data, calls = PreferenceData(preference_dir, "train"), []
+    monkeypatch.setattr("lit_llama.data.answers_per_row", lambda *args: calls.append(args) or 1)
+    rows = data.rows[:3]
+    prompt, answers = (
+        sum(len(ids) for name in names for ids in rows[name]) for names in (("prompt",), ("chosen", "rejected"))
+    )
+    assert "segments" not in data.batch(np.arange(3)) and calls == []
+    data.n_embd = 64
+    assert "segments" not in data.batch(np.arange(3)) and calls == [(prompt / 3, answers / 6, 2, 64)]
+
+
 def test_a_stored_reference_returns_the_log_probabilities_of_the_batch(policy, preference_dir):
     data = PreferenceData(preference_dir, "train")
     logps = torch.arange(2.0 * len(data)).view(-1, 2)
@@ -255,6 +288,18 @@ def test_batch_shapes_and_token_counts(preference_dir):
     row = data.rows[3]
     assert data.tokens[3] == 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
     assert data.weights.tolist() == [1.0] * 20
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_empty_prompts_and_responses_are_refused(tmp_path, preference_dir, monkeypatch, column):
+    shutil.copytree(preference_dir, tmp_path / "pairs")
+    row = {"prompt": [[1, 5]], "chosen": [[6, 2]], "rejected": [[7, 2]]}
+    test_data.write_arrow(
+        tmp_path / "pairs/train/data-00000-of-00001.arrow", **{**row, column: pa.array([[]], pa.list_(pa.int64()))}
+    )
+    monkeypatch.setattr("lit_llama.storage.arrow_files.changed_names", lambda *args: [])
+    with pytest.raises(UserError, match="has rows with an empty prompt or response; prepare the dataset again"):
+        PreferenceData(tmp_path / "pairs", "train")
 
 
 # == preparing pairs ==

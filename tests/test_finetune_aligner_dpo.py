@@ -246,6 +246,27 @@ def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
 # == training ==
 
 
+def test_responses_that_share_a_row_give_the_same_metrics(settings, trained_adapter, tmp_path, monkeypatch):
+    """Of the script, all uses are with the width of the model: training, validation and the cached reference."""
+    flags = {name: settings(tmp_path / name, init_adapter=trained_adapter) for name in ("separate", "packed")}
+    train(flags["separate"])
+    widths, rows, original = set(), [], PreferenceData.batch
+    monkeypatch.setattr("lit_llama.data.answers_per_row", lambda *args: widths.add(args[-1]) or 2)
+
+    def batch(data, indices):
+        result = original(data, indices)
+        rows.append(len(result["idx"]) / len(indices))
+        return result
+
+    monkeypatch.setattr(PreferenceData, "batch", batch)
+    train(flags["packed"])
+    assert widths == {32} and set(rows) == {1}
+    before, after = logged(tmp_path / "separate"), logged(tmp_path / "packed")
+    assert before.keys() == after.keys()
+    for step in (0, 1, 2):  # later, rounding grows
+        assert after[step] == pytest.approx(before[step], rel=1e-3, abs=1e-3), step
+
+
 @pytest.fixture
 def finished(settings, tmp_path, capsys) -> tuple[Path, str]:
     train(settings(tmp_path / "run", sft_weight=0.5))

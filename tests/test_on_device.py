@@ -94,13 +94,18 @@ def policy_batch() -> dict[str, torch.Tensor]:
     return batch | {name: torch.ones(n_labels) for name in ("advantages", "weights", "mean_weights")}
 
 
+def pair_batch() -> dict[str, torch.Tensor]:
+    return pack_answers([([1, 2, 3], [[4, 5], [6]])])
+
+
 def reference(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.zeros(len(batch["idx"]), device=batch["idx"].device)
+    return torch.zeros(2, device=batch["idx"].device)
 
 
 LOSSES = {
     "sft": (SFTLoss(), sft_batch),
     "dpo": (DPOLoss(reference, sft_weight=0.5), sft_batch),
+    "dpo, packed": (DPOLoss(reference, sft_weight=0.5), pair_batch),
     "rl": (PolicyLoss(clip=0.2, kl_weight=0.0, start={}), policy_batch),
 }
 
@@ -211,6 +216,7 @@ WAITS = {
     "model.py: LLaMA.normalize_state_dict": "when weights are loaded",
     "variant.py: without_aliases": "when weights are loaded",
     "data.py: SFTData.prompts": "on the CPU",
+    "data.py: PreferenceData.batch": "on the CPU",
     "data.py: PreferenceData.prompts": "on the CPU",
     "data.py: PromptData.prompt_ids": "on the CPU",
     "data.py: PromptData.sha256": "on the CPU",

@@ -68,7 +68,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
     settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
     method, micro_batches = METHODS[settings.method], [rows for step in plan for rows in step]
     shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
-    tasks = {}
+    tasks, packed = {}, True
     if isinstance(train, Rollouts):
         sizes = [largest_answers(trainer, train, rows) for rows in micro_batches]
         rows, prompt, new = max((size.sampling for size in sizes), key=lambda s: s[0] * (s[1] + s[2]))
@@ -76,7 +76,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         sequences, tokens, labels = max((size.training for size in sizes), key=lambda s: s[0] * s[1])
     else:
         batch = train.batch(largest(train.lengths, micro_batches))
-        (sequences, tokens), labels = batch["idx"].shape, int((batch["labels"] != -1).sum())
+        (sequences, tokens), labels, packed = batch["idx"].shape, len(batch["label_index"]), "segments" in batch
     checkpointing = settings.gradient_checkpointing
     tasks[f"a step, {sequences} × {tokens:,} tokens"] = training_memory(
         method,
@@ -85,7 +85,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         tokens=tokens,
         labels=labels,
         gradient_checkpointing=checkpointing,
-        packed=isinstance(train, Rollouts),
+        packed=packed,
         **shared,
     )
     return tasks

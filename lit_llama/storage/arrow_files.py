@@ -1,8 +1,14 @@
-"""Read the Arrow files of prepared datasets. They are checked first, because damaged offsets can crash the process."""
+"""Read and hash the Arrow files of prepared datasets.
 
+They are checked before they are read, because damaged offsets can crash the process.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, load_from_disk
@@ -67,3 +73,17 @@ def check_arrow(path: Path, columns: Sequence[str]) -> int:
         return largest
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+
+
+def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
+    """Return the sha256 object of [length, token ids] as int32, of each column, row by row."""
+    tables = [rows.with_format("arrow")[name].combine_chunks() for name in columns]
+    lengths = np.stack([table.value_lengths().to_numpy(zero_copy_only=False) for table in tables], 1)
+    starts = (np.cumsum(lengths + 1) - (lengths + 1).flatten()).reshape(lengths.shape)
+    numbers = np.empty(lengths.sum() + lengths.size, np.int32)
+    numbers[starts] = lengths
+    for column, table in enumerate(tables):
+        n = lengths[:, column]
+        offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # to add to a token's index in its column
+        numbers[offsets + np.arange(n.sum())] = table.flatten().to_numpy(zero_copy_only=False)
+    return hashlib.sha256(numbers)
