@@ -66,7 +66,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.count_parameters import VARIANTS, Variant
 from studies.protocol import sft_settings
-from studies.trials import Record, Trial, at_edge, choose, run_trials
+from studies.trials import Cell, Plan, Record, Trial, at_edge, choose, run_plans
 
 SWEEP_SEED = 0  # of the training runs that choose the rate
 MEASURES = {
@@ -181,64 +181,43 @@ def make_trial(settings: Settings, name: str, variant: Variant, folder: Path, ra
     return Trial(f"{name}-lr{rate:g}-seed{seed}", variant, stated, scoring={"rows": settings.rows})
 
 
-def by_method(records: list[Record], name: str) -> dict[str, list[Record]]:
-    """Return the records of a dataset's trials by method, which is read from their names."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["trial"]["name"].removeprefix(f"{name}-").partition("-")[0], []).append(record)
-    return groups
+def cell_plan(
+    settings: Settings, name: str, variant: Variant, folder: Path, chosen_by: Path
+) -> Plan[tuple[Record, Cell]]:
+    """Choose the learning rate of a method on a dataset and train all seeds; return the chosen trial, and all."""
+    rates, seeds = settings.learning_rates, settings.seeds
+    swept = yield [make_trial(settings, f"{name}-choosing", variant, chosen_by, rate, SWEEP_SEED) for rate in rates]
+    best = choose(swept, key=lambda record: -sum(record["scores"]["loss"]))
+    rate = best["trial"]["settings"]["learning_rate"]
+    return best, (swept, (yield [make_trial(settings, name, variant, folder, rate, seed) for seed in seeds]))
 
 
-def train(
-    settings: Settings, folder: Path, name: str, variants: dict[str, Variant]
-) -> tuple[dict[str, list[Record]], dict[str, list[Record]], dict[str, Record]]:
-    """Choose the learning rate of each method, and train all seeds at it.
+def probe(settings: Settings, folder: Path, cells: dict[str, tuple[Record, Cell]]) -> dict[str, Any]:
+    """Compare the methods on one dataset.
 
-    Returns:
-        The trials that choose the rate, those at the chosen rates, and the chosen trial of each method.
-    """
-    runs, chosen_by = settings.out_dir / "runs", settings.out_dir / "data" / name
-    split_training_rows(folder, settings.valid_fraction, chosen_by)
-    grid = [
-        make_trial(settings, f"{name}-{method}-choosing", variant, chosen_by, rate, SWEEP_SEED)
-        for method, variant in variants.items()
-        for rate in settings.learning_rates
-    ]
-    swept = by_method(run_trials(grid, runs, score, jobs=settings.jobs, desc=f"{name}, choosing rates"), name)
-    best = {method: choose(tried, key=lambda record: -sum(record["scores"]["loss"])) for method, tried in swept.items()}
-    final = [
-        make_trial(settings, f"{name}-{m}", variants[m], folder, best[m]["trial"]["settings"]["learning_rate"], seed)
-        for m in variants
-        for seed in settings.seeds
-    ]
-    trained = by_method(run_trials(final, runs, score, jobs=settings.jobs, desc=f"{name}, seeds"), name)
-    return swept, trained, best
-
-
-def probe(settings: Settings, folder: Path, name: str, variants: dict[str, Variant]) -> dict[str, Any]:
-    """Train all methods on one dataset and compare them.
+    Args:
+        cells: The result of `cell_plan` for each method.
 
     Returns:
         For each of `MEASURES` its mean per token (method, and "base" -> number) and shares (method -> `Share`); rates;
         edges: methods whose rate is the lowest or highest tried; rows; seconds.
     """
-    swept, trained, best = train(settings, folder, name, variants)
     data = SFTData(folder, "test", Tokenizer(settings.checkpoint_dir), settings.rows)
     base, results = row_scores(load_model(settings.checkpoint_dir), data), {}
     tokens = data.weights
     for measure in MEASURES:
-        scores = {method: scores_of(runs, measure) for method, runs in trained.items()}  # (S, n) each
+        scores = {method: scores_of(trained, measure) for method, (_, (_, trained)) in cells.items()}  # (S, n) each
         all_scores = {"base": base[measure][None], **scores}
         results[measure] = {
             "mean": {method: float(rows.sum(1).mean() / tokens.sum()) for method, rows in all_scores.items()},
             "shares": {m: recovered(base[measure], rows, scores["lora"], tokens, resamples=settings.resamples)
                        for m, rows in scores.items() if m != "lora"},
         }  # fmt: skip
-    records = [record for group in (swept, trained) for runs in group.values() for record in runs]
+    records = [record for _, cell in cells.values() for runs in cell for record in runs]
     return {
         **results,
-        "rates": {method: record["trial"]["settings"]["learning_rate"] for method, record in best.items()},
-        "edges": [method for method, record in best.items() if at_edge(record, swept[method])],
+        "rates": {method: best["trial"]["settings"]["learning_rate"] for method, (best, _) in cells.items()},
+        "edges": [method for method, (best, (swept, _)) in cells.items() if at_edge(best, swept)],
         "rows": len(data),
         "seconds": round(sum(record.get("seconds", 0) for record in records)),
     }
@@ -298,28 +277,30 @@ def plot(results: dict[str, dict[str, Any]], variants: dict[str, Variant], path:
     save_figure(figure, path)
 
 
-def check(settings: Settings) -> None:
-    """Check the seeds.
-
-    Raises:
-        UserError: Two of them are equal, or one is `SWEEP_SEED`.
-    """
-    if len(set(settings.seeds)) < len(settings.seeds) or SWEEP_SEED in settings.seeds:
-        raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
-
-
 def main(settings: Settings) -> None:
     names = [folder.resolve().name for folder in settings.data_dir]
     if len(set(names)) < len(names):
         raise UserError(f"Two data folders have the same name: {', '.join(names)}.")
-    check(settings)
+    if len(set(settings.seeds)) < len(settings.seeds) or SWEEP_SEED in settings.seeds:
+        raise UserError(f"seeds must differ from each other and from {SWEEP_SEED}, which chooses the rate.")
     large = Variant(f"Aligner, N = {settings.many}", "aligner", {"adapter_prompt_length": settings.many})
     variants = {"aligner1": VARIANTS["aligner1"], "many": large, "lora": VARIANTS["lora"]}
     for folder in settings.data_dir:
         SFTData(folder, "test", Tokenizer(settings.checkpoint_dir))  # a UserError before anything is trained
     claim(settings.out_dir, ("probe.md", "probe.json", "probe.png"))
-    datasets = dict(zip(names, settings.data_dir, strict=True))
-    probes = {name: probe(settings, folder, name, variants) for name, folder in datasets.items()}
+    folders, plans = dict(zip(names, settings.data_dir, strict=True)), {}
+    for name, folder in folders.items():
+        chosen_by = settings.out_dir / "data" / name
+        split_training_rows(folder, settings.valid_fraction, chosen_by)
+        for method, variant in variants.items():
+            plans[name, method] = cell_plan(settings, f"{name}-{method}", variant, folder, chosen_by)
+    expected = len(plans) * (len(settings.learning_rates) + len(settings.seeds))
+    trained = run_plans(
+        list(plans.values()), settings.out_dir / "runs", score, jobs=settings.jobs, desc="training runs",
+        expected=expected,
+    )  # fmt: skip
+    cells = dict(zip(plans, trained, strict=True))
+    probes = {name: probe(settings, folders[name], {m: cells[name, m] for m in variants}) for name in folders}
     table = report(probes, variants)
     print(table)
     write_text(settings.out_dir / "probe.md", table + "\n")

@@ -8,12 +8,12 @@ trained at that rate. The study writes all trials (CSV), the tables (Markdown) a
 where it stopped.
 """
 
+import functools
 import json
 import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -52,7 +52,7 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.checkpoint import base_fingerprint, load_model, versions
 from lit_llama.run.report import write_above_bar
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Plan, Record, Trial, choose, command_of, read_record, run_plans, with_quick
+from studies.trials import Cell, Plan, Record, Trial, choose, command_of, run_cells, stored_result, with_quick
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -84,14 +84,6 @@ QUICK = {"methods": ("aligner1",), "objectives": ("direct", "rl"), "tasks": ("tw
          "seeds": (1,), "sft_steps": 40, "rl_steps": 25, "questions": 60}  # fmt: skip
 COMPARED = {"methods": tuple(METHODS), "objectives": tuple(OBJECTIVES), "tasks": tuple(TASKS)}
 PARTS: tuple[Part, ...] = ("valid", "reported")
-
-
-def score(trial: Trial, run: Path) -> dict[str, Any]:
-    """Return the measures of a trained adapter, and write its answers next to it."""
-    base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
-    measures = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
-    write_text(run / "answers.json", json.dumps(measures.pop("answers"), indent=1) + "\n")
-    return measures
 
 
 def data_dir(settings: Settings, task: str, objective: str, part: Part) -> Path:
@@ -155,11 +147,8 @@ def score_base(settings: Settings) -> list[Row]:
                            "suffix": suffix}  # fmt: skip
                 path = settings.out_dir / "base" / f"{task}{objective and '-'}{objective}-seed{seed}.json"
                 identity = {**scoring, "base": base}
-                known = read_record(path)
-                if known.get("identity") != identity:
-                    known = {"identity": identity, **measure(model, tokenizer, **scoring)}
-                    write_text(path, json.dumps(known, indent=1) + "\n")
-                scores = {k: v for k, v in known.items() if k not in ("identity", "answers")}
+                scores = stored_result(path, identity, functools.partial(measure, model, tokenizer, **scoring))
+                del scores["answers"]
                 rows.append({"task": task, "objective": objective, "method": BASE, "part": "reported",
                              "learning_rate": None, "seed": seed, "parameters": 0, "error": "", **scores})  # fmt: skip
     return rows
@@ -197,7 +186,7 @@ def as_row(settings: Settings, record: Record, sampled: dict[tuple[str, str], tu
     }
 
 
-def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[list[Record], list[Record]]:
+def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> Cell:
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate.
 
     Args:
@@ -205,13 +194,10 @@ def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> tuple[li
     """
     sweeps = len(settings.learning_rates) + 2 * len(settings.sweep_seeds[1:]) if settings.learning_rates[1:] else 0
     expected, plans = len(cells) * (sweeps + len(settings.seeds)), [cell_plan(settings, cell) for cell in cells]
-    results = run_plans(
-        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="training runs", expected=expected
-    )
-    return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
+    return run_cells(plans, settings.out_dir / "runs", measure, jobs=settings.jobs, expected=expected)
 
 
-def cell_plan(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Record], list[Record]]]:
+def cell_plan(settings: Settings, cell: tuple[str, str, str]) -> Plan[Cell]:
     """Choose the learning rate of a cell and train all seeds; return the trials of both."""
     swept, rate = yield from sweep(settings, cell)
     if rate is None:

@@ -11,7 +11,6 @@ from lit_llama.checkpoint import base_fingerprint
 from lit_llama.generation import Sampling, instruct
 from lit_llama.model import LLaMA
 from lit_llama.prompts import get_prompt_style
-from lit_llama.storage.files import write_text
 from lit_llama.tokenizer import Tokenizer
 from microworld.datasets import write_prompts, write_rows
 from microworld.rewards import ends_right
@@ -19,7 +18,7 @@ from microworld.scorer import draw_questions, score_model
 from microworld.world import FORMS, TRAIN, Question, World
 from studies import paper_tasks
 from studies.paper_tasks import SPLITS, Part
-from studies.trials import read_record
+from studies.trials import stored_result
 
 TASKS = {"two_hop": "two-hop questions about unseen people", "facts": "new facts, asked in another wording"}
 # objective -> (label, what the training signal contains)
@@ -68,14 +67,14 @@ def samples_of_base(
     """Sample `each` answers of the base at temperature 1 to every training question, or read them from a file."""
     questions, _ = questions_of(task, part)
     identity = {"base": base_fingerprint(base_dir)["tensors"], "each": each, "task": task, "part": part}
-    if (record := read_record(path)).get("identity") == identity:
-        return record["answers"]
-    texts = [question.text for question in questions for _ in range(each)]
-    sampling = Sampling(60, temperature=1.0, seed=0)
-    answers = instruct(model, tokenizer, texts, get_prompt_style("alpaca"), sampling, batch_size=128)
-    grouped = [answers[i : i + each] for i in range(0, len(answers), each)]
-    write_text(path, json.dumps({"identity": identity, "answers": grouped}, indent=1) + "\n")
-    return grouped
+
+    def sample() -> dict[str, list[list[str]]]:
+        texts = [question.text for question in questions for _ in range(each)]
+        sampling = Sampling(60, temperature=1.0, seed=0)
+        answers = instruct(model, tokenizer, texts, get_prompt_style("alpaca"), sampling, batch_size=128)
+        return {"answers": [answers[i : i + each] for i in range(0, len(answers), each)]}
+
+    return stored_result(path, identity, sample)["answers"]
 
 
 # == data ==

@@ -6,6 +6,7 @@ validation questions, which never appear in the table; then several seeds are tr
 all trials (CSV), the table (CSV and Markdown) and figures. A stopped study continues where it stopped.
 """
 
+import functools
 import json
 import math
 import sys
@@ -47,7 +48,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.checkpoint import base_fingerprint, load_model, versions
 from lit_llama.run.report import write_above_bar
 from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import csv_text
@@ -57,7 +58,7 @@ from scripts.count_parameters import VARIANTS
 from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Plan, Record, Trial, choose, command_of, read_record, run_plans, with_quick
+from studies.trials import Cell, Plan, Record, Trial, choose, command_of, run_cells, stored_result, with_quick
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -68,14 +69,6 @@ def scoring_of(settings: Settings, task: str, part: Part, seed: int) -> dict[str
     scoring = {"task": task, "part": part, "count": settings.questions, "seed": seed}
     temperature = TASKS[task].temperature
     return {**scoring, "temperature": temperature} if temperature else scoring
-
-
-def score(trial: Trial, run: Path) -> dict[str, float]:
-    """Return the measures of a trained adapter, and write its answers next to it."""
-    base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
-    measures = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
-    write_text(run / "answers.json", json.dumps(measures.pop("answers"), indent=1) + "\n")
-    return measures
 
 
 def make_trial(settings: Settings, task: str, method: str, rate: float, seed: int, part: Part) -> Trial:
@@ -102,11 +95,8 @@ def score_base(settings: Settings) -> list[Row]:
     for task, seed in tqdm(cells, desc="base model", unit="score"):
         scoring = scoring_of(settings, task, "reported", seed)
         path, identity = settings.out_dir / "base" / f"{task}-seed{seed}.json", {**scoring, "base": base}
-        known = read_record(path)
-        if known.get("identity") != identity:
-            known = {"identity": identity, **measure(model, tokenizer, **scoring)}
-            write_text(path, json.dumps(known, indent=1) + "\n")
-        scores = {k: v for k, v in known.items() if k not in ("identity", "answers")}
+        scores = stored_result(path, identity, functools.partial(measure, model, tokenizer, **scoring))
+        del scores["answers"]
         rows.append({"task": task, "method": BASE, "part": "reported", "learning_rate": None, "seed": seed,
                      "parameters": 0, "error": "", **scores})  # fmt: skip
     return rows
@@ -131,17 +121,14 @@ def as_row(record: Record) -> Row:
     }
 
 
-def run_study(settings: Settings) -> tuple[list[Record], list[Record]]:
+def run_study(settings: Settings) -> Cell:
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate."""
     plans = [cell_plan(settings, task, method) for method in settings.methods for task in settings.tasks]
     expected = len(plans) * (len(settings.learning_rates) + len(settings.seeds))
-    results = run_plans(
-        plans, settings.out_dir / "runs", score, jobs=settings.jobs, desc="training runs", expected=expected
-    )
-    return [record for swept, _ in results for record in swept], [record for _, final in results for record in final]
+    return run_cells(plans, settings.out_dir / "runs", measure, jobs=settings.jobs, expected=expected)
 
 
-def cell_plan(settings: Settings, task: str, method: str) -> Plan[tuple[list[Record], list[Record]]]:
+def cell_plan(settings: Settings, task: str, method: str) -> Plan[Cell]:
     """Choose the learning rate of a method on a task and train all seeds; return the trials of both."""
     rates, seeds = settings.learning_rates, settings.seeds
     swept = yield [make_trial(settings, task, method, rate, settings.sweep_seed, "valid") for rate in rates]

@@ -36,10 +36,11 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, versions
+from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import read_json
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 from scripts.count_parameters import Variant
 from studies.protocol import METHODS
@@ -77,6 +78,7 @@ Score = Callable[[Trial, Path], dict[str, Any]]  # (trial, folder of its run) ->
 S = TypeVar("S")
 T = TypeVar("T")
 Plan = Generator[list[Trial], list[Record], T]  # yields trials, is sent their records, and returns a result
+Cell = tuple[list[Record], list[Record]]  # trials that choose the learning rate, and those at the chosen rate
 
 
 def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any]:
@@ -172,6 +174,33 @@ def read_record(path: Path) -> Record:
         return read_json(path)
     except UserError:
         return {}
+
+
+def stored_result(path: Path, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `compute`, or what an earlier call with an equal identity wrote to a file.
+
+    Args:
+        identity: Everything that the result depends on, as JSON.
+    """
+    known = read_record(path)
+    if known.pop("identity", None) == identity:
+        return known
+    result = compute()
+    write_text(path, json.dumps({"identity": identity, **result}, indent=1) + "\n")
+    return result
+
+
+def score_answers(measure: Callable[..., dict[str, Any]], trial: Trial, run: Path) -> dict[str, Any]:
+    """Return the measures of a trained adapter, and write its answers next to it.
+
+    Args:
+        measure: Called with the model, its tokenizer and the trial's `scoring`; returns measures, and the answers under
+            "answers".
+    """
+    base, adapter = trial.settings["checkpoint_dir"], read_adapter(run / "last.safetensors")
+    measures = measure(load_model(base, adapter), Tokenizer(base), **trial.scoring)
+    write_text(run / "answers.json", json.dumps(measures.pop("answers"), indent=1) + "\n")
+    return measures
 
 
 def start_worker() -> None:
@@ -286,6 +315,19 @@ def run_plans(
             ) from None
         bar.total = len(names)
     return [results[number] for number in range(len(plans))]
+
+
+def run_cells(
+    plans: Sequence[Plan[Cell]], out_dir: Path, measure: Callable[..., dict[str, Any]], *, jobs: int, expected: int
+) -> Cell:
+    """Return the trials of all cells, joined.
+
+    Args:
+        measure: As for `score_answers`. For the other arguments and the errors see `run_plans`.
+    """
+    score = functools.partial(score_answers, measure)
+    results = run_plans(plans, out_dir, score, jobs=jobs, desc="training runs", expected=expected)
+    return tuple([record for result in results for record in result[part]] for part in (0, 1))
 
 
 def all_finished(records: list[Record]) -> list[Record]:
