@@ -93,10 +93,16 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
         used = f"{np.median(rates(steps)) * flops / peak:.0%} ({with_interval(rates(steps))} tokens/s)"
         return [f"training, {what}: utilization of the rate of a large product", "≥ 60%", used, ""]
 
-    _, steps_of = b.take_turns({"SFT": sft, "DPO": dpo}, settings.rounds, [])
+    packed = partial(worker.step, batches=batch, data="random, packed", loss="dpo")
+    _, steps_of = b.take_turns({"SFT": sft, "DPO": dpo, "DPO, packed": packed}, settings.rounds, [])
     yield utilization("N = 1", steps_of["SFT"])
     seconds = {name: [sum(step["seconds"].values()) for step in steps] for name, steps in steps_of.items()}
     yield ["time, DPO over SFT", "≤ 1.05", *compare(seconds["DPO"], seconds["SFT"])]
+    yield [
+        "time, DPO with packed pairs over separate responses",
+        "≤ 1",
+        *compare(seconds["DPO, packed"], seconds["DPO"]),
+    ]
     if device.type == "cuda":  # on a CPU, the memory of other models in this process would count too
         ratio = steps_of["DPO"][-1]["peak"] / steps_of["SFT"][-1]["peak"]
         yield ["peak memory, DPO over SFT", "≤ 1.1", f"{ratio:.2f}", ""]

@@ -203,12 +203,16 @@ def check_training(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """DPO starts from its reference: the loss is ln 2 and every margin 0, within 1e-5."""
+    """DPO starts from its reference: the loss is ln 2 and every margin 0, within 1e-5, also for packed pairs."""
     for name in DTYPES:
         run = trainer(device, name, out_dir)
         pairs = PreferenceData(out_dir / "check-data" / "pairs", "train")
         loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
-        check_policy_equals_reference(loss, pairs, run.fabric, run.model, np.array_split(np.arange(len(pairs)), 4))
+        batches = np.array_split(np.arange(len(pairs)), 4)
+        for pairs.n_embd in (0, 10**6):
+            if ("segments" in pairs.batch(batches[0])) != (pairs.n_embd > 0):
+                raise Failed(f"Pairs are packed or not, unlike expected, for a width of {pairs.n_embd}")
+            check_policy_equals_reference(loss, pairs, run.fabric, run.model, batches)
         yield f"DPO's start, {name}: distance of the loss from ln 2", "≤ 1e-5", "within"
 
 
@@ -241,7 +245,7 @@ def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_packed(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Answers that share a row, as in reinforcement learning, against separate rows, with fused attention alone."""
+    """Answers that share a row, as in RL and DPO, against separate rows, with fused attention alone."""
     groups = [(prompt, tokens(9, 30, seed=len(prompt))) for prompt in tokens(20, 35)]
     separate = [(prompt, [answer]) for prompt, answers in groups for answer in answers]
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

@@ -25,6 +25,7 @@ from lit_llama.generation import Sampling, decode, generate
 from lit_llama.logps import find_labels
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.onednn import pack_
+from lit_llama.packing import pack_answers
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,7 +59,7 @@ class Worker:
         Args:
             batches: micro-batches, the longest one last; rows of the data, or (rows, length, length of the responses)
                 of random tokens.
-            data: "sft", "pairs" or "random".
+            data: "sft", "pairs" or "random", or "random, packed", where two responses share a prompt and a sequence.
             loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
 
         Returns:
@@ -95,11 +96,16 @@ class Worker:
         return {"seconds": seconds, "loss": float(np.mean(losses)), "lengths": lengths, "padding": padding}
 
     def _batch(self, rows: Any, data: str) -> Batch:
-        if data == "random":
+        if data.startswith("random"):
             count, length, response = rows
             idx = torch.randint(3, self.model.config.vocab_size, (count, length), device=self.device)
             prompt = torch.arange(length, device=self.device) < length - response
             labels, lengths = idx.masked_fill(prompt, IGNORE_INDEX), torch.full((count,), length)
+            if data == "random, packed":
+                texts = [(ids[:-response], ids[-response:]) for ids in idx.tolist()]
+                pairs = zip(texts[: count // 2], texts[count // 2 :], strict=True)
+                packed = pack_answers([(prompt, [first, second]) for (prompt, first), (_, second) in pairs])
+                return {name: tensor.to(self.device) for name, tensor in packed.items()} | {"lengths": lengths}
             return {"idx": idx, "labels": labels, "label_index": find_labels(labels), "lengths": lengths}
         if data not in self.data:
             self.data[data] = (SFTData if data == "sft" else PreferenceData)(self.settings["data"] / data, "train")
@@ -201,17 +207,19 @@ class Ours(Worker):
             )
 
     def loss(self, batch: Batch, kind: str) -> torch.Tensor:
-        idx, labels, index = batch["idx"], batch["labels"], batch["label_index"]
-        logps = self.model.label_logps(idx, labels, index)
+        labels, index, segments = batch["labels"], batch["label_index"], batch.get("segments")
+        logps = self.model.label_logps(batch["idx"], labels, index, segments)
         if kind == "sft":
             return -logps.mean()
-        reference = torch.full((len(idx),), -100.0, device=self.device)  # as if read from the cache
+        policy = sum_logps_by_row(logps, labels, index, segments)
+        reference = torch.full_like(policy, -100.0)  # as if read from the cache
         if kind == "dpo, two models":
             if not hasattr(self, "reference"):
                 self.reference = self._load_base()
             with torch.no_grad():
-                reference = sum_logps_by_row(self.reference.label_logps(idx, labels, index), labels, index)
-        return dpo_loss(*sum_logps_by_row(logps, labels, index).chunk(2), *reference.chunk(2))[0].mean()
+                logps = self.reference.label_logps(batch["idx"], labels, index, segments)
+                reference = sum_logps_by_row(logps, labels, index, segments)
+        return dpo_loss(*policy.chunk(2), *reference.chunk(2))[0].mean()
 
     def generate_tokens(self, prompts: list[list[int]], n_new: int, on_token: Callable[[], None]) -> None:
         for _ in decode(self.model, prompts, Sampling(n_new)):  # `read` would yield a token one step later on a GPU

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from lit_llama.logps import IGNORE_INDEX, find_labels
-from lit_llama.packing import answers_per_row, pack_answers
+from lit_llama.packing import pack_answers, pair_shape
 from lit_llama.storage.arrow_files import hash_tokens, load_split
 from lit_llama.storage.cache import hash_file
 from lit_llama.storage.schema import field, read_json
@@ -67,6 +67,9 @@ class Data(Protocol):
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """Return rows as tensors on the CPU."""
+
+    def shape(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return the number of sequences and of tokens per sequence in the `batch` of these rows, with padding."""
 
 
 def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
@@ -167,6 +170,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def shape(self, indices: np.ndarray) -> tuple[int, int]:
+        return len(indices), int(self.lengths[indices].max())
+
 
 class SFTData(Split):
     """One split of a dataset for supervised finetuning (`Data`): a row is a prompt with a response.
@@ -226,12 +232,11 @@ class SFTData(Split):
 
 
 class PreferenceData(Split):
-    """One split of a preference dataset (`Data`): a row is a prompt with two responses.
-
-    `weights` is 1 for each pair.
+    """One split of a preference dataset (`Data`): a row is a prompt with two responses, and has weight 1.
 
     Attributes:
-        n_embd: The width of the model, if both responses to a prompt may share a row of a batch; 0 is never.
+        n_embd: Width of the model, which decides whether both responses to a prompt share a sequence of a batch. 0:
+            they never do.
     """
 
     format = PREFERENCE_FORMAT
@@ -240,12 +245,12 @@ class PreferenceData(Split):
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
-        columns = (self.rows["prompt"], self.rows["chosen"], self.rows["rejected"])
-        n_prompt, n_chosen, n_rejected = (np.array([len(ids) for ids in column], int) for column in columns)
-        if not (n_prompt.all() and n_chosen.all() and n_rejected.all()):
+        self.n_prompt, *responses = (np.array([len(ids) for ids in self.rows[name]], int) for name in self.columns)
+        self.n_responses = np.stack(responses)  # (2, rows)
+        if not (self.n_prompt.all() and self.n_responses.all()):
             raise UserError(f"{data_dir} has rows with an empty prompt or response; prepare the dataset again.")
-        self.lengths = n_prompt + np.maximum(n_chosen, n_rejected)
-        self.tokens = 2 * n_prompt + n_chosen + n_rejected
+        self.lengths = self.n_prompt + self.n_responses.max(0)
+        self.tokens = 2 * self.n_prompt + self.n_responses.sum(0)
         self.weights = np.ones(len(self))
 
     @property
@@ -253,22 +258,23 @@ class PreferenceData(Split):
         """Hash of all token ids and of the boundaries between them."""
         return hash_tokens(self.rows, ("prompt", "chosen", "rejected")).hexdigest()
 
+    def shape(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return (B, T) for B pairs whose responses share sequences, and (2B, T) otherwise, see `pair_shape`."""
+        return pair_shape(self.n_prompt[indices], self.n_responses[:, indices], self.n_embd)
+
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return B pairs as a batch of B rows if that saves work (`answers_per_row`), otherwise of 2B rows.
+        """Return B pairs.
 
         Returns:
-            The tensors of `pack_answers` for B prompts, each with its chosen and its rejected response, or without
-            segments for 2B prompts with one response: first all chosen, then all rejected ones. And rows: (B,) int64,
-            the row number of each pair.
+            rows: (B,) int64, the row number of each pair. If pairs share sequences, the tensors of `pack_answers`, each
+            chosen response first; otherwise the same without segments: all chosen responses, then all rejected ones.
         """
         rows = self.rows[indices]
-        prompts, chosen, rejected = ([ids.tolist() for ids in rows[name]] for name in self.columns)
-        groups = [(prompt, list(pair)) for prompt, *pair in zip(prompts, chosen, rejected, strict=True)]
-        n_prompt, n_pair = sum(map(len, prompts)), sum(map(len, chosen + rejected))
-        if self.n_embd and answers_per_row(n_prompt / len(groups), n_pair / len(groups) / 2, 2, self.n_embd) == 2:
-            batch = pack_answers(groups)
+        prompts, *sides = ([ids.tolist() for ids in rows[name]] for name in self.columns)
+        if self.shape(indices)[0] == len(prompts):
+            batch = pack_answers([(prompt, pair) for prompt, *pair in zip(prompts, *sides, strict=True)])
         else:
-            batch = pack_answers([(prompt, [pair[side]]) for side in (0, 1) for prompt, pair in groups])
+            batch = pack_answers([(p, [answer]) for side in sides for p, answer in zip(prompts, side, strict=True)])
             del batch["segments"]  # causal attention is faster
         return {**batch, "rows": torch.as_tensor(indices)}
 

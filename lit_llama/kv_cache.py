@@ -60,7 +60,7 @@ class KVCache:
         return [LayerCache(self, k, v, slots) for k, v in zip(self.k, self.v, strict=True)]
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """Return the `attention_mask` (B, 1, T, S) of the slots up to each position (B, T); None if it is all 0."""
+        """Return the `attention_mask` (B, 1, T, S) of the slots up to each position (B, T); None for all slots."""
         if self.even and positions.size(1) == 1 and not self.static:
             return None
         slots = torch.arange(self.k.size(3) if self.static else self.length, device=positions.device)

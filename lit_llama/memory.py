@@ -65,7 +65,7 @@ def training_memory(
 
     Args:
         model_class, config: the class of the method and its configuration.
-        sequences: number of sequences in the micro-batch; a pair has two.
+        sequences: number of sequences in the micro-batch; a pair has one or two (`lit_llama.packing.pair_shape`).
         tokens: length of the longest sequence, to which the others are padded.
         labels: total number of predicted tokens in all sequences.
         dtype: dtype of the base and of the computation.

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_llama.config import LLaMAConfig, llama_configs  # noqa: F401
 from lit_llama.kv_cache import KVCache, LayerCache
 from lit_llama.logps import find_labels, token_logps
+from lit_llama.modules import attention_dtype
 from lit_llama.packing import segment_mask
 from lit_llama.rope import RoPE, rotate
 from lit_llama.utils import UserError
@@ -106,7 +107,7 @@ class LLaMA(Variant):
         """Return what `hidden` does, for embedded tokens (B, T, C)."""
         mask = None  # (B, 1, T, S)
         if segments is not None:
-            mask, positions = segment_mask(segments, x.dtype)
+            mask, positions = segment_mask(segments, attention_dtype(x))
         elif positions is not None:
             mask = cache.mask(positions)
         elif x.size(1) > self.config.block_size:

@@ -70,7 +70,7 @@ class Fp32Parameters:
 def attention_mask(attends: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mask (B, 1, T, S) of a bool tensor (B, T, S): 0 where it is True, and -inf elsewhere.
 
-    A bool mask would be converted in each layer, and stored by each for the backward pass.
+    A bool mask would be converted in each layer, and each layer would keep a copy for the backward pass.
 
     Args:
         dtype: The dtype of attention.
@@ -79,6 +79,12 @@ def attention_mask(attends: Tensor, dtype: torch.dtype) -> Tensor:
     # CUDA's kernel would copy a mask whose rows are not aligned
     aligned = torch.full((*rows, round_up(S, 16)), -math.inf, dtype=dtype, device=attends.device)
     return aligned[..., :S].masked_fill_(attends, 0).unsqueeze(1)
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of attention in a layer with the input x: that of autocast where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def add_scaled(sums: dict[str, torch.Tensor], losses: dict[str, torch.Tensor], scale: float) -> None:

@@ -11,6 +11,7 @@ log-probabilities and gradients as in a separate row with its prompt.
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,24 @@ def answers_per_row(prompt: int, answer: float, count: int, n_embd: int) -> int:
     """
     most = max(1, int((1.5 * n_embd * prompt / answer - prompt) / (answer + 1)))
     return math.ceil(count / math.ceil(count / most))
+
+
+def pair_shape(n_prompt: np.ndarray, n_responses: np.ndarray, n_embd: int) -> tuple[int, int]:
+    """Return the number of sequences and of tokens per sequence for a batch of prompts with two responses each.
+
+    Both responses share a sequence if `answers_per_row` is 2 for the mean lengths, and that saves at least a tenth of
+    the tokens, padding included.
+
+    Args:
+        n_prompt, n_responses: (B,) and (2, B) numbers of tokens.
+        n_embd: width of the model; 0: responses never share a sequence.
+    """
+    B, separate = len(n_prompt), int((n_prompt + n_responses).max())
+    shared = int((n_prompt + 1 + n_responses.sum(0)).max())  # as in `packed_length`
+    saves_tokens = n_embd > 0 and shared <= 0.9 * 2 * separate
+    if saves_tokens and answers_per_row(n_prompt.mean(), n_responses.mean(), 2, n_embd) == 2:
+        return B, shared
+    return 2 * B, separate
 
 
 def pack_answers(groups: Sequence[tuple[list[int], list[list[int]]]]) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def reference_key(
         method: The finetuning method; its own layers are not quantized.
         compiled: Whether the layers are compiled.
     """
-    layout = hashlib.sha256(b"".join(np.asarray([len(b), *b], np.int64).tobytes() for b in batches))
+    layout = hashlib.sha256(b"".join(np.asarray([len(b), *data.shape(b), *b], np.int64).tobytes() for b in batches))
     on_gpu = fabric.device.type == "cuda"
     on_cpu = f" {instruction_set()} {torch.get_num_threads()} threads"
     processor = torch.cuda.get_device_name(fabric.device) if on_gpu else on_cpu
@@ -106,7 +106,6 @@ def reference_key(
         "base": base,
         "adapter": adapter,
         "batches": layout.hexdigest(),
-        "packed": str(data.n_embd > 0),
         "precision": str(fabric.strategy.precision.precision),
         "method": method,
         "quantize": str(quantize),

@@ -150,6 +150,10 @@ class Rollouts:
             "tokens": torch.tensor(float(self.group_size * self.lengths[rows].sum() + lengths.sum())),
         }
 
+    def shape(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return the number of prompts and of tokens in the longest one, with one token of an answer."""
+        return self.answerer.data.shape(indices)
+
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         """Return the sampled answers to a micro-batch of prompts.
 

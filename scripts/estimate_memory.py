@@ -32,7 +32,7 @@ class Settings(Checked):
 
     # == Training ==
     micro_batch_size: PositiveInt = 4  # sequences of a micro-batch for SFT, and pairs for DPO
-    tokens: PositiveInt = 512  # length of the longest sequence of a micro-batch
+    tokens: PositiveInt = 512  # tokens of the longest prompt with a response
     response_share: PositiveShare = 0.5  # share of the tokens that belong to responses
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
 
@@ -48,6 +48,7 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -57,6 +58,7 @@ from lit_llama.huggingface.config import convert_config
 from lit_llama.memory import Memory, byte_size, count_parameters, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS, method_config
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.packing import pair_shape
 from lit_llama.storage.schema import read_json
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
@@ -110,15 +112,20 @@ def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
     with_method = method.config_class(**{**vars(config), **overrides})
     shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
 
-    def training(sequences: int) -> Memory:
-        labels = max(1, round(sequences * settings.tokens * settings.response_share))
-        return training_memory(method, with_method, sequences=sequences, tokens=settings.tokens, labels=labels,
-                               gradient_checkpointing=settings.gradient_checkpointing, **shared)  # fmt: skip
+    rows, n_response = settings.micro_batch_size, max(1, round(settings.tokens * settings.response_share))
+    n_prompt, n_responses = np.array([settings.tokens - n_response]), np.full((2, 1), n_response)
+    per_pair, pair_tokens = pair_shape(n_prompt, n_responses, config.n_embd)
+
+    def training(sequences: int, tokens: int, labels: int, packed: bool = False) -> Memory:
+        return training_memory(
+            method, with_method, sequences=sequences, tokens=tokens, labels=labels, packed=packed,
+            gradient_checkpointing=settings.gradient_checkpointing, **shared,
+        )  # fmt: skip
 
     is_merged = settings.method == "aligner" and settings.adapter_prompt_length == 1
     return {
-        "SFT": training(settings.micro_batch_size),
-        "DPO": training(2 * settings.micro_batch_size),
+        "SFT": training(rows, settings.tokens, rows * n_response),
+        "DPO": training(rows * per_pair, pair_tokens, 2 * rows * n_response, packed=per_pair == 1),
         "generation": generation_memory(
             LLaMA if is_merged else method, config if is_merged else with_method, rows=settings.batch_size,
             prompt=settings.prompt_tokens, new=settings.new_tokens, **shared,

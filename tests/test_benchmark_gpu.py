@@ -24,6 +24,7 @@ def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path)
         "gradients, N = 10, bf16",
         "packed rows, grouped queries, gradients, bf16",
         "DPO's start, bf16",
+        "DPO with packed pairs over separate responses",
         "utilization",
         "decode, batch 2",
         "over one by one",

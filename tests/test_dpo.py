@@ -14,6 +14,7 @@ from lit_llama.data import PreferenceData
 from lit_llama.dpo import DPOLoss, dpo_loss, sequence_logps, sum_logps_by_row
 from lit_llama.logps import LabelLogps
 from lit_llama.modules import swapped_parameters
+from lit_llama.packing import pair_shape
 from lit_llama.prepare import prepare_preferences
 from lit_llama.reference import AdapterReference, StoredReference
 from lit_llama.utils import UserError
@@ -236,10 +237,34 @@ def test_pairs_that_share_a_row_have_the_same_losses_and_gradients(policy, prefe
     torch.testing.assert_close(packed_gradients, separate_gradients, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("lengths", "n_embd", "shape"), [
+    ([(33, 25, 19), (30, 20, 22)], 192, (2, 78)),  # 33 + 25 + 19 + 1
+    ([(33, 25, 19), (30, 20, 22)], 0, (4, 58)),
+    ([(2048, 2048, 2048)], 4096, (2, 4096)),  # attention would cost more than the prompt
+    ([(2048, 1024, 1024)], 4096, (1, 4097)),
+    ([(500, 10, 10), (10, 500, 500)], 4096, (4, 510)),  # 2 · 1,011 tokens, with padding, are not a tenth fewer
+    ([(500, 10, 10), (400, 100, 10)], 4096, (2, 521)),
+])  # fmt: skip
+def test_the_shape_of_a_batch_of_pairs(lengths, n_embd, shape):
+    n_prompt, *n_responses = np.array(lengths).T
+    assert pair_shape(n_prompt, np.stack(n_responses), n_embd) == shape
+
+
+def test_the_shape_is_that_of_the_batch(preference_dir):
+    data, shapes = PreferenceData(preference_dir, "train"), set()
+    for data.n_embd in (0, 10**6):
+        for indices in (np.arange(3), np.arange(len(data)), np.array([5])):
+            batch = data.batch(indices)
+            assert tuple(batch["idx"].shape) == data.shape(indices)
+            assert ("segments" in batch) == (data.shape(indices)[0] == len(indices))
+            shapes.add(len(batch["idx"]) / len(indices))
+    assert shapes == {1, 2}
+
+
 def test_pairs_share_rows_where_that_saves_work(preference_dir, monkeypatch):
     """The decision depends on the mean lengths in the batch and on the width of the model."""
     data, calls = PreferenceData(preference_dir, "train"), []
-    monkeypatch.setattr("lit_llama.data.answers_per_row", lambda *args: calls.append(args) or 1)
+    monkeypatch.setattr("lit_llama.packing.answers_per_row", lambda *args: calls.append(args) or 1)
     rows = data.rows[:3]
     prompt, answers = (
         sum(len(ids) for name in names for ids in rows[name]) for names in (("prompt",), ("chosen", "rejected"))

@@ -83,9 +83,13 @@ def trained_adapter(base_dir, tmp_path_factory) -> Path:
 # == start of training ==
 
 
+@pytest.mark.parametrize("per_row", [1, 2])
 @pytest.mark.parametrize("precompute", [True, False])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_training_starts_at_ln_2_with_margins_of_0(settings, trained_adapter, tmp_path, precision, precompute):
+def test_training_starts_at_ln_2_with_margins_of_0(
+    settings, trained_adapter, tmp_path, monkeypatch, precision, precompute, per_row
+):
+    monkeypatch.setattr("lit_llama.packing.answers_per_row", lambda *args: per_row)
     out_dir = tmp_path / "run"
     train(settings(out_dir, init_adapter=trained_adapter, precision=precision, precompute_reference=precompute))
     rows = read_metrics(out_dir / "metrics.csv")
@@ -247,20 +251,20 @@ def test_a_damaged_cache_is_computed_again(settings, tmp_path, monkeypatch):
 
 
 def test_responses_that_share_a_row_give_the_same_metrics(settings, trained_adapter, tmp_path, monkeypatch):
-    """Of the script, all uses are with the width of the model: training, validation and the cached reference."""
-    flags = {name: settings(tmp_path / name, init_adapter=trained_adapter) for name in ("separate", "packed")}
-    train(flags["separate"])
-    widths, rows, original = set(), [], PreferenceData.batch
-    monkeypatch.setattr("lit_llama.data.answers_per_row", lambda *args: widths.add(args[-1]) or 2)
+    """Training, validation and the cached reference all use the model's width."""
+    widths, sequences, original = set(), {1: set(), 2: set()}, PreferenceData.batch
+    for per_row, name in ((1, "separate"), (2, "packed")):
+        monkeypatch.setattr("lit_llama.packing.answers_per_row", lambda *args, n=per_row: widths.add(args[-1]) or n)
 
-    def batch(data, indices):
-        result = original(data, indices)
-        rows.append(len(result["idx"]) / len(indices))
-        return result
+        def batch(data, indices, per_row=per_row):
+            result = original(data, indices)
+            sequences[per_row].add(len(result["idx"]) / len(indices))
+            return result
 
-    monkeypatch.setattr(PreferenceData, "batch", batch)
-    train(flags["packed"])
-    assert widths == {32} and set(rows) == {1}
+        monkeypatch.setattr(PreferenceData, "batch", batch)
+        assert len(recomputed_splits(settings(tmp_path / "none"), monkeypatch)) == 2  # none is that of another layout
+        train(settings(tmp_path / name, init_adapter=trained_adapter))
+    assert widths == {32} and sequences == {1: {2}, 2: {1}}
     before, after = logged(tmp_path / "separate"), logged(tmp_path / "packed")
     assert before.keys() == after.keys()
     for step in (0, 1, 2):  # later, rounding grows

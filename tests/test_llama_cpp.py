@@ -1,6 +1,6 @@
 """A merged adapter in llama.cpp, converted with llama.cpp's script: token IDs and greedy answers equal ours.
 
-This needs llama-cpp-python and the source of llama.cpp, which its source package contains (howto/serve.md):
+This needs llama-cpp-python and the source of llama.cpp, which its source package contains (howto/merging.md):
 
     LLAMA_CPP=llama_cpp_python-0.3.36/vendor/llama.cpp python -m pytest tests/test_llama_cpp.py
 """

@@ -133,6 +133,15 @@ def test_bf16_differs_by_its_rounding_alone():
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(network).values())
 
 
+def test_the_mask_has_the_dtype_of_attention_under_autocast():
+    network, dtypes = toys.aligned(), []
+    for block in network.transformer.h:
+        block.attn.attend = lambda q, k, v, mask: dtypes.append((q.dtype, mask.dtype)) or v
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_logps(network, GROUPS)
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+
+
 def test_all_layers_share_a_mask():
     network, sizes = toys.aligned(n_layer=5), Counter()
     T = pack_answers(GROUPS)["idx"].size(1)

@@ -274,10 +274,10 @@ def test_python_on_the_weights_page(workplace, capsys):
 
 def test_commands_and_python_on_the_serving_page(workplace, capsys, run_script):
     pytest.importorskip("transformers")
-    for command in commands(ROOT / "howto/serve.md"):
+    for command in commands(ROOT / "howto/merging.md"):
         assert run_script(*command)[0] == 0
-    (block,) = python_blocks("serve.md")
-    exec(compile(block, "serve.md", "exec"), {})
+    (block,) = python_blocks("merging.md")
+    exec(compile(block, "merging.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 

@@ -1,6 +1,6 @@
 """A merged adapter in vLLM: the same token ids and the same greedy answers as with the adapter.
 
-vLLM pins its versions of torch and transformers, so it needs a separate environment (howto/serve.md):
+vLLM pins its versions of torch and transformers, so it needs a separate environment (howto/merging.md):
 
     VLLM_PYTHON=vllm/bin/python python -m pytest tests/test_vllm.py
 """

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lit_llama.data import Data
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
 from lit_llama.packing import answers_per_row, packed_length
@@ -53,7 +54,7 @@ def dry_run(trainer: Trainer) -> None:
             "or --quantize nf4."
         ) from None
     if is_first:
-        total = seconds * sum(padded_tokens(lengths, step) for step in plan) / padded_tokens(lengths, first)
+        total = seconds * sum(padded_tokens(trainer.train, step) for step in plan) / padded_tokens(trainer.train, first)
         total *= trainer.max_steps / len(plan)
         print(f"time         {seconds:.3g} s for a step, measured; about {duration(total)} for {trainer.max_steps:,} "
               "steps, without validations and sampled answers")  # fmt: skip
@@ -75,7 +76,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         tasks["sampling"] = generation_memory(method, config, rows=rows, prompt=prompt, new=new, **shared)
         sequences, tokens, labels = max((size.training for size in sizes), key=lambda s: s[0] * s[1])
     else:
-        batch = train.batch(largest(train.lengths, micro_batches))
+        batch = train.batch(max(micro_batches, key=lambda rows: math.prod(train.shape(rows))))
         (sequences, tokens), labels, packed = batch["idx"].shape, len(batch["label_index"]), "segments" in batch
     checkpointing = settings.gradient_checkpointing
     tasks[f"a step, {sequences} × {tokens:,} tokens"] = training_memory(
@@ -117,14 +118,9 @@ def largest_answers(trainer: Trainer, train: Rollouts, rows: np.ndarray) -> Answ
     return AnswerSizes((len(rows) * G, prompt, min(most, model.max_tokens - prompt)), (n_rows, longest_row, labels))
 
 
-def largest(lengths: np.ndarray, micro_batches: list[np.ndarray]) -> np.ndarray:
-    """Return the micro-batch with the most tokens, padding included."""
-    return max(micro_batches, key=lambda rows: len(rows) * lengths[rows].max())
-
-
-def padded_tokens(lengths: np.ndarray, step: list[np.ndarray]) -> int:
+def padded_tokens(train: Data, step: list[np.ndarray]) -> int:
     """Return the number of tokens of a step, padding included."""
-    return sum(len(rows) * int(lengths[rows].max()) for rows in step)
+    return sum(math.prod(train.shape(rows)) for rows in step)
 
 
 def timed_step(trainer: Trainer, micro_batches: list[np.ndarray]) -> float:
