@@ -44,6 +44,7 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -130,14 +131,16 @@ def measure_decoding(settings: Settings, device: torch.device, dtype: torch.dtyp
             turn = partial(worker.generate, prompts=prompts(size), n_new=new)
             _, answers = b.take_turns({"decode": turn}, max(3, settings.rounds // 2), [])
             rates = [size / answer["steady"] for answer in answers["decode"]]
-            limit = size * bandwidth / decode_bytes(config, dtype, size, length + new / 2)
+            read = length + (new if what else new / 2)  # slots of the cache; compiled steps always read all of them
+            limit = size * bandwidth / decode_bytes(config, dtype, size, read)
             used = f"{np.median(rates) / limit:.0%} ({with_interval(rates)} tokens/s)"
             yield [f"decode, batch {size}{what}: share of the bandwidth limit", "≥ 85%", used, ""]
-        many = prompts(max(settings.batch_sizes))
-        # no warm-up: these shapes have been generated above
-        together, alone = ([worker.answer_all(many, new, size)["seconds"]] for size in (len(many), 1))
-        ratio = compare(alone, together, 1)
-        yield [f"tokens/s, {len(many)} prompts as one batch over one by one{what}", "≥ 20", *ratio]
+        if not what:  # a compiled step would be recorded again for each prompt
+            many = prompts(max(settings.batch_sizes))
+            # no warm-up: these shapes have been generated above
+            together, alone = ([worker.answer_all(many, new, size)["seconds"]] for size in (len(many), 1))
+            ratio = compare(alone, together, 1)
+            yield [f"tokens/s, {len(many)} prompts as one batch over one by one", "≥ 20", *ratio]
 
 
 def measure_peers(settings: Settings, device: torch.device, dtype: torch.dtype) -> Rows:
@@ -182,6 +185,8 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
 def main(settings: Settings) -> None:
     if settings.rows % 2:
         raise UserError(f"rows is {settings.rows}; two make a pair, so it must be even.")
+    if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE") == "1":
+        raise UserError("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 rounds fp32 products; unset it to check them.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
     some = "" if settings.parts == USUAL else f"-{'-'.join(settings.parts)}"  # does not replace the complete page
     path = settings.out_dir / f"gpu-{settings.size}-{device.type}{some}.md"

@@ -152,10 +152,10 @@ class FiftySteps(FinetuneSettings):
 
 def trainer(device: torch.device, name: str, out_dir: Path) -> Trainer:
     """Return a run of 50 steps as the scripts make it, on random rows."""
-    prompts, lengths = np.full(32, 8), np.random.default_rng(0).integers(16, 48, 32)
-    data_dir = out_dir / "check-data" / "sft"
+    prompts, lengths = np.full(32, 16), np.random.default_rng(0).integers(24, 56, 32)
+    data_dir = out_dir / "check-rows" / "sft"
     if not (data_dir / "meta.json").is_file():
-        write_data(out_dir / "check-data", prompts, lengths, 2048)
+        write_data(out_dir / "check-rows", prompts, lengths, 2048)
     precision = "bf16-true" if name == "bf16" else "32-true"
     where = "cuda" if device.type == "cuda" else "cpu"
     settings = FiftySteps(
@@ -206,7 +206,7 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
     """DPO starts from its reference: the loss is ln 2 and every margin 0, within 1e-5, also for packed pairs."""
     for name in DTYPES:
         run = trainer(device, name, out_dir)
-        pairs = PreferenceData(out_dir / "check-data" / "pairs", "train")
+        pairs = PreferenceData(out_dir / "check-rows" / "pairs", "train")
         loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
         batches = np.array_split(np.arange(len(pairs)), 4)
         for pairs.n_embd in (0, 10**6):

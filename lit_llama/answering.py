@@ -22,6 +22,7 @@ from lit_llama.prompts import PromptStyle
 from lit_llama.sharding import is_sharded, only_assists
 from lit_llama.storage.files import write_text
 from lit_llama.storage.rows import naming, read_rows, read_text, text_field
+from lit_llama.storage.schema import field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text, log
 
@@ -72,7 +73,9 @@ def _request_of(row: Any, number: int) -> Request:
     if not prompt.strip():
         raise UserError(f"Row {number}: {name!r} is empty.")
     input, adapter = (text_field(row, number, name, default="") for name in ("input", "adapter"))
-    return Request(prompt, input, row.get("question_id"), adapter or None)
+    question_id = field(row, "question_id", int | str | None, f"Row {number}", None)
+    check_text(str(question_id), f"Row {number}: 'question_id'")
+    return Request(prompt, input, question_id, adapter or None)
 
 
 def gather_requests(settings: AnswerSettings, bank: bool = False) -> list[Request]:
@@ -150,7 +153,12 @@ class Session:
         )
 
     def answer_lines(self, style: PromptStyle) -> None:
-        """Answer stdin line by line until it ends. Questions are independent of each other."""
+        """Answer stdin line by line until it ends. Questions are independent of each other.
+
+        Raises:
+            UserError: At the end, if a line could not be answered.
+        """
+        failed = 0
         while line := sys.stdin.readline():
             if not line.strip():
                 continue
@@ -160,8 +168,11 @@ class Session:
                 for piece in stream(self.model, self.tokenizer, prompt, sampling, style.stop, style.continues):
                     print(piece, end="", flush=True)
             except UserError as error:
+                failed += 1
                 log(f"error: {error}")
             print(flush=True)
+        if failed:
+            raise UserError(f"{failed} line(s) of the input could not be answered; the messages above say why.")
 
 
 def is_terminal() -> bool:

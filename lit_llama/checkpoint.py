@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lit_llama.config import CONFIG_NAME, MOST
 from lit_llama.console import did_you_mean
+from lit_llama.device import disable_cudnn_attention
 from lit_llama.huggingface.hub import download_adapter, is_on_hub
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -268,6 +269,7 @@ def load_model(
             sharded.
     """
     device = torch.device(device)
+    disable_cudnn_attention()
     if adapter is not None:
         method, method_config = adapter.method, adapter.config
     model_class = METHODS[method] if isinstance(method, str) else method or LLaMA

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -91,7 +91,7 @@ class RecordedStep:
         step: a step with static shapes; calling it twice with the same arguments must be the same as calling it once.
     """
 
-    stream: Any = None  # shared by all recordings: cuBLAS keeps a workspace for each stream
+    streams: ClassVar[dict[torch.device, Any]] = {}  # one for each device: cuBLAS keeps a workspace per stream
 
     def __init__(self, step: Step) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
@@ -107,11 +107,14 @@ class RecordedStep:
 
     def record(self, tokens: Tensor, positions: Tensor) -> None:
         self.tokens, self.positions = tokens.clone(), positions.clone()
-        stream = RecordedStep.stream = RecordedStep.stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.step(self.tokens, self.positions)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.logits = self.step(self.tokens, self.positions)
+        with torch.cuda.device(tokens.device):
+            if tokens.device not in self.streams:
+                self.streams[tokens.device] = torch.cuda.Stream()
+            stream = self.streams[tokens.device]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.step(self.tokens, self.positions)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.logits = self.step(self.tokens, self.positions)

@@ -12,7 +12,7 @@ import numpy as np
 from lit_llama.chat_template import ChatText, Message
 from lit_llama.data import SFT_FORMAT
 from lit_llama.prepare import prepare_dataset
-from lit_llama.storage.schema import shown
+from lit_llama.storage.schema import parse_json, shown
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
 
@@ -57,13 +57,11 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
     """Return the descriptions of tools in a row: a list, or a list as JSON.
 
     Raises:
-        UserError: They are neither, or hold text that cannot be encoded.
+        UserError: They are neither, are nested too deeply, or hold text that cannot be encoded.
     """
     tools = row.get("tools")
-    try:
-        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-    except ValueError:
-        tools = ""
+    if isinstance(tools, str):
+        tools = parse_json(tools or "null", f"Row {number}: 'tools'", object, halves=True)
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"Row {number}: 'tools' is not a list of tools.")
     check_text(json.dumps(tools, ensure_ascii=False, default=str), f"Row {number}: 'tools'")

@@ -177,7 +177,7 @@ def read(steps: Iterator[torch.Tensor]) -> Iterator[list[int]]:
             continue
         copied = torch.cuda.Event()
         now = tokens.to("cpu", non_blocking=True), copied  # into pinned memory
-        copied.record()
+        copied.record(torch.cuda.current_stream(tokens.device))
         if before is not None:
             yield finished_copy(*before)
         before = now

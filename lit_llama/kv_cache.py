@@ -1,6 +1,7 @@
 """The KV cache: keys and values of earlier tokens, for generation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,10 @@ class KVCache:
         self.static = static
         self.length = 0  # of the longest row; slots beyond it are not read
         self.even = False  # whether all rows have the same length
-        rows = torch.arange(batch_size * config.n_kv_head, device=device) * max_length
-        self.starts = rows.view(batch_size, config.n_kv_head, 1)  # index of each head's first slot in a layer's buffer
+        self.rows = torch.arange(batch_size, device=device).view(-1, 1, 1)
+        self.heads = torch.arange(config.n_kv_head, device=device).view(-1, 1)
+        # (B, ng, 1) index of each head's first slot in a layer's buffer
+        self.starts = (self.rows * config.n_kv_head + self.heads) * max_length
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, (n,) int64."""
@@ -56,7 +59,11 @@ class KVCache:
 
     def layers(self, positions: Tensor | None) -> "list[LayerCache]":
         """Return a view of each layer, for tokens at `positions` (B, T), or at 0 … T-1 of an empty cache if None."""
-        slots = None if positions is None else (self.starts + positions.unsqueeze(1)).flatten()  # (B·ng·T,)
+        slots: Any = None
+        if positions is not None and self.static:
+            slots = self.rows, self.heads, positions.unsqueeze(1)
+        elif positions is not None:
+            slots = (self.starts + positions.unsqueeze(1)).flatten()
         return [LayerCache(self, k, v, slots) for k, v in zip(self.k, self.v, strict=True)]
 
     def mask(self, positions: Tensor) -> Tensor | None:
@@ -73,13 +80,14 @@ class LayerCache:
 
     Args:
         k, v: (B, ng, max_length, hs).
-        slots: (B·ng·T,) where the next tokens are written in k and v as (B·ng·max_length, hs); None for a prefill.
+        slots: (B·ng·T,) where the next tokens are written in k and v as (B·ng·max_length, hs). For a static cache the
+            indices of row, head and slot instead, because compiled code would copy a view. None for a prefill.
     """
 
     cache: KVCache
     k: Tensor
     v: Tensor
-    slots: Tensor | None
+    slots: Any
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, ng, T, hs) and return those to attend to, (B, ng, S, hs).
@@ -90,9 +98,10 @@ class LayerCache:
             T = k.size(2)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
             return k, v
+        if self.cache.static:
+            self.k[self.slots], self.v[self.slots] = k.to(self.k.dtype), v.to(self.v.dtype)
+            return self.k, self.v
         for buffer, new in ((self.k, k), (self.v, v)):
             heads = new.to(buffer.dtype).reshape(-1, buffer.size(-1))
             buffer.view(-1, buffer.size(-1)).index_copy_(0, self.slots, heads)
-        if self.cache.static:
-            return self.k, self.v
         return self.k[:, :, : self.cache.length], self.v[:, :, : self.cache.length]

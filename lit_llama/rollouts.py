@@ -29,6 +29,7 @@ from lit_llama.run.report import validation_bar
 from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
+from lit_llama.storage.schema import field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer
 
@@ -60,7 +61,7 @@ class Answerer:
 
     def __init__(self, data: PromptData, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         self.data, self.tokenizer, self.max_new_tokens = data, tokenizer, max_new_tokens
-        self.stop = get_prompt_style(data.meta["prompt_style"], tokenizer).stop
+        self.stop = get_prompt_style(field(data.meta, "prompt_style", str, "meta.json of the dataset"), tokenizer).stop
 
     def answers(
         self, model: LLaMA, rows: np.ndarray, *, each: int = 1, temperature: float = 0.0, seed: int = 0

@@ -381,3 +381,9 @@ def test_piped_lines_are_answered_one_by_one():
     first, *other, last = result.stdout.splitlines()
     assert result.returncode == 0 and first == last and "Pilmaria" in first and other
     assert result.stderr == ""
+
+
+def test_a_line_that_cannot_be_answered_is_reported_at_the_end(run_script):
+    code, out, err = run_script("generate/aligner.py", "--interactive", "--accelerator", "cpu", stdin="\udcff\n")
+    assert (code, out.strip()) == (1, "")
+    assert err.splitlines()[-1] == "error: 1 line(s) of the input could not be answered; the messages above say why."

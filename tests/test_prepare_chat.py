@@ -238,7 +238,9 @@ WRONG = {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
     },
     "Row 2 is not an object": [1],
-    "Row 2: 'tools' is not a list": {**SINGLE, "tools": "{"},
+    "Row 2: 'tools' is not JSON": {**SINGLE, "tools": "{"},
+    "Row 2: 'tools' is not a list": {**SINGLE, "tools": "{}"},
+    "Row 2: 'tools' is nested too deeply": {**SINGLE, "tools": "[" * 100_000},
     "Row 2: 'tools' holds one half of a surrogate pair": {**SINGLE, "tools": [{"name": "\ud800"}]},
     "Row 2: 'messages', message 1 holds one half of a surrogate pair": {
         "messages": [{**SINGLE["messages"][0], "name": "\ud800"}, SINGLE["messages"][1]]

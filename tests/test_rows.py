@@ -115,6 +115,16 @@ def test_prompt_rows_are_recognized_by_file_extension_in_any_case(tmp_path):
         assert read_requests(tmp_path / name) == [Request("one", id=3)]
 
 
+@pytest.mark.parametrize(("question_id", "reason"), [
+    ('"\\ud800"', "Row 1: 'question_id' holds one half of a surrogate pair"),
+    ("{}", "Row 1: question_id is .*; expected"),
+])  # fmt: skip
+def test_ids_that_cannot_be_written_are_refused(tmp_path, question_id, reason):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "one", "question_id": {question_id}}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        read_requests(tmp_path / "a.jsonl")
+
+
 def test_prompt_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
     for name, reason in (("bytes.txt", "cannot be read as text"), ("absent.txt", "There is no file"), ("", "a folder")):
