@@ -31,7 +31,7 @@ from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.storage.files import LOCK, claim, locked, unwritable, write_text
-from lit_llama.storage.schema import check, parse_json, read_bytes
+from lit_llama.storage.schema import check, parse_json, read_bytes, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
@@ -126,18 +126,22 @@ ANSWER_FIELDS = ("answer", "tokens", "ended", "seconds")  # of a record that `an
 class JsonLines:
     """A JSON-lines file that grows by complete records: a program that is killed loses at most the last one.
 
+    Several processes may append to the same file.
+
     Args:
-        path: the file, read if it exists. An incomplete last line is ignored, and removed by the first `append`.
+        path: the file, read if it exists. An incomplete last line is ignored, and removed by the next `append`.
+        first: the first field of each record.
 
     Raises:
-        UserError: another line is not a JSON object, or a field in `FIELDS` has the wrong type.
+        UserError: another line is not a JSON object, a field in `FIELDS` has the wrong type, or an incomplete last line
+            does not begin with `first`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, first: str = "id") -> None:
+        self.path, self.start = Path(path), f'{{"{first}": '.encode()
         self.records: list[dict[str, Any]] = []
         content = read_bytes(self.path, limit=2**33) if self.path.exists() else b""
-        self.incomplete = len(content) - (content.rfind(b"\n") + 1)  # bytes of the last line
+        self.end = len(content) - self.incomplete(content)  # where the complete lines end
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             source = f"{self.path}, line {number}"
             try:
@@ -148,24 +152,41 @@ class JsonLines:
                 raise UserError(f"{str(error).rstrip('.')}; move the file away and run again.") from None
             self.records.append(record)
 
+    def incomplete(self, content: bytes) -> int:
+        """Return the length of an incomplete last line.
+
+        Raises:
+            UserError: it does not begin like a record.
+        """
+        line = content[content.rfind(b"\n") + 1 :]
+        if not line.startswith(self.start[: len(line)]):
+            raise UserError(
+                f"{self.path} ends with a line that this program did not write; move the file away and run again."
+            )
+        return len(line)
+
     def append(self, *records: dict[str, Any]) -> None:
         """Write records to the disk.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written to.
+            UserError: the disk is full, the folder cannot be written to, or the last line is another program's.
         """
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # never through a symbolic link
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            with open(self.path, "ab", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-                if self.incomplete:
-                    file.truncate(os.fstat(file.fileno()).st_size - self.incomplete)
-                    self.incomplete = 0
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            with (
+                locked(self.path, wait=True),
+                open(self.path, "ab+", opener=lambda path, _: os.open(path, flags, 0o666)) as file,
+            ):
+                file.seek(self.end)
+                if incomplete := self.incomplete(file.read()):  # after the lines of other processes
+                    file.truncate(os.fstat(file.fileno()).st_size - incomplete)
                 file.write(lines.encode())
                 file.flush()
                 os.fsync(file.fileno())
+                self.end = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise unwritable(self.path, error) or error from None
         self.records += records
@@ -189,7 +210,8 @@ class Results:
         self.made_by = json.loads(json.dumps(made_by, default=str))
         self.overwrite = overwrite
         self.file = self._read()
-        claim(self.output_dir, (ANSWERS, SUMMARY, TABLE, LOCK), adopt=bool(self.file.records))
+        claim(self.output_dir, (ANSWERS, LOCK), adopt=bool(self.file.records))
+        claim(self.output_dir, (SUMMARY, TABLE), adopt=self._has_summary())
         self._lock = locked(self.output_dir / LOCK)  # held until this object or the process ends
         self._lock.__enter__()
         self.file = self._read()  # the process that had the lock may have written
@@ -204,6 +226,13 @@ class Results:
         if any("made_by" not in record or "id" not in record for record in file.records):
             raise UserError(f"{file.path} was not written by an evaluation; choose another --output_dir.")
         return file
+
+    def _has_summary(self) -> bool:
+        """Return whether `finish` wrote the summary."""
+        try:
+            return "made_by" in read_json(self.output_dir / SUMMARY)
+        except UserError:
+            return False
 
     def _differing(self, made_by: dict[str, Any]) -> str:
         """Describe the first setting that differs from a record's; empty if none does."""

@@ -76,7 +76,7 @@ class Judge:
     def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:
         if not settings.judge_key_env.isidentifier():
             raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
-        self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS)
+        self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS, first="key")
         if not all(isinstance(record.get("reply"), str) and "key" in record for record in self.file.records):
             raise UserError(f"{self.file.path} is not a file of judgements; set --judge_cache.")
         self.records: dict[str, dict[str, Any]] = {}

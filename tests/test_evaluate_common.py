@@ -1,6 +1,7 @@
 """Code shared by the evaluations: results that survive a stopped run, answers, statistics."""
 
 import json
+import threading
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from lit_llama.checkpoint import load_model, save_adapter, save_base
 from lit_llama.generation import Sampling
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
+from lit_llama.storage.files import locked
+from lit_llama.storage.manifest import MANIFEST
 from lit_llama.utils import UserError
 
 
@@ -40,6 +43,31 @@ def test_records_are_not_written_through_a_link(tmp_path):
     with pytest.raises(UserError, match="Cannot write"):
         file.append({"id": 2})
     assert (tmp_path / "victim").read_text() == "[1]\n{}"
+
+
+def test_evaluations_that_share_a_file_keep_the_records_of_each_other(tmp_path):
+    path = tmp_path / "shared.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2, "answer": "cut off')  # killed while writing
+    first, second = JsonLines(path), JsonLines(path)
+    first.append({"id": 3})
+    second.append({"id": 4})
+    with locked(path):
+        waiting = threading.Thread(target=first.append, args=({"id": 5},))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    waiting.join()
+    assert [record["id"] for record in JsonLines(path).records] == [1, 3, 4, 5]
+
+
+def test_a_last_line_of_another_program_is_kept(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    file = JsonLines(path)
+    path.write_text("my notes")
+    for write in (lambda: JsonLines(path), lambda: file.append({"id": 1})):
+        with pytest.raises(UserError, match="ends with a line that this program did not write; move the file away"):
+            write()
+    assert path.read_text() == "my notes"
 
 
 def test_each_record_has_its_question_answer_and_settings(evaluated, tmp_path, base_dir):
@@ -123,6 +151,20 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
     path.rename(tmp_path / common.TABLE)
     with pytest.raises(UserError, match=r"summary\.md was not written by this program"):
         answers(evaluated, tmp_path, overwrite=True)
+
+
+def test_a_summary_of_another_program_is_not_replaced(tmp_path):
+    """The answers are of an earlier version, which wrote no manifest."""
+    first = Results(tmp_path, {})
+    first.add({"id": 1, "prompt": "the cat"})
+    del first
+    (tmp_path / MANIFEST).unlink()
+    for name in (common.SUMMARY, common.TABLE):
+        (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"summary\.json was not written by this program"):
+        Results(tmp_path, {})
+    (tmp_path / common.SUMMARY).write_text('{"made_by": {}}')
+    assert Results(tmp_path, {}).by_id.keys() == {1}
 
 
 def test_long_prompts_are_skipped_or_refused(evaluated, capsys):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lit_llama.checkpoint import save_adapter
-from lit_llama.storage.files import atomic_folder, atomic_write, check_file, check_folder, claim, write_text
+from lit_llama.storage.files import atomic_folder, atomic_write, check_file, check_folder, claim, locked, write_text
 from lit_llama.storage.manifest import MANIFEST, find_strangers
 from lit_llama.storage.staging import TEMPORARY
 from lit_llama.utils import UserError, plain_name
@@ -141,6 +141,8 @@ def test_unwritable_paths_give_a_one_line_error(tmp_path):
         check_folder(tmp_path / "file", KIND)
     write_text(tmp_path / ("y" * 250), "a long name is no problem")
     assert snapshot(tmp_path).keys() == {"file", "y" * 250}
+    with pytest.raises(UserError, match=r"Cannot write .*Not a directory"), locked(tmp_path / "file/lock"):
+        pass
 
 
 # == folders ==

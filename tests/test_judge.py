@@ -370,3 +370,6 @@ def test_a_file_without_judgments_is_refused_as_a_cache(tmp_path):
     (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no judgement"}\n')
     with pytest.raises(UserError, match="not a file of judgements"):
         open_judge(None, tmp_path)
+    (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no line break"}')
+    with pytest.raises(UserError, match="ends with a line that this program did not write"):
+        open_judge(None, tmp_path)

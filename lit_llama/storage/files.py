@@ -185,26 +185,29 @@ def claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold a lock during a block. The lock is also released when the process ends in any way.
 
     Args:
         path: File to lock. It is created if it does not exist, and is not deleted.
         shared: Whether other processes may hold a shared lock at the same time.
+        wait: Wait for a lock that is held only while a record is written.
 
     Raises:
-        UserError: Another process holds it, and not both locks are shared.
+        UserError: Another process holds it, and not both locks are shared; or the file cannot be opened for writing.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with _explained(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(
                 f"Another process is writing into {path.parent}; wait until it ends, or choose another folder."
             ) from None
         except OSError:
-            log(f"note: {path} cannot be locked on its file system: start no second process with this folder.")
+            if not wait:  # which would repeat the note for each record
+                log(f"note: {path} cannot be locked on its file system: start no second process with this folder.")
         yield
     finally:
         os.close(handle)
