@@ -1,5 +1,6 @@
 """Two sets of answers to the same questions: generated here, or read from files."""
 
+import http.client
 import urllib.request
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def fetch(url: str, path: Path) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 content = response.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"Cannot download {url} ({reason}); give the questions with --data_file.") from None
         with atomic_write(path) as temporary:

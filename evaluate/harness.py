@@ -11,8 +11,9 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import is_chat
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, first_line, log
 
 try:
     import lm_eval
@@ -302,7 +303,22 @@ def open_tasks(settings: Settings) -> "TaskManager":
         if name not in manager.all_tasks:
             place = settings.include_path or "lm_eval"
             raise UserError(f"There is no task {name!r} in {place}{did_you_mean(name, manager.all_tasks)}")
+    manager.load = partial(load_tasks, manager.load)
     return manager
+
+
+def load_tasks(load: Callable[[list[str]], dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Return what `TaskManager.load` returns; it downloads the tasks' data.
+
+    Raises:
+        UserError: a task cannot be loaded.
+    """
+    try:
+        return load(names)
+    except Exception as error:  # of the hub, of `datasets` or of a task's code
+        raise UserError(
+            f"Cannot load {', '.join(names)} ({first_line(error)}); check the network and the task files."
+        ) from None
 
 
 def make_records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

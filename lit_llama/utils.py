@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, for a `UserError`; the name of the error if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def log(text: str = "") -> None:
     """Print a message to stderr; stdout is for results."""
     print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ Files that exist already are kept. One of the published files is not a checkpoin
 """
 
 import hashlib
+import http.client
 import sys
 import urllib.error
 import urllib.parse
@@ -72,7 +73,7 @@ def fetch(url: str) -> bytes:
             return answer.read(LARGEST)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url} returned HTTP {error.code} ({error.reason}).") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"Cannot read {url} ({reason}); check the network and run again.") from None
 

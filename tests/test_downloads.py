@@ -122,3 +122,8 @@ def test_published_weights_with_other_content_are_refused(run_script, tmp_path):
     code, _, err = run_script(FETCH, *flags, (tmp_path / "source").as_uri())
     assert code == 1 and f"{name} from file:" in err and "is not the published file: its sha256 begins with" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_source_of_published_weights_is_refused(run_script, tmp_path):
+    code, _, err = run_script(FETCH, "--source", "http://127.0.0.1/a b", "--output_dir", tmp_path)
+    assert code == 1 and "error: Cannot read http://127.0.0.1/a b" in err

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from evaluate.harness import HarnessModel, read_options, shared_rows
 from evaluate.settings import ModelSettings
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "evaluate/harness.py"
@@ -177,6 +179,27 @@ def test_invalid_input_gives_a_one_line_error(flags, sentence, run_script, tmp_p
     monkeypatch.chdir(tmp_path)
     code, _, err = run_script(SCRIPT, "--checkpoint_dir", MICROWORLD, *flags)
     assert code == 1 and f"error: {sentence}" in err and "Traceback" not in err
+
+
+def test_a_task_whose_data_cannot_be_loaded_gives_a_one_line_error(base_dir, tmp_path, monkeypatch):
+    class TaskManager:
+        def __init__(self, **_: object) -> None:
+            self.all_tasks = ["toy"]
+
+        def load(self, names: list[str]) -> None:
+            raise ConnectionError("Couldn't reach 'me/toy' on the Hub.\nMore text.")
+
+    def simple_evaluate(model, *, tasks, task_manager, **_):
+        task_manager.load(tasks)
+
+    monkeypatch.setattr(harness, "lm_eval", SimpleNamespace(__version__="0", simple_evaluate=simple_evaluate))
+    monkeypatch.setattr(harness, "TaskManager", TaskManager, raising=False)
+    settings = harness.Settings(checkpoint_dir=base_dir, tasks=("toy",), output_dir=tmp_path)
+    with pytest.raises(UserError) as error:
+        harness.main(settings)
+    assert str(error.value) == (
+        "Cannot load toy (Couldn't reach 'me/toy' on the Hub); check the network and the task files."
+    )
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")

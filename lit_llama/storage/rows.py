@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.storage.schema import check_readable, parse_json
-from lit_llama.utils import UserError, check_text
+from lit_llama.utils import UserError, check_text, first_line
 
 
 @contextmanager
@@ -78,9 +78,8 @@ def download_rows(
     try:
         return load_dataset(repo_id, name, split=split, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"Cannot download {repo_id} ({reason}); check the network, or give the rows with --data_file."
+            f"Cannot download {repo_id} ({first_line(error)}); check the network, or give the rows with --data_file."
         ) from None
 
 
