@@ -25,7 +25,7 @@ from lit_llama.prompts import PROMPT_STYLES, check_style_name, is_chat
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.storage.schema import check
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, check_text, log
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,11 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
         asked: those to compare.
 
     Raises:
-        UserError: a file has answers to other questions, a model cannot be loaded, or both sides are the base.
+        UserError: a file has answers to other questions, a model cannot be loaded, both sides are the base, or the
+            first side is given twice.
     """
+    if settings.answer_file and settings.adapter:
+        raise UserError("--answer_file replaces the answers of --adapter; give one of the two.")
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
     # files and settings are read first, since generating takes long
@@ -164,7 +167,8 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.texts[id] = text
         answers.answer_ids[id] = str(row.get("answer_id", ""))
         made_by = row["made_by"] if isinstance(row.get("made_by"), dict) else {}
-        answers.name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
+        name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
+        answers.name = check_text(name, f"{path}: the name of the model in row {number}")
         answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
     missing = [item.id for item in asked if item.id not in answers.texts]
     folders = (path.parent, path.parent.parent)  # of an evaluation's answers, or of those of one side
@@ -214,7 +218,7 @@ def id_field(row: Any, number: int, name: str = "question_id") -> int | str:
     Raises:
         UserError: The row has no id, or one that is neither a number nor a text.
     """
-    if isinstance(row, dict) and name in row:
+    if isinstance(row, dict) and name in row and not isinstance(row[name], str):
         return check(row[name], int | str, f"Row {number}: {name!r}")
     return text_field(row, number, name)
 

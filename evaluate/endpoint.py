@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import urllib.error
@@ -50,19 +51,23 @@ class Endpoint:
         timeout: seconds to wait for a reply.
 
     Raises:
-        UserError: the URL is not an http(s) address or contains a password, or the key cannot be sent.
+        UserError: the URL is not an http(s) address, contains a password or a character to encode, or the key cannot
+            be sent.
     """
 
     def __init__(self, url: str, key: str | None = None, key_env: str = "OPENAI_API_KEY", timeout: float = 120) -> None:
         try:
             parts = urlsplit(url.strip())
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            (parts.hostname or "").encode("idna")  # a part of the name is empty or too long: a UnicodeError
         except ValueError:
             valid = False
         if not valid:
             raise UserError("--judge_url is not an address such as http://127.0.0.1:8000/v1.")
         if parts.username or parts.password:
             raise UserError(f"--judge_url contains a password; set the environment variable {key_env} instead.")
+        if re.search("[^!-~]", url.strip()):
+            raise UserError("--judge_url contains a space or a character outside ASCII; encode it, such as %20.")
         if key and not (key.isascii() and key.isprintable()):
             raise UserError(f"The environment variable {key_env} is not an API key: it has special characters.")
         path = parts.path.rstrip("/")

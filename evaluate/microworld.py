@@ -39,6 +39,7 @@ if __name__ == "__main__":
 from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.compose import load_adapted
 from lit_llama.storage.files import check_file, write_text
+from lit_llama.storage.schema import field
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import log
 from microworld.scorer import draw_questions, question_groups, score_model
@@ -51,8 +52,12 @@ def main(args: Settings) -> None:
     world, tokenizer = World(args.world_seed), Tokenizer(args.checkpoint_dir)
     adapters = [read_adapter(path) for path in args.adapter]
     model = load_adapted(args.checkpoint_dir, adapters, args.strength) if adapters else load_model(args.checkpoint_dir)
-    sources = [adapter.meta.get("data", {}).get("source", "").partition(", form ") for adapter in adapters]
-    form = args.form or next((form for _, _, form in sources if form in ALL_FORMS), None)
+    sources = [
+        field(adapter.meta.get("data", {}), "source", str, f"The header of {adapter.path}: data", "")
+        for adapter in adapters
+    ]
+    forms = [source.partition(", form ")[2] for source in sources]
+    form = args.form or next((form for form in forms if form in ALL_FORMS), None)
     groups, results = question_groups(world), {}
     print(f"{'questions':<13} {'asked':>6} {'form ' + (form or ''):>14} {'fact':>7} {'refused':>8} {'steps':>6}  forms")
     for name in args.groups:

@@ -14,7 +14,7 @@ from typing import Any
 from evaluate.letters import LETTERS
 from lit_llama.storage.rows import download_rows, naming, read_rows, read_text, text_field
 from lit_llama.storage.schema import check_readable
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, check_text
 
 # fmt: off
 CATEGORIES = {
@@ -146,6 +146,7 @@ def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
             raise UserError(f"Row {number} of {name}: 'choices' is not a list of four texts.")
+        check_text("\n".join(choices), f"Row {number} of {name}: 'choices'")
         letter = LETTERS[answer] if type(answer) is int and answer in range(4) else str(answer)
         yield checked(Item(subject, question, tuple(choices), letter), number, name)
 

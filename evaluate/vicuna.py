@@ -60,7 +60,7 @@ from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim
 from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.storage.schema import check
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, check_text
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
 
@@ -217,14 +217,15 @@ def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
     """Read reviews: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
 
     Raises:
-        UserError: a row lacks one of the first two, or its `score` is not a list; a question has two reviews; or there
-            is no review.
+        UserError: a row lacks one of the first two, its `score` is not a list or its `reviewer_id` is not text; a
+            question has two reviews; or there is no review.
     """
     reviews: dict[Any, dict[str, Any]] = {}
     for number, row in enumerate(read_rows(path), 1):
         with naming(path):
             text_field(row, number, "text")
             id = id_field(row, number)
+            check_text(str(row.get("reviewer_id")), f"Row {number}: 'reviewer_id'")
             if "score" in row:
                 check(row["score"], list, f"Row {number}: 'score'")
         if id in reviews:

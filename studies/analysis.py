@@ -47,6 +47,7 @@ from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
 from lit_llama.run.report import make_figure, make_panels, save_figure
 from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.schema import field
 from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -70,11 +71,13 @@ def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
     if "training" not in adapter.meta:
         drawn = cuda_normal(shape.numel(), AUTHORS_SEED, AUTHORS_THREADS)
         return torch.from_numpy(drawn).view(shape).bfloat16().float()
-    settings = adapter.meta["training"].get("settings", {})
-    if settings.get("init_adapter") is not None or "seed" not in settings:
+    source = f"The header of {adapter.path}: training"
+    settings = field(adapter.meta["training"], "settings", dict, source, {})
+    seed = field(settings, "seed", int, source, None)
+    if settings.get("init_adapter") is not None or seed is None:
         return None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(seed)
         return aligner.Prefix(*shape, dtype=torch.float32).weight.detach()
 
 

@@ -77,6 +77,12 @@ def test_the_initial_prefix_is_the_one_that_training_draws(base_dir):
     assert initial_prefix(adapter) is None
 
 
+@pytest.mark.parametrize("training", [{"settings": []}, {"settings": {"seed": "x"}}], ids=str)
+def test_a_header_without_usable_settings_is_refused(training):
+    with pytest.raises(UserError, match=r"training: s.* expected"):
+        initial_prefix(AdapterFile({PREFIX: torch.zeros(3, 32)}, {"training": training}))
+
+
 def published(shared) -> list[AdapterFile]:
     paths = sorted((shared / "aligner_weights_published").rglob("*.pth"))
     return [open_adapter(path) for path in paths if "aligner10Tokens-llama2-7B" not in path.name]  # not an adapter

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_llama.checkpoint import read_adapter, save_adapter
 from microworld.scorer import question_groups
 from microworld.world import (
     ALL_FORMS,
@@ -294,6 +295,13 @@ def test_the_evaluation_applies_the_adapter(strength, low, high, run_script, tmp
     assert code == 0, err
     result = json.loads(path.read_text())["results"]["unseen"]
     assert result["n"] == 8 and low <= result["form"] <= high
+
+
+def test_a_header_without_a_text_as_source_is_refused(refused, tmp_path):
+    adapter = read_adapter(Path(__file__).parents[1] / "aligner_weights/microworld-pirate-n1")
+    save_adapter(tmp_path / "a.safetensors", adapter.state, {**adapter.meta, "data": {"source": 5}})
+    sentence = refused("evaluate/microworld.py", "--adapter", tmp_path / "a.safetensors")
+    assert sentence.endswith("a.safetensors: data: source is 5; expected text.")
 
 
 def test_every_form_and_group_has_a_name(world):

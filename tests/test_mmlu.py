@@ -337,6 +337,10 @@ def test_bad_csv_rows_are_reported(folder, refused, line, message):
     [
         ({"question": "How?", "subject": "anatomy", "answer": 0}, "Row 1 of .*'choices' is not a list of four"),
         ({"question": "How?", "subject": "anatomy", "choices": ["a"] * 3, "answer": 0}, "list of four"),
+        (
+            {"question": "How?", "subject": "anatomy", "choices": ["\ud800"] * 4, "answer": 0},
+            "'choices' holds one half",
+        ),
         ({"question": "How?", "subject": "cooking", "choices": ["a"] * 4, "answer": 0}, "'cooking' is not one of"),
         ({"question": "How?", "subject": "anatomy", "choices": ["a"] * 4, "answer": 4}, "the answer is '4'"),
         ({"question": "How?", "subject": "anatomy", "choices": ["a"] * 4, "answer": True}, "the answer is 'True'"),

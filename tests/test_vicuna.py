@@ -360,6 +360,13 @@ def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monk
     assert "prompt_style" not in read_answers(file, items, items).made_by
 
 
+def test_a_name_that_is_not_text_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "the cat", "model_id": "\ud800"}])
+    items = [answers.Item(1, "the cat?", "c")]
+    with pytest.raises(UserError, match=r"a\.jsonl: the name of the model in row 1 holds one half of a surrogate pair"):
+        read_answers(path, items, items)
+
+
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
     items = [answers.Item(i, f"Question {i}?", "c") for i in range(3)]
     rows = [{"id": i, "prompt": f"Question {i}?", "answer": str(i), "made_by": {"base": "x"}} for i in (0, 2)]
@@ -383,6 +390,7 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
     "change, words",
     [
         ({"answer_file": None, "against": "base"}, "compares the base model with itself"),
+        ({"adapter": Path("a")}, "--answer_file replaces the answers of --adapter; give one of the two"),
         ({"limit": 0}, "limit is 0"),
         ({"answers": {"question_id": 99, "text": "x"}}, "answers to other questions: the benchmark has no question 99"),
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
@@ -396,11 +404,16 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
         ({"answers": None}, "lacks answers to 1 of 10 questions, such as 10"),
         ({"question": {"question_id": 11, "turns": ["x"]}}, "Row 11 has no field 'category'"),
         ({"question": {"question_id": 1, "category": "c", "turns": ["x"]}}, "question 1 appears twice"),
+        (
+            {"question": {"question_id": "\ud800", "category": "c", "turns": ["x"]}},
+            "holds one half of a surrogate pair",
+        ),
         ({"question": {"category": "c", "turns": ["x"]}}, "Row 11 has no field 'question_id'"),
         ({"review": {"question_id": 99, "text": "1 2"}}, "reviews another benchmark's answers, to question 99"),
         ({"review": {"question_id": 1}}, "Row 1 has no field 'text'"),
         ({"review": {"question_id": 1, "text": "1 2", "score": None}}, "'score' is null; expected a list"),
         ({"review": {"question_id": 1, "text": "1 2", "score": 7}}, "'score' is 7; expected a list"),
+        ({"review": {"question_id": 1, "text": "1 2", "reviewer_id": "\ud800"}}, "Row 1: 'reviewer_id' holds one half"),
         ({"review": {"question_id": 1, "text": "1 2"}}, "lacks 9 of 10 reviews, such as 2"),
         ({"review": {"question_id": 1, "text": "1 2", "answer1_id": "other"}, "limit": 1}, "reviews other answers"),
     ],
