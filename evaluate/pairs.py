@@ -12,6 +12,7 @@ from evaluate.answers import Answers, Item, render_answers
 from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request
 from evaluate.replies import parse_scores
+from lit_llama.run.report import plain_label
 from lit_llama.storage.files import write_text
 from lit_llama.utils import log
 
@@ -362,7 +363,7 @@ def render_judge(judge: dict[str, Any]) -> str:
 def plot_pairs(axes: Any, summary: dict[str, Any], title: str) -> None:
     """Draw the shares of wins, ties and losses of all questions and of each category."""
     parts = {"all": summary["all"], **summary["by_category"]}
-    names = [f"{name} (n = {part['n']})" for name, part in parts.items()]
+    names = [plain_label(f"{name} (n = {part['n']})") for name, part in parts.items()]
     left = np.zeros(len(parts))
     for outcome, color in (("win", "C0"), ("tie", "0.8"), ("loss", "C1")):
         shares = np.array([part[outcome] / part["n"] if part["n"] else 0.0 for part in parts.values()])
@@ -370,7 +371,7 @@ def plot_pairs(axes: Any, summary: dict[str, Any], title: str) -> None:
         left += shares
     axes.axvline(0.5, color="black", lw=0.8, ls="--")
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="share of the questions", xlim=(0, 1))
+    axes.set(title=plain_label(title), xlabel="share of the questions", xlim=(0, 1))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
 
 
@@ -381,7 +382,7 @@ def plot_bars(
     parts = {"all": summary["all"], **summary["by_category"]}
     places = np.arange(len(parts))
     for shift, field, name in zip((-0.2, 0.2), fields, names, strict=True):
-        axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=name)
-    axes.set(yticks=places, yticklabels=list(parts), xlim=(0, limit), xlabel=label)
+        axes.barh(places + shift, [part[field] or 0 for part in parts.values()], 0.4, label=plain_label(name))
+    axes.set(yticks=places, yticklabels=[plain_label(name) for name in parts], xlim=(0, limit), xlabel=label)
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -33,7 +33,7 @@ import torch
 
 from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
 from lit_llama.prompts import check_style_name
-from lit_llama.run.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.storage.files import check_file
 from lit_llama.utils import UserError, log
 from lit_llama.variant import without_aliases
@@ -162,7 +162,7 @@ def draw(adapters: list[AdapterFile], path: Path, overwrite: bool) -> None:
         axes.plot(layers, mean.numpy())
         axes.axhline(0, color="0.3", linewidth=0.6)
         axes.set(ylabel="gate")
-        axes.set_title(f"{adapter.path.parent.name}/{adapter.path.name}", fontsize=8)
+        axes.set_title(plain_label(f"{adapter.path.parent.name}/{adapter.path.name}"), fontsize=8)
     axes.set(xlabel="layer")
     save_figure(figure, path, overwrite=overwrite)
     log(f"wrote {path}")

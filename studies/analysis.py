@@ -45,7 +45,7 @@ import lit_llama.model as llama
 from lit_llama import aligner
 from lit_llama.checkpoint import AdapterFile, load_model
 from lit_llama.data import SFTData
-from lit_llama.run.report import make_figure, make_panels, save_figure
+from lit_llama.run.report import make_figure, make_panels, plain_label, save_figure
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import field
 from lit_llama.tables import csv_text, markdown_table
@@ -247,7 +247,7 @@ def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> No
     panels = figure.subplots(1, 2, sharex=True)
     for name, adapter in zip(labels, adapters, strict=True):
         by_layer = gates(adapter)
-        panels[0].plot(list(by_layer), [g.std(correction=0) for g in by_layer.values()], label=name)
+        panels[0].plot(list(by_layer), [g.std(correction=0) for g in by_layer.values()], label=plain_label(name))
         panels[1].plot(list(by_layer), [g.mean() for g in by_layer.values()])
     for axes, what in zip(panels, ("standard deviation over heads", "mean over heads"), strict=True):
         axes.set(xlabel="layer", title=f"gates: {what}")
@@ -279,7 +279,7 @@ def plot_prefixes(
             axes.scatter(x, y, s=60 if len(tokens) == 1 else 10, color=colors[name])
         axes.set(title=f"t-SNE: {title}", xticks=[], yticks=[])
     for name, color in colors.items():
-        axes.scatter([], [], color=color, label=name)
+        axes.scatter([], [], color=color, label=plain_label(name))
     figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     save_figure(figure, path)
     log(f"wrote {path}")

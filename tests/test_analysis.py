@@ -240,6 +240,12 @@ def test_report_without_a_base_model(two, run_script, tmp_path):
     assert not (tmp_path / "one/prefixes.png").exists()
 
 
+def test_dollar_signs_in_names_are_drawn(two, run_script, tmp_path):
+    path = two[0].rename(tmp_path / "a$^$b.safetensors")
+    code, _, err = run_script(SCRIPT, path, two[1], "--out_dir", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out/prefixes.png").exists(), err
+
+
 def test_report_with_a_base_model(two, run_script, tmp_path, base_dir, data_dir):
     flags = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--rows", 3, "--top", 2, "--out_dir", tmp_path / "o")
     code, out, err = run_script(SCRIPT, *two, *flags)

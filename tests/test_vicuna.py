@@ -367,6 +367,14 @@ def test_a_name_that_is_not_text_is_refused(tmp_path):
         read_answers(path, items, items)
 
 
+def test_dollar_signs_in_names_are_drawn(tmp_path):
+    side = {"name": "a$^$b"}
+    part = {"n": 1, "win": 1, "tie": 0, "loss": 0, "grade": 8, "grade_against": 2}
+    parts = {"all": part, "by_category": {"c$^$d": part}}
+    vicuna.plot({"first": side, "second": side, "pairs": parts, "single": parts}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
     items = [answers.Item(i, f"Question {i}?", "c") for i in range(3)]
     rows = [{"id": i, "prompt": f"Question {i}?", "answer": str(i), "made_by": {"base": "x"}} for i in (0, 2)]

@@ -241,6 +241,11 @@ def legend_above(axes: "Axes") -> None:
                 fontsize="small", borderaxespad=0.2)  # fmt: skip
 
 
+def plain_label(text: str) -> str:
+    """Return a name or path as a text of a figure: matplotlib sets the text between two `$` as a formula."""
+    return text.replace("$", r"\$")
+
+
 def make_figure(width: float, height: float) -> "Figure":
     """Return an empty figure that needs neither a display nor pyplot; sizes are in inches."""
     from matplotlib.figure import Figure
