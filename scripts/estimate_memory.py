@@ -146,8 +146,9 @@ def describe(settings: Settings) -> str:
     recomputed = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     return (
         f"A base in {settings.precision}{layers}. SFT: micro-batches of {settings.micro_batch_size} × "
-        f"{settings.tokens:,} tokens, {settings.response_share:.0%} of them predicted{recomputed}; DPO: as many pairs; "
-        f"generation: {settings.batch_size} × ({settings.prompt_tokens:,} + {settings.new_tokens:,}) tokens."
+        f"{settings.tokens:,} tokens, {settings.response_share:.0%} of them predicted{recomputed}; DPO: as many pairs, "
+        f"whose responses share a row where training packs them; generation: {settings.batch_size} × "
+        f"({settings.prompt_tokens:,} + {settings.new_tokens:,}) tokens."
     )
 
 

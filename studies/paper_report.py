@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lit_llama.run.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.tables import markdown_table
 from scripts.count_parameters import VARIANTS
 from studies.paper_tasks import TASKS
@@ -162,7 +162,7 @@ def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.legend(markers.values(), markers, loc="outside upper center", ncols=len(markers), fontsize=8)
-    figure.supxlabel(textwrap.fill(caption, 60 * len(panels)), fontsize=6)
+    figure.supxlabel(textwrap.fill(plain_label(caption), 60 * len(panels)), fontsize=6)
     save_figure(figure, path)
 
 
@@ -184,5 +184,5 @@ def plot_curves(records: list[Record], path: Path, caption: str) -> None:
         axes.set(title=TASKS[task].title, xlabel="optimizer step", ylabel="loss on the questions asked", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.supxlabel(textwrap.fill(caption, 50 * columns), fontsize=6)
+    figure.supxlabel(textwrap.fill(plain_label(caption), 50 * columns), fontsize=6)
     save_figure(figure, path)

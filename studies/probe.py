@@ -59,7 +59,7 @@ from lit_llama.data import IGNORE_INDEX, SFTData
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prepare import held_out, write_dataset
-from lit_llama.run.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import markdown_table
 from lit_llama.tokenizer import Tokenizer
@@ -272,7 +272,7 @@ def plot(results: dict[str, dict[str, Any]], variants: dict[str, Variant], path:
         for end in (0, 1):
             axes.axvline(end, color="0.6", linewidth=0.8)
         axes.set(title=title, ylim=(-0.6, len(names) - 0.4), xlabel="share of LoRA's gain: 0 knowledge, 1 form")
-    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_yticks(range(len(names)), [plain_label(name) for name in names])
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     save_figure(figure, path)
 

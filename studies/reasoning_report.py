@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lit_llama.run.report import make_figure, save_figure
+from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.tables import markdown_table
 from studies.reasoning_tasks import EVAL_INTERVAL, EVAL_ROWS, LEAST_ROWS, OBJECTIVES, TASKS
 from studies.trials import interval
@@ -182,5 +182,5 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
         axes.grid(alpha=0.3, axis="y")
     handles = panels[0].get_legend_handles_labels()
     panels[-1].legend(*handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
-    figure.supxlabel(textwrap.fill(caption, 80 * len(tasks)), fontsize=6)
+    figure.supxlabel(textwrap.fill(plain_label(caption), 80 * len(tasks)), fontsize=6)
     save_figure(figure, path)

@@ -12,6 +12,17 @@ def test_an_unknown_method_is_refused(run_script, flags):
     assert (code, out) == (1, "") and "\nerror: There is no method 'lra'; choose from aligner, " in f"\n{err}"
 
 
+def test_pairs_take_less_than_twice_the_memory_of_sft_where_they_share_rows(run_script):
+    flags = ("--model", "microworld", "--micro_batch_size", "2")
+    totals = {}
+    for share in ("0.5", "0.9"):  # for long responses, sharing the prompt would not pay
+        code, out, err = run_script("scripts/estimate_memory.py", *flags, "--response_share", share)
+        assert code == 0, err
+        rows = [line.split("|") for line in out.splitlines() if line.startswith(("| SFT", "| DPO"))]
+        totals[share] = [float(cells[5].split()[0]) for cells in rows]
+    assert totals["0.9"][1] > 1.9 * totals["0.9"][0] and totals["0.5"][1] < 1.7 * totals["0.5"][0]
+
+
 def test_a_micro_batch_too_large_for_any_device_is_refused():
     config = LLaMAConfig.from_name("microworld")
     for sequences, tokens in ((2**31, 2), (1, 2**31)):

@@ -26,11 +26,11 @@ from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
-from lit_llama.run.report import MetricsLog, Progress, read_metrics, validation_bar, write_above_bar
+from lit_llama.run.report import MetricsLog, Progress, plot_losses, read_metrics, validation_bar, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
 from lit_llama.run.steps import Batches, steps_between_reads
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
-from lit_llama.storage.files import claim
+from lit_llama.storage.files import claim, write_text
 from lit_llama.train import SFTLoss, Trainer, lr_at
 from lit_llama.utils import UserError
 
@@ -417,6 +417,13 @@ def test_metrics_are_saved_automatically_after_an_interval(tmp_path):
     log.written -= log.interval + 1
     log.log(0, {"lr": 1.0})
     assert read_metrics(log.path) == {0: {"lr": 1.0}}
+
+
+def test_a_figure_shows_the_name_of_a_folder_as_it_is(tmp_path):
+    """Between two dollars, matplotlib expects a formula."""
+    write_text(tmp_path / "metrics.csv", "step,train/loss\n0,2.0\n1,1.0\n")
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png", "out/$USER_$DATE")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_resuming_metrics_drops_rows_after_the_saved_state(tmp_path):

@@ -214,7 +214,7 @@ def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title
     known = {name.rpartition("/")[2] for row in rows.values() for name in row}
     panels = {label: names for label, names in panels.items() if known & set(names)}
     figure, grid = make_panels(len(panels), 5, 3.4)
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(plain_label(title), wrap=True)
     for axes, (label, names) in zip(grid, panels.items(), strict=True):
         for i, name in enumerate(names):
             several = {"label": name.replace("_", " "), "color": f"C{i}"} if len(names) > 1 else {}
