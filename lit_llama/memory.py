@@ -23,7 +23,7 @@ from lit_llama.utils import UserError
 from lit_llama.variant import mark_only_adapter_as_trainable
 
 META = torch.device("meta")
-MOST_TOKENS = 2**22  # of a micro-batch
+MOST_TOKENS = 2**22  # of a batch
 MOMENTS = 8  # bytes of AdamW's two fp32 moments per trained parameter
 SCALE_BLOCK = 256  # scales that share a second scale, with "-dq"
 
@@ -74,13 +74,9 @@ def training_memory(
         packed: whether the sequences are rows of `lit_llama.packing.pack_answers`, which need a mask.
 
     Raises:
-        UserError: The micro-batch is larger than any device can hold; counting its tensors would take hours.
+        UserError: As `_check_tokens`.
     """
-    if sequences * tokens > MOST_TOKENS:
-        raise UserError(
-            f"A micro-batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,}, which no "
-            "device holds; lower the sequences or the tokens."
-        )
+    _check_tokens(sequences, tokens)
     model = _on_meta(model_class, config, dtype)
     model.gradient_checkpointing = gradient_checkpointing
     idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
@@ -113,7 +109,11 @@ def generation_memory(
         rows: number of prompts in a batch.
         prompt, new: number of tokens in each prompt and each answer.
         dtype, quantize: as for `training_memory`.
+
+    Raises:
+        UserError: As `_check_tokens`.
     """
+    _check_tokens(rows, prompt)
     model = _on_meta(model_class, config, dtype)
     idx = torch.empty(rows, prompt, dtype=torch.long, device=META)
 
@@ -152,6 +152,19 @@ def count_parameters(model_class: type[LLaMA], config: LLaMAConfig) -> tuple[int
     model = _on_meta(model_class, config, torch.bfloat16)
     trained = sum(p.numel() for p in model.adapter_parameters().values())
     return sum(p.numel() for p in model.parameters()) - trained, trained
+
+
+def _check_tokens(sequences: int, tokens: int) -> None:
+    """Check the size of a batch.
+
+    Raises:
+        UserError: It is larger than any device can hold; counting its tensors would take hours or overflow.
+    """
+    if sequences * tokens > MOST_TOKENS:
+        raise UserError(
+            f"A batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,}, which no device "
+            "holds; lower the sequences or the tokens."
+        )
 
 
 def _on_meta(model_class: type[LLaMA], config: LLaMAConfig, dtype: torch.dtype) -> LLaMA:

@@ -100,7 +100,7 @@ def join_shards(shards: list[dict[str, LazyTensor]], width: int) -> dict[str, La
     for name, first in shards[0].items():
         parts = [shard[name] for shard in shards]
         dim = SPLIT.get(name.split(".")[-2] if "." in name else name)
-        if name == "tok_embeddings.weight" and first.shape[-1] == width:
+        if name == "tok_embeddings.weight" and first.shape[-1:] == (width,):
             dim = 0
         if dim is None or len(parts) == 1:
             complete[name] = first

@@ -8,19 +8,19 @@ number is 41.92 K.)
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.settings import Checked, PositiveFloat
+from lit_llama.settings import Checked, Range
 
 
 @dataclass
 class Settings(Checked):
     models: tuple[str, ...] = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "microworld")  # model sizes
     beside: str = "Llama-2-7B"  # base model that shares a GPU with its adapters
-    memory_gib: PositiveFloat = 24.0  # memory of that GPU
+    memory_gib: Annotated[float, Range(above=0, most=10**6)] = 24.0  # memory of that GPU
 
 
 if __name__ == "__main__":

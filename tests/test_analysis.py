@@ -300,3 +300,4 @@ def test_too_little_memory_and_unknown_models(run_script, refused):
     assert all(line.endswith("| 0 |") for line in out.splitlines()[3:])
     assert "There is no model named 'Llama-9'" in refused("scripts/count_parameters.py", "--beside", "Llama-9")
     assert "must be above 0" in refused("scripts/count_parameters.py", "--memory_gib", 0)
+    assert "must be at most 1000000" in refused("scripts/count_parameters.py", "--memory_gib", 1e300)

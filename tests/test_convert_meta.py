@@ -163,11 +163,11 @@ def change_json(name: str, **values: Any):
     return edit
 
 
-def change_shard(edit: Any):
+def change_shard(edit: Any, name: str = "consolidated.01.pth"):
     def damage(folder: Path) -> None:
-        state = torch.load(folder / "consolidated.01.pth", weights_only=True)
+        state = torch.load(folder / name, weights_only=True)
         edit(state)
-        torch.save(state, folder / "consolidated.01.pth")
+        torch.save(state, folder / name)
 
     return damage
 
@@ -183,6 +183,9 @@ BAD: dict[str, Any] = {
     'params.json: n_layers is "3"; expected a whole number from 1': change_json("params.json", n_layers="3"),
     "needs its tokenizer.model or tokenizer.json": delete("tokenizer.model"),
     "found: consolidated.01.pth": delete("consolidated.00.pth"),
+    "The shards do not fit together: tok_embeddings.weight is ()": change_shard(
+        lambda state: state.update({"tok_embeddings.weight": torch.tensor(1.0)}), "consolidated.00.pth"
+    ),
     "found: none": lambda folder: [path.unlink() for path in folder.glob("*.pth")],
     "consolidated.01.pth is not a checkpoint: it is damaged or cut short": truncate,
     "is not a checkpoint: it would run code when loaded": lambda folder: torch.save(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_llama.aligner import LLaMA, LLaMAConfig
-from lit_llama.memory import training_memory
+from lit_llama.memory import generation_memory, training_memory
 from lit_llama.utils import UserError
 
 
@@ -14,17 +14,19 @@ def test_an_unknown_method_is_refused(run_script, flags):
 
 def test_pairs_take_less_than_twice_the_memory_of_sft_where_they_share_rows(run_script):
     flags = ("--model", "microworld", "--micro_batch_size", "2")
-    totals = {}
+    activations = {}
     for share in ("0.5", "0.9"):  # for long responses, sharing the prompt would not pay
         code, out, err = run_script("scripts/estimate_memory.py", *flags, "--response_share", share)
         assert code == 0, err
         rows = [line.split("|") for line in out.splitlines() if line.startswith(("| SFT", "| DPO"))]
-        totals[share] = [float(cells[5].split()[0]) for cells in rows]
-    assert totals["0.9"][1] > 1.9 * totals["0.9"][0] and totals["0.5"][1] < 1.7 * totals["0.5"][0]
+        activations[share] = [float(cells[5].split()[0]) for cells in rows]
+    assert activations["0.9"][1] > 1.9 * activations["0.9"][0] and activations["0.5"][1] < 1.7 * activations["0.5"][0]
 
 
-def test_a_micro_batch_too_large_for_any_device_is_refused():
+def test_a_batch_too_large_for_any_device_is_refused():
     config = LLaMAConfig.from_name("microworld")
     for sequences, tokens in ((2**31, 2), (1, 2**31)):
         with pytest.raises(UserError, match="has more than 4,194,304, which no device holds"):
             training_memory(LLaMA, config, sequences=sequences, tokens=tokens, labels=1, dtype=torch.float32)
+        with pytest.raises(UserError, match="has more than 4,194,304, which no device holds"):
+            generation_memory(LLaMA, config, rows=sequences, prompt=tokens, new=1, dtype=torch.float32)
