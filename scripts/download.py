@@ -53,15 +53,27 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
 
 
 def check_strangers(folder: Path, names: list[str]) -> None:
-    """Check that the files to download do not exist, or were written by huggingface_hub according to its records.
+    """Check that the files to download do not exist, or are as huggingface_hub wrote them according to its records.
 
     Raises:
-        UserError: A file exists that was not downloaded.
+        UserError: A file exists that was not downloaded, or that was changed since.
     """
     for name in names:
         record = folder / ".cache/huggingface/download" / f"{name}.metadata"
-        if os.path.lexists(folder / name) and not record.is_file():
+        if not os.path.lexists(folder / name):
+            continue
+        if not record.is_file():
             raise UserError(f"{folder / name} exists and was not downloaded here; choose another --output_dir.")
+        try:
+            downloaded = float(record.read_text(encoding="utf-8").splitlines()[2])
+        except (ValueError, IndexError):
+            raise UserError(f"{record} is damaged; delete it and {folder / name} to download the file again.") from None
+        # huggingface_hub, too, allows for a second; it would replace the file
+        if os.lstat(folder / name).st_mtime > downloaded + 1:
+            raise UserError(
+                f"{folder / name} is newer than its download, so you may have edited it; move it away, or choose "
+                "another --output_dir."
+            )
 
 
 def download(repo_id: str, revision: str, folder: Path) -> None:

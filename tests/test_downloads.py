@@ -1,6 +1,8 @@
 """Downloads from a local server that imitates the Hugging Face Hub, and of published weights from local files."""
 
 import errno
+import os
+import time
 
 from lit_llama.huggingface.hub import explain
 from scripts.download import wanted
@@ -20,6 +22,19 @@ def test_only_files_that_the_conversion_needs_are_downloaded(hub, run_script, tm
     hub.asked.clear()
     assert run_script(DOWNLOAD, "--repo_id", "me/model", "--output_dir", out)[0] == 0
     assert not [line for line in hub.asked if line.startswith("GET /me/model")]  # everything exists already
+
+
+def test_a_downloaded_file_that_the_user_changed_is_not_replaced(hub, run_script, refused, tmp_path):
+    hub.repositories["me/model"] = [dict.fromkeys(("config.json", "model.safetensors"), b"theirs")]
+    flags = ("--repo_id", "me/model", "--output_dir", tmp_path / "out")
+    assert run_script(DOWNLOAD, *flags)[0] == 0
+    path, record = tmp_path / "out/config.json", tmp_path / "out/.cache/huggingface/download/config.json.metadata"
+    path.write_text("mine")
+    os.utime(path, (time.time() + 9,) * 2)
+    assert refused(DOWNLOAD, *flags).startswith(f"{path} is newer than its download, so you may have edited it")
+    record.write_text("cut short")
+    assert refused(DOWNLOAD, *flags).startswith(f"{record} is damaged; delete it and {path}")
+    assert path.read_text() == "mine"
 
 
 def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_path):
