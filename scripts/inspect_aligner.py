@@ -170,11 +170,9 @@ def draw(adapters: list[AdapterFile], path: Path, overwrite: bool) -> None:
 
 def convert(adapter: AdapterFile, path: Path, style: str | None, overwrite: bool) -> None:
     """Write an adapter in this project's format, in fp32."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} must end in .safetensors.")
     meta = {"method": adapter.method, "config": adapter.config, **adapter.meta, "converted_from": adapter.path.name}
     if style is not None:
-        meta["prompt_style"] = check_style_name(style)
+        meta["prompt_style"] = style
     save_adapter(path, {name: t.float() for name, t in adapter.state.items()}, meta, overwrite=overwrite)
     log(f"wrote {path}")
 
@@ -184,6 +182,12 @@ def main(settings: Settings) -> None:
         check_file(output, *settings.files, overwrite=settings.overwrite)
     if settings.to_safetensors and len(settings.files) > 1:
         raise UserError(f"--to_safetensors writes one adapter, but {len(settings.files)} were given.")
+    if settings.to_safetensors and settings.to_safetensors.suffix != ".safetensors":
+        raise UserError(f"{settings.to_safetensors} must end in .safetensors.")
+    if settings.prompt_style is not None:
+        check_style_name(settings.prompt_style)
+        if not settings.to_safetensors:
+            raise UserError("--prompt_style needs --to_safetensors, the file to record it in.")
     adapters = [read_adapter(path) for path in settings.files]
     others = [adapter for adapter in adapters if adapter.method != "aligner"]
     if others and settings.plot:

@@ -137,9 +137,10 @@ def test_conversion(one, run_script, refused, tmp_path):
     for flags, message in (
         (("--to_safetensors", tmp_path / "b.pth"), "b.pth must end in .safetensors"),
         (("--to_safetensors", tmp_path / "b.safetensors", "--prompt_style", "x"), "There is no prompt style 'x'"),
+        (("--prompt_style", "orca"), "--prompt_style needs --to_safetensors"),
         (("--plot", tmp_path / "b.txt"), "b.txt is not a .png, .svg or .pdf"),
     ):
-        code, _, err = run_script(SCRIPT, one, *flags)
+        code, _, err = run_script(SCRIPT, one, "--plot", tmp_path / "b.png", *flags)
         assert code == 1 and message in err and not list(tmp_path.glob("b.*"))
 
 
