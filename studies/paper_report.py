@@ -139,10 +139,15 @@ def means(rows: list[Row]) -> list[Row]:
 
 
 def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
-    """Plot accuracy against trainable parameters (the paper's figure 5); dotted lines are the base."""
+    """Plot accuracy against trainable parameters (the paper's figure 5); dotted lines are the base.
+
+    Only the tasks in `PANELS` are plotted; without any of them, no file is written.
+    """
     by_cell = {(line["task"], line["measure"], line["method"]): line for line in means(rows)}
     panels = {title: [line for line in lines if line[0] in tasks_of(rows)] for title, lines in PANELS.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return
     figure, markers = make_figure(5 * len(panels), 5), {}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (task, name, what) in enumerate(lines):

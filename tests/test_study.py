@@ -257,6 +257,9 @@ def test_the_report_states_how_it_was_made_and_lists_failures(tmp_path):
     assert "Failed: pirate, aligner1, 0.1, seed 3: UserError: disk" in text
     paper.plot_accuracy(ROWS, tmp_path / "accuracy.png", "caption")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    values = dict.fromkeys(tasks.TASKS["values"].columns, 0.5)  # this task has no panel
+    paper.plot_accuracy([{**row, "task": "values", **values} for row in ROWS], tmp_path / "none.png", "caption")
+    assert not (tmp_path / "none.png").exists()
     lines = list(csv.DictReader(csv_text(ROWS).splitlines()))
     assert len(lines) == len(ROWS) and lines[-1]["learning_rate"] == ""
 
