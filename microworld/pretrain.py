@@ -7,6 +7,7 @@ With --init_from it continues from another base model of the world and adds the 
 checkpoints/microworld-aloud was made with this and --two_hop_share.
 """
 
+import io
 import itertools
 import math
 import random
@@ -95,6 +96,7 @@ from lit_llama.run.samples import answer_samples
 from lit_llama.run.setup import Setup, make_fabric
 from lit_llama.storage.files import atomic_folder, atomic_write, check_folder, claim
 from lit_llama.storage.manifest import BASE_MODEL
+from lit_llama.storage.schema import read_bytes
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import SFTLoss, Trainer
 from lit_llama.utils import log
@@ -120,13 +122,18 @@ def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
             yield style.render(question), answer
 
 
-def train_tokenizer(settings: Settings, path: Path) -> None:
-    """Write a BPE with byte fallback, trained on the first 40,000 documents without normalization."""
+def train_tokenizer(settings: Settings) -> bytes:
+    """Return a BPE with byte fallback, trained on the first 40,000 documents without normalization.
+
+    Raises:
+        UserError: The vocabulary is too large or too small for the documents.
+    """
     texts = (text for document in itertools.islice(corpus(settings), 40_000) for text in document)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    content = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=texts,
-            model_writer=file,
+            model_writer=content,
             model_type="bpe",
             vocab_size=settings.vocab_size,
             byte_fallback=True,
@@ -138,21 +145,30 @@ def train_tokenizer(settings: Settings, path: Path) -> None:
             eos_id=2,
             minloglevel=2,
         )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].partition(" Increase ")[0].rstrip(".")
+        raise UserError(
+            f"--vocab_size {settings.vocab_size} does not fit --documents {settings.documents}; change one of them "
+            f"({reason})."
+        ) from None
+    return content.getvalue()
 
 
-def extend_tokenizer(source: Path, names: list[str], path: Path) -> None:
-    """Write a SentencePiece tokenizer with one more piece for each name.
+def extend_tokenizer(source: Path, names: list[str]) -> bytes:
+    """Return a SentencePiece tokenizer with one more piece for each name.
 
     The added bytes are `SentencePiece` messages of its protocol buffer: the text, a score of 0, and the type
     USER_DEFINED, which is matched as a unit.
+
+    Raises:
+        UserError: There is no such tokenizer.
     """
-    content = source.read_bytes()
+    content = read_bytes(source, what="SentencePiece tokenizer")
     for name in names:
         text = f"\u2581{name}".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", 0.0) + b"\x18\x04"
         content += b"\x0a" + bytes([len(piece)]) + piece
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+    return content
 
 
 def new_names(settings: Settings, tokenizer: Tokenizer) -> list[str]:
@@ -162,24 +178,45 @@ def new_names(settings: Settings, tokenizer: Tokenizer) -> list[str]:
     return [name for name in names if len(tokenizer.encode(name)) > 1]
 
 
-def continued(settings: Settings, tokenizer: Tokenizer) -> LLaMA:
+def make_model(settings: Settings) -> LLaMA:
+    """Return the model to train, in fp32.
+
+    Raises:
+        UserError: The settings of its shape do not fit together, or as `continued`.
+    """
+    if settings.init_from is not None:
+        return continued(settings)
+    model = LLaMA(LLaMAConfig(tie_embeddings=True, **{name: getattr(settings, name) for name in SHAPE}))
+    initialize(model)
+    return model
+
+
+def continued(settings: Settings) -> LLaMA:
     """Return the model of `init_from` in fp32.
 
     The embeddings of new names are drawn from a normal distribution with the mean and covariance of the embeddings
     of known people's names, so that the model treats them as names of people.
+
+    Raises:
+        UserError: A base model cannot be loaded, or `blend_with` has another shape.
     """
     base, old = load_model(settings.init_from, dtype=torch.float32), Tokenizer(settings.init_from)
-    model = LLaMA(replace(base.config, vocab_size=tokenizer.vocab_size, padded_vocab_size=None))
+    size = old.vocab_size + len(new_names(settings, old))
+    model = LLaMA(replace(base.config, vocab_size=size, padded_vocab_size=None))
     known = [old.encode(e.name)[0] for e in World(settings.world_seed).entities if e.kind == "person"]
     with torch.no_grad():
         embedding, longer = base.transformer.wte.weight, torch.zeros_like(model.transformer.wte.weight)
         longer[: old.vocab_size] = embedding[: old.vocab_size]
         names = embedding[known]  # (people, n_embd)
-        mixed = torch.randn(tokenizer.vocab_size - old.vocab_size, len(known)) @ (names - names.mean(0))
-        longer[old.vocab_size : tokenizer.vocab_size] = names.mean(0) + mixed / (len(known) - 1) ** 0.5
+        mixed = torch.randn(size - old.vocab_size, len(known)) @ (names - names.mean(0))
+        longer[old.vocab_size : size] = names.mean(0) + mixed / (len(known) - 1) ** 0.5
     model.load_state_dict({**base.state_dict(), "transformer.wte.weight": longer})
     if settings.blend_with is not None:
-        average(model, load_model(settings.blend_with, dtype=torch.float32), settings.blend_share)
+        other = load_model(settings.blend_with, dtype=torch.float32)
+        same = {"vocab_size": base.config.vocab_size, "padded_vocab_size": base.config.padded_vocab_size}
+        if replace(other.config, **same) != base.config or other.config.vocab_size > size:
+            raise UserError(f"{settings.blend_with} cannot be averaged with {settings.init_from}, of another shape.")
+        average(model, other, settings.blend_share)
     return model
 
 
@@ -215,14 +252,16 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
     return [muon, adamw]
 
 
-def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> None:
-    """Write the tokenizer and the prepared corpus."""
-    log("Writing the tokenizer and the corpus.")
+def make_tokenizer(settings: Settings) -> bytes:
+    """Return the content of the tokenizer's file."""
     if settings.init_from is None:
-        train_tokenizer(settings, tokenizer_path)
-    else:
-        names = new_names(settings, Tokenizer(settings.init_from))
-        extend_tokenizer(settings.init_from / TOKENIZER_NAME, names, tokenizer_path)
+        return train_tokenizer(settings)
+    names = new_names(settings, Tokenizer(settings.init_from))
+    return extend_tokenizer(settings.init_from / TOKENIZER_NAME, names)
+
+
+def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> None:
+    """Write the prepared corpus."""
     documents = [*corpus(settings)]
     # only questions: the prompt of a plain answer is its first word, which all answers in a form may share
     questions = list(dict.fromkeys(prompt for prompt, _ in documents if " " in prompt))
@@ -246,26 +285,22 @@ def main(settings: Settings) -> None:
     run = RunFolder(settings)
     fabric = make_fabric(settings)
     data_dir, tokenizer_path = settings.out_dir / "corpus", settings.out_dir / TOKENIZER_NAME
+    fabric.seed_everything(settings.seed, verbose=False)
+    model = make_model(settings)  # a mistake is found before anything is deleted
+    shape = {name: getattr(model.config, name) for name in SHAPE}
     continues = settings.resume and run.state_path.is_file()  # `fit` then checks that the rows are those of the state
     if fabric.global_rank == 0 and not (continues and data_dir.is_dir()):
-        if settings.init_from is not None:
-            Tokenizer(settings.init_from)  # an error about it comes before anything is deleted
+        log("Writing the tokenizer and the corpus.")
+        tokenizer_model = make_tokenizer(settings)
         claim(settings.out_dir, [TOKENIZER_NAME])
         if not continues:
             run.remove_files(keep_run=False)  # --overwrite: a state could not be resumed with another corpus
+        with atomic_write(tokenizer_path) as temporary:
+            temporary.write_bytes(tokenizer_model)
         write_corpus(settings, tokenizer_path, data_dir)
     fabric.barrier()
     tokenizer = Tokenizer(tokenizer_path)
     train, val = SFTData(data_dir, "train", tokenizer), SFTData(data_dir, "test", tokenizer)
-
-    fabric.seed_everything(settings.seed, verbose=False)
-    if settings.init_from is None:
-        shape = {name: getattr(settings, name) for name in SHAPE}
-        model = LLaMA(LLaMAConfig(tie_embeddings=True, **shape))
-        initialize(model)
-    else:
-        model = continued(settings, tokenizer)
-        shape = {name: getattr(model.config, name) for name in SHAPE}
     log(f"{int(train.lengths.sum()):,} tokens")
     setup = Setup.wrap(fabric, model, muon_and_adamw(model, settings), {"method": "pretraining", "base": shape})
     answer = answer_samples(val.prompts(4), tokenizer, max_new_tokens=40)

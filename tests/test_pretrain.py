@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_llama.huggingface.tokenizer_files import as_tokenizer_json
 from lit_llama.tokenizer import Tokenizer
 from microworld.world import World
 
+ROOT = Path(__file__).parents[1]
 SMALL = ("--documents=700 --vocab_size=800 --n_layer=2 --n_head=2 --n_embd=32 --batch_size=16 --micro_batch_size=8 "
          "--max_steps=4 --eval_interval=2 --save_interval=2").split()  # fmt: skip
 
@@ -89,8 +92,23 @@ def test_a_state_is_continued_only_with_its_corpus(run_script, tmp_path):
     assert code == 0 and "continues from step 4." in err
     assert (tmp_path / "run/metrics.csv").read_text().startswith(losses.splitlines()[0])
     # a mistake deletes nothing
-    assert pretrain("--overwrite", f"--init_from={tmp_path / 'typo'}")[0] == 1
-    assert (tmp_path / "run/state.pt").is_file()
+    base, no_pieces = tmp_path / "base", tmp_path / "no pieces"
+    shutil.copytree(base, no_pieces, ignore=shutil.ignore_patterns("tokenizer.model"))
+    as_tokenizer_json(base / "tokenizer.model").save(str(no_pieces / "tokenizer.json"))
+    (no_pieces / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    for flags, sentence in {
+        (f"--init_from={tmp_path / 'typo'}",): "typo",
+        (f"--init_from={no_pieces}",): "There is no SentencePiece tokenizer at ",
+        (f"--init_from={base}", f"--blend_with={ROOT / 'checkpoints/microworld'}"): "cannot be averaged with",
+        ("--n_head=3",): "n_embd (32) is not a multiple of n_head (3).",
+        ("--vocab_size=9999",): "--vocab_size 9999 does not fit --documents 700; change one of them (Vocabulary size "
+                                "too high (9999). Please set it to a value <= ",
+        ("--vocab_size=99",): "--vocab_size 99 does not fit --documents 700; change one of them (Vocabulary size is "
+                              "smaller than required_chars. 99 vs ",
+    }.items():  # fmt: skip
+        code, err = pretrain("--overwrite", *flags)
+        assert code == 1 and sentence in err.splitlines()[-1]
+        assert (tmp_path / "run/state.pt").is_file()
     # without a state, a corpus of other settings is not used
     (tmp_path / "run/state.pt").unlink()
     (tmp_path / "run/last.safetensors").unlink()
