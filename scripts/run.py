@@ -12,6 +12,7 @@ not on every package index.
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.resolve()
 ENV = ROOT / ".venv"
 PYTHON = ENV / "bin/python"
+MARKER = ENV / "made-by-run"  # written first, so that an incomplete environment is known to be this script's
 
 
 def stop(message: str) -> None:
@@ -31,8 +33,12 @@ def stop(message: str) -> None:
 
 def make_environment() -> None:
     """Create an empty virtual environment with pip."""
+    if os.path.lexists(ENV) and not MARKER.exists() and not any(ENV.glob("installed-*")):
+        stop(f"{ENV} has no bin/python and was not made by this script; move it away and run again.")
     print(f"making a virtual environment in {ENV}", file=sys.stderr)
     shutil.rmtree(ENV, ignore_errors=True)
+    ENV.mkdir(exist_ok=True)
+    MARKER.touch()
     try:
         import ensurepip  # noqa: F401  (Debian has it in another package)
     except ImportError:
@@ -106,6 +112,19 @@ def overview() -> str:
 
 
 def main() -> None:
+    """Run the command line; report Ctrl-C, a failing command and a folder without access in one line."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except subprocess.CalledProcessError as error:
+        stop(f"This command failed: {shlex.join(map(str, error.cmd))}")
+    except OSError as error:
+        stop(f"{error.filename or ROOT} cannot be read or written ({error.strerror or error}).")
+
+
+def run() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
         stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
     if os.name == "nt":

@@ -66,6 +66,47 @@ def test_run_py_stops_on_windows(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: Windows is not supported; use the Windows Subsystem for Linux (WSL).\n"
 
 
+def test_run_py_replaces_no_environment_that_it_did_not_make(monkeypatch, capsys, tmp_path):
+    from scripts import run as script
+
+    for name, path in (("ENV", ""), ("PYTHON", "bin/python"), ("MARKER", "made-by-run")):
+        monkeypatch.setattr(script, name, tmp_path / ".venv" / path)
+    windows = tmp_path / ".venv/Scripts/python.exe"
+    windows.parent.mkdir(parents=True)
+    windows.touch()
+    made = []
+    monkeypatch.setattr(script.venv, "create", lambda path, **options: made.append([p.name for p in path.iterdir()]))
+    with pytest.raises(SystemExit):
+        script.make_environment()
+    assert "was not made by this script; move it away and run again." in capsys.readouterr().err and windows.exists()
+    (tmp_path / ".venv/installed-requirements.txt").touch()
+    script.make_environment()
+    script.make_environment()  # after an interruption of the first
+    assert made == [["made-by-run"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (subprocess.CalledProcessError(1, ["apt-get", "update"]), 1, "error: This command failed: apt-get update\n"),
+        (PermissionError(13, "Permission denied", "x/.venv"), 1,
+         "error: x/.venv cannot be read or written (Permission denied).\n"),
+    ],
+)  # fmt: skip
+def test_run_py_reports_failures_in_one_line(monkeypatch, capsys, error, code, sentence):
+    from scripts import run as script
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(script, "install", fail)
+    monkeypatch.setattr(sys, "argv", ["run.py", "demo"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert (stopped.value.code, capsys.readouterr().err) == (code, sentence)
+
+
 def test_run_py_suggests_a_similar_script():
     result = run("scripts/run.py", "generate/alinger.py")
     message = "error: There is no script generate/alinger.py; did you mean generate/aligner.py?\n"
