@@ -126,10 +126,14 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
         trial: as given; identity; summary: of the training run; curve: [step, validation loss] pairs; scores: the
         result of `score`; seconds: of training and scoring; versions. For a failed trial only trial and error; its
         record is not written to disk.
+
+    Raises:
+        UserError: The folder has files of these names that this function did not write.
     """
     run, began = Path(out_dir) / trial.name, time.perf_counter()
     path, log_path = run / "record.json", run / "log.txt"
-    claim(run, (path.name, log_path.name), adopt=path.is_file())
+    names = (path.name, log_path.name, "answers.json")  # `score_answers` writes the last
+    claim(run, names, adopt=read_record(path).keys() >= {"trial", "identity"})
     if (record := stored_record(trial, out_dir)) is not None:
         return record
     try:
@@ -181,10 +185,15 @@ def stored_result(path: Path, identity: dict[str, Any], compute: Callable[[], di
 
     Args:
         identity: Everything that the result depends on, as JSON.
+
+    Raises:
+        UserError: The file exists and is not such a result.
     """
     known = read_record(path)
-    if known.pop("identity", None) == identity:
+    stored = known.pop("identity", None)
+    if stored == identity:
         return known
+    claim(path.parent, [path.name], adopt=stored is not None)
     result = compute()
     write_text(path, json.dumps({"identity": identity, **result}, indent=1) + "\n")
     return result

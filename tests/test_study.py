@@ -107,6 +107,23 @@ def test_a_finished_trial_is_reused_until_its_settings_or_scoring_change(base_di
     assert run_trial(other, tmp_path, count_bytes)["scores"] == first["scores"]
 
 
+def test_files_of_others_are_not_replaced(base_dir, data_dir, tmp_path):
+    run, base = tmp_path / "aligner1", tmp_path / "base"
+    for folder, names in ((run, ("log.txt", "record.json", "answers.json")), (base, ("facts.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text('{"trial": "mine"}')
+            with pytest.raises(UserError, match=f"{name} was not written by this program"):
+                if folder == run:
+                    run_trial(toy_trial(base_dir, data_dir), tmp_path)
+                else:
+                    studies.trials.stored_result(folder / name, {"seed": 1}, dict)
+            assert (folder / name).read_text() == '{"trial": "mine"}'
+            (folder / name).unlink()
+    for seed in (1, 2):
+        assert studies.trials.stored_result(base / "facts.json", {"seed": seed}, dict) == {}
+
+
 def test_a_failed_trial_is_reported_and_the_others_continue(base_dir, data_dir, tmp_path, capsys):
     bad = Trial("bad", VARIANTS["aligner1"], {**toy_trial(base_dir, data_dir).settings, "learning_rate": -1})
     records = run_trials([bad, toy_trial(base_dir, data_dir)], tmp_path, count_bytes, jobs=1)
