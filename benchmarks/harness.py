@@ -25,6 +25,7 @@ from benchmarks.material import dtype_name, random_weights, shape
 from benchmarks.measure import copy_bandwidth, matmul_rate, median_interval
 from benchmarks.settings import Clock, PeerSettings
 from lit_llama.checkpoint import versions
+from lit_llama.console import end_on_interrupt
 from lit_llama.device import pick_device
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import make_panels, save_figure
@@ -59,7 +60,7 @@ class Contestant:
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name, self.settings = name, settings
-        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_on_interrupt)
         self.failure: Unavailable | None = None
 
     def __call__(self, method: str, **arguments: Any) -> dict[str, Any]:

@@ -188,6 +188,14 @@ def _register_fork_hooks() -> None:
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
 
 
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end this worker process at once and without a traceback; the first process reports it."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its default is shared by processes, and Python reports that it is not released
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
 def last_words(text: str) -> None:
     """Print a message on its own line, after closing unfinished progress bars."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)

@@ -37,6 +37,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
+from lit_llama.console import end_on_interrupt
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import read_json
@@ -213,7 +214,8 @@ def score_answers(measure: Callable[..., dict[str, Any]], trial: Trial, run: Pat
 
 
 def start_worker() -> None:
-    """Use one thread, and exit when the parent process ends, for whatever reason."""
+    """Use one thread, and exit on Ctrl-C and when the parent process ends, for whatever reason."""
+    end_on_interrupt()
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -3,6 +3,7 @@
 import mmap
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,15 @@ def test_a_contestant_in_its_own_process_reports_errors(kind, error):
     # the process of a peer has ended, so its later turns repeat the first failure
     assert (str(first.value) == str(second.value)) == (kind != "ours")
     contestant.close()
+
+
+def test_ctrl_c_ends_an_idle_contestant_without_a_traceback(capfd):
+    contestant = harness.Contestant("one", kind="ours")
+    worker = contestant.process._processes[contestant.process.submit(os.getpid).result()]
+    os.kill(worker.pid, signal.SIGINT)
+    worker.join()
+    contestant.close()
+    assert (worker.exitcode, capfd.readouterr().err) == (130, "")
 
 
 def test_an_error_of_our_contestant_keeps_its_message():

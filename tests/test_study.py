@@ -3,8 +3,11 @@
 import csv
 import json
 import math
+import multiprocessing
+import os
 import shlex
-from concurrent.futures import Future
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -345,6 +348,14 @@ def test_workers_return_records_in_order_and_match_a_single_process(base_dir, da
     (tmp_path / "there" / "bitfit" / "record.json").unlink()
     with pytest.raises(TypeError, match="not callable"):
         run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
+
+
+def test_ctrl_c_ends_an_idle_worker_without_a_traceback(capfd):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), studies.trials.start_worker) as pool:
+        worker = pool._processes[pool.submit(os.getpid).result()]
+        os.kill(worker.pid, signal.SIGINT)
+        worker.join()
+    assert (worker.exitcode, capfd.readouterr().err) == (130, "")
 
 
 class Processes:
