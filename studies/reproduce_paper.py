@@ -160,7 +160,7 @@ def origin(settings: Settings, rows: list[Row]) -> str:
 
 def main(settings: Settings) -> None:
     if settings.quick:
-        settings = with_quick(settings, QUICK)
+        settings = with_quick(settings, QUICK, sys.argv)
     settings = with_all(settings)
     for name, known in (("methods", VARIANTS), ("tasks", TASKS)):
         given = getattr(settings, name)

@@ -388,10 +388,15 @@ def command_of(script: str, settings: Any, defaults: Any) -> str:
     return shlex.join(words)
 
 
-def with_quick(settings: S, quick: dict[str, Any]) -> S:
-    """Return the settings with the values of --quick for those that have their default values."""
-    changed = {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}
-    return replace(settings, **{name: value for name, value in quick.items() if name not in changed})
+def with_quick(settings: S, quick: dict[str, Any], words: Sequence[str] = ()) -> S:
+    """Return the settings with the values of --quick for those that have no flag and their default values.
+
+    Args:
+        words: The words of the command line.
+    """
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    given |= {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}
+    return replace(settings, **{name: value for name, value in quick.items() if name not in given})
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from test_recipes import ROOT, parse
 
 import studies.paper_report as paper
 import studies.paper_tasks as tasks
+import studies.reasoning
 import studies.reproduce_paper as study
 import studies.trials
 from lit_llama.tables import csv_text
@@ -297,6 +299,17 @@ def test_the_recorded_command_repeats_the_study():
     _, script, *words = shlex.split(command)
     recorded = replace(settings, out_dir=study.Settings.out_dir, jobs=study.Settings.jobs)
     assert asdict(parse(ROOT / script, words)) == asdict(recorded)
+
+
+@pytest.mark.parametrize("script", [study, studies.reasoning])
+def test_a_flag_with_its_default_value_overrides_quick(monkeypatch, script):
+    received = []
+    monkeypatch.setattr(script, "with_all", lambda settings: received.append(settings) or settings)
+    monkeypatch.setattr(script, "claim", lambda *_: sys.exit())
+    monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "--seeds", "1", "2", "3"])
+    with pytest.raises(SystemExit):
+        script.main(parse(ROOT / f"studies/{Path(script.__file__).name}", sys.argv[1:]))
+    assert received[0].seeds == (1, 2, 3) and received[0].learning_rates == script.QUICK["learning_rates"]
 
 
 def stored_results() -> list[dict]:
