@@ -13,7 +13,7 @@ def test_an_unknown_method_is_refused(run_script, flags):
 
 
 def test_pairs_take_less_than_twice_the_memory_of_sft_where_they_share_rows(run_script):
-    flags = ("--model", "microworld", "--micro_batch_size", "2")
+    flags = ("--model", "microworld", "--tokens", "60")
     activations = {}
     for share in ("0.5", "0.9"):  # for long responses, sharing the prompt would not pay
         code, out, err = run_script("scripts/estimate_memory.py", *flags, "--response_share", share)
