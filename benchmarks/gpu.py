@@ -62,7 +62,7 @@ from benchmarks.worker import Ours
 from lit_llama.compiled import compile_
 from lit_llama.device import pick_device
 from lit_llama.tables import markdown_table
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, first_line, log
 
 Rows = Iterator[list[str]]  # what, target, measured, verdict
 
@@ -176,7 +176,7 @@ def run_part(part: str, settings: Settings, device: torch.device, dtype: torch.d
     except Exception as error:  # from any library: a driver, a compiler, a peer
         if not isinstance(error, UserError):
             log(traceback.format_exc())
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sentence = first_line(error)
         log(f"{part}: {sentence}")
         return [*rows, [part, "", f"failed: {sentence}", ""]], False
     return rows, True

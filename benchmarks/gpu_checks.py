@@ -209,9 +209,10 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
         pairs = PreferenceData(out_dir / "check-rows" / "pairs", "train")
         loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
         batches = np.array_split(np.arange(len(pairs)), 4)
-        for pairs.n_embd in (0, 10**6):
-            if ("segments" in pairs.batch(batches[0])) != (pairs.n_embd > 0):
-                raise Failed(f"Pairs are packed or not, unlike expected, for a width of {pairs.n_embd}")
+        for width in (0, 10**6):
+            pairs.n_embd = width
+            if ("segments" in pairs.batch(batches[0])) != (width > 0):
+                raise Failed(f"Pairs are {'not ' if width else ''}packed for a model of width {width}")
             check_policy_equals_reference(loss, pairs, run.fabric, run.model, batches)
         yield f"DPO's start, {name}: distance of the loss from ln 2", "≤ 1e-5", "within"
 

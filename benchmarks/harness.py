@@ -30,7 +30,7 @@ from lit_llama.device import pick_device
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import make_panels, save_figure
 from lit_llama.storage.files import claim, write_text
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, first_line, log
 
 Specs = dict[str, dict[str, Any]]  # contestant -> settings of its `benchmarks.worker.Worker`
 Turns = Mapping[str, Callable[[], Any]]  # contestant -> what it does in its turn
@@ -69,7 +69,7 @@ class Contestant:
         try:
             return self.process.submit(worker.call, self.settings, method, arguments).result()
         except Exception as error:
-            sentence = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            sentence = first_line(error)
             if self.settings["kind"] == "ours":
                 raise UserError(f"{self.name}: {sentence}.") from error
             self.failure = Unavailable(f"{self.name}: {sentence}.")

@@ -141,7 +141,7 @@ class JsonLines:
         self.path, self.start = Path(path), f'{{"{first}": '.encode()
         self.records: list[dict[str, Any]] = []
         content = read_bytes(self.path, limit=2**33) if self.path.exists() else b""
-        self.end = len(content) - self.incomplete(content)  # where the complete lines end
+        self.end = len(content) - self.incomplete_length(content)  # where the complete lines end
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             source = f"{self.path}, line {number}"
             try:
@@ -152,7 +152,7 @@ class JsonLines:
                 raise UserError(f"{str(error).rstrip('.')}; move the file away and run again.") from None
             self.records.append(record)
 
-    def incomplete(self, content: bytes) -> int:
+    def incomplete_length(self, content: bytes) -> int:
         """Return the length of an incomplete last line.
 
         Raises:
@@ -181,7 +181,7 @@ class JsonLines:
                 open(self.path, "ab+", opener=lambda path, _: os.open(path, flags, 0o666)) as file,
             ):
                 file.seek(self.end)
-                if incomplete := self.incomplete(file.read()):  # after the lines of other processes
+                if incomplete := self.incomplete_length(file.read()):  # after the lines of other processes
                     file.truncate(os.fstat(file.fileno()).st_size - incomplete)
                 file.write(lines.encode())
                 file.flush()

@@ -217,7 +217,7 @@ def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:
     """Read reviews: `question_id` and `text`, perhaps `score`, `answer1_id` and `answer2_id`.
 
     Raises:
-        UserError: a row lacks one of the first two, its `score` is not a list or its `reviewer_id` is not text; a
+        UserError: a row lacks one of the first two, its `score` is not a list or its `reviewer_id` cannot be encoded; a
             question has two reviews; or there is no review.
     """
     reviews: dict[Any, dict[str, Any]] = {}

@@ -45,11 +45,11 @@ def sum_logps_by_row(
     label_index: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum of the log-probabilities (n,) of `LLaMA.label_logps` over the labels of each row, (B,).
+    """Return the sum of the log-probabilities (n,) of `LLaMA.label_logps` over the labels of each row, (B,), or of each
+    of two answers in a row, (2B,): first those of the first answers.
 
     Args:
-        segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with two answers each. The result is then
-            (2B,): the sums over the first answer of each row, then those over the second.
+        segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with two answers each.
     """
     index = find_labels(labels) if label_index is None else label_index
     sequences, slots = len(labels), index

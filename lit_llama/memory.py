@@ -162,8 +162,8 @@ def _check_tokens(sequences: int, tokens: int) -> None:
     """
     if sequences * tokens > MOST_TOKENS:
         raise UserError(
-            f"A batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,}, which no device "
-            "holds; lower the sequences or the tokens."
+            f"A batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,} in all, which no "
+            "device holds; lower the sequences or the tokens."
         )
 
 

@@ -237,7 +237,7 @@ class CausalSelfAttention(nn.Module):
             mask: (B, 1, T, S), 0 where a token attends to a key and -inf elsewhere, in the dtype of k. None is causal
                 attention with S = T, or attention to all keys for T = 1.
         """
-        if q.size(1) != k.size(1) and q.size(2) == 1:  # the queries of a group attend as its tokens would
+        if q.size(1) != k.size(1) and q.size(2) == 1:  # query heads that share a key head become query positions
             groups = q.unflatten(1, (k.size(1), -1)).squeeze(3).to(k.dtype)  # (B, ng, nh / ng, hs)
             masks = None if mask is None else mask.expand(-1, -1, groups.size(2), -1)
             return F.scaled_dot_product_attention(groups, k, v, attn_mask=masks).flatten(1, 2).unsqueeze(2)

@@ -19,7 +19,7 @@ from lit_llama.logps import IGNORE_INDEX, find_labels
 from lit_llama.modules import attention_mask
 
 
-def answers_per_row(prompt: int, answer: float, count: int, n_embd: int) -> int:
+def answers_per_row(prompt: float, answer: float, count: int, n_embd: int) -> int:
     """Return how many of the answers to a prompt a row should take, so that packing saves work.
 
     Another answer saves the linear layers of a prompt, 24·n_embd² FLOPs per token and layer in a forward pass. In
@@ -27,7 +27,7 @@ def answers_per_row(prompt: int, answer: float, count: int, n_embd: int) -> int:
     twice, because attention with a mask is slower than causal attention. So T is at most 1.5·n_embd·prompt / A.
 
     Args:
-        prompt, answer: number of tokens of the prompt, and of an answer on average.
+        prompt, answer: mean number of tokens of a prompt and of an answer.
         count: number of answers, which are divided into rows of about equal size.
         n_embd: width of the model.
     """

@@ -152,7 +152,7 @@ class Rollouts:
         }
 
     def shape(self, indices: np.ndarray) -> tuple[int, int]:
-        """Return the number of prompts and of tokens in the longest one, with one token of an answer."""
+        """Return the number of prompts and of tokens in the longest one, plus 1; the answers are not known yet."""
         return self.answerer.data.shape(indices)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:

@@ -213,9 +213,9 @@ def continued(settings: Settings) -> LLaMA:
     model.load_state_dict({**base.state_dict(), "transformer.wte.weight": longer})
     if settings.blend_with is not None:
         other = load_model(settings.blend_with, dtype=torch.float32)
-        same = {"vocab_size": base.config.vocab_size, "padded_vocab_size": base.config.padded_vocab_size}
-        if replace(other.config, **same) != base.config or other.config.vocab_size > size:
-            raise UserError(f"{settings.blend_with} cannot be averaged with {settings.init_from}, of another shape.")
+        vocabulary = {"vocab_size": base.config.vocab_size, "padded_vocab_size": base.config.padded_vocab_size}
+        if replace(other.config, **vocabulary) != base.config or other.config.vocab_size > size:
+            raise UserError(f"{settings.blend_with} cannot be averaged with {settings.init_from}: their shapes differ.")
         average(model, other, settings.blend_share)
     return model
 
@@ -253,7 +253,11 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
 
 
 def make_tokenizer(settings: Settings) -> bytes:
-    """Return the content of the tokenizer's file."""
+    """Return the content of the tokenizer's file.
+
+    Raises:
+        UserError: As `train_tokenizer` or `extend_tokenizer`.
+    """
     if settings.init_from is None:
         return train_tokenizer(settings)
     names = new_names(settings, Tokenizer(settings.init_from))

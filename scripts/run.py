@@ -33,7 +33,8 @@ def stop(message: str) -> None:
 
 def make_environment() -> None:
     """Create an empty virtual environment with pip."""
-    if os.path.lexists(ENV) and not MARKER.exists() and not any(ENV.glob("installed-*")):
+    is_empty = ENV.is_dir() and not any(ENV.iterdir())
+    if os.path.lexists(ENV) and not is_empty and not MARKER.exists() and not any(ENV.glob("installed-*")):
         stop(f"{ENV} has no bin/python and was not made by this script; move it away and run again.")
     print(f"making a virtual environment in {ENV}", file=sys.stderr)
     shutil.rmtree(ENV, ignore_errors=True)

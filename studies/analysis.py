@@ -73,7 +73,7 @@ def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
         return torch.from_numpy(drawn).view(shape).bfloat16().float()
     source = f"The header of {adapter.path}: training"
     settings = field(adapter.meta["training"], "settings", dict, source, {})
-    seed = field(settings, "seed", int, source, None)
+    seed = field(settings, "seed", int, f"{source}.settings", None)
     if settings.get("init_adapter") is not None or seed is None:
         return None
     with torch.random.fork_rng(devices=[]):

@@ -217,7 +217,7 @@ class Study:
         # with frozen weights, 2 operations per weight and token forward and 2 for the gradient of the activations
         hours = 4 * self.parameters * tokens / (s.gpu_tflops * 1e12) / 3600
         length = s.max_seq_length or (1024 if dataset.startswith("beaver") else 512)  # as prepared
-        in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * length
+        in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * length  # at most: pairs may share rows
         activations = 17 * self.config.n_embd * self.config.n_layer * in_batch  # numbers that the backward pass reads
         gigabytes = 2 * (self.parameters + activations) / 1e9
         step = Step(f"train {method} on {dataset}", command(f"finetune/{script}.py", flags), out_dir / "summary.json",

@@ -389,10 +389,10 @@ def command_of(script: str, settings: Any, defaults: Any) -> str:
 
 
 def with_quick(settings: S, quick: dict[str, Any], words: Sequence[str] = ()) -> S:
-    """Return the settings with the values of --quick for those that have no flag and their default values.
+    """Return the settings with the values of --quick for those that no flag sets and that have their default values.
 
     Args:
-        words: The words of the command line.
+        words: The words of the command line, whose flags keep their values.
     """
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     given |= {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}

@@ -77,10 +77,13 @@ def test_the_initial_prefix_is_the_one_that_training_draws(base_dir):
     assert initial_prefix(adapter) is None
 
 
-@pytest.mark.parametrize("training", [{"settings": []}, {"settings": {"seed": "x"}}], ids=str)
-def test_a_header_without_usable_settings_is_refused(training):
-    with pytest.raises(UserError, match=r"training: s.* expected"):
-        initial_prefix(AdapterFile({PREFIX: torch.zeros(3, 32)}, {"training": training}))
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ([], "training: settings is a list; expected an object"),
+    ({"seed": "x"}, 'training.settings: seed is "x"; expected a whole number'),
+])  # fmt: skip
+def test_a_header_without_usable_settings_is_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        initial_prefix(AdapterFile({PREFIX: torch.zeros(3, 32)}, {"training": {"settings": settings}}))
 
 
 def published(shared) -> list[AdapterFile]:

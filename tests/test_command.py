@@ -71,18 +71,21 @@ def test_run_py_replaces_no_environment_that_it_did_not_make(monkeypatch, capsys
 
     for name, path in (("ENV", ""), ("PYTHON", "bin/python"), ("MARKER", "made-by-run")):
         monkeypatch.setattr(script, name, tmp_path / ".venv" / path)
-    windows = tmp_path / ".venv/Scripts/python.exe"
-    windows.parent.mkdir(parents=True)
-    windows.touch()
     made = []
     monkeypatch.setattr(script.venv, "create", lambda path, **options: made.append([p.name for p in path.iterdir()]))
+    (tmp_path / ".venv").mkdir()  # empty
+    script.make_environment()
+    (tmp_path / ".venv/made-by-run").unlink()
+    windows = tmp_path / ".venv/Scripts/python.exe"
+    windows.parent.mkdir()
+    windows.touch()
     with pytest.raises(SystemExit):
         script.make_environment()
     assert "was not made by this script; move it away and run again." in capsys.readouterr().err and windows.exists()
     (tmp_path / ".venv/installed-requirements.txt").touch()
     script.make_environment()
     script.make_environment()  # after an interruption of the first
-    assert made == [["made-by-run"]] * 2
+    assert made == [["made-by-run"]] * 3
 
 
 @pytest.mark.parametrize(

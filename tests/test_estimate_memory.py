@@ -26,7 +26,7 @@ def test_pairs_take_less_than_twice_the_memory_of_sft_where_they_share_rows(run_
 def test_a_batch_too_large_for_any_device_is_refused():
     config = LLaMAConfig.from_name("microworld")
     for sequences, tokens in ((2**31, 2), (1, 2**31)):
-        with pytest.raises(UserError, match="has more than 4,194,304, which no device holds"):
+        with pytest.raises(UserError, match="has more than 4,194,304 in all, which no device holds"):
             training_memory(LLaMA, config, sequences=sequences, tokens=tokens, labels=1, dtype=torch.float32)
-        with pytest.raises(UserError, match="has more than 4,194,304, which no device holds"):
+        with pytest.raises(UserError, match="has more than 4,194,304 in all, which no device holds"):
             generation_memory(LLaMA, config, rows=sequences, prompt=tokens, new=1, dtype=torch.float32)

@@ -153,15 +153,15 @@ def test_a_file_of_another_program_is_never_replaced(evaluated, tmp_path):
         answers(evaluated, tmp_path, overwrite=True)
 
 
-def test_a_summary_of_another_program_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("name", [common.SUMMARY, common.TABLE])
+def test_a_summary_of_another_program_is_not_replaced(tmp_path, name):
     """The answers are of an earlier version, which wrote no manifest."""
     first = Results(tmp_path, {})
     first.add({"id": 1, "prompt": "the cat"})
     del first
     (tmp_path / MANIFEST).unlink()
-    for name in (common.SUMMARY, common.TABLE):
-        (tmp_path / name).write_text('{"mine": 1}')
-    with pytest.raises(UserError, match=r"summary\.json was not written by this program"):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"{name} was not written by this program"):
         Results(tmp_path, {})
     (tmp_path / common.SUMMARY).write_text('{"made_by": {}}')
     assert Results(tmp_path, {}).by_id.keys() == {1}

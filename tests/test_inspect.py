@@ -67,7 +67,10 @@ def test_no_common_layer(one, run_script, tmp_path):
 
 @pytest.mark.parametrize("suffix, head", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_figure(one, run_script, tmp_path, suffix, head):
-    one, figure = one.rename(tmp_path / "a$^$b.safetensors"), tmp_path / f"gates{suffix}"  # no formula
+    one, figure = (
+        one.rename(tmp_path / "a$^$b.safetensors"),
+        tmp_path / f"gates{suffix}",
+    )  # not a formula
     assert run_script(SCRIPT, one, one, "--plot", figure)[0] == 0
     assert figure.read_bytes().startswith(head)
 

@@ -272,7 +272,7 @@ def test_python_on_the_weights_page(workplace, capsys):
     assert capsys.readouterr().out.split()[0] == "aligner"
 
 
-def test_commands_and_python_on_the_serving_page(workplace, capsys, run_script):
+def test_commands_and_python_on_the_merging_page(workplace, capsys, run_script):
     pytest.importorskip("transformers")
     for command in commands(ROOT / "howto/merging.md"):
         assert run_script(*command)[0] == 0

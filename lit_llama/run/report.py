@@ -242,7 +242,7 @@ def legend_above(axes: "Axes") -> None:
 
 
 def plain_label(text: str) -> str:
-    """Return a name or path as a text of a figure: matplotlib sets the text between two `$` as a formula."""
+    """Escape `$` in a name or path: matplotlib would draw the text between two of them as a formula."""
     return text.replace("$", r"\$")
 
 

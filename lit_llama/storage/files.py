@@ -191,10 +191,12 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
     Args:
         path: File to lock. It is created if it does not exist, and is not deleted.
         shared: Whether other processes may hold a shared lock at the same time.
-        wait: Wait for a lock that is held only while a record is written.
+        wait: Whether to wait until another process releases the lock, instead of raising. On a file system without
+            locks, no note is printed.
 
     Raises:
-        UserError: Another process holds it, and not both locks are shared; or the file cannot be opened for writing.
+        UserError: Another process holds it, not both locks are shared and `wait` is False; or the file cannot be opened
+            for writing.
     """
     with _explained(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
