@@ -260,16 +260,20 @@ def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> No
 def plot_prefixes(
     labels: list[str], prefixes: list[torch.Tensor], starts: list[torch.Tensor | None], seed: int, path: Path
 ) -> None:
-    """Plot t-SNE of all prefix tokens and of their moves from the start, for each width with four tokens or more."""
+    """Plot t-SNE of all prefix tokens and of their moves from the start, for each width with four different ones.
+
+    scikit-learn's t-SNE crashes the process if all points are equal, such as the moves of untrained prefixes.
+    """
     panels, colors = [], {name: f"C{i % 10}" for i, name in enumerate(labels)}
     for width in sorted({prefix.size(1) for prefix in prefixes}):
         same_width = [i for i, prefix in enumerate(prefixes) if prefix.size(1) == width]
         panels.append((f"prefix tokens, width {width}", [(labels[i], prefixes[i]) for i in same_width]))
         moves = [(labels[i], prefixes[i] - starts[i]) for i in same_width if starts[i] is not None]
         panels.append((f"their moves from the start, width {width}", moves))
-    panels = [(title, groups) for title, groups in panels if sum(len(tokens) for _, tokens in groups) >= 4]
+    distinct = [len({tuple(token.tolist()) for _, tokens in groups for token in tokens}) for _, groups in panels]
+    panels = [panel for panel, count in zip(panels, distinct, strict=True) if count >= 4]
     if not panels:
-        log("No prefixes.png: t-SNE needs four tokens of one width.")
+        log("No prefixes.png: t-SNE needs four different tokens of one width.")
         return
     figure, grid = make_panels(len(panels), 5.5, 5)
     for axes, (title, groups) in zip(grid, panels, strict=True):

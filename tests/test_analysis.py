@@ -20,6 +20,7 @@ from studies.analysis import (
     layer_effects,
     lens,
     philox,
+    plot_prefixes,
     prefix_tables,
     token_shifts,
     tsne,
@@ -138,6 +139,17 @@ def test_tables_of_prefixes():
     assert len(prefix_tables(["a", "b"], [a, torch.ones(1, 3)], [None, None], near=1.0)) == 0
 
 
+def test_moves_of_untrained_prefixes_are_not_plotted(tmp_path, monkeypatch):
+    """scikit-learn crashes with a segmentation fault if all points are equal."""
+    sizes = []
+    monkeypatch.setattr(
+        "studies.analysis.tsne", lambda points, seed: sizes.append(len(points)) or points[:, :2].numpy()
+    )
+    prefix = torch.randn(5, 8)
+    plot_prefixes(["a"], [prefix], [prefix], 0, tmp_path / "prefixes.png")
+    assert sizes == [5] and (tmp_path / "prefixes.png").exists()
+
+
 def test_tsne_keeps_groups_apart():
     generator = torch.Generator().manual_seed(0)
     points = torch.cat([torch.randn(12, 20, generator=generator), 100 + torch.randn(12, 20, generator=generator)])
@@ -239,7 +251,7 @@ def test_report_without_a_base_model(two, run_script, tmp_path):
     assert {row["effect"] for row in rows} == {""}
     for name in ("gates", "prefixes"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "t-SNE needs four tokens" in run_script(SCRIPT, two[1], "--out_dir", tmp_path / "one")[2]
+    assert "t-SNE needs four different tokens" in run_script(SCRIPT, two[1], "--out_dir", tmp_path / "one")[2]
     assert not (tmp_path / "one/prefixes.png").exists()
 
 
