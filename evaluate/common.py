@@ -30,7 +30,7 @@ from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_cont
 from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.files import LOCK, claim, locked, unwritable, write_text
+from lit_llama.storage.files import LOCK, check_claim, claim, locked, unwritable, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -210,8 +210,10 @@ class Results:
         self.made_by = json.loads(json.dumps(made_by, default=str))
         self.overwrite = overwrite
         self.file = self._read()
+        has_summary = self._has_summary()
+        check_claim(self.output_dir, (SUMMARY, TABLE), adopt=has_summary)  # before anything is written
         claim(self.output_dir, (ANSWERS, LOCK), adopt=bool(self.file.records))
-        claim(self.output_dir, (SUMMARY, TABLE), adopt=self._has_summary())
+        claim(self.output_dir, (SUMMARY, TABLE), adopt=has_summary)
         self._lock = locked(self.output_dir / LOCK)  # held until this object or the process ends
         self._lock.__enter__()
         self.file = self._read()  # the process that had the lock may have written

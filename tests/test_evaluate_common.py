@@ -163,6 +163,7 @@ def test_a_summary_of_another_program_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text('{"mine": 1}')
     with pytest.raises(UserError, match=f"{name} was not written by this program"):
         Results(tmp_path, {})
+    assert not (tmp_path / MANIFEST).exists()
     (tmp_path / common.SUMMARY).write_text('{"made_by": {}}')
     assert Results(tmp_path, {}).by_id.keys() == {1}
 
