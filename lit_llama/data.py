@@ -171,6 +171,7 @@ class Split:
         return len(self.rows)
 
     def shape(self, indices: np.ndarray) -> tuple[int, int]:
+        """Return the number of sequences and of tokens per sequence, (B, T), see `Data`."""
         return len(indices), int(self.lengths[indices].max())
 
 
@@ -235,8 +236,7 @@ class PreferenceData(Split):
     """One split of a preference dataset (`Data`): a row is a prompt with two responses, and has weight 1.
 
     Attributes:
-        n_embd: Width of the model, which decides whether both responses to a prompt share a sequence of a batch. 0:
-            they never do.
+        n_embd: Width of the model; it decides whether both responses to a prompt share a sequence. 0: they never do.
     """
 
     format = PREFERENCE_FORMAT

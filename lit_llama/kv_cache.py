@@ -1,13 +1,14 @@
 """The KV cache: keys and values of earlier tokens, for generation."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_llama.config import LLaMAConfig
 from lit_llama.modules import attention_mask
+
+Slots = Tensor | tuple[Tensor, Tensor, Tensor] | None  # see `LayerCache`
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
@@ -48,8 +49,8 @@ class KVCache:
         self.static = static
         self.length = 0  # of the longest row; slots beyond it are not read
         self.even = False  # whether all rows have the same length
-        self.rows = torch.arange(batch_size, device=device).view(-1, 1, 1)
-        self.heads = torch.arange(config.n_kv_head, device=device).view(-1, 1)
+        self.rows = torch.arange(batch_size, device=device).view(-1, 1, 1)  # (B, 1, 1)
+        self.heads = torch.arange(config.n_kv_head, device=device).view(-1, 1)  # (ng, 1)
         # (B, ng, 1) index of each head's first slot in a layer's buffer
         self.starts = (self.rows * config.n_kv_head + self.heads) * max_length
 
@@ -59,7 +60,7 @@ class KVCache:
 
     def layers(self, positions: Tensor | None) -> "list[LayerCache]":
         """Return a view of each layer, for tokens at `positions` (B, T), or at 0 … T-1 of an empty cache if None."""
-        slots: Any = None
+        slots: Slots = None
         if positions is not None and self.static:
             slots = self.rows, self.heads, positions.unsqueeze(1)
         elif positions is not None:
@@ -80,14 +81,15 @@ class LayerCache:
 
     Args:
         k, v: (B, ng, max_length, hs).
-        slots: (B·ng·T,) where the next tokens are written in k and v as (B·ng·max_length, hs). For a static cache the
-            indices of row, head and slot instead, because compiled code would copy a view. None for a prefill.
+        slots: (B·ng·T,) where the next tokens are written in k and v as (B·ng·max_length, hs); None for a prefill. A
+            static cache has the indices (B, 1, 1), (ng, 1) and (B, 1, T) of row, head and position instead, which
+            compiled code writes in place; it would copy the view. Eager code is slower with them.
     """
 
     cache: KVCache
     k: Tensor
     v: Tensor
-    slots: Any
+    slots: Slots
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, ng, T, hs) and return those to attend to, (B, ng, S, hs).

@@ -74,7 +74,7 @@ def training_memory(
         packed: whether the sequences are rows of `lit_llama.packing.pack_answers`, which need a mask.
 
     Raises:
-        UserError: As `_check_tokens`.
+        UserError: The batch is larger than any device can hold; counting its tensors would take hours or overflow.
     """
     _check_tokens(sequences, tokens)
     model = _on_meta(model_class, config, dtype)
@@ -111,7 +111,7 @@ def generation_memory(
         dtype, quantize: as for `training_memory`.
 
     Raises:
-        UserError: As `_check_tokens`.
+        UserError: The batch is larger than any device can hold; counting its tensors would take hours or overflow.
     """
     _check_tokens(rows, prompt)
     model = _on_meta(model_class, config, dtype)
@@ -155,11 +155,7 @@ def count_parameters(model_class: type[LLaMA], config: LLaMAConfig) -> tuple[int
 
 
 def _check_tokens(sequences: int, tokens: int) -> None:
-    """Check the size of a batch.
-
-    Raises:
-        UserError: It is larger than any device can hold; counting its tensors would take hours or overflow.
-    """
+    """Raise a `UserError` if a batch is larger than any device can hold."""
     if sequences * tokens > MOST_TOKENS:
         raise UserError(
             f"A batch of {sequences:,} sequences of {tokens:,} tokens has more than {MOST_TOKENS:,} in all, which no "

@@ -223,7 +223,8 @@ def test_losses_with_a_different_model_as_the_reference(policy, base_dir, prefer
 def test_pairs_that_share_a_row_have_the_same_losses_and_gradients(policy, preference_dir):
     data, results = PreferenceData(preference_dir, "train"), []
     state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
-    for data.n_embd in (0, 10**6):
+    for width in (0, 10**6):
+        data.n_embd = width
         batch = data.batch(np.arange(len(data)))
         sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
         sums["loss"].backward()
@@ -252,7 +253,8 @@ def test_the_shape_of_a_batch_of_pairs(lengths, n_embd, shape):
 
 def test_the_shape_is_that_of_the_batch(preference_dir):
     data, shapes = PreferenceData(preference_dir, "train"), set()
-    for data.n_embd in (0, 10**6):
+    for width in (0, 10**6):
+        data.n_embd = width
         for indices in (np.arange(3), np.arange(len(data)), np.array([5])):
             batch = data.batch(indices)
             assert tuple(batch["idx"].shape) == data.shape(indices)

@@ -141,8 +141,8 @@ def test_unwritable_paths_give_a_one_line_error(tmp_path):
         check_folder(tmp_path / "file", KIND)
     write_text(tmp_path / ("y" * 250), "a long name is no problem")
     assert snapshot(tmp_path).keys() == {"file", "y" * 250}
-    with pytest.raises(UserError, match=r"Cannot write .*Not a directory"), locked(tmp_path / "file/lock"):
-        pass
+    with pytest.raises(UserError, match=r"Cannot write .*Not a directory"):
+        locked(tmp_path / "file/lock").__enter__()
 
 
 # == folders ==

@@ -91,7 +91,8 @@ def test_the_key_of_a_cached_reference_depends_on_quantization_method_and_packin
     fabric = Fabric(accelerator="cpu", devices=1)
     keys = [reference_key(data, "base", "none", [], fabric, quantize) for quantize in (None, "nf4", "int8")]
     keys.append(reference_key(data, "base", "none", [], fabric, "int8", "lora"))  # whose c_attn is not quantized
-    for data.n_embd in (0, 10**6):  # pairs that share rows are rounded differently
+    for width in (0, 10**6):  # pairs that share rows are rounded differently
+        data.n_embd = width
         keys.append(reference_key(data, "base", "none", [np.arange(3)], fabric))
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
