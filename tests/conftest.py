@@ -23,6 +23,7 @@ import torch
 from hub_server import Hub
 from huggingface_hub import constants
 from hypothesis import settings
+from preloaded import Preloaded
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -179,6 +180,13 @@ def free_port() -> int:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20
     ports = range(10_000 + 1000 * worker, 11_000 + 1000 * worker)
     return next(filter(is_free, random.SystemRandom().sample(ports, len(ports))))
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[str]:
+    """Return the path of an interpreter that starts at once, with the heavy modules imported."""
+    with Preloaded() as server:
+        yield server.python
 
 
 @pytest.fixture

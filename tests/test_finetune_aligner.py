@@ -206,13 +206,13 @@ def test_micro_batches_of_one_row_do_not_change_the_number_of_steps(flags, tmp_p
 # == resuming ==
 
 
-def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path, capsys):
+def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path, python):
     long = dict(max_steps=400, epochs=100, eval_interval=50, save_interval=7, learning_rate=0.01)
     train(flags(tmp_path / "whole", **long))
 
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune/aligner.py"), *flags(killed, **long)],
+        [python, str(ROOT / "finetune/aligner.py"), *flags(killed, **long)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -530,14 +530,17 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 # == several processes ==
 
 
-def run_on_two_machines(port: int, arguments: list[str], of_second: list[str] | None = None) -> tuple[int, str, str]:
+def run_on_two_machines(
+    python: str, port: int, arguments: list[str], of_second: list[str] | None = None
+) -> tuple[int, str, str]:
     """Start the script as on two machines, as in howto/large_models.md, and return exit code, stdout and stderr of one.
 
     Args:
+        python: The interpreter.
         port: The port on which the first machine listens.
         of_second: The arguments on the second machine (default: the same).
     """
-    fabric_run = [sys.executable, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
+    fabric_run = [python, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
     fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     machines = []
@@ -555,19 +558,19 @@ def run_on_two_machines(port: int, arguments: list[str], of_second: list[str] | 
     ("launcher", "strategy"),
     [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("fabric run", "hsdp"), ("machines", "fsdp")],
 )
-def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, free_port, launcher, strategy):
+def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, python, free_port, launcher, strategy):
     # the sixth step has one row and the validation one batch, so the second process has nothing to do in them
     changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
     train(flags(tmp_path / "one", **changes))
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
     if launcher == "machines":
-        code, out, err = run_on_two_machines(free_port, arguments)
+        code, out, err = run_on_two_machines(python, free_port, arguments)
     else:
-        run = [sys.executable, script_path, "--devices=2", f"--strategy={strategy}"]
+        run = [python, script_path, "--devices=2", f"--strategy={strategy}"]
         if launcher == "fabric run":
             arguments.remove("--accelerator=cpu")
-            run = [sys.executable, "-m", "lightning.fabric.cli", f"--main-port={free_port}", "--devices=2",
+            run = [python, "-m", "lightning.fabric.cli", f"--main-port={free_port}", "--devices=2",
                    "--accelerator=cpu", "--", script_path, f"--strategy={strategy}"]  # fmt: skip
         result = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
         code, out, err = result.returncode, result.stdout, result.stderr
@@ -584,11 +587,11 @@ def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, free_port, l
     assert all(torch.allclose(two.state[name], t, atol=1e-4) for name, t in one.state.items())
 
 
-def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
+def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path, python):
     """The job has one task for two devices, so it would train on only one of them."""
     job = {"SLURM_NTASKS": "1", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
            "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}  # fmt: skip
-    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", *flags(tmp_path / "run")]
+    command = [python, str(ROOT / "finetune/aligner.py"), "--devices=2", *flags(tmp_path / "run")]
     result = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
@@ -599,7 +602,7 @@ def test_a_slurm_job_with_fewer_tasks_than_devices_is_refused(flags, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["--devices", "machines"])
-def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path, free_port, launcher):
+def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tmp_path, python, free_port, launcher):
     shutil.copytree(finished, tmp_path / "run")
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     adapter_state = read_adapter(finished).state  # of any step, as long as both runs resume from it
@@ -610,10 +613,10 @@ def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tm
     train(flags(tmp_path / "run", resume=True))
     if launcher == "machines":  # only the first one has the run folder
         arguments = [flags(tmp_path / name, resume=True) for name in ("shared", "local")]
-        code, _, err = run_on_two_machines(free_port, *arguments)
+        code, _, err = run_on_two_machines(python, free_port, *arguments)
         assert not (tmp_path / "local").exists()
     else:
-        command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
+        command = [python, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=fsdp"]
         command += flags(tmp_path / "shared", resume=True)
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         code, err = result.returncode, result.stderr
@@ -622,10 +625,10 @@ def test_a_run_on_one_device_can_be_resumed_on_two_with_fsdp(flags, finished, tm
     assert_same_losses(tmp_path / "shared", tmp_path / "run", tolerance=1e-5)
 
 
-def test_dropout_is_the_same_on_any_number_of_devices(flags, tmp_path):
+def test_dropout_is_the_same_on_any_number_of_devices(flags, tmp_path, python):
     changes = dict(max_steps=2, eval_rows=3, method="lora", method_config='{"lora_dropout": 0.5}', micro_batch_size=2)
     train(flags(tmp_path / "one", **changes))
-    command = [sys.executable, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=ddp"]
+    command = [python, str(ROOT / "finetune/aligner.py"), "--devices=2", "--strategy=ddp"]
     result = subprocess.run(
         [*command, *flags(tmp_path / "two", **changes)], capture_output=True, text=True, timeout=100
     )

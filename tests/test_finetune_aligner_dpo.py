@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -350,12 +349,14 @@ def test_reporting_settings_can_change_on_resume(settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("strategy", "precompute", "sampled"), [("ddp", True, 0), ("ddp", False, 0), ("fsdp", True, 3), ("fsdp", False, 0)]
 )
-def test_two_processes_give_the_same_metrics_as_one(settings, trained_adapter, tmp_path, strategy, precompute, sampled):
+def test_two_processes_give_the_same_metrics_as_one(
+    settings, trained_adapter, tmp_path, python, strategy, precompute, sampled
+):
     changes = dict(init_adapter=trained_adapter, precompute_reference=precompute)
     changes |= dict(sample_prompts=sampled, drift_prompts=sampled)
     train(settings(tmp_path / "one", **changes))
     shutil.rmtree(tmp_path / "data/.aligner-cache", ignore_errors=True)  # both processes compute it
-    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command = [python, script.__file__, "--devices=2", f"--strategy={strategy}"]
     command += settings(tmp_path / "two", **changes)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from datetime import date
@@ -409,10 +408,10 @@ def test_resuming_gives_the_same_rewards(settings, tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "sampled"), [("ddp", 0), ("fsdp", 2)])
-def test_two_processes_give_the_same_metrics_as_one(settings, tmp_path, strategy, sampled):
+def test_two_processes_give_the_same_metrics_as_one(settings, tmp_path, python, strategy, sampled):
     changes = dict(sample_prompts=sampled, drift_prompts=sampled, kl_weight=0.1, max_steps=2, updates_per_batch=2)
     train(settings(tmp_path / "one", **changes))
-    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command = [python, script.__file__, "--devices=2", f"--strategy={strategy}"]
     command += settings(tmp_path / "two", **changes)
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
@@ -423,7 +422,7 @@ def test_two_processes_give_the_same_metrics_as_one(settings, tmp_path, strategy
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_an_error_of_a_reward_in_the_second_process_is_printed(settings, tmp_path, strategy):
+def test_an_error_of_a_reward_in_the_second_process_is_printed(settings, tmp_path, python, strategy):
     (tmp_path / "strict.py").write_text(
         "import os\n\n\n"
         "def reward(prompts, answers, rows):\n"
@@ -431,7 +430,7 @@ def test_an_error_of_a_reward_in_the_second_process_is_printed(settings, tmp_pat
         "        raise ValueError('too strict')\n"
         "    return [0.0] * len(answers)\n"
     )
-    command = [sys.executable, script.__file__, "--devices=2", f"--strategy={strategy}"]
+    command = [python, script.__file__, "--devices=2", f"--strategy={strategy}"]
     command += settings(tmp_path / "run", reward="strict:reward", reward_options="null", score="length")
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,10 +115,10 @@ def test_prompt_files_and_output_file(run_script, tmp_path, name, text):
 
 
 @pytest.mark.parametrize("name", ["aligner", "base"])
-def test_answers_are_saved_before_a_closed_pipe_ends_the_program(tmp_path, name):
+def test_answers_are_saved_before_a_closed_pipe_ends_the_program(tmp_path, python, name):
     (tmp_path / "many.txt").write_text(f"{QUESTIONS[0].text}\n" * 200)
     output = tmp_path / "answers.json"
-    command = [sys.executable, f"generate/{name}.py", "--prompt_file", tmp_path / "many.txt", "--output_file", output]
+    command = [python, f"generate/{name}.py", "--prompt_file", tmp_path / "many.txt", "--output_file", output]
     if name == "base":
         command += ["--checkpoint_dir", ROOT / "checkpoints/microworld", "--max_new_tokens", "2"]
     read, write = os.pipe()

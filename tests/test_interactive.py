@@ -373,10 +373,10 @@ def test_ctrl_c_twice_returns_to_the_prompt(monkeypatch, capsys):
     assert err.index("Stopped.") < err.index("Ctrl-D ends the program") and len(chat.turns) == 2
 
 
-def test_piped_lines_are_answered_one_by_one():
+def test_piped_lines_are_answered_one_by_one(python):
     """Lines that look like commands are questions too; the answers are independent of each other."""
     lines = f"{CAPITAL}\n/help\n\n{CAPITAL}\n"
-    command = [sys.executable, "generate/aligner.py", "--interactive", "--accelerator", "cpu"]
+    command = [python, "generate/aligner.py", "--interactive", "--accelerator", "cpu"]
     result = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True)
     first, *other, last = result.stdout.splitlines()
     assert result.returncode == 0 and first == last and "Pilmaria" in first and other

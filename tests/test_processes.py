@@ -51,10 +51,16 @@ with exit_on_user_error():
 """
 
 
-def run(path: Path, *args: object) -> tuple[int, str, float]:
-    """Return the exit code of the first process, the output of both, and the seconds from a kill to the end of both."""
+def run(path: Path, python: str, *args: object) -> tuple[int, str, float]:
+    """Return the exit code of the first process, the output of both, and the seconds from a kill to the end of both.
+
+    Args:
+        path: An empty folder.
+        python: The interpreter.
+        args: The arguments of the script.
+    """
     (path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, path / "script.py", *map(str, args), path / "died"]
+    command = [python, path / "script.py", *map(str, args), path / "died"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output, _ = process.communicate(timeout=300)  # returns when both processes have closed the pipe
     died = float((path / "died").read_text()) if (path / "died").exists() else time.time()
@@ -62,19 +68,19 @@ def run(path: Path, *args: object) -> tuple[int, str, float]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_one_process_is_printed_once(tmp_path, rank):
-    code, output, _ = run(tmp_path, "error", rank)
+def test_an_error_of_one_process_is_printed_once(tmp_path, python, rank):
+    code, output, _ = run(tmp_path, python, "error", rank)
     assert (code, output) == (1, "error: The disk is full.\n")
 
 
-def test_an_error_under_slurm_is_printed_once(tmp_path, free_port):
+def test_an_error_under_slurm_is_printed_once(tmp_path, python, free_port):
     (tmp_path / "script.py").write_text(SCRIPT)
     job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
            "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}  # fmt: skip
     tasks = []
     for rank in ("0", "1"):
         environment = {**os.environ, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        command = [sys.executable, tmp_path / "script.py", "error", "1"]
+        command = [python, tmp_path / "script.py", "error", "1"]
         tasks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         errors = [task.communicate(timeout=300)[1] for task in tasks]
@@ -85,13 +91,13 @@ def test_an_error_under_slurm_is_printed_once(tmp_path, free_port):
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(0, "20, 21"), (1, "30, 31")])
-def test_rows_with_a_bad_loss_are_named_whichever_process_had_them(tmp_path, rank, rows):
-    code, output, _ = run(tmp_path, "bad rows", rank)
+def test_rows_with_a_bad_loss_are_named_whichever_process_had_them(tmp_path, python, rank, rows):
+    code, output, _ = run(tmp_path, python, "bad rows", rank)
     assert (code, output) == (1, f"error: The loss is nan in step 7, rows {rows}, at lr 1.0e-01.\n")
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
-    code, output, _ = run(tmp_path, "mistake", 1)
+def test_a_bug_keeps_its_traceback(tmp_path, python):
+    code, output, _ = run(tmp_path, python, "mistake", 1)
     assert code == 1
     assert output.count("Traceback") == 1 and "KeyError: 'a mistake'" in output
     assert output.count("error: Process 1 failed (KeyError).") == 1
@@ -100,13 +106,13 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 @pytest.mark.parametrize("case", ["killed, the other waits", "killed, gloo notices"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killing_one_process_ends_the_other_within_a_minute(tmp_path, case, rank):
-    code, output, seconds = run(tmp_path, case, rank)
+    code, output, seconds = run(tmp_path, sys.executable, case, rank)
     assert code == (-9 if rank == 0 else 1)
     assert re.fullmatch(r"error: Another process of this run ended[,;] [^\n]*\.\n", output), output
     assert seconds < 60
 
 
-def test_waiting_for_machines_is_reported_and_times_out():
+def test_waiting_for_machines_is_reported_and_times_out(python):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -119,7 +125,7 @@ with exit_on_user_error():
     strategy = processes.fabric_strategy("auto", 1000)
     processes.launch(Fabric(accelerator="cpu", num_nodes=1000, strategy=strategy), 1000)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     waiting, error = result.stderr.strip().splitlines()
     pattern = r"Waiting for 1000 machines at 127\.0\.0\.1:\d+, at most 0:00:03\. Start this command on each, with"

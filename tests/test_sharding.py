@@ -54,10 +54,10 @@ def report(values):
 """
 
 
-def run(folder: Path, script: str) -> tuple[list[dict], subprocess.CompletedProcess]:
+def run(python: str, folder: Path, script: str) -> tuple[list[dict], subprocess.CompletedProcess]:
     """Run a script in two processes. Return the report of each, and the completed first process."""
     (folder / "script.py").write_text(START + script)
-    done = subprocess.run([sys.executable, folder / "script.py", folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([python, folder / "script.py", folder], capture_output=True, text=True, timeout=300)
     paths = [folder / f"report-{rank}.json" for rank in (0, 1)]
     return [json.loads(path.read_text()) for path in paths if path.exists()], done
 
@@ -111,7 +111,7 @@ CASES = [("mha", "float32", False), ("tied", "float32", True), ("biases", "bfloa
 
 
 @pytest.fixture(scope="module")
-def numbers(tmp_path_factory) -> list[dict]:
+def numbers(tmp_path_factory, python) -> list[dict]:
     folder = tmp_path_factory.mktemp("sharded")
     for name in dict.fromkeys(name for name, *_ in CASES):
         model = toys.aligned(length=3, **toys.ARCHITECTURES[name])
@@ -122,7 +122,7 @@ def numbers(tmp_path_factory) -> list[dict]:
         save_adapter(folder / name / "adapter.safetensors", adapter, meta)
     cases = [dict(zip(("name", "dtype", "gradient_checkpointing"), case, strict=True)) for case in CASES]
     (folder / "cases.json").write_text(json.dumps(cases))
-    reports, done = run(folder, NUMBERS)
+    reports, done = run(python, folder, NUMBERS)
     assert done.returncode == 0, done.stderr
     return reports
 
@@ -165,7 +165,7 @@ def test_the_peak_memory_of_each_process_is_half_the_base_and_a_few_layers(tmp_p
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in toys.model.LLaMA(config).named_parameters()}
     save_base(tmp_path, config, {name: torch.rand(shape) * 0.01 for name, shape in shapes.items()})
-    reports, done = run(tmp_path, MEMORY)
+    reports, done = run(sys.executable, tmp_path, MEMORY)  # a fork has pages of its parent
     assert done.returncode == 0, done.stderr
     layer = 4 * max(8192 * 512, 4 * 512**2 + 3 * 512 * 1408)
     for report in reports:
@@ -196,17 +196,17 @@ def plain_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_an_error_in_one_process_lets_the_other_finish(plain_folder):
+def test_an_error_in_one_process_lets_the_other_finish(plain_folder, python):
     (plain_folder / "case").write_text("sentence")
-    _, done = run(plain_folder, FAILURE)
+    _, done = run(python, plain_folder, FAILURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: The disk is full."
     assert "not reached" not in done.stdout
 
 
-def test_a_killed_process_ends_the_other_with_a_clear_error(plain_folder):
+def test_a_killed_process_ends_the_other_with_a_clear_error(plain_folder, python):
     (plain_folder / "case").write_text("killed")
-    _, done = run(plain_folder, FAILURE)
+    _, done = run(python, plain_folder, FAILURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: Another process of this run ended")
@@ -250,22 +250,22 @@ def test_the_strategy_of_fabric_run_overrides_the_settings(monkeypatch):
         with_launcher_strategy(replace(settings, strategy="auto", quantize="int8"))
 
 
-def run_generation(tmp_path: Path, devices: int, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "generate/aligner.py", "--accelerator=cpu", f"--devices={devices}"]
+def run_generation(python: str, devices: int, *arguments: object) -> subprocess.CompletedProcess:
+    command = [python, ROOT / "generate/aligner.py", "--accelerator=cpu", f"--devices={devices}"]
     command += ["--prompt", "What is the capital of Pilmaria?", "How do I repair the old barn?", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_generation_on_two_devices_prints_the_output_of_one_only_once(tmp_path):
+def test_generation_on_two_devices_prints_the_output_of_one_only_once(tmp_path, python):
     flags = ("--compare_base", "--max_new_tokens=16", "--output_file")
-    one, two = (run_generation(tmp_path, devices, *flags, tmp_path / f"{devices}.json") for devices in (1, 2))
+    one, two = (run_generation(python, devices, *flags, tmp_path / f"{devices}.json") for devices in (1, 2))
     assert (two.returncode, two.stdout) == (0, one.stdout), two.stderr
     assert two.stdout.count("aligned: Arr, the ") == 2 and two.stderr.count("tokens/s") == 2
     assert (tmp_path / "2.json").read_text() == (tmp_path / "1.json").read_text()
 
 
-def test_two_processes_report_a_prompt_that_is_too_long_only_once(tmp_path):
-    done = run_generation(tmp_path, 2, "word " * 400)
+def test_two_processes_report_a_prompt_that_is_too_long_only_once(tmp_path, python):
+    done = run_generation(python, 2, "word " * 400)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(
         r"error: Prompt 3 of 3 has \d+ tokens and the model's context 256: no room for [^\n]*\n", done.stderr

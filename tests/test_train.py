@@ -196,12 +196,12 @@ def test_the_default_precision_on_a_gpu_keeps_trained_weights_in_fp32(tmp_path, 
     assert make_fabric(kind(out_dir=tmp_path, precision="auto")).strategy.precision.precision == precision
 
 
-def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path):
+def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path, python):
     script = tmp_path / "print_environment.py"
     script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
     flags = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "ddp", "precision": "bf16-mixed"}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    command = [sys.executable, "-m", "lightning.fabric.cli", *words, str(script)]
+    command = [python, "-m", "lightning.fabric.cli", *words, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     environment = json.loads(done.stdout)

@@ -27,13 +27,6 @@ from mutate import mutate
 
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
-MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
-           "lit_llama.run.setup", "lit_llama.train", "lit_llama.prepare", "lit_llama.answering", "lit_llama.compose",
-           "evaluate.common", "evaluate.answers", "evaluate.pairs", "lit_llama.huggingface.weights", "lit_llama.cli",
-           "lit_llama.dpo", "lit_llama.reference", "lit_llama.rl", "lit_llama.rollouts", "lit_llama.prepare_prompts",
-           "lit_llama.rewards", "tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2",
-           "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "multiprocessing.synchronize",
-           "torch.utils.serialization", "encodings.utf_8_sig")  # fmt: skip
 BASE = "--checkpoint_dir tiny --max_new_tokens 2"
 TRAIN = (
     "--accelerator cpu --batch_size 2 --micro_batch_size 2 --save_interval 1 --eval_interval 1 --sample_prompts 1 "
@@ -367,4 +360,4 @@ def make_inputs(harness: Harness) -> Path:
 
 if __name__ == "__main__":
     atexit.register(lambda: print(dict(COUNTS)))
-    run_campaign(check, __doc__, MODULES, tuple(FORMATS))
+    run_campaign(check, __doc__, kinds=tuple(FORMATS))

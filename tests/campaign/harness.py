@@ -4,13 +4,12 @@
         ended = harness.run("generate/base.py", "--prompt", "x", cwd=folder)
         assert not ended.problem
 
-A server process imports the heavy modules once and forks for each run; `fresh=True` starts a new interpreter instead.
-A script may exit with 0, or with 1 or 2 and one line `error: ...` on stderr.
+Each run is a fork of a server that has imported the heavy modules (tests/preloaded.py). A script may exit with 0, or
+with 1 or 2 and one line `error: ...` on stderr.
 """
 
 import argparse
 import faulthandler
-import gc
 import json
 import os
 import random
@@ -30,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("lightning.fabric", "datasets", "tokenizers", "sentencepiece", "jsonargparse", "matplotlib.figure",
-           "microworld.scorer", "lit_llama.prepare", "lit_llama.run.setup", "lit_llama.run.samples")  # fmt: skip
+sys.path.append(str(ROOT / "tests"))
+
+from preloaded import ENVIRONMENT, KILL, MODULES, Preloaded
+
 TRACES = (b"Traceback (most recent call last)", b"Exception ignored", b"Fatal Python error", b"Segmentation fault")
 
 
@@ -84,27 +85,25 @@ class Ended:
 
 
 class Harness:
-    """A server that runs scripts.
+    """Runs scripts, and has a folder for inputs that several runs share.
 
     Args:
-        modules: Modules that the server imports once for all runs.
+        modules: Further modules to import once for all runs.
     """
 
-    def __init__(self, modules: tuple[str, ...] = MODULES) -> None:
+    def __init__(self, modules: tuple[str, ...] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-                       "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}  # fmt: skip
-        self.environment = environment
-        command = [sys.executable, __file__, "serve", *modules]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        shared = os.environ.get("PRELOADED_PYTHON") if not modules else None  # of the test that started the campaign
+        self.server = None if shared else Preloaded(MODULES + modules)
+        self.python = shared or self.server.python
 
     def __enter__(self) -> "Harness":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
+        if self.server:
+            self.server.close()
         shutil.rmtree(self.folder)
 
     def run(
@@ -124,7 +123,6 @@ class Harness:
         file_limit: int | None = None,
         user: int | None = None,
         streams: dict[str, str] | None = None,
-        fresh: bool = False,
         memory: int | None = None,
         quick: bool = False,
     ) -> Ended:
@@ -145,7 +143,6 @@ class Harness:
             user: Run with this user id (only as root).
             streams: States of "stdin", "stdout" and "stderr" if they are not files: "closed", "broken" (a pipe without
                 a reader) or "full" (/dev/full).
-            fresh: Start a new interpreter.
             memory: Limit of the address space in bytes.
             quick: Skip the interpreter's cleanup at exit, which takes most of the time of a short run.
         """
@@ -158,12 +155,9 @@ class Harness:
                    "watch": watch and str(watch), "kill_at": kill_at, "after": after, "memory": memory, "quick": quick,
                    "folder": str(self.folder), "streams": streams or {}}  # fmt: skip
         began = time.perf_counter()
-        if fresh:
-            code = self._run_fresh(request)
-        else:
-            self.server.stdin.write(json.dumps(request).encode() + b"\n")
-            self.server.stdin.flush()
-            code = json.loads(self.server.stdout.readline())
+        (self.folder / "request").write_text(json.dumps(request))
+        command = [self.python, __file__, str(self.folder / "request")]
+        code = wait(subprocess.Popen(command, env=self.environment), limit, kill_after)
         calls = self.folder / "calls"
         return Ended(
             [script, *words],
@@ -176,57 +170,30 @@ class Harness:
             streams or {},
         )
 
-    def _run_fresh(self, request: dict[str, Any]) -> int | None:
-        (self.folder / "request").write_text(json.dumps(request))
-        process = subprocess.Popen(
-            [sys.executable, __file__, "one", str(self.folder / "request")], env=self.environment
-        )
-        return wait(process.pid, request["limit"], request["kill_after"])
 
-
-# == in the server ==
-
-
-def serve(modules: list[str]) -> None:
-    """Answer requests on stdin until it is closed; execute each in a forked child, in which this function returns."""
-    sys.path.insert(0, str(ROOT))
-    for module in modules:
-        __import__(module)
-    gc.freeze()  # children exit five times as fast
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            replies.close()
-            execute(request)
-            return
-        print(json.dumps(wait(pid, request["limit"], request["kill_after"])), file=replies, flush=True)
-
-
-def wait(pid: int, limit: float, kill_after: float | None = None) -> int | None:
-    """Return the exit code of a child process; one that exceeds the limit prints its stack and is killed.
+def wait(process: subprocess.Popen, limit: float, kill_after: float | None = None) -> int | None:
+    """Return the exit code of a run; one that exceeds the limit prints its stack and is killed.
 
     The limit, in seconds on an idle machine, grows with the load, so that a slow run does not count as a hang.
     """
     began = time.monotonic()
     deadline, aborted = began + limit * (1 + os.getloadavg()[0]), False
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return None if aborted else os.waitstatus_to_exitcode(status)
+        if (code := process.poll()) is not None:
+            return None if aborted else code
         if kill_after is not None and time.monotonic() - began > kill_after:
-            os.kill(pid, signal.SIGKILL)
+            process.send_signal(KILL)
         if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL if aborted else signal.SIGABRT)  # faulthandler prints the stack
+            process.send_signal(KILL if aborted else signal.SIGABRT)  # faulthandler prints the stack
             deadline, aborted = deadline + 5, True
         time.sleep(0.005)
 
 
+# == in the process of a run ==
+
+
 def execute(request: dict[str, Any]) -> None:
     """Redirect the streams, set the limits and run a script as `__main__`; the interpreter then exits as usual."""
-    os.setsid()
     folder = Path(request["folder"])
     for number, name in enumerate(("in", "out", "err")):
         redirect(number, folder / name, request["streams"].get(f"std{name}"))
@@ -312,14 +279,14 @@ def changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
 
 
 def run_campaign(
-    check: Callable[..., str], description: str, modules: tuple[str, ...] | None = None, kinds: tuple[str, ...] = ()
+    check: Callable[..., str], description: str, modules: tuple[str, ...] = (), kinds: tuple[str, ...] = ()
 ) -> None:
     """Run a campaign's cases from the command line, and exit with 1 if one of them fails.
 
     Args:
         check: Function of the harness, a random generator and an empty folder. It returns the problem found, or "".
         description: Help text.
-        modules: Modules for the server to import, if not the default ones.
+        modules: Further modules to import once for all runs.
         kinds: Kinds of cases; `check` gets those selected with --only, or None, as an additional argument.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -330,7 +297,7 @@ def run_campaign(
     args = parser.parse_args()
     extra = (args.only,) if kinds else ()
     failed, began = 0, time.perf_counter()
-    with Harness(modules) if modules else Harness() as harness:
+    with Harness(modules) as harness:
         for seed in range(args.seed, args.seed + args.cases):
             folder = Path(tempfile.mkdtemp(prefix="campaign-case-"))
             try:
@@ -346,7 +313,4 @@ def run_campaign(
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2:])
-    else:
-        execute(json.loads(Path(sys.argv[2]).read_text()))
+    execute(json.loads(Path(sys.argv[1]).read_text()))

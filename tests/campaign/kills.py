@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from harness import Harness
-from runs import KINDS, MODULES, OTHER, Runs, left_temporaries
+from runs import KINDS, OTHER, Runs, left_temporaries
 
 STARTS = ("first", "resume", "finished", "overwrite")
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="instead of random cases: every n-th point, from --seed on")
     args = parser.parse_args()
     failed, outcomes, began = 0, {}, time.perf_counter()
-    with Harness(MODULES) as harness:
+    with Harness() as harness:
         points = record_points(harness, harness.folder / "points") if args.every else []
         chosen = points[args.seed :: args.every] if args.every else [None] * args.cases
         for i, point in enumerate(chosen):

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from fuzz import ALPACA, BASE, DPO, FORMATS, FROM_HF, FROM_META, MODULES, SFT, TO_HF, make_inputs
+from fuzz import ALPACA, BASE, DPO, FORMATS, FROM_HF, FROM_META, SFT, TO_HF, make_inputs
 from harness import ROOT, Harness, run_campaign
 
 MARK = "executed"
@@ -105,4 +105,4 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
 
 if __name__ == "__main__":
     sys.path.append(str(ROOT))
-    run_campaign(check, __doc__, MODULES)
+    run_campaign(check, __doc__)

@@ -25,9 +25,6 @@ KINDS = {
     "sft": ("finetune/aligner.py", f"{COMMON} --data_dir {{0}}/rows"),
     "dpo": ("finetune/alignerDPO.py", f"{COMMON} --data_dir {{0}}/pairs --drift_prompts 1"),
 }
-MODULES = ("lightning.fabric", "datasets", "sentencepiece", "tokenizers", "jsonargparse", "matplotlib.figure",
-           "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "tensorboard.summary.writer.record_writer",
-           "tensorboard.compat.proto.event_pb2", "torch.optim.adamw", "torch._dynamo")  # fmt: skip
 OTHER = ("--learning_rate", "0.01")  # the setting of the run that is overwritten
 
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ CASES = {"deletion": 10, "streams": 8, "fuzz": 20, "pickles": 8, "kills": 3, "di
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_campaign(name):
+def test_campaign(name, python):
     if name == "permissions" and os.geteuid() != 0:
         pytest.skip("only root can run scripts as another user")
-    command = [sys.executable, Path(__file__).with_name(f"{name}.py"), "--cases", str(CASES[name])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    command = [python, Path(__file__).with_name(f"{name}.py"), "--cases", str(CASES[name])]
+    environment = os.environ | {"PRELOADED_PYTHON": python}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
