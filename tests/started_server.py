@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ QUESTION = "What is the capital of Pilmaria?"
 class Server:
     """A running server, whose log is read in a thread."""
 
-    def __init__(self, *arguments: str, key: str = KEY) -> None:
-        command = [sys.executable, "generate/serve.py", "--port", "0", "--bank", PIRATE, JSON, *arguments]
+    def __init__(self, python: str, *arguments: str, key: str = KEY) -> None:
+        command = [python, "generate/serve.py", "--port", "0", "--bank", PIRATE, JSON, *arguments]
         environment = {**os.environ, "ALIGNER_API_KEY": key, "ALIGNER_ADMIN_TOKEN": TOKEN}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def files(tmp_path) -> tuple:
             "--gsm8k_file", write_rows(tmp_path / "gsm8k.jsonl", problems), "--out_dir", tmp_path / "out")  # fmt: skip
 
 
+@pytest.fixture
+def start_quickly(monkeypatch, python) -> None:
+    """Run the steps of the study with an interpreter that starts at once."""
+    monkeypatch.setattr(sys, "executable", python)
+
+
+@pytest.mark.usefixtures("start_quickly")
 def test_a_table_is_made_from_raw_rows_and_again_only_for_other_settings(run_script, files, tmp_path):
     code, text, _ = run_script("studies/paper_7b.py", *SMALL, *files)
     assert code == 0
@@ -71,6 +79,7 @@ def test_a_step_is_complete_only_for_the_same_command(tmp_path):
         assert step.complete({"x": step.command + further}) is complete
 
 
+@pytest.mark.usefixtures("start_quickly")
 def test_a_failing_step_is_named_and_ends_the_study(run_script, files, tmp_path):
     write_rows(tmp_path / "metamath.jsonl", [{"query": "What is 1 + 1?"}])
     code, out, err = run_script("studies/paper_7b.py", *SMALL, *files)

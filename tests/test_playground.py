@@ -34,8 +34,8 @@ def ask(page) -> tuple[str, str]:
     return page.inner_text("#base"), page.inner_text("#aligned")
 
 
-def test_base_and_aligned_answers_side_by_side(page):
-    server, problems, addresses = Server(), [], []
+def test_base_and_aligned_answers_side_by_side(page, python):
+    server, problems, addresses = Server(python), [], []
     try:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: addresses.append(request.url))

@@ -35,8 +35,8 @@ BASE = ROOT / "checkpoints" / "microworld"
 
 
 @pytest.fixture(scope="module")
-def server():
-    running = Server("--max_body_kb", "8", "--max_adapters", "6", "--max_waiting", "4", "--body_seconds", "1.5")
+def server(python):
+    running = Server(python, "--max_body_kb", "8", "--max_adapters", "6", "--max_waiting", "4", "--body_seconds", "1.5")
     yield running
     running.http.close()
     running.admin.close()
@@ -45,12 +45,12 @@ def server():
 
 
 @pytest.fixture
-def start_server():
+def start_server(python):
     """Return a function that starts a server, which does not outlive the test."""
     started = []
 
     def start(*flags: str) -> Server:
-        started.append(Server(*flags))
+        started.append(Server(python, *flags))
         return started[-1]
 
     yield start
