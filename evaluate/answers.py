@@ -92,11 +92,8 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
         asked: those to compare.
 
     Raises:
-        UserError: a file has answers to other questions, a model cannot be loaded, both sides are the base, or the
-            first side is given twice.
+        UserError: a file has answers to other questions, a model cannot be loaded, or both sides are the base.
     """
-    if settings.answer_file and settings.adapter:
-        raise UserError("--answer_file replaces the answers of --adapter; give one of the two.")
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
     # files and settings are read first, since generating takes long
@@ -117,7 +114,7 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
 def other_side(settings: CompareSettings, first: Answers | None) -> CompareSettings:
     """Return the settings of the model `against`; a base model gets the prompt style of the first side."""
     if settings.against != "base":
-        return replace(settings, adapter=Path(settings.against), strength=1.0)
+        return replace(settings, answer_file=None, adapter=Path(settings.against), strength=1.0)
     style = pick_style(settings).name if first is None else settings.prompt_style or first.made_by.get("prompt_style")
     return replace(settings, adapter=None, strength=1.0, prompt_style=style)
 

@@ -28,6 +28,8 @@ from lit_llama.settings import Number, PositiveInt
 
 @dataclass
 class Settings(CompareSettings):
+    replace_model = (*CompareSettings.replace_model, "calibrate")
+
     # == Benchmark ==
     questions: Literal["safe-rlhf", "beavertails"] = "safe-rlhf"  # the 83 questions of the paper, or 700
     data_file: Path | None = None  # the questions: rows with prompt and category (default: downloaded)

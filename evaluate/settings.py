@@ -14,6 +14,7 @@ from lit_llama.settings import (
     Quantize,
     Seed,
 )
+from lit_llama.utils import UserError
 
 
 @dataclass
@@ -46,6 +47,8 @@ class JudgeSettings(Checked):
 
 @dataclass
 class CompareSettings(ModelSettings, JudgeSettings):
+    replace_model = ("answer_file",)  # settings that are used instead of the model of `adapter`
+
     # == Compared answers ==
     answer_file: Path | None = None  # use these answers instead of the model's: FastChat's format or answers.jsonl
     against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
@@ -54,3 +57,12 @@ class CompareSettings(ModelSettings, JudgeSettings):
     seed: Seed = 1234  # seed of sampling
     batch_size: PositiveInt = 16  # questions answered at a time
     skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.replace_model:
+            for ignored in ("adapter", "strength"):
+                if getattr(self, name) and getattr(self, ignored) != getattr(CompareSettings, ignored):
+                    raise UserError(
+                        f"--{name} and --{ignored} cannot be combined: --{name} replaces the answers of --adapter."
+                    )

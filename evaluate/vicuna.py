@@ -21,6 +21,8 @@ from lit_llama.settings import PositiveInt
 
 @dataclass
 class Settings(CompareSettings):
+    replace_model = (*CompareSettings.replace_model, "review_file")
+
     # == Benchmark ==
     data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)
     data_dir: Path = Path("data/vicuna_bench")  # where the questions are downloaded to

@@ -262,12 +262,16 @@ def test_harmless_requests(files):
         ({"labelled": '{"question": "q", "answer": "a", "label": 1}', "calibrate": True}, "both harmful and safe"),
         ({"labelled": "[1, 2]", "calibrate": True}, "Row 1 is not an object"),
         ({"calibrate": True, "judge": "guard"}, "--judge guard needs --judge_url"),
+        (
+            {"calibrate": True, "adapter": Path("a"), "answer_file": None},
+            "--calibrate and --adapter cannot be combined",
+        ),
     ],
 )
 def test_user_errors_are_one_line(files, tmp_path, change, words):
     for name in set(files) & set(change):
         files[name].write_text(change[name] + "\n")
-    changes = {name: value for name, value in change.items() if name in ("limit", "judge")}
+    changes = {k: v for k, v in change.items() if k in ("limit", "judge", "adapter", "answer_file")}
     if "calibrate" in change:
         changes = {"judge": "keywords", **changes, "calibrate": files["labelled"]}
     with pytest.raises(UserError) as error:

@@ -348,11 +348,12 @@ def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monk
     output = write_lines(tmp_path / "output.jsonl", [generated])
     items = [answers.Item(1, "the cat?", "c")]
     sides = [{"against": str(path)}, {"adapter": path, "against": "base"}, {"answer_file": file, "against": "base"}]
-    for side in (*sides, {"against": str(file)}, {"against": str(output)}):
+    more = [{"answer_file": file, "against": str(path)}, {"against": str(file)}, {"against": str(output)}]
+    for side in (*sides, *more):
         answers.answers_of_both(Settings(checkpoint_dir=base_dir, **side), items, items)
-    assert styles == 7 * ["orca"]
+    assert styles == 8 * ["orca"]
     answers.answers_of_both(Settings(checkpoint_dir=base_dir, prompt_style="hh", **sides[2]), items, items)
-    assert styles[7:] == ["hh"]
+    assert styles[8:] == ["hh"]
     write_lines(file, [{**row, "made_by": {"prompt_style": 3}}])
     with pytest.raises(UserError, match=r"answers\.jsonl: There is no prompt style '3'"):
         read_answers(file, items, items)
@@ -398,7 +399,10 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
     "change, words",
     [
         ({"answer_file": None, "against": "base"}, "compares the base model with itself"),
-        ({"adapter": Path("a")}, "--answer_file replaces the answers of --adapter; give one of the two"),
+        ({"adapter": Path("a")}, "--answer_file and --adapter cannot be combined: --answer_file replaces"),
+        ({"strength": 0.5}, "--answer_file and --strength cannot be combined"),
+        ({"answer_file": None, "adapter": Path("a"), "review_file": Path("r")}, "--review_file and --adapter cannot"),
+        ({"answer_file": None, "strength": 0.5, "review_file": Path("r")}, "--review_file and --strength cannot"),
         ({"limit": 0}, "limit is 0"),
         ({"answers": {"question_id": 99, "text": "x"}}, "answers to other questions: the benchmark has no question 99"),
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
