@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import random
+import re
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,11 @@ def request_key(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def is_judgement(record: dict[str, Any]) -> bool:
+    """Return whether a record of the cache file has a key of `request_key` and a reply."""
+    return bool(re.fullmatch("[0-9a-f]{64}", record.get("key", ""))) and isinstance(record.get("reply"), str)
+
+
 class Judge:
     """Replies to requests, from the cache or from the endpoint.
 
@@ -77,8 +83,12 @@ class Judge:
         if not settings.judge_key_env.isidentifier():
             raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
         self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS, first="key")
-        if not all(isinstance(record.get("reply"), str) and "key" in record for record in self.file.records):
-            raise UserError(f"{self.file.path} is not a file of judgements; set --judge_cache.")
+        # a single incomplete line is not known to be a judgement, and would be removed by the first reply
+        is_cut = not self.file.records and self.file.path.exists() and self.file.path.stat().st_size > 0
+        if is_cut or not all(map(is_judgement, self.file.records)):
+            raise UserError(
+                f"{self.file.path} is not a file of judgements; move the file away or set --judge_cache, and run again."
+            )
         self.records: dict[str, dict[str, Any]] = {}
         for record in self.file.records:
             self.keep(record)

@@ -370,10 +370,23 @@ def test_a_key_with_special_characters_is_refused(tmp_path, monkeypatch):
         open_judge("http://h/v1", tmp_path)
 
 
-def test_a_file_without_judgments_is_refused_as_a_cache(tmp_path):
-    (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no judgement"}\n')
-    with pytest.raises(UserError, match="not a file of judgements"):
-        open_judge(None, tmp_path)
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id": 1, "answer": "no judgement"}\n',
+        '{"key": "a", "reply": "no line break"}',
+        '{"key": "a", "reply": "no hash"}\n{"key": "b", "reply": "no line break"}',
+    ],
+)
+def test_a_file_without_judgments_is_refused_as_a_cache(tmp_path, content):
+    path = tmp_path / "judgements.jsonl"
+    path.write_text(content)
+    with serving(echo) as server, pytest.raises(UserError, match="not a file of judgements; move the file away or"):
+        open_judge(server, tmp_path).ask(requests(1))
+    assert path.read_text() == content
+
+
+def test_a_file_that_ends_with_another_line_is_refused_as_a_cache(tmp_path):
     (tmp_path / "judgements.jsonl").write_text('{"id": 1, "answer": "no line break"}')
     with pytest.raises(UserError, match="ends with a line that this program did not write"):
         open_judge(None, tmp_path)
