@@ -104,6 +104,7 @@ from microworld.world import World, pretraining_sample
 
 TEST_FRACTION = 0.005  # share of the questions that are held out for validation
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+PER_TOKEN = ("transformer.wte.weight", "lm_head.weight")  # weights with a row for each token; lm_head may be absent
 
 
 def corpus(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -195,7 +196,8 @@ def continued(settings: Settings) -> LLaMA:
     """Return the model of `init_from` in fp32.
 
     The embeddings of new names are drawn from a normal distribution with the mean and covariance of the embeddings
-    of known people's names, so that the model treats them as names of people.
+    of known people's names, so that the model treats them as names of people. So are their rows of an output layer that
+    is not tied to the embedding.
 
     Raises:
         UserError: A base model cannot be loaded, or `blend_with` has another shape.
@@ -204,13 +206,15 @@ def continued(settings: Settings) -> LLaMA:
     size = old.vocab_size + len(new_names(settings, old))
     model = LLaMA(replace(base.config, vocab_size=size, padded_vocab_size=None))
     known = [old.encode(e.name)[0] for e in World(settings.world_seed).entities if e.kind == "person"]
-    with torch.no_grad():
-        embedding, longer = base.transformer.wte.weight, torch.zeros_like(model.transformer.wte.weight)
-        longer[: old.vocab_size] = embedding[: old.vocab_size]
-        names = embedding[known]  # (people, n_embd)
-        mixed = torch.randn(size - old.vocab_size, len(known)) @ (names - names.mean(0))
+    state, mixture = base.state_dict(), torch.randn(size - old.vocab_size, len(known))
+    for name in state.keys() & set(PER_TOKEN):
+        rows, longer = state[name], torch.zeros_like(model.get_parameter(name))
+        longer[: old.vocab_size] = rows[: old.vocab_size]
+        names = rows[known]  # (people, n_embd)
+        mixed = mixture @ (names - names.mean(0))
         longer[old.vocab_size : size] = names.mean(0) + mixed / (len(known) - 1) ** 0.5
-    model.load_state_dict({**base.state_dict(), "transformer.wte.weight": longer})
+        state[name] = longer
+    model.load_state_dict(state)
     if settings.blend_with is not None:
         other = load_model(settings.blend_with, dtype=torch.float32)
         vocabulary = {"vocab_size": base.config.vocab_size, "padded_vocab_size": base.config.padded_vocab_size}
@@ -230,7 +234,7 @@ def average(model: LLaMA, other: LLaMA, share: float) -> None:
     """
     size = other.config.vocab_size
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        rows = size if name == "transformer.wte.weight" else len(p)
+        rows = size if name in PER_TOKEN else len(p)
         p[:rows] = share * p[:rows] + (1 - share) * q[:rows]
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from safetensors.torch import load_file
 
+from lit_llama.checkpoint import save_base
 from lit_llama.huggingface.tokenizer_files import as_tokenizer_json
 from lit_llama.tokenizer import Tokenizer
+from microworld import pretrain
 from microworld.world import World
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +64,26 @@ def test_pretraining_continues_from_a_base_with_the_names_of_new_people(run_scri
         torch.testing.assert_close(continued[name][:rows], weight[:rows], atol=1e-4, rtol=1e-2)
     drawn = continued["transformer.wte.weight"][old.vocab_size : new.vocab_size].float()
     assert drawn.std() > 0.5 * base["transformer.wte.weight"].float().std() and len({*map(tuple, drawn.tolist())}) > 100
+
+
+def test_an_untied_output_layer_gets_rows_for_the_names_of_new_people(tmp_path):
+    bundled = ROOT / "checkpoints/microworld"
+    old = Tokenizer(bundled)
+    sizes = {"n_layer": 1, "vocab_size": old.vocab_size, "padded_vocab_size": None, "tie_embeddings": False}
+    for seed, name in enumerate(("base", "first")):
+        network = toys.base(seed, **sizes)
+        save_base(tmp_path / name, network.config, network.state_dict())
+        shutil.copy(bundled / "tokenizer.model", tmp_path / name)
+    base, first = (load_file(tmp_path / name / "lit_model.safetensors") for name in ("base", "first"))
+    settings = pretrain.Settings(init_from=tmp_path / "base", blend_with=tmp_path / "first", blend_share=0.75)
+    model = pretrain.make_model(settings)
+    added = model.config.vocab_size - old.vocab_size
+    assert added == len(World().exemplars) and model.lm_head.weight.shape == model.transformer.wte.weight.shape
+    for name, weight in model.state_dict().items():
+        mean = 0.75 * base[name] + 0.25 * first[name]
+        torch.testing.assert_close(weight[: old.vocab_size] if name in pretrain.PER_TOKEN else weight, mean)
+    drawn = model.lm_head.weight[old.vocab_size : model.config.vocab_size]
+    assert drawn.std() > 0.5 * base["lm_head.weight"].std() and len({*map(tuple, drawn.tolist())}) == added
 
 
 @pytest.mark.parametrize(
