@@ -21,7 +21,7 @@ class Settings(Checked):
     # == Model ==
     model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or the hub's name of one, as in --table
     checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or the file itself
-    precision: Literal["bf16", "fp32"] = "bf16"  # precision of the frozen weights
+    precision: Literal["bf16", "bf16-true", "fp32", "32", "32-true"] = "bf16"  # precision of the frozen weights
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits
 
     # == Method ==
@@ -43,6 +43,11 @@ class Settings(Checked):
 
     # == Output ==
     table: bool = False  # print one row for each known size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = {"bf16-true": "bf16", "32": "fp32", "32-true": "fp32"}  # of the other scripts
+        self.precision = names.get(self.precision, self.precision)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,16 @@ def test_an_unknown_method_is_refused(run_script, flags):
     assert (code, out) == (1, "") and "\nerror: There is no method 'lra'; choose from aligner, " in f"\n{err}"
 
 
+def test_a_precision_has_the_names_of_the_other_scripts(run_script):
+    outputs = {}
+    for precision in ("bf16", "bf16-true", "fp32", "32", "32-true"):
+        code, outputs[precision], err = run_script(
+            "scripts/estimate_memory.py", "--model", "microworld", "--precision", precision
+        )
+        assert code == 0, err
+    assert outputs["bf16"] == outputs["bf16-true"] != outputs["fp32"] == outputs["32"] == outputs["32-true"]
+
+
 def test_pairs_take_less_than_twice_the_memory_of_sft_where_they_share_rows(run_script):
     flags = ("--model", "microworld", "--tokens", "60")
     activations = {}
