@@ -1,4 +1,4 @@
-"""Comparisons of two answers by a judge that reads each pair in both orders: requests, counts, tables and figures."""
+"""Judgements of two answers to each question: of the pair in both orders, or of each alone; tables and figures."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -124,6 +124,51 @@ def judge_pairs(
         scores = [parse_scores(record["reply"]) if record else None for record in (direct, swapped)]
         comparisons.append(Comparison(item, scores[0], scores[1] and scores[1][::-1]))
     return comparisons, records
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """A grade or a flag of both answers to a question, each read alone; None for a reply that was not understood."""
+
+    item: Item
+    first: float | bool | None
+    second: float | bool | None
+
+
+def judge_each(
+    judge: Judge, items: list[Item], first: Answers, second: Answers, request: Callable[..., Request], parse: Callable
+) -> tuple[list[Ratings], list[dict[str, Any] | None]]:
+    """Return the ratings of each question's answers, and the records of the judge's replies.
+
+    Args:
+        request: returns the request to rate an answer, from its question, its text and its side, "first" or "second".
+        parse: returns the rating in a reply.
+    """
+    sides = (("first", first), ("second", second))
+    records = judge.ask([request(item, answers.texts[item.id], side) for item in items for side, answers in sides])
+    parsed = [parse(record["reply"]) if record else None for record in records]
+    return [Ratings(*triple) for triple in zip(items, parsed[::2], parsed[1::2], strict=True)], records
+
+
+def rating_summary(
+    ratings: list[Ratings], average: Callable[[list[Any]], dict[str, Any]], names: Sequence[str] = ("first", "second")
+) -> dict[str, Any]:
+    """Return the averages of all questions and of each category, and the ratings of each question, as JSON.
+
+    Args:
+        average: returns the averages of some questions from their (first, second) ratings.
+        names: of the two ratings of a question.
+    """
+
+    def averages(part: list[Ratings]) -> dict[str, Any]:
+        return average([(r.first, r.second) for r in part if None not in (r.first, r.second)])
+
+    return {
+        "all": averages(ratings),
+        "by_category": {category: averages(part) for category, part in by_category(ratings).items()},
+        "unparsed": [r.item.id for r in ratings if None in (r.first, r.second)],
+        "questions": [{"id": r.item.id, names[0]: r.first, names[1]: r.second} for r in ratings],
+    }
 
 
 def comparison_summary(

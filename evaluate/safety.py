@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,13 +56,15 @@ from evaluate.calibration import Labelled, agreement, area_under_curve, read_lab
 from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
-    by_category,
+    Ratings,
     comparison_summary,
     fixed,
+    judge_each,
     judge_pairs,
     list_verdicts,
     plot_bars,
     plot_pairs,
+    rating_summary,
     render_pairs,
     render_unparsed,
     write_report,
@@ -220,40 +223,32 @@ def refuses(answer: str) -> bool:
     return any(phrase in begin for phrase in REFUSAL_PHRASES)
 
 
-@dataclass(frozen=True)
-class Flags:
-    """Whether something holds for each side's answer to a question; None for a reply that was not understood."""
-
-    item: Item
-    first: bool | None
-    second: bool | None
-
-
 def judge_all(judge: Judge | None, kind: str, asked: list[Item], first: Answers, second: Answers) -> dict[str, Any]:
     """Return the refusal rates and the judge's results, as JSON."""
     harmful = [item for item in asked if item.category != HARMLESS]
     harmless = [item for item in asked if item.category == HARMLESS]
-    summary: dict[str, Any] = {"refusals": flag_summary(refusals(harmful, first, second))}
+    summary: dict[str, Any] = {"refusals": rating_summary(refusals(harmful, first, second), flag_shares)}
     if harmless:
-        summary["harmless_refusals"] = flag_summary(refusals(harmless, first, second))
+        summary["harmless_refusals"] = rating_summary(refusals(harmless, first, second), flag_shares)
     if judge is None:
         return summary
     if kind == "guard":
-        flags, records = judge_each(judge, harmful, first, second, "guard")
-        summary["unsafe"], prompts = flag_summary(flags), {}
+        flags, records = judge_each(judge, harmful, first, second, partial(flag_request, "guard"), parse_guard)
+        summary["unsafe"], prompts = rating_summary(flags, flag_shares), {}
     else:
         comparisons, records = judge_pairs(judge, SCORES_PROMPT, harmful, first, second)
         summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
         prompts = {"scores": SCORES_PROMPT}
         if harmless:
-            flags, more = judge_each(judge, harmless, first, second, "refusal")
-            summary["harmless_refusals_judged"] = flag_summary(flags)
+            request = partial(flag_request, "refusal")
+            flags, more = judge_each(judge, harmless, first, second, request, parse_refusal)
+            summary["harmless_refusals_judged"] = rating_summary(flags, flag_shares)
             records, prompts = records + more, {**prompts, "refusal": REFUSAL_PROMPT}
     return {**summary, "judge": {**judge.describe(records), "prompts": prompts}}
 
 
-def refusals(items: list[Item], first: Answers, second: Answers) -> list[Flags]:
-    return [Flags(item, refuses(first.texts[item.id]), refuses(second.texts[item.id])) for item in items]
+def refusals(items: list[Item], first: Answers, second: Answers) -> list[Ratings]:
+    return [Ratings(item, refuses(first.texts[item.id]), refuses(second.texts[item.id])) for item in items]
 
 
 def single_request(kind: str, question: str, answer: str, **about: Any) -> Request:
@@ -265,33 +260,12 @@ def single_request(kind: str, question: str, answer: str, **about: Any) -> Reque
     return Request((("user", template.format(question=question, answer=answer)),), about)
 
 
-def judge_each(
-    judge: Judge, items: list[Item], first: Answers, second: Answers, kind: Literal["guard", "refusal"]
-) -> tuple[list[Flags], list[dict[str, Any] | None]]:
-    """Return the verdicts of a guard, or a judge of refusals, on each answer, and the records of its replies."""
-    parse = parse_guard if kind == "guard" else parse_refusal
-    requests = [
-        single_request(kind, item.text, answers.texts[item.id], id=item.id, side=side)
-        for item in items
-        for side, answers in (("first", first), ("second", second))
-    ]
-    records = judge.ask(requests)
-    flags = [parse(record["reply"]) if record else None for record in records]
-    return [Flags(*triple) for triple in zip(items, flags[::2], flags[1::2], strict=True)], records
+def flag_request(kind: Literal["guard", "refusal"], item: Item, answer: str, side: str) -> Request:
+    return single_request(kind, item.text, answer, id=item.id, side=side)
 
 
-def flag_summary(flags: list[Flags]) -> dict[str, Any]:
-    """Return the share of each side's answers for which the flag holds, of all questions and of each category."""
-    return {
-        "all": flag_shares(flags),
-        "by_category": {category: flag_shares(part) for category, part in by_category(flags).items()},
-        "unparsed": [f.item.id for f in flags if None in (f.first, f.second)],
-        "questions": [{"id": f.item.id, "first": f.first, "second": f.second} for f in flags],
-    }
-
-
-def flag_shares(flags: list[Flags]) -> dict[str, Any]:
-    understood = [(f.first, f.second) for f in flags if None not in (f.first, f.second)]
+def flag_shares(understood: list[tuple[bool, bool]]) -> dict[str, Any]:
+    """Return the share of each side's answers for which the flag holds, with its 95% bootstrap interval."""
     if not understood:
         return {"n": 0, "share": None, "interval": None, "share_against": None, "interval_against": None}
     first, second = ([float(pair[side]) for pair in understood] for side in (0, 1))

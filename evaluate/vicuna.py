@@ -44,13 +44,14 @@ from evaluate.common import bootstrap_interval, markdown_table
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
     Comparison,
-    by_category,
     comparison_summary,
     fixed,
+    judge_each,
     judge_pairs,
     list_verdicts,
     plot_bars,
     plot_pairs,
+    rating_summary,
     reference_block,
     render_pairs,
     render_unparsed,
@@ -168,9 +169,9 @@ def judge_all(judge: Judge, judging: str, asked: list[Item], first: Answers, sec
         records += pair_records
         summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
     if judging in ("both", "single"):
-        grades, single_records = judge_single(judge, asked, first, second)
+        grades, single_records = judge_each(judge, asked, first, second, single_request, parse_score)
         records += single_records
-        summary["single"] = grade_summary(grades)
+        summary["single"] = rating_summary(grades, mean_grades, ("grade", "grade_against"))
     prompts = {"pairs": PAIR_PROMPT, "single": SINGLE_PROMPT}
     prompts = {name: prompt for name, prompt in prompts.items() if name in summary}
     return {**summary, "judge": {**judge.describe(records), "prompts": prompts}}
@@ -254,43 +255,13 @@ def check_reviewed(path: Path, reviews: dict[Any, dict[str, Any]], sides: dict[s
                 )
 
 
-@dataclass(frozen=True)
-class Grades:
-    """The judge's grades of both answers, each read alone; None for a reply that was not understood."""
-
-    item: Item
-    first: float | None
-    second: float | None
+def single_request(item: Item, answer: str, side: str) -> Request:
+    prompt = SINGLE_PROMPT.format(question=item.text, reference=reference_block(item), answer=answer)
+    return Request((("user", prompt),), {"id": item.id, "kind": "single", "side": side})
 
 
-def judge_single(
-    judge: Judge, asked: list[Item], first: Answers, second: Answers
-) -> tuple[list[Grades], list[dict[str, Any] | None]]:
-    """Grade each answer alone; also return the records of the judge's replies."""
-    requests = []
-    for item in asked:
-        for side, answers in (("first", first), ("second", second)):
-            prompt = SINGLE_PROMPT.format(question=item.text, reference=reference_block(item),
-                          answer=answers.texts[item.id])  # fmt: skip
-            requests.append(Request((("user", prompt),), {"id": item.id, "kind": "single", "side": side}))
-    records = judge.ask(requests)
-    parsed = [parse_score(record["reply"]) if record else None for record in records]
-    return [Grades(*triple) for triple in zip(asked, parsed[::2], parsed[1::2], strict=True)], records
-
-
-def grade_summary(grades: list[Grades]) -> dict[str, Any]:
-    """Return the mean grades of all questions and of each category, and those of each question, as JSON."""
-    return {
-        "all": mean_grades(grades),
-        "by_category": {category: mean_grades(part) for category, part in by_category(grades).items()},
-        "unparsed": [g.item.id for g in grades if None in (g.first, g.second)],
-        "questions": [{"id": g.item.id, "grade": g.first, "grade_against": g.second} for g in grades],
-    }
-
-
-def mean_grades(grades: list[Grades]) -> dict[str, Any]:
+def mean_grades(understood: list[tuple[float, float]]) -> dict[str, Any]:
     """Return the mean grade of each side, and their difference with its 95% bootstrap interval."""
-    understood = [(g.first, g.second) for g in grades if None not in (g.first, g.second)]
     if not understood:
         return {"n": 0, "grade": None, "grade_against": None, "difference": None, "interval": None}
     differences = [a - b for a, b in understood]
