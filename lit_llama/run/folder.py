@@ -34,7 +34,7 @@ from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import is_ours, save_adapter, versions
 from lit_llama.console import ends_at_once
-from lit_llama.run.loggers import Loggers, check_logger
+from lit_llama.run.loggers import EventFile, WandbRun, check_logger
 from lit_llama.run.processes import together
 from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
@@ -185,12 +185,14 @@ class RunFolder:
             if state is not None:  # read everything before changing anything
                 self.metrics.resume(self.saved_step)
                 self.samples = read_samples(self.path / "samples.jsonl", self.saved_step)
-            self.loggers = Loggers()
+            self.loggers: list[EventFile | WandbRun] = []
             if self.settings.logger == "wandb":  # may fail, so before an earlier run is deleted
-                self.loggers.open_wandb(self.path, self.title(), self.json_settings(), state or {})
+                self.loggers.append(WandbRun(self.path, self.title(), self.json_settings(), state or {}))
             self.remove_files(keep_run=state is not None)
             self.write_description()
-            self.open_event_file()
+            events = f"tensorboard/events.out.tfevents.{time.time_ns()}"
+            claim(self.path, [events])
+            self.loggers.append(EventFile(self.path / events, self.metrics.rows))
             self.metrics.save()
             if state is not None:
                 self.add_samples(self.saved_step, [])
@@ -220,12 +222,6 @@ class RunFolder:
             "base": self.adapter_meta["base"],
         }
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-    def open_event_file(self) -> None:
-        """Write all earlier metrics to a new TensorBoard log."""
-        name = f"tensorboard/events.out.tfevents.{time.time_ns()}"
-        claim(self.path, [name])
-        self.loggers.open_event_file(self.path / name, self.metrics.rows)
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
@@ -260,7 +256,8 @@ class RunFolder:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
                 with self.explained():
-                    self.loggers.close()
+                    for logger in self.loggers:
+                        logger.close()
                     self.metrics.save()
 
     def stop_after_step(self, *_: Any) -> None:
@@ -289,7 +286,8 @@ class RunFolder:
         """Add metrics to the row of a step."""
         if self.is_first:
             self.metrics.log(step, values)
-            self.loggers.add(step, values)
+            for logger in self.loggers:
+                logger.add(step, values)
 
     def add_samples(self, step: int, records: list[dict[str, str]]) -> None:
         """Add the answers of a validation to samples.jsonl."""
@@ -320,8 +318,11 @@ class RunFolder:
         if self.is_first:
             self.metrics.save()
             record = {"settings": json.dumps(self.json_settings()), "identity": json.dumps(as_json(self.identity))}
+            for logger in self.loggers:
+                if isinstance(logger, WandbRun):
+                    record["wandb"] = logger.id  # to continue the same run
             with atomic_write(self.state_path) as path:
-                torch.save({**state, **record, **self.loggers.state}, path)
+                torch.save({**state, **record}, path)
             self.saved_step = state["step"]
             self.save_adapter("last", state["adapter"], state["step"], state["val_losses"][-1][1])
 

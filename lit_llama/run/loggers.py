@@ -46,14 +46,21 @@ def wandb_explained() -> Iterator[None]:
 
 
 class EventFile:
-    """A TensorBoard log, written immediately in this thread: torch's SummaryWriter loses errors of its own thread."""
+    """A TensorBoard log, written immediately in this thread: torch's SummaryWriter loses errors of its own thread.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: File to create.
+        rows: Metrics that earlier processes of the run logged, by step.
+    """
+
+    def __init__(self, path: Path, rows: dict[int, dict[str, float]]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # takes a third of a second to import
 
         path.parent.mkdir(exist_ok=True)
         self.file = path.open("xb", buffering=0)
         self.records = RecordWriter(self.file)
+        for step, values in rows.items():
+            self.add(step, values)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -76,21 +83,23 @@ class WandbRun:
         folder: Folder for wandb's files.
         name: Name of the run on Weights & Biases.
         settings: Configuration of the run.
-        id: Id of the run; an existing run is continued.
+        state: Saved state, whose run on Weights & Biases is continued if it has one.
 
     Raises:
         UserError: Weights & Biases refuses the run, or cannot be reached.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any], id: str) -> None:
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
         import wandb
         from lightning.pytorch.loggers import WandbLogger  # takes seconds to import
 
+        known = str(state.get("wandb"))
+        self.id = known if re.fullmatch("[0-9a-f]{8}", known) else secrets.token_hex(4)
         with wandb_explained():
             self.logger = WandbLogger(
                 name=name,
                 save_dir=folder,
-                version=id,
+                version=self.id,
                 project=os.environ.get("WANDB_PROJECT", "aligner"),
                 config=settings,
                 settings=wandb.Settings(console="off", silent=True),
@@ -102,32 +111,3 @@ class WandbRun:
 
     def close(self) -> None:
         self.logger.experiment.finish()
-
-
-class Loggers:
-    """All loggers of a process; each receives every metric."""
-
-    def __init__(self) -> None:
-        self.open: list[EventFile | WandbRun] = []
-        self.state: dict[str, str] = {}  # recorded in state.pt, to continue the same runs
-
-    def open_event_file(self, path: Path, rows: dict[int, dict[str, float]]) -> None:
-        """Begin a TensorBoard log with the metrics that earlier processes of the run logged."""
-        events = EventFile(path)
-        self.open.append(events)
-        for step, values in rows.items():
-            events.add(step, values)
-
-    def open_wandb(self, folder: Path, name: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
-        """Begin a run on Weights & Biases, or continue the one of a saved state."""
-        known = str(state.get("wandb"))
-        self.state["wandb"] = known if re.fullmatch("[0-9a-f]{8}", known) else secrets.token_hex(4)
-        self.open.append(WandbRun(folder, name, settings, self.state["wandb"]))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        for logger in self.open:
-            logger.add(step, values)
-
-    def close(self) -> None:
-        for logger in self.open:
-            logger.close()
