@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,28 +73,17 @@ from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import read_json
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, log
+from scripts.count_parameters import ALIGNER300, VARIANTS, Variant
 
 ROOT = Path(__file__).parent.parent.resolve()
 TableName = Literal["2", "3", "fig3", "fig5_left", "fig5_right"]
 
-
-@dataclass(frozen=True)
-class Method:
-    """A way of finetuning: its label, its script for SFT and flags beyond those of the recipe."""
-
-    label: str
-    script: str
-    flags: dict[str, Any] = field(default_factory=dict)
-
-
-# The paper states no settings for the methods it compares with; these are Lit-LLaMA's defaults.
-METHODS = {
-    "aligner1": Method("Aligner, N = 1", "aligner", {"adapter_prompt_length": 1}),
-    "aligner10": Method("Aligner, N = 10", "aligner", {"adapter_prompt_length": 10}),
-    "aligner100": Method("Aligner, N = 100", "aligner", {"adapter_prompt_length": 100}),
-    "aligner300": Method("Aligner, N = 300", "aligner", {"adapter_prompt_length": 300}),
-    "adapter": Method("LLaMA-Adapter", "adapter", {"adapter_prompt_length": 10, "learning_rate": 9e-3}),
-    "lora": Method("LoRA, r = 8", "lora", {"lora_r": 8, "learning_rate": 3e-4}),
+# The paper states no settings for the methods it compares with: sizes and learning rates are Lit-LLaMA's defaults.
+METHODS: dict[str, Variant] = {
+    **{name: VARIANTS[name] for name in ("aligner1", "aligner10", "aligner100")},
+    "aligner300": ALIGNER300,
+    "adapter": Variant("LLaMA-Adapter", "adapter", {"adapter_prompt_length": 10}),
+    "lora": VARIANTS["lora"],
 }
 BASE = "base"
 
@@ -201,10 +190,11 @@ class Study:
 
     def train(self, method: str, dataset: str) -> list[Step]:
         """Return the steps that lead to an adapter: the data, for DPO the SFT before it, and the training."""
-        s, out_dir, script = self.settings, self.run(method, dataset), METHODS[method].script
-        before, flags = [], {**TRAINING[dataset], **METHODS[method].flags}
+        s, out_dir, script = self.settings, self.run(method, dataset), METHODS[method].method
+        before, flags = [], {**TRAINING[dataset], **METHODS[method].settings}
         if script == "lora":
             del flags["adapter_start_layer"]
+            flags["learning_rate"] = 3e-4
         pairs = dataset == "beaver_dpo"
         if pairs:
             before = self.train(method, "beaver")
