@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,7 @@ NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)])-\s?)?(?:(?<!\d)(?P<whole>\d{{1,9}})\s+)?(?P<above>\d{{1,30}})/(?P<below>\d{{1,30}})(?![\d/])"
     rf"|(?P<minus>(?<![\w)])-\s?)?(?P<decimal>{DIGITS})(?P<exponent>[eE][+-]?\d{{1,2}}(?!\w))?"
 )
+EXACT = Context(prec=200, traps=[Inexact])  # more digits than a fraction that NUMBER matches can have
 MARKER = re.compile(
     r"(?P<boxed>\\boxed\s*\{)"
     r"|(?P<sentence>\b(?i:answer)\s+is\b(?:\s+(?:therefore|thus|approximately|about))?)"
@@ -163,16 +164,10 @@ def normalized(text: str, number: re.Match) -> str | None:
 
 def finite_decimal(value: Fraction) -> str | None:
     """Return a fraction as a decimal; None if its digits never end."""
-    rest, places = value.denominator, 0
-    for factor in (2, 5):
-        count = 0
-        while rest % factor == 0:
-            rest, count = rest // factor, count + 1
-        places = max(places, count)
-    if rest != 1:
+    try:
+        return format(EXACT.divide(value.numerator, value.denominator), "f")
+    except Inexact:
         return None
-    digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{digits[: len(digits) - places]}.{digits[len(digits) - places :]}"
 
 
 def with_sign(sign: str | None, digits: str) -> str:
