@@ -286,7 +286,8 @@ class Results:
         self.by_id.update({record["id"]: record for record in records})
 
     def finish(self, summary: dict[str, Any], table: str) -> dict[str, Any]:
-        """Write `summary.json` and `summary.md`, and return the content of the first."""
+        """Print the table, write `summary.json` and `summary.md`, and return the content of the first."""
+        print(table, end="")
         summary = {**summary, "made_by": self.made_by}
         write_text(self.output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         write_text(self.output_dir / TABLE, table.rstrip() + "\n")

@@ -228,9 +228,7 @@ def main(settings: Settings) -> dict[str, Any]:
         evaluated, fitting, sampling, results, stop=stop, batch_size=settings.batch_size, desc="GSM8K", score=score
     )
     summary = summarize(records, skipped=len(questions) - len(records))
-    table = show(summary, settings.shots)
-    print(table, end="")
-    return results.finish(summary, table)
+    return results.finish(summary, show(summary, settings.shots))
 
 
 def summarize(records: list[dict[str, Any]], skipped: int) -> dict[str, Any]:

@@ -387,9 +387,7 @@ def main(settings: Settings) -> dict[str, Any]:
         **(answer_statistics(model.generated) if model.generated else {}),
     }
     summary = json.loads(json.dumps(summary, default=str))
-    table = show(summary)
-    print(table, end="")
-    return results.finish(summary, table)
+    return results.finish(summary, show(summary))
 
 
 if __name__ == "__main__":

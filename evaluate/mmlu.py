@@ -263,9 +263,7 @@ def main(settings: Settings) -> dict[str, Any]:
     else:
         records = generate_letters(evaluated, fitting, settings, results)
     summary = summarize(records, questions, settings.scoring)
-    table = show(summary, settings.shots)
-    print(table, end="")
-    return results.finish(summary, table)
+    return results.finish(summary, show(summary, settings.shots))
 
 
 if __name__ == "__main__":
