@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -372,37 +372,40 @@ def answer_questions(
     prompts = {question.id: question.prompt for question in questions}
     done = results.answered(prompts, ANSWER_FIELDS)
     encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}
-    order = sorted(encoded, key=lambda i: -len(encoded[i]))  # so that a batch too large for memory fails at once
     with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
-        for start in range(0, len(order), batch_size):
-            rows, began = order[start : start + batch_size], time.perf_counter()
-            answers = answer_batch(evaluated, [encoded[i] for i in rows], sampling, stop, rows)
-            seconds = round((time.perf_counter() - began) / len(rows), 4)
+        for answers in answer_batches(evaluated, encoded, sampling, stop, batch_size):
             records = [
-                {"id": q.id, "prompt": q.prompt, **q.details, **answer, "seconds": seconds}
-                for q, answer in zip((questions[i] for i in rows), answers, strict=True)
+                {"id": q.id, "prompt": q.prompt, **q.details, **answer, "answer": answer["answer"].strip()}
+                for q, answer in ((questions[i], answer) for i, answer in answers.items())
             ]
             results.add(*({**record, **score(record)} for record in records))
-            bar.update(len(rows))
+            bar.update(len(answers))
     # an earlier version may have scored a record differently
     records = [{**results.by_id[question.id], **question.details} for question in questions]
     return [{**record, **score(record)} for record in records]
 
 
-def answer_batch(
-    evaluated: EvaluatedModel, prompts: list[list[int]], sampling: Sampling, stop: tuple[str, ...], rows: list[int]
-) -> list[dict[str, Any]]:
-    """Answer prompts given as token ids; `rows` are their numbers, which determine the seeds of sampling."""
-    model, tokenizer, answers = evaluated.model, evaluated.tokenizer, []
+def answer_batches(
+    evaluated: EvaluatedModel, encoded: dict[int, list[int]], sampling: Sampling, stop: tuple[str, ...], batch_size: int
+) -> Iterator[dict[int, dict[str, Any]]]:
+    """Answer prompts given as token ids, longest first, and yield the answers of each batch.
+
+    The numbers of the prompts determine the seeds of sampling. An answer has the fields that `answer_questions`
+    describes, but its text is not stripped.
+    """
+    model, tokenizer = evaluated.model, evaluated.tokenizer
     finished = stop_test(tokenizer, stop)
-    for prompt, ids in zip(
-        prompts, generate(model, prompts, sampling, tokenizer.stop_ids, finished, rows), strict=True
-    ):
-        text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
-        # the ids exclude the stop token, so an answer that ends with one is shorter than the limit
-        limit = min(sampling.max_new_tokens, remaining_context(model, prompt))
-        answers.append({"answer": text.strip(), "tokens": len(ids), "ended": stopped or len(ids) < limit})
-    return answers
+    order = sorted(encoded, key=lambda i: -len(encoded[i]))  # so that a batch too large for memory fails at once
+    for start in range(0, len(order), batch_size):
+        rows, began, answers = order[start : start + batch_size], time.perf_counter(), {}
+        new = generate(model, [encoded[i] for i in rows], sampling, tokenizer.stop_ids, finished, rows)
+        seconds = round((time.perf_counter() - began) / len(rows), 4)
+        for i, ids in zip(rows, new, strict=True):
+            text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
+            # the ids exclude the stop token, so an answer that ends with one is shorter than the limit
+            ended = stopped or len(ids) < min(sampling.max_new_tokens, remaining_context(model, encoded[i]))
+            answers[i] = {"answer": text, "tokens": len(ids), "ended": ended, "seconds": seconds}
+        yield answers
 
 
 def answer_statistics(records: Sequence[dict[str, Any]]) -> dict[str, float]:

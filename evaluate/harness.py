@@ -9,7 +9,6 @@ From Python, with this folder on sys.path, `harness.HarnessModel(harness.load(se
 
 import json
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,11 +49,10 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from evaluate.common import EvaluatedModel, Results, answer_statistics, identify, load
+from evaluate.common import EvaluatedModel, Results, answer_batches, answer_statistics, identify, load
 from evaluate.letters import length_batches, pad
 from lit_llama.console import did_you_mean
-from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
-from lit_llama.live_text import stop_test
+from lit_llama.generation import Sampling
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode
 from lit_llama.prompts import is_chat
@@ -206,24 +204,17 @@ class HarnessModel(TemplateLM):
 
     def _generate(self, contexts: dict[int, str], options: dict[str, Any]) -> Iterator[tuple[int, str]]:
         """Yield the number and continuation of contexts that share their options, the longest contexts first."""
-        model, tokenizer = self.evaluated.model, self.evaluated.tokenizer
+        limit = self.evaluated.model.max_tokens
         sampling, stop = read_options(options)
         stop += self.evaluated.style.stop
-        longest = model.max_tokens - min(sampling.max_new_tokens, model.max_tokens // 2)
+        longest = limit - min(sampling.max_new_tokens, limit // 2)
         encoded = {i: self.tok_encode(text) or [self.prefix_token_id] for i, text in contexts.items()}
         self.truncated += sum(len(ids) > longest for ids in encoded.values())
         encoded = {i: ids[-longest:] for i, ids in encoded.items()}
-        finished = stop_test(tokenizer, stop)
-        order = sorted(encoded, key=lambda i: -len(encoded[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch, began = order[start : start + self.batch_size], time.perf_counter()
-            new = generate(model, [encoded[i] for i in batch], sampling, tokenizer.stop_ids, finished, batch)
-            seconds = (time.perf_counter() - began) / len(batch)
-            for i, ids in zip(batch, new, strict=True):
-                text, stopped = cut_at_stop(tokenizer.decode(ids), stop)
-                limit = min(sampling.max_new_tokens, remaining_context(model, encoded[i]))
-                ended = stopped or len(ids) < limit
-                self.generated.append({"tokens": len(ids), "ended": ended, "seconds": seconds})
+        for answers in answer_batches(self.evaluated, encoded, sampling, stop, self.batch_size):
+            for i, answer in answers.items():
+                text = answer.pop("answer")
+                self.generated.append(answer)
                 yield i, text
 
 
