@@ -1,6 +1,7 @@
 """The web application of the server: routes, access and limits. generate/serve.py starts it."""
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -192,9 +193,8 @@ class Server:
     # == adapters ==
 
     def names(self, limit: int) -> list[str]:
-        names: list[str] = []
-        self.engine.edit_bank(lambda bank: names.extend(name for name, _ in zip(bank, range(limit), strict=False)))
-        return names
+        with self.engine.changed:
+            return list(itertools.islice(self.engine.bank, limit))
 
     def adapter(self, name: str) -> AdapterFile:
         with not_found(), self.engine.changed:

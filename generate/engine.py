@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from generate.jobs import Event, Expired, Job, QueueFull, Row, ShuttingDown, TooLong
-from lit_llama.bank import Bank
 from lit_llama.checkpoint import AdapterFile
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
@@ -115,18 +114,15 @@ class Engine:
         with self.changed:
             return parse_sum(text, self.bank)
 
-    def edit_bank(self, edit: Callable[[Bank], object]) -> None:
-        """Call `edit` with exclusive access to the bank. Running requests keep their adapters."""
-        with self.changed:
-            edit(self.bank)
-
     def put_adapter(self, name: str, adapter: AdapterFile, replace: bool = False) -> None:
-        """Add an adapter, or replace the one of that name."""
-        self.edit_bank(lambda bank: (bank.swap if replace and name in bank else bank.add)(name, adapter))
+        """Add an adapter, or replace the one of that name, which running requests keep."""
+        with self.changed:
+            (self.bank.swap if replace and name in self.bank else self.bank.add)(name, adapter)
 
     def remove_adapter(self, name: str) -> None:
-        """Remove an adapter. Requests that wait for it will fail."""
-        self.edit_bank(lambda bank: bank.remove(name))
+        """Remove an adapter. Running requests keep it; requests that wait for it will fail."""
+        with self.changed:
+            self.bank.remove(name)
 
     # == the thread ==
 
