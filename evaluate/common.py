@@ -30,7 +30,7 @@ from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_cont
 from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.files import LOCK, check_claim, claim, locked, unwritable, write_text
+from lit_llama.storage.files import LOCK, check_claim, claim, explained, locked, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
@@ -172,7 +172,7 @@ class JsonLines:
             UserError: the disk is full, the folder cannot be written to, or the last line is another program's.
         """
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        try:
+        with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # never through a symbolic link
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -187,8 +187,6 @@ class JsonLines:
                 file.flush()
                 os.fsync(file.fileno())
                 self.end = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise unwritable(self.path, error) or error from None
         self.records += records
 
 

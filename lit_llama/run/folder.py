@@ -40,7 +40,7 @@ from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import agrees, as_json, best_of, damaged, read_saved_state
 from lit_llama.run.train_settings import TrainSettings
-from lit_llama.storage.files import LOCK, atomic_write, check_claim, claim, locked, unwritable, write_text
+from lit_llama.storage.files import LOCK, atomic_write, check_claim, claim, explained, locked, write_text
 from lit_llama.storage.manifest import OUTPUTS, read_manifest
 from lit_llama.storage.schema import parse_json
 from lit_llama.utils import UserError, log
@@ -69,7 +69,7 @@ class RunFolder:
         if settings.dry_run:
             return
         check_logger(settings.logger)
-        with self.explained():
+        with explained(self.path, OSError):
             self.check()
             if (self.path / LOCK).exists():
                 with locked(self.path / LOCK, shared=True):  # fail before the model is loaded if a run trains here
@@ -248,14 +248,14 @@ class RunFolder:
         """
         before = signal.signal(signal.SIGTERM, self.stop_after_step)
         try:
-            with self.explained():
+            with explained(self.path, OSError):
                 yield
         except KeyboardInterrupt:
             self.leave(130)
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
-                with self.explained():
+                with explained(self.path, OSError):
                     for logger in self.loggers:
                         logger.close()
                     self.metrics.save()
@@ -329,7 +329,7 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the files that describe a completed run."""
         if self.is_first:
-            with self.explained():
+            with explained(self.path, OSError):
                 plot_losses(self.path / "metrics.csv", self.path / "loss.png", self.title())
                 write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
@@ -338,13 +338,5 @@ class RunFolder:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a block in all processes; if it fails in one, it fails in all."""
-        with together(self.fabric), self.explained():
+        with together(self.fabric), explained(self.path, OSError):
             yield
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn a full disk or a folder without access into a `UserError`."""
-        try:
-            yield
-        except OSError as error:
-            raise unwritable(self.path, error) or error from None

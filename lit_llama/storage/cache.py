@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lit_llama.storage.files import atomic_folder, unwritable, write_text
+from lit_llama.storage.files import atomic_folder, explained, write_text
 from lit_llama.storage.manifest import MANIFEST
 from lit_llama.storage.schema import check_readable, read_json
 from lit_llama.utils import UserError
@@ -32,13 +32,11 @@ def cache_folder(data_dir: Path) -> Path:
         UserError: The folder cannot be written to.
     """
     folder = cache_path(data_dir)
-    try:
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in FILES.items():
             if not (folder / name).is_file():
                 write_text(folder / name, text)
-    except OSError as error:
-        raise unwritable(folder, error) or error from None
     return folder
 
 
@@ -54,13 +52,11 @@ def fill_once(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     if is_intact(folder):
         return
-    try:
+    with explained(folder):
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
         else:
             folder.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) or error from None
     with atomic_folder(folder, "cache") as new:
         fill(new)
         (new / CHECKSUMS).write_text(json.dumps(_checksums(new)), encoding="utf-8")

@@ -40,7 +40,7 @@ def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> Non
         UserError: The file exists and may not be replaced, or cannot be written.
     """
     path, problem = Path(path), ""
-    with _explained(path):
+    with explained(path):
         if _exists(path):
             if path.is_symlink() or not path.is_file():
                 problem = "is not a regular file; name another one"
@@ -62,7 +62,7 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     check_file(path, overwrite=overwrite)
-    with _explained(path), staged(path) as new:
+    with explained(path), staged(path) as new:
         yield new
         settle(new)
         check_file(path, overwrite=overwrite)
@@ -94,7 +94,7 @@ def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:
         UserError: The folder contains anything else, or an input, or cannot be written to.
     """
     path, problem = Path(path), ""
-    with _explained(path):
+    with explained(path):
         if _exists(path):
             if path.is_symlink() and path.lstat().st_uid != os.geteuid():
                 problem = "is a symbolic link of another user"
@@ -121,7 +121,7 @@ def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
     """
     check_folder(path, kind)
     path = Path(path).resolve()
-    with _explained(path), staged(path) as new:
+    with explained(path), staged(path) as new:
         new.mkdir()
         yield new
         (new / MANIFEST).write_text(make_manifest(new, kind), encoding="utf-8")
@@ -154,7 +154,7 @@ def check_claim(folder: Path, names: Iterable[str], *, adopt: bool = False) -> d
         UserError: As `claim`.
     """
     folder = Path(folder)
-    with _explained(folder):
+    with explained(folder):
         recorded = read_manifest(folder, OUTPUTS)
         claimed = recorded or {}
         foreign = [name for name in names if name not in claimed and not adopt and _exists(folder / name)]
@@ -198,7 +198,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
         UserError: Another process holds it, not both locks are shared and `wait` is False; or the file cannot be opened
             for writing.
     """
-    with _explained(path):
+    with explained(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -219,10 +219,14 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path, kinds: Any = (OSError, RuntimeError, SafetensorError)) -> Iterator[None]:
+    """Turn the errors of these kinds that `unwritable` knows into a `UserError`.
+
+    Pass `OSError` alone for a block that does more than write: a RuntimeError may be about anything.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except kinds as error:
         raise unwritable(path, error) or error from None
 
 
