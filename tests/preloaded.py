@@ -39,7 +39,8 @@ MODULES = (
 )  # fmt: skip
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 KILL = signal.SIGUSR1  # kills the fork and waits for its end; SIGKILL would not wait
-CLIENT = f"""#!{sys.executable} -IS
+INTERPRETER = f"{sys.prefix}/bin/python3"  # in a fork, sys.executable is a client
+CLIENT = f"""#!{INTERPRETER} -IS
 import json, os, signal, socket, sys
 def forward(number, frame):
     try:
@@ -77,7 +78,7 @@ class Preloaded:
         address = self.folder / "socket"
         Path(self.python).write_text(CLIENT.replace("ADDRESS", repr(str(address))), encoding="utf-8")
         os.chmod(self.python, 0o700)
-        command = [sys.executable, __file__, str(address), *modules]
+        command = [INTERPRETER, __file__, str(address), *modules]
         # in a session of its own, so that Ctrl-C does not reach it; it ends when its standard input is closed
         self.server = subprocess.Popen(
             command, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
