@@ -83,7 +83,7 @@ METHODS: dict[str, Variant] = {
     **{name: VARIANTS[name] for name in ("aligner1", "aligner10", "aligner100")},
     "aligner300": ALIGNER300,
     "adapter": Variant("LLaMA-Adapter", "adapter", {"adapter_prompt_length": 10}),
-    "lora": VARIANTS["lora"],
+    "lora": Variant("LoRA, r = 8", "lora", {"lora_r": 8, "learning_rate": 3e-4}),
 }
 BASE = "base"
 
@@ -194,7 +194,6 @@ class Study:
         before, flags = [], {**TRAINING[dataset], **METHODS[method].settings}
         if script == "lora":
             del flags["adapter_start_layer"]
-            flags["learning_rate"] = 3e-4
         pairs = dataset == "beaver_dpo"
         if pairs:
             before = self.train(method, "beaver")

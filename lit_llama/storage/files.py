@@ -219,7 +219,9 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 
 @contextmanager
-def explained(path: Path, kinds: Any = (OSError, RuntimeError, SafetensorError)) -> Iterator[None]:
+def explained(
+    path: Path, kinds: type[Exception] | tuple[type[Exception], ...] = (OSError, RuntimeError, SafetensorError)
+) -> Iterator[None]:
     """Turn the errors of these kinds that `unwritable` knows into a `UserError`.
 
     Pass `OSError` alone for a block that does more than write: a RuntimeError may be about anything.
