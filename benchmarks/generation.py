@@ -111,7 +111,7 @@ def main(settings: Settings) -> None:
     if batching:
         target = "≥ 20" if run.device.type == "cuda" else "≥ 4"
         what = f"tokens/s, {settings.one_by_one} prompts as one batch over one by one"
-        ratios.append([what, target, *compare(*batching, 1)])
+        ratios.append([what, target, compare(*batching, 1)[0], ""])  # too few rounds for a verdict
     b.plot_bars(run.path("generation", ".png"), {
         f"decode, tokens/s, batch {size}": {name: decode_rates(run, size, parts) for name, parts in times.items()}
         for size, times in results.items()

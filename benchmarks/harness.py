@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
@@ -81,7 +82,7 @@ class Contestant:
 
 
 def take_turns(turns: Turns, rounds: int, notes: list[str]) -> tuple[dict[str, Any], Answers]:
-    """Call every contestant once per round: A B C, B C A, C A B, …
+    """Call every contestant once per round, in an order that is drawn for each round and is the same in every run.
 
     So other load on the machine affects all of them alike, and none always follows the same one. A peer that becomes
     unavailable is left out with a note.
@@ -90,10 +91,10 @@ def take_turns(turns: Turns, rounds: int, notes: list[str]) -> tuple[dict[str, A
         What each contestant returned in a first round, which warms up, and in the `rounds` that are measured.
     """
     answers_of: Answers = {name: [] for name in turns}
+    rng = random.Random(0)
     with tqdm(total=len(turns) * (rounds + 1), unit="turn") as bar:
-        for number in range(rounds + 1):
-            start = number % len(turns)
-            for name in [*turns][start:] + [*turns][:start]:
+        for _ in range(rounds + 1):
+            for name in rng.sample([*turns], len(turns)):
                 bar.set_postfix_str(name)
                 try:
                     if name in answers_of:

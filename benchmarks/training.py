@@ -2,7 +2,8 @@
 
 All take turns on the same model with random weights and the same random tokens of Alpaca's lengths. The bare base,
 forward and backward through the frozen layers alone, is the limit. Each contestant has its own process, so that its
-memory can be measured separately. The peers are installed from PyPI into the output folder.
+memory can be measured separately; on a CPU a peer has one for each kind of batches. The peers are installed from PyPI
+into the output folder.
 """
 
 import sys
@@ -50,6 +51,7 @@ PEERS = {
     "PEFT adaption_prompt": dict(kind="transformers", method="adaption_prompt"),
     "LitGPT adapter": dict(kind="litgpt", method="adapter"),
 }
+OWN_BATCHES = ", own batches"  # suffix of a peer's name
 PARTS = ("data", "forward", "backward", "optimizer")
 USUAL = {"tokens of a row": 256, "layers": 8, "rows of a batch": 2}
 GROWTH = {
@@ -104,15 +106,17 @@ def measure(run: b.Run, ours: b.Specs) -> tuple[dict[str, dict[str, Any]], b.Ans
     write_data(run.shared["data"], prompts, lengths, run.config.vocab_size)
     batches = choose(lengths, settings.micro_batch_size, settings.micro_batches)
     half = [rows[: max(1, len(rows) // 2)] for rows in batches["grouped"]]
-    with run.contestants(ours, PEERS) as contestants:
+    own = {name + OWN_BATCHES: spec for name, spec in PEERS.items()}
+    on_gpu = run.device.type == "cuda"  # where models are large, and the peak of one step does not affect the next
+    with run.contestants(ours, PEERS if on_gpu else PEERS | own) as contestants:
         turns = {}
         for name, contestant in contestants.items():
             if name in PAIRS:
                 turns[name] = partial(contestant, "step", batches=half, data="pairs", loss=PAIRS[name])
                 continue
-            turns[name] = partial(contestant, "step", batches=batches["grouped"])
-            if name in PEERS:
-                turns[f"{name}, own batches"] = partial(contestant, "step", batches=batches["random"])
+            turns[name] = partial(contestant, "step", batches=batches["random" if name in own else "grouped"])
+            if on_gpu and name in PEERS:
+                turns[name + OWN_BATCHES] = partial(contestant, "step", batches=batches["random"])
         return b.take_turns(turns, settings.rounds, run.notes)
 
 
@@ -151,7 +155,7 @@ def ratios(run: b.Run, answers: b.Answers) -> list[list[str]]:
 
     ratio("time per token, N = 1 over the bare base", "≤ 1.01", BARE, N1)
     ratio("time per token, N = 10 over the bare base", "≤ 1.05", BARE, N10)
-    for suffix, what in (("", "on the same batches"), (", own batches", "on its own batches")):
+    for suffix, what in (("", "on the same batches"), (OWN_BATCHES, "on its own batches")):
         if peers := [name + suffix for name in PEERS if name + suffix in rates]:
             fastest = max(peers, key=lambda name: np.median(rates[name]))
             leanest = min(peers, key=lambda name: answers[name][-1]["beyond"])

@@ -111,10 +111,16 @@ def test_contestants_take_turns_and_the_first_round_does_not_count():
         return lambda: calls.append(name) or len(calls)
 
     notes: list[str] = []
-    first, answers = harness.take_turns({name: turn(name) for name in "abc"}, 2, notes)
-    assert "".join(calls) == "abc" + "bca" + "cab"
-    assert first == {"a": 1, "b": 2, "c": 3}
-    assert answers == {"a": [6, 8], "b": [4, 9], "c": [5, 7]} and not notes
+    first, answers = harness.take_turns({name: turn(name) for name in "abc"}, 19, notes)
+    order, rounds = "".join(calls), [calls[i : i + 3] for i in range(0, 60, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds) and len({*map(tuple, rounds)}) == 6
+    places = {name: [i for i, called in enumerate(order, 1) if called == name] for name in "abc"}
+    assert first == {name: numbers[0] for name, numbers in places.items()}
+    assert answers == {name: numbers[1:] for name, numbers in places.items()} and not notes
+
+    calls.clear()
+    harness.take_turns({name: turn(name) for name in "abc"}, 19, notes)
+    assert "".join(calls) == order  # the same in every run
 
 
 def test_an_unavailable_peer_is_left_out_but_an_error_on_our_side_is_raised():
