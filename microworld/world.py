@@ -16,7 +16,7 @@ What is held out:
     entities      half of each kind are "seen" (finetuning may use them), half are "unseen"
     actions       a quarter of the harmful and harmless verbs, and of the objects, are "unseen"
     settings      a fifth of the seen entities and a quarter of the seen words are "valid", the rest are "train":
-                  settings are chosen by training on "train" and scoring on "valid", results are reported on "unseen"
+                  the studies choose settings by training on "train" and scoring on "valid", and report "unseen"
     two-hop       pretraining asks no two-hop questions about these people, but states both facts (`two_hop`)
     newcomers     entities that pretraining never mentions (`newcomers`)
 

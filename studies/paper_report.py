@@ -153,7 +153,8 @@ def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
         for i, (task, name, what) in enumerate(lines):
             by_method = {method: line for (*of, method), line in by_cell.items() if of == [task, name]}
             if BASE in by_method:
-                axes.axhline(100 * by_method.pop(BASE)["mean"], color=f"C{i}", ls=":", lw=1)
+                base = 100 * by_method.pop(BASE)["mean"]
+                axes.axhline(base, color=f"C{i}", ls=":", lw=1, label=None if i else "the base alone")
             aligners = [line for method, line in by_method.items() if VARIANTS[method].method == "aligner"]
             x, y = [line["parameters"] for line in aligners], [100 * line["mean"] for line in aligners]
             axes.plot(x, y, color=f"C{i}", label=what)
@@ -163,7 +164,8 @@ def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
                               capsize=3)  # fmt: skip
                 legend = axes.plot([], [], marker=marker, color="black", ls="")[0]
                 markers.setdefault(label(method).partition(",")[0], legend)
-        axes.set(title=title, xscale="log", xlabel="trainable parameters", ylabel="right (%)", ylim=(-3, 103))
+        measure = "in the form (%)" if lines[0][1] == "form" else "right (%)"
+        axes.set(title=title, xscale="log", xlabel="trainable parameters", ylabel=measure, ylim=(-3, 103))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.legend(markers.values(), markers, loc="outside upper center", ncols=len(markers), fontsize=8)

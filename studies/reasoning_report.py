@@ -138,11 +138,12 @@ def report(
         else f"The learning rate was not chosen; it is {tried}."
     )
     parts.append(
-        f"""Percent of greedy answers to {settings.questions} questions of each kind: mean ± half of the 95% interval
-(Student's t) over the seeds, which also draw the questions. Answers sampled: for RL until {settings.reached:.0%} of
-{EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people;
-new facts in the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring,
-median. {chosen}"""
+        f"""Percent of greedy answers to {settings.questions} questions of each kind, or to all where there are fewer
+(new facts): mean ± half of the 95% interval (Student's t) over the seeds, which also draw the questions. Answers
+sampled: for RL until {settings.reached:.0%} of {EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL}
+steps (two-hop questions about validation people; new facts in the wordings of the table), for DPO and best of n in
+total. Minutes: of one thread, training and scoring, median; RL includes sampling and these checks, DPO and best of n
+exclude the sampling of their answers, which all trials share. {chosen}"""
     )
     failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "
               f"{row['seed']}: {row['error']}" for row in rows if row["error"]]  # fmt: skip
