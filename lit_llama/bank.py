@@ -80,7 +80,8 @@ class Bank(dict[str, Slot]):
         self.dtype, self.device = dtype, torch.device(device)
         self.base = None if checkpoint_dir is None else base_fingerprint(checkpoint_dir)
         self.n_gates = (config.n_layer - start_layer) * config.n_head
-        # by the width of a block: rows of removed adapters, and without a style the first row that was never used
+        # Free rows, by block width. A slot with a style is the row of a removed adapter; one without a style marks the
+        # first unused row of its block, and all rows after it are unused too.
         self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
