@@ -148,7 +148,7 @@ class Rollouts:
             "no_signal": (~has_signal).float().sum(),
             "answer_tokens": lengths.sum() / self.group_size,
             "ended": ended.sum() / self.group_size,
-            "tokens": torch.tensor(float(self.group_size * self.lengths[rows].sum() + lengths.sum())),
+            "tokens": torch.tensor(float(self.group_size * (self.lengths[rows] - 1).sum() + lengths.sum())),
         }
 
     def shape(self, indices: np.ndarray) -> tuple[int, int]:

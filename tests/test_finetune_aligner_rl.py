@@ -122,6 +122,7 @@ def test_a_batch_contains_the_answers_group_by_group(rollouts, base_dir):
     assert len(lengths) == 6
     assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths for _ in range(n)])
     assert sums["answer_tokens"].item() == pytest.approx(sum(lengths) / 3)
+    assert sums["tokens"].item() == 3 * sum(map(len, data.prompt_ids(rows))) + sum(lengths)
     advantages = torch.stack([tokens[0] for tokens in batch["advantages"].split(lengths)])
     assert all((tokens == tokens[0]).all() for tokens in batch["advantages"].split(lengths))
     torch.testing.assert_close(advantages.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
