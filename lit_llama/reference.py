@@ -181,7 +181,7 @@ def check_policy_equals_reference(
     """Check that training starts from the reference: all margins are 0, and the loss is ln 2 (or that of another type).
 
     Raises:
-        UserError: A margin or the loss is off by more than 1e-5.
+        UserError: A margin is off by more than 1e-5, or the loss by more than 1e-5 and 1e-5 of its value.
     """
     if loss.reference is None:
         return
@@ -192,7 +192,7 @@ def check_policy_equals_reference(
         chosen, rejected = (policy - reference).chunk(2)
         margin = loss.beta * (chosen - rejected).abs().max().item()
         value = dpo_loss(*policy.chunk(2), *reference.chunk(2), **loss.settings)[0].mean().item()
-        if not margin <= 1e-5 or not abs(value - loss.loss_at_start) <= 1e-5:
+        if not margin <= 1e-5 or not abs(value - loss.loss_at_start) <= 1e-5 * max(1.0, loss.loss_at_start):
             raise UserError(
                 f"Before the first step the loss is {value:.6f} and a margin {margin:.1e}, but they must be "
                 f"{loss.loss_at_start:.6f} and 0: policy and reference have the same weights but are rounded "

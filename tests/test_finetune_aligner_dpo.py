@@ -130,6 +130,15 @@ def test_a_reference_that_differs_from_the_initial_policy_is_refused(settings, t
     assert not (tmp_path / "run/state.pt").exists()
 
 
+def test_a_large_loss_at_the_start_may_be_rounded(settings, tmp_path, monkeypatch):
+    """One unit in the last place of a log-probability changes a loss of 278 by more than 1e-5."""
+    original = reference.compute_reference
+    up = torch.tensor([torch.inf, 0.0])
+    monkeypatch.setattr(reference, "compute_reference", lambda *args: torch.nextafter(original(*args), up))
+    train(settings(tmp_path / "run", max_steps=1, drift_prompts=0, loss_type="ipo", beta=0.03))
+    assert column(tmp_path / "run", "train/loss")[0] == pytest.approx((1 / 0.06) ** 2, rel=1e-5)
+
+
 def test_precomputing_the_reference_does_not_change_the_metrics(settings, trained_adapter, tmp_path):
     for name, precompute in (("before", True), ("in steps", False)):
         train(settings(tmp_path / name, init_adapter=trained_adapter, precompute_reference=precompute))
