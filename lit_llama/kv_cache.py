@@ -55,8 +55,11 @@ class KVCache:
         self.starts = (self.rows * config.n_kv_head + self.heads) * max_length
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows, (n,) int64."""
-        self.k, self.v, self.starts = self.k[:, rows], self.v[:, rows], self.starts[: len(rows)]
+        """Keep only these rows, (n,) int64, in the same buffers: copies would be alive together with the old ones."""
+        n = len(rows)
+        for layer in (*self.k, *self.v):
+            layer[:n] = layer[rows]
+        self.k, self.v, self.starts = self.k[:, :n], self.v[:, :n], self.starts[:n]
 
     def layers(self, positions: Tensor | None) -> "list[LayerCache]":
         """Return a view of each layer, for tokens at `positions` (B, T), or at 0 … T-1 of an empty cache if None."""

@@ -70,6 +70,23 @@ def test_cached_and_uncached_logits_are_equal_at_every_step(kind, lengths, group
                 logits = decode_one_token(network, next_tokens[:, step], positions, cache)
 
 
+def test_dropping_rows_of_the_cache_copies_them_within_its_buffers():
+    cache = KVCache(toys.base().config, 4, 5, torch.device("cpu"), torch.float32)
+    buffers = cache.k, cache.v
+    for buffer in buffers:
+        buffer.normal_()
+    expected = [buffer[:, [1, 3]].clone() for buffer in buffers]
+    cache.keep(torch.tensor([1, 3]))
+    for kept, buffer, rows in zip((cache.k, cache.v), buffers, expected, strict=True):
+        assert torch.equal(kept, rows) and kept.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    cache.length, new = 4, torch.randn(2, 2, cache.k.size(2), 1, cache.k.size(4))
+    positions = torch.tensor([[2], [3]])
+    for layer, rows in zip(cache.layers(positions), expected[0], strict=True):
+        keys, _ = layer.update(*new)
+        rows[[0, 1], :, positions.flatten()] = new[0, :, :, 0]
+        assert torch.equal(keys, rows[:, :, :4])
+
+
 def test_the_cache_is_not_less_precise_than_the_model():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
         assert cache_dtype(torch.ones(1, dtype=dtype)) == expected
