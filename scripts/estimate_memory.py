@@ -110,11 +110,20 @@ def base_config(settings: Settings) -> LLaMAConfig:
     return LLaMAConfig.from_json(path) if is_ours else convert_config(about)
 
 
+def method_of(settings: Settings, config: LLaMAConfig) -> tuple[type[LLaMA], LLaMAConfig]:
+    """Return the class of the method, and its configuration for a base model.
+
+    Raises:
+        UserError: There is no such method, or it has no such settings.
+    """
+    overrides, method = method_config(settings), METHODS[settings.method]  # in this order: it checks the name
+    return method, method.config_class(**{**vars(config), **overrides})
+
+
 def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
     """Estimate the memory of each task."""
     settings = within_context(settings, config)
-    overrides, method = method_config(settings), METHODS[settings.method]  # in this order: it checks the name
-    with_method = method.config_class(**{**vars(config), **overrides})
+    method, with_method = method_of(settings, config)
     shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
 
     rows, n_response = settings.micro_batch_size, max(1, round(settings.tokens * settings.response_share))
@@ -139,9 +148,12 @@ def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
 
 
 def within_context(settings: Settings, config: LLaMAConfig) -> Settings:
-    """Return the settings with lengths that fit into the model's context."""
-    tokens, new = min(settings.tokens, config.block_size), min(settings.new_tokens, config.block_size // 2)
-    prompt = min(settings.prompt_tokens, config.block_size - new)
+    """Return the settings with lengths that fit into the model's context, next to the method's virtual tokens."""
+    method, with_method = method_of(settings, config)
+    with torch.device("meta"):
+        context = method(with_method).max_tokens
+    tokens, new = min(settings.tokens, context), min(settings.new_tokens, context // 2)
+    prompt = min(settings.prompt_tokens, context - new)
     return replace(settings, tokens=tokens, prompt_tokens=prompt, new_tokens=new)
 
 
@@ -170,9 +182,7 @@ def main(settings: Settings) -> None:
         return
     config = base_config(settings)
     settings = within_context(settings, config)
-    method = METHODS[settings.method] if settings.method in METHODS else LLaMA
-    overrides = method_config(settings)
-    n_base, n_trained = count_parameters(method, method.config_class(**{**vars(config), **overrides}))
+    n_base, n_trained = count_parameters(*method_of(settings, config))
     print(f"{settings.checkpoint_dir or settings.model}: {n_base:,} parameters and {n_trained:,} trainable ones "
           f"({settings.method}).\n{describe(settings)}\n")  # fmt: skip
     print(memory_table(estimates(config, settings)))
