@@ -107,7 +107,7 @@ class Trainer:
             if run.is_first:
                 n_parameters = sum(p.numel() for p in self.trainable.values())
                 log(f"{n_parameters:,} trainable parameters, {len(self.train.lengths):,} rows, {self.max_steps} steps")
-                print_notes(settings, self.step, self.max_steps, self.warmup_steps, self.fabric.world_size)
+                print_notes(settings, len(self.train.lengths), self.step, self.fabric.world_size)
             with run.recording():
                 if state is None:  # before the first step
                     self.evaluate()

@@ -29,7 +29,7 @@ from lit_llama.rewards import Reward
 from lit_llama.rl import PolicyLoss, answer_logps
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts
 from lit_llama.run.dry_run import largest_answers
-from lit_llama.run.report import read_metrics
+from lit_llama.run.report import print_notes, read_metrics
 from lit_llama.utils import UserError
 
 # 20 prompts at a batch size of 8 make 3 steps per epoch
@@ -440,6 +440,20 @@ def test_an_error_of_a_reward_in_the_second_process_is_printed(settings, tmp_pat
 
 
 # == mistakes ==
+
+
+@pytest.mark.parametrize(("changes", "note"), [
+    ({"epochs": 30}, "note: max_steps 80, the default, ends the run after 3.2 of 30 epochs; pass --max_steps null to "
+                     "complete them.\n"),
+    ({"epochs": 3}, ""),  # 75 steps
+    ({"epochs": 30, "max_steps": 50}, ""),
+    ({"epochs": 30, "max_steps": "null"}, ""),
+    ({"epochs": 2, "batch_size": 1, "micro_batch_size": 1}, ""),  # 80 of 400 steps by default
+], ids=str)  # fmt: skip
+def test_epochs_that_the_default_of_max_steps_cuts_are_noted(settings, tmp_path, capsys, changes, note):
+    flags = settings(tmp_path / "run", **{"max_steps": 80, **changes})
+    print_notes(cli.parse(script.Settings, flags), 200, 0, 1)
+    assert capsys.readouterr().err == note
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from lit_llama.run.schedule import count_steps
 from lit_llama.run.train_settings import SHARDED, FinetuneSettings, TrainSettings
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.schema import check_readable, unreadable
@@ -133,8 +134,14 @@ class Progress:
             log(f"step {self.done} of {self.total}: {status}, {duration(left)} left")
 
 
-def print_notes(settings: TrainSettings, step: int, max_steps: int, warmup_steps: int, processes: int) -> None:
+def print_notes(settings: TrainSettings, n_rows: int, step: int, processes: int) -> None:
     """Print notes on settings that are allowed but probably not intended."""
+    per_epoch, max_steps, warmup_steps = count_steps(settings, n_rows)
+    script = type(settings)
+    has_default_limit = settings.max_steps is not None and settings.max_steps == script.max_steps
+    if has_default_limit and settings.epochs != script.epochs and settings.epochs * per_epoch > max_steps + 0.5:
+        log(f"note: max_steps {max_steps}, the default, ends the run after {max_steps / per_epoch:.2g} of "
+            f"{settings.epochs:g} epochs; pass --max_steps null to complete them.")  # fmt: skip
     if warmup_steps >= max_steps > step:
         log(f"note: the warmup has {warmup_steps} steps and the run {max_steps}, so the learning rate never reaches "
             "its peak.")  # fmt: skip
