@@ -149,9 +149,12 @@ def in_step(model: nn.Module) -> Iterator[None]:
 
 
 def average_gradients(fabric: "Fabric", model: nn.Module) -> None:
-    """Average the gradients of the replicated parameters over all processes; for other models DDP does this."""
+    """Average the gradients of the replicated parameters over all processes; for other models DDP does this.
+
+    A parameter that the loss does not depend on has no gradient, which must be so in all processes.
+    """
     if is_sharded(model):
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = fabric.all_reduce(torch.cat([grad.flatten() for grad in gradients]), reduce_op="mean")
         for grad, mean in zip(gradients, flat.split([grad.numel() for grad in gradients]), strict=True):
             grad.copy_(mean.view_as(grad))

@@ -34,6 +34,11 @@ def test_a_valid_state_is_read(saved, tmp_path):
     read(tmp_path / "state.pt", saved)
 
 
+def test_a_parameter_without_a_gradient_has_no_slot(saved, tmp_path):
+    slots(saved[0]).pop(1)
+    read(tmp_path / "state.pt", saved)
+
+
 def slots(state):
     return state["optimizers"][0]["state"]
 
@@ -62,6 +67,7 @@ DAMAGES = {
     "optimizers": lambda s: s.update(optimizers=[]),
     "optimizer": lambda s: s.update(optimizers=[3]),
     "no slots": lambda s: s["optimizers"][0].update(state={}),
+    "other slots": lambda s: slots(s).update({2: slots(s).pop(1)}),
     "one slot": lambda s: slots(s)[0].pop("exp_avg"),
     "slot": lambda s: slots(s)[1].update(exp_avg=torch.full((4,), math.inf)),
 }

@@ -103,6 +103,11 @@ for case in json.loads((folder / "cases.json").read_text()):
     for n, p in two.adapter_parameters().items():
         first, second = (fabric.broadcast(gradients[one]["logits, " + n], src=source) for source in (0, 1))
         equal["mean, " + n] = torch.allclose(p.grad, (first + second) / 2, rtol=1e-6)
+    unused, *others = two.adapter_parameters().values()
+    before, unused.grad = [p.grad.clone() for p in others], None
+    average_gradients(fabric, two)
+    equal["no gradient"] = unused.grad is None
+    equal["means of equal gradients"] = all(torch.equal(p.grad, g) for p, g in zip(others, before))
     said[case["name"] + " " + case["dtype"]] = {"equal": equal, "bytes": [own_bytes(one), own_bytes(two)]}
 report(said)
 """
