@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import BLOCK, projections
+from lit_llama.sharding import sharded_parts
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 from lit_llama.variant import mark_only_adapter_as_trainable
@@ -33,7 +34,7 @@ class Memory:
     """The peak memory of a task, in bytes.
 
     Args:
-        base: the frozen weights, and the rotary tables.
+        base: the frozen weights, or a process's share of them, and the rotary tables.
         adapter: the trained parameters and the moments of their optimizer.
         cache: keys and values of earlier tokens.
         activations: all other live tensors at the peak; in training including the gradients.
@@ -60,6 +61,7 @@ def training_memory(
     quantize: str | None = None,
     gradient_checkpointing: bool = False,
     packed: bool = False,
+    shards: int = 1,
 ) -> Memory:
     """Return the memory of a training step with this largest micro-batch.
 
@@ -72,6 +74,7 @@ def training_memory(
         quantize: one of `lit_llama.quantize.Quantize`.
         gradient_checkpointing: recompute each layer in the backward pass.
         packed: whether the sequences are rows of `lit_llama.packing.pack_answers`, which need a mask.
+        shards: number of processes that share the base; the result is for one of them.
 
     Raises:
         UserError: The batch is larger than any device can hold; counting its tensors would take hours or overflow.
@@ -88,7 +91,7 @@ def training_memory(
 
     activations = _peak(step, model)
     adapter = sum(p.nbytes + MOMENTS * p.numel() for p in model.adapter_parameters().values())
-    return Memory(_base_bytes(model, quantize), adapter, 0, activations + _dequantized(model, quantize))
+    return Memory(base_bytes(model, quantize, shards), adapter, 0, activations + _dequantized(model, quantize))
 
 
 def generation_memory(
@@ -100,6 +103,7 @@ def generation_memory(
     new: int,
     dtype: torch.dtype,
     quantize: str | None = None,
+    shards: int = 1,
 ) -> Memory:
     """Return the memory of generation on a GPU; on a CPU, the cache of a bf16 model is in fp32 and twice as large.
 
@@ -108,7 +112,7 @@ def generation_memory(
             is merged into the base.
         rows: number of prompts in a batch.
         prompt, new: number of tokens in each prompt and each answer.
-        dtype, quantize: as for `training_memory`.
+        dtype, quantize, shards: as for `training_memory`.
 
     Raises:
         UserError: The batch is larger than any device can hold; counting its tensors would take hours or overflow.
@@ -124,7 +128,7 @@ def generation_memory(
     activations = _peak(prefill, model)
     adapter = sum(p.nbytes for p in model.adapter_parameters().values())
     cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
-    return Memory(_base_bytes(model, quantize), adapter, cache, activations + _dequantized(model, quantize))
+    return Memory(base_bytes(model, quantize, shards), adapter, cache, activations + _dequantized(model, quantize))
 
 
 def memory_table(tasks: dict[str, Memory]) -> str:
@@ -145,6 +149,22 @@ def byte_size(nbytes: int) -> str:
 def cache_bytes(config: LLaMAConfig, rows: int, length: int, dtype: torch.dtype) -> int:
     """Return the bytes of the keys and values of `rows` sequences of `length` tokens."""
     return 2 * config.n_layer * rows * config.n_kv_head * length * config.head_size * dtype.itemsize
+
+
+def base_bytes(model: LLaMA, quantize: str | None = None, shards: int = 1) -> int:
+    """Return the bytes of the frozen weights and of the rotary tables.
+
+    With a sharded base, a process has its share of it, and the largest part three times: one that computes, one that is
+    being gathered, and one that is being unpacked.
+    """
+    adapter = set(model.adapter_parameters().values())
+    total = sum(p.nbytes for p in model.parameters() if p not in adapter)
+    for layer in projections(model).values() if quantize else ():
+        total += _quantized_bytes(layer.weight, quantize) - layer.weight.nbytes
+    if shards > 1:
+        parts = [sum(p.nbytes for p in part.parameters() if p not in adapter) for part in sharded_parts(model)]
+        total += sum(parts) // shards - sum(parts) + 3 * max(parts)
+    return total + model.rope.cos.nbytes + model.rope.sin.nbytes
 
 
 def count_parameters(model_class: type[LLaMA], config: LLaMAConfig) -> tuple[int, int]:
@@ -168,14 +188,6 @@ def _on_meta(model_class: type[LLaMA], config: LLaMAConfig, dtype: torch.dtype) 
         model = model_class(config)
     mark_only_adapter_as_trainable(model)
     return model.to(META, dtype)
-
-
-def _base_bytes(model: LLaMA, quantize: str | None) -> int:
-    """Return the bytes of the frozen weights and of the rotary tables."""
-    total = sum(p.nbytes for name, p in model.named_parameters() if not model.is_adapter_parameter(name))
-    for layer in projections(model).values() if quantize else ():
-        total += _quantized_bytes(layer.weight, quantize) - layer.weight.nbytes
-    return total + model.rope.cos.nbytes + model.rope.sin.nbytes
 
 
 def _quantized_bytes(weight: Tensor, quantize: str) -> int:

@@ -33,6 +33,16 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(unwrapped(model).transformer.wte.weight, "device_mesh")  # a DTensor
 
 
+def count_shards(model: nn.Module) -> int:
+    """Return over how many processes a base is sharded: those of one machine with "hsdp"; 1 if it is complete."""
+    return unwrapped(model).transformer.wte.weight.device_mesh.size() if is_sharded(model) else 1
+
+
+def sharded_parts(model: LLaMA) -> list[nn.Module]:
+    """Return the modules that are gathered one at a time: the embedding, each block and the output layer."""
+    return [part for part in (model.transformer.wte, *model.transformer.h, model.lm_head) if part is not None]
+
+
 def only_assists(model: nn.Module) -> bool:
     """Return whether this process has no prompts to answer itself and only assists the first one with its shard."""
     return is_sharded(model) and unwrapped(model).transformer.wte.weight.device_mesh.get_local_rank() > 0
@@ -71,7 +81,7 @@ def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: tor
         return_freed_memory()
     adapter = set(model.adapter_parameters().values())
     head = model.transformer.wte if model.lm_head is None else model.lm_head
-    for module in dict.fromkeys((model.transformer.wte, *model.transformer.h, head)):
+    for module in sharded_parts(model):
         base = {name: p.data for name, p in module.named_parameters() if p not in adapter}
         for name, mapped in base.items():
             set_frozen(module, name, torch.empty_like(mapped, dtype=dtype, device="meta"))

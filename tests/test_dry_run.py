@@ -1,10 +1,18 @@
 """--dry_run of the finetuning scripts."""
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
+from lit_llama.checkpoint import TOKENIZER_NAME, save_base
 from lit_llama.data import PreferenceData, SFTData
+from lit_llama.model import LLaMA, LLaMAConfig
+
+ROOT = Path(__file__).parents[1]
 
 TRAIN = ("--epochs", "2", "--batch_size", "8", "--micro_batch_size", "4", "--adapter_start_layer", "1")
 
@@ -61,3 +69,59 @@ def test_a_folder_with_a_run_is_unchanged(base_dir, data_dir, tmp_path, run_scri
     before = {path: path.read_bytes() for path in files(tmp_path) if path.is_file()}
     assert run_script("finetune/aligner.py", *flags, "--accelerator", "cpu", "--dry_run")[0] == 0
     assert {path: path.read_bytes() for path in files(tmp_path) if path.is_file()} == before
+
+
+@pytest.fixture
+def deep_dir(base_dir, tmp_path) -> Path:
+    """Save a base whose blocks are small parts of it, and return its folder."""
+    config = LLaMAConfig(block_size=64, vocab_size=300, n_layer=24, n_head=4, n_embd=128, intermediate_size=352)
+    torch.manual_seed(0)
+    save_base(tmp_path / "deep", config, LLaMA(config).state_dict())
+    shutil.copy(base_dir / TOKENIZER_NAME, tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def two_processes(python: str, script: str | Path, *flags: object) -> subprocess.CompletedProcess:
+    command = [python, script, "--accelerator", "cpu", "--devices", "2", "--dry_run", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("strategy", "share"), [("ddp", 1), ("fsdp", 1 / 2), ("hsdp", 1 / 2)])
+def test_the_memory_is_that_of_each_process(strategy, share, deep_dir, data_dir, tmp_path, python):
+    paths = ("--checkpoint_dir", deep_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out")
+    done = two_processes(python, "finetune/aligner.py", *paths, *TRAIN, "--strategy", strategy)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("measuring a step") == 1
+    block = 4 * (4 * 128**2 + 3 * 128 * 352)
+    base = float(re.search(r"^\| a step, .*? \| ([\d.]+) MB \|", done.stdout, re.MULTILINE)[1]) * 1e6
+    expected = share * (24 * block + 2 * 4 * 320 * 128) + (0 if share == 1 else 3 * block)
+    assert base == pytest.approx(expected, rel=0.02)  # norms and rotary tables are less
+
+
+NO_ROOM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import finetune.aligner as script
+from lit_llama import cli
+from lit_llama.train import Trainer
+
+train_step = Trainer.train_step
+
+def without_room(trainer, micro_batches):
+    if trainer.fabric.global_rank == int(sys.argv[-1]):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return train_step(trainer, micro_batches)
+
+Trainer.train_step = without_room
+cli.run(script.main, cli.parse(script.Settings, sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_without_room_in_one_process_gives_advice(rank, base_dir, data_dir, tmp_path, python):
+    (tmp_path / "script.py").write_text(NO_ROOM)
+    paths = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out")
+    done = two_processes(python, tmp_path / "script.py", *paths, *TRAIN, "--strategy", "ddp", rank)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("error: A step does not fit into the memory of the GPU: lower --micro_batch_size") == 1

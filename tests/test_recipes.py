@@ -19,6 +19,7 @@ from lit_llama.checkpoint import load_model, save_adapter
 from lit_llama.data import SFTData
 from lit_llama.generation import Sampling, generate
 from lit_llama.logps import LabelLogps
+from lit_llama.memory import base_bytes
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.run.report import generate_command
@@ -79,10 +80,9 @@ def test_the_numbers_on_the_page_on_large_models_are_correct(monkeypatch):
     assert [row[0] for row in rows] == ["Llama-2-13B", "30B", "Llama-2-70B"]
     for name, *row in rows:
         with torch.device("meta"):
-            network = LLaMA.from_name(name)
+            network = LLaMA.from_name(name).bfloat16()
         n, block = (sum(p.numel() for p in part.parameters()) for part in (network, network.transformer.h[0]))
-        replicated = network.transformer.ln_f.scale.numel()
-        per_device = [2 * ((n - replicated) / devices + replicated + 3 * block) for devices in (2, 4, 8, 16)]
+        per_device = [base_bytes(network, shards=devices) for devices in (2, 4, 8, 16)]
         sizes = [f"{2 * n / 1e9:.1f} GB", f"{2 * block / 1e9:.2f} GB", *(f"{size / 1e9:.1f} GB" for size in per_device)]
         assert row == [f"{n:,}", *sizes]
     config = network.config

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lit_llama.console import is_first_process
 from lit_llama.data import Data
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
@@ -14,6 +15,7 @@ from lit_llama.packing import answers_per_row, packed_length
 from lit_llama.rollouts import Rollouts
 from lit_llama.run.report import duration
 from lit_llama.run.setup import base_dtype
+from lit_llama.sharding import count_shards
 from lit_llama.train import Trainer
 from lit_llama.utils import UserError, log
 
@@ -42,17 +44,20 @@ def dry_run(trainer: Trainer) -> None:
               f"steps        {trainer.max_steps:,} of {settings.batch_size} rows on {fabric.world_size} process(es), "
               f"{trainer.steps_per_epoch:,} an epoch\n\n"
               f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
+        log("measuring a step")
     first = next(trainer.remaining_steps())
-    log("measuring a step")
     try:
         seconds = timed_step(trainer, first)
         if settings.compile or fabric.broadcast(seconds) < WARM_UP:
             seconds = timed_step(trainer, first)
     except torch.OutOfMemoryError:
-        raise UserError(
+        problem = (
             "A step does not fit into the memory of the GPU: lower --micro_batch_size, or set --gradient_checkpointing "
             "or --quantize nf4."
-        ) from None
+        )
+        if not is_first_process():  # it prints only its own errors
+            log(f"error: {problem}")
+        raise UserError(problem) from None
     if is_first:
         total = seconds * sum(padded_tokens(trainer.train, step) for step in plan) / padded_tokens(trainer.train, first)
         total *= trainer.max_steps / len(plan)
@@ -68,7 +73,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
     """Return the estimated memory of each task of a step, for its largest micro-batch."""
     settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
     method, micro_batches = METHODS[settings.method], [rows for step in plan for rows in step]
-    shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize}
+    shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize, "shards": count_shards(trainer.model)}
     tasks, packed = {}, True
     if isinstance(train, Rollouts):
         sizes = [largest_answers(trainer, train, rows) for rows in micro_batches]
