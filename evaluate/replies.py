@@ -22,8 +22,8 @@ FLAGS = re.IGNORECASE | re.MULTILINE
 
 
 def visible(reply: str) -> str:
-    """Return a reply without the thoughts that some models put before it."""
-    return re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).strip()
+    """Return a reply without the thoughts that some models put before it; some templates open them in the prompt."""
+    return re.sub(r"\A.*</think>|<think>.*", "", reply, flags=re.DOTALL).strip()
 
 
 def parse_scores(text: str) -> tuple[float, float] | None:

@@ -73,6 +73,8 @@ def test_parsed_scores_match_published_reviews(shared, name):
         ("8 9. Assistant 2 is better", (8, 9)),
         ("8 9 Both assistants", (8, 9)),
         ("<think>\n3 4\n</think>\n\n6 7\nBecause", (6, 7)),
+        ("3 4\n</think>\n\n6 7\nBecause", (6, 7)),  # the template of a thinking model opens the thought
+        ("Scores: 3 4\n</think>\n\n<think>8 9", None),
         (
             "My evaluation of both is as follows:\n\nAssistant 1: 8/10\nAssistant 2: 9/10\n\nStrengths:",
             (8, 9),
