@@ -74,13 +74,13 @@ def read_messages(value: Any, label: str) -> list[Message]:
     White space around answers is removed, as templates and generation do too.
 
     Args:
-        value: A list of objects with `role` and `content`, or `from` and `value`.
+        value: A list, which may be empty, of objects with `role` and `content`, or `from` and `value`.
         label: Description of the value, for error messages.
 
     Raises:
         UserError: It is not a list of messages, or one has an unknown role or no text.
     """
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise UserError(f"{label} is not a list of messages.")
     return [_read_message(entry, f"{label}, message {i}") for i, entry in enumerate(value, 1)]
 
@@ -99,7 +99,7 @@ def _read_message(entry: Any, label: str) -> Message:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{label} has parts that are not text; only text can be used.")
         content = "".join(texts)
-    kept = {name: entry[name] for name in KEPT if entry.get(name) is not None}
+    kept = {name: entry[name] for name in KEPT if entry.get(name)}
     if content is None and "tool_calls" in kept:
         content = ""
     if not isinstance(content, str):

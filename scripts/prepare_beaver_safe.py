@@ -37,8 +37,8 @@ class Settings(PrepareSettings):
     data_file: Path | None = None  # rows to prepare: JSON list, JSON Lines (also .gz) or Parquet (default: download)
     repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
     revision: str | None = None  # version of the dataset; v0 is the paper's
-    keep: Keep = "any_safe"  # pku: keep rows with a safe response, with exactly one, or all
-    prefer: Prefer = "safer"  # pku: the label that decides which response is chosen
+    keep: Keep | None = None  # pku: keep rows with a safe response, with exactly one, or all (default: any_safe)
+    prefer: Prefer | None = None  # pku: the label that decides which response is chosen (default: safer)
 
     # == What to write ==
     stage: Literal["dpo", "sft"] = "dpo"  # write pairs, or only the chosen responses
@@ -107,7 +107,7 @@ def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair 
     Raises:
         UserError: A list is not a list of messages.
     """
-    prompt = []
+    prompt = None
     if isinstance(row.get("prompt"), list):
         prompt = read_messages(row["prompt"], f"Row {number}: 'prompt'")
     sides = []
@@ -116,9 +116,10 @@ def messages_pair(row: dict[str, Any], number: int, style: PromptStyle) -> Pair 
             messages = read_messages(row[name], f"Row {number}: {name!r}")
         else:
             messages = [{"role": "assistant", "content": text_field(row, number, name).strip()}]
-        if messages[0]["role"] == "assistant":
-            question = prompt or [{"role": "user", "content": text_field(row, number, "prompt")}]
-            messages = question + messages
+        if messages and messages[0]["role"] == "assistant":
+            if prompt is None:
+                prompt = [{"role": "user", "content": text_field(row, number, "prompt")}]
+            messages = prompt + messages
         sides.append(messages)
     return conversations_pair(*sides, number, style, read_tools(row, number))
 
@@ -131,7 +132,7 @@ def conversations_pair(
     Raises:
         UserError: The style cannot render them; the message gives the row's number.
     """
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+    if any(not side or side[-1]["role"] != "assistant" for side in (chosen, rejected)):
         return "that do not end with an answer"
     if chosen[:-1] != rejected[:-1]:
         return "with dialogues that differ before the last answer"
@@ -192,8 +193,26 @@ def read_pairs(settings: Settings, rows: Iterable[Any], style: PromptStyle) -> t
     return pairs, dict(omitted)
 
 
+def with_defaults(settings: Settings) -> Settings:
+    """Return the settings, with defaults for those that are None.
+
+    Raises:
+        UserError: A setting would have no effect.
+    """
+    if settings.data_file and settings.revision:
+        raise UserError("--revision and --data_file cannot be combined.")
+    if settings.data_format != "pku" and (settings.keep or settings.prefer):
+        raise UserError("--keep and --prefer need --data_format pku.")
+    return replace(
+        settings,
+        keep=settings.keep or "any_safe",
+        prefer=settings.prefer or "safer",
+        output_dir=settings.output_dir or Path(f"data/beaver-safe-{settings.stage}"),
+    )
+
+
 def main(settings: Settings) -> None:
-    settings = replace(settings, output_dir=settings.output_dir or Path(f"data/beaver-safe-{settings.stage}"))
+    settings = with_defaults(settings)
     options, revision = settings.options(), settings.revision
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, revision=revision)

@@ -60,6 +60,19 @@ def test_pku_rows_are_chosen_by_keep_and_prefer(prepare, tokenizer, flags, expec
     assert pairs_in(prepare(ROWS, **flags), tokenizer) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"revision": "v0"}, "--revision and --data_file cannot be combined."),
+        ({"data_format": "hh", "keep": "any_safe"}, "--keep and --prefer need --data_format pku."),
+        ({"data_format": "preference", "prefer": "better"}, "--keep and --prefer need --data_format pku."),
+    ],
+)
+def test_flags_without_effect_are_refused(prepare, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepare(ROWS, **flags)
+
+
 def test_omitted_rows_are_reported_and_recorded(prepare, capsys):
     undecided = pku("a", "b", "c", (True, True), 0, -1)
     folder = prepare([*ROWS, undecided])

@@ -210,13 +210,14 @@ def test_unusable_rows_are_counted(prepare, models):
     answer_first = {"messages": [{"role": "assistant", "content": "Hi!"}, *SINGLE["messages"]]}
     empty = {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "b"}]}
     twice = {"messages": [SINGLE["messages"][0], *SINGLE["messages"]]}
-    rows = [only_question, answer_first, empty, twice, SINGLE, SHAREGPT]
+    no_calls = {"messages": [CAT, {"role": "assistant", "content": "", "tool_calls": []}]}
+    rows = [only_question, answer_first, empty, twice, SINGLE, SHAREGPT, {"conversations": []}, no_calls]
     folder, err = prepare(rows, models["mistral"])
-    assert "Omitted 1 rows without an answer to a question (the first: row 1)." in err
-    assert "Omitted 1 rows with an empty message (the first: row 3)." in err
+    assert "Omitted 2 rows without an answer to a question (the first: row 1)." in err
+    assert "Omitted 2 rows with an empty message (the first: row 3)." in err
     assert "Omitted 1 rows that the chat template refuses (the first: row 4: The chat template refuses" in err
     assert "Conversation roles must alternate" in err
-    assert read_meta(folder, SFTData.format)["left_out"]["rows with an empty message"] == 1
+    assert read_meta(folder, SFTData.format)["left_out"]["rows with an empty message"] == 2
 
 
 def test_answers_to_no_question_are_omitted_in_other_styles(prepare, models):
@@ -287,6 +288,8 @@ PAIRS = [
     {"prompt": [CAT], "chosen": [SAT, CAT], "rejected": [ATE]},
     {"prompt": "x", "chosen": [CAT, SAT], "rejected": [message("user", "other"), SAT]},
     {"prompt": [message("system", "Be kind.")], "chosen": "sat", "rejected": "ate"},
+    {"prompt": [], "chosen": [SAT], "rejected": [ATE]},
+    {"prompt": [CAT], "chosen": [SAT], "rejected": []},
 ]  # fmt: skip
 
 
@@ -347,9 +350,9 @@ def test_preferences_may_be_lists_of_messages(prepare, models):
     questions = [[CAT], [message("user", "the dog")], [message("user", "hat"), ATE, message("user", "why")],
                  [message("user", "the rat")], [message("system", "Be kind."), CAT]]  # fmt: skip
     assert pairs_in(folder, tokenizer) == {(str(render(q)), "sat<|im_end|>", "ate<|im_end|>") for q in questions}
-    assert "Omitted 1 rows that do not end with an answer." in err
+    assert "Omitted 2 rows that do not end with an answer." in err
     assert "Omitted 1 rows with dialogues that differ before the last answer." in err
-    assert "Omitted 1 rows whose last answer follows no question." in err
+    assert "Omitted 2 rows whose last answer follows no question." in err
     folder, _ = prepare(PAIRS, models["chatml"], "--data_format", "preference", "--prompt_style", "hh", **flags)
     prompts = {pair[0] for pair in pairs_in(folder, tokenizer)}
     assert "Human: hat Assistant: ate Human: why Assistant: " in prompts
