@@ -102,10 +102,14 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
         if path.is_dir():
             files = sorted(path.rglob("*.csv"))
         else:
+            check_readable(path)
             dev = path.name.replace("_test.", "_dev.")
             files = [path, *filter(Path.is_file, (path.with_name(dev), path.parent.parent / "dev" / dev))][:2]
         if not path.is_dir() and not split(path.name):
-            raise UserError(f"{path} is not named like MMLU's files: SUBJECT_test.csv.")
+            raise UserError(
+                f"{path} cannot be used: --data_file takes mmlu.zip, the folder extracted from the authors' data.tar, a "
+                "file SUBJECT_test.csv in it, or rows in JSON or Parquet."
+            )
         for file in files:
             if split(file.name):
                 yield split(file.name), str(file), read_text(file)
@@ -125,6 +129,8 @@ def from_csv(text: str, name: str) -> Iterator[Item]:
     number = 0
     try:
         for number, row in enumerate(reader, 1):
+            if not row:  # a blank line
+                continue
             if len(row) != 6:
                 raise UserError(
                     f"Row {number} of {name} has {len(row)} columns instead of 6: question, four choices, letter."

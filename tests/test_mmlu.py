@@ -302,7 +302,11 @@ def test_user_errors(folder, tmp_path, refused):
     assert "has 2 dev questions of anatomy, fewer than --shots 5; use --shots 2" in message("--shots", "5")
     assert "limit is 0" in message("--limit", "0")
     assert "There is no zip file" in refused(SCRIPT, "--data_file", tmp_path / "none.zip")
-    assert "SUBJECT_test.csv" in refused(SCRIPT, "--data_file", tmp_path / "mine.csv")
+    assert "There is no file at" in refused(SCRIPT, "--data_file", tmp_path / "anatomy.csv")
+    for name in ("mine.csv", "data.tar"):
+        (tmp_path / name).touch()
+        sentence = refused(SCRIPT, "--data_file", tmp_path / name)
+        assert sentence.startswith(f"{tmp_path / name} cannot be used: --data_file takes mmlu.zip, the folder extracted")
     with zipfile.ZipFile(tmp_path / "locked.ZIP", "w") as file:
         file.writestr("anatomy_test.csv", "")
     content = bytearray((tmp_path / "locked.ZIP").read_bytes())
@@ -315,6 +319,12 @@ def test_user_errors(folder, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     assert "has no test questions" in refused(SCRIPT, "--data_file", tmp_path / "empty")
     assert not (tmp_path / "out").exists()
+
+
+def test_blank_lines_are_skipped(folder):
+    with (folder / "test/anatomy_test.csv").open("a", newline="") as file:
+        file.write("\n\r\n")
+    assert read_items(folder, "") == TOYS
 
 
 @pytest.mark.parametrize(
