@@ -295,7 +295,6 @@ def assert_refused(source: Path, tmp_path: Path, monkeypatch, capsys, sentence: 
 
 BAD_CONFIGS: dict[str, dict[str, Any]] = {
     'The architecture is "GemmaForCausalLM"': dict(architectures=["GemmaForCausalLM"], model_type="gemma"),
-    "config.json: num_key_value_heads is null": dict(architectures=["MistralForCausalLM"], num_key_value_heads=None),
     "config.json: hidden_size is null; expected a whole number": dict(hidden_size=None),
     'config.json: num_hidden_layers is "2"; expected a whole number': dict(num_hidden_layers="2"),
     "config.json: num_hidden_layers is 18446744073709551616; expected": dict(num_hidden_layers=2**64),
@@ -323,6 +322,18 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
 }
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_without_a_number_of_key_value_heads_there_are_as_many_as_heads(name):
+    hf = {**TINY, "architectures": [f"{name}ForCausalLM"], "num_key_value_heads": None}
+    assert convert_config(hf).n_kv_head == 4
+    del hf["num_key_value_heads"]  # only for Llama does transformers have the same default
+    if name == "Llama":
+        assert convert_config(hf).n_kv_head == 4
+    else:
+        with pytest.raises(UserError, match=r"config\.json has no num_key_value_heads"):
+            convert_config(hf)
 
 
 @pytest.mark.parametrize("sentence", BAD_CONFIGS)

@@ -306,7 +306,7 @@ def test_user_errors(folder, tmp_path, refused):
     for name in ("mine.csv", "data.tar"):
         (tmp_path / name).touch()
         sentence = refused(SCRIPT, "--data_file", tmp_path / name)
-        assert sentence.startswith(f"{tmp_path / name} cannot be used: --data_file takes mmlu.zip, the folder extracted")
+        assert sentence.startswith(f"{tmp_path / name} cannot be used: --data_file takes mmlu.zip, the folder")
     with zipfile.ZipFile(tmp_path / "locked.ZIP", "w") as file:
         file.writestr("anatomy_test.csv", "")
     content = bytearray((tmp_path / "locked.ZIP").read_bytes())

@@ -18,7 +18,8 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"sliding_window": 4096},
-    "qwen3": {"head_dim": 128},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"head_dim": 128, "sliding_window": 4096},
     "smollm3": {"rope_theta": 2000000.0, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
 }
 BIASED = ("llama", "qwen3", "smollm3")  # attention_bias is for all of q, k, v and o
@@ -30,7 +31,11 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # what each supported kind of rope
 
 
 def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
-    """Convert the content of a config.json. Missing fields have the defaults of transformers.
+    """Convert the content of a config.json.
+
+    The sizes must be there, except `head_dim`, and `num_key_value_heads` and `max_position_embeddings` of the
+    architecture llama; all other fields may be missing and have the defaults of transformers. As in transformers, null
+    as `num_key_value_heads` means as many as `num_attention_heads`.
 
     A sliding window, such as Mistral's, becomes the limit of the context: within it, attention is the usual one.
 
@@ -63,7 +68,7 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
         n_layer=size("num_hidden_layers"),
         n_head=size("num_attention_heads"),
         n_embd=size("hidden_size"),
-        n_kv_head=size("num_key_value_heads", None if kind == "llama" else REQUIRED),
+        n_kv_head=size("num_key_value_heads", None if kind == "llama" or "num_key_value_heads" in hf else REQUIRED),
         head_size=size("head_dim", None),
         intermediate_size=size("intermediate_size"),
         norm_eps=field(hf, "rms_norm_eps", float, SOURCE, 1e-6, least=0, most=1),
