@@ -107,8 +107,8 @@ def csv_files(path: Path) -> Iterator[tuple[str, str, str]]:
             files = [path, *filter(Path.is_file, (path.with_name(dev), path.parent.parent / "dev" / dev))][:2]
         if not path.is_dir() and not split(path.name):
             raise UserError(
-                f"{path} cannot be used: --data_file takes mmlu.zip, the folder extracted from the authors' data.tar, a "
-                "file SUBJECT_test.csv in it, or rows in JSON or Parquet."
+                f"{path} cannot be used: --data_file takes mmlu.zip, the folder extracted from the authors' data.tar, "
+                "a file SUBJECT_test.csv in it, or rows in JSON or Parquet."
             )
         for file in files:
             if split(file.name):

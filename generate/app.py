@@ -27,7 +27,7 @@ from generate.jobs import Event, Job
 from lit_llama.bank import BASE
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum
-from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.prompts import PromptStyle, get_prompt_style, is_chat
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, check_text
 
@@ -254,8 +254,14 @@ class Server:
 
 
 def make_app(engine: Engine, settings: "Settings") -> FastAPI:
-    """Return the application; it starts and stops the engine."""
-    server = Server(engine, settings)
+    """Return the application; it starts and stops the engine.
+
+    Raises:
+        UserError: The chat template, if requests may use it, fails.
+    """
+    server, template = Server(engine, settings), engine.tokenizer.template
+    if template is not None and (settings.prompt_style is None or is_chat(settings.prompt_style)):
+        template.allow_threads()  # the engine's thread allocates while requests are rendered
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

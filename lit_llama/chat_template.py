@@ -12,7 +12,7 @@ runs; `Tokenizer.encode` removes it.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ class ChatTemplate:
         variables: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.path, self.names, self.variables = source, path, names, variables or {}
+        self.limits_memory = True
         self.control = sorted(filter(None, control), key=len, reverse=True)
         self.added = [token for token in added if token.strip() and token in source]
         self.sha256 = hashlib.sha256(source.encode()).hexdigest()
@@ -164,7 +165,19 @@ class ChatTemplate:
         if unknown := sorted(variables.keys() - known):
             near = did_you_mean(unknown[0], sorted(known))
             raise UserError(f"The chat template in {self.path} has no variable {unknown[0]!r}{near}")
-        return ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
+        template = ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
+        template.limits_memory = self.limits_memory
+        return template
+
+    def allow_threads(self) -> None:
+        """Render a question, and from now on limit only the time: the limit of memory would be that of all threads.
+
+        Raises:
+            UserError: The template is invalid or fails.
+        """
+        with suppress(Refusal):
+            self._run([PING], True)
+        self.limits_memory = False
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool = True, tools: list[Any] | None = None
@@ -195,11 +208,10 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
         values = {**self._interrupt(self.variables), **self._values(messages, generation_prompt, tools)}
-        parts: list[str] = []
-        n_characters = 0
+        parts, n_characters = list[str](), 0
         from lit_llama.sandbox import limited, program
 
-        with explained(self.path), limited():
+        with explained(self.path), limited(self.limits_memory):
             for part in program(self.source).generate(**values):
                 n_characters += len(part)
                 if n_characters > MOST_TEXT:

@@ -28,8 +28,11 @@ class TooLong(Exception):
 
 
 @contextmanager
-def limited() -> Iterator[None]:
+def limited(memory: bool = True) -> Iterator[None]:
     """Limit the time and, on Linux, the memory of a block, because a template may nest loops and long texts.
+
+    Args:
+        memory: Limit the memory. The limit is that of the process, so no other thread may allocate meanwhile.
 
     Raises:
         TooLong: The block ran for more than `MOST_SECONDS`.
@@ -48,15 +51,17 @@ def limited() -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        with suppress(OSError, ValueError):  # not Linux, or the user has set a lower limit
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, before[1]))
+        if memory:
+            with suppress(OSError, ValueError):  # not Linux, or the user has set a lower limit
+                pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, before[1]))
         yield
     finally:
         with lock:
             ended = True
         timer.cancel()
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class GenerationTag(Extension):

@@ -1,5 +1,10 @@
 """The server with an instruct model: conversations from OpenAI's client, rendered by the checkpoint's template."""
 
+import resource
+import shutil
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
@@ -18,6 +23,7 @@ from lit_llama.generation import Sampling, answer
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import UserError
 
 
 def adapter(style: str, seed: int) -> AdapterFile:
@@ -68,6 +74,29 @@ def test_conversations_are_rendered_by_the_template(served):
         rows = [() if name == "base" else ((name, 1.0),)]
         (expected,) = answer(model, tokenizer, [prompt], Sampling(8), style.stop, adapters=rows)
         assert reply.choices[0].message.content == expected
+
+
+def test_rendering_does_not_limit_the_memory_of_the_engine(served, monkeypatch):
+    """The limit would be that of the process, so the engine could not allocate meanwhile."""
+    limits, set_limit = [], resource.setrlimit
+    monkeypatch.setattr(resource, "setrlimit", lambda *args: limits.append(args) or set_limit(*args))
+    client, _, tokenizer, _ = served
+    for name in ("base", "chat-one"):
+        client.chat.completions.create(model=name, messages=[message("user", "Hi")], max_tokens=1)
+    assert limits == []
+    Tokenizer(tokenizer.path.parent).template.render([message("user", "Hi")])
+    assert limits != []  # elsewhere it is limited
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited only on Linux")
+def test_a_template_that_needs_too_much_memory_is_refused_at_the_start(served, tmp_path):
+    folder = shutil.copytree(served[2].path.parent, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{{ 'x'.ljust(10 ** 10) }}")
+    engine = SimpleNamespace(tokenizer=Tokenizer(folder))
+    for style in (None, "chat"):
+        with pytest.raises(UserError, match=r"chat_template\.jinja cannot be used \(MemoryError\)"):
+            make_app(engine, Settings(prompt_style=style))
+    assert make_app(engine, Settings(prompt_style="alpaca"))
 
 
 def test_a_conversation_that_the_template_refuses_gives_a_one_sentence_error(served):
