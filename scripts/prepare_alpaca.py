@@ -36,7 +36,7 @@ if __name__ == "__main__":
 from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, read_rows, text_field
+from lit_llama.storage.rows import download_rows, origin, read_rows, text_field
 
 
 def prepare_prompt(row: Any, number: int, style: PromptStyle) -> str:
@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    about = {"source": str(settings.data_file or settings.repo_id), **style.about}
+    about = {**origin(settings.data_file, settings.repo_id), **style.about}
     options |= {"about": about, "split_by": "hash"}
     if settings.stage == "sft":
         sample = partial(prepare_sample, style=style)

@@ -57,7 +57,7 @@ from lit_llama.chat_template import Message, Refusal
 from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare import prepare_preferences, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.storage.rows import download_rows, naming, origin, read_rows, text_field
 from lit_llama.utils import UserError, log
 
 SAFE_RESPONSES = {"any_safe": (1, 2), "one_safe": (1,), "all": (0, 1, 2)}  # how many of the two may be safe
@@ -216,10 +216,10 @@ def main(settings: Settings) -> None:
     options, revision = settings.options(), settings.revision
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, revision=revision)
-    source = str(settings.data_file or settings.repo_id) + (f", revision {revision}" if revision else "")
-    with naming(source):
+    about = {**origin(settings.data_file, settings.repo_id, revision), **style.about}
+    with naming(about["source"]):
         pairs, omitted = read_pairs(settings, rows, style)
-    about = {"source": source, **style.about, "data_format": settings.data_format, "left_out": omitted}
+    about |= {"data_format": settings.data_format, "left_out": omitted}
     if settings.data_format == "pku":
         about |= {"keep": settings.keep, "prefer": settings.prefer}
     options |= {"about": about, "split_by": "hash"}

@@ -46,7 +46,7 @@ from lit_llama.chat_template import Message, Refusal, Unstable
 from lit_llama.conversations import prepare_conversations, read_conversation, up_to_last_answer
 from lit_llama.prepare import prepare_sft
 from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, read_rows
+from lit_llama.storage.rows import download_rows, naming, origin, read_rows
 from lit_llama.utils import UserError, log
 
 Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messages, tools
@@ -142,18 +142,17 @@ def style_samples(
 def main(settings: Settings) -> None:
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
-    source = str(settings.data_file or settings.repo_id)
+    about = {**origin(settings.data_file, settings.repo_id), **style.about, "train_on": settings.train_on}
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, settings.split)
     omitted = Omitted()
-    with naming(source):
+    with naming(about["source"]):
         kept = conversations(tqdm(rows, desc="Rendering", unit=" rows"), omitted)
         if isinstance(style, ChatStyle):
             samples = chat_samples(kept, style, settings.train_on, omitted)
         else:
             samples = style_samples(kept, style, settings.train_on, omitted)
     omitted.report()
-    about = {"source": source, **style.about, "train_on": settings.train_on, "left_out": dict(omitted.counts)}
-    options |= {"about": about, "split_by": "hash"}
+    options |= {"about": {**about, "left_out": dict(omitted.counts)}, "split_by": "hash"}
     if isinstance(style, ChatStyle):
         prepare_conversations(samples, **options)
     else:

@@ -44,7 +44,7 @@ from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rewards import load_function
-from lit_llama.storage.rows import download_rows, naming, read_rows, text_field
+from lit_llama.storage.rows import download_rows, naming, origin, read_rows, text_field
 from lit_llama.utils import UserError, check_text, log
 
 NO_NUMBER = "whose answer is not a number"
@@ -86,7 +86,7 @@ def main(settings: Settings) -> None:
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
     rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    options["about"] = {"source": str(settings.data_file or settings.repo_id), **style.about}
+    options["about"] = {**origin(settings.data_file, settings.repo_id), **style.about}
     if settings.stage == "sft":
         prepare_sft(rows, partial(prepare_sample, style=style), mask_prompt=settings.mask_prompt, **options)
     else:

@@ -73,7 +73,8 @@ def card(adapter: AdapterFile, settings: Settings) -> str:
     """Return the model card, from scripts/share_card.md.jinja."""
     meta, header = without_folders(adapter.meta), f"The header of {adapter.path}"
     training, data = meta.get("training", {}), meta.get("data", {})
-    source = field(data, "source", str, f"{header}: data", "")
+    field(data, "source", str, f"{header}: data", "")
+    dataset = field(data, "repo_id", str, f"{header}: data", "")
     counts = field(data, "counts", dict, f"{header}: data", {})
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -85,7 +86,7 @@ def card(adapter: AdapterFile, settings: Settings) -> str:
         description=settings.description,
         license=settings.license,
         base_model=settings.base_model,
-        dataset=source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else None,
+        dataset=dataset if re.fullmatch(r"([\w.-]+/)?[\w.-]+", dataset) else None,
         method=adapter.method,
         config=adapter.config,
         n_parameters=sum(t.numel() for t in adapter.state.values()),

@@ -77,7 +77,7 @@ def data_dir(tmp_path_factory, tokenizer) -> Path:
         test_fraction=0.11,
         seed=0,
         num_proc=1,
-        about={"source": "animals", "prompt_style": "plain"},
+        about={"source": "animals", "repo_id": "me/animals", "revision": "v1", "prompt_style": "plain"},
     )
     return folder
 

@@ -173,6 +173,7 @@ def test_an_adapter_file_records_its_config_base_and_training(finished, base_dir
     assert meta["config"] == {"adapter_prompt_length": 1, "adapter_start_layer": 1}
     assert meta["base"] == base_fingerprint(base_dir)
     assert (meta["prompt_style"], meta["data"]["source"]) == ("plain", "animals")
+    assert (meta["data"]["repo_id"], meta["data"]["revision"]) == ("me/animals", "v1")
     assert meta["training"]["settings"]["learning_rate"] == 0.05
     assert meta["training"]["val_loss"] == losses(finished)["val/loss"][meta["training"]["step"]]
     assert meta["versions"]["torch"] == torch.__version__

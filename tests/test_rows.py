@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.answering import Request, read_requests
-from lit_llama.storage.rows import read_rows, text_field
+from lit_llama.storage.rows import origin, read_rows, text_field
 from lit_llama.utils import UserError
 
 ROWS = [{"instruction": "Say é", "output": "line one\nline two\u2028\x85"}, {"instruction": "", "output": "{braces}"}]
@@ -28,6 +28,15 @@ def test_every_format_gives_the_same_rows(tmp_path):
     pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "TABLE.PARQUET")
     for path in tmp_path.iterdir():
         assert read_rows(path) == ROWS, path
+
+
+def test_only_rows_of_the_hub_have_a_repository(tmp_path):
+    assert origin(tmp_path / "rows.jsonl", "me/rows") == {"source": str(tmp_path / "rows.jsonl")}
+    assert origin(None, str(tmp_path)) == {"source": str(tmp_path)}
+    assert origin(None, "me/rows") == {"source": "me/rows", "repo_id": "me/rows"}
+    assert origin(None, "me/rows", "v0") == {
+        "source": "me/rows, revision v0", "repo_id": "me/rows", "revision": "v0",
+    }  # fmt: skip
 
 
 json_values = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(), max_size=2)

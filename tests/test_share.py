@@ -13,6 +13,7 @@ from lit_llama.utils import UserError
 
 SCRIPT, GENERATE = "scripts/share.py", "generate/aligner.py"
 PIRATE = Path("aligner_weights/microworld-pirate-n1")
+ALPACA = {"repo_id": "tatsu-lab/alpaca", "revision": "v1"}
 QUESTION = "What is the capital of Pilmaria?"
 
 
@@ -59,7 +60,7 @@ def test_the_model_card_contains_the_metrics_of_a_run_but_not_its_paths(hub, run
     run, adapter = tmp_path / "secret/run", read_adapter(PIRATE)
     training = {"step": 8, "val_loss": 0.5, "settings": {"out_dir": str(run), "data_dir": "data/x", "epochs": 4.0}}
     run.mkdir(parents=True)
-    meta = {**adapter.meta, "training": training, "data": {"source": "tatsu-lab/alpaca"}}
+    meta = {**adapter.meta, "training": training, "data": {"source": "tatsu-lab/alpaca, revision v1", **ALPACA}}
     save_adapter(run / "best.safetensors", adapter.state, meta)
     (run / "metrics.csv").write_text("step,lr,val/loss,val/reward_accuracy\n8,,0.5,0.75\n16,,0.6,0.9\n")
     code, out, err = run_script(*share(tmp_path), "--adapter", run, "--dry_run")
@@ -69,10 +70,19 @@ def test_the_model_card_contains_the_metrics_of_a_run_but_not_its_paths(hub, run
     assert "secret" not in text and "secret" not in str(read_adapter(tmp_path / "share/adapter.safetensors").meta)
 
 
+@pytest.mark.parametrize("data", [{}, {"repo_id": "me/data\nlicense: mit"}])
+def test_the_model_card_names_only_datasets_on_the_hub(data, hub, run_script, tmp_path):
+    adapter = read_adapter(PIRATE)
+    save_adapter(tmp_path / "a.safetensors", adapter.state, {**adapter.meta, "data": {"source": "data/x", **data}})
+    assert run_script(*share(tmp_path, "--dry_run"), "--adapter", tmp_path / "a.safetensors")[0] == 0
+    front = yaml.safe_load((tmp_path / "share/README.md").read_text().split("---\n")[1])
+    assert front.keys() == {"tags"}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"data": {"source": 3}}, {"data": {"counts": [1]}}, {"training": {"step": [1]}}, {"training": {"val_loss": "x"}},
-     {"versions": ["x"]}, {"base": {"config": {"a": 1}, "weights": "x"}}],
+    [{"data": {"source": 3}}, {"data": {"repo_id": 3}}, {"data": {"counts": [1]}}, {"training": {"step": [1]}},
+     {"training": {"val_loss": "x"}}, {"versions": ["x"]}, {"base": {"config": {"a": 1}, "weights": "x"}}],
 )  # fmt: skip
 def test_a_header_with_wrong_types_is_refused(changes, hub, refused, tmp_path):
     adapter = read_adapter(PIRATE)

@@ -29,7 +29,9 @@ FABRIC_RUN = "LT_CLI_USED"
 FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devices", "num_nodes", "strategy",
                                                             "precision")}  # fmt: skip
 
-DATA = {"source": str, "counts": dict, "max_seq_length": int}  # what an adapter records about its dataset
+# what an adapter records about its dataset
+DATA = {"source": str, "counts": dict, "max_seq_length": int}
+DOWNLOAD = {"repo_id": str, "revision": str}  # only of a dataset on the hub
 
 
 @dataclass
@@ -179,12 +181,13 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     model.gradient_checkpointing = settings.gradient_checkpointing
     if settings.compile:
         compile_(model, "training")
+    kinds = DATA | {name: kind for name, kind in DOWNLOAD.items() if name in data_meta}
     meta = {
         "method": settings.method,
         "config": config if adapter is None else adapter.config,
         "base": base_fingerprint(settings.checkpoint_dir),
         "prompt_style": field(data_meta, "prompt_style", str, "meta.json of the dataset"),
-        "data": {name: field(data_meta, name, kind, "meta.json of the dataset") for name, kind in DATA.items()},
+        "data": {name: field(data_meta, name, kind, "meta.json of the dataset") for name, kind in kinds.items()},
     }
     return Setup.wrap(fabric, model, [adamw(model, settings)], meta)
 

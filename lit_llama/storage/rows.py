@@ -83,6 +83,19 @@ def download_rows(
         ) from None
 
 
+def origin(data_file: Path | None, repo_id: str, revision: str | None = None) -> dict[str, str]:
+    """Return the entries of `meta.json` that say where rows come from.
+
+    They are `source`, and for rows of a dataset on the hub also `repo_id` and, if it was chosen, `revision`.
+    """
+    if data_file is not None:
+        return {"source": str(data_file)}
+    chosen = {} if revision is None else {"revision": revision}
+    source = repo_id if revision is None else f"{repo_id}, revision {revision}"
+    is_local = Path(repo_id).exists()  # a folder, which `datasets` reads like a dataset on the hub
+    return {"source": source, **({} if is_local else {"repo_id": repo_id, **chosen})}
+
+
 def text_field(row: Any, number: int, name: str, default: str | None = None) -> str:
     """Return the text in field `name` of a row.
 
