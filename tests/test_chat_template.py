@@ -170,6 +170,22 @@ def test_a_sentencepiece_model_without_tokenizer_json(scheme, folders, tokenizer
         assert write_read(tokenizer, tmp_path / "hf").encode(tokenizer.template.render(messages)) == ids
 
 
+def test_ids_of_a_written_folder_match_transformers(folders, tokenizer_path, tmp_path):
+    """LlamaTokenizer of transformers 5 ignores the normalizer of tokenizer.json."""
+    source = write_model(tmp_path / "m", "mistral", tokenizer_path, tokenizer_class="LlamaTokenizer")
+    (tmp_path / "hf").mkdir()
+    write_hf_tokenizer(tmp_path / "hf", Tokenizer(source), block_size=64)
+    tokenizer = Tokenizer(source)
+    ids = tokenizer.encode(tokenizer.template.render(TURNS))
+    assert ids != transformers_ids(source) and ids == transformers_ids(tmp_path / "hf")
+    for text in ("the cat", " the  cat\n"):
+        assert transformers_tokenizer(tmp_path / "hf")(text)["input_ids"] == tokenizer.encode(text, bos=True)
+
+
+def transformers_ids(folder: Path) -> list[int]:
+    return transformers_tokenizer(folder).apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
+
+
 def write_read(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer in the format of transformers and return the tokenizer read back."""
     folder.mkdir()

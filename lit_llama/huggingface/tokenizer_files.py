@@ -12,6 +12,7 @@ from lit_llama.chat_template import TEMPLATE_NAME
 from lit_llama.checkpoint import TOKENIZER_NAME
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import write_text
+from lit_llama.storage.schema import read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -46,6 +47,9 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
     """Copy a tokenizer's files to a folder in Hugging Face's layout, and add those that transformers also needs.
 
+    The class LlamaTokenizer of transformers 5 reads only the vocabulary and the merges of tokenizer.json, and splits
+    texts in its own way; PreTrainedTokenizerFast, which replaces it, reads the complete file, as `Tokenizer` does.
+
     Args:
         folder: Folder to write to.
         tokenizer: The tokenizer.
@@ -58,6 +62,11 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         generation = {**token_ids(tokenizer), "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id}
         write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
+        path = folder / "tokenizer_config.json"
+        about = read_json(path) if path.is_file() else {}
+        if about.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            about["tokenizer_class"] = "PreTrainedTokenizerFast"
+            write_text(path, json.dumps(about, indent=2) + "\n")
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
         control = sorted(tokenizer.engine.control.items(), key=lambda item: item[1])
