@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parent.parent.resolve()
 ENV = ROOT / ".venv"
 PYTHON = ENV / "bin/python"
 MARKER = ENV / "made-by-run"  # written first, so that an incomplete environment is known to be this script's
+LOCK = ROOT / ".venv.lock"  # held while the environment is changed
 
 
 def stop(message: str) -> None:
@@ -54,6 +57,20 @@ def make_environment() -> None:
     venv.create(ENV, with_pip=True, symlinks=True)
 
 
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold the lock of the environment, which another process of this script may have first."""
+    import fcntl  # does not exist on Windows
+
+    with open(LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that changes {ENV}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def install(requirements: list[str], cpu: bool = False) -> None:
     """Install requirement files at the pinned versions, unless they are installed already.
 
@@ -64,8 +81,20 @@ def install(requirements: list[str], cpu: bool = False) -> None:
     files = [ROOT / name for name in [*requirements, "requirements-serve.txt", "constraints.txt"]]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = ENV / f"installed-{requirements[-1]}"
-    if PYTHON.exists() and stamp.exists() and stamp.read_text() == digest:
+
+    def is_installed() -> bool:
+        return PYTHON.exists() and stamp.exists() and stamp.read_text() == digest
+
+    if is_installed():
         return
+    with locked():
+        if not is_installed():  # another process may have done it meanwhile
+            change_environment(requirements, cpu)
+            stamp.write_text(digest)
+
+
+def change_environment(requirements: list[str], cpu: bool) -> None:
+    """Create the environment if there is none, and install requirement files; see `install`."""
     if not PYTHON.exists():
         make_environment()
     elif subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode:
@@ -84,7 +113,6 @@ def install(requirements: list[str], cpu: bool = False) -> None:
                     "pip found no torch without CUDA; add PyTorch's own index to pip's extra-index-url, or omit --cpu."
                 )
             stop("pip could not install the requirements (see above); check the network and run again.")
-    stamp.write_text(digest)
 
 
 def cpu_build() -> str:

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,33 @@ def test_run_py_replaces_no_environment_that_it_did_not_make(monkeypatch, capsys
     script.make_environment()
     script.make_environment()  # after an interruption of the first
     assert made == [["made-by-run"]] * 3
+
+
+def test_run_py_waits_for_another_one_that_makes_the_environment(monkeypatch, capsys, tmp_path):
+    from scripts import run as script
+
+    for name, path in (("ENV", ".venv"), ("PYTHON", ".venv/bin/python"), ("LOCK", ".venv.lock")):
+        monkeypatch.setattr(script, name, tmp_path / path, raising=False)
+    made, waiting = [], threading.Event()
+
+    def make_environment() -> None:
+        made.append(waiting.wait(10))
+        script.PYTHON.parent.mkdir(parents=True, exist_ok=True)
+        script.PYTHON.touch()
+
+    monkeypatch.setattr(script, "make_environment", make_environment)
+    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=0))
+    both = [threading.Thread(target=script.install, args=(["requirements.txt"],)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    output, end = "", time.monotonic() + 5
+    while "waiting for another process that changes" not in output and time.monotonic() < end:
+        output += capsys.readouterr().err
+    waiting.set()
+    for thread in both:
+        thread.join()
+    assert made == [True]
+    assert (output + capsys.readouterr().err).count("installing torch") == 1
 
 
 @pytest.mark.parametrize(
