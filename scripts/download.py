@@ -1,11 +1,13 @@
 """Download a model for conversion from huggingface.co: its configuration, weights and tokenizer.
 
 If the weights exist in several formats, only the safetensors are downloaded. An interrupted download continues where it
-stopped. For a model that requires accepting a license, log in first: hf auth login
+stopped; only a file that was being copied from the cache of huggingface_hub must be deleted first. For a model that
+requires accepting a license, log in first: hf auth login
 """
 
 import fnmatch
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +54,29 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     return chosen + weights
 
 
-def check_strangers(folder: Path, names: list[str]) -> None:
+def check_strangers(folder: Path, sizes: dict[str, int]) -> None:
     """Check that the files to download do not exist, or are as huggingface_hub wrote them according to its records.
 
+    Args:
+        folder: The folder to download to.
+        sizes: Sizes of the files on the hub, in bytes, by name.
+
     Raises:
-        UserError: A file exists that was not downloaded, or that was changed since.
+        UserError: A file exists that was not downloaded, or only in part, or that was changed since.
     """
-    for name in names:
+    for name, size in sizes.items():
         record = folder / ".cache/huggingface/download" / f"{name}.metadata"
         if not os.path.lexists(folder / name):
             continue
         if not record.is_file():
-            raise UserError(f"{folder / name} exists and was not downloaded here; choose another --output_dir.")
+            sentence = f"{folder / name} exists and was not downloaded here"
+            present = os.lstat(folder / name)
+            if stat.S_ISREG(present.st_mode) and present.st_size < size:
+                raise UserError(
+                    f"{sentence}, or only in part ({present.st_size:,} of {size:,} bytes); if a download was "
+                    "interrupted, delete this file and run again, else choose another --output_dir."
+                )
+            raise UserError(f"{sentence}; choose another --output_dir.")
         try:
             downloaded = float(record.read_text(encoding="utf-8").splitlines()[2])
         except (ValueError, IndexError):
@@ -81,7 +94,7 @@ def download(repo_id: str, revision: str, folder: Path) -> None:
     info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = wanted(list(sizes), repo_id)
-    check_strangers(folder, names)
+    check_strangers(folder, {name: sizes[name] for name in names})
     check_free(folder, sum(sizes[name] for name in names if not (folder / name).is_file()))
     log(f"{len(names)} files, {sum(sizes[name] for name in names) / 1e9:.2f} GB, to {folder}")
     snapshot_download(repo_id, revision=info.sha, local_dir=folder, allow_patterns=names, endpoint=endpoint())

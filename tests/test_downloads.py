@@ -40,9 +40,14 @@ def test_a_downloaded_file_that_the_user_changed_is_not_replaced(hub, run_script
 def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_path):
     hub.repositories["me/model"] = [dict.fromkeys(("config.json", "model.safetensors"), b"theirs")]
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("mine")
-    sentence = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
-    assert "config.json exists and was not downloaded here" in sentence
+    path = tmp_path / "out/config.json"
+    for content, sentence in (
+        ("my own", "; choose another --output_dir."),
+        ("the", ", or only in part (3 of 6 bytes); if a download was interrupted, delete this file and run again, "),
+    ):
+        path.write_text(content)
+        error = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
+        assert error.startswith(f"{path} exists and was not downloaded here{sentence}") and path.read_text() == content
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
