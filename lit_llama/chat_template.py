@@ -208,7 +208,7 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
         values = {**self._interrupt(self.variables), **self._values(messages, generation_prompt, tools)}
-        parts, n_characters = list[str](), 0
+        parts, n_characters = [], 0
         from lit_llama.sandbox import limited, program
 
         with explained(self.path), limited(self.limits_memory):
