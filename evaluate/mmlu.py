@@ -1,6 +1,6 @@
 """Answer MMLU, multiple-choice questions in 57 subjects (arXiv 2009.03300; the paper's Figure 5 left).
 
-Downloads cais/mmlu, or reads --data_file: the MMLU authors' mmlu.zip, a folder of its files, one of its CSV files, or
+Downloads cais/mmlu, or reads --data_file: mmlu.zip, a folder of the MMLU authors' CSV files, one of them, or
 rows with `question`, `subject`, `choices` and `answer` (0 to 3). By default, the predicted letter is the one with the
 highest log-probability after the prompt, so each question takes one forward pass.
 """
