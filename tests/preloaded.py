@@ -8,7 +8,7 @@ Importing PyTorch and Lightning takes up to ten seconds. A server imports them o
 signals to the fork, and exits as the fork does. Lightning starts further processes of a run with it as well.
 
 It does not suit tests of imports, of closed standard streams, or of what a process does when its parent is killed: the
-parent of each fork is the server.
+parent of each fork is the server. All forks have the same hash seed, so the order of sets of strings is the same.
 """
 
 import gc
@@ -47,6 +47,8 @@ def forward(number, frame):
         os.kill(pid, signal.SIGKILL if number == {KILL:d} else number)
     except ProcessLookupError:
         pass  # it has ended
+signals = {{signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, {KILL:d}}}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a fork to forward them to
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(ADDRESS)
     request = json.dumps({{"args": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
@@ -54,8 +56,9 @@ with socket.socket(socket.AF_UNIX) as server:
     server.sendall(request)
     replies = server.makefile()
     pid = int(replies.readline())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, {KILL:d}):
+    for number in signals:
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     code = os.waitstatus_to_exitcode(int(replies.readline()))
 if code < 0:
     if -code != signal.SIGKILL:
@@ -128,15 +131,19 @@ def serve(address: str, modules: list[str]) -> None:
         client = listener.accept()[0]
         size, streams, *_ = socket.recv_fds(client, 8, 3)
         with client.makefile("rb") as file:
-            request = json.loads(file.read(int.from_bytes(size, "big")))
-        pid = os.fork()
+            request = file.read(int.from_bytes(size, "big"))
+        is_complete = len(size) == 8 and len(request) == int.from_bytes(size, "big")
+        pid = os.fork() if is_complete else None  # else the client was killed
         if pid == 0:
             for each in (listener, client, *forks.values()):
                 each.close()
-            run(request, streams)
+            run(json.loads(request), streams)
             return
         for stream in streams:
             os.close(stream)
+        if pid is None:
+            client.close()
+            continue
         forks[pid] = client
         answer(client, pid)
     for pid in forks:

@@ -180,6 +180,8 @@ def wait(process: subprocess.Popen, limit: float, kill_after: float | None = Non
     deadline, aborted = began + limit * (1 + os.getloadavg()[0]), False
     while True:
         if (code := process.poll()) is not None:
+            if code == -KILL:  # the run had not begun
+                code = -signal.SIGKILL
             return None if aborted else code
         if kill_after is not None and time.monotonic() - began > kill_after:
             process.send_signal(KILL)
