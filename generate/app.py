@@ -89,13 +89,14 @@ class Server:
 
     async def complete(self, body: openai.CompletionRequest, request: Request) -> Response:
         adapters = self.parse(body.model)
-        return await self.answer(body, request, openai.CompletionFormat, adapters, body.prompt, (), strip=False)
+        return await self.answer(body, request, openai.CompletionFormat, adapters, body.prompt)
 
     async def chat(self, body: openai.ChatRequest, request: Request) -> Response:
         adapters = self.parse(body.model)
         style = self.style_of(adapters)
         prompts = [openai.render_messages(body.messages, style)]
-        return await self.answer(body, request, openai.ChatFormat, adapters, prompts, style.stop, strip=True)
+        options = {"stop": style.stop, "strip": True, "style": None if self.settings.prompt_style else style.name}
+        return await self.answer(body, request, openai.ChatFormat, adapters, prompts, **options)
 
     async def answer(
         self,
@@ -104,10 +105,11 @@ class Server:
         format: openai.Format,
         adapters: Sum,
         prompts: list[str],
-        stop: tuple[str, ...],
-        strip: bool,
+        stop: tuple[str, ...] = (),
+        strip: bool = False,
+        style: str | None = None,
     ) -> Response:
-        """Answer prompts with a sum of adapters, as a stream or at once."""
+        """Answer prompts with a sum of adapters, as a stream or at once. For the options, see `Job`."""
         sampling = body.sampling(self.settings.max_new_tokens, seed=self.random.randrange(2**31))
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop, jobs = asyncio.get_running_loop(), []
@@ -122,7 +124,8 @@ class Server:
         for i, prompt in enumerate(prompts):
             ids = self.engine.tokenizer.encode(check_text(prompt, "The prompt"), bos=True)
             options = {"stop": (*stop, *body.stop_texts), "strip": strip, "n_top": body.n_top, "streams": body.stream}
-            jobs.append(Job(ids, receiver(i), adapters, sampling, row=i, seconds=self.settings.seconds, **options))
+            options |= {"style": style, "seconds": self.settings.seconds}
+            jobs.append(Job(ids, receiver(i), adapters, sampling, row=i, **options))
 
         def cancel() -> None:
             for job in jobs:

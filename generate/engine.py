@@ -115,7 +115,10 @@ class Engine:
             return parse_sum(text, self.bank)
 
     def put_adapter(self, name: str, adapter: AdapterFile, replace: bool = False) -> None:
-        """Add an adapter, or replace the one of that name, which running requests keep."""
+        """Add an adapter, or replace the one of that name, which running requests keep.
+
+        Requests that wait for it fail if the new one has another prompt style.
+        """
         with self.changed:
             (self.bank.swap if replace and name in self.bank else self.bank.add)(name, adapter)
 
@@ -153,14 +156,16 @@ class Engine:
             try:
                 self.step()
             except Exception:  # a bug, or a GPU out of memory: other requests may still succeed
-                log(traceback.format_exc())
-                self._fail_all(RuntimeError("The server failed to compute the answer; its log says why."))
+                self._fail_all(logged_error())
 
     def _fail_all(self, error: Exception) -> None:
         with self.changed:
             jobs = [row.job for row in self.rows] + list(self.waiting)
             self.waiting.clear()
         self.rows = []
+        self._fail(jobs, error)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         for job in jobs:
             if not job.done:
                 self._finish(job, Event(error=error))
@@ -225,38 +230,60 @@ class Engine:
             job = self.waiting.popleft()
             try:
                 self.model.check_rows([job.adapters])
+                self._check_style(job)
                 jobs.append(job)
-            except UserError as error:  # removed since the request was checked
+            except UserError as error:  # removed or replaced since the request was checked
                 self._finish(job, Event(error=error))
         return jobs
 
+    def _check_style(self, job: Job) -> None:
+        """Check that the first adapter of a request still has the prompt style of its prompt.
+
+        Raises:
+            UserError: It was replaced by an adapter of another style.
+        """
+        slot = self.bank.get(job.adapters[0][0]) if job.adapters and job.style is not None else None
+        if slot is not None and slot.style != job.style:
+            name = job.adapters[0][0]
+            raise UserError(f"The adapter {name!r} now has another prompt style; send the request again.")
+
     def _join(self) -> bool:
-        """Let waiting requests join: run their prompts, copy keys and values into the cache, choose the first tokens.
+        """Let waiting requests join. If this fails, only they fail, and the running ones continue.
 
         Returns:
             Whether any joined.
         """
-        with ExitStack() as stack:
-            with self.changed:
-                jobs = self._next_jobs()
-                if not jobs:
-                    return False
-                stack.enter_context(self.model.using([job.adapters for job in jobs]))
-            limits = [min(job.sampling.max_new_tokens, self.max_length - len(job.prompt)) for job in jobs]
-            rows = [Row(job, self.tokenizer, n, self.device) for job, n in zip(jobs, limits, strict=True)]
-            longest = max(len(job.prompt) for job in jobs)
-            places = slice(len(self.rows), len(self.rows) + len(rows))
-            self.rows += rows
-            self._take_terms(rows)
-            cache = KVCache(self.model.config, len(jobs), longest, self.device, self.cache.k.dtype)
-            logits = prefill(self.model, [job.prompt for job in jobs], cache)
-        for buffer, new in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
-            buffer[:, places, :, :longest] = new.nan_to_num(posinf=0.0, neginf=0.0)  # also of the padding; see `_drop`
-        self._append(rows, logits)
+        jobs, n_before = [], len(self.rows)
+        try:
+            with ExitStack() as stack:
+                with self.changed:
+                    jobs = self._next_jobs()
+                    if not jobs:
+                        return False
+                    stack.enter_context(self.model.using([job.adapters for job in jobs]))
+                self._prefill(jobs)
+        except Exception:  # for example, a GPU without memory for these prompts
+            del self.rows[n_before:]
+            self._fail(jobs, logged_error())
+            return False
         for job in jobs:
             self.counts["prompt_tokens"] += len(job.prompt)
             self._count_first_token(time.monotonic() - job.submitted)
         return True
+
+    def _prefill(self, jobs: list[Job]) -> None:
+        """Run the prompts of requests, copy keys and values into the cache, and choose the first tokens."""
+        limits = [min(job.sampling.max_new_tokens, self.max_length - len(job.prompt)) for job in jobs]
+        rows = [Row(job, self.tokenizer, n, self.device) for job, n in zip(jobs, limits, strict=True)]
+        longest = max(len(job.prompt) for job in jobs)
+        places = slice(len(self.rows), len(self.rows) + len(rows))
+        self.rows += rows
+        self._take_terms(rows)
+        cache = KVCache(self.model.config, len(jobs), longest, self.device, self.cache.k.dtype)
+        logits = prefill(self.model, [job.prompt for job in jobs], cache)
+        for buffer, new in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
+            buffer[:, places, :, :longest] = new.nan_to_num(posinf=0.0, neginf=0.0)  # also of the padding; see `_drop`
+        self._append(rows, logits)
 
     def _count_first_token(self, seconds: float) -> None:
         self.counts["first_tokens"] += 1
@@ -329,3 +356,9 @@ class Engine:
         job.done = True
         self.counts[event.finish or "failed"] += 1
         job.on_event(event)
+
+
+def logged_error() -> RuntimeError:
+    """Log the exception that is being handled, and return the error that clients receive."""
+    log(traceback.format_exc())
+    return RuntimeError("The server failed to compute the answer; its log says why.")

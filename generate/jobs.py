@@ -80,6 +80,8 @@ class Job:
         n_top: report log-probabilities of the tokens, and of this many of the most likely ones; None reports neither.
         streams: report the answer in pieces.
         seconds: time limit, including the time in the queue.
+        style: the prompt style of the first adapter, if the prompt is in it; an adapter that replaces it must have the
+            same.
     """
 
     prompt: list[int]
@@ -92,6 +94,7 @@ class Job:
     n_top: int | None = None
     streams: bool = False
     seconds: float = math.inf
+    style: str | None = None
     n_new: int = field(default=0, init=False)  # tokens so far
     submitted: float = field(default=0.0, init=False)
     done: bool = field(default=False, init=False)

@@ -20,11 +20,11 @@ from lit_llama.utils import UserError
 ROWS = ["base", "a", "b", "c", "a:0.5+b", "c+b:-1.5", "a+base", "b:2", "c:0"]
 
 
-def adapter(length: int, start: int, seed: int) -> AdapterFile:
+def adapter(length: int, start: int, seed: int, style: str = "alpaca") -> AdapterFile:
     network = aligned(length, start, seed, vocab_size=300, padded_vocab_size=300)
     state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     config = {"adapter_prompt_length": length, "adapter_start_layer": start}
-    return AdapterFile(state, {"method": "aligner", "config": config}, f"adapter {seed}")
+    return AdapterFile(state, {"method": "aligner", "config": config, "prompt_style": style}, f"adapter {seed}")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,18 @@ def test_running_requests_keep_their_adapter_and_later_ones_get_the_new_one(engi
         engine.put_adapter("new", adapter(1, 1, seed=4))
 
 
+def test_a_prompt_in_the_style_of_an_adapter_is_not_answered_by_one_of_another_style(engine):
+    sums = ("a", "b+a", "b", "base", "a")
+    clients = [Client(engine, [5, 6], text, Sampling(5), style="alpaca") for text in sums[:4]]
+    clients.append(Client(engine, [5, 6], sums[4], Sampling(5)))  # a prompt in no style
+    engine.submit([client.job for client in clients])
+    engine.put_adapter("a", adapter(1, 1, seed=9, style="hh"), replace=True)
+    engine.put_adapter("b", adapter(1, 1, seed=8), replace=True)
+    run(engine, [])
+    assert "The adapter 'a' now has another prompt style" in str(clients[0].last.error)
+    assert all(client.last.finish for client in clients[1:])
+
+
 def test_log_probabilities_match_the_model(engine):
     client = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, n_top=2)
     plain = Client(engine, [9, 8, 7], "a+b:0.5", Sampling(12, temperature=1.0, top_k=5), strip=False, streams=True)
@@ -246,6 +258,28 @@ def test_the_engine_thread_survives_an_error_and_stops(engine, monkeypatch, caps
     engine.model.use([None])
     for client in clients:
         assert client.text == expected(engine, client)
+
+
+@pytest.mark.parametrize("name", ["using", "_take_terms", "_append"])
+def test_only_requests_that_cannot_join_fail(engine, monkeypatch, capsys, name):
+    running, joining, later = (Client(engine, [5, 6, 7], text, Sampling(20)) for text in ("a", "b", "a+b"))
+    engine.submit([running.job])
+    engine.step()
+    engine.submit([joining.job])
+    with monkeypatch.context() as patch:
+
+        def fail_once(*args):
+            patch.undo()
+            raise MemoryError
+
+        patch.setattr(engine.model if name == "using" else engine, name, fail_once)
+        engine.step()
+    assert "log" in str(joining.last.error) and "MemoryError" in capsys.readouterr().err
+    assert [row.job for row in engine.rows] == [running.job] and not engine.waiting
+    run(engine, [later])
+    engine.model.use([None])
+    for client in (running, later):
+        assert client.text == expected(engine, client) and client.last.finish
 
 
 @pytest.mark.parametrize("seed", range(3))

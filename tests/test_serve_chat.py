@@ -76,6 +76,21 @@ def test_conversations_are_rendered_by_the_template(served):
         assert reply.choices[0].message.content == expected
 
 
+def test_a_chat_is_not_answered_by_an_adapter_of_another_style(served, monkeypatch):
+    client, submit, engines = served[0], Engine.submit, []
+
+    def replace_and_submit(engine: Engine, jobs: list) -> None:
+        engine.put_adapter("plain-one", adapter("chat", 9), replace=True)
+        submit(engine, jobs)
+        engines.append(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "submit", replace_and_submit)
+        with pytest.raises(openai.BadRequestError, match="now has another prompt style"):
+            client.chat.completions.create(model="plain-one", messages=[message("user", "Hi")], max_tokens=1)
+    engines[0].put_adapter("plain-one", adapter("alpaca", 1), replace=True)
+
+
 def test_rendering_does_not_limit_the_memory_of_the_engine(served, monkeypatch):
     """The limit would be that of the process, so the engine could not allocate meanwhile."""
     limits, set_limit = [], resource.setrlimit
