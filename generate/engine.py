@@ -41,7 +41,7 @@ class Engine:
         max_waiting: requests that may wait.
         max_length: tokens of a prompt with its answer (default: the model's context).
         prefill_tokens: prompts of up to this many tokens in total, with their padding, join in one step, between two
-            tokens of running ones.
+            tokens of running ones. A longer prompt joins alone.
     """
 
     def __init__(

@@ -132,7 +132,11 @@ def render_messages(messages: Sequence[Message], style: PromptStyle) -> str:
     """
     roles = [{"developer": "system"}.get(message.role, message.role) for message in messages]
     texts = [check_text(message.text, f"Message {i}") for i, message in enumerate(messages, 1)]
-    return style.render_messages([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+    rendered = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    for i, (message, fields) in enumerate(zip(messages, rendered, strict=True), 1):
+        if message.name is not None:
+            fields["name"] = check_text(message.name, f"Message {i}: 'name'")
+    return style.render_messages(rendered)
 
 
 class CompletionFormat:

@@ -44,12 +44,12 @@ def as_sum(row: Row) -> Sum:
 def parse_sum(text: str, bank: Bank) -> Sum:
     """Return the weighted sum that a text like "polite:0.5+pirate" describes; "base" contributes nothing.
 
-    A name in the bank may contain `+` and `:` if it is the complete text.
+    The strengths of a name that occurs several times are added. A name in the bank may contain `+` and `:` if it is the complete text.
 
     Raises:
         UserError: A name is not in the bank, its adapter is not finite, or there are more than `MAX_TERMS` terms.
     """
-    terms, parts = [], [text] if text in bank else text.split("+")
+    strengths, parts = {}, [text] if text in bank else text.split("+")
     if len(parts) > MAX_TERMS:
         raise UserError(f"The sum has {len(parts):,} terms; use at most {MAX_TERMS}.")
     for part in parts:
@@ -57,8 +57,8 @@ def parse_sum(text: str, bank: Bank) -> Sum:
         name, strength = (scaled[1], float(scaled[2])) if scaled else (part, 1.0)
         if name != BASE:
             bank.check(name)
-            terms.append((name, strength))
-    return tuple(terms)
+            strengths[name] = strengths.get(name, 0.0) + strength
+    return tuple(strengths.items())
 
 
 class Term(NamedTuple):

@@ -385,6 +385,13 @@ def test_a_full_queue_is_an_error(start_server):
     assert server.stop() in (0, 130)
 
 
+def test_as_many_connections_as_the_limit_are_answered(start_server):
+    server = start_server("--max_connections", "1")
+    assert server.http.get("/health").status_code == 200
+    assert httpx.get(f"{server.url}/health").status_code == 503  # the first connection is still open
+    assert server.stop() in (0, 130)
+
+
 def test_history_is_rendered_turn_by_turn():
     def message(role: str, content) -> Message:
         return Message(role=role, content=content)

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from generate.app import make_app
 from generate.engine import Engine
+from generate.openai_format import Message, render_messages
 from generate.serve import Settings
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, save_base
@@ -133,6 +134,16 @@ def test_an_error_of_the_template_names_its_file_without_the_folder(served):
     sentence = error.value.body["message"]
     assert "has no variable 'nonsense'" in sentence
     assert tokenizer.template.path.name in sentence and str(tokenizer.path.parent) not in sentence
+
+
+def test_a_template_may_read_the_names_of_messages(served, tmp_path):
+    folder = shutil.copytree(served[2].path.parent, tmp_path / "m")
+    source = "{% for m in messages %}{{ m.name or 'nobody' }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(source)
+    messages = [Message(role="user", name="Ann", content="Hi"), Message(role="assistant", content="Yes?")]
+    messages.append(Message(role="user", name="", content="Bye"))
+    prompt = render_messages(messages, get_prompt_style("chat", Tokenizer(folder)))
+    assert prompt == "Ann: Hi\nnobody: Yes?\nnobody: Bye\n"
 
 
 def test_developer_messages_are_treated_as_system_messages(served):
