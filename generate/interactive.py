@@ -131,7 +131,7 @@ class BankAdapters(Adapters):
         if text != BASE and os.path.exists(text) and (text not in self.bank or text in self.files):
             file = path.resolve()
             name = adapter_name(path)
-            if name in self.bank and self.files.get(name) != file:  # another adapter has this name
+            if name == BASE or (name in self.bank and self.files.get(name) != file):  # the name is taken
                 name = text
             change = self.bank.swap if name in self.bank else self.bank.add
             change(name, read_adapter(path))  # again, because the file may have changed
@@ -247,7 +247,6 @@ class Chat:
             try:
                 with closing(answer):
                     for piece in answer:
-                        piece = piece if any(pieces) or style.continues else piece.lstrip()
                         pieces.append(piece)
                         print(piece, end="", flush=True)
                         if is_stopped():
@@ -256,7 +255,7 @@ class Chat:
                 print(flush=True)
                 raise
         print(flush=True)
-        answered = "".join(pieces).strip()
+        answered = "".join(pieces)
         n_tokens = max(0, session.count(answered) - (session.count(prompt) if style.continues else 0))
         seconds = time.perf_counter() - began
         stopped = ", stopped" * is_stopped()

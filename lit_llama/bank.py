@@ -280,9 +280,11 @@ def adapter_name(path: Path) -> str:
 
 
 def adapter_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each adapter: its `adapter_name`, or the complete path if two have the same name."""
+    """Return a name for each adapter: its `adapter_name`, or the path if two have the same name or one has `BASE`."""
     names = [adapter_name(path) for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    if len(set(names)) == len(names) and BASE not in names:
+        return names
+    return [str(path.resolve() if str(path) == BASE else path) for path in paths]
 
 
 def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:

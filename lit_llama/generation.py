@@ -254,11 +254,11 @@ def stream(
 
     Args:
         stop: texts that end the answer; they are not returned.
-        echo: yield the prompt too.
+        echo: yield the prompt too; otherwise white space around the answer is removed.
     """
     ids = tokenizer.encode(prompt, bos=True)
     check_prompts(model, [ids])
-    text = LiveText(tokenizer, ids if echo else [], stop)
+    text = LiveText(tokenizer, ids if echo else [], stop, strip=not echo)
     if echo:
         yield tokenizer.decode(ids)
     for (token,) in read(decode(model, [ids], sampling)):

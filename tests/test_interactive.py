@@ -20,7 +20,7 @@ import generate.aligner as script
 from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter
 from lit_llama import answering, cli
 from lit_llama.answer_settings import AnswerSettings
-from lit_llama.bank import make_bank
+from lit_llama.bank import adapter_names, make_bank
 from lit_llama.checkpoint import CONFIG_NAME, TOKENIZER_NAME, load_model, read_adapter, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -325,6 +325,20 @@ def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
     assert adapters.label == "best, strength 1" and adapters.names == ["best", str(second)]
     with pytest.raises(UserError):  # longer than a file name can be
         adapters.use("+".join(["missing:0.5"] * 30))
+
+
+def test_an_adapter_in_a_folder_that_is_named_base_is_used_under_its_path(tmp_path, monkeypatch):
+    base, folder = ROOT / "checkpoints" / "microworld", shutil.copytree(PIRATE, tmp_path / "base")
+    assert adapter_names([folder, JSON]) == [str(folder), str(JSON)]
+    bank = make_bank(base, [("json", read_adapter(JSON))])
+    adapters = BankAdapters(load_with_bank(base, bank), Tokenizer(base), (), None)
+    for _ in range(2):
+        adapters.use(str(folder))
+        assert adapters.label == f"{folder}, strength 1" and adapters.names == ["json", str(folder)]
+    monkeypatch.chdir(tmp_path)
+    assert adapter_names([Path("base")]) == [str(folder)]
+    adapters.use("base")
+    assert adapters.label == "the base model"
 
 
 @pytest.mark.parametrize(
