@@ -29,7 +29,7 @@ HELP = """\
 Enter sends a message, Alt+Enter begins a new line, the arrow keys move the cursor and recall earlier messages. Ctrl-C
 stops an answer, Ctrl-D ends the program.
 
-    /adapter NAME     answer with this adapter, or with a sum such as a:0.5+b; a path loads a file
+    /adapter NAME     answer with this adapter; of Aligners also with a sum such as a:0.5+b, and a path loads a file
     /adapter          list the adapters
     /strength NUMBER  set the strength of the adapters in use: 0 is the base model, 1 as trained
     /base             answer with the base model alone
@@ -37,6 +37,7 @@ stops an answer, Ctrl-D ends the program.
     /help             show this text
 
 A line that begins with a space is a message, even if a slash follows."""
+LISTED = 20  # adapters that /adapter lists
 
 
 # == which model answers ==
@@ -63,7 +64,8 @@ class Adapters:
         Raises:
             UserError: There is no such adapter.
         """
-        raise UserError(f"There are no adapters to choose from ({text!r}).")
+        if text != BASE:
+            raise UserError(f"There are no adapters to choose from ({text!r}).")
 
     def set_strength(self, strength: float) -> None:
         """Set the strength of the adapters in use.
@@ -226,7 +228,9 @@ class Chat:
         elif name not in ("adapter", "strength"):
             raise UserError(f"There is no command /{name}; /help lists them. Begin a message with a space to send it.")
         if name == "adapter" and not argument:
-            log(f"Adapters: {', '.join(self.adapters.names) or 'none'}.")
+            names = self.adapters.names
+            more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+            log(f"Adapters: {', '.join(names[:LISTED]) or 'none'}{more}.")
         log(f"Answering with {self.adapters.label}.")
 
     def answer(self, text: str) -> None:

@@ -95,7 +95,7 @@ def main(settings: Settings) -> None:
     engine = make_engine(settings)
     # clients drop idle connections after some seconds; a server that does so first makes their next request fail
     options = {"timeout_keep_alive": 60, "ws": "none"}
-    options |= {"limit_concurrency": settings.max_connections + 1}  # from which on uvicorn refuses, not up to which
+    options |= {"limit_concurrency": settings.max_connections + 1}  # uvicorn accepts one fewer
     options |= {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "on"}
     server = HTTPServer(uvicorn.Config(make_app(engine, settings), **options), engine)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -52,7 +52,7 @@ class AnswerSettings(Checked):
                 )
         if self.compile and self.quantize:
             raise UserError("--compile and --quantize cannot be combined: quantized layers cannot be compiled.")
-        for name in ("prompt_file", "output_file"):
+        for name in ("input", "prompt_file", "output_file"):
             if self.interactive and getattr(self, name):
                 raise UserError(f"--interactive and --{name} cannot be combined.")
         if self.prompt_file and self.input:

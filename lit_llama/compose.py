@@ -28,6 +28,7 @@ from lit_llama.merge import merge_aligners_
 from lit_llama.modules import swapped_parameters
 from lit_llama.utils import UserError
 
+SCALED = re.compile(r"(.*):(-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d{1,2})?)")  # a name and its strength
 MAX_TERMS = 16  # of a sum that a text describes; each takes memory in every layer of a row
 # of the projected prefixes that a model keeps; a prefix of 10 tokens takes 4.9 MB at 7B in bf16
 PROJECTED_BYTES = 2**28
@@ -44,16 +45,19 @@ def as_sum(row: Row) -> Sum:
 def parse_sum(text: str, bank: Bank) -> Sum:
     """Return the weighted sum that a text like "polite:0.5+pirate" describes; "base" contributes nothing.
 
-    The strengths of a name that occurs several times are added. A name in the bank may contain `+` and `:` if it is the complete text.
+    The strengths of a name that occurs several times are added. A name in the bank may contain `+` and `:` if it is the
+    complete text, or all but its strength.
 
     Raises:
         UserError: A name is not in the bank, its adapter is not finite, or there are more than `MAX_TERMS` terms.
     """
-    strengths, parts = {}, [text] if text in bank else text.split("+")
+    scaled = SCALED.fullmatch(text)
+    is_one = text in bank or (scaled is not None and scaled[1] in bank)
+    strengths, parts = {}, [text] if is_one else text.split("+")
     if len(parts) > MAX_TERMS:
         raise UserError(f"The sum has {len(parts):,} terms; use at most {MAX_TERMS}.")
     for part in parts:
-        scaled = None if part in bank else re.fullmatch(r"(.*):(-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d{1,2})?)", part)
+        scaled = None if part in bank else SCALED.fullmatch(part)
         name, strength = (scaled[1], float(scaled[2])) if scaled else (part, 1.0)
         if name != BASE:
             bank.check(name)

@@ -195,7 +195,7 @@ def test_sums_are_parsed_from_text(folder):
     assert parse_sum("pirate:0.5+polite", bank) == (("pirate", 0.5), ("polite", 1.0))
     assert parse_sum("pirate:-1+base+2:1e-1", bank) == (("pirate", -1.0), ("2", 0.1))
     assert parse_sum("base", bank) == parse_sum("base:2", bank) == ()
-    assert parse_sum("c++", bank) == (("c++", 1.0),)
+    assert parse_sum("c++", bank) == (("c++", 1.0),) and parse_sum("c++:0.5", bank) == (("c++", 0.5),)
     assert parse_sum("v:2+pirate+v:2:3", bank) == (("v:2", 4.0), ("pirate", 1.0))
     for text, unknown in (("pirat:2", "pirat"), ("pirate:x", "pirate:x"), ("pirate:nan", "pirate:nan"), ("a+2", "a"),
                           ("", ""), ("pirate+", "")):  # fmt: skip

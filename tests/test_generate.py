@@ -74,6 +74,7 @@ def test_several_batches_have_a_progress_bar(run_script):
     [
         (("--interactive", "--output_file", "a.json"), "--interactive and --output_file cannot be combined."),
         (("--interactive", "--prompt_file", "a.txt"), "--interactive and --prompt_file cannot be combined."),
+        (("--interactive", "--input", "x"), "--interactive and --input cannot be combined."),
         (("--prompt_file", "a.txt", "--input", "x"), "--input is the context of --prompt; in --prompt_file, "),
         (("--compile", "--quantize", "nf4"), "--compile and --quantize cannot be combined"),
         (("--compile", "--devices", "2"), "--compile needs a complete base on one device, and --devices 2 shards it."),

@@ -275,6 +275,8 @@ def test_a_base_model_chats_without_adapters(start, model):
     chat.ask("Hello")
     chat.send("/adapter a", "\r")
     chat.wait_for("error: There are no adapters")
+    chat.send("/base", "\r")
+    chat.wait_for("Answering with the base model.")
     assert chat.end() == 0
 
 

@@ -50,12 +50,14 @@ def test_base_and_aligned_answers_side_by_side(page, python):
         assert aligned == server.ask("microworld-pirate-n1").choices[0].message.content
         assert base == server.ask("base").choices[0].message.content
         assert "tokens" in page.inner_text("#alignedInfo")
+        assert page.inner_text("#alignedName") == "Aligned: microworld-pirate-n1:1"
 
         strength(page, "pirate").fill("0.5")
         strength(page, "json").fill("1")
-        assert "microworld-pirate-n1:0.5+microworld-json-n1:1" in page.inner_text("#alignedName")
+        assert page.inner_text("#alignedName") == "Aligned: microworld-pirate-n1:1"  # whose answer is shown
         mixed = server.ask("microworld-pirate-n1:0.5+microworld-json-n1").choices[0].message.content
         assert ask(page) == (base, mixed)
+        assert page.inner_text("#alignedName") == "Aligned: microworld-pirate-n1:0.5+microworld-json-n1:1"
         page.get_by_role("button", name="microworld-json-n1").click()
         page.get_by_text("Gates of microworld-json-n1").wait_for()
 
