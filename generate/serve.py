@@ -24,14 +24,14 @@ Port = Annotated[int, Range(least=0, most=65535)]
 
 @dataclass
 class Settings(Checked):
-    may_be_empty = ("bank",)  # adapters can be added later
+    may_be_empty = ("bank",)
 
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     bank: tuple[Path, ...] = (
         Path("aligner_weights/microworld-pirate-n1"),
         Path("aligner_weights/microworld-json-n1"),
-    )  # a bank's file, or adapter files and folders, addressed by name
+    )  # a bank's file, or adapter files and folders, addressed by name; without a value none, to be added later
     prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==

@@ -77,7 +77,8 @@ def make_parser(settings_class: type) -> ArgumentParser:
 def add_setting(group: Any, setting: Setting) -> None:
     """Add the flag of a setting to a group of the parser."""
     # `--resume` alone is `--resume true`
-    options = {"nargs": "+"} if setting.several else {"nargs": "?", "const": True} if setting.type is bool else {}
+    options = {"nargs": "?", "const": True} if setting.type is bool and not setting.several else {}
+    options |= {"nargs": "*" if setting.may_be_empty else "+"} if setting.several else {}
     if setting.name == "files":
         group.add_argument("files", type=setting.type, help=setting.comment, metavar="FILE", **options)
         return

@@ -127,6 +127,7 @@ class Setting:
         comment: the comment on the line of the field.
         group: the text of the last comment `# == Group ==` before it.
         several: whether the field is a tuple.
+        may_be_empty: whether its list needs no element.
     """
 
     name: str
@@ -135,18 +136,19 @@ class Setting:
     comment: str
     group: str
     several: bool
+    may_be_empty: bool = False
 
 
 def describe(settings_class: type) -> list[Setting]:
     """Return the settings of a dataclass, group by group; the class's fields come before those of its bases."""
     types, by_name = get_type_hints(settings_class), {field.name: field for field in fields(settings_class)}
-    settings = []
+    settings, may_be_empty = [], getattr(settings_class, "may_be_empty", ())
     for name, (comment, group) in field_comments(settings_class).items():
         several = get_origin(types[name]) is tuple
         type_ = get_args(types[name])[0] if several else types[name]
         field = by_name[name]
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        settings.append(Setting(name, type_, default, comment, group, several))
+        settings.append(Setting(name, type_, default, comment, group, several, name in may_be_empty))
     if missing := sorted(by_name.keys() - {setting.name for setting in settings}):
         raise TypeError(f"{settings_class.__name__}.{missing[0]} has no comment that explains it.")
     return settings

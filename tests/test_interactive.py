@@ -329,6 +329,14 @@ def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
         adapters.use("+".join(["missing:0.5"] * 30))
 
 
+def test_at_most_20_adapters_are_listed(capsys):
+    adapters = Adapters(get_prompt_style("alpaca"))
+    for n, listed in ((20, "a18, a19."), (1021, "a18, a19 and 1,001 more.")):
+        adapters.names = [f"a{i}" for i in range(n)]
+        Chat(None, adapters).handle("/adapter")
+        assert f"Adapters: a0, a1, {', '.join(f'a{i}' for i in range(2, 18))}, {listed}\n" in capsys.readouterr().err
+
+
 def test_an_adapter_in_a_folder_that_is_named_base_is_used_under_its_path(tmp_path, monkeypatch):
     base, folder = ROOT / "checkpoints" / "microworld", shutil.copytree(PIRATE, tmp_path / "base")
     assert adapter_names([folder, JSON]) == [str(folder), str(JSON)]

@@ -23,6 +23,7 @@ from generate.app import metrics_text
 from generate.guard import refusal_of
 from generate.openai_format import ChatRequest, Message, render_messages
 from generate.serve import Settings, allow_open_files, make_engine
+from lit_llama import cli
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
 from lit_llama.compose import load_with_bank, parse_sum
@@ -224,7 +225,7 @@ def test_the_folder_of_the_base_is_not_sent(text, sent):
 
 
 def test_a_server_may_start_without_adapters():
-    engine = make_engine(Settings(bank=(), max_batch=1))
+    engine = make_engine(cli.parse(Settings, ["--bank", "--max_batch", "1"]))
     assert len(engine.bank) == 0
 
 
