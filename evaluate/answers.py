@@ -24,7 +24,7 @@ from lit_llama.generation import Sampling
 from lit_llama.prompts import PROMPT_STYLES, check_style_name, is_chat
 from lit_llama.storage.files import atomic_write
 from lit_llama.storage.rows import naming, read_rows, text_field
-from lit_llama.storage.schema import check
+from lit_llama.storage.schema import check, read_json
 from lit_llama.utils import UserError, check_text, log
 
 
@@ -168,13 +168,25 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.name = check_text(name, f"{path}: the name of the model in row {number}")
         answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
     missing = [item.id for item in asked if item.id not in answers.texts]
-    folders = (path.parent, path.parent.parent)  # of an evaluation's answers, or of those of one side
-    if missing and answers.texts and made_by and any((folder / "summary.json").is_file() for folder in folders):
-        # a complete evaluation has skipped them as too long, and `answered_by_both` leaves them out
+    if missing and answers.texts and made_by and len(missing) <= count_skipped(path):
+        # `answered_by_both` leaves them out
         log(f"note: {path} has no answers to {len(missing)} of {len(asked)} questions, which are left out.")
     elif missing:
         raise UserError(f"{path} lacks answers to {len(missing)} of {len(asked)} questions, such as {missing[0]!r}.")
     return answers
+
+
+def count_skipped(path: Path) -> int:
+    """Return how many questions an evaluation skipped as too long, by the summary beside its answers; 0 without one.
+
+    Raises:
+        UserError: The summary is damaged.
+    """
+    for folder in (path.parent, path.parent.parent):  # of an evaluation's answers, or of those of one side
+        summary = folder / "summary.json"
+        if summary.is_file():
+            return check(read_json(summary).get("skipped", 0), int, f"{summary}: skipped")
+    return 0
 
 
 def style_of_row(row: dict[str, Any], made_by: dict[str, Any], path: Path) -> dict[str, str]:

@@ -379,13 +379,15 @@ def test_dollar_signs_in_names_are_drawn(tmp_path):
 
 
 def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp_path, capsys):
-    items = [answers.Item(i, f"Question {i}?", "c") for i in range(3)]
+    items = [answers.Item(i, f"Question {i}?", "c") for i in range(4)]
     rows = [{"id": i, "prompt": f"Question {i}?", "answer": str(i), "made_by": {"base": "x"}} for i in (0, 2)]
     path = write_lines(tmp_path / "answers.jsonl", rows)
     with pytest.raises(UserError, match="lacks answers to 1 of 3 questions, such as 1"):
-        read_answers(path, items, items)  # the evaluation is not complete
-    (tmp_path / "summary.json").touch()
-    read = read_answers(path, items, items)
+        read_answers(path, items, items[:3])  # the evaluation is not complete
+    (tmp_path / "summary.json").write_text('{"skipped": 1}')
+    with pytest.raises(UserError, match="lacks answers to 2 of 4 questions, such as 1"):
+        read_answers(path, items, items)  # it was asked fewer questions
+    read = read_answers(path, items, items[:3])
     assert read.texts == {0: "0", 2: "2"} and answers.answered_by_both(items, read, read) == [items[0], items[2]]
     assert "has no answers to 1 of 3 questions, which are left out" in capsys.readouterr().err
 
