@@ -168,7 +168,8 @@ def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     chosen = same[0] if len(same) == 1 else None
     if chosen and max(begins) > 1:
         return {"predicted": chosen}
-    letter = r"(A(?!\s+[a-z])|[B-D])(?![\w'’])"  # before a word, A is the article
+    # before other words, A is the article
+    letter = r"(A(?!\s+(?!(?:is|because|since|as)\b)[a-z])|[B-D])(?![\w'’])"
     match = re.match(rf"\W*{letter}", answer) or re.search(rf"\b[Aa]nswer\s*(?:is|:)\W*{letter}", answer)
     return {"predicted": match[1] if match else chosen}
 
