@@ -118,20 +118,21 @@ class Endpoint:
     def http_failure(self, error: urllib.error.HTTPError) -> Exception:
         """Return what an HTTP status means."""
         code = error.code
-        if code in (401, 403):  # the text may quote parts of the key
+        try:
+            text = self.excerpt(error.read())
+        except (OSError, http.client.HTTPException):
+            text = error.reason
+        moderated = code == 403 and re.search("moderation|flagged", text, re.IGNORECASE)  # as OpenRouter reports it
+        if code in (401, 403) and not moderated:  # the text may quote parts of the key
             remedy = "replace the key in" if self.key else "set"
             return UserError(
                 f"The judge at {self.name} refused the API key (HTTP {code}); {remedy} the environment variable "
                 f"{self.key_env}."
             )
-        try:
-            text = self.excerpt(error.read())
-        except (OSError, http.client.HTTPException):
-            text = error.reason
         if code == 404:
             return UserError(f"There is no such endpoint or model at {self.name} (HTTP 404: {text}).")
-        if code == 429 and "insufficient_quota" in text:
-            return UserError(f"The account at {self.name} has no credit left (HTTP 429: {text}).")
+        if code == 402 or (code == 429 and "insufficient_quota" in text):
+            return UserError(f"The account at {self.name} has no credit left (HTTP {code}: {text}).")
         if code in (408, 409, 425, 429) or code >= 500:
             wait = retry_after(error.headers.get("Retry-After"))
             return Retry("busy" if code == 429 else "broken", f"HTTP {code}: {text}", wait)

@@ -152,6 +152,8 @@ class Judge:
             log(f"asking {self.settings.judge_model} at {self.endpoint.name}")
             with tqdm(total=total, initial=total - len(jobs), desc="Judging", unit="judgement") as bar:
                 Dispatcher(self, jobs, bar).run()
+            if failed := [self.failed[key] for key in jobs if key in self.failed]:
+                log(f"note: {len(failed)} of {len(jobs)} requests have no reply ({failed[0]}); run again to send them.")
         return [self.records.get(key) for key in keys]
 
     def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:

@@ -394,11 +394,12 @@ def render_judge(judge: dict[str, Any]) -> str:
     """Return the judge's description and its prompts as Markdown."""
     sent = {"temperature": 0, "max_tokens": judge["max_tokens"], **judge["body"]}
     sampling = ", ".join(f"{name} {value}" for name, value in sent.items() if value is not None)
+    failed = judge["failed_requests"]
     text = (
         f"Judge: {judge['model']} (served as {', '.join(judge['served_models']) or 'unknown'}) at "
         f"{', '.join(judge['endpoints'])}, {sampling or 'no sampling settings'}; "
         f"{judge['replies']} replies from {judge['first_reply']} to {judge['last_reply']}, {judge['cut_replies']} of "
-        f"them cut at the limit; {len(judge['failed_requests'])} requests without a reply.\n"
+        f"them cut at the limit; {len(failed)} requests without a reply{f' ({failed[0]})' if failed else ''}.\n"
     )
     for name, prompt in judge["prompts"].items():
         text += f"\nPrompt ({name}):\n\n```text\n{prompt}\n```\n"

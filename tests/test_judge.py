@@ -12,6 +12,7 @@ from judge_server import Fault, serving
 from evaluate import judge
 from evaluate.endpoint import Endpoint, retry_after
 from evaluate.judge import Judge, Request, request_key
+from evaluate.pairs import render_judge
 from evaluate.settings import JudgeSettings
 from lit_llama.utils import UserError
 
@@ -173,6 +174,7 @@ def test_retry_after_values():
     "fault, words",
     [
         (Fault(429, b"", {"Retry-After": "86400"}), "asks to wait for 86400 s"),
+        (Fault(402, b"add more credits"), "has no credit left (HTTP 402: add more credits)"),
         (Fault(429, b'{"error": {"code": "insufficient_quota"}}'), "has no credit left"),
         (Fault(404, b"model gpt-test not found"), "no such endpoint or model"),
         (Fault(400, f"bad request of {KEY}".encode()), "HTTP 400: bad request of ***"),
@@ -198,6 +200,14 @@ def test_a_refused_key_ends_the_run_immediately_and_is_never_printed(tmp_path, c
         assert len(server.requests) == 1
     assert "refused the API key" in message(error) and "OPENAI_API_KEY" in message(error)
     assert KEY not in "".join(capfd.readouterr())
+
+
+def test_a_flagged_request_is_not_a_refused_key(tmp_path):
+    flagged = Fault(403, b'{"error": {"message": "gpt-test requires moderation. Your input was flagged."}}')
+    with serving(lambda body, number: flagged if number == 1 else echo(body, number)) as server:
+        opened = open_judge(server, tmp_path, judge_workers=1)
+        assert replies(opened.ask(requests(4))).count("") == 1
+    assert "HTTP 403" in opened.failed.popitem()[1]
 
 
 def test_a_redirect_does_not_leak_the_key(tmp_path):
@@ -260,7 +270,7 @@ def test_a_request_that_always_fails_does_not_affect_the_others(tmp_path):
     [lambda id, number: id < 12, lambda id, number: 3 <= number < 15],
     ids=["the first questions", "many in a row"],
 )
-def test_a_content_filter_may_refuse_many_requests(tmp_path, refuses):
+def test_a_content_filter_may_refuse_many_requests(tmp_path, refuses, capsys):
     def reply(body, number):
         id = int(body["messages"][0]["content"].split()[-1])
         return Fault(400, b"filtered") if refuses(id, number) else echo(body, number)
@@ -269,6 +279,17 @@ def test_a_content_filter_may_refuse_many_requests(tmp_path, refuses):
         opened = open_judge(server, tmp_path, judge_workers=1)
         records = opened.ask(requests(40))
     assert replies(records).count("") == 12 and opened.describe(records)["replies"] == 28
+    assert "note: 12 of 40 requests have no reply (HTTP 400: filtered); run again to send" in capsys.readouterr().err
+    report = render_judge({**opened.describe(records), "prompts": {}})
+    assert "12 requests without a reply (HTTP 400: filtered).\n" in report
+
+
+def test_a_run_ends_when_the_credit_does(tmp_path):
+    reply = lambda body, number: echo(body, number) if number < 6 else Fault(402, b"add more credits")  # noqa: E731
+    with serving(reply) as server, pytest.raises(UserError) as error:
+        open_judge(server, tmp_path, judge_workers=1).ask(requests(30))
+    assert "has no credit left (HTTP 402: add more credits). 6 of 30 judgements" in message(error)
+    assert len(server.requests) == 7 and len(cached_keys(tmp_path)) == 6
 
 
 def test_an_endpoint_that_stops_accepting_requests_ends_a_later_run(tmp_path):
