@@ -6,7 +6,7 @@ from collections.abc import Sequence
 # A score from 0 to 10, not part of a longer number, word or formula; may be "8/10" or "8 out of 10"
 SCORE = r"(?<![\w.^+/-])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\w^%]|\.\d)(?:\s*(?:/|out of)\s*10\b)?"
 END = r"(?=\s*(?:$|[\n(),.;*\]]|and\b|points?\b))"  # what may follow a score in a sentence
-REASON = r"(?:\s*(?:[.:;(–—]|[,-]\s+(?![\s\d])).*)"  # what may follow scores on the first line
+REASON = r"(?:\s*(?:[.:;(]|[–—](?!\s*\d)|[,-]\s+(?![\s\d])).*)"  # what may follow scores on the first line
 PAIR = rf"[(\[]?\s*{SCORE}\s*(?:[,;|\s]|and)\s*{SCORE}\s*[)\]]?"
 LABELLED = (  # how the score of one answer, SIDE, is written in prose
     rf"SIDE(?:'s)?(?:[ \t]+(?:score|rating))?[ \t*_]*[:=][ \t*_]*{SCORE}{END}",
@@ -52,12 +52,21 @@ def parse_scores(text: str) -> tuple[float, float] | None:
 
 
 def parse_score(text: str) -> float | None:
-    """Return the score, 0 to 10, of one answer: on the first line, or after "score" or "grade"; None if absent."""
+    """Return the score, 0 to 10, of one answer; None if there is none.
+
+    It is on the first line, unless that begins a numbered list; else the last one in "Score: 8", or in "a score of 8".
+    """
     text = visible(text)
-    first_line = text.partition("\n")[0].replace("**", "").strip(" \t*_#`[]")
-    if match := re.fullmatch(rf"(?:(?:[Ss]core|[Rr]ating|[Gg]rade)\s*:)?\W*{SCORE}\W*{REASON}?", first_line):
+    first_line, _, rest = text.partition("\n")
+    first_line = first_line.replace("**", "").strip(" \t*_#`[]")
+    item = re.match(r"1\s*([.:–—-])(?!\d)", first_line)
+    is_list = item and re.search(rf"^[ \t*_#]*2[ \t*_]*{re.escape(item[1])}(?!\d)", rest, FLAGS)
+    match = re.fullmatch(rf"(?:(?:[Ss]core|[Rr]ating|[Gg]rade)\s*:)?\W*{SCORE}\W*{REASON}?", first_line)
+    if match and not is_list:
         return float(match[1])
-    return last_score((rf"\b(?:score|rating|grade)[*_\s]*(?:of|is|[:=])[*_\s\[]*{SCORE}",), text)
+    labelled = rf"\b(?:score|rating|grade)[*_\s]*SIGN[*_\s\[]*{SCORE}(?![ \t]*[-–—][ \t]*\d)"
+    scores = [last_score((labelled.replace("SIGN", sign),), text) for sign in ("[:=]", "(?:of|is)")]
+    return scores[1] if scores[0] is None else scores[0]
 
 
 def last_score(patterns: Sequence[str], text: str) -> float | None:

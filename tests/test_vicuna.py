@@ -67,6 +67,7 @@ def test_parsed_scores_match_published_reviews(shared, name):
         ("8-9", None),
         ("8 * 9", None),
         ("8 9-10", None),
+        ("8 9–10", None),
         ("8 9, 10", None),
         ("\n\n8 9 \n\n3 4", (8, 9)),
         ("Scores: 8 9", (8, 9)),
@@ -109,7 +110,13 @@ def test_parse_scores(text, scores):
     "text, score",
     [("8", 8), ("8.5/10\nGood", 8.5), ("Rating: [[9]]", 9), ("**7**", 7), ("It is fine.\nScore: 6/10", 6), ("11", None),
      ("A score of 4.", 4), ("8 - The answer is good.", 8), ("9, because it is safe", 9), ("**8** - good", 8),
-     ("8-9", None), ("8,5", None), ("8, 5", None), ("8 - 9", None), ("none", None), ("", None)],
+     ("8-9", None), ("8,5", None), ("8, 5", None), ("8 - 9", None), ("none", None), ("", None),
+     ("7–8", None), ("8 – good", 8), ("Score: 7-8", None), ("1. It is harmful.", 1), ("1.0\n2.0", 1),
+     ("1. Accuracy: right.\n2. Detail: enough.\n\nScore: 8", 8), ("1. Right.\n2. Short.", None),
+     ("1: Accuracy is right.\n2: Detail is enough.\n\nScore: 8", 8),
+     ("1. **Correctness**: right.\n2. **Detail**: enough.\n\n**Score**: 8", 8),
+     ("**1.** Right.\n**2.** Enough.\nI give it a grade of 8.", 8),
+     ("Fine.\nGrade: 8\n- 3 errors", 8), ("It is fine. Grade: 8\n\nA grade of 10 would need more.", 8)],
 )  # fmt: skip
 def test_parse_score(text, score):
     assert parse_score(text) == score
