@@ -157,7 +157,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
             id, text = answer_of_row(row, number, by_text)
         if id not in known:
             raise UserError(f"{path} has answers to other questions: the benchmark has no question {id!r}.")
-        if "prompt" in row and known[id].text not in str(row["prompt"]):
+        if "prompt" in row and known[id].text.strip() not in str(row["prompt"]):  # chat templates strip it
             raise UserError(f"{path} has answers to other questions: its question {id!r} is another one.")
         if id in answers.texts:
             raise UserError(f"{path} has several answers to question {id!r}; it must have one to each.")

@@ -399,6 +399,15 @@ def test_answers_of_an_evaluation_that_skipped_questions_can_be_scored_again(tmp
     assert "has no answers to 1 of 3 questions, which are left out" in capsys.readouterr().err
 
 
+def test_answers_to_a_prompt_that_a_chat_template_trimmed_are_accepted(tmp_path):
+    items = [answers.Item(1, "the cat? ", "c")]
+    path = write_lines(tmp_path / "answers.jsonl", [{"id": 1, "prompt": "the cat?<|eot_id|>", "answer": "mat"}])
+    assert read_answers(path, items, items).texts == {1: "mat"}
+    other = [answers.Item(1, "the dog?", "c")]
+    with pytest.raises(UserError, match="its question 1 is another one"):
+        read_answers(path, other, other)
+
+
 def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tmp_path, base_dir, capsys):
     for against in ("nowhere.jsonl", "nowhere"):
         with pytest.raises(UserError, match="nowhere"):
