@@ -283,6 +283,13 @@ class Results:
         self.file.append(*records)
         self.by_id.update({record["id"]: record for record in records})
 
+    def replace(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write a file of these records alone, each with its `id` and `prompt`."""
+        records = [{**record, "made_by": self.made_by} for record in records]
+        write_text(self.output_dir / ANSWERS, "".join(json.dumps(record) + "\n" for record in records))
+        self.file = self._read()
+        self.by_id = {record["id"]: record for record in self.file.records}
+
     def finish(self, summary: dict[str, Any], table: str) -> dict[str, Any]:
         """Print the table, write `summary.json` and `summary.md`, and return the content of the first."""
         print(table, end="")

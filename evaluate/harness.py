@@ -368,9 +368,7 @@ def main(settings: Settings) -> dict[str, Any]:
         task_manager=manager,
         apply_chat_template=model.evaluated.style.name != "plain",
     )
-    records = make_records(output["samples"])
-    done = results.answered({record["id"]: record["prompt"] for record in records})
-    results.add(*(record for record in records if record["id"] not in done))
+    results.replace(make_records(output["samples"]))  # all questions were evaluated, also in a repeated run
     summary = {
         "tasks": output["results"],
         "n": {task: counts["effective"] for task, counts in output["n-samples"].items()},

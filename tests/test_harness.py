@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,19 +182,53 @@ def test_invalid_input_gives_a_one_line_error(flags, sentence, run_script, tmp_p
     assert code == 1 and f"error: {sentence}" in err and "Traceback" not in err
 
 
+class TaskManager:
+    """An index with one task, whose data cannot be loaded."""
+
+    def __init__(self, **_: object) -> None:
+        self.all_tasks = ["toy"]
+
+    def load(self, names: list[str]) -> None:
+        raise ConnectionError("Couldn't reach 'me/toy' on the Hub.\nMore text.")
+
+
+def replace_harness(monkeypatch, simple_evaluate: Callable) -> None:
+    monkeypatch.setattr(harness, "lm_eval", SimpleNamespace(__version__="0", simple_evaluate=simple_evaluate))
+    monkeypatch.setattr(harness, "TaskManager", TaskManager, raising=False)
+
+
+def test_a_repeated_evaluation_replaces_the_records(base_dir, tmp_path, monkeypatch):
+    """The task file may have changed, which the settings do not show."""
+    answers = [("the cat", 0.0), ("the dog", 0.0), ("the dog", 1.0)]
+
+    def simple_evaluate(model, **_):
+        prompt, acc = answers.pop(0)
+        row = {"filter": "none", "doc_id": 0, "arguments": [(prompt, " a")], "metrics": ["acc"], "acc": acc}
+        row |= {"doc": {}, "target": "a", "resps": [], "filtered_resps": []}
+        return {
+            "samples": {"toy": [row]},
+            "results": {"toy": {"acc,none": acc}},
+            "n-samples": {"toy": {"effective": 1}},
+        }
+
+    replace_harness(monkeypatch, simple_evaluate)
+    settings = harness.Settings(checkpoint_dir=base_dir, tasks=("toy",), output_dir=tmp_path)
+    for prompt, acc in answers[:]:
+        summary = harness.main(settings)
+        (record,) = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        assert (record["prompt"], record["acc"]) == (prompt, acc) and summary["tasks"]["toy"]["acc,none"] == acc
+    mine = '{"answer": "mine"}\n'
+    (tmp_path / "answers.jsonl").write_text(mine)
+    with pytest.raises(UserError, match="was not written by an evaluation"):
+        harness.main(settings)
+    assert (tmp_path / "answers.jsonl").read_text() == mine
+
+
 def test_a_task_whose_data_cannot_be_loaded_gives_a_one_line_error(base_dir, tmp_path, monkeypatch):
-    class TaskManager:
-        def __init__(self, **_: object) -> None:
-            self.all_tasks = ["toy"]
-
-        def load(self, names: list[str]) -> None:
-            raise ConnectionError("Couldn't reach 'me/toy' on the Hub.\nMore text.")
-
     def simple_evaluate(model, *, tasks, task_manager, **_):
         task_manager.load(tasks)
 
-    monkeypatch.setattr(harness, "lm_eval", SimpleNamespace(__version__="0", simple_evaluate=simple_evaluate))
-    monkeypatch.setattr(harness, "TaskManager", TaskManager, raising=False)
+    replace_harness(monkeypatch, simple_evaluate)
     settings = harness.Settings(checkpoint_dir=base_dir, tasks=("toy",), output_dir=tmp_path)
     with pytest.raises(UserError) as error:
         harness.main(settings)
