@@ -69,11 +69,12 @@ EXAMPLE = (
 
 # == Extracting the final number ==
 
-DIGITS = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)])-\s?)?(?:(?<!\d)(?P<whole>\d{{1,9}})\s+)?(?P<above>\d{{1,30}})/(?P<below>\d{{1,30}})(?![\d/])"
     rf"|(?P<minus>(?<![\w)])-\s?)?(?P<decimal>{DIGITS})(?P<exponent>[eE][+-]?\d{{1,2}}(?!\w))?"
 )
+OPERATION = re.compile(r"\d\s*(?:[-+*/x×÷]|\\(?:times|cdot|div)\b)\s*\d")
 EXACT = Context(prec=200, traps=[Inexact])  # more digits than a fraction that NUMBER matches can have
 MARKER = re.compile(
     r"(?P<boxed>\\boxed\s*\{)"
@@ -113,8 +114,16 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\\?[$€£¥₹]", "", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"(?<=\d)\s*\\[dt]?frac\s*(?=[\d{])", r" \\frac", text)
-    text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\2/\3\4", text)
+    operand = r"(?:\{\s*(-?)\s*(\d+)\s*\}|(\d))"
+    text = re.sub(rf"\\[dt]?frac\s*{operand}\s*{operand}", plain_fraction, text)
     return re.sub(r"(?<=\d)\s*(?:\\times|×|\*|x)\s*10\s*\^\s*\{?\s*(-?\d{1,2})\b\}?", r"e\1", text)
+
+
+def plain_fraction(match: re.Match) -> str:
+    """Return one of LaTeX's fractions as text, with the minus sign of an operand before it."""
+    sign_above, above, digit_above, sign_below, below, digit_below = match.groups("")
+    sign = "-" if sign_above != sign_below else ""
+    return f"{sign}{above or digit_above}/{below or digit_below}"
 
 
 def stated_after(text: str, marker: re.Match) -> str:
@@ -131,7 +140,18 @@ def stated_after(text: str, marker: re.Match) -> str:
     elif re.search(r"[.!?]\s+\D*\d", line) or not re.match(r"[^\w]*(?:[a-z]\s*=|\d)", line):
         return ""  # reasoning behind `Answer:`, or a heading
     parts = [part for part in line.split("=") if re.search(r"\d", part)]
+    if len(parts) > 1 and is_calculation(parts[-1]) and is_number(parts[0]):
+        return parts[0]  # "42 = 6 * 7"
     return parts[-1] if parts else ""
+
+
+def is_calculation(text: str) -> bool:
+    return OPERATION.search(text) is not None and len(NUMBER.findall(text)) > 1
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text has one number, perhaps with a unit; "2x" is none."""
+    return len(NUMBER.findall(text)) == 1 and not re.search(r"\d[^\W\d]", text)
 
 
 def balanced(text: str) -> str:
@@ -145,10 +165,16 @@ def balanced(text: str) -> str:
 
 
 def normalized(text: str, number: re.Match) -> str | None:
-    """Return a match of NUMBER in its shortest form; None if it is an operand of a root, a power or π."""
-    if re.search(r"(?:\\sqrt(?:\[\d+\])?\{?|√|\^\{?)\s*$", text[: number.start()]):
+    """Return a match of NUMBER in its shortest form.
+
+    None if it is an operand of a root, a power or π, or part of "(3, 4)" or "3,4", whose comma separates no thousands.
+    """
+    before, after = text[: number.start()], text[number.end() :]
+    if re.search(r"(?:\\sqrt(?:\[\d+\])?\{?|√|\^\{?)\s*$|\d,$", before):
         return None
-    if re.match(r"\s*(?:\^|\\sqrt|√|\\pi\b|π)", text[number.end() :]):
+    if re.match(r"\s*(?:\^|\\sqrt|√|\\pi\b|π)|,-?\d", after):
+        return None
+    if re.search(r"[(\[]\s*$", before) and re.match(r"\s*,", after):
         return None
     if number["decimal"] is None:
         below = int(number["below"])
