@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
+sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
 from lit_llama.settings import Checked, PositiveFloat, PositiveInt
@@ -66,6 +66,7 @@ if __name__ == "__main__":
 
 import torch
 
+from evaluate.endpoint import Endpoint
 from lit_llama.console import call
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.report import make_figure, save_figure
@@ -407,7 +408,8 @@ def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell
     """Check the methods, the tables and the base model. With `--table all`, some tables may be empty.
 
     Raises:
-        UserError: a method is unknown, no table has anything to compare, or there is no base model.
+        UserError: a method is unknown, no table has anything to compare, there is no base model, or the judge's address
+            is invalid or lacks a model.
     """
     if unknown := [name for name in settings.methods if name not in METHODS]:
         raise UserError(f"There is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
@@ -417,6 +419,10 @@ def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell
             f"--table {empty[0]} compares Aligners with other methods; --methods needs at least one of each from "
             f"{', '.join(TABLES[empty[0]].methods)}."
         )
+    if settings.judge_url:
+        Endpoint(settings.judge_url)
+        if settings.judge_model is None and not settings.dry_run:
+            raise UserError("--judge_url needs the name of a model there; give --judge_model too.")
     if not settings.dry_run and not (settings.checkpoint_dir / "lit_config.json").is_file():
         raise UserError(
             f"There is no base model at {settings.checkpoint_dir}; convert one with scripts/convert_hf_checkpoint.py, "

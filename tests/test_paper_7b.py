@@ -136,6 +136,8 @@ def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
         (("--methods", "aligner2"), "There is no method 'aligner2'; choose from aligner1, aligner10, "),
         (("--table", "2", "--methods", "aligner1"), "--table 2 compares Aligners with other methods; "),
         (("--table", "2", "--methods", "aligner300"), "--table 2 compares Aligners with other methods; "),
+        (("--judge_url", "localhost:8000"), "--judge_url is not an address such as "),
+        (("--judge_url", "http://127.0.0.1:1/v1"), "--judge_url needs the name of a model there; give --judge_model"),
         (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
     ],
 )
