@@ -149,7 +149,7 @@ class Judge:
                 "set --judge_url to ask for them."
             )
         if jobs:
-            log(f"asking {self.settings.judge_model} at {self.endpoint.name}")
+            log(f"asking {self.settings.judge_model} at {self.endpoint.name} for {len(jobs)} of {total} judgements")
             with tqdm(total=total, initial=total - len(jobs), desc="Judging", unit="judgement") as bar:
                 Dispatcher(self, jobs, bar).run()
             if failed := [self.failed[key] for key in jobs if key in self.failed]:

@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -87,6 +87,7 @@ METHODS: dict[str, Variant] = {
     "lora": Variant("LoRA, r = 8", "lora", {"lora_r": 8, "learning_rate": 3e-4}),
 }
 BASE = "base"
+JUDGEMENTS = "judgements.jsonl"  # of all comparisons, so that an answer in several of them is graded once
 
 # All settings of every finetuning run: the paper's, as in howto/recipes.
 SFT = {"batch_size": 64, "micro_batch_size": 8, "learning_rate": 9e-3, "lr_schedule": "constant", "weight_decay": 0.02,
@@ -112,6 +113,7 @@ class Step:
         command: script and arguments.
         done: the file that the command writes last.
         hours, gigabytes: predicted for one GPU.
+        requests: how many a judge gets, by what it judges; equal ones of several steps are sent once.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Step:
     done: Path
     hours: float = 0.0
     gigabytes: float = 0.0
+    requests: dict[str, int] = field(default_factory=dict)
 
     def complete(self, completed: dict[str, list[str]]) -> bool:
         """Return whether this command, or the same with a judge, is among the completed ones, by name."""
@@ -308,9 +311,14 @@ def judged(benchmark: str, dataset: str, questions: int, file: str, read: dict[s
                     "skip_long": True,
                 }
                 hours = study.decoding_hours(2 * questions, 512)
-                judge = {"judge_url": s.judge_url, "judge_model": s.judge_model}
+                judge = {"judge_url": s.judge_url, "judge_model": s.judge_model,
+                         "judge_cache": s.out_dir / JUDGEMENTS if s.judge_url else None}  # fmt: skip
+                n = min(questions, s.limit or questions)
+                requests = {f"{benchmark}: {method} against {other}": 2 * n}  # in both orders
+                if benchmark == "vicuna":
+                    requests |= {f"{benchmark}: {method}": n, f"{benchmark}: {other}": n}
                 step = study.evaluate(benchmark, f"{method}-{other}", flags, hours, judge)
-                steps.append(step)
+                steps.append(replace(step, requests=requests))
                 cells += [Cell(f"{label(method)} against {label(other)}", column, step.done, reader)
                           for column, reader in read.items()]  # fmt: skip
         return steps, cells
@@ -391,7 +399,8 @@ def main(settings: Settings) -> None:
     completed = read_json(path) if path.is_file() else {}
     if settings.dry_run:
         return show_plan(steps, completed)
-    claim(settings.out_dir, ["completed.json", "report.md", "report.csv", *(f"{name}.png" for name in TABLES)])
+    figures = [f"{name}.png" for name in TABLES]
+    claim(settings.out_dir, ["completed.json", "report.md", "report.csv", JUDGEMENTS, *figures])
     for number, step in enumerate(steps, 1):
         if step.complete(completed):
             log(f"[{number}/{len(steps)}] {step.name}: complete")
@@ -435,9 +444,12 @@ def show_plan(steps: list[Step], completed: dict[str, list[str]]) -> None:
     for step in steps:
         predicted = f"  # predicted: {step.hours:.2f} GPU hours, {step.gigabytes:.0f} GB" if step.hours else ""
         print(shlex.join(["python", *step.command]) + predicted + "  # complete" * step.complete(completed))
-    hours = sum(step.hours for step in steps if not step.complete(completed))
-    log(f"{len(steps)} commands, {hours:.1f} GPU hours predicted for those that are not complete. Predictions are from "
-        "parameters and tokens (see --gpu_tflops, --gpu_bandwidth); nothing was measured.")  # fmt: skip
+    ahead = [step for step in steps if not step.complete(completed)]
+    hours = sum(step.hours for step in ahead)
+    requests = sum({name: count for step in ahead for name, count in step.requests.items()}.values())
+    judge = f" A judge (--judge_url) gets {requests:,} requests for them." if requests else ""
+    log(f"{len(steps)} commands, {hours:.1f} GPU hours predicted for those that are not complete.{judge} Predictions "
+        "are from parameters and tokens (see --gpu_tflops, --gpu_bandwidth); nothing was measured.")  # fmt: skip
 
 
 def run_step(step: Step, number: int, total: int) -> None:

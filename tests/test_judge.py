@@ -77,12 +77,14 @@ def test_every_reply_is_cached_and_no_request_is_sent_twice(tmp_path, capfd):
         assert len(server.requests) == 20 and server.keys == {f"Bearer {KEY}"}
         assert replies(open_judge(server, tmp_path).ask(requests(22))) == expected(22)
         assert len(server.requests) == 22
+    log = "".join(capfd.readouterr())
+    assert f"asking gpt-test at {server.url}/chat/completions for 2 of 22 judgements" in log
     body = server.requests[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("gpt-test", 0, 1024)
     assert len(set(cached_keys(tmp_path))) == len(cached_keys(tmp_path)) == 22
     record = json.loads((tmp_path / "judgements.jsonl").read_text().splitlines()[0])
     assert record["served_model"] == "gpt-test-0613" and record["endpoint"] == f"{server.url}/chat/completions"
-    assert KEY not in (tmp_path / "judgements.jsonl").read_text() + "".join(capfd.readouterr())
+    assert KEY not in (tmp_path / "judgements.jsonl").read_text() + log
 
 
 @pytest.mark.parametrize(

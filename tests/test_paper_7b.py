@@ -96,7 +96,9 @@ def test_a_dry_run_lists_commands_that_the_scripts_accept(run_script):
     assert len(commands) == len({tuple(words) for words in commands}) > 30
     for script, *words in commands:
         assert parse(ROOT / script, words)
-    assert "GPU hours predicted" in err
+    # 6 comparisons in both orders, 4 of 80 and 2 of 83 questions, and the grades of 4 methods' answers to the 80
+    assert "GPU hours predicted" in err and "gets 1,292 requests" in err
+    assert out.count(f"--judge_cache {Path('out/paper_7b/judgements.jsonl')}") == 6
 
 
 def test_the_parameter_count_is_exact():
