@@ -79,7 +79,8 @@ from scripts.count_parameters import ALIGNER300, VARIANTS, Variant
 ROOT = Path(__file__).parent.parent.resolve()
 TableName = Literal["2", "3", "fig3", "fig5_left", "fig5_right"]
 
-# The paper states no settings for the methods it compares with: sizes and learning rates are Lit-LLaMA's defaults.
+# The paper states no settings for the methods it compares with: sizes and, in SFT, learning rates are Lit-LLaMA's
+# defaults. In DPO, all methods have the Aligner's learning rate.
 METHODS: dict[str, Variant] = {
     **{name: VARIANTS[name] for name in ("aligner1", "aligner10", "aligner100")},
     "aligner300": ALIGNER300,
