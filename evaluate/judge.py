@@ -154,6 +154,8 @@ class Judge:
                 Dispatcher(self, jobs, bar).run()
             if failed := [self.failed[key] for key in jobs if key in self.failed]:
                 log(f"note: {len(failed)} of {len(jobs)} requests have no reply ({failed[0]}); run again to send them.")
+        if cut := sum(self.records.get(key, {}).get("finish_reason") == "length" for key in set(keys)):
+            log(f"note: {cut} of {total} replies were cut at the limit (--judge_max_tokens or --judge_body).")
         return [self.records.get(key) for key in keys]
 
     def describe(self, records: list[dict[str, Any] | None]) -> dict[str, Any]:

@@ -342,6 +342,16 @@ def test_judge_body_adds_and_removes_request_fields(tmp_path):
     }
 
 
+def test_replies_that_are_cut_at_the_limit_are_reported(tmp_path, capsys):
+    content = json.dumps({"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}).encode()
+    with serving(lambda body, number: Fault(content=content) if number < 2 else echo(body, number)) as server:
+        open_judge(server, tmp_path).ask(requests(5))
+    note = "note: 2 of 5 replies were cut at the limit (--judge_max_tokens or --judge_body)."
+    assert note in capsys.readouterr().err
+    open_judge(None, tmp_path).ask(requests(5))
+    assert note in capsys.readouterr().err
+
+
 def test_a_filtered_reply_is_empty_but_not_a_failure(tmp_path):
     content = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}).encode()
     with serving(lambda body, number: Fault(content=content)) as server:
