@@ -396,6 +396,8 @@ def test_a_run_of_an_earlier_version_can_be_resumed(finished, flags, tmp_path):
         (tmp_path / "run" / name).unlink()
     state = torch.load(finished / "state.pt", weights_only=True)
     identity = {name: value for name, value in json.loads(state["identity"]).items() if name != "tokens"}
+    for name in ("qk_norm", "nope_layers"):
+        del identity["base"]["config"][name]
     del state["best"]
     torch.save({**state, "identity": json.dumps(identity)}, tmp_path / "run/state.pt")
     train(flags(tmp_path / "run", resume=True))
@@ -441,6 +443,35 @@ def test_sigterm_saves_after_the_step_and_tells_how_to_continue(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(flags(tmp_path, resume=True))
     assert_same_losses(tmp_path, finished)
+
+
+TERMINATED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune.aligner as script
+from lit_llama import cli
+from lit_llama.train import Trainer
+
+train_step = Trainer.train_step
+
+def terminated(trainer, rows):
+    if trainer.step == 5:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(trainer, rows)
+
+Trainer.train_step = terminated
+cli.run(script.main, cli.parse(script.Settings, sys.argv[1:]))
+"""
+
+
+def test_sigterm_saves_although_the_reader_of_the_output_has_ended(flags, tmp_path, python):
+    """A signal to a process group ends `tee` first."""
+    command = [python, "-c", TERMINATED, *flags(tmp_path / "run", eval_interval=6)]
+    assert subprocess.run(command, timeout=300).returncode == 143
+    assert saved_step(tmp_path / "run/state.pt") == 6
 
 
 def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
@@ -691,6 +722,7 @@ def test_a_base_with_an_infinite_weight_is_refused(flags, base_dir, tmp_path, mo
 def test_a_record_of_an_earlier_version_may_lack_fields():
     current = {"config": {"n_layer": 2}, "weights": "a", "tensors": "b"}
     assert agrees({"config": {"n_layer": 2}, "weights": "a"}, current) and agrees(current, current)
+    assert agrees({"config": {}}, current) and not agrees({"config": {"n_head": 2}}, current)
     assert not agrees({"config": {"n_layer": 3}, "weights": "a"}, current) and not agrees("x", current)
 
 

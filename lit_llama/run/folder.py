@@ -265,7 +265,10 @@ class RunFolder:
         signal.signal(signal.SIGTERM, ends_at_once())
         self.stopping = True
         if self.is_first:  # not `print`, which this signal may have interrupted
-            os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
+            try:
+                os.write(2, f"SIGTERM: saving after this step. To continue: {self.resume_command()}\n".encode())
+            except OSError:  # such as a closed pipe, which would also end the process before the state is saved
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     @property
     def stops_alone(self) -> bool:

@@ -84,8 +84,10 @@ def slots_of(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
 
 
 def agrees(then: Any, now: Any) -> bool:
-    """Return whether a recorded value equals the current one; a recorded object may lack some of its fields."""
-    return then == now or (isinstance(then, dict) and isinstance(now, dict) and {**now, **then} == now)
+    """Return whether a recorded value equals the current one; a recorded object may lack fields at any depth."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return all(name in now and agrees(value, now[name]) for name, value in then.items())
+    return then == now
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
