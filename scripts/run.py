@@ -18,7 +18,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -63,11 +63,12 @@ def locked() -> Iterator[None]:
     import fcntl  # does not exist on Windows
 
     with open(LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that changes {ENV}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # the file system has no locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that changes {ENV}", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

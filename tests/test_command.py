@@ -1,5 +1,8 @@
 """The aligner command and the overview of scripts: they list what exists and start fast."""
 
+import errno
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -115,6 +118,18 @@ def test_run_py_waits_for_another_one_that_makes_the_environment(monkeypatch, ca
         thread.join()
     assert made == [True]
     assert (output + capsys.readouterr().err).count("installing torch") == 1
+
+
+def test_run_py_continues_on_a_file_system_without_locks(monkeypatch, tmp_path):
+    from scripts import run as script
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(script, "LOCK", tmp_path / ".venv.lock")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with script.locked():
+        assert script.LOCK.exists()
 
 
 @pytest.mark.parametrize(
