@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,23 @@ def test_unwritable_paths_give_a_one_line_error(tmp_path):
         locked(tmp_path / "file/lock").__enter__()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+def test_a_file_in_a_write_protected_folder_is_refused_before_the_work():
+    code = (
+        "import os, sys; from pathlib import Path; from lit_llama.storage.files import check_file\n"
+        "os.setuid(65534)\n"
+        "try: check_file(Path(sys.argv[1]), overwrite=True)\n"
+        "except ValueError as error: print(error)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "answers.json")
+        path.write_text("[]")
+        path.chmod(0o666)
+        result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == f"{path} or its folder is write-protected; name another file.\n"
+
+
 # == folders ==
 
 
@@ -235,6 +253,13 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "dangling").symlink_to("nothing")
     with pytest.raises(UserError, match="is not a folder"):
         fill(tmp_path / "dangling", a="1")
+
+
+def test_a_mount_point_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("/")
+    for path in (Path("/"), tmp_path / "link"):
+        with pytest.raises(UserError, match="is a mount point, which cannot be replaced; choose a folder inside it"):
+            check_folder(path, KIND)
 
 
 def test_input_and_output_do_not_overlap(tmp_path, monkeypatch):

@@ -456,6 +456,18 @@ def test_epochs_that_the_default_of_max_steps_cuts_are_noted(settings, tmp_path,
     assert capsys.readouterr().err == note
 
 
+@pytest.mark.parametrize(("micro_batch_size", "processes", "note"), [
+    (2, 2, ""),
+    (2, 4, "note: a step has 2 micro-batches for 4 processes; lower --micro_batch_size to 1.\n"),
+    (1, 8, "note: a step has 4 rows for 8 processes; raise --batch_size or use fewer devices.\n"),
+    (4, 8, "note: a step has 4 rows for 8 processes; raise --batch_size or use fewer devices.\n"),
+])  # fmt: skip
+def test_idle_processes_are_noted(settings, tmp_path, capsys, micro_batch_size, processes, note):
+    flags = settings(tmp_path / "run", batch_size=4, micro_batch_size=micro_batch_size, epochs=1, max_steps=50)
+    print_notes(cli.parse(script.Settings, flags), 200, 0, processes)
+    assert capsys.readouterr().err == note
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -146,8 +146,11 @@ def print_notes(settings: TrainSettings, n_rows: int, step: int, processes: int)
         log(f"note: the warmup has {warmup_steps} steps and the run {max_steps}, so the learning rate never reaches "
             "its peak.")  # fmt: skip
     per_step = settings.batch_size // settings.micro_batch_size
-    if processes > per_step:
-        most = max(1, settings.batch_size // processes)
+    if processes > settings.batch_size:
+        log(f"note: a step has {settings.batch_size} rows for {processes} processes; raise --batch_size or use fewer "
+            "devices.")  # fmt: skip
+    elif processes > per_step:
+        most = settings.batch_size // processes
         divisor = next(size for size in range(most, 0, -1) if settings.batch_size % size == 0)
         log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
             f"{divisor}.")  # fmt: skip

@@ -46,8 +46,8 @@ def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> Non
                 problem = "is not a regular file; name another one"
             elif not overwrite:
                 problem = "exists; replace it with --overwrite true, or name another file"
-            elif not os.access(path, os.W_OK):
-                problem = "is write-protected; name another file"
+            elif not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK | os.X_OK):
+                problem = "or its folder is write-protected; name another file"
             check_separate(path, *inputs)
     if problem:
         raise UserError(f"{path} {problem}.")
@@ -91,7 +91,7 @@ def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:
         inputs: Files and folders that are read; none may be `path` or inside it.
 
     Raises:
-        UserError: The folder contains anything else, or an input, or cannot be written to.
+        UserError: The folder contains anything else, or an input, or is a mount point, or cannot be written to.
     """
     path, problem = Path(path), ""
     with explained(path):
@@ -100,6 +100,8 @@ def check_folder(path: Path, kind: str, *inputs: Path | None) -> None:
                 problem = "is a symbolic link of another user"
             elif not path.is_dir():
                 problem = "is not a folder"
+            elif os.path.ismount(path.resolve()):
+                raise UserError(f"{path} is a mount point, which cannot be replaced; choose a folder inside it.")
             elif strangers := find_strangers(path, kind):
                 problem = f"holds {strangers[0]}, which is not part of a {kind} that this project wrote there"
             elif not all(os.access(folder, os.W_OK | os.X_OK) for folder, _, _ in os.walk(path)):
