@@ -273,7 +273,14 @@ def run_plans(
     def pool() -> ProcessPoolExecutor:
         # spawned: a fork of a process with threads may hang
         executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
-        stack.callback(executor.shutdown, cancel_futures=True)
+
+        def end(error: type[BaseException] | None, *_: Any) -> None:
+            if error is not None:  # `shutdown` would wait until the running trials are done
+                for process in list(executor._processes.values()):
+                    process.kill()
+            executor.shutdown(cancel_futures=True)
+
+        stack.push(end)
         return executor
 
     def advance(number: int, received: list[Record] | None) -> None:

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ import studies.paper_tasks as tasks
 import studies.reasoning
 import studies.reproduce_paper as study
 import studies.trials
+from lit_llama.console import exit_on_user_error
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -375,7 +377,7 @@ class Processes:
     """Replaces `ProcessPoolExecutor` and `wait`: trials are completed by name, in the order of a test."""
 
     def __init__(self, order: list[str]) -> None:
-        self.order, self.started, self.submitted, self.futures = order, 0, [], {}
+        self.order, self.started, self.submitted, self.futures, self._processes = order, 0, [], {}, {}
 
     def __call__(self, *args):
         self.started += 1
@@ -430,6 +432,26 @@ def test_a_killed_process_ends_a_study_with_one_sentence(processes, tmp_path):
     with pytest.raises(UserError, match="A process was killed, perhaps for lack of memory"):
         studies.trials.run_plans([name_plan("a", 1)], tmp_path, jobs=2, desc="", expected=0)
     assert processes.order == ["shut down"]
+
+
+def wait_for_minutes(trial, out_dir, score):
+    (Path(out_dir) / trial.name).touch()
+    time.sleep(300)
+
+
+def test_sigterm_does_not_wait_for_the_running_trials(monkeypatch, tmp_path):
+    def terminated(futures, return_when):
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(studies.trials, "run_trial", wait_for_minutes)
+    monkeypatch.setattr(studies.trials, "wait", terminated)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped, exit_on_user_error():
+        studies.trials.run_plans([name_plan("a", 3)], tmp_path, jobs=2, desc="", expected=0)
+    assert stopped.value.code == 143 and time.monotonic() - began < 200
+    assert not multiprocessing.active_children()
 
 
 def test_one_process_finishes_a_plan_before_the_next(monkeypatch, tmp_path):
