@@ -118,10 +118,12 @@ cli.run(script.main, cli.parse(script.Settings, sys.argv[1:-1]))
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_step_without_room_in_one_process_gives_advice(rank, base_dir, data_dir, tmp_path, python):
+@pytest.mark.parametrize(("rank", "dry_run"), [(0, "true"), (1, "true"), (1, "false")])
+def test_a_step_without_room_in_one_process_gives_advice(rank, dry_run, base_dir, data_dir, tmp_path, python):
     (tmp_path / "script.py").write_text(NO_ROOM)
     paths = ("--checkpoint_dir", base_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out")
-    done = two_processes(python, tmp_path / "script.py", *paths, *TRAIN, "--strategy", "ddp", rank)
+    done = two_processes(
+        python, tmp_path / "script.py", *paths, *TRAIN, "--strategy", "ddp", "--dry_run", dry_run, rank
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: A step does not fit into the memory of the GPU: lower --micro_batch_size") == 1
+    assert done.stderr.count("error: A step does not fit into the memory of the GPU: set --gradient_checkpointing") == 1

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lit_llama.console import is_first_process
 from lit_llama.data import Data
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
 from lit_llama.packing import answers_per_row, packed_length
 from lit_llama.rollouts import Rollouts
+from lit_llama.run.processes import full_gpu_explained
 from lit_llama.run.report import duration
 from lit_llama.run.setup import base_dtype
 from lit_llama.sharding import count_shards
 from lit_llama.train import Trainer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import log
 
 WARM_UP = 30  # seconds; if the first step takes less or compiles, a second one is measured, without one-time costs
 
@@ -46,18 +46,10 @@ def dry_run(trainer: Trainer) -> None:
               f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
         log("measuring a step")
     first = next(trainer.remaining_steps())
-    try:
+    with full_gpu_explained():
         seconds = timed_step(trainer, first)
         if settings.compile or fabric.broadcast(seconds) < WARM_UP:
             seconds = timed_step(trainer, first)
-    except torch.OutOfMemoryError:
-        problem = (
-            "A step does not fit into the memory of the GPU: lower --micro_batch_size, or set --gradient_checkpointing "
-            "or --quantize nf4."
-        )
-        if not is_first_process():  # it prints only its own errors
-            log(f"error: {problem}")
-        raise UserError(problem) from None
     if is_first:
         total = seconds * sum(padded_tokens(trainer.train, step) for step in plan) / padded_tokens(trainer.train, first)
         total *= trainer.max_steps / len(plan)

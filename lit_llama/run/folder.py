@@ -35,7 +35,7 @@ from lightning.fabric import Fabric
 from lit_llama.checkpoint import is_ours, save_adapter, versions
 from lit_llama.console import ends_at_once
 from lit_llama.run.loggers import EventFile, WandbRun, check_logger
-from lit_llama.run.processes import together
+from lit_llama.run.processes import full_gpu_explained, together
 from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import agrees, as_json, best_of, damaged, read_saved_state
@@ -240,15 +240,15 @@ class RunFolder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Close the logs at the end. Report Ctrl-C and a full disk in one sentence, and let SIGTERM set `stopping`.
+        """Close the logs at the end. Report Ctrl-C, a full disk and a full GPU, and let SIGTERM set `stopping`.
 
         Raises:
-            UserError: The folder cannot be written to.
+            UserError: The folder cannot be written to, or the memory of the GPU is full.
             SystemExit: Ctrl-C was pressed.
         """
         before = signal.signal(signal.SIGTERM, self.stop_after_step)
         try:
-            with explained(self.path, OSError):
+            with explained(self.path, OSError), full_gpu_explained():
                 yield
         except KeyboardInterrupt:
             self.leave(130)

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lit_llama.console import quiet_lightning
+from lit_llama.console import is_first_process, quiet_lightning
 from lit_llama.run.train_settings import SHARDED
 from lit_llama.utils import UserError, log
 
@@ -75,6 +76,25 @@ def together(fabric: Fabric) -> Iterator[None]:
         raise bug
     if first := next(filter(None, problems), None):
         raise UserError(first)
+
+
+@contextmanager
+def full_gpu_explained() -> Iterator[None]:
+    """Report a GPU without memory for a training step; the process in which it occurs prints the error.
+
+    Raises:
+        UserError: The memory of the GPU is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        problem = (
+            "A step does not fit into the memory of the GPU: set --gradient_checkpointing, which --resume accepts, lower "
+            "--micro_batch_size, or set --quantize nf4."
+        )
+        if not is_first_process():  # it prints only its own errors
+            log(f"error: {problem}")
+        raise UserError(problem) from None
 
 
 def launch_sharded(accelerator: str, devices: int) -> Fabric:
