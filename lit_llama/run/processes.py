@@ -89,8 +89,8 @@ def full_gpu_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         problem = (
-            "A step does not fit into the memory of the GPU: set --gradient_checkpointing, which --resume accepts, lower "
-            "--micro_batch_size, or set --quantize nf4."
+            "A step does not fit into the memory of the GPU: set --gradient_checkpointing, which --resume accepts, "
+            "lower --micro_batch_size, or set --quantize nf4."
         )
         if not is_first_process():  # it prints only its own errors
             log(f"error: {problem}")
