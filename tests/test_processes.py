@@ -31,6 +31,10 @@ with exit_on_user_error():
         with processes.together(fabric):
             if here:
                 raise UserError("The disk is full.")
+    if case == "upload":
+        with processes.completing():
+            time.sleep(0 if here else 12)
+        raise UserError("The disk is full.")
     if case == "bad rows":  # five micro-batches, so the second process repeats the first one
         rows = [np.array([10 * i, 10 * i + 1]) for i in range(5)]
         bad = [torch.tensor(here and i == 1) for i in range(3)]
@@ -70,6 +74,12 @@ def run(path: Path, python: str, *args: object) -> tuple[int, str, float]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_is_printed_once(tmp_path, python, rank):
     code, output, _ = run(tmp_path, python, "error", rank)
+    assert (code, output) == (1, "error: The disk is full.\n")
+
+
+def test_an_error_is_printed_although_it_follows_an_upload(tmp_path, python):
+    """Lightning's thread notices after at most 5 seconds that the other process has ended."""
+    code, output, _ = run(tmp_path, python, "upload", 1)
     assert (code, output) == (1, "error: The disk is full.\n")
 
 

@@ -35,7 +35,7 @@ from lightning.fabric import Fabric
 from lit_llama.checkpoint import is_ours, save_adapter, versions
 from lit_llama.console import ends_at_once
 from lit_llama.run.loggers import EventFile, WandbRun, check_logger
-from lit_llama.run.processes import full_gpu_explained, together
+from lit_llama.run.processes import completing, full_gpu_explained, together
 from lit_llama.run.report import MetricsLog, plot_losses
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import agrees, as_json, best_of, damaged, read_saved_state
@@ -255,7 +255,7 @@ class RunFolder:
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
-                with explained(self.path, OSError):
+                with completing(), explained(self.path, OSError):
                     for logger in self.loggers:
                         logger.close()
                     self.metrics.save()
