@@ -44,7 +44,10 @@ with exit_on_user_error():
         with processes.together(fabric):
             if here:
                 raise KeyError("a mistake")
+    if case.startswith("killed"):
+        fabric.barrier()  # else the other one may still be connecting
     if case.startswith("killed") and here:
+        time.sleep(1)
         open(sys.argv[3], "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "killed, the other waits":
