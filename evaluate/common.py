@@ -284,7 +284,11 @@ class Results:
         self.by_id.update({record["id"]: record for record in records})
 
     def replace(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write a file of these records alone, each with its `id` and `prompt`."""
+        """Replace all records by these, each with its `id` and `prompt`.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
         records = [{**record, "made_by": self.made_by} for record in records]
         write_text(self.output_dir / ANSWERS, "".join(json.dumps(record) + "\n" for record in records))
         self.file = self._read()

@@ -146,6 +146,7 @@ def stated_after(text: str, marker: re.Match) -> str:
 
 
 def is_calculation(text: str) -> bool:
+    """Return whether a text has an operation on two numbers, such as "6 * 7"."""
     return OPERATION.search(text) is not None and len(NUMBER.findall(text)) > 1
 
 

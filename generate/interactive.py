@@ -29,7 +29,7 @@ HELP = """\
 Enter sends a message, Alt+Enter begins a new line, the arrow keys move the cursor and recall earlier messages. Ctrl-C
 stops an answer, Ctrl-D ends the program.
 
-    /adapter NAME     answer with this adapter; of Aligners also with a sum such as a:0.5+b, and a path loads a file
+    /adapter NAME     answer with this adapter; for Aligners also a sum, such as a:0.5+b, or the path of a file
     /adapter          list the adapters
     /strength NUMBER  set the strength of the adapters in use: 0 is the base model, 1 as trained
     /base             answer with the base model alone

@@ -130,13 +130,14 @@ def render_messages(messages: Sequence[Message], style: PromptStyle) -> str:
     Raises:
         UserError: The last message is not the user's, one is empty, or the chat template refuses the conversation.
     """
-    roles = [{"developer": "system"}.get(message.role, message.role) for message in messages]
-    texts = [check_text(message.text, f"Message {i}") for i, message in enumerate(messages, 1)]
-    rendered = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    for i, (message, fields) in enumerate(zip(messages, rendered, strict=True), 1):
+    read = []
+    for i, message in enumerate(messages, 1):
+        role = "system" if message.role == "developer" else message.role
+        fields = {"role": role, "content": check_text(message.text, f"Message {i}")}
         if message.name is not None:
             fields["name"] = check_text(message.name, f"Message {i}: 'name'")
-    return style.render_messages(rendered)
+        read.append(fields)
+    return style.render_messages(read)
 
 
 class CompletionFormat:

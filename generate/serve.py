@@ -31,7 +31,7 @@ class Settings(Checked):
     bank: tuple[Path, ...] = (
         Path("aligner_weights/microworld-pirate-n1"),
         Path("aligner_weights/microworld-json-n1"),
-    )  # a bank's file, or adapter files and folders, addressed by name; without a value none, to be added later
+    )  # a bank's file, or adapter files and folders, addressed by name; no value: none, add them later
     prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==

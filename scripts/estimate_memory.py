@@ -121,8 +121,7 @@ def method_of(settings: Settings, config: LLaMAConfig) -> tuple[type[LLaMA], LLa
 
 
 def estimates(config: LLaMAConfig, settings: Settings) -> dict[str, Memory]:
-    """Estimate the memory of each task."""
-    settings = within_context(settings, config)
+    """Estimate the memory of each task; the lengths in the settings must be those of `within_context`."""
     method, with_method = method_of(settings, config)
     shared = {"dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32, "quantize": settings.quantize}
 
@@ -175,7 +174,7 @@ def main(settings: Settings) -> None:
         for size in tqdm([size for size in llama_configs if hub_name(size)], desc="Models"):
             config = LLaMAConfig.from_name(size)
             count = count_parameters(LLaMA, config)[0]
-            sizes = [byte_size(memory.total) for memory in estimates(config, settings).values()]
+            sizes = [byte_size(memory.total) for memory in estimates(config, within_context(settings, config)).values()]
             rows.append([hub_name(size), f"{count:,}", f"{config.block_size:,}", *sizes])
         print(describe(settings) + "\n")
         print(markdown_table(["model", "parameters", "context", "SFT", "DPO", "generation"], rows))

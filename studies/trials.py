@@ -276,7 +276,7 @@ def run_plans(
 
         def end(error: type[BaseException] | None, *_: Any) -> None:
             if error is not None:  # `shutdown` would wait until the running trials are done
-                for process in list(executor._processes.values()):
+                for process in multiprocessing.active_children():
                     process.kill()
             executor.shutdown(cancel_futures=True)
 

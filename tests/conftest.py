@@ -9,7 +9,9 @@ import random
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, field, fields, make_dataclass
@@ -32,6 +34,8 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 from microworld.world import World
 from studies.trials import Trial, prepare_run
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile("any machine", deadline=None)  # a slow machine must not fail tests
 settings.load_profile("any machine")
@@ -198,7 +202,7 @@ def run_script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         monkeypatch.setattr(sys, "stdin", StringIO(stdin))
         code = 0
         try:
-            runpy.run_path(str(Path(__file__).parents[1] / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
@@ -236,12 +240,40 @@ def refusal(capsys) -> Callable[..., str]:
 
 
 @pytest.fixture
+def error_for_another_user() -> Callable[[str, str, int], tuple[Path, str]]:
+    """Return a function that runs code on a file of this user as another user, and returns the file and the error.
+
+    The file has the given mode; its folder is readable for all. The modules are imported before the user changes.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+
+    def run(imports: str, use: str, mode: int) -> tuple[Path, str]:
+        code = (
+            f"import os, sys; from pathlib import Path; {imports}\n"
+            "path = Path(sys.argv[1])\n"
+            "os.setuid(65534)\n"
+            f"try: {use}\n"
+            "except ValueError as error: print(error)"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o755)
+            path = Path(folder, "a.json")
+            path.write_text("{}")
+            path.chmod(mode)
+            result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+        return path, result.stdout
+
+    return run
+
+
+@pytest.fixture
 def left_to_defaults(monkeypatch) -> Callable[..., set[str]]:
     """Change the defaults of all finetuning scripts; return a function that lists the settings a trial takes from them.
 
     Settings that change neither weights nor losses are ignored.
     """
-    for path in sorted((Path(__file__).parent.parent / "finetune").glob("[!_]*.py")):
+    for path in sorted((ROOT / "finetune").glob("[!_]*.py")):
         script = importlib.import_module(f"finetune.{path.stem}")
         edited = [(f.name, f.type, field(default="edited by a user")) for f in fields(script.Settings)]
         namespace = {"may_change": script.Settings.may_change}

@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -146,21 +145,10 @@ def test_unwritable_paths_give_a_one_line_error(tmp_path):
         locked(tmp_path / "file/lock").__enter__()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
-def test_a_file_in_a_write_protected_folder_is_refused_before_the_work():
-    code = (
-        "import os, sys; from pathlib import Path; from lit_llama.storage.files import check_file\n"
-        "os.setuid(65534)\n"
-        "try: check_file(Path(sys.argv[1]), overwrite=True)\n"
-        "except ValueError as error: print(error)"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder, "answers.json")
-        path.write_text("[]")
-        path.chmod(0o666)
-        result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == f"{path} or its folder is write-protected; name another file.\n"
+def test_a_file_in_a_write_protected_folder_is_refused_before_the_work(error_for_another_user):
+    use = "check_file(path, overwrite=True)"
+    path, error = error_for_another_user("from lit_llama.storage.files import check_file", use, 0o666)
+    assert error == f"{path} or its folder is write-protected; name another file.\n"
 
 
 # == folders ==

@@ -32,7 +32,7 @@ with exit_on_user_error():
             if here:
                 raise UserError("The disk is full.")
     if case == "upload":
-        with processes.completing():
+        with processes.completing:
             time.sleep(0 if here else 12)
         raise UserError("The disk is full.")
     if case == "bad rows":  # five micro-batches, so the second process repeats the first one

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,21 +73,9 @@ def test_files_that_cannot_be_read(tmp_path):
         read_bytes(tmp_path / "large", limit=5)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
-def test_another_user_s_file_is_no_damaged_one():
-    code = (
-        "import os, sys; from pathlib import Path; from lit_llama.storage.schema import read_json\n"
-        "os.setuid(65534)\n"
-        "try: read_json(Path(sys.argv[1]))\n"
-        "except ValueError as error: print(error)"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder, "a.json")
-        path.write_text("{}")
-        path.chmod(0o600)
-        result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == f"You have no permission to read {path}; change its owner or mode, or copy it.\n"
+def test_another_user_s_file_is_no_damaged_one(error_for_another_user):
+    path, error = error_for_another_user("from lit_llama.storage.schema import read_json", "read_json(path)", 0o600)
+    assert error == f"You have no permission to read {path}; change its owner or mode, or copy it.\n"
 
 
 FIELDS = [

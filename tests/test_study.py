@@ -377,7 +377,7 @@ class Processes:
     """Replaces `ProcessPoolExecutor` and `wait`: trials are completed by name, in the order of a test."""
 
     def __init__(self, order: list[str]) -> None:
-        self.order, self.started, self.submitted, self.futures, self._processes = order, 0, [], {}, {}
+        self.order, self.started, self.submitted, self.futures = order, 0, [], {}
 
     def __call__(self, *args):
         self.started += 1

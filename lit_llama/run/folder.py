@@ -255,7 +255,7 @@ class RunFolder:
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             if self.is_first:
-                with completing(), explained(self.path, OSError):
+                with completing, explained(self.path, OSError):
                     for logger in self.loggers:
                         logger.close()
                     self.metrics.save()

@@ -22,8 +22,7 @@ from lit_llama.utils import UserError, log
 
 PATIENCE = timedelta(minutes=30)  # timeout of waiting for other machines, or for one process that works alone
 
-_completed = threading.Event()  # not set in a block of `completing`
-_completed.set()
+completing = threading.Lock()  # held in a block, such as an upload, that is completed although another process ended
 
 
 def fabric_strategy(strategy: str, num_nodes: int = 1) -> str | DDPStrategy | ModelParallelStrategy:
@@ -147,16 +146,6 @@ def watch_processes(fabric: Fabric, advice: str = "; continue it with --resume")
         threading.Thread(target=_watch_parent, args=(os.getppid(), advice), daemon=True).start()
 
 
-@contextmanager
-def completing() -> Iterator[None]:
-    """Let this process complete a block, such as an upload, although another process of the run has ended."""
-    _completed.clear()
-    try:
-        yield
-    finally:
-        _completed.set()
-
-
 def _disconnect() -> None:
     """Stop the threads of torch.distributed, which could abort the process while Python exits."""
     if dist.is_initialized():
@@ -171,8 +160,9 @@ def _watch_parent(parent: int, advice: str) -> None:
 
 def _give_up(children: list[Any], advice: str) -> None:
     time.sleep(3)  # a process that ends by itself reports a more precise error
-    if not _completed.is_set():
-        _completed.wait()
+    if completing.locked():
+        with completing:
+            pass
         time.sleep(3)
     for child in children:
         child.kill()
