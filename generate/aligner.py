@@ -32,7 +32,7 @@ class Settings(AnswerSettings):
 
     # == Many Aligners, a different one for each prompt ==
     bank: tuple[Path, ...] = ()  # instead of --adapter: a bank's file, or adapter files and folders, addressed by name
-    use: tuple[str, ...] = ()  # names in the bank, one for each prompt or one for all; "base", "a:0.5" and "a+b" work
+    use: tuple[str, ...] = ()  # names in the bank, one for all or one each (default: base); also "a:0.5" and "a+b"
 
     # == Prompts ==
     prompt: tuple[str, ...] = (
@@ -63,7 +63,7 @@ from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.sharding import in_step, only_assists
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, log
 
 
 class Plan(NamedTuple):
@@ -148,6 +148,8 @@ def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer)
     n_rows = max(1, len(requests))  # the chat has no requests and one row
     if len(settings.use) not in (0, 1, n_rows):
         raise UserError(f"There are {n_rows} prompts and {len(settings.use)} names in --use; give each its own.")
+    if not settings.use and not any(request.adapter for request in requests):
+        log("note: no prompt names an adapter, so the base model answers; name one with --use.")
     bank = open_bank(settings.bank, settings.checkpoint_dir)
     names = settings.use if len(settings.use) == n_rows else (settings.use or (BASE,)) * n_rows
     # the prompt file takes precedence over the command line

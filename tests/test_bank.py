@@ -583,6 +583,7 @@ def test_a_bank_supports_sums_strengths_and_chat_on_the_command_line(run_script,
     def answers(*more: object, stdin: str = "") -> str:
         code, out, err = run_script("generate/aligner.py", *flags, *more, stdin=stdin)
         assert code == 0, err
+        assert ("so the base model answers" in err) == ("--bank" in more and "--use" not in more)
         return out
 
     both = answers("--adapter", *trained.values(), "--strength", "1", "0.5", *prompt)

@@ -502,6 +502,14 @@ def test_processes_of_a_run_that_start_together_all_pass_the_first_check(finishe
         RunFolder(settings)
 
 
+def test_a_run_that_a_study_starts_is_continued_by_its_training_script(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["studies/reasoning.py", "--jobs", "1"])
+    run = RunFolder(cli.parse(script.Settings, flags(tmp_path / "run")))
+    *command, config, resume = shlex.split(run.resume_command())
+    assert command == ["python", os.path.relpath(script.__file__), "--config"]
+    assert (config, resume) == (str(tmp_path / "run" / "config.yaml"), "--resume")
+
+
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

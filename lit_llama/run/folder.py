@@ -15,6 +15,7 @@ none. Only the first process of a run writes files; in the other processes, the 
 """
 
 import gc
+import inspect
 import json
 import os
 import platform
@@ -283,7 +284,8 @@ class RunFolder:
         raise SystemExit(code) from None
 
     def resume_command(self) -> str:
-        return shlex.join(["python", sys.argv[0], "--config", str(self.path / "config.yaml"), "--resume"])
+        script = os.path.relpath(inspect.getfile(type(self.settings)))  # sys.argv[0] may be that of a study
+        return shlex.join(["python", script, "--config", str(self.path / "config.yaml"), "--resume"])
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Add metrics to the row of a step."""
