@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     seconds = measure(settings)
-    names = {count: f"beside {count} busy" if count else "idle" for count in seconds}
+    names = {count: f"with {count} busy" if count else "idle" for count in seconds}
     rows = [
         [name, *(with_interval([1000 * s for s in times[name]]) for times in seconds.values())] for name in POLICIES
     ]

@@ -60,7 +60,9 @@ VARIANTS: dict[str, Variant] = {
 }
 
 ALIGNER300 = Variant("Aligner, N = 300", "aligner", {"adapter_prompt_length": 300})
-ROWS = sorted([*VARIANTS.values(), ALIGNER300], key=lambda variant: variant.method != "aligner")  # Aligners first
+ADAPTER_V2 = Variant("LLaMA-Adapter v2, 10 tokens", "adapter_v2", {"adapter_prompt_length": 10})
+# Aligners first
+ROWS = sorted([*VARIANTS.values(), ALIGNER300, ADAPTER_V2], key=lambda variant: variant.method != "aligner")
 
 
 def count(name: str, variant: Variant) -> int:

@@ -58,7 +58,7 @@ from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from microworld.world import STEPS_REQUEST
-from scripts.count_parameters import VARIANTS, Variant
+from scripts.count_parameters import ADAPTER_V2, VARIANTS, Variant
 from studies.paper_tasks import Part
 from studies.protocol import dpo_settings, rl_settings, sft_settings
 from studies.reasoning_report import BASE, Row, plot, report
@@ -78,7 +78,7 @@ from studies.trials import Cell, Plan, Record, Trial, choose, command_of, run_ce
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
-    "adapter_v2": Variant("LLaMA-Adapter v2, 10 tokens", "adapter_v2", {"adapter_prompt_length": 10}),
+    "adapter_v2": ADAPTER_V2,
 }
 QUICK = {"methods": ("aligner1",), "objectives": ("direct", "rl"), "tasks": ("two_hop",), "learning_rates": (0.128,),
          "seeds": (1,), "sft_steps": 40, "rl_steps": 25, "questions": 60}  # fmt: skip
