@@ -155,8 +155,8 @@ def train_tokenizer(settings: Settings) -> bytes:
     return content.getvalue()
 
 
-def extend_tokenizer(source: Path, names: list[str]) -> bytes:
-    """Return a SentencePiece tokenizer with one more piece for each name.
+def extend_tokenizer(settings: Settings) -> bytes:
+    """Return the SentencePiece tokenizer of `init_from` with one more piece for each new name.
 
     The added bytes are `SentencePiece` messages of its protocol buffer: the text, a score of 0, and the type
     USER_DEFINED, which is matched as a unit.
@@ -164,7 +164,8 @@ def extend_tokenizer(source: Path, names: list[str]) -> bytes:
     Raises:
         UserError: There is no such tokenizer.
     """
-    content = read_bytes(source, what="SentencePiece tokenizer")
+    names = new_names(settings, Tokenizer(settings.init_from))
+    content = read_bytes(settings.init_from / TOKENIZER_NAME, what="SentencePiece tokenizer")
     for name in names:
         text = f"\u2581{name}".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", 0.0) + b"\x18\x04"
@@ -256,18 +257,6 @@ def muon_and_adamw(model: LLaMA, settings: Settings) -> list[torch.optim.Optimiz
     return [muon, adamw]
 
 
-def make_tokenizer(settings: Settings) -> bytes:
-    """Return the content of the tokenizer's file.
-
-    Raises:
-        UserError: As `train_tokenizer` or `extend_tokenizer`.
-    """
-    if settings.init_from is None:
-        return train_tokenizer(settings)
-    names = new_names(settings, Tokenizer(settings.init_from))
-    return extend_tokenizer(settings.init_from / TOKENIZER_NAME, names)
-
-
 def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> None:
     """Write the prepared corpus."""
     documents = [*corpus(settings)]
@@ -299,7 +288,7 @@ def main(settings: Settings) -> None:
     continues = settings.resume and run.state_path.is_file()  # `fit` then checks that the rows are those of the state
     if fabric.global_rank == 0 and not (continues and data_dir.is_dir()):
         log("Writing the tokenizer and the corpus.")
-        tokenizer_model = make_tokenizer(settings)
+        tokenizer_model = train_tokenizer(settings) if settings.init_from is None else extend_tokenizer(settings)
         claim(settings.out_dir, [TOKENIZER_NAME])
         if not continues:
             run.remove_files(keep_run=False)  # --overwrite: a state could not be resumed with another corpus

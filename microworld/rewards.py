@@ -48,5 +48,5 @@ def two_hop(prompts: list[str], answers: list[str], rows: Rows) -> list[float]:
 def ends_right(answer: str, row: dict[str, Any]) -> bool:
     """Return whether the last statement of an answer, which has one or two steps, is correct."""
     if statements := parse_steps(answer):
-        return bool(row["steps"]) and states(statements[1], row["steps"][1])
+        return bool(row["steps"]) and states(statements[1], list(row["steps"][1]))
     return states(parse(answer), [row["topic"], row["answer"]])

@@ -52,12 +52,6 @@ def data_name(task: str, part: Part) -> str:
     return f"{task}-{part}" if task == "facts" else task
 
 
-def is_right(question: Question, answer: str) -> bool:
-    """Return the reward of an answer."""
-    row = {"topic": question.topic, "answer": question.answer, "steps": [list(step) for step in question.steps]}
-    return ends_right(answer, row)
-
-
 # == samples of the base ==
 
 
@@ -93,8 +87,8 @@ def rows_of(objective: str, questions: list[Question], samples: list[list[str]])
         return [(q, q.render_steps(rng.choice(forms))) for q in questions]
     rows: list[tuple] = []
     for question, answers in zip(questions, samples, strict=True):
-        right = [a for a in dict.fromkeys(answers) if is_right(question, a)]
-        wrong = [a for a in dict.fromkeys(answers) if not is_right(question, a)]
+        right = [a for a in dict.fromkeys(answers) if ends_right(a, vars(question))]
+        wrong = [a for a in dict.fromkeys(answers) if not ends_right(a, vars(question))]
         if objective == "best_of_n":
             rows += [(question, answer) for answer in right]
         elif right and wrong:
