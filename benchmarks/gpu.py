@@ -9,7 +9,7 @@ On a CPU, --accelerator cpu --size microworld tests the command itself.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -19,9 +19,7 @@ from lit_llama.settings import PositiveInt, Range
 
 Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train", "decode",
                "peers"]  # fmt: skip
-USUAL: tuple[Part, ...] = (
-    "logits", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train", "decode"
-)  # fmt: skip
+USUAL: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "peers")
 
 
 @dataclass
@@ -86,12 +84,10 @@ def measure_training(settings: Settings, device: torch.device, dtype: torch.dtyp
     sft, dpo = (partial(worker.step, batches=batch, data="random", loss=loss) for loss in ("sft", "dpo"))
     peak = matmul_rate(device, dtype, "wall")
 
-    def rates(steps: list[dict]) -> list[float]:
-        return [step["lengths"].sum() / sum(step["seconds"].values()) for step in steps]
-
     def utilization(what: str, steps: list[dict]) -> list[str]:
         flops = training_flops(worker.model.config, steps[0]["lengths"]) / steps[0]["lengths"].sum()
-        used = f"{np.median(rates(steps)) * flops / peak:.0%} ({with_interval(rates(steps))} tokens/s)"
+        rates = training.tokens_per_second(steps)
+        used = f"{np.median(rates) * flops / peak:.0%} ({with_interval(rates)} tokens/s)"
         return [f"training, {what}: utilization of the rate of a large product", "≥ 60%", used, ""]
 
     packed = partial(worker.step, batches=batch, data="random, packed", loss="dpo")

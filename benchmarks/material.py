@@ -45,30 +45,28 @@ def shape(size: str) -> LLaMAConfig:
     return LLaMAConfig.from_name(size)
 
 
-def write_weights(folder: Path, config: LLaMAConfig, dtype: torch.dtype) -> None:
-    """Write a base with random weights, and the same in Hugging Face's format to its folder `hf`, unless it exists."""
+def random_weights(out_dir: Path, size: str, dtype: torch.dtype) -> Path:
+    """Write a base of a size with random weights, unless it exists, and return its folder.
+
+    Its folder `hf` has the same weights in Hugging Face's format.
+    """
+    folder, config = out_dir / f"weights-{size}-{dtype_name(dtype)}", shape(size)
     about = json.dumps({"config": config.to_json(), "dtype": str(dtype)})
     done = folder / "benchmark.json"
     if done.is_file() and done.read_text(encoding="utf-8") == about:
-        return
+        return folder
 
-    def random(name: str, size: tuple[int, ...]) -> torch.Tensor:
-        return torch.ones(size) if name.endswith("scale") else 0.02 * torch.randn(size)
+    def random(name: str, dims: tuple[int, ...]) -> torch.Tensor:
+        return torch.ones(dims) if name.endswith("scale") else 0.02 * torch.randn(dims)
 
     torch.manual_seed(0)
-    tensors = {name: LazyTensor(size, dtype, partial(random, name, size)) for name, size in parameters(config).items()}
+    tensors = {name: LazyTensor(dims, dtype, partial(random, name, dims)) for name, dims in parameters(config).items()}
     with atomic_folder(folder, "random model") as new:
         write_base(new, config, tensors)
         (new / "hf").mkdir()
         write_tensors(new / "hf" / "model.safetensors", to_hf(open_tensors([weights_path(new)]), config))
         write_text(new / "hf" / "config.json", json.dumps(hf_config(config, dtype, Tokenizer(MICROWORLD))))
         write_text(new / done.name, about)
-
-
-def random_weights(out_dir: Path, size: str, dtype: torch.dtype) -> Path:
-    """Write a base of a size with random weights, unless it exists, and return its folder."""
-    folder = out_dir / f"weights-{size}-{dtype_name(dtype)}"
-    write_weights(folder, shape(size), dtype)
     return folder
 
 

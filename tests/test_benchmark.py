@@ -231,10 +231,9 @@ def test_growth(toy, monkeypatch):
 
 
 def test_the_bare_base_has_the_same_loss_and_no_gradients(toy, tmp_path):
-    config = material.shape("toy")
-    material.write_weights(tmp_path / "weights", config, torch.float32)
-    material.write_data(tmp_path / "data", *material.alpaca_lengths(8, 64), config.vocab_size)
-    common = dict(weights=tmp_path / "weights", data=tmp_path / "data", **CPU)
+    weights = material.random_weights(tmp_path, "toy", torch.float32)
+    material.write_data(tmp_path / "data", *material.alpaca_lengths(8, 64), material.shape("toy").vocab_size)
+    common = dict(weights=weights, data=tmp_path / "data", **CPU)
     bare, aligned = (InProcess("", **common, kind="ours", n=n) for n in (0, 1))
     for contestant, parameters in ((bare, 0), (aligned, 32 + 4)):
         contestant("load")
