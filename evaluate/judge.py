@@ -230,7 +230,7 @@ class Dispatcher:
         if self.successes or self.accepted_before:
             for key, request in self.refused.items():
                 if key not in self.judge.records:
-                    self.judge.store(self.record(key, request, refused=self.judge.failed[key]))
+                    self.judge.store(self.record(key, request, {"reply": "", "refused": self.judge.failed[key]}))
         elif self.judge.failed and not errors:
             errors = [UserError(f"{self.name()} accepts no request ({next(iter(self.judge.failed.values()))}).")]
         if errors and isinstance(errors[0], UserError):
@@ -273,7 +273,14 @@ class Dispatcher:
                 attempt += 1
             else:
                 self.successes, self.failures_in_a_row = self.successes + 1, 0
-                return self.record(key, request, reply, time.monotonic() - began)
+                received = {
+                    "reply": reply_text(reply),
+                    "finish_reason": reply["choices"][0].get("finish_reason"),
+                    "served_model": reply.get("model"),
+                    "usage": reply.get("usage"),
+                    "seconds": round(time.monotonic() - began, 3),
+                }
+                return self.record(key, request, received)
         return None
 
     def name(self) -> str:
@@ -309,29 +316,17 @@ class Dispatcher:
         if self.failures_in_a_row >= most:
             raise UserError(f"{self.name()} does not answer these requests ({reason}).")
 
-    def record(
-        self,
-        key: str,
-        request: Request,
-        reply: dict[str, Any] | None = None,
-        seconds: float | None = None,
-        refused: str | None = None,
-    ) -> dict[str, Any]:
-        """Return the line of the cache file. That of a refused request has an empty reply, and the reason."""
-        about: dict[str, Any] = {"reply": "", "refused": refused}
-        if reply is not None:
-            about = {
-                "reply": reply_text(reply),
-                "finish_reason": reply["choices"][0].get("finish_reason"),
-                "served_model": reply.get("model"),
-                "usage": reply.get("usage"),
-                "seconds": round(seconds, 3),
-            }
+    def record(self, key: str, request: Request, received: dict[str, Any]) -> dict[str, Any]:
+        """Return the line of the cache file.
+
+        Args:
+            received: the fields of the reply; for a refused request an empty reply, and the reason.
+        """
         return {
             "key": key,
             **request.about,
             "model": self.settings.judge_model,
-            **about,
+            **received,
             "endpoint": self.judge.endpoint.name,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "request": request.body(self.settings),

@@ -174,17 +174,6 @@ def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     return {"predicted": match[1] if match else chosen}
 
 
-def generate_letters(
-    evaluated: EvaluatedModel, questions: list[Question], settings: Settings, results: Results
-) -> list[dict[str, Any]]:
-    stop = ("\n\n",) if evaluated.style.name == "plain" else evaluated.style.stop
-    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    return answer_questions(
-        evaluated, questions, sampling, results, stop=stop, batch_size=settings.batch_size, desc="MMLU",
-        score=read_letter,
-    )  # fmt: skip
-
-
 # == Summary ==
 
 
@@ -262,7 +251,12 @@ def main(settings: Settings) -> dict[str, Any]:
     if letters:
         records = score_letters(evaluated, fitting, prompts, letters, results, settings.batch_tokens)
     else:
-        records = generate_letters(evaluated, fitting, settings, results)
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+        stop = ("\n\n",) if style.name == "plain" else style.stop
+        records = answer_questions(
+            evaluated, fitting, sampling, results, stop=stop, batch_size=settings.batch_size, desc="MMLU",
+            score=read_letter,
+        )  # fmt: skip
     summary = summarize(records, questions, settings.scoring)
     return results.finish(summary, show(summary, settings.shots))
 

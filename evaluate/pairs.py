@@ -174,7 +174,10 @@ def rating_summary(
 def comparison_summary(
     comparisons: list[Comparison], first: Answers | None = None, second: Answers | None = None
 ) -> dict[str, Any]:
-    """Return counts, rates and scores of all questions and of each category, and the effects of order and length."""
+    """Return counts, rates and scores of all questions and of each category, and the effects of order and length.
+
+    `questions` lists the scores of each question in both orders, (first, second) each, and the verdict.
+    """
     verdicts = [c.verdict for c in comparisons]
     summary: dict[str, Any] = {
         "all": {**tally(verdicts), **mean_scores(comparisons)},
@@ -187,15 +190,11 @@ def comparison_summary(
     }
     if first and second:
         summary["length"] = length_summary(comparisons, first, second)
-    return summary
-
-
-def list_verdicts(comparisons: list[Comparison]) -> list[dict[str, Any]]:
-    """Return the scores of each question in both orders, (first, second) each, and the verdict, as JSON."""
-    return [
+    summary["questions"] = [
         {"id": c.item.id, "category": c.item.category, "direct": c.direct, "swapped": c.swapped, "verdict": c.verdict}
         for c in comparisons
     ]
+    return summary
 
 
 def by_category(comparisons: Sequence[Any]) -> dict[str, list[Any]]:

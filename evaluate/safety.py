@@ -61,7 +61,6 @@ from evaluate.pairs import (
     fixed,
     judge_each,
     judge_pairs,
-    list_verdicts,
     plot_bars,
     plot_pairs,
     rating_summary,
@@ -237,7 +236,7 @@ def judge_all(judge: Judge | None, kind: str, asked: list[Item], first: Answers,
         summary["unsafe"], prompts = rating_summary(flags, flag_shares), {}
     else:
         comparisons, records = judge_pairs(judge, SCORES_PROMPT, harmful, first, second)
-        summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
+        summary["pairs"] = comparison_summary(comparisons, first, second)
         prompts = {"scores": SCORES_PROMPT}
         if harmless:
             request = partial(flag_request, "refusal")

@@ -48,7 +48,6 @@ from evaluate.pairs import (
     fixed,
     judge_each,
     judge_pairs,
-    list_verdicts,
     plot_bars,
     plot_pairs,
     rating_summary,
@@ -167,7 +166,7 @@ def judge_all(judge: Judge, judging: str, asked: list[Item], first: Answers, sec
     if judging in ("both", "pair"):
         comparisons, pair_records = judge_pairs(judge, PAIR_PROMPT, asked, first, second)
         records += pair_records
-        summary["pairs"] = {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)}
+        summary["pairs"] = comparison_summary(comparisons, first, second)
     if judging in ("both", "single"):
         grades, single_records = judge_each(judge, asked, first, second, single_request, parse_score)
         records += single_records
@@ -208,7 +207,7 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
             "reviewers": sorted({str(reviews[item.id].get("reviewer_id")) for item in asked}),
             "other_scores_stored": [c.item.id for c, score in stored if list(c.direct or (-1, -1)) != score],
         },
-        "pairs": {**comparison_summary(comparisons, first, second), "questions": list_verdicts(comparisons)},
+        "pairs": comparison_summary(comparisons, first, second),
     }
 
 
