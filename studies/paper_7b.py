@@ -12,12 +12,10 @@ continues when it is started again. --dry_run lists the commands with predicted 
 numbers are listed next to ours in report.md, report.csv and a figure for each table.
 """
 
-import csv
-import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -64,6 +62,7 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+import numpy as np
 import torch
 
 from evaluate.endpoint import Endpoint
@@ -72,7 +71,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import read_json
-from lit_llama.tables import markdown_table
+from lit_llama.tables import csv_text, markdown_table
 from lit_llama.utils import UserError, log
 from scripts.count_parameters import ALIGNER300, VARIANTS, Variant
 
@@ -262,35 +261,30 @@ def command(script: str, flags: dict[str, Any]) -> list[str]:
 
 
 def mmlu_table(study: Study) -> tuple[list[Step], list[Cell]]:
-    steps, cells = [], []
     flags = {"data_file": study.settings.mmlu_file, "shots": 1}
     hours = 2 * study.parameters * 14_042 * 400 / (study.settings.gpu_tflops * 1e12) / 3600
-    for method in (BASE, *study.methods):
-        if method != BASE:
-            steps += study.train(method, "alpaca")
-        adapter = None if method == BASE else study.run(method, "alpaca")
-        steps.append(study.evaluate("mmlu", method, {"adapter": adapter, **flags}, hours))
-        cells.append(Cell(label(method), "accuracy", study.results("mmlu", method) / "summary.json", read_accuracy,
-                          0.2555 if method == BASE else None))  # fmt: skip
-    return steps, cells
-
-
-GSM8K_OF_PAPER = {"aligner1": 0.053, "aligner10": 0.103, "aligner100": 0.163, "aligner300": 0.262, "adapter": 0.252,
-                  "lora": 0.355}  # fmt: skip
+    return accuracies(study, "mmlu", "alpaca", flags, hours, {BASE: 0.2555})
 
 
 def gsm8k_table(study: Study) -> tuple[list[Step], list[Cell]]:
-    steps, cells = [], []
     flags = {"data_file": study.settings.gsm8k_file, "max_new_tokens": study.settings.max_new_tokens}
-    hours = study.decoding_hours(1_319, 512, batch_size=32)
-    for method in study.methods:
-        adapter = study.run(method, "metamath")
-        steps += [
-            *study.train(method, "metamath"),
-            study.evaluate("gsm8k", method, {"adapter": adapter, **flags}, hours),
-        ]
-        cells.append(Cell(label(method), "accuracy", study.results("gsm8k", method) / "summary.json", read_accuracy,
-                          GSM8K_OF_PAPER[method]))  # fmt: skip
+    paper = {"aligner1": 0.053, "aligner10": 0.103, "aligner100": 0.163, "aligner300": 0.262, "adapter": 0.252,
+             "lora": 0.355}  # fmt: skip
+    return accuracies(study, "gsm8k", "metamath", flags, study.decoding_hours(1_319, 512, batch_size=32), paper)
+
+
+def accuracies(
+    study: Study, benchmark: str, dataset: str, flags: dict[str, Any], hours: float, paper: dict[str, float]
+) -> tuple[list[Step], list[Cell]]:
+    """Return the plan of a table of accuracies, with a row for the base if the paper has its number."""
+    steps, cells = [], []
+    for method in (BASE, *study.methods) if BASE in paper else study.methods:
+        adapter = None
+        if method != BASE:
+            steps += study.train(method, dataset)
+            adapter = study.run(method, dataset)
+        steps.append(study.evaluate(benchmark, method, {"adapter": adapter, **flags}, hours))
+        cells.append(Cell(label(method), "accuracy", steps[-1].done, read_accuracy, paper.get(method)))
     return steps, cells
 
 
@@ -483,9 +477,9 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
             except (LookupError, TypeError) as error:
                 raise UserError(f"{cell.summary} is damaged ({error!r}); delete it and run again.") from None
             rows.append((cell, number))
-            lines.append(
-                [name, cell.row, cell.column, number.value, *(number.interval or ("", "")), number.n, cell.paper]
-            )
+            low, high = number.interval or (None, None)
+            lines.append({"table": name, "row": cell.row, "number": cell.column, "here": number.value, "low": low,
+                          "high": high, "questions": number.n, "paper": cell.paper})  # fmt: skip
         parts.append(render(TABLES[name], rows))
         if any(number.value is not None for _, number in rows):
             plot(TABLES[name], rows, settings.out_dir / f"{name}.png")
@@ -495,7 +489,7 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
     text = f"# The paper's benchmarks on {settings.checkpoint_dir}\n{caveat}\n" + "\n".join(parts)
     print(text, end="")
     write_text(settings.out_dir / "report.md", text)
-    write_csv(settings.out_dir / "report.csv", lines)
+    write_text(settings.out_dir / "report.csv", csv_text(lines))
     log(f"wrote {settings.out_dir / 'report.md'}")
 
 
@@ -511,35 +505,22 @@ def render(table: Table, rows: list[tuple[Cell, Number]]) -> str:
     return f"## {table.title}\n\n{markdown_table(['', 'number', 'here', '95%', 'questions', 'paper'], cells)}\n{notes}"
 
 
-HERE = "here, 95% interval"
-
-
 def plot(table: Table, rows: list[tuple[Cell, Number]], path: Path) -> None:
     """Draw our numbers with their intervals, and the paper's as crosses."""
     figure = make_figure(8, 1.5 + 0.4 * len(rows))
     axes = figure.subplots()
-    for place, (cell, (value, interval, _)) in enumerate(rows):
-        if value is not None:
-            low, high = interval or (value, value)
-            axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color="C0", capsize=3,
-                          label=None if HERE in labels(axes) else HERE)  # fmt: skip
-        if cell.paper is not None:
-            axes.plot(cell.paper, place, "x", color="C1", label="paper" if "paper" not in labels(axes) else None)
+    here = [(n.value, place, *(n.interval or (n.value, n.value)))
+            for place, (_, n) in enumerate(rows) if n.value is not None]  # fmt: skip
+    values, places, lows, highs = np.transpose(here)
+    axes.errorbar(values, places, xerr=[values - lows, highs - values], fmt="o", color="C0", capsize=3,
+                  label="here, 95% interval")  # fmt: skip
+    if paper := [(cell.paper, place) for place, (cell, _) in enumerate(rows) if cell.paper is not None]:
+        axes.plot(*np.transpose(paper), "x", color="C1", label="paper")
     axes.set(yticks=range(len(rows)), yticklabels=[cell.row for cell, _ in rows], title=table.title,
              xlabel=rows[0][0].column)  # fmt: skip
     axes.invert_yaxis()
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     save_figure(figure, path)
-
-
-def labels(axes: Any) -> Iterable[str]:
-    return axes.get_legend_handles_labels()[1]
-
-
-def write_csv(path: Path, lines: list[list[Any]]) -> None:
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([["table", "row", "number", "here", "low", "high", "questions", "paper"], *lines])
-    write_text(path, buffer.getvalue())
 
 
 if __name__ == "__main__":
