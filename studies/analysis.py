@@ -163,16 +163,8 @@ def norms(heads: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def token_shifts(model: aligner.LLaMA) -> dict[int, torch.Tensor]:
-    """Return what one token adds to the residual stream in each layer (C,): gate × V_p through c_proj.
-
-    Raises:
-        UserError: The prefix has more tokens, whose weights depend on the query.
-    """
-    config, shifts = model.config, {}
-    if config.adapter_prompt_length > 1:
-        raise UserError(
-            f"A prefix of {config.adapter_prompt_length} tokens adds no constant; the lens is for one token."
-        )
+    """Return what an Aligner of one token adds to the residual stream in each layer (C,): gate × V_p through c_proj."""
+    shifts = {}
     for layer, block in enumerate(model.transformer.h):
         if isinstance(block.attn, aligner.CausalSelfAttention):
             _, values = block.attn.constants(model.output_weight.dtype)  # (1, nh, 1, hs)

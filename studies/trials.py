@@ -221,16 +221,6 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def on_one_thread(work: Callable[..., T], *args: Any) -> T:
-    """Call a function while PyTorch uses one thread, as a worker does: rounding depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return work(*args)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def run_trials(
     trials: Iterable[Trial], out_dir: Path, score: Score | None = None, *, jobs: int = 2, desc: str = "trials"
 ) -> list[Record]:
@@ -299,7 +289,7 @@ def run_plans(
         records[number], bar.total = [None] * len(trials), max(expected, len(names))
         for place, trial in enumerate(trials):
             if jobs == 1:
-                ready.append((number, place, functools.partial(on_one_thread, run_trial, trial, out_dir, score)))
+                ready.append((number, place, functools.partial(run_trial, trial, out_dir, score)))
             elif (record := stored_record(trial, out_dir)) is not None:
                 ready.append((number, place, functools.partial(dict, record)))
             else:
@@ -316,6 +306,9 @@ def run_plans(
 
     not_started = iter(range(len(plans)))
     with bar, stack:
+        if jobs == 1:  # one thread, as in a worker: rounding depends on it
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         try:
             while len(results) < len(plans):
                 if ready:
