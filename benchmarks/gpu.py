@@ -17,8 +17,8 @@ from benchmarks.settings import DeviceSettings
 from lit_llama import cli
 from lit_llama.settings import PositiveInt, Range
 
-Part = Literal["logits", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train", "decode",
-               "peers"]  # fmt: skip
+Part = Literal["logits", "compiled", "answers", "training", "dpo", "quantize", "flash", "packed", "processes", "train",
+               "decode", "peers"]  # fmt: skip
 USUAL: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "peers")
 
 

@@ -84,9 +84,9 @@ def tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [rng.integers(3, 2048, n).tolist() for n in lengths]
 
 
-def batch(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return four rows of up to 64 random tokens, of which about half are labels."""
-    ids = [torch.tensor(row) for row in tokens(64, 50, 41, 64)]
+def batch(device: torch.device, *lengths: int) -> dict[str, torch.Tensor]:
+    """Return rows of random tokens, by default four of up to 64; the first 20 of each are not labels."""
+    ids = [torch.tensor(row) for row in tokens(*(lengths or (64, 50, 41, 64)))]
     labels = [torch.where(torch.arange(len(row)) < 20, -1, row) for row in ids]
     return {name: tensor.to(device) for name, tensor in pad_rows(ids, labels).items()}
 
@@ -109,6 +109,32 @@ def check_logits_and_gradients(device: torch.device, out_dir: Path) -> Iterator[
                 yield within(f"{what}, N = {n}, {name}: relative error", error(actual, expected), most)
 
 
+def check_compiled(device: torch.device, out_dir: Path) -> Iterator[Row]:
+    """Log-probabilities and gradients of compiled layers in bf16: rows of two lengths, and packed rows."""
+    network, compiled = model(device, torch.bfloat16, 10), model(device, torch.bfloat16, 10)
+    compile_(compiled, "training", backend(device))
+    packed = pack_answers([(prompt, tokens(9, 30, seed=len(prompt))) for prompt in tokens(20, 35)])
+    packed = {name: packed[name].to(device) for name in ("idx", "labels", "label_index", "segments")}
+    for kind, rows in (
+        ("up to 64 tokens", batch(device)),
+        ("up to 40 tokens", batch(device, 40, 31, 33)),
+        ("packed rows", packed),
+    ):
+        results = []
+        for layers in (compiled, network):
+            layers.zero_grad()
+            logps = layers.label_logps(**rows)
+            logps.sum().backward()
+            results.append((logps, torch.cat([p.grad.flatten() for p in layers.parameters() if p.requires_grad])))
+        for what, one, other, most in zip(("log-probabilities", "gradients"), *results, (0.03, 0.1), strict=True):
+            yield within(f"--compile, {kind}, {what}, bf16: relative error", error(one, other), most)
+
+
+def backend(device: torch.device) -> str:
+    """Return the backend of `torch.compile`: on a CPU one that needs no compiler."""
+    return "inductor" if device.type == "cuda" else "eager"
+
+
 def check_greedy_answers(device: torch.device, out_dir: Path) -> Iterator[Row]:
     """Greedy tokens of the bundled Aligner, plain and compiled, and of a bank whose rows differ."""
     bank, prompts = open_bank(ADAPTERS, MICROWORLD), tokens(12, 30, 7, 21, 12)
@@ -117,7 +143,7 @@ def check_greedy_answers(device: torch.device, out_dir: Path) -> Iterator[Row]:
     def answers(where: torch.device, dtype: torch.dtype, compiled: bool = False) -> list[list[int]]:
         network = load_with_bank(MICROWORLD, bank, next(iter(bank)), merge=True, device=where, dtype=dtype)
         if compiled:
-            compile_(network, "decoding", "inductor" if where.type == "cuda" else "eager")
+            compile_(network, "decoding", backend(where))
         return generate(network, prompts, sampling)
 
     expected = answers(CPU, torch.float32)
@@ -203,18 +229,20 @@ def check_training(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 
 def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """DPO starts from its reference: the loss is ln 2 and every margin 0, within 1e-5, also for packed pairs."""
-    for name in DTYPES:
+    """DPO starts from its reference: the loss is ln 2 and every margin 0, within 1e-5, also packed and compiled."""
+    for name, compiled in (("fp32", False), ("bf16", False), ("bf16", True)):
         run = trainer(device, name, out_dir)
         pairs = PreferenceData(out_dir / "check-rows" / "pairs", "train")
         loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
-        batches = np.array_split(np.arange(len(pairs)), 4)
+        batches = np.array_split(np.arange(len(pairs)), 4)[: 1 if compiled else 2]  # compiling a shape takes seconds
+        if compiled:
+            compile_(run.unwrapped, "training", backend(device))
         for width in (0, 10**6):
             pairs.n_embd = width
             if ("segments" in pairs.batch(batches[0])) != (width > 0):
                 raise Failed(f"Pairs are {'not ' if width else ''}packed for a model of width {width}")
             check_policy_equals_reference(loss, pairs, run.fabric, run.model, batches)
-        yield f"DPO's start, {name}: distance of the loss from ln 2", "≤ 1e-5", "within"
+        yield f"DPO's start, {name}{', --compile' * compiled}: distance of the loss from ln 2", "≤ 1e-5", "within"
 
 
 def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
@@ -234,36 +262,46 @@ def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
                      0.1 if mode == "int8" else 0.3)  # fmt: skip
 
 
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
 def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
-    """Flash attention is available forward and backward in bf16, for text and prefix attention."""
-    network, rows = model(device, torch.bfloat16, 10), batch(device)
-    try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-            network.label_logps(rows["idx"], rows["labels"], rows["label_index"]).sum().backward()
-    except RuntimeError as problem:
-        raise Failed(f"Flash attention is not reached: {str(problem).splitlines()[0]}") from None
-    yield "attention through the flash kernels alone, N = 10", "possible", "yes"
+    """Attention to text and prefix is fused, forward and backward: by flash in bf16, also with grouped queries."""
+    rows = batch(device)
+    for n_kv_head, kind in ((8, "all heads"), (2, "grouped queries")):
+        for name, kernels, which in (("bf16", FUSED[:1], "flash"), ("fp32", FUSED, "fused")):
+            network = random_model(device, DTYPES[name], n_kv_head)
+            try:
+                with sdpa_kernel(kernels):
+                    network.label_logps(**rows).sum().backward()
+            except RuntimeError as problem:
+                raise Failed(f"No fused attention, {kind}, {name}: {str(problem).splitlines()[0]}") from None
+            yield f"attention through the {which} kernels alone, {kind}, {name}", "possible", "yes"
+
+
+def random_model(device: torch.device, dtype: torch.dtype, n_kv_head: int) -> aligner.LLaMA:
+    """Return a model of the micro-world's shape with random weights and ten tokens, the same on every device."""
+    torch.manual_seed(0)
+    config = {**asdict(LLaMAConfig.from_name("microworld")), "adapter_prompt_length": 10, "n_kv_head": n_kv_head}
+    network = aligner.LLaMA(aligner.LLaMAConfig(**config))
+    for block in network.transformer.h[network.config.adapter_start_layer :]:
+        torch.nn.init.normal_(block.attn.gating_factor, std=0.1)
+    aligner.mark_only_adapter_as_trainable(network)
+    return network.to(device, dtype)
 
 
 def check_packed(device: torch.device, out_dir: Path) -> Iterator[Row]:
     """Answers that share a row, as in RL and DPO, against separate rows, with fused attention alone."""
     groups = [(prompt, tokens(9, 30, seed=len(prompt))) for prompt in tokens(20, 35)]
     separate = [(prompt, [answer]) for prompt, answers in groups for answer in answers]
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    config = {**asdict(LLaMAConfig.from_name("microworld")), "adapter_prompt_length": 10}
     for kind, n_kv_head in (("all heads", 8), ("grouped queries", 2)):
         for name, limits in (("fp32", (1e-4, 1e-3)), ("bf16", (0.03, 0.1))):
-            torch.manual_seed(0)
-            network = aligner.LLaMA(aligner.LLaMAConfig(**{**config, "n_kv_head": n_kv_head}))
-            for block in network.transformer.h[2:]:
-                torch.nn.init.normal_(block.attn.gating_factor, std=0.1)
-            aligner.mark_only_adapter_as_trainable(network)
-            network, results = network.to(device, DTYPES[name]), []
+            network, results = random_model(device, DTYPES[name], n_kv_head), []
             for packed in (pack_answers(groups), pack_answers(separate)):
                 rows = [packed[key].to(device) for key in ("idx", "labels", "label_index", "segments")]
                 network.zero_grad()
                 try:
-                    with sdpa_kernel(fused):
+                    with sdpa_kernel(FUSED):
                         logps = network.label_logps(*rows)
                         logps.sum().backward()
                 except RuntimeError as problem:
@@ -294,6 +332,7 @@ def check_processes(device: torch.device, out_dir: Path) -> Iterator[Row]:
 
 CHECKS: dict[str, Callable[[torch.device, Path], Iterator[Row]]] = {
     "logits": check_logits_and_gradients,
+    "compiled": check_compiled,
     "answers": check_greedy_answers,
     "training": check_training,
     "dpo": check_dpo,

@@ -68,7 +68,10 @@ from generate.engine import Engine
 from lit_llama.bank import Bank, open_bank
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.compose import load_with_bank
+from lit_llama.console import explain
 from lit_llama.device import pick_device
+from lit_llama.kv_cache import cache_dtype
+from lit_llama.memory import byte_size, cache_bytes
 from lit_llama.model import LLaMAConfig
 from lit_llama.onednn import pack_
 from lit_llama.prompts import get_prompt_style
@@ -117,22 +120,29 @@ def with_access(settings: Settings) -> Settings:
 
 
 def make_engine(settings: Settings) -> Engine:
-    """Load the model and allocate the running batch."""
+    """Load the model and allocate the running batch.
+
+    Raises:
+        UserError: A file or setting does not fit, or the KV cache does not fit into the memory.
+    """
     base = settings.checkpoint_dir
     device, dtype = pick_device(settings.accelerator, settings.precision)
     weights_path(base)  # report a missing folder rather than its missing tokenizer
     tokenizer = Tokenizer(base)
     bank = open_bank(settings.bank, base) if settings.bank else Bank(LLaMAConfig.from_json(base / CONFIG_NAME), base)
     model = pack_(load_with_bank(base, bank, device=device, dtype=dtype, quantize=settings.quantize))
-    engine = Engine(
-        model,
-        tokenizer,
-        max_batch=settings.max_batch,
-        max_waiting=settings.max_waiting,
-        max_length=settings.max_length,
-    )
-    cache = engine.cache.k.nbytes + engine.cache.v.nbytes
-    log(f"{len(bank)} adapters; the KV cache of {settings.max_batch} rows takes {cache / 1e9:.2f} GB")
+    rows, length = settings.max_batch, min(settings.max_length or model.max_tokens, model.max_tokens)
+    size = byte_size(cache_bytes(model.config, rows, length, cache_dtype(model.transformer.wte.weight)))
+    try:
+        engine = Engine(model, tokenizer, max_batch=rows, max_waiting=settings.max_waiting, max_length=length)
+    except RuntimeError as error:
+        if not explain(error):
+            raise
+        raise UserError(
+            f"There is no memory for the KV cache: {rows} rows of {length:,} tokens take {size}; lower --max_batch or "
+            "--max_length."
+        ) from None
+    log(f"{len(bank)} adapters; the KV cache of {rows} rows of {length:,} tokens takes {size}")
     return engine
 
 

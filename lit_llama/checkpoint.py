@@ -261,7 +261,7 @@ def load_model(
         method_config: Configuration of the new adapter.
         device: Device of all parameters.
         dtype: Dtype of the base's parameters. Those of the adapter are always fp32.
-        quantize: Quantization of the base's projections, one of `lit_llama.settings.Quantize`; they compute in `dtype`.
+        quantize: Quantization of the base's projections, one of `lit_llama.settings.Quantize`.
         mesh: Processes over which the base is sharded; each reads and stores a part (see `lit_llama.sharding`).
 
     Raises:

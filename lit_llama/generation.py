@@ -2,7 +2,8 @@
 
     prompts ──► prefill ──► sample ──► decode_one_token ──► sample ──► ...      (`decode`, one step per new token)
 
-A row's tokens depend only on its prompt and seed, not on the rest of the batch. A KV cache lives for one call.
+A row's tokens depend only on its prompt and seed, not on the rest of the batch (on a GPU up to rounding, which depends
+on the number of rows). A KV cache lives for one call.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

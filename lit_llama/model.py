@@ -241,7 +241,8 @@ class CausalSelfAttention(nn.Module):
             groups = q.unflatten(1, (k.size(1), -1)).squeeze(3).to(k.dtype)  # (B, ng, nh / ng, hs)
             masks = None if mask is None else mask.expand(-1, -1, groups.size(2), -1)
             return F.scaled_dot_product_attention(groups, k, v, attn_mask=masks).flatten(1, 2).unsqueeze(2)
-        if q.size(1) != k.size(1) and mask is not None:  # CUDA has no fused kernel for both
+        # CUDA has no fused kernel for grouped queries with a mask or in fp32
+        if q.size(1) != k.size(1) and (mask is not None or (k.is_cuda and k.dtype == torch.float32)):
             k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         # a plain bool, even where torch.compile makes the length a symbol
         is_causal = True if mask is None and q.size(2) > 1 else False

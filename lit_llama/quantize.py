@@ -4,8 +4,12 @@ The projections of attention and MLP are quantized. Embedding, output layer, nor
 run, and adapters stay fp32. Gradients pass through the quantized weights to the adapter (arXiv 2305.14314 for nf4,
 arXiv 2208.07339 for int8).
 
+On CUDA, bitsandbytes converts the inputs and outputs of int8 layers to fp16, so values above 65,504 overflow; the
+backward pass is in the precision of the run.
+
 Fabric's plugin, `BitsandbytesPrecision`, wraps the same layers. It is not used, because it quantizes only on CUDA, it
-computes in fp16 with int8, which needs loss scaling in training, and generation does not run under Fabric.
+runs the complete model in fp16 with int8, which needs loss scaling in training, and generation does not run under
+Fabric.
 """
 
 from typing import get_args
@@ -61,7 +65,7 @@ def quantize_(model: LLaMA, mode: str, device: torch.device, dtype: torch.dtype)
         model: the weights of its projections are on the CPU, in any dtype.
         mode: one of `Quantize`, checked by `check_quantize`.
         device: device of the quantized layers.
-        dtype: dtype in which the layers compute.
+        dtype: dtype in which the layers compute, int8 on CUDA in part in fp16.
     """
     for name, layer in projections(model).items():
         parent, _, child = name.rpartition(".")

@@ -196,7 +196,8 @@ def check_policy_equals_reference(
             raise UserError(
                 f"Before the first step the loss is {value:.6f} and a margin {margin:.1e}, but they must be "
                 f"{loss.loss_at_start:.6f} and 0: policy and reference have the same weights but are rounded "
-                "differently on this device. Use --precompute_reference false, --precision 32-true or --compile false."
+                "differently on this device. Use --compile false or --precision 32-true; if the reference was computed "
+                "on another machine, use --precompute_reference false."
             )
 
 

@@ -2,7 +2,7 @@
 
 A step is always an optimizer step. Its gradient is that of the mean loss over all targets of the step (label tokens for
 SFT, pairs for DPO), regardless of how the rows are split into micro-batches and across processes. A step depends only
-on the seed, its number and the weights, so a run that is killed and resumed reaches the same losses.
+on the seed, its number and the weights, so a resumed run reaches the same losses (on a GPU up to rounding).
 """
 
 import math

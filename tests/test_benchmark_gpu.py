@@ -13,7 +13,7 @@ SMALL = ("--accelerator", "cpu", "--size", "microworld", "--rounds", "1", "--row
 
 
 def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path):
-    parts = ("logits", "flash", "packed", "dpo", "processes", "train", "decode")
+    parts = ("logits", "compiled", "flash", "packed", "dpo", "processes", "train", "decode")
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", *parts)
     assert code == 0, err
     assert out == (tmp_path / f"gpu-microworld-cpu-{'-'.join(parts)}.md").read_text(encoding="utf-8")
@@ -23,7 +23,10 @@ def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path)
     for row in (
         "gradients, N = 10, bf16",
         "packed rows, grouped queries, gradients, bf16",
+        "--compile, packed rows, gradients, bf16",
+        "grouped queries, fp32 | possible | yes",
         "DPO's start, bf16",
+        "DPO's start, bf16, --compile",
         "DPO with packed pairs over separate responses",
         "utilization",
         "decode, batch 2",
@@ -75,11 +78,11 @@ def test_a_model_with_different_results_fails(tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_flash_kernel_fails(tmp_path, monkeypatch):
-    def fail(self, *args):
+    def fail(self, *args, **kwargs):
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", fail)
-    with pytest.raises(gpu_checks.Failed, match="Flash attention is not reached: No available kernel"):
+    with pytest.raises(gpu_checks.Failed, match="No fused attention, all heads, bf16: No available kernel"):
         list(gpu_checks.check_flash(torch.device("cpu"), tmp_path))
 
 

@@ -426,6 +426,10 @@ def test_invalid_settings_give_a_one_sentence_error(refused):
     assert "max_batch" in refused("generate/serve.py", "--max_batch", 0)
     assert "seconds" in refused("generate/serve.py", "--seconds", 0)
     assert "nowhere" in refused("generate/serve.py", "--checkpoint_dir", "nowhere", "--port", 0)
+    no_room = refused("generate/serve.py", "--max_batch", 10**9, "--port", 0)
+    assert re.match(
+        r"There is no memory for the KV cache: 1000000000 rows of 256 tokens take [\d,.]+ GB; lower", no_room
+    )
 
 
 def test_the_error_without_fastapi_names_the_requirements_file(refused, monkeypatch):
