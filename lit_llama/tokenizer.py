@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Collection
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,8 @@ class SentencePiece:
     def encode_chat(self, text: str) -> list[int]:
         """Return the token ids of a text in which `control` tokens are special unless a `GUARD` interrupts them."""
         parts = split_at(self.control, text)
-        return [i for part in parts for i in ([self.control[part]] if part in self.control else self._encode(part))]
-
-    def _encode(self, part: str) -> list[int]:
-        part = part.replace(GUARD, "")
-        return self.encode(part) if part else []
+        ids = ([self.control[part]] if part in self.control else self.encode(part.replace(GUARD, "")) for part in parts)
+        return [i for part_ids in ids for i in part_ids]
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode([i for i in ids if i < self.size])
@@ -95,15 +93,19 @@ class HuggingFace:
     def __init__(self, content: bytes, config: dict[str, Any]) -> None:
         self.content, self.config = content, config
         self.engine = self._open(content, specials_as_text=True)
-        self.size = max(self.engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary = self.engine.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values(), default=-1) + 1
         tokens = self.engine.get_added_tokens_decoder().items()
         self.control, self.added = ({t.content: i for i, t in tokens if t.special is s} for s in (True, False))
-        bos, self.eos_id = (self._find(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        bos, self.eos_id = (vocabulary.get(config.get(f"{name}_token") or "", -1) for name in ("bos", "eos"))
         add_bos = config.get("add_bos_token")
         if not isinstance(add_bos, bool):
             add_bos = self.engine.encode("").ids[:1] == [bos]
         self.bos_id = bos if add_bos else -1
         self.stop_ids = (self.eos_id, bos)
+        self.byte_ids = [vocabulary.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+        has_bytes = min(self.byte_ids) >= 0 and self.engine.decode([self.byte_ids[ord("A")]]) == "A"
+        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)} if has_bytes else {}
 
     def __reduce__(self) -> tuple[Any, ...]:  # the engine's pickle loses `encode_special_tokens`
         return HuggingFace, (self.content, self.config)
@@ -119,11 +121,6 @@ class HuggingFace:
                 known[text].special = True
                 engine.add_special_tokens([known[text]])
         return engine
-
-    def _find(self, token: str | None) -> int:
-        """Return the id of a token, -1 for none."""
-        token_id = self.engine.token_to_id(token or "")
-        return -1 if token_id is None else token_id
 
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text, add_special_tokens=False).ids
@@ -166,7 +163,17 @@ class HuggingFace:
         return engines[0], self._open(json.dumps(parsed).encode(), specials_as_text=True)
 
     def decode(self, ids: list[int]) -> str:
-        return self.engine.decode(ids)
+        text = self.engine.decode(ids)
+        if "\ufffd" not in text or not self.byte_of:
+            return text
+        # if a character is incomplete, the library replaces all byte tokens next to it; SentencePiece only its own
+        parts: list[int] = []
+        for is_byte, run in groupby(ids, self.byte_of.__contains__):
+            if is_byte:
+                text = bytes(map(self.byte_of.__getitem__, run)).decode(errors="surrogateescape")
+                run = [self.byte_ids[byte] for byte in re.sub("[\udc80-\udcff]", "\ufffd", text).encode()]
+            parts += run
+        return self.engine.decode(parts)
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, int | None]:
@@ -215,10 +222,9 @@ class Tokenizer:
             path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[0])
         if not path.is_file():
             raise UserError(f"There is no tokenizer at {path}; a checkpoint folder needs its {' or '.join(NAMES)}.")
-        content = read_bytes(path)
-        self.path = path
+        content, self.path = read_bytes(path), path
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.engine = self._open(content)
+        self.engine = self._open(content, path)
         self.bos_id, self.eos_id, self.vocab_size = self.engine.bos_id, self.engine.eos_id, self.engine.size
         listed = self._read_beside("generation_config.json").get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
@@ -276,8 +282,7 @@ class Tokenizer:
         names = {name: text for name, text in names.items() if isinstance(text, str)}
         return ChatTemplate(*template, names, self.chat_engine.control, self.chat_engine.added)
 
-    def _open(self, content: bytes, path: Path | None = None) -> SentencePiece | HuggingFace:
-        path = path or self.path
+    def _open(self, content: bytes, path: Path) -> SentencePiece | HuggingFace:
         config, source = self._read_beside("tokenizer_config.json"), self.path.parent / "tokenizer_config.json"
         for name in ("bos_token", "eos_token"):
             if isinstance(token := field(config, name, str | dict, source, None), dict):
@@ -291,7 +296,7 @@ class Tokenizer:
             return SentencePiece(content, config)
         except (RuntimeError, UnicodeDecodeError):  # an error text of the library may quote the file
             hint = " A checkpoint's tokenizer.json is read if there is no tokenizer.model." * bool(content)
-            raise UserError(f"{self.path} is not a SentencePiece model.{hint}") from None
+            raise UserError(f"{path} is not a SentencePiece model.{hint}") from None
 
     def _read_beside(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file of the checkpoint, empty if there is none."""

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lit_llama.huggingface.tokenizer_files import as_tokenizer_json, write_hf_tokenizer
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer import HuggingFace, Tokenizer
 from lit_llama.utils import UserError
 
 TEXTS = [
@@ -191,6 +191,10 @@ def test_ids_match_those_of_sentencepiece(text, tokenizer_path):
     assert engine.encode(text, add_special_tokens=False).ids == ids
     assert engine.decode(ids) == processor.decode(ids)
     assert engine.encode(text).ids == [1, *ids]
+    tokenizer = HuggingFace(engine.to_str().encode(), {})
+    for n in range(len(ids)):  # also from and to the middle of a character
+        assert tokenizer.decode(ids[:n]) == processor.decode(ids[:n])
+        assert tokenizer.decode(ids[n:]) == processor.decode(ids[n:])
 
 
 def test_the_converted_llama2_tokenizer_equals_the_original(shared, tmp_path):
@@ -202,7 +206,8 @@ def test_the_converted_llama2_tokenizer_equals_the_original(shared, tmp_path):
     for text in [*TEXTS, "</s>", "<s>a</s> <unk> <0x0A>", "Once upon a time, in 1984, there was a dragon."]:
         ids = reference.encode(text, bos=True, eos=True)
         assert tokenizer.encode(text, bos=True, eos=True) == ids
-        assert tokenizer.decode(ids) == reference.decode(ids)
+        for n in range(len(ids) + 1):
+            assert tokenizer.decode(ids[:n]) == reference.decode(ids[:n])
 
 
 def test_a_sentencepiece_checkpoint_can_omit_bos(tokenizer_path, tmp_path):
