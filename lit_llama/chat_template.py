@@ -185,8 +185,8 @@ class ChatTemplate:
         """Return a conversation as text.
 
         Args:
-            messages: Turns, oldest first. If the template does not support system messages, the text of the first one
-                is put before the first question, separated by an empty line.
+            messages: Turns, oldest first. If the template does not support system messages, their texts are put before
+                the first question, separated by empty lines.
             generation_prompt: Append the beginning of the model's answer.
             tools: Descriptions of functions that the model may call.
 
@@ -286,11 +286,14 @@ class ChatTemplate:
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """Return a conversation with the system message moved into the first question."""
-    if not messages or messages[0]["role"] != "system" or len(messages) == 1 or messages[1]["role"] != "user":
+    """Return a conversation with its system messages, except blank ones, moved into the first question, if any."""
+    texts = [message["content"] for message in messages if message["role"] == "system" and message["content"].strip()]
+    turns = [message for message in messages if message["role"] != "system"]
+    first = next((i for i, message in enumerate(turns) if message["role"] == "user"), None)
+    if first is None:
         return list(messages)
-    system, question, *others = messages
-    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *others]
+    content = "\n\n".join([*texts, turns[first]["content"]])
+    return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
 
 
 @contextmanager
@@ -329,22 +332,13 @@ def read_chat_template(folder: Path) -> tuple[str, Path] | None:
     """
     path = folder / TEMPLATE_NAME
     if path.exists():
-        return decode(read_bytes(path), path), path
+        try:
+            return read_bytes(path).decode("utf-8-sig"), path
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not text in UTF-8 (byte {error.start + 1}).") from None
     path = folder / "tokenizer_config.json"
     source = field(read_json(path), "chat_template", str | list, path, None) if path.exists() else None
     if isinstance(source, list):
         by_name = {entry.get("name"): entry for entry in source if isinstance(entry, dict)}
         source = field(by_name["default"], "template", str, f"{path}: chat_template") if "default" in by_name else None
     return None if source is None else (source, path)
-
-
-def decode(content: bytes, path: Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises:
-        UserError: It is not UTF-8.
-    """
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 (byte {error.start + 1}).") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llama.chat_template import TEMPLATE_NAME, ChatTemplate, ChatText, Message, Rendered
+from lit_llama.chat_template import TEMPLATE_NAME, ChatTemplate, ChatText, Message, Rendered, without_system
 from lit_llama.utils import UserError
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class PromptStyle:
         Args:
             instruction: What the model should do.
             input: Context of the instruction.
-            system: System message, put before the instruction and separated by an empty line.
+            system: System message, put before the instruction and separated by an empty line. A blank one is ignored.
 
         Raises:
             UserError: The instruction is empty.
         """
         if not instruction.strip():
             raise UserError("The prompt is empty; write what the model should do.")
-        if system:
+        if system.strip():
             return self.render(f"{system}\n\n{instruction}", input)
         if not input:
             return self.template.replace("{instruction}", instruction)
@@ -60,7 +60,7 @@ class PromptStyle:
 
         A single question is rendered as by `render`. Earlier turns come before it, each as its prompt, a space and its
         answer. Turns are separated by an empty line, or by a space in one-line styles. System messages are put before
-        the first question and separated by an empty line.
+        the first question and separated by an empty line; blank ones are ignored.
 
         Raises:
             UserError: The last message is not the user's, or a message is empty or has a role that the style lacks.
@@ -68,15 +68,13 @@ class PromptStyle:
         if tools or (others := [m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")]):
             what = "tools" if tools else f"messages with the role {others[0]!r}"
             raise UserError(f"The prompt style {self.name!r} does not support {what}; a chat template may.")
-        system = [message["content"] for message in messages if message["role"] == "system"]
         turns = [message for message in messages if message["role"] != "system"]
         check_turns(turns)
         gap = "\n\n" if "\n" in self.template else " "
         first, prompt = turns[0]["content"], ""
-        for message in turns:
+        for message in without_system(messages):
             if message["role"] == "user":
-                prompt += gap * bool(prompt) + self.render("\n\n".join([*system, message["content"]]))
-                system = []
+                prompt += gap * bool(prompt) + self.render(message["content"])
             else:
                 prompt = f"{prompt.rstrip()} {message['content'].strip()}"
         return Rendered(prompt, first)

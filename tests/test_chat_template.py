@@ -220,6 +220,10 @@ def test_an_unsupported_system_message_is_prepended_to_the_first_question(folder
         template = Tokenizer(folders[kind]).template
         merged = {"role": "user", "content": f"{SYSTEM['content']}\n\n{TURNS[0]['content']}"}
         assert template.render([SYSTEM, *TURNS]) == template.render([merged, *TURNS[1:]])
+        blank, other = {"role": "system", "content": " "}, {"role": "system", "content": "Hi."}
+        assert template.render([blank, *TURNS]) == template.render(TURNS)
+        merged["content"] = f"{SYSTEM['content']}\n\nHi.\n\n{TURNS[0]['content']}"
+        assert template.render([SYSTEM, other, *TURNS]) == template.render([merged, *TURNS[1:]])
 
 
 def test_the_chat_style_renders_instructions_and_conversations(folders):

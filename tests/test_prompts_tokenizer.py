@@ -41,6 +41,8 @@ def test_the_other_styles(name, text):
     assert style.name == name
     assert style.render("Say hi.") == text
     assert style.render("Say hi.", "To me.") == text.replace("Say hi.", "Say hi.\nTo me.")
+    blank, question = {"role": "system", "content": " "}, {"role": "user", "content": "Say hi."}
+    assert style.render_messages([blank, question]) == style.render("Say hi.", system=" ") == text
 
 
 # instructions that contain the placeholders and special characters of templates
