@@ -56,7 +56,7 @@ from lit_llama.answering import (
     save_answers,
     show,
 )
-from lit_llama.bank import BASE, adapter_name, adapter_names, make_bank, open_bank
+from lit_llama.bank import BASE, START_LAYER, adapter_name, adapter_names, make_bank, open_bank
 from lit_llama.checkpoint import AdapterFile, read_adapter
 from lit_llama.compose import Sum, load_adapted, load_with_bank, parse_sum, scaled_adapter
 from lit_llama.model import LLaMA
@@ -188,7 +188,7 @@ def chat(settings: Settings, tokenizer: Tokenizer) -> None:
         terms = tuple((name, strength) for (name, _), strength in zip(terms, strengths, strict=True))
     else:
         names = adapter_names(settings.adapter)
-        bank = make_bank(base, list(zip(names, adapters, strict=True)))
+        bank = make_bank(base, list(zip(names, adapters, strict=True)), START_LAYER)
         strengths = [*settings.strength] * (len(names) if len(settings.strength) == 1 else 1)
         terms = tuple(zip(names, strengths, strict=True))
     session = open_session(settings, tokenizer, partial(load_with_bank, base, bank, **options))

@@ -65,14 +65,13 @@ if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
 from generate.engine import Engine
-from lit_llama.bank import Bank, open_bank
-from lit_llama.checkpoint import CONFIG_NAME, weights_path
+from lit_llama.bank import open_bank
+from lit_llama.checkpoint import weights_path
 from lit_llama.compose import load_with_bank
 from lit_llama.console import explain
 from lit_llama.device import pick_device
 from lit_llama.kv_cache import cache_dtype
 from lit_llama.memory import byte_size, cache_bytes
-from lit_llama.model import LLaMAConfig
 from lit_llama.onednn import pack_
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
@@ -129,7 +128,7 @@ def make_engine(settings: Settings) -> Engine:
     device, dtype = pick_device(settings.accelerator, settings.precision)
     weights_path(base)  # report a missing folder rather than its missing tokenizer
     tokenizer = Tokenizer(base)
-    bank = open_bank(settings.bank, base) if settings.bank else Bank(LLaMAConfig.from_json(base / CONFIG_NAME), base)
+    bank = open_bank(settings.bank, base)
     model = pack_(load_with_bank(base, bank, device=device, dtype=dtype, quantize=settings.quantize))
     rows, length = settings.max_batch, min(settings.max_length or model.max_tokens, model.max_tokens)
     size = byte_size(cache_bytes(model.config, rows, length, cache_dtype(model.transformer.wte.weight)))

@@ -14,7 +14,7 @@ and a header entry `lit_llama_bank`: JSON with the base's config and fingerprint
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import islice
@@ -38,6 +38,7 @@ from lit_llama.variant import check_shapes, without_aliases
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
 COMPARED = 1000  # names that are compared with an unknown one
 META_KEY = "lit_llama_bank"  # header entry of a bank's file
+START_LAYER = 2  # lowest start layer of a bank, unless its first adapters start lower; the default of training
 BASE = "base"  # the reserved name of the base model without an adapter
 
 
@@ -69,7 +70,7 @@ class Bank(dict[str, Slot]):
         config: LLaMAConfig,
         checkpoint_dir: Path | None = None,
         *,
-        start_layer: int = 2,
+        start_layer: int = START_LAYER,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -166,7 +167,10 @@ class Bank(dict[str, Slot]):
             check_base(adapter, self.checkpoint_dir or Path("the bank"), config, self.base)
         start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
         if start < self.start_layer:
-            raise UserError(f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}.")
+            raise UserError(
+                f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}; a bank that "
+                "is made with this adapter accepts it."
+            )
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
             shapes[f"transformer.h.{layer}.attn.gating_factor"] = (1, config.n_head, 1, 1)
@@ -259,6 +263,8 @@ class Bank(dict[str, Slot]):
 def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
     """Return the bank of one bank file, or a bank of adapter files and folders, named by `adapter_names`.
 
+    A bank of files and folders also accepts later adapters that start at `START_LAYER` or higher.
+
     Raises:
         UserError: A path is neither, an adapter does not belong to the base, or a path is given twice.
     """
@@ -269,7 +275,7 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
             raise UserError(f"The bank {paths[0]} has no adapters.")
         return bank
     adapters = [read_adapter(path) for path in paths]
-    return make_bank(checkpoint_dir, list(zip(adapter_names(paths), adapters, strict=True)))
+    return make_bank(checkpoint_dir, list(zip(adapter_names(paths), adapters, strict=True)), START_LAYER)
 
 
 def adapter_name(path: Path) -> str:
@@ -280,22 +286,28 @@ def adapter_name(path: Path) -> str:
 
 
 def adapter_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each adapter: its `adapter_name`, or the path if two have the same name or one has `BASE`."""
+    """Return a name for each adapter: its `adapter_name`, or its path if that is `BASE` or not unique."""
     names = [adapter_name(path) for path in paths]
-    if len(set(names)) == len(names) and BASE not in names:
-        return names
-    return [str(path.resolve() if str(path) == BASE else path) for path in paths]
+    counts = Counter([BASE, *names])
+    own = [str(path.resolve() if str(path) == BASE else path) for path in paths]
+    return [name if counts[name] == 1 else path for name, path in zip(names, own, strict=True)]
 
 
-def make_bank(checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]]) -> Bank:
+def make_bank(
+    checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]], start_layer: int | None = None
+) -> Bank:
     """Return a bank of named adapters, with the lowest of their start layers.
+
+    Args:
+        start_layer: lowest start layer of adapters that are added later (default: that of these).
 
     Raises:
         UserError: As in `Bank.add`.
     """
     config = LLaMAConfig.from_json(Path(checkpoint_dir) / CONFIG_NAME)
-    starts = [adapter.config.get("adapter_start_layer", config.n_layer - 1) for _, adapter in adapters]
-    bank = Bank(config, checkpoint_dir, start_layer=min(starts))
+    last = config.n_layer - 1
+    starts = [adapter.config.get("adapter_start_layer", last) for _, adapter in adapters]
+    bank = Bank(config, checkpoint_dir, start_layer=min(last if start_layer is None else start_layer, last, *starts))
     for name, adapter in adapters:
         bank.add(name, adapter)
     return bank

@@ -426,6 +426,23 @@ def test_incompatible_adapters_are_refused_and_change_nothing(folders):
         Bank(bank.config, start_layer=3)
 
 
+def test_a_bank_of_files_accepts_later_adapters_that_start_lower(tmp_path):
+    network = base(n_layer=5)
+    save_base(tmp_path, network.config, network.state_dict())
+    late, usual, early = (make_adapter(1, start, start, n_layer=5) for start in (4, 2, 1))
+    for name, adapter in (("late", late), ("early", early)):
+        save_adapter(
+            tmp_path / f"{name}.safetensors", adapter.state, {**adapter.meta, "base": base_fingerprint(tmp_path)}
+        )
+    bank = open_bank([tmp_path / "late.safetensors"], tmp_path)
+    bank.add("usual", usual)
+    assert torch.equal(bank.adapter("usual").state[PREFIX], usual.state[PREFIX])
+    with pytest.raises(UserError, match=r"starts at layer 1, below the bank's start layer 2; a bank that is made with"):
+        bank.add("early", early)
+    open_bank([tmp_path / f"{name}.safetensors" for name in ("late", "early")], tmp_path).add("usual", usual)
+    open_bank([], tmp_path).add("usual", usual)
+
+
 def test_a_bank_of_another_base_is_refused(folders, tmp_path):
     path = tmp_path / "bank.safetensors"
     make_bank(folders["mha"], {"a": make_adapters("mha")["a"]}).save(path)
@@ -608,7 +625,8 @@ def test_command_line_errors_are_one_line(refused, base_dir, trained, tmp_path):
     assert "give --bank too" in refused("generate/aligner.py", "--use", "cat")
     duplicate = tmp_path / "twin" / "cat"
     shutil.copytree(trained["cat"], duplicate)
-    assert list(open_bank([trained["cat"], duplicate], base_dir)) == [str(trained["cat"]), str(duplicate)]
+    names = list(open_bank([trained["cat"], duplicate, trained["dog"]], base_dir))
+    assert names == [str(trained["cat"]), str(duplicate), "dog"]
     twice = [trained["cat"]] * 2
     assert f"The name '{trained['cat']}' is taken" in refused("generate/aligner.py", *flags, "--bank", *twice)
     with pytest.raises(UserError, match="There is no adapter at"):

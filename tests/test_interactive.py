@@ -339,7 +339,7 @@ def test_at_most_20_adapters_are_listed(capsys):
 
 def test_an_adapter_in_a_folder_that_is_named_base_is_used_under_its_path(tmp_path, monkeypatch):
     base, folder = ROOT / "checkpoints" / "microworld", shutil.copytree(PIRATE, tmp_path / "base")
-    assert adapter_names([folder, JSON]) == [str(folder), str(JSON)]
+    assert adapter_names([folder, JSON]) == [str(folder), JSON.name]
     bank = make_bank(base, [("json", read_adapter(JSON))])
     adapters = BankAdapters(load_with_bank(base, bank), Tokenizer(base), (), None)
     for _ in range(2):
