@@ -129,15 +129,17 @@ class BankAdapters(Adapters):
         return list(self.bank)
 
     def use(self, text: str) -> None:
-        name, path = text, Path(text)
-        if text != BASE and os.path.exists(text) and (text not in self.bank or text in self.files):
-            file = path.resolve()
-            name = adapter_name(path)
-            if name == BASE or (name in self.bank and self.files.get(name) != file):  # the name is taken
-                name = text
-            change = self.bank.swap if name in self.bank else self.bank.add
-            change(name, read_adapter(path))  # again, because the file may have changed
-            self.files[name] = file
+        name = text
+        if text != BASE and os.path.exists(text):
+            path, file = Path(text), Path(text).resolve()
+            if text not in self.bank:
+                name = adapter_name(path)
+                if name == BASE or (name in self.bank and self.files.get(name) != file):  # the name is taken
+                    name = text
+            if name not in self.bank or self.files.get(name) == file:
+                change = self.bank.swap if name in self.bank else self.bank.add
+                change(name, read_adapter(path))  # again, because the file may have changed
+                self.files[name] = file
         self.set(parse_sum(name, self.bank))
 
     def set_strength(self, strength: float) -> None:
@@ -247,14 +249,13 @@ class Chat:
         began = time.perf_counter()
         sampling = session.settings.sampling
         with stopped_by_ctrl_c() as is_stopped:
-            answer = stream(session.model, session.tokenizer, prompt, sampling, style.stop, style.continues)
+            model, tokenizer = session.model, session.tokenizer
+            answer = stream(model, tokenizer, prompt, sampling, style.stop, style.continues, is_stopped)
             try:
                 with closing(answer):
                     for piece in answer:
                         pieces.append(piece)
                         print(piece, end="", flush=True)
-                        if is_stopped():
-                            break
             except KeyboardInterrupt:  # a second Ctrl-C
                 print(flush=True)
                 raise

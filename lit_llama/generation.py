@@ -250,12 +250,14 @@ def stream(
     sampling: Sampling,
     stop: tuple[str, ...] = (),
     echo: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces, each as soon as its text is final.
 
     Args:
         stop: texts that end the answer; they are not returned.
         echo: yield the prompt too; otherwise white space around the answer is removed.
+        is_stopped: called after each token; returns whether to end the answer before it.
     """
     ids = tokenizer.encode(prompt, bos=True)
     check_prompts(model, [ids])
@@ -263,7 +265,7 @@ def stream(
     if echo:
         yield tokenizer.decode(ids)
     for (token,) in read(decode(model, [ids], sampling)):
-        if token in tokenizer.stop_ids:
+        if token in tokenizer.stop_ids or is_stopped():
             break
         text.push(token)
         if text.stopped:
@@ -286,7 +288,9 @@ def answer(
     adapters: Sequence[Any] | None = None,
     on_batch: Callable[[int], Any] = lambda n_answers: None,
 ) -> list[str]:
-    """Return the answers to complete prompt texts, in the same order. Prompts of similar length share a batch.
+    """Return the answers to complete prompt texts, in the same order.
+
+    Prompts of similar length share a batch. The longest run first, so that a batch too large for memory fails at once.
 
     Args:
         stop: texts that end an answer; they are not returned.
@@ -304,7 +308,7 @@ def answer(
         model.check_rows(adapters)
     rows = list(range(len(prompts))) if rows is None else rows
     answers, finished = [""] * len(prompts), stop_test(tokenizer, stop)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with nullcontext() if adapters is None else model.using([adapters[i] for i in batch]):

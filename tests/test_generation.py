@@ -365,6 +365,19 @@ def test_answers_are_in_the_order_of_the_prompts_at_any_batch_size(speaker, toke
         assert answer(speaker, tokenizer, PROMPTS, sampling, batch_size=batch_size) == answers
 
 
+def test_the_longest_prompts_are_answered_first(speaker, tokenizer, monkeypatch):
+    """If a batch is too large for the memory, no answers are lost."""
+    batches = []
+
+    def record(model, prompts, *args):
+        batches.append(max(map(len, prompts)))
+        return generate(model, prompts, *args)
+
+    monkeypatch.setattr(generation, "generate", record)
+    answer(speaker, tokenizer, PROMPTS, GREEDY, batch_size=1)
+    assert len(set(batches)) > 2 and batches == sorted(batches, reverse=True)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_streamed_pieces_join_to_the_answer(speaker, tokenizer, seed):
     sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=seed)

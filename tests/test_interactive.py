@@ -1,5 +1,6 @@
 """The interactive chat of generate/aligner.py in a pseudo-terminal: editing, history, commands, Ctrl-C and Ctrl-D."""
 
+import itertools
 import os
 import pty
 import re
@@ -161,14 +162,14 @@ def test_keys_edit_the_line_and_never_reach_the_model(start):
     assert chat.end() == 0
 
 
-@pytest.fixture
-def endless_model(tmp_path, base_dir, tokenizer_path) -> Path:
-    """Save a base that repeats one letter until a context of 100,000 tokens is full, and return its folder."""
+@pytest.fixture(params=["a"])
+def endless_model(request, tmp_path, base_dir, tokenizer_path) -> Path:
+    """Save a base that repeats one character until a context of 100,000 tokens is full, and return its folder."""
     config = LLaMAConfig.from_json(base_dir / CONFIG_NAME, block_size=100_000)
     state = {name: torch.zeros_like(p) for name, p in LLaMA(config).named_parameters()}
     state["transformer.wte.weight"] += 1
     state["transformer.ln_f.scale"] += 1
-    state["lm_head.weight"][Tokenizer(base_dir).encode("a", bos=False)[-1]] = 1
+    state["lm_head.weight"][Tokenizer(base_dir).encode(request.param, bos=False)[-1]] = 1
     save_base(tmp_path / "endless", config, state)
     shutil.copy(tokenizer_path, tmp_path / "endless" / TOKENIZER_NAME)
     return tmp_path / "endless"
@@ -189,6 +190,23 @@ def test_ctrl_c_stops_the_answer_but_not_the_program(start, endless_model):
     assert chat.process.poll() is None
     assert chat.end() == 0
     assert chat.answers.read_text().endswith("\n") and "tokens/s" not in chat.answers.read_text()
+
+
+@pytest.mark.parametrize("endless_model", ["\n"], indirect=True)
+def test_ctrl_c_stops_an_answer_of_white_space(endless_model, capsys):
+    """No text of such an answer is printed before it ends."""
+    model, tokens = load_model(endless_model), itertools.count()
+    settings = AnswerSettings(checkpoint_dir=endless_model, max_new_tokens=50)
+    session = answering.Session(model, Tokenizer(endless_model), settings, 0.0)
+
+    def press(*args):
+        if next(tokens) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    model.transformer.wte.register_forward_hook(press)
+    Chat(session, Adapters(get_prompt_style("alpaca"))).handle("Hi")
+    out, err = capsys.readouterr()
+    assert out == "\n" and ", stopped)" in err and next(tokens) == 6
 
 
 def test_answers_and_messages_can_share_a_terminal():
@@ -304,14 +322,14 @@ def test_the_first_strength_does_not_change_what_later_ones_mean(base_dir):
     assert choice.label == "a, strength 1"
 
 
-def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
+def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path, monkeypatch):
     base = ROOT / "checkpoints" / "microworld"
     first, second = (tmp_path / name / "best.safetensors" for name in "ab")
     for path, source in ((first, PIRATE), (second, JSON)):
         path.parent.mkdir()
         shutil.copy(source / "adapter.safetensors", path)
     bank = make_bank(base, [("best", read_adapter(first))])
-    adapters = BankAdapters(load_with_bank(base, bank), Tokenizer(base), (("best", 1.0),), None)
+    adapters = BankAdapters(load_with_bank(base, bank), Tokenizer(base), (("best", 1.0),), None, {"best": first})
 
     def holds(name: str, path: Path) -> bool:
         prefix = "global_value_embedding.weight"
@@ -323,8 +341,10 @@ def test_a_file_is_loaded_again_and_never_under_the_name_of_another(tmp_path):
     shutil.copy(first, second)  # trained again
     adapters.use(str(second))
     assert holds(str(second), first)
+    shutil.copytree(JSON, tmp_path / "best")  # another adapter in a folder with a name of the bank
+    monkeypatch.chdir(tmp_path)
     adapters.use("best")
-    assert adapters.label == "best, strength 1" and adapters.names == ["best", str(second)]
+    assert adapters.label == "best, strength 1" and adapters.names == ["best", str(second)] and holds("best", first)
     with pytest.raises(UserError):  # longer than a file name can be
         adapters.use("+".join(["missing:0.5"] * 30))
 
