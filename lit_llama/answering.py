@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lit_llama.answer_settings import AnswerSettings
 from lit_llama.checkpoint import versions, weights_path
 from lit_llama.compiled import compile_
+from lit_llama.device import pick_device
 from lit_llama.generation import answer, check_prompts, stream
 from lit_llama.model import LLaMA
 from lit_llama.onednn import pack_
@@ -227,10 +228,12 @@ def save_answers(
     """Write JSON records to `output_file`: prompt, input, response (and base_response), `made_by`, settings."""
     if settings.output_file is None:
         return
+    _, dtype = pick_device(settings.accelerator, settings.precision)
+    model = {"precision": str(dtype).removeprefix("torch."), "quantize": settings.quantize}
     made_by = {
         "base": settings.checkpoint_dir,
         **made_by,
-        "settings": {**asdict(settings.sampling), "versions": versions()},
+        "settings": {"system": settings.system, **asdict(settings.sampling), **model, "versions": versions()},
     }
     records = []
     for i, request in enumerate(requests):

@@ -104,13 +104,16 @@ def test_an_empty_list_is_refused(refused, tmp_path, name):
 def test_prompt_files_and_output_file(run_script, tmp_path, name, text):
     (tmp_path / name).write_text(text)
     output = tmp_path / "answers.json"
-    code, _, err = run_script("generate/aligner.py", "--prompt_file", tmp_path / name, "--output_file", output)
+    flags = ("--prompt_file", tmp_path / name, "--output_file", output, "--accelerator", "cpu")
+    code, _, err = run_script("generate/aligner.py", *flags)
     assert code == 0 and str(output) in err
     records = json.loads(output.read_text())
     assert [r["prompt"] for r in records] == [q.text for q in QUESTIONS]
     assert [parse(r["response"]).value for r in records] == [q.answer for q in QUESTIONS]
     assert Path(records[0]["adapter"]).parent == PIRATE.relative_to(ROOT)
-    assert records[0]["settings"]["temperature"] == 0.0 and records[0]["settings"]["versions"]["torch"]
+    settings = records[0]["settings"]
+    assert settings["temperature"] == 0.0 and settings["versions"]["torch"]
+    assert (settings["system"], settings["precision"], settings["quantize"]) == ("", "float32", None)
     if name == "bench.jsonl":
         assert [r["id"] for r in records] == [0, 1, 2]
 
