@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from generate.jobs import Token
 from lit_llama.generation import Sampling
@@ -25,7 +25,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """Fields that both kinds of requests share. Other fields are refused rather than ignored."""
+    """Fields that both kinds of requests share. Other fields are refused rather than ignored, unless they are null."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,10 +45,11 @@ class Request(BaseModel):
     frequency_penalty: Unused | None = None
     presence_penalty: Unused | None = None
 
-    @field_validator("temperature", "top_p", "top_k", "stream", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def default_for_null(cls, value: Any, info: ValidationInfo) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
+    def without_null(cls, body: Any) -> Any:
+        """Drop fields that are null, which clients send for settings that they do not set."""
+        return {n: value for n, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
         """Return how tokens are chosen.

@@ -98,8 +98,8 @@ def test_a_seed_gives_the_same_answer_as_generate(server, reference):
 
 def test_null_is_the_default():
     message = {"role": "user", "content": QUESTION}
-    request = ChatRequest(model="a", messages=[message], temperature=None, top_p=None, top_k=None, stream=None)
-    assert request == ChatRequest(model="a", messages=[message])
+    null = dict.fromkeys(("temperature", "top_p", "top_k", "stream", "n", "seed", "tools", "logit_bias"))
+    assert ChatRequest(model="a", messages=[message], **null) == ChatRequest(model="a", messages=[message])
 
 
 def test_completions_continue_a_text(server, reference):
@@ -427,9 +427,7 @@ def test_invalid_settings_give_a_one_sentence_error(refused):
     assert "seconds" in refused("generate/serve.py", "--seconds", 0)
     assert "nowhere" in refused("generate/serve.py", "--checkpoint_dir", "nowhere", "--port", 0)
     no_room = refused("generate/serve.py", "--max_batch", 10**9, "--port", 0)
-    assert re.match(
-        r"There is no memory for the KV cache: 1000000000 rows of 256 tokens take [\d,.]+ GB; lower", no_room
-    )
+    assert "no memory for the KV cache: 1000000000 rows of 256 tokens take 3,145,728.0 GB; lower" in no_room
 
 
 def test_the_error_without_fastapi_names_the_requirements_file(refused, monkeypatch):
