@@ -129,7 +129,7 @@ class Server:
 
         def cancel() -> None:
             for job in jobs:
-                self.engine.cancel(job)
+                job.cancelled = True
 
         self.engine.submit(jobs)
         if body.stream:
@@ -195,19 +195,13 @@ class Server:
 
     # == adapters ==
 
-    def names(self, limit: int) -> list[str]:
-        with self.engine.changed:
-            return list(itertools.islice(self.engine.bank, limit))
-
-    def adapter(self, name: str) -> AdapterFile:
-        with not_found(), self.engine.changed:
-            return self.engine.bank.adapter(name)
-
     def model_card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "local"}
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self.model_card(name) for name in (BASE, *self.names(LISTED))]}
+        with self.engine.changed:
+            names = [BASE, *itertools.islice(self.engine.bank, LISTED)]
+        return {"object": "list", "data": [self.model_card(name) for name in names]}
 
     async def model(self, name: str) -> dict[str, Any]:
         self.parse(name)
@@ -215,7 +209,8 @@ class Server:
 
     async def describe(self, name: str) -> dict[str, Any]:
         """Return the data of the playground's plot of an adapter: its gates by layer and head."""
-        adapter = self.adapter(name)
+        with not_found(), self.engine.changed:
+            adapter = self.engine.bank.adapter(name)
         start, config = adapter.config["adapter_start_layer"], self.engine.model.config
         gates = [
             adapter.state[f"transformer.h.{i}.attn.gating_factor"].flatten().tolist()
@@ -229,17 +224,18 @@ class Server:
         if not NAME.fullmatch(name) or name == BASE:
             raise Refusal(400, "The name must be letters, digits, '.', '_' and '-', and not 'base'.", param="name")
         adapter = await asyncio.to_thread(open_upload, name, await request.body(), self.engine.tokenizer)
+        bank = self.engine.bank
         with self.engine.changed:
-            if len(self.engine.bank) >= self.settings.max_adapters and name not in self.engine.bank:
+            if len(bank) >= self.settings.max_adapters and name not in bank:
                 raise Refusal(409, f"There are {self.settings.max_adapters} adapters; remove one first.")
-            if name in self.engine.bank and not replace:
+            if name in bank and not replace:
                 raise Refusal(409, f"There is an adapter {name!r}; replace it with replace=true.")
-            self.engine.put_adapter(name, adapter, replace)
+            (bank.swap if name in bank else bank.add)(name, adapter)
         return JSONResponse(self.model_card(name), 201)
 
     async def remove(self, name: str) -> dict[str, Any]:
-        self.adapter(name)  # raises a refusal if there is none
-        self.engine.remove_adapter(name)
+        with not_found(), self.engine.changed:
+            self.engine.bank.remove(name)
         return {"id": name, "object": "model", "deleted": True}
 
     # == the server itself ==

@@ -19,8 +19,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from generate.jobs import Event, Expired, Job, QueueFull, Row, ShuttingDown, TooLong
-from lit_llama.checkpoint import AdapterFile
+from generate.jobs import Event, Job, JobError, Row
 from lit_llama.compose import LLaMA, Sum, Term, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
 from lit_llama.kv_cache import KVCache, cache_dtype
@@ -75,27 +74,29 @@ class Engine:
         """Queue requests: all of them or none.
 
         Raises:
-            QueueFull: The queue has no room for them at the moment.
-            ShuttingDown: The engine was stopped.
-            UserError: A prompt is empty or leaves no room for an answer, or there are more requests than may wait.
+            JobError: A prompt leaves no room for an answer, the queue is full, or the engine was stopped.
+            UserError: A prompt is empty, or there are more requests than may wait.
         """
         for job in jobs:
             if not job.prompt:
                 raise UserError("The prompt has no tokens.")
             if len(job.prompt) >= self.max_length:
-                n_tokens = len(job.prompt)
-                raise TooLong(f"The prompt has {n_tokens} tokens; with its answer it may have {self.max_length}.")
+                raise JobError(
+                    "context_length_exceeded",
+                    f"The prompt has {len(job.prompt)} tokens; with its answer it may have {self.max_length}.",
+                )
         if len(jobs) > self.max_waiting:
             raise UserError(f"The request asks for {len(jobs)} answers, and at most {self.max_waiting} may wait.")
         with self.changed:
             if self.stopping:
-                raise ShuttingDown("The server is shutting down.")
+                raise JobError("shutting_down", "The server is shutting down.")
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
                 room = self.max_waiting - len(self.waiting)
-                raise QueueFull(
+                raise JobError(
+                    "queue_full",
                     f"The queue has room for {room} of {self.max_waiting} answers, and the request asks for "
-                    f"{len(jobs)}; try again later."
+                    f"{len(jobs)}; try again later.",
                 )
             for job in jobs:
                 job.submitted = time.monotonic()
@@ -103,29 +104,10 @@ class Engine:
             self.counts["requests"] += len(jobs)
             self.changed.notify()
 
-    def cancel(self, job: Job) -> None:
-        """End a request without further events; its row is free at the next step."""
-        job.cancelled = True
-
-    # == adapters ==
-
     def parse(self, text: str) -> Sum:
         """Return the weighted sum that a text describes; see `parse_sum`."""
         with self.changed:
             return parse_sum(text, self.bank)
-
-    def put_adapter(self, name: str, adapter: AdapterFile, replace: bool = False) -> None:
-        """Add an adapter, or replace the one of that name, which running requests keep.
-
-        Requests that wait for it fail if the new one has another prompt style.
-        """
-        with self.changed:
-            (self.bank.swap if replace and name in self.bank else self.bank.add)(name, adapter)
-
-    def remove_adapter(self, name: str) -> None:
-        """Remove an adapter. Running requests keep it; requests that wait for it will fail."""
-        with self.changed:
-            self.bank.remove(name)
 
     # == the thread ==
 
@@ -152,7 +134,7 @@ class Engine:
                 while not (self.waiting or self.rows or self.stopping):
                     self.changed.wait()
             if self.stopping:
-                return self._fail_all(ShuttingDown("The server is shutting down."))
+                return self._fail_all(JobError("shutting_down", "The server is shutting down."))
             try:
                 self.step()
             except Exception:  # a bug, or a GPU out of memory: other requests may still succeed
@@ -200,7 +182,8 @@ class Engine:
             job.done = True
             self.counts["cancelled"] += 1
         elif not job.done and time.monotonic() - job.submitted > job.seconds:
-            self._finish(job, Event(error=Expired(f"The answer was not complete after {job.seconds:g} seconds.")))
+            error = JobError("timeout", f"The answer was not complete after {job.seconds:g} seconds.")
+            self._finish(job, Event(error=error))
         return job.done
 
     def _leave(self) -> bool:

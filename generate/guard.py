@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from generate.jobs import Expired, QueueFull, ShuttingDown, TooLong
+from generate.jobs import JobError
 from generate.openai_format import error_body
 from lit_llama.utils import UserError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from generate.serve import Settings
 
 PUBLIC = ("/", "/health")  # paths that need no key: they reveal nothing about the adapters
+STATUS = {"context_length_exceeded": 400, "queue_full": 429, "shutting_down": 503, "timeout": 504}  # of a `JobError`
 ENOUGH = 8  # a body is read up to this multiple of the limit
 
 
@@ -43,14 +44,8 @@ def refusal_of(error: Exception, folder: Path) -> Refusal:
     """
     message = re.sub(rf"(?<!\S){re.escape(str(folder))}/", "", str(error))
     message = re.sub(rf"(?<!\S){re.escape(str(folder))}(?![\w/.-]*\w)", "the base model", message)
-    if isinstance(error, QueueFull):
-        return Refusal(429, message, "queue_full")
-    if isinstance(error, ShuttingDown):
-        return Refusal(503, message, "shutting_down")
-    if isinstance(error, Expired):
-        return Refusal(504, message, "timeout")
-    if isinstance(error, TooLong):
-        return Refusal(400, message, "context_length_exceeded")
+    if isinstance(error, JobError):
+        return Refusal(STATUS[error.code], message, error.code)
     if isinstance(error, UserError):
         return Refusal(400, message)
     return Refusal(500, "The server failed to answer; its log says why.")

@@ -16,20 +16,16 @@ from lit_llama.utils import UserError
 Terms = list[tuple[Tensor, Tensor]]  # keys and values (layers, n, nh, N, hs) of a request's prefixes, by length N
 
 
-class QueueFull(UserError):
-    """The queue of waiting requests is full."""
+class JobError(UserError):
+    """A request is not answered, or not to its end.
 
+    Args:
+        code: why, for programs: "queue_full", "shutting_down", "timeout" or "context_length_exceeded".
+    """
 
-class ShuttingDown(UserError):
-    """The server is shutting down."""
-
-
-class TooLong(UserError):
-    """A prompt leaves no room for an answer."""
-
-
-class Expired(UserError):
-    """A request took longer than allowed."""
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Job:
     n_new: int = field(default=0, init=False)  # tokens so far
     submitted: float = field(default=0.0, init=False)
     done: bool = field(default=False, init=False)
-    cancelled: bool = field(default=False, init=False)
+    cancelled: bool = field(default=False, init=False)  # set it to end the request; its row is free at the next step
 
 
 class Row:

@@ -81,7 +81,8 @@ def test_a_chat_is_not_answered_by_an_adapter_of_another_style(served, monkeypat
     client, submit, engines = served[0], Engine.submit, []
 
     def replace_and_submit(engine: Engine, jobs: list) -> None:
-        engine.put_adapter("plain-one", adapter("chat", 9), replace=True)
+        with engine.changed:
+            engine.bank.swap("plain-one", adapter("chat", 9))
         submit(engine, jobs)
         engines.append(engine)
 
@@ -89,7 +90,8 @@ def test_a_chat_is_not_answered_by_an_adapter_of_another_style(served, monkeypat
         patch.setattr(Engine, "submit", replace_and_submit)
         with pytest.raises(openai.BadRequestError, match="now has another prompt style"):
             client.chat.completions.create(model="plain-one", messages=[message("user", "Hi")], max_tokens=1)
-    engines[0].put_adapter("plain-one", adapter("alpaca", 1), replace=True)
+    with engines[0].changed:
+        engines[0].bank.swap("plain-one", adapter("alpaca", 1))
 
 
 def test_rendering_does_not_limit_the_memory_of_the_engine(served, monkeypatch):
