@@ -289,8 +289,8 @@ def adapter_names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each adapter: its `adapter_name`, or its path if that is `BASE` or not unique."""
     names = [adapter_name(path) for path in paths]
     counts = Counter([BASE, *names])
-    own = [str(path.resolve() if str(path) == BASE else path) for path in paths]
-    return [name if counts[name] == 1 else path for name, path in zip(names, own, strict=True)]
+    unique = [str(path.resolve() if str(path) == BASE else path) for path in paths]
+    return [name if counts[name] == 1 else path for name, path in zip(names, unique, strict=True)]
 
 
 def make_bank(
