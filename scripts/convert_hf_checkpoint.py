@@ -70,7 +70,7 @@ def convert_to_hf(settings: Settings, dtype: torch.dtype | None) -> dict[str, La
 
 @torch.no_grad()
 def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
-    """Compare the logits of both models in fp32, with their weights rounded to `dtype`.
+    """Compare the logits of both models in fp32, with their weights rounded to `dtype` if it is not None.
 
     Raises:
         UserError: A logit differs by more than `TOLERANCE`.
@@ -79,7 +79,7 @@ def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
 
     config = LLaMAConfig.from_json(lit_dir / CONFIG_NAME)
     idx = torch.randint(config.vocab_size, (2, min(64, config.block_size)), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype or "auto").float().eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype or torch.float32).float().eval()
     expected = model(idx).logits
     del model  # one at a time: 7B takes 28 GB
     logits = load_model(lit_dir)(idx)[..., : config.vocab_size]
@@ -92,9 +92,16 @@ def compare(hf_dir: Path, lit_dir: Path, dtype: torch.dtype | None) -> None:
     log(f"logits differ from those of transformers by {difference:.2g} at most")
 
 
+def model_name(folder: Path) -> str:
+    """Return the name of a folder; for a snapshot in the cache of huggingface_hub, the name of the repository."""
+    folder = folder.resolve()
+    repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    return repository.rpartition("--")[2] if repository.startswith("models--") else folder.name
+
+
 def main(settings: Settings) -> None:
     parent = Path("out/hf" if settings.reverse else "checkpoints")
-    settings = replace(settings, output_dir=settings.output_dir or parent / settings.checkpoint_dir.resolve().name)
+    settings = replace(settings, output_dir=settings.output_dir or parent / model_name(settings.checkpoint_dir))
     check_folder(settings.output_dir, HF_MODEL if settings.reverse else BASE_MODEL, settings.checkpoint_dir)
     if settings.verify:
         try:

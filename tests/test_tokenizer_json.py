@@ -18,7 +18,7 @@ from lit_llama.utils import UserError
 
 TEXTS = [
     "", " ", "the cat", " the cat", "  two  spaces ", "line\nline\n\n", "tab\t", "naïve café", "日本語 😀",
-    "don't 12345", "\u2028", "### Response:", "▁", "a\r\nb",
+    "don't 12345", "\u2028", "### Response:", "▁", "a\r\nb", "a\n\n1.",
 ]  # fmt: skip
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GPT4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
@@ -33,7 +33,7 @@ def byte_level(special: list[str], before: list[pre_tokenizers.PreTokenizer], us
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    engine.train_from_iterator(["the cat sat on the mat and the dog ate the hat"] * 5, trainer)
+    engine.train_from_iterator(["the cat sat on the mat and the dog ate the hat\n\n"] * 5, trainer)
     engine.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     return engine
 
@@ -69,11 +69,15 @@ def llama3(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    """Like SmolLM2 Instruct: digits are split, no template adds bos, and the special tokens are those of ChatML."""
+    """Like SmolLM2 Instruct: digits are split, no template adds bos, and the special tokens are those of ChatML.
+
+    The class that it names does not split digits in transformers 5.
+    """
     engine = byte_level(SPECIAL[3:], [pre_tokenizers.Digits(individual_digits=True)], use_regex=True)
     folder = tmp_path_factory.mktemp("smollm2")
-    return write(folder, engine, {"eos_token_id": engine.token_to_id("<|im_end|>")}, bos_token="<|im_start|>",
-                 eos_token={"content": "<|im_end|>", "__type": "AddedToken"})  # fmt: skip
+    return write(folder, engine, {"eos_token_id": engine.token_to_id("<|im_end|>")}, tokenizer_class="GPT2Tokenizer",
+                 bos_token="<|im_start|>", eos_token={"content": "<|im_end|>", "__type": "AddedToken"},
+                 unk_token="<|endoftext|>", add_prefix_space=False)  # fmt: skip
 
 
 def test_llama3_style(llama3):
@@ -103,10 +107,11 @@ def test_the_config_controls_whether_texts_begin_with_bos(add, smollm2, tmp_path
 
 
 @pytest.mark.parametrize("style", ["llama3", "smollm2"])
-def test_ids_match_those_of_transformers(style, request):
+def test_ids_match_those_of_transformers(style, request, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = request.getfixturevalue(style)
-    ours, theirs = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer(request.getfixturevalue(style))
+    write_hf_tokenizer(tmp_path, ours, block_size=64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eos_id
     for text in TEXTS:
         assert ours.encode(text, bos=True) == theirs(text)["input_ids"], text

@@ -94,6 +94,8 @@ def test_other_architectures(kind, changes, context, tmp_path, tokenizer_path, r
     flags = ("--reverse", "--checkpoint_dir", tmp_path / "ours", "--output_dir", tmp_path / "back")
     assert run_script(SCRIPT, *flags)[0] == 0
     torch.testing.assert_close(reload(tmp_path / "back"), expected, rtol=0, atol=1e-6)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert before.keys() == after.keys()
 
 
 def test_sharded_checkpoints(tmp_path, tokenizer_path, run_script):
@@ -109,6 +111,9 @@ def test_verify(tmp_path, tokenizer_path, run_script, refused, monkeypatch):
     for dtype in ("auto", "bfloat16"):
         code, _, err = run_script(SCRIPT, *flags, tmp_path / dtype, "--dtype", dtype)
         assert code == 0 and "logits differ from those of transformers by" in err
+    about = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**about, "dtype": "float16"}))  # the weights stay fp32
+    assert run_script(SCRIPT, *flags, tmp_path / "auto")[0] == 0
     reverse = ("--reverse", "--verify", "--checkpoint_dir", tmp_path / "auto", "--output_dir", tmp_path / "back")
     assert "logits differ from those of transformers by" in run_script(SCRIPT, *reverse)[2]
 

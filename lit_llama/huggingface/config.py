@@ -135,6 +135,7 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer) -> 
     Raises:
         UserError: No architecture of transformers has all of this model's features.
     """
+    biases = {"attention_bias": has_attention_bias(config), "mlp_bias": config.mlp_bias}
     return {
         **_hf_architecture(config),
         "vocab_size": config.vocab_size,
@@ -150,8 +151,7 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype, tokenizer: Tokenizer) -> 
         "rope_theta": config.rope_base,
         "rope_scaling": config.rope_scaling,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": has_attention_bias(config),
-        "mlp_bias": config.mlp_bias,
+        **({} if is_qwen2(config) else biases),
         "torch_dtype": str(dtype).removeprefix("torch."),
         **token_ids(tokenizer),
     }
@@ -164,6 +164,8 @@ def _hf_architecture(config: LLaMAConfig) -> dict[str, Any]:
                         "or layers without RoPE (nope_layers).")  # fmt: skip
     if config.qk_norm:
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+    if is_qwen2(config):
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
     if config.nope_layers:
         rotated = [int(rotary) for rotary in config.rotary_layers]
         about = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": rotated}
@@ -171,6 +173,12 @@ def _hf_architecture(config: LLaMAConfig) -> dict[str, Any]:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
+def is_qwen2(config: LLaMAConfig) -> bool:
+    """Return whether a model is written as a Qwen2, which always has biases on q, k and v, and no others."""
+    others = config.proj_bias or config.mlp_bias or config.qk_norm or config.nope_layers
+    return config.qkv_bias and not others
+
+
 def has_attention_bias(config: LLaMAConfig) -> bool:
-    """Return whether the model has biases in Hugging Face's layout: on all of q, k, v and o, or on none."""
-    return config.qkv_bias or config.proj_bias
+    """Return whether the model has biases on all of q, k, v and o in Hugging Face's layout."""
+    return (config.qkv_bias or config.proj_bias) and not is_qwen2(config)

@@ -47,8 +47,9 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
     """Copy a tokenizer's files to a folder in Hugging Face's layout, and add those that transformers also needs.
 
-    The class LlamaTokenizer of transformers 5 reads only the vocabulary and the merges of tokenizer.json, and splits
-    texts in its own way; PreTrainedTokenizerFast, which replaces it, reads the complete file, as `Tokenizer` does.
+    Classes of transformers 5 such as LlamaTokenizer and GPT2Tokenizer (SmolLM2) read only the vocabulary and the merges
+    of tokenizer.json, and split texts in their own way. PreTrainedTokenizerFast, which replaces them, reads the
+    complete file, as `Tokenizer` does.
 
     Args:
         folder: Folder to write to.
@@ -64,9 +65,7 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
     if (folder / "tokenizer.json").is_file() or tokenizer.path.name != TOKENIZER_NAME:
         path = folder / "tokenizer_config.json"
         about = read_json(path) if path.is_file() else {}
-        if about.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-            about["tokenizer_class"] = "PreTrainedTokenizerFast"
-            write_text(path, json.dumps(about, indent=2) + "\n")
+        write_text(path, json.dumps({**about, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
         control = sorted(tokenizer.engine.control.items(), key=lambda item: item[1])

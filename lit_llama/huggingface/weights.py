@@ -168,7 +168,8 @@ def to_hf(
 ) -> dict[str, LazyTensor]:
     """Convert our parameters to Hugging Face's tensors. Rows beyond the vocabulary are dropped.
 
-    If only some of q, k, v and o have biases, the others get zeros: Hugging Face's LLaMA has biases on all or none.
+    If only some of q, k, v and o have biases, the others get zeros: Hugging Face's LLaMA has biases on all or none. The
+    exception is a model with biases on q, k and v only, which is written as a Qwen2.
 
     Args:
         tensors: Tensors by name.
