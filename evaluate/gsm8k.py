@@ -215,7 +215,7 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
         UserError: a row lacks a field, or its answer has no number.
     """
     source = settings.data_file or settings.repo_id
-    rows = read_rows(source) if settings.data_file else download_rows(source, split="test", name="main")
+    rows = read_rows(source) if settings.data_file else download_rows(source, split="test", config_name="main")
     questions = []
     for number, row in enumerate(itertools.islice(rows, settings.limit), 1):
         with naming(source):

@@ -67,7 +67,7 @@ def read_items(path: Path | None, repo_id: str) -> dict[str, dict[str, list[Item
         UserError: a file is missing or is not MMLU's, or a row is invalid (with its number).
     """
     if path is None:
-        rows = {split: download_rows(repo_id, split=split, name="all") for split in ("dev", "test")}
+        rows = {split: download_rows(repo_id, split=split, config_name="all") for split in ("dev", "test")}
         pairs = [(split, item) for split in rows for item in from_rows(rows[split], f"{repo_id} ({split})")]
     elif path.suffix.lower() in (".json", ".jsonl", ".parquet", ".gz"):
         pairs = [("test", item) for item in from_rows(read_rows(path), str(path))]

@@ -71,7 +71,7 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
 def read_messages(value: Any, label: str) -> list[Message]:
     """Return messages with the fields `role`, `content` (text) and those in `KEPT`.
 
-    White space around answers is removed, as templates and generation do too.
+    White space around answers is removed, as templates and generation do too. System messages without text are omitted.
 
     Args:
         value: A list, which may be empty, of objects with `role` and `content`, or `from` and `value`.
@@ -82,7 +82,8 @@ def read_messages(value: Any, label: str) -> list[Message]:
     """
     if not isinstance(value, list):
         raise UserError(f"{label} is not a list of messages.")
-    return [_read_message(entry, f"{label}, message {i}") for i, entry in enumerate(value, 1)]
+    messages = [_read_message(entry, f"{label}, message {i}") for i, entry in enumerate(value, 1)]
+    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
 
 
 def _read_message(entry: Any, label: str) -> Message:
@@ -100,7 +101,7 @@ def _read_message(entry: Any, label: str) -> Message:
             raise UserError(f"{label} has parts that are not text; only text can be used.")
         content = "".join(texts)
     kept = {name: entry[name] for name in KEPT if entry.get(name)}
-    if content is None and "tool_calls" in kept:
+    if content is None and ("tool_calls" in kept or ROLES[role] == "system"):
         content = ""
     if not isinstance(content, str):
         raise UserError(f"{label} has no text.")

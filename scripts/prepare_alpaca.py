@@ -14,13 +14,12 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare_settings import PrepareSettings
+from lit_llama.prepare_settings import RowSettings
 
 
 @dataclass
-class Settings(PrepareSettings):
+class Settings(RowSettings):
     # == What to read ==
-    data_file: Path | None = None  # rows to prepare (default: download --repo_id)
     repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
 
     # == What to write ==
@@ -36,7 +35,7 @@ if __name__ == "__main__":
 from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, origin, read_rows, text_field
+from lit_llama.storage.rows import text_field
 
 
 def prepare_prompt(row: Any, number: int, style: PromptStyle) -> str:
@@ -55,9 +54,8 @@ def main(settings: Settings) -> None:
     settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
-    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    about = {**origin(settings.data_file, settings.repo_id), **style.about}
-    options |= {"about": about, "split_by": "hash"}
+    rows, source = settings.rows()
+    options |= {"about": {**source, **style.about}, "split_by": "hash"}
     if settings.stage == "sft":
         sample = partial(prepare_sample, style=style)
         prepare_sft(rows, sample, mask_prompt=settings.mask_prompt, **options)

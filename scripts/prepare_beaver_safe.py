@@ -24,19 +24,17 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare_settings import PrepareSettings
+from lit_llama.prepare_settings import RowSettings
 
 Keep = Literal["any_safe", "one_safe", "all"]
 Prefer = Literal["safer", "better"]
 
 
 @dataclass
-class Settings(PrepareSettings):
+class Settings(RowSettings):
     # == What to read ==
     data_format: Literal["pku", "preference", "hh"] = "pku"  # row format, see above
-    data_file: Path | None = None  # rows to prepare: JSON list, JSON Lines (also .gz) or Parquet (default: download)
     repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
-    revision: str | None = None  # version of the dataset; v0 is the paper's
     keep: Keep | None = None  # pku: keep rows with a safe response, with exactly one, or all (default: any_safe)
     prefer: Prefer | None = None  # pku: the label that decides which response is chosen (default: safer)
 
@@ -57,7 +55,7 @@ from lit_llama.chat_template import Message, Refusal
 from lit_llama.conversations import read_messages, read_tools
 from lit_llama.prepare import prepare_preferences, prepare_sft, render_prompt
 from lit_llama.prompts import PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, origin, read_rows, text_field
+from lit_llama.storage.rows import naming, text_field
 from lit_llama.utils import UserError, log
 
 SAFE_RESPONSES = {"any_safe": (1, 2), "one_safe": (1,), "all": (0, 1, 2)}  # how many of the two may be safe
@@ -199,8 +197,6 @@ def with_defaults(settings: Settings) -> Settings:
     Raises:
         UserError: A setting would have no effect.
     """
-    if settings.data_file and settings.revision:
-        raise UserError("--revision and --data_file cannot be combined.")
     if settings.data_format != "pku" and (settings.keep or settings.prefer):
         raise UserError("--keep and --prefer need --data_format pku.")
     return replace(
@@ -213,10 +209,10 @@ def with_defaults(settings: Settings) -> Settings:
 
 def main(settings: Settings) -> None:
     settings = with_defaults(settings)
-    options, revision = settings.options(), settings.revision
+    options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
-    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, revision=revision)
-    about = {**origin(settings.data_file, settings.repo_id, revision), **style.about}
+    rows, source = settings.rows()
+    about = {**source, **style.about}
     with naming(about["source"]):
         pairs, omitted = read_pairs(settings, rows, style)
     about |= {"data_format": settings.data_format, "left_out": omitted}

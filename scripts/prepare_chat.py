@@ -19,15 +19,13 @@ from typing import Any, Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare_settings import PrepareSettings
+from lit_llama.prepare_settings import RowSettings
 
 
 @dataclass
-class Settings(PrepareSettings):
+class Settings(RowSettings):
     # == What to read ==
-    data_file: Path | None = None  # rows to prepare (default: download --repo_id)
     repo_id: str = "HuggingFaceH4/no_robots"  # dataset on the Hugging Face hub
-    split: str = "train"  # split of the dataset on the hub
 
     # == What to write ==
     output_dir: Path = Path("data/chat")  # folder to write
@@ -46,7 +44,7 @@ from lit_llama.chat_template import Message, Refusal, Unstable
 from lit_llama.conversations import prepare_conversations, read_conversation, up_to_last_answer
 from lit_llama.prepare import prepare_sft
 from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
-from lit_llama.storage.rows import download_rows, naming, origin, read_rows
+from lit_llama.storage.rows import naming
 from lit_llama.utils import UserError, log
 
 Conversation = tuple[int, list[Message], list[Any] | None]  # row number, messages, tools
@@ -142,8 +140,8 @@ def style_samples(
 def main(settings: Settings) -> None:
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
-    about = {**origin(settings.data_file, settings.repo_id), **style.about, "train_on": settings.train_on}
-    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id, settings.split)
+    rows, source = settings.rows()
+    about = {**source, **style.about, "train_on": settings.train_on}
     omitted = Omitted()
     with naming(about["source"]):
         kept = conversations(tqdm(rows, desc="Rendering", unit=" rows"), omitted)

@@ -18,13 +18,12 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.prepare_settings import PrepareSettings
+from lit_llama.prepare_settings import RowSettings
 
 
 @dataclass
-class Settings(PrepareSettings):
+class Settings(RowSettings):
     # == What to read ==
-    data_file: Path | None = None  # rows to prepare (default: download --repo_id)
     repo_id: str = "meta-math/MetaMathQA"  # dataset on the Hugging Face hub
 
     # == What to write ==
@@ -44,7 +43,7 @@ from lit_llama.prepare import prepare_sft, render_prompt
 from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.rewards import load_function
-from lit_llama.storage.rows import download_rows, naming, origin, read_rows, text_field
+from lit_llama.storage.rows import naming, text_field
 from lit_llama.utils import UserError, check_text, log
 
 NO_NUMBER = "whose answer is not a number"
@@ -85,8 +84,8 @@ def main(settings: Settings) -> None:
     settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
     options = settings.options()
     style = get_prompt_style(settings.prompt_style, options["tokenizer"])
-    rows = read_rows(settings.data_file) if settings.data_file else download_rows(settings.repo_id)
-    options["about"] = {**origin(settings.data_file, settings.repo_id), **style.about}
+    rows, source = settings.rows()
+    options["about"] = {**source, **style.about}
     if settings.stage == "sft":
         prepare_sft(rows, partial(prepare_sample, style=style), mask_prompt=settings.mask_prompt, **options)
     else:

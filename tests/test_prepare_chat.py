@@ -220,6 +220,19 @@ def test_unusable_rows_are_counted(prepare, models):
     assert read_meta(folder, SFTData.format)["left_out"]["rows with an empty message"] == 2
 
 
+@pytest.mark.parametrize("content", ["", " \n", None])
+def test_a_system_message_without_text_is_omitted(content, prepare, models):
+    def rows() -> list[list[int]]:
+        data = [SFTData(folder, split, Tokenizer(models["chatml"])) for split in ("train", "test")]
+        return sorted(row["input_ids"].tolist() for split in data for row in split.rows)
+
+    folder, _ = prepare([SINGLE, {"messages": [CAT, ATE]}], models["chatml"])
+    expected = rows()
+    system = {"role": "system", "content": content}
+    prepare([{"messages": [system, *SINGLE["messages"]]}, {"messages": [system, CAT, ATE]}], models["chatml"])
+    assert rows() == expected
+
+
 def test_answers_to_no_question_are_omitted_in_other_styles(prepare, models):
     twice = {"messages": [*SINGLE["messages"], {"role": "system", "content": "a"}, message("assistant", "sat")]}
     folder, err = prepare([twice, {"messages": [CAT, ATE]}], models["chatml"], "--prompt_style", "plain")

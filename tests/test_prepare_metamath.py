@@ -1,6 +1,7 @@
 """MetaMathQA: real rows become questions in the Orca style and solutions that end with EOS."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,36 @@ def test_prepared_rows_contain_the_original_texts(rows, shared, tmp_path, run_sc
             texts.add((tokenizer.decode(prompt).strip(), tokenizer.decode(response).strip()))
     expected = [(f"[|User|] {row['query']} [|AI Assistant|]", row["response"]) for row in json.loads(rows.read_text())]
     assert texts == set(expected)
+
+
+def test_rows_come_from_a_configuration_and_a_split_of_a_dataset(tmp_path, base_dir, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = ""
+    for name in ("main", "socratic"):
+        about += f"- config_name: {name}\n  data_files:\n"
+        for split in ("train", "test"):
+            path = tmp_path / f"gsm8k/{name}/{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"question": f"{name} {split} {i}?", "answer": f"#### {i}"} for i in range(4)]
+            path.write_text("\n".join(map(json.dumps, rows)))
+            about += f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+    (tmp_path / "gsm8k/README.md").write_text(f"---\nconfigs:\n{about}---\n")
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        return run_script(SCRIPT, "--stage", "rl", "--repo_id", "gsm8k", "--checkpoint_dir", base_dir, "--output_dir",
+                          "out", "--test_fraction", 0.25, "--num_proc", 1, *flags)  # fmt: skip
+
+    assert run("--config_name", "socratic", "--split", "test")[0] == 0
+    rows = [row for split in ("train", "test") for row in PromptData(tmp_path / "out", split).sources(range(1))]
+    assert all(row["question"].startswith("socratic test ") for row in rows)
+    assert json.loads(Path("out/meta.json").read_text())["source"] == "gsm8k, config socratic, split test"
+    for flags, reason in (
+        ((), "Config name is missing. Please pick one among the available configs: ['main', 'socratic']"),
+        (("--config_name", "x"), "BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
+        (("--config_name", "main", "--split", "x"), "Unknown split \"x\". Should be one of ['train', 'test']"),
+    ):
+        code, _, err = run(*flags)
+        assert (code, err.splitlines()[-1]) == (1, f"error: Cannot read gsm8k: {reason}.")
 
 
 def test_a_row_without_a_solution_is_refused(tmp_path, base_dir, refused):

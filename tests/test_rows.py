@@ -34,8 +34,8 @@ def test_only_rows_of_the_hub_have_a_repository(tmp_path):
     assert origin(tmp_path / "rows.jsonl", "me/rows") == {"source": str(tmp_path / "rows.jsonl")}
     assert origin(None, str(tmp_path)) == {"source": str(tmp_path)}
     assert origin(None, "me/rows") == {"source": "me/rows", "repo_id": "me/rows"}
-    assert origin(None, "me/rows", "v0") == {
-        "source": "me/rows, revision v0", "repo_id": "me/rows", "revision": "v0",
+    assert origin(None, "me/rows", config_name="main", revision="v0") == {
+        "source": "me/rows, config main, revision v0", "repo_id": "me/rows", "config_name": "main", "revision": "v0",
     }  # fmt: skip
 
 

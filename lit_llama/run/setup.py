@@ -31,7 +31,7 @@ FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devi
 
 # what an adapter records about its dataset
 DATA = {"source": str, "counts": dict, "max_seq_length": int}
-DOWNLOAD = {"repo_id": str, "revision": str}  # only of a dataset on the hub
+DOWNLOAD = {"repo_id": str, "config_name": str, "split": str, "revision": str}  # only of a dataset on the hub
 
 
 @dataclass

@@ -62,36 +62,42 @@ def read_text(path: Path) -> str:
 
 
 def download_rows(
-    repo_id: str, split: str = "train", revision: str | None = None, name: str | None = None
+    repo_id: str, split: str = "train", revision: str | None = None, config_name: str | None = None
 ) -> Iterable[dict[str, Any]]:
     """Return the rows of a dataset on the Hugging Face hub; `datasets` caches the download.
 
     Args:
-        name: The configuration, for a dataset with several.
+        repo_id: The dataset, or a local folder in the layout of one.
+        split: The split.
+        revision: A branch, tag or commit.
+        config_name: The configuration, for a dataset with several.
 
     Raises:
-        UserError: The dataset cannot be downloaded.
+        UserError: The dataset cannot be downloaded, or has no such configuration or split.
     """
     from datasets import enable_progress_bars, load_dataset  # takes a second to import
 
     enable_progress_bars()
     try:
-        return load_dataset(repo_id, name, split=split, revision=revision)
+        return load_dataset(repo_id, config_name, split=split, revision=revision)
+    except ValueError as error:  # the message lists the configurations or splits, before an example of code
+        reason = " ".join(str(error).partition("Example of usage")[0].split()).rstrip(".")
+        raise UserError(f"Cannot read {repo_id}: {reason}.") from None
     except Exception as error:
         raise UserError(
             f"Cannot download {repo_id} ({first_line(error)}); check the network, or give the rows with --data_file."
         ) from None
 
 
-def origin(data_file: Path | None, repo_id: str, revision: str | None = None) -> dict[str, str]:
+def origin(data_file: Path | None, repo_id: str, **chosen: str) -> dict[str, str]:
     """Return the entries of `meta.json` that say where rows come from.
 
-    They are `source`, and for rows of a dataset on the hub also `repo_id` and, if it was chosen, `revision`.
+    They are `source`, and for rows of a dataset on the hub also `repo_id` and what was chosen of `config_name`, `split`
+    and `revision`.
     """
     if data_file is not None:
         return {"source": str(data_file)}
-    chosen = {} if revision is None else {"revision": revision}
-    source = repo_id if revision is None else f"{repo_id}, revision {revision}"
+    source = ", ".join([repo_id, *(f"{name.removesuffix('_name')} {value}" for name, value in chosen.items())])
     is_local = Path(repo_id).exists()  # a folder, which `datasets` reads like a dataset on the hub
     return {"source": source, **({} if is_local else {"repo_id": repo_id, **chosen})}
 
