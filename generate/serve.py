@@ -6,10 +6,8 @@ weighted sum such as "pirate:0.5+polite". Adapters can be added, replaced and re
 """
 
 import os
-import resource
 import socket
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +73,7 @@ from lit_llama.memory import byte_size, cache_bytes
 from lit_llama.onednn import pack_
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import UserError, allow_open_files, log
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -143,16 +141,6 @@ def make_engine(settings: Settings) -> Engine:
         ) from None
     log(f"{len(bank)} adapters; the KV cache of {rows} rows of {length:,} tokens takes {size}")
     return engine
-
-
-def allow_open_files(count: int) -> None:
-    """Raise the limit of open files to `count`, or as far as the system permits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        count = min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        with suppress(ValueError, OSError):  # macOS has a lower limit than it states
-            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

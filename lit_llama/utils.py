@@ -1,7 +1,9 @@
 """Errors for users, messages, and checks of text from untrusted sources."""
 
 import re
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,13 @@ def plain_name(name: Any, source: Path) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         raise UserError(f"{source} names {name!r}; expected the name of a file in its folder.")
     return name
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the limit of open files to `count`, or as far as the system permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with suppress(ValueError, OSError):  # macOS has a lower limit than it states
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

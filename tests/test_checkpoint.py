@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, model
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
-from lit_llama.storage.tensor_files import open_rows, open_tensors, read_state
+from lit_llama.storage.tensor_files import MAPPED_BYTES, open_rows, open_tensors, read_state
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -242,6 +242,17 @@ def test_small_tensors_keep_no_file_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
     read["x7"][0] = 5  # writable
+
+
+def test_a_model_may_have_more_tensors_than_files_may_be_open(tmp_path):
+    """Each mapped tensor keeps its file open, and macOS allows 256 files unless a program asks for more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write_sparse_safetensors(tmp_path / "a.safetensors", 200, MAPPED_BYTES)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(128, limits[0]), limits[1]))
+        assert len(read_state(tmp_path / "a.safetensors")) == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_safetensors_larger_than_memory_are_mapped(tmp_path):

@@ -1,5 +1,6 @@
 """Rules for writing, replacing and deleting files: links, foreign files, permissions, kills and full disks."""
 
+import errno
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from lit_llama.checkpoint import save_adapter
 from lit_llama.storage.files import atomic_folder, atomic_write, check_file, check_folder, claim, locked, write_text
 from lit_llama.storage.manifest import MANIFEST, find_strangers
 from lit_llama.storage.staging import TEMPORARY
+from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, plain_name
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,18 @@ def test_files_get_the_usual_permissions(tmp_path):
     for path in (tmp_path / "a.safetensors", tmp_path / "folder/inner/a.safetensors"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE((tmp_path / "folder/inner").stat().st_mode) == 0o750
+
+
+def test_files_keep_their_permissions_where_they_cannot_be_changed(tmp_path, monkeypatch):
+    """As on CIFS with a forced owner."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    save_adapter(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
+    fill(tmp_path / "folder", a="new")
+    assert read_state(tmp_path / "a.safetensors").keys() == {"x"} and (tmp_path / "folder/a").read_text() == "new"
 
 
 def test_unwritable_paths_give_a_one_line_error(tmp_path):
@@ -442,6 +456,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
     assert result.returncode == 0, result.stderr
     *messages, leftovers = result.stdout.splitlines()
     assert leftovers == "left:"
+    too_large = (
+        "(File too large): its file system or `ulimit -f` allows only smaller files; choose another output folder"
+    )
     assert len(messages) == 6
-    for message in messages:
-        assert message.startswith("There is no room left to write ")
+    for i, message in enumerate(messages):
+        if i == 2:  # torch does not say why
+            assert message.startswith("There is no room left to write ")
+        else:
+            assert message.startswith("Cannot write ") and too_large in message

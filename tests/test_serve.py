@@ -22,7 +22,7 @@ from started_server import JSON, KEY, PIRATE, POLITE, QUESTION, ROOT, TOKEN, Ser
 from generate.app import metrics_text
 from generate.guard import refusal_of
 from generate.openai_format import ChatRequest, Message, render_messages
-from generate.serve import Settings, allow_open_files, make_engine
+from generate.serve import Settings, make_engine
 from lit_llama import cli
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
@@ -30,7 +30,7 @@ from lit_llama.compose import load_with_bank, parse_sum
 from lit_llama.generation import Sampling, answer, instruct
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, allow_open_files
 
 BASE = ROOT / "checkpoints" / "microworld"
 

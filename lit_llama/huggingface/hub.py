@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from lit_llama.storage.files import NO_ROOM, unwritable
+from lit_llama.storage.files import NO_ROOM, TOO_LARGE, unwritable
 from lit_llama.utils import UserError
 
 PREFIX = "hf:"
@@ -81,8 +81,8 @@ def explain(error: Exception, repo_id: str, revision: str, *, writes: bool = Fal
             f"Your token has no permission to {access} {repo_id}; create one that has at {tokens}{hub_says}."
         )
     file, number = getattr(error, "filename", None), getattr(error, "errno", None)
-    no_room = number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in NO_ROOM)  # or hf_xet's text
-    if file or no_room:
+    texts = (*NO_ROOM, TOO_LARGE)  # also of hf_xet
+    if file or number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in texts):
         return unwritable(Path(file or "the download"), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, RuntimeError):

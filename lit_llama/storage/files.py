@@ -25,7 +25,8 @@ from lit_llama.storage.staging import TEMPORARY, settle, staged, synchronize
 from lit_llama.utils import UserError, log
 
 LOCK = ".aligner-lock"  # in folders that programs keep writing to, for `locked`
-NO_ROOM = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
+NO_ROOM = ("No space left", "PytorchStreamWriter", "inline_container", "iostream error")
+TOO_LARGE = "File too large"
 
 
 def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> None:
@@ -235,9 +236,17 @@ def explained(
 
 
 def unwritable(path: Path, error: Exception) -> UserError | None:
-    """Return an error for a full disk or another system error, as Python, torch or safetensors report it."""
+    """Return an error for a full disk or another system error, as Python, torch or safetensors report it.
+
+    Torch reports a full disk and a file that is too large in the same way, which is explained as a full disk.
+    """
     number, text = getattr(error, "errno", None), str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(message in text for message in NO_ROOM):
+    if number == errno.EFBIG or TOO_LARGE in text:
+        return UserError(
+            f"Cannot write {path} ({TOO_LARGE}): its file system or `ulimit -f` allows only smaller files; choose "
+            "another output folder or raise the limit; nothing was changed."
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(message in text for message in NO_ROOM):
         return UserError(f"There is no room left to write {path}: free some space and run again; nothing was changed.")
     if number is None:
         return None

@@ -105,11 +105,15 @@ def _is_abandoned(name: str) -> bool:
 
 
 def settle(path: Path) -> None:
-    """Give a new file, or all files of a new folder, the usual permissions, and sync them to the disk."""
+    """Give a new file, or all files of a new folder, the usual permissions, and sync them to the disk.
+
+    On a file system that determines the permissions itself, such as CIFS or FAT, files keep those that they have.
+    """
     mode = path.parent.stat().st_mode & 0o666  # the mode of a new folder; safetensors makes its files private
     for item in (path, *path.rglob("*")):
-        if item.is_file():
-            item.chmod(mode)
+        if item.is_file() and item.stat().st_mode & 0o777 != mode:
+            with suppress(PermissionError):
+                item.chmod(mode)
         synchronize(item)
 
 

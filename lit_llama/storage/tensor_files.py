@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lit_llama.storage.schema import check_readable, parse_json, unreadable
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, allow_open_files
 
 # dtypes of unquantized weights, by their names in safetensors headers
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAPPED_BYTES = 2**20  # smaller tensors are read: a mapping holds an open file, and an adapter has a tensor per layer
+OTHER_FILES = 1024  # open files besides the mapped tensors of a model, the usual limit on Linux; macOS has 256
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     check_readable(path, "checkpoint")
     if path.suffix.lower() == ".safetensors":
-        return {name: tensor.read() for name, tensor in _open_safetensors(path).items()}
+        tensors = _open_safetensors(path)
+        if mapped := sum(tensor.nbytes >= MAPPED_BYTES for tensor in tensors.values()):
+            allow_open_files(OTHER_FILES + mapped)
+        return {name: tensor.read() for name, tensor in tensors.items()}
     try:
         state = _load_pickle(path)
     except UserError:
