@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lit_llama.console import did_you_mean, exit_on_user_error, hide_interrupts
-from lit_llama.settings import Setting, check_config, check_environment, describe, metavar
+from lit_llama.settings import Setting, check_config, check_environment, describe, from_parsed, metavar
 from lit_llama.threads import wait_briefly
 from lit_llama.utils import UserError, check_text, log
 
@@ -53,8 +53,7 @@ def parse(settings_class: type[S], args: Sequence[str] | None = None) -> S:
         values = parser.parse_args(join_repeated(args, [f"--{s.name}" for s in settings.values() if s.several]))
     except (ArgumentError, UserError, RecursionError, OverflowError) as error:
         usage_error(parser, explain(getattr(error, "message", str(error)), settings))
-    given = {name: values[name] for name in settings}
-    return settings_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    return settings_class(**{name: from_parsed(values[name]) for name in settings})
 
 
 def make_parser(settings_class: type) -> ArgumentParser:

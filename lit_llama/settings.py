@@ -154,6 +154,13 @@ def describe(settings_class: type) -> list[Setting]:
     return settings
 
 
+def from_parsed(value: Any) -> Any:
+    """Return a parsed value as that of a setting: lists as tuples, and paths with `~` replaced by the home folder."""
+    if isinstance(value, list):
+        return tuple(map(from_parsed, value))
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
 def metavar(type_: Any) -> str:
     """Return a placeholder for a value of the type, such as "INT" or "true|false"."""
     if get_origin(type_) is Literal:

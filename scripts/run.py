@@ -3,7 +3,7 @@
     python3 scripts/run.py demo              finetune the bundled model and write a report
     python3 scripts/run.py test              run all tests
     python3 scripts/run.py SCRIPT [ARG …]    run a script, such as generate/aligner.py --interactive
-    python3 scripts/run.py --cpu demo        the same, but if it creates .venv, install PyTorch without CUDA
+    python3 scripts/run.py --cpu demo        the same, but if .venv has no PyTorch yet, install it without CUDA
 
 Relative paths refer to the repository, not to the current folder. Requires only Linux or macOS (on Windows, WSL) and
 Python 3.10 or newer. On Linux the default build of PyTorch includes 5 GB of CUDA libraries; the build without CUDA is
@@ -77,7 +77,7 @@ def install(requirements: list[str], cpu: bool = False) -> None:
 
     Args:
         requirements: Names of the files.
-        cpu: Install the build of torch without CUDA if torch is not installed yet.
+        cpu: Install the build of torch without CUDA. It does not replace an installed build with CUDA.
     """
     files = [ROOT / name for name in [*requirements, "requirements-serve.txt", "constraints.txt"]]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
@@ -105,7 +105,9 @@ def change_environment(requirements: list[str], cpu: bool) -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     constraints = ["-c", str(ROOT / "constraints.txt")]
     # torch first and alone: the other packages then accept the installed build
-    torch = cpu_build() if cpu and sys.platform == "linux" else "torch"
+    installed = [path.name for path in ENV.glob("lib/python*/site-packages/torch-*.dist-info")]
+    with_cuda = any("+cpu" not in name for name in installed)
+    torch = cpu_build() if cpu and sys.platform == "linux" and not with_cuda else "torch"
     for what in ([torch], [x for name in requirements for x in ("-r", str(ROOT / name))]):
         print(f"installing {' '.join(Path(w).name for w in what if w != '-r')}", file=sys.stderr, flush=True)
         if subprocess.run([*pip, "-q", *constraints, *what], stdout=sys.stderr).returncode:

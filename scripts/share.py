@@ -2,8 +2,9 @@
 
     python scripts/share.py --adapter out/aligner/alpaca-7b-n1 --repo_id me/alpaca-7b-n1 --license llama2
 
---dry_run only writes the folder that would be uploaded. The token comes from `hf auth login` or HF_TOKEN. Absolute
-paths in the adapter's header are reduced to their last part. Anyone with this repository and the base can then use it:
+--dry_run only writes the folder that would be uploaded; a card that you edit there is kept and uploaded. The token
+comes from `hf auth login` or HF_TOKEN. Absolute paths in the adapter's header are reduced to their last part. Anyone
+with this repository and the base can then use it:
 python generate/aligner.py --adapter hf:OWNER/NAME
 """
 
@@ -32,6 +33,7 @@ class Settings:
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ from lit_llama.checkpoint import AdapterFile, read_adapter, save_adapter
 from lit_llama.huggingface.hub import ADAPTER_NAME, PREFIX, endpoint, explain, repository
 from lit_llama.run.report import read_metrics
 from lit_llama.storage.files import claim, write_text
+from lit_llama.storage.rows import read_text
 from lit_llama.storage.schema import field
 from lit_llama.utils import UserError, log
 
@@ -106,6 +109,16 @@ def card(adapter: AdapterFile, settings: Settings) -> str:
         raise UserError(f"{header} does not describe an adapter that can be published ({error}).") from None
 
 
+def signed(text: str) -> str:
+    """Return a card with a hash of its text in the mark."""
+    return text.replace(MARK, f"{MARK[:-4]}, {hashlib.sha256(text.encode()).hexdigest()[:16]} -->", 1)
+
+
+def is_edited(text: str) -> bool:
+    """Return whether a card differs from what `signed` returned."""
+    return signed(re.sub(rf"{MARK[:-4]}, [0-9a-f]{{16}} -->", MARK, text, count=1)) != text
+
+
 def check_repository(api: HfApi, settings: Settings) -> None:
     """Check that a repository is new, or has an adapter that may be replaced.
 
@@ -151,7 +164,10 @@ def main(settings: Settings) -> None:
     claim(folder, (ADAPTER_NAME, CARD))
     about = {"method": adapter.method, "config": adapter.config, **without_folders(adapter.meta)}
     save_adapter(folder / ADAPTER_NAME, adapter.state, about, overwrite=True)
-    write_text(folder / CARD, text)
+    if (folder / CARD).is_file() and is_edited(read_text(folder / CARD)):
+        log(f"note: {folder / CARD} was edited and is kept; for a new card, delete it and run again.")
+    else:
+        write_text(folder / CARD, signed(text))
     if settings.dry_run:
         print(folder)
         return

@@ -160,6 +160,15 @@ def test_values_get_the_type_of_their_setting(settings_class):
     assert parse(settings_class, ["--flag=false"])["flag"] is False
 
 
+def test_a_path_may_begin_with_the_home_folder(settings_class, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("somewhere: ~/runs/x\nnames: [~/y]")
+    given = parse(settings_class, ["--config", str(tmp_path / "c.yaml")])
+    assert (given["somewhere"], given["names"]) == (tmp_path / "runs/x", ("~/y",))
+    assert parse(settings_class, ["--somewhere=~/z"])["somewhere"] == tmp_path / "z"
+    assert parse(settings_class, ["--somewhere=a~b/~"])["somewhere"] == Path("a~b/~")
+
+
 def test_editing_a_default_in_the_script_changes_the_default(settings_class):
     path = Path(sys.modules["tool"].__file__)
     path.write_text(SCRIPT.replace("3e-2", "0.5"))

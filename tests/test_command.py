@@ -120,6 +120,28 @@ def test_run_py_waits_for_another_one_that_makes_the_environment(monkeypatch, ca
     assert (output + capsys.readouterr().err).count("installing torch") == 1
 
 
+@pytest.mark.parametrize(
+    ("installed", "cpu", "without_cuda"),
+    [(None, True, True), (None, False, False), ("2.13.0", True, False), ("2.12.0+cpu", True, True)],
+)
+def test_run_py_with_cpu_does_not_replace_pytorch_with_cuda(installed, cpu, without_cuda, monkeypatch, tmp_path):
+    from scripts import run as script
+
+    asked = []
+    for name, path in (("ENV", ""), ("PYTHON", "bin/python")):
+        monkeypatch.setattr(script, name, tmp_path / ".venv" / path)
+    monkeypatch.setattr(script.sys, "platform", "linux")
+    script.PYTHON.parent.mkdir(parents=True)
+    script.PYTHON.touch()
+    if installed:
+        (script.ENV / f"lib/python3.11/site-packages/torch-{installed}.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(
+        script.subprocess, "run", lambda words, **options: asked.append(words) or SimpleNamespace(returncode=0)
+    )
+    script.change_environment(["requirements.txt"], cpu)
+    assert asked[1][-1] == (script.cpu_build() if without_cuda else "torch")
+
+
 def test_run_py_continues_on_a_file_system_without_locks(monkeypatch, tmp_path):
     from scripts import run as script
 
