@@ -234,7 +234,7 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
         run = trainer(device, name, out_dir)
         pairs = PreferenceData(out_dir / "check-rows" / "pairs", "train")
         loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
-        batches = np.array_split(np.arange(len(pairs)), 4)[: 1 if compiled else 2]  # compiling a shape takes seconds
+        batches = np.array_split(np.arange(len(pairs)), 8)[: 1 if compiled else 2]  # compiling a shape takes seconds
         if compiled:
             compile_(run.unwrapped, "training", backend(device))
         for width in (0, 10**6):

@@ -148,10 +148,10 @@ def plan_bank(settings: Settings, requests: list[Request], tokenizer: Tokenizer)
     n_rows = max(1, len(requests))  # the chat has no requests and one row
     if len(settings.use) not in (0, 1, n_rows):
         raise UserError(f"There are {n_rows} prompts and {len(settings.use)} names in --use; give each its own.")
-    if not settings.use and not any(request.adapter for request in requests):
-        log("note: no prompt names an adapter, so the base model answers; name one with --use.")
     bank = open_bank(settings.bank, settings.checkpoint_dir)
     names = settings.use if len(settings.use) == n_rows else (settings.use or (BASE,)) * n_rows
+    if not settings.use and not any(request.adapter for request in requests):
+        log("note: no prompt names an adapter, so the base model answers; name one with --use.")
     # the prompt file takes precedence over the command line
     requests = [replace(request, adapter=request.adapter or names[i]) for i, request in enumerate(requests)]
     sums = [parse_sum(text, bank) for text in ([request.adapter for request in requests] or names)]
