@@ -33,13 +33,14 @@ import torch
 
 from lit_llama.checkpoint import write_base
 from lit_llama.config import LLAMA3_SCALING, MOST_FLOAT, MOST_INT
-from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer
 from lit_llama.huggingface.weights import to_lit
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import atomic_folder, check_folder
 from lit_llama.storage.manifest import BASE_MODEL
 from lit_llama.storage.schema import field, read_json
-from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.storage.tensor_files import LazyTensor, check_free, open_tensors
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 SOURCE = "params.json"
@@ -162,12 +163,12 @@ def main(settings: Settings) -> None:
     tensors = join_shards(open_shards(settings.checkpoint_dir), field(params, "dim", int, SOURCE))
     config = convert_params(params, tensors, settings.block_size, settings.rope_factor)
     tokenizer_dir = settings.tokenizer_dir or settings.checkpoint_dir
-    fitting_tokenizer(tokenizer_dir, config)
+    Tokenizer(tokenizer_dir).check_fit(config)
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     state = to_lit(tensors, config, dtype, names=meta_names, source=SOURCE, half_split=False)
-    check_space(settings.output_dir, state)
+    check_free(settings.output_dir, sum(t.nbytes for t in state.values()))
     with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(tokenizer_dir, folder)

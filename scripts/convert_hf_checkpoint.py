@@ -31,13 +31,14 @@ import torch
 
 from lit_llama.checkpoint import CONFIG_NAME, load_model, weights_path, write_base
 from lit_llama.huggingface.config import convert_config
-from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer
 from lit_llama.huggingface.weights import to_hf, to_lit, weight_files, write_hf
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import atomic_folder, check_folder
 from lit_llama.storage.manifest import BASE_MODEL, HF_MODEL
 from lit_llama.storage.schema import read_json
-from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.storage.tensor_files import LazyTensor, check_free, open_tensors
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 TOLERANCE = 1e-3  # largest logit difference that --verify accepts
@@ -46,9 +47,9 @@ TOLERANCE = 1e-3  # largest logit difference that --verify accepts
 def convert_from_hf(settings: Settings, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Convert a folder in Hugging Face's layout to a base model, and return the tensors written."""
     config = convert_config(read_json(settings.checkpoint_dir / "config.json"))
-    fitting_tokenizer(settings.checkpoint_dir, config)
+    Tokenizer(settings.checkpoint_dir).check_fit(config)
     state = to_lit(open_tensors(weight_files(settings.checkpoint_dir)), config, dtype)
-    check_space(settings.output_dir, state)
+    check_free(settings.output_dir, sum(t.nbytes for t in state.values()))
     with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(settings.checkpoint_dir, folder)

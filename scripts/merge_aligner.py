@@ -44,14 +44,15 @@ from lit_llama.checkpoint import (
     weights_path,
     write_base,
 )
-from lit_llama.huggingface.tokenizer_files import copy_tokenizer, fitting_tokenizer
+from lit_llama.huggingface.tokenizer_files import copy_tokenizer
 from lit_llama.huggingface.weights import parameters, to_hf, without_tied_head, write_hf
 from lit_llama.merge import output_bias
 from lit_llama.methods import METHODS
 from lit_llama.model import CausalSelfAttention, LLaMA, LLaMAConfig
 from lit_llama.storage.files import atomic_folder, check_folder, write_text
 from lit_llama.storage.manifest import MERGED_MODEL
-from lit_llama.storage.tensor_files import LazyTensor, check_space, open_tensors
+from lit_llama.storage.tensor_files import LazyTensor, check_free, open_tensors
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from lit_llama.variant import check_shapes
 
@@ -144,7 +145,7 @@ def main(args: Settings) -> None:
     model = load_adapter(adapter, args.checkpoint_dir)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     base = open_tensors([weights_path(args.checkpoint_dir)])
-    fitting_tokenizer(args.checkpoint_dir, model.config)
+    Tokenizer(args.checkpoint_dir)  # raises an error if it does not fit
     tensors, config = merge(base, model, MERGED_TENSOR[adapter.method])
     card = {"adapter": f"{adapter.path}", "base": base_fingerprint(args.checkpoint_dir), **adapter.meta}
     with atomic_folder(args.output_dir, MERGED_MODEL) as folder:
@@ -153,7 +154,7 @@ def main(args: Settings) -> None:
             write_hf(folder, tensors, config, args.checkpoint_dir, args.max_shard_size)
         else:
             tensors = {name: replace(t, dtype=dtype or t.dtype) for name, t in tensors.items()}
-            check_space(args.output_dir, tensors)
+            check_free(args.output_dir, sum(t.nbytes for t in tensors.values()))
             write_base(folder, config, tensors)
             copy_tokenizer(args.checkpoint_dir, folder)
         write_text(folder / CARD, json.dumps(card, indent=2, default=str) + "\n")

@@ -10,7 +10,6 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from lit_llama.chat_template import TEMPLATE_NAME
 from lit_llama.checkpoint import TOKENIZER_NAME
-from lit_llama.model import LLaMAConfig
 from lit_llama.storage.files import write_text
 from lit_llama.storage.schema import read_json
 from lit_llama.tokenizer import Tokenizer
@@ -18,17 +17,6 @@ from lit_llama.utils import UserError
 
 TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "generation_config.json", TEMPLATE_NAME)  # fmt: skip
-
-
-def fitting_tokenizer(checkpoint_dir: Path, config: LLaMAConfig) -> Tokenizer:
-    """Return the tokenizer in a folder.
-
-    Raises:
-        UserError: The tokenizer is missing, or has more tokens than the model.
-    """
-    tokenizer = Tokenizer(checkpoint_dir)
-    tokenizer.check_fit(config)
-    return tokenizer
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -5,7 +5,6 @@ half-split order of Hugging Face's rotary embedding and the interleaved order th
 """
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from lit_llama.huggingface.config import has_attention_bias, hf_config
-from lit_llama.huggingface.tokenizer_files import fitting_tokenizer, write_hf_tokenizer
+from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.storage.files import write_text
 from lit_llama.storage.schema import field, read_json
-from lit_llama.storage.tensor_files import LazyTensor, check_space, write_tensors
+from lit_llama.storage.tensor_files import LazyTensor, check_free, write_tensors
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, plain_name
 from lit_llama.variant import check_shapes
 
@@ -226,42 +226,28 @@ def write_hf(
     Raises:
         UserError: The tokenizer is missing or does not fit, the size is invalid, or the disk has too little space.
     """
-    tokenizer = fitting_tokenizer(checkpoint_dir, config)
-    shards = _split(tensors, parse_size(max_shard_size))
-    check_space(folder, tensors)
-    folder.mkdir(parents=True, exist_ok=True)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer.check_fit(config)
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, OverflowError):
+        raise UserError(f"{max_shard_size!r} is not a size; write it like 5GB or 200MB.") from None
     total = sum(t.nbytes for t in tensors.values())
+    check_free(folder, total)
+    folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=total, desc="Writing", unit="B", unit_scale=True) as bar:
-        for name, shard in shards.items():
-            write_tensors(folder / name, shard, bar.update)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in shards.items() for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        for file, names in split.filename_to_tensors.items():
+            write_tensors(folder / file, {name: tensors[name] for name in names}, bar.update)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     dtype = tensors["model.embed_tokens.weight"].dtype
     write_text(folder / "config.json", json.dumps(hf_config(config, dtype, tokenizer), indent=2) + "\n")
     write_hf_tokenizer(folder, tokenizer, config.block_size)
-
-
-def _split(tensors: dict[str, LazyTensor], limit: int) -> dict[str, dict[str, LazyTensor]]:
-    """Return file names and the tensors of each file, which take at most `limit` bytes if there are several."""
-    shards: list[dict[str, LazyTensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > limit:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes in a size such as "5GB".
-
-    Raises:
-        UserError: The text is not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B", text.strip().upper())
-    if not match or float(match[1]) == 0:
-        raise UserError(f"{text!r} is not a size; write it like 5GB or 200MB.")
-    return round(float(match[1]) * 1000 ** ("KMG".find(match[2]) + 1 if match[2] else 0))

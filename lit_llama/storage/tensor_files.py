@@ -277,15 +277,6 @@ def _make_header(tensors: dict[str, LazyTensor]) -> dict[str, Any]:
     return header
 
 
-def check_space(folder: Path, tensors: dict[str, LazyTensor]) -> None:
-    """Check that a folder's disk has enough space for tensors. The folder need not exist yet.
-
-    Raises:
-        UserError: There is too little free space.
-    """
-    check_free(folder, sum(t.nbytes for t in tensors.values()))
-
-
 def check_free(folder: Path, nbytes: int) -> None:
     """Check that a folder's disk has enough space for a number of bytes. The folder need not exist yet.
 
