@@ -25,6 +25,7 @@ The format, the prompt style and the mask are read from meta.json, never inferre
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ import torch
 
 from lit_llama.logps import IGNORE_INDEX, find_labels
 from lit_llama.packing import pack_answers, pair_shape
-from lit_llama.storage.arrow_files import hash_tokens, load_split
+from lit_llama.storage.arrow_files import hash_json, hash_tokens, load_split, read_lists, row_lengths
 from lit_llama.storage.cache import hash_file
 from lit_llama.storage.schema import field, read_json
 from lit_llama.tokenizer import Tokenizer
@@ -186,17 +187,18 @@ class SFTData(Split):
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
-        self.lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
-        self.n_masked = np.asarray(self.rows["prompt_length"]) * field(self.meta, "mask_prompt", bool, data_dir)
+        self.lengths = row_lengths(self.rows, "input_ids")
+        n_prompt = self.rows.with_format("arrow")["prompt_length"].to_numpy()
+        self.n_masked = n_prompt * field(self.meta, "mask_prompt", bool, data_dir)
         self.weights = self.lengths - np.maximum(1, self.n_masked)  # nothing predicts the first token
         if (self.weights < 0).any():
             raise UserError(f"{data_dir} has rows that are shorter than their prompts; prepare the dataset again.")
         self.tokens, self.gaps = self.lengths, None
         if "gaps" in self.rows.column_names:
-            self.gaps = [np.asarray(flat, np.int64) for flat in self.rows["gaps"]]
+            self.gaps = read_lists(self.rows, "gaps")
             if any(
                 len(gaps) % 2 or (np.diff(gaps, prepend=first, append=last) < 0).any()
-                for gaps, first, last in zip(self.gaps, self.rows["prompt_length"], self.lengths, strict=True)
+                for gaps, first, last in zip(self.gaps, n_prompt, self.lengths, strict=True)
             ):
                 raise UserError(f"{data_dir} has rows whose gaps are not within them; prepare the dataset again.")
             self.weights = self.weights - np.array([gaps[1::2].sum() - gaps[::2].sum() for gaps in self.gaps])
@@ -204,7 +206,7 @@ class SFTData(Split):
     def columns_of(self, data_dir: Path) -> tuple[str, ...]:
         return (*self.columns, *["gaps"] * field(self.meta, "multi_turn", bool, data_dir, False))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all token ids, of the boundaries between them, and of the lengths of the prompts."""
         digest = hash_tokens(self.rows, ("input_ids",))
@@ -245,7 +247,7 @@ class PreferenceData(Split):
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
-        self.n_prompt, *responses = (np.array([len(ids) for ids in self.rows[name]], int) for name in self.columns)
+        self.n_prompt, *responses = (row_lengths(self.rows, name) for name in self.columns)
         self.n_responses = np.stack(responses)  # (2, rows)
         if not (self.n_prompt.all() and self.n_responses.all()):
             raise UserError(f"{data_dir} has rows with an empty prompt or response; prepare the dataset again.")
@@ -253,7 +255,7 @@ class PreferenceData(Split):
         self.tokens = 2 * self.n_prompt + self.n_responses.sum(0)
         self.weights = np.ones(len(self))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all token ids and of the boundaries between them."""
         return hash_tokens(self.rows, ("prompt", "chosen", "rejected")).hexdigest()
@@ -295,16 +297,13 @@ class PromptData(Split):
 
     def __init__(self, data_dir: Path, split: str, tokenizer: Tokenizer | None = None, max_rows: int | None = None):
         super().__init__(data_dir, split, tokenizer, max_rows)
-        self.lengths = np.array([len(ids) + 1 for ids in self.rows["prompt"]])
+        self.lengths = row_lengths(self.rows, "prompt") + 1
         self.tokens, self.weights = self.lengths, np.ones(len(self))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of all rows."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(json.dumps([row["prompt"].tolist(), str(row["row"])]).encode())
-        return digest.hexdigest()
+        return hash_json(self.rows, ("prompt", "row")).hexdigest()
 
     def prompt_ids(self, indices: np.ndarray) -> list[list[int]]:
         """Return the token ids of the prompts of rows."""

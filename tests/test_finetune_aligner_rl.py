@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import load_from_disk
 
 import finetune.alignerRL as script
 from lit_llama import cli
@@ -89,6 +91,10 @@ def test_the_dataset_returns_prompts_and_their_sources(prompt_dir, tokenizer):
     assert ids == tokenizer.encode("what did the cat eat 3?", bos=True) and val.lengths[1] == len(ids) + 1
     assert val.prompts(1) == [(val.prompt_ids(np.array([0]))[0], [])]
     assert train.sha256 != val.sha256
+    digest = hashlib.sha256()  # saved runs record it
+    for row in load_from_disk(str(prompt_dir / "test")):
+        digest.update(json.dumps([row["prompt"], row["row"]]).encode())
+    assert val.sha256 == digest.hexdigest()
     assert json.loads((prompt_dir / "meta.json").read_text())["split_by"] == "given"
 
 

@@ -219,7 +219,6 @@ WAITS = {
     "data.py: PreferenceData.batch": "on the CPU",
     "data.py: PreferenceData.prompts": "on the CPU",
     "data.py: PromptData.prompt_ids": "on the CPU",
-    "data.py: PromptData.sha256": "on the CPU",
     "rollouts.py: Rollouts.sample": "rewards are on the CPU",
 }
 FILES = {line.partition(":")[0] for line in WAITS} | {

@@ -4,6 +4,7 @@ They are checked before they are read, because damaged offsets can crash the pro
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def check_arrow(path: Path, columns: Sequence[str]) -> int:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
 
 
+def row_lengths(rows: Dataset, column: str) -> np.ndarray:
+    """Return the number of elements in each row of a column of lists, (rows,) int64.
+
+    Iterating over the column of a formatted dataset would convert one row at a time.
+    """
+    return pa.compute.list_value_length(rows.with_format("arrow")[column]).to_numpy().astype(np.int64)
+
+
+def read_lists(rows: Dataset, column: str) -> list[np.ndarray]:
+    """Return the rows of a column of lists as arrays."""
+    lengths, numbers = row_lengths(rows, column), rows.with_format("arrow")[column].combine_chunks().flatten()
+    numbers = numbers.to_numpy(zero_copy_only=False)
+    return [numbers[end - n : end] for n, end in zip(lengths, np.cumsum(lengths), strict=True)]
+
+
 def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
     """Return the sha256 object of [length, token ids] as int32, of each column, row by row."""
     tables = [rows.with_format("arrow")[name].combine_chunks() for name in columns]
@@ -87,3 +103,12 @@ def hash_tokens(rows: Dataset, columns: tuple[str, ...]) -> Any:
         offsets = np.repeat(starts[:, column] + 1 - (np.cumsum(n) - n), n)  # to add to a token's index in its column
         numbers[offsets + np.arange(n.sum())] = table.flatten().to_numpy(zero_copy_only=False)
     return hashlib.sha256(numbers)
+
+
+def hash_json(rows: Dataset, columns: Sequence[str]) -> Any:
+    """Return the sha256 object of the values of each row as a JSON list, row by row."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format(None).iter(1000):
+        for row in zip(*(batch[name] for name in columns), strict=True):
+            digest.update(json.dumps(row).encode())
+    return digest
