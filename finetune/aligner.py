@@ -54,11 +54,11 @@ def main(settings: SFTSettings) -> None:
     from lit_llama.run.folder import RunFolder
     from lit_llama.run.report import print_summary
     from lit_llama.run.samples import answer_samples
-    from lit_llama.run.setup import set_up_finetuning, with_initial_config
+    from lit_llama.run.setup import set_up_finetuning, with_initial_config, with_launcher_flags
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.train import SFTLoss, Trainer
 
-    settings = with_initial_config(settings)
+    settings = with_initial_config(with_launcher_flags(settings))
     run = RunFolder(settings)
     tokenizer = Tokenizer(settings.checkpoint_dir)
     train = SFTData(settings.data_dir, "train", tokenizer)

@@ -92,7 +92,7 @@ from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
-from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config
+from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config, with_launcher_flags
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import Trainer
 
@@ -159,7 +159,7 @@ def warn_if_degenerate(share: float, share_before: float | None) -> None:
 
 
 def main(settings: Settings) -> None:
-    settings = with_initial_config(settings)
+    settings = with_initial_config(with_launcher_flags(settings))
     run = RunFolder(settings)
     tokenizer = Tokenizer(settings.checkpoint_dir)
     train = PreferenceData(settings.data_dir, "train", tokenizer)

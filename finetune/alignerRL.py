@@ -78,7 +78,7 @@ from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import duration, early_end, generate_command, plot_metrics, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
-from lit_llama.run.setup import set_up_finetuning, with_initial_config
+from lit_llama.run.setup import set_up_finetuning, with_initial_config, with_launcher_flags
 from lit_llama.tokenizer import Tokenizer
 
 PANELS = {
@@ -111,7 +111,7 @@ def print_summary(summary: dict[str, Any], settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    settings = with_initial_config(settings)
+    settings = with_initial_config(with_launcher_flags(settings))
     reward = Reward(settings.reward, settings.reward_options)
     score = Reward(settings.score) if settings.score else reward
     run = RunFolder(settings)

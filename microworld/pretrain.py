@@ -93,7 +93,7 @@ from lit_llama.prepare_settings import default_num_proc
 from lit_llama.prompts import get_prompt_style
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.samples import answer_samples
-from lit_llama.run.setup import Setup, make_fabric
+from lit_llama.run.setup import Setup, make_fabric, with_launcher_flags
 from lit_llama.storage.files import atomic_folder, atomic_write, check_folder, claim
 from lit_llama.storage.manifest import BASE_MODEL
 from lit_llama.storage.schema import read_bytes
@@ -278,6 +278,7 @@ def write_corpus(settings: Settings, tokenizer_path: Path, data_dir: Path) -> No
 
 
 def main(settings: Settings) -> None:
+    settings = with_launcher_flags(settings)
     check_folder(settings.output_dir, BASE_MODEL)
     run = RunFolder(settings)
     fabric = make_fabric(settings)

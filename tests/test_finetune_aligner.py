@@ -620,6 +620,9 @@ def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, python, free
     assert "Traceback" not in err
     assert out.count("trained      40 parameters") == 1
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+    config = yaml.safe_load((tmp_path / "two/config.yaml").read_text())  # the command that continues the run reads it
+    assert config["devices"] * config["num_nodes"] == 2
+    assert (config["strategy"], config["accelerator"]) == (strategy, "cpu")
     assert_same_losses(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
     # also compare the gradient norms: AdamW hides a gradient that is off by a constant factor
     one, two = (read_metrics(tmp_path / run / "metrics.csv") for run in ("one", "two"))

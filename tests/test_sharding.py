@@ -17,7 +17,7 @@ from lit_llama.checkpoint import save_adapter, save_base
 from lit_llama.compose import load_with_bank
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMAConfig
-from lit_llama.run.setup import with_launcher_strategy
+from lit_llama.run.setup import with_launcher_flags
 from lit_llama.run.train_settings import FinetuneSettings
 from lit_llama.sharding import check_shardable, in_step, is_sharded, only_assists
 from lit_llama.utils import UserError
@@ -248,11 +248,11 @@ def test_the_strategy_of_fabric_run_overrides_the_settings(monkeypatch):
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_STRATEGY", "fsdp")
     settings = FinetuneSettings(strategy="hsdp", **REQUIRED)
-    assert with_launcher_strategy(settings).strategy == "fsdp"
-    assert "LT_STRATEGY" not in os.environ and with_launcher_strategy(settings).strategy == "hsdp"
+    assert with_launcher_flags(settings).strategy == "fsdp"
+    assert "LT_STRATEGY" not in os.environ and with_launcher_flags(settings).strategy == "hsdp"
     monkeypatch.setenv("LT_STRATEGY", "fsdp")
     with pytest.raises(UserError, match="--quantize int8 and --strategy fsdp cannot be combined"):
-        with_launcher_strategy(replace(settings, strategy="auto", quantize="int8"))
+        with_launcher_flags(replace(settings, strategy="auto", quantize="int8"))
 
 
 def run_generation(python: str, devices: int, *arguments: object) -> subprocess.CompletedProcess:

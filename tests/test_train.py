@@ -27,7 +27,7 @@ from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
 from lit_llama.run.report import MetricsLog, Progress, plot_losses, read_metrics, validation_bar, write_above_bar
-from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric
+from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric, with_launcher_flags
 from lit_llama.run.steps import Batches, steps_between_reads
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
 from lit_llama.storage.files import claim, write_text
@@ -212,9 +212,14 @@ def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path, python):
 def test_fabric_run_settings_override_the_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("LT_CLI_USED", "1")
     monkeypatch.setenv("LT_DEVICES", "1")
-    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
-    fabric = make_fabric(Settings(out_dir=tmp_path, devices=4))
+    monkeypatch.setenv("LT_NUM_NODES", "1")
+    monkeypatch.setenv("LT_PRECISION", "bf16")  # Fabric's short name
+    settings = with_launcher_flags(Settings(out_dir=tmp_path, devices=4))
+    assert (settings.devices, settings.num_nodes, settings.precision) == (1, 1, "bf16-mixed")
+    fabric = make_fabric(settings)
     assert (fabric.world_size, fabric.strategy.precision.precision) == (1, "bf16-mixed")
+    monkeypatch.setenv("LT_ACCELERATOR", "gpu")
+    assert with_launcher_flags(settings).accelerator in ("cuda", "mps")  # names that --accelerator takes
 
 
 def test_rows_longer_than_the_context_are_refused_before_training(base_dir, data_dir, tmp_path):

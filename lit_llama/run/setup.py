@@ -28,6 +28,7 @@ T = TypeVar("T", bound=TrainSettings)
 FABRIC_RUN = "LT_CLI_USED"
 FABRIC_RUN_FLAGS = {name: f"LT_{name.upper()}" for name in ("accelerator", "devices", "num_nodes", "strategy",
                                                             "precision")}  # fmt: skip
+PRECISION_ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}  # of Fabric
 
 # what an adapter records about its dataset
 DATA = {"source": str, "counts": dict, "max_seq_length": int}
@@ -65,7 +66,7 @@ class Setup:
 
 
 def make_fabric(settings: TrainSettings) -> Fabric:
-    """Launch Fabric with the devices of the settings. The flags of `fabric run` take precedence.
+    """Launch Fabric with the devices of the settings.
 
     On a GPU that computes in bf16, `precision="auto"` is bf16 for a frozen base and bf16-mixed for a trained one, whose
     weights stay fp32. Elsewhere it is fp32.
@@ -73,17 +74,14 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     Raises:
         UserError: Fabric refuses the combination, or it is not supported here.
     """
-    settings, frozen_base = with_launcher_strategy(settings), isinstance(settings, FinetuneSettings)
+    frozen_base = isinstance(settings, FinetuneSettings)
     flags: dict[str, Any] = {name: getattr(settings, name) for name in FABRIC_RUN_FLAGS}
     flags["strategy"] = fabric_strategy(settings.strategy, settings.num_nodes)
-    launched = FABRIC_RUN in os.environ
-    given = {name: os.environ[key] for name, key in FABRIC_RUN_FLAGS.items() if key in os.environ} if launched else {}
     if flags["precision"] == "auto":
-        accelerator = given.get("accelerator", flags["accelerator"])
         bf16 = "bf16-true" if frozen_base else "bf16-mixed"
-        flags["precision"] = bf16 if computes_bf16(accelerator) else "32-true"
+        flags["precision"] = bf16 if computes_bf16(settings.accelerator) else "32-true"
     try:
-        fabric = Fabric(**{name: value for name, value in flags.items() if name not in given})
+        fabric = Fabric(**flags)
     except KeyError as error:
         raise UserError(
             f"The environment has some variables of SLURM or torchrun, but not {error.args[0]}: start the script with "
@@ -93,23 +91,30 @@ def make_fabric(settings: TrainSettings) -> Fabric:
         raise UserError(f"Fabric refuses these settings: {error}") from None
     check_fabric(fabric, settings.strategy, frozen_base)
     disable_cudnn_attention()
-    if not launched:
+    if FABRIC_RUN not in os.environ:
         launch(fabric, settings.num_nodes)
     check_processes(fabric)
     watch_processes(fabric)
     return fabric
 
 
-def with_launcher_strategy(settings: T) -> T:
-    """Return the settings with the strategy of `fabric run`, if it was given, and remove it from the environment.
+def with_launcher_flags(settings: T) -> T:
+    """Return the settings with the flags of `fabric run`, and remove these from the environment.
 
-    Fabric would read the variable and use its own strategy of that name, which differs from ours.
+    Fabric would read them there, too, and use its own strategy of that name, which differs from ours.
 
     Raises:
-        UserError: The strategy cannot be combined with the other settings.
+        UserError: A flag is out of range, or cannot be combined with the other settings.
     """
-    strategy = os.environ.pop(FABRIC_RUN_FLAGS["strategy"], None) if FABRIC_RUN in os.environ else None
-    return settings if strategy is None else replace(settings, strategy=strategy)
+    if FABRIC_RUN not in os.environ:
+        return settings
+    flags: dict[str, Any] = {n: os.environ.pop(key) for n, key in FABRIC_RUN_FLAGS.items() if key in os.environ}
+    flags |= {name: int(flags[name]) for name in ("devices", "num_nodes") if flags.get(name, "").isdecimal()}
+    if flags.get("accelerator") == "gpu":  # Fabric's name for either
+        flags["accelerator"] = "mps" if torch.backends.mps.is_available() else "cuda"
+    if flags.get("precision") in PRECISION_ALIASES:
+        flags["precision"] = PRECISION_ALIASES[flags["precision"]]
+    return replace(settings, **flags)
 
 
 def check_fabric(fabric: Fabric, strategy: str, frozen_base: bool) -> None:
@@ -161,7 +166,6 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     Raises:
         UserError: A file is missing or does not fit, or Fabric refuses a setting.
     """
-    settings = with_launcher_strategy(settings)  # also for `base_mesh`
     adapter, config = initial_adapter(settings), method_config(settings)
     fabric = make_fabric(settings)
     if fabric.device.type == "cpu" and fabric.world_size == 1:  # processes of this run would count as other programs
