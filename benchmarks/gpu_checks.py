@@ -30,7 +30,7 @@ from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.packing import pack_answers
 from lit_llama.quantize import Quantize
-from lit_llama.reference import AdapterReference, check_policy_equals_reference
+from lit_llama.reference import adapter_reference, check_policy_equals_reference
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import read_metrics
 from lit_llama.run.setup import Setup, adamw, make_fabric
@@ -233,10 +233,10 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
     for name, compiled in (("fp32", False), ("bf16", False), ("bf16", True)):
         run = trainer(device, name, out_dir)
         pairs = PreferenceData(out_dir / "check-rows" / "pairs", "train")
-        loss = DPOLoss(AdapterReference({n: p.detach().clone() for n, p in run.trainable.items()}))
         batches = np.array_split(np.arange(len(pairs)), 8)[: 1 if compiled else 2]  # compiling a shape takes seconds
         if compiled:
             compile_(run.unwrapped, "training", backend(device))
+        loss = DPOLoss(adapter_reference({n: p.detach().clone() for n, p in run.trainable.items()}))
         for width in (0, 10**6):
             pairs.n_embd = width
             if ("segments" in pairs.batch(batches[0])) != (width > 0):

@@ -79,14 +79,14 @@ from lit_llama.dpo import DPOLoss, Reference
 from lit_llama.epochs import plan_fixed_epoch, plan_validation
 from lit_llama.model import LLaMA
 from lit_llama.reference import (
-    AdapterReference,
-    StoredReference,
+    adapter_reference,
     adapter_sha256,
     base_sha256,
     cached_reference,
     check_policy_equals_reference,
     reference_key,
     sampled_kl,
+    stored_reference,
 )
 from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
@@ -102,6 +102,7 @@ PANELS = {
     "reward, margin (β × nats)": ["chosen_reward", "rejected_reward", "margin"],
     "log-probability (nats per response)": ["chosen_logp", "rejected_logp"],
     "KL to the reference (nats per answer)": ["kl"],
+    "share of degenerate answers": ["degenerate"],
     "gradient norm": ["grad_norm"],
 }
 
@@ -123,11 +124,11 @@ def make_losses(
     base = base_sha256(settings.checkpoint_dir) if caches and setup.fabric.global_rank == 0 else ""
     losses = []
     for name, (data, batches) in splits.items():
-        reference: Reference | None = AdapterReference(start)
+        reference: Reference | None = adapter_reference(start)
         if settings.reference_free:
             reference = None
         elif settings.precompute_reference and settings.dry_run:  # placeholders for a long computation
-            reference = StoredReference(torch.zeros(len(data), 2, device=setup.fabric.device))
+            reference = stored_reference(torch.zeros(len(data), 2, device=setup.fabric.device))
         elif settings.precompute_reference:
             key = reference_key(
                 data,
@@ -140,7 +141,7 @@ def make_losses(
                 compiled=settings.compile,
             )
             logps = cached_reference(data, setup.fabric, setup.model, batches, name, key, settings.data_dir)
-            reference = StoredReference(logps.to(setup.fabric.device))
+            reference = stored_reference(logps.to(setup.fabric.device))
         loss = DPOLoss(reference, **settings.loss)
         if not settings.dry_run:
             some_batches = batches[:: max(1, len(batches) // 4)]
@@ -179,7 +180,9 @@ def main(settings: Settings) -> None:
     def kl_to_reference(model: LLaMA) -> dict[str, float]:
         if not prompts:
             return {}
-        metrics = sampled_kl(model, start, prompts, tokenizer.stop_ids, settings.max_new_tokens)
+        metrics = sampled_kl(
+            model, start, prompts, tokenizer.stop_ids, settings.max_new_tokens, settings.micro_batch_size
+        )
         warn_if_degenerate(metrics["degenerate"], run.metrics.first("val/degenerate"))
         return metrics
 

@@ -61,8 +61,8 @@ class Settings(FinetuneSettings):
     eval_interval: PositiveInt = 20  # steps between validations
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
     save_interval: PositiveInt = 20  # steps between saved states, from which --resume continues
-    sample_prompts: NonNegativeInt = 4  # number of these prompts whose answers are printed and saved
-    drift_prompts: NonNegativeInt = 32  # number of these prompts to estimate the KL to the start, by sampling; 0: none
+    sample_prompts: NonNegativeInt = 4  # held-out prompts whose answers are printed and saved
+    drift_prompts: NonNegativeInt = 32  # held-out prompts to estimate the KL to the start, by sampling; 0: none
 
 
 if __name__ == "__main__":
@@ -88,6 +88,7 @@ PANELS = {
     "share of groups without signal": ["no_signal"],
     "entropy (nats per token)": ["entropy"],
     "KL to the start (nats per answer)": ["kl"],
+    "share of degenerate answers": ["degenerate"],
     "KL to the start (nats per token)": ["kl_per_token"],
     "length of answers (tokens)": ["answer_tokens"],
     "share of answers that ended": ["ended"],
@@ -138,7 +139,10 @@ def main(settings: Settings) -> None:
     def further_metrics(model: LLaMA) -> dict[str, float]:
         if warning := falling_score(run.metrics.rows):
             write_above_bar(warning)
-        return sampled_kl(model, start, drift, tokenizer.stop_ids, settings.max_new_tokens) if drift else {}
+        if not drift:
+            return {}
+        batch_size = settings.micro_batch_size * settings.group_size  # as many answers as in a step
+        return sampled_kl(model, start, drift, tokenizer.stop_ids, settings.max_new_tokens, batch_size)
 
     trainer = PolicyTrainer(
         setup, rollouts, val, loss, run,

@@ -1,7 +1,7 @@
 """The reference of DPO: a frozen copy of the adapter that training starts from, on the same base.
 
-Its log-probabilities are either computed once before training and cached (`StoredReference`), or computed in each step
-by one more forward pass (`AdapterReference`).
+Its log-probabilities are either computed once before training and cached (`stored_reference`), or computed in each step
+by one more forward pass (`adapter_reference`).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PreferenceData
-from lit_llama.dpo import DPOLoss, dpo_loss, pair_logps
+from lit_llama.dpo import DPOLoss, Reference, dpo_loss, pair_logps
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
 from lit_llama.modules import eval_mode, swapped_parameters
@@ -27,35 +27,27 @@ from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, log
 
 
-class StoredReference:
-    """Log-probabilities of a split that were computed before training.
+def stored_reference(logps: torch.Tensor) -> Reference:
+    """Return the reference whose log-probabilities were computed before training.
 
     Args:
-        logps: (rows, 2) of the chosen and the rejected response of each row.
+        logps: (rows, 2) of the chosen and the rejected response of each row of a split.
     """
-
-    def __init__(self, logps: torch.Tensor) -> None:
-        self.logps = logps
-
-    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return (2B,), see `pair_logps`."""
-        return self.logps[batch["rows"]].T.flatten()
+    return lambda model, batch: logps[batch["rows"]].T.flatten()
 
 
-class AdapterReference:
-    """Log-probabilities of the base with other adapter weights, computed for each batch.
+def adapter_reference(state: dict[str, torch.Tensor]) -> Reference:
+    """Return the reference that computes the log-probabilities of each batch, with other adapter weights.
 
     Args:
         state: The adapter weights.
     """
 
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self.state = state
-
-    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return (2B,), see `pair_logps`."""
-        with torch.no_grad(), eval_mode(model), swapped_parameters(model, self.state):
+    def reference(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad(), eval_mode(model), swapped_parameters(model, state):
             return pair_logps(model, batch)
+
+    return reference
 
 
 def adapter_sha256(state: dict[str, torch.Tensor]) -> str:
@@ -208,6 +200,7 @@ def sampled_kl(
     prompts: list[list[int]],
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
+    batch_size: int,
 ) -> dict[str, float]:
     """Sample one answer of the policy to each prompt at temperature 1 and compare it with the reference.
 
@@ -215,6 +208,7 @@ def sampled_kl(
         model: The policy, not wrapped by Fabric.
         reference_state: Adapter weights of the reference.
         prompts: Token ids.
+        batch_size: Number of prompts that are answered at once; it does not change the answers.
 
     Returns:
         kl: The estimate Σ (log π - log π_ref) / answers of the KL divergence, in nats per answer.
@@ -222,7 +216,10 @@ def sampled_kl(
             themselves.
     """
     stop_ids = tuple(i for i in stop_ids if i < model.config.padded_vocab_size)  # a tokenizer may have more
-    answers = generate(model, prompts, Sampling(max_new_tokens, temperature=1.0), stop_ids)
+    sampling, answers = Sampling(max_new_tokens, temperature=1.0), []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        answers += generate(model, batch, sampling, stop_ids, rows=list(range(start, start + len(batch))))
     kl, degenerate = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         ended = len(answer) < min(max_new_tokens, remaining_context(model, prompt))

@@ -16,7 +16,7 @@ from lit_llama.logps import LabelLogps
 from lit_llama.modules import swapped_parameters
 from lit_llama.packing import pair_shape
 from lit_llama.prepare import prepare_preferences
-from lit_llama.reference import AdapterReference, StoredReference
+from lit_llama.reference import adapter_reference, stored_reference
 from lit_llama.utils import UserError
 
 # h = (-1 + 3) - (-2 + 2.5) = 1.5
@@ -185,7 +185,7 @@ def test_losses_with_a_different_model_as_the_reference(policy, base_dir, prefer
     state = {name: torch.randn_like(value) for name, value in adapter_state(policy).items()}
     reference.load_state_dict(state)
     batch = data.batch(np.arange(len(data)))
-    sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
+    sums = DPOLoss(adapter_reference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
     sums["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     policy.zero_grad()
@@ -226,7 +226,7 @@ def test_pairs_that_share_a_row_have_the_same_losses_and_gradients(policy, prefe
     for width in (0, 10**6):
         data.n_embd = width
         batch = data.batch(np.arange(len(data)))
-        sums = DPOLoss(AdapterReference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
+        sums = DPOLoss(adapter_reference(state), beta=0.3, sft_weight=0.7)(LabelLogps(policy), batch)
         sums["loss"].backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
         results.append(({name: value.detach() for name, value in sums.items()}, gradients, len(batch["idx"])))
@@ -280,8 +280,8 @@ def test_a_stored_reference_returns_the_log_probabilities_of_the_batch(policy, p
     data = PreferenceData(preference_dir, "train")
     logps = torch.arange(2.0 * len(data)).view(-1, 2)
     batch = data.batch(np.array([4, 0, 7]))
-    assert StoredReference(logps)(LabelLogps(policy), batch).tolist() == [8, 0, 14, 9, 1, 15]
-    metrics = DPOLoss(StoredReference(logps), beta=0.3)(LabelLogps(policy), batch)
+    assert stored_reference(logps)(LabelLogps(policy), batch).tolist() == [8, 0, 14, 9, 1, 15]
+    metrics = DPOLoss(stored_reference(logps), beta=0.3)(LabelLogps(policy), batch)
     expected = 0.3 * (metrics["chosen_logp"] - 22)
     assert metrics["chosen_reward"].item() == pytest.approx(expected.item(), rel=1e-5)
 

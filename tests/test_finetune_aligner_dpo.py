@@ -397,9 +397,15 @@ def test_drift_matches_a_computation_by_hand(base_dir, trained_adapter, monkeypa
     closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
     answers = [[5, 6, 7], [8, 9] * 10, [4, 5, 6, 7, 8, 9, 10, 11, 12]]
     prompts, calls = [[1, 3], [1, 3, 4], [1, 5]], []
-    monkeypatch.setattr(reference, "generate", lambda *args: calls.append(args) or answers)
-    result = reference.sampled_kl(policy, closed, prompts, (2, 1, 999), 20)  # the model has no token 999
-    assert calls == [(policy, prompts, Sampling(20, temperature=1.0), (2, 1))]
+
+    def fixed(*args, rows):
+        calls.append((*args, rows))
+        return [answers[row] for row in rows]
+
+    monkeypatch.setattr(reference, "generate", fixed)
+    result = reference.sampled_kl(policy, closed, prompts, (2, 1, 999), 20, batch_size=2)  # the model has no token 999
+    sampling = Sampling(20, temperature=1.0)
+    assert calls == [(policy, prompts[:2], sampling, (2, 1), [0, 1]), (policy, prompts[2:], sampling, (2, 1), [2])]
     assert result["degenerate"] == pytest.approx(1 / 3)
     base, kl = load_model(base_dir), 0.0
     for prompt, answer, ends in zip(prompts, answers, ((2, 1), None, (2, 1)), strict=True):
@@ -409,6 +415,20 @@ def test_drift_matches_a_computation_by_hand(base_dir, trained_adapter, monkeypa
             p, r = (sequence_logps(m(ids), labels).logsumexp(0) for m in (policy, base))
         kl += (p - r).item() / 3
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
+
+
+def test_the_drift_does_not_depend_on_the_batch_size(base_dir, trained_adapter, preference_dir):
+    policy = load_model(base_dir, read_adapter(trained_adapter))
+    closed = {name: torch.zeros_like(p) for name, p in policy.named_parameters() if policy.is_adapter_parameter(name)}
+    prompts = [prompt for prompt, _ in PreferenceData(preference_dir, "train").prompts(5)]
+    results = [reference.sampled_kl(policy, closed, prompts, (2,), 10, batch_size) for batch_size in (5, 2, 1)]
+    assert results[1:] == [pytest.approx(results[0], abs=1e-4)] * 2
+    assert abs(results[0]["kl"]) > 0.1
+
+
+def test_the_figure_shows_all_metrics_of_a_validation_except_the_parts_of_the_loss(finished):
+    logged = {name.removeprefix("val/") for name in read_metrics(finished[0] / "metrics.csv")[0] if "val/" in name}
+    assert logged - {name for names in script.PANELS.values() for name in names} == {"dpo_loss", "sft_loss"}
 
 
 # == errors ==

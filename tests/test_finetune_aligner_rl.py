@@ -271,6 +271,8 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert set(rows[1]) == names | {"lr", "grad_norm", "tokens_per_s"}
     val = {"loss", "accuracy", "reward", "answer_tokens", "ended", "kl", "degenerate"}
     assert set(rows[5]) == {f"val/{name}" for name in val}
+    plotted = {name for panel in script.PANELS.values() for name in panel}
+    assert plotted == (SAMPLED | val | {"clipped", "entropy", "kl_per_token", "grad_norm"}) - {"loss"}
     assert [step for step, row in rows.items() if "val/loss" in row] == [0, 2, 4, 5]
     assert rows[0]["train/kl_per_token"] == pytest.approx(0, abs=1e-6) and rows[4]["train/kl_per_token"] > 0
     assert rows[0]["train/clipped"] == 0  # one update for each batch
