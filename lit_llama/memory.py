@@ -2,7 +2,8 @@
 
 The network runs on PyTorch's meta device, where tensors have shapes but no data, and the bytes of all live tensors are
 counted, so no formula is needed for what a method keeps for the backward pass. Kernel workspaces, fragmentation of the
-allocator and libraries (with CUDA, its context) are not counted.
+allocator and libraries (with CUDA, its context) are not counted. Training computes the logits of 512 tokens at once; on
+a GPU it computes more, which takes up to 1 / 64 of its memory and is not counted (`lit_llama.logps.chunk_size`).
 """
 
 import weakref
@@ -102,6 +103,7 @@ def generation_memory(
     prompt: int,
     new: int,
     dtype: torch.dtype,
+    distinct: int | None = None,
     quantize: str | None = None,
     shards: int = 1,
 ) -> Memory:
@@ -112,22 +114,26 @@ def generation_memory(
             is merged into the base.
         rows: number of prompts in a batch.
         prompt, new: number of tokens in each prompt and each answer.
+        distinct: number of distinct prompts, which run once each and are then copied (default: all).
         dtype, quantize, shards: as for `training_memory`.
 
     Raises:
         UserError: The batch is larger than any device can hold; counting its tensors would take hours or overflow.
     """
     _check_tokens(rows, prompt)
-    model = _on_meta(model_class, config, dtype)
-    idx = torch.empty(rows, prompt, dtype=torch.long, device=META)
+    model, distinct = _on_meta(model_class, config, dtype), distinct or rows
+    idx = torch.empty(distinct, prompt, dtype=torch.long, device=META)
+    sources = torch.empty(rows, dtype=torch.long, device=META)
 
     @torch.no_grad()
     def prefill() -> None:
-        model.unembed(model.hidden(idx)[:, -1]).float().softmax(-1)
+        model.unembed(model.hidden(idx)[:, -1])[sources].float().softmax(-1)
 
     activations = _peak(prefill, model)
     adapter = sum(p.nbytes for p in model.adapter_parameters().values())
     cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
+    if distinct < rows:  # their own cache, until it is copied
+        cache += cache_bytes(config, distinct, model.n_virtual_tokens + prompt, dtype)
     return Memory(base_bytes(model, quantize, shards), adapter, cache, activations + _dequantized(model, quantize))
 
 

@@ -30,7 +30,7 @@ from lit_llama.prepare_prompts import prepare_prompts
 from lit_llama.rewards import Reward
 from lit_llama.rl import PolicyLoss, answer_logps
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts
-from lit_llama.run.dry_run import largest_answers
+from lit_llama.run.dry_run import largest_answers, padded_tokens
 from lit_llama.run.report import print_notes, read_metrics
 from lit_llama.utils import UserError
 
@@ -313,6 +313,7 @@ def test_a_dry_run_counts_rows_with_all_answers(settings, tmp_path, prompt_dir, 
         train([*settings(tmp_path / "run"), "--dry_run=true"])
     longest = max(map(len, PromptData(prompt_dir, "train", tokenizer).prompt_ids(np.arange(20))))
     assert f"| a step, 4 × {longest - 1 + 3 * 7} tokens | " in out.getvalue() and "| sampling | " in out.getvalue()
+    assert "| validation | " in out.getvalue()
     assert not (tmp_path / "run").exists()
 
 
@@ -321,11 +322,19 @@ def test_the_largest_tensors_of_a_micro_batch():
     model = SimpleNamespace(max_tokens=2048, config=SimpleNamespace(n_embd=4096))
     trainer = SimpleNamespace(settings=SimpleNamespace(max_new_tokens=512), unwrapped=model)
     data = SimpleNamespace(group_size=8, lengths=np.array([1901, 1001, 101]))
-    sizes = largest_answers(trainer, data, np.array([0, 1]))
-    assert sizes.sampling == (16, 1900, 148)
-    assert sizes.training == (2, 999 + 8 * 513, 8 * 148 + 8 * 512)
+    sampling, training = largest_answers(trainer, data, np.array([0, 1]))
+    assert sampling == (16, 1900, 148)
+    assert training == (2, 999 + 8 * 513, 8 * 148 + 8 * 512)
     # a prompt of 100 tokens saves less than attention costs: 1.5 · 4096 · 100 / 512 = 1200 = 100 + 2 · 513 + 74
-    assert largest_answers(trainer, data, np.array([2])).training == (4, 99 + 2 * 513, 8 * 512)
+    assert largest_answers(trainer, data, np.array([2]))[1] == (4, 99 + 2 * 513, 8 * 512)
+
+
+def test_the_time_of_a_step_is_that_of_prompts_and_answers(settings, tmp_path, monkeypatch):
+    trainer = trainer_of(settings(tmp_path / "run"), monkeypatch)
+    rows = np.arange(5)
+    longest = max(map(len, trainer.train.answerer.data.prompt_ids(rows[:4])))
+    last = len(trainer.train.answerer.data.prompt_ids(rows[4:])[0])
+    assert padded_tokens(trainer, [rows[:4], rows[4:]]) == 4 * (longest - 1 + 3 * 7) + last - 1 + 3 * 7
 
 
 def trainer_of(flags: list[str], monkeypatch) -> PolicyTrainer:

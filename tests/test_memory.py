@@ -95,6 +95,17 @@ def test_weights_and_cache():
     assert estimate.adapter == 0
 
 
+def test_answers_to_the_same_prompt_share_its_prefill():
+    shape = dict(prompt=100, new=12, dtype=torch.float32)
+    config = LLaMAConfig(**SMALL)
+    one, many, shared = (generation_memory(LLaMA, config, rows=rows, distinct=distinct, **shape)
+                         for rows, distinct in ((1, None), (16, None), (16, 1)))  # fmt: skip
+    assert one.activations <= shared.activations < one.activations + 16 * 2048 * 3 * 4  # and the logits of 16 rows
+    assert many.activations > 10 * shared.activations
+    # the prompt's cache is copied to those of the answers
+    assert shared.cache == many.cache + cache_bytes(config, 1, 100, torch.float32)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
 def test_quantized_weights(mode):
     pytest.importorskip("bitsandbytes")

@@ -26,6 +26,7 @@ from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
+from lit_llama.run.processes import full_gpu_explained
 from lit_llama.run.report import MetricsLog, Progress, plot_losses, read_metrics, validation_bar, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric, with_launcher_flags
 from lit_llama.run.steps import Batches, steps_between_reads
@@ -194,6 +195,22 @@ def test_a_precision_that_cannot_train_is_refused(tmp_path, kind, precision, sen
 def test_the_default_precision_on_a_gpu_keeps_trained_weights_in_fp32(tmp_path, monkeypatch, kind, precision):
     monkeypatch.setattr(setup, "computes_bf16", lambda accelerator: True)
     assert make_fabric(kind(out_dir=tmp_path, precision="auto")).strategy.precision.precision == precision
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (Settings, "lower --micro_batch_size"),
+        (
+            FrozenBase,
+            "set --gradient_checkpointing, which --resume accepts, lower --micro_batch_size, or set --quantize nf4",
+        ),
+    ],
+)
+def test_the_advice_for_a_full_gpu_names_flags_of_the_script(tmp_path, kind, advice):
+    settings = kind(out_dir=tmp_path)
+    with pytest.raises(UserError, match=f"memory of the GPU: {advice}\\.$"), full_gpu_explained(settings):
+        raise torch.OutOfMemoryError
 
 
 def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path, python):

@@ -2,12 +2,10 @@
 
 import math
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lit_llama.data import Data
 from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
 from lit_llama.packing import answers_per_row, packed_length
@@ -26,7 +24,8 @@ def dry_run(trainer: Trainer) -> None:
     """Print to stdout the parameters, the estimated memory, the number of steps and the time of a run.
 
     The memory is that of the largest micro-batch. The time is that of one step, scaled by the number of tokens,
-    including padding; validations, sampled answers and saved states are not included.
+    including padding; validations, sampled answers and saved states are not included. In reinforcement learning, all
+    answers are assumed to have the maximum length.
 
     Raises:
         UserError: The step does not fit into the memory of the GPU, or its loss is not finite.
@@ -46,12 +45,12 @@ def dry_run(trainer: Trainer) -> None:
               f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
         log("measuring a step")
     first = next(trainer.remaining_steps())
-    with full_gpu_explained():
+    with full_gpu_explained(settings):
         seconds = timed_step(trainer, first)
         if settings.compile or fabric.broadcast(seconds) < WARM_UP:
             seconds = timed_step(trainer, first)
     if is_first:
-        total = seconds * sum(padded_tokens(trainer.train, step) for step in plan) / padded_tokens(trainer.train, first)
+        total = seconds * sum(padded_tokens(trainer, step) for step in plan) / padded_tokens(trainer, first)
         total *= trainer.max_steps / len(plan)
         print(f"time         {seconds:.3g} s for a step, measured; about {duration(total)} for {trainer.max_steps:,} "
               "steps, without validations and sampled answers")  # fmt: skip
@@ -62,16 +61,25 @@ def dry_run(trainer: Trainer) -> None:
 
 
 def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str, Memory]:
-    """Return the estimated memory of each task of a step, for its largest micro-batch."""
-    settings, train, config = trainer.settings, trainer.train, trainer.unwrapped.config
+    """Return the estimated memory of each task of a step and, in reinforcement learning, of a validation.
+
+    It is that of the largest micro-batch.
+    """
+    settings, train, val, config = trainer.settings, trainer.train, trainer.val, trainer.unwrapped.config
     method, micro_batches = METHODS[settings.method], [rows for step in plan for rows in step]
     shared = {"dtype": base_dtype(trainer.fabric), "quantize": settings.quantize, "shards": count_shards(trainer.model)}
     tasks, packed = {}, True
     if isinstance(train, Rollouts):
-        sizes = [largest_answers(trainer, train, rows) for rows in micro_batches]
-        rows, prompt, new = max((size.sampling for size in sizes), key=lambda s: s[0] * (s[1] + s[2]))
-        tasks["sampling"] = generation_memory(method, config, rows=rows, prompt=prompt, new=new, **shared)
-        sequences, tokens, labels = max((size.training for size in sizes), key=lambda s: s[0] * s[1])
+        sampling, training = zip(*(largest_answers(trainer, train, rows) for rows in micro_batches), strict=True)
+        rows, prompt, new = max(sampling, key=lambda s: s[0] * (s[1] + s[2]))
+        distinct = rows // train.group_size
+        tasks["sampling"] = generation_memory(
+            method, config, rows=rows, prompt=prompt, new=new, distinct=distinct, **shared
+        )
+        rows, prompt = min(settings.micro_batch_size * train.group_size, len(val.lengths)), int(val.lengths.max()) - 1
+        new = min(settings.max_new_tokens, trainer.unwrapped.max_tokens - prompt)
+        tasks["validation"] = generation_memory(method, config, rows=rows, prompt=prompt, new=new, **shared)
+        sequences, tokens, labels = max(training, key=lambda s: s[0] * s[1])
     else:
         batch = train.batch(max(micro_batches, key=lambda rows: math.prod(train.shape(rows))))
         (sequences, tokens), labels, packed = batch["idx"].shape, len(batch["label_index"]), "segments" in batch
@@ -89,20 +97,15 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
     return tasks
 
 
-class AnswerSizes(NamedTuple):
-    """Sizes of the largest tensors for a micro-batch of prompts, if all answers have the maximum length.
+def largest_answers(
+    trainer: Trainer, train: Rollouts, rows: np.ndarray
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the sizes of a micro-batch of prompts in reinforcement learning, if all answers have the maximum length.
 
-    Args:
-        sampling: number of answers, tokens of the longest prompt, and tokens of its answer.
-        training: number of packed rows, tokens of the longest row, and number of labels.
+    Returns:
+        sampling: Number of answers, tokens of the longest prompt, and tokens of its answer.
+        training: Number of packed rows, tokens of the longest row, and number of labels.
     """
-
-    sampling: tuple[int, int, int]
-    training: tuple[int, int, int]
-
-
-def largest_answers(trainer: Trainer, train: Rollouts, rows: np.ndarray) -> AnswerSizes:
-    """Return the sizes of a micro-batch of reinforcement learning."""
     most, model, G = trainer.settings.max_new_tokens, trainer.unwrapped, train.group_size
     n_rows = longest_row = labels = 0
     prompts = [int(length) - 1 for length in train.lengths[rows]]
@@ -112,12 +115,17 @@ def largest_answers(trainer: Trainer, train: Rollouts, rows: np.ndarray) -> Answ
         n_rows, labels = n_rows + math.ceil(G / size), labels + G * new
         longest_row = max(longest_row, packed_length(prompt, [new] * size))
     prompt = max(prompts)
-    return AnswerSizes((len(rows) * G, prompt, min(most, model.max_tokens - prompt)), (n_rows, longest_row, labels))
+    return (len(rows) * G, prompt, min(most, model.max_tokens - prompt)), (n_rows, longest_row, labels)
 
 
-def padded_tokens(train: Data, step: list[np.ndarray]) -> int:
-    """Return the number of tokens of a step, padding included."""
-    return sum(math.prod(train.shape(rows)) for rows in step)
+def padded_tokens(trainer: Trainer, step: list[np.ndarray]) -> int:
+    """Return the number of tokens of a step, padding included; in reinforcement learning with the longest answers."""
+    train = trainer.train
+    if isinstance(train, Rollouts):
+        shapes = [largest_answers(trainer, train, rows)[1][:2] for rows in step]
+    else:
+        shapes = [train.shape(rows) for rows in step]
+    return sum(map(math.prod, shapes))
 
 
 def timed_step(trainer: Trainer, micro_batches: list[np.ndarray]) -> float:

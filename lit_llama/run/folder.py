@@ -249,7 +249,7 @@ class RunFolder:
         """
         before = signal.signal(signal.SIGTERM, self.stop_after_step)
         try:
-            with explained(self.path, OSError), full_gpu_explained():
+            with explained(self.path, OSError), full_gpu_explained(self.settings):
                 yield
         except KeyboardInterrupt:
             self.leave(130)

@@ -17,7 +17,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lit_llama.console import is_first_process, quiet_lightning
-from lit_llama.run.train_settings import SHARDED
+from lit_llama.run.train_settings import SHARDED, FinetuneSettings, TrainSettings
 from lit_llama.utils import UserError, log
 
 PATIENCE = timedelta(minutes=30)  # timeout of waiting for other machines, or for one process that works alone
@@ -81,8 +81,11 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 
 @contextmanager
-def full_gpu_explained() -> Iterator[None]:
+def full_gpu_explained(settings: TrainSettings) -> Iterator[None]:
     """Report a GPU without memory for a training step; the process in which it occurs prints the error.
+
+    Args:
+        settings: The settings of the run; the error names only flags that its script has.
 
     Raises:
         UserError: The memory of the GPU is full.
@@ -90,10 +93,10 @@ def full_gpu_explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        problem = (
-            "A step does not fit into the memory of the GPU: set --gradient_checkpointing, which --resume accepts, "
-            "lower --micro_batch_size, or set --quantize nf4."
-        )
+        advice = "lower --micro_batch_size"
+        if isinstance(settings, FinetuneSettings):
+            advice = f"set --gradient_checkpointing, which --resume accepts, {advice}, or set --quantize nf4"
+        problem = f"A step does not fit into the memory of the GPU: {advice}."
         if not is_first_process():  # it prints only its own errors
             log(f"error: {problem}")
         raise UserError(problem) from None

@@ -46,7 +46,7 @@ class TrainSettings(Checked):
     seed: Seed = 1337  # seed of the initial weights, the order of the data and the samples
 
     # == Reporting ==
-    log_interval: PositiveInt = 10  # steps between reads of the metrics from a single GPU; otherwise each step is read
+    log_interval: PositiveInt = 10  # steps between reads of the metrics on a single GPU; elsewhere, and in RL, always 1
     eval_interval: PositiveInt  # steps between validations
     save_interval: PositiveInt  # steps between saved states, from which --resume continues
     logger: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: also log to Weights & Biases
