@@ -135,16 +135,13 @@ def prepare_conversations(
     """Write a dataset of conversations for supervised finetuning; only answers are labels.
 
     A conversation longer than the maximum ends after the last answer that fits. If the first answer does not fit, it is
-    truncated, and its last token is replaced with the one that ends the turn.
+    truncated, and its last token is replaced with the one that ends the turn. For `options` and the result see
+    `prepare_dataset`.
 
     Args:
         samples: Conversations and the spans of their answers, from `ChatTemplate.answer_spans`.
         tokenizer: The tokenizer of the checkpoint that the template comes from.
         max_seq_length: Maximum length in tokens. A row whose first prompt leaves no room for an answer is dropped.
-        options: Arguments of `prepare_dataset`.
-
-    Returns:
-        The content of `meta.json`.
 
     Raises:
         UserError: As `prepare_dataset`, or the tokens of a conversation's beginning change as it continues.

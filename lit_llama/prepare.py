@@ -43,20 +43,15 @@ def prepare_sft(
     eos_when_cut: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a dataset for supervised finetuning.
+    """Write a dataset for supervised finetuning. For `rows`, `options` and the result see `prepare_dataset`.
 
     Args:
-        rows: Rows of the source.
         prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, response). It raises
             `UserError` for an invalid row.
         max_seq_length: Maximum length of prompt and response, in tokens. Longer responses are truncated; a row whose
             prompt leaves no room for a response is dropped.
         mask_prompt: Train on the responses only.
         eos_when_cut: Replace the last token of a truncated response with EOS.
-        options: Arguments of `prepare_dataset`.
-
-    Returns:
-        The content of `meta.json`.
     """
 
     def encode(prompt: str, response: str) -> dict[str, Any]:
@@ -93,18 +88,13 @@ def prepare_preferences(
     max_seq_length: int,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a dataset of preference pairs.
+    """Write a dataset of preference pairs. For `rows`, `options` and the result see `prepare_dataset`.
 
     Args:
-        rows: Rows of the source.
         prepare_sample: Function of a row and its number, counted from 1, that returns (prompt, chosen, rejected). It
             raises `UserError` for an invalid row.
         max_seq_length: Maximum length of the prompt and one response, in tokens. Longer responses are truncated and
             lose their EOS; a pair whose prompt leaves no room for a response is dropped.
-        options: Arguments of `prepare_dataset`.
-
-    Returns:
-        The content of `meta.json`.
     """
 
     def encode(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:

@@ -18,19 +18,14 @@ def prepare_prompts(
     max_seq_length: int,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a dataset of prompts.
+    """Write a dataset of prompts. For `rows`, `options` and the result see `prepare_dataset`.
 
     Args:
-        rows: Rows of the source.
         prepare_sample: Function of a row and its number, counted from 1, that returns the prompt and what the reward
             needs to know; values that JSON cannot represent, such as dates, become text. It raises `UserError` for an
             invalid row.
         max_seq_length: Maximum length of prompt and answer, in tokens; a row whose prompt leaves no room for an answer
             is dropped.
-        options: Arguments of `prepare_dataset`.
-
-    Returns:
-        The content of `meta.json`.
     """
 
     def prepare(row: Any, number: int) -> tuple[str, str]:
