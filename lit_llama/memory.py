@@ -83,6 +83,8 @@ def training_memory(
     _check_tokens(sequences, tokens)
     model = _on_meta(model_class, config, dtype)
     model.gradient_checkpointing = gradient_checkpointing
+    for layer in projections(model).values() if quantize == "int8" else ():
+        layer.register_forward_pre_hook(lambda _, inputs: _KeptInput.apply(*inputs))
     idx = torch.empty(sequences, tokens, dtype=torch.long, device=META)
 
     def step() -> None:
@@ -208,6 +210,19 @@ def _quantized_bytes(weight: Tensor, quantize: str) -> int:
 def _dequantized(model: LLaMA, quantize: str | None) -> int:
     """Return the bytes of the largest projection in the dtype of the computation; only one is alive at a time."""
     return max((layer.weight.nbytes for layer in projections(model).values()), default=0) if quantize else 0
+
+
+class _KeptInput(torch.autograd.Function):
+    """The input of an int8 layer, which bitsandbytes keeps for the backward pass on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 # == counting ==

@@ -125,6 +125,25 @@ def test_quantized_weights(mode):
     assert saved == pytest.approx(before - after, rel=0.002)
 
 
+def test_int8_layers_keep_their_inputs():
+    """Those whose input depends on the adapter: from the output projection of its first layer on.
+
+    The peak is in the last MLP, where the input of the last projection is alive in any case.
+    """
+    shape = dict(sequences=4, tokens=128, labels=4, dtype=torch.float32)
+    config = METHODS["aligner"].config_class(**SMALL)
+    int8, nf4 = (training_memory(METHODS["aligner"], config, **shape, quantize=mode).activations
+                 for mode in ("int8", "nf4"))  # fmt: skip
+    C, hidden = config.n_embd, config.intermediate_size
+    layers = config.n_layer - config.adapter_start_layer
+    numbers = layers * (3 * C + hidden) - C - hidden
+    assert int8 - nf4 == 4 * 128 * numbers * 4
+    checkpointed = [training_memory(METHODS["aligner"], config, **shape, quantize=mode, gradient_checkpointing=True)
+                    for mode in ("int8", "nf4")]  # fmt: skip
+    one_layer = 4 * 128 * (3 * C + hidden) * 4
+    assert 0 < checkpointed[0].activations - checkpointed[1].activations <= one_layer
+
+
 # == scripts/estimate_memory.py ==
 
 
