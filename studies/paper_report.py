@@ -3,6 +3,7 @@
 import math
 import statistics
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,22 @@ def label(method: str) -> str:
     return VARIANTS[method].label if method in VARIANTS else method
 
 
-def percent(values: list[float], sign: str = "") -> str:
-    """Return the mean and half of the 95% interval, such as "97.5 ± 1.3", or a dash if there is no value."""
-    if not values:
+def percent(values: Iterable[float | None], sign: str = "") -> str:
+    """Return the mean and half of the 95% interval, such as "97.5 ± 1.3", or a dash if no seed has a value.
+
+    If only some have one, their number follows, as in "97.5 ± 1.3 (2 of 3 seeds)".
+    """
+    values = list(values)
+    known = [value for value in values if value is not None]
+    if not known:
         return "–"
-    mean, half = interval(values)
-    return f"{100 * mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+    mean, half = interval(known)
+    return f"{100 * mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}") + seeds_note(known, values)
+
+
+def seeds_note(known: list, values: list) -> str:
+    """Return how many seeds have a value if not all have one."""
+    return "" if len(known) == len(values) else f" ({len(known)} of {len(values)} seeds)"
 
 
 # == tables ==
@@ -61,7 +72,7 @@ def results_table(rows: list[Row], tasks: list[str]) -> str:
     columns = [(task, name) for task in tasks for name in TASKS[task].columns]
     heads = [f"{TASKS[task].title}: {TASKS[task].columns[name]}" for task, name in columns]
     lines = [
-        [label(method), f"{n:,}", *(percent([*values_of(rows, task, method, name).values()]) for task, name in columns)]
+        [label(method), f"{n:,}", *(percent(values_of(rows, task, method, name).values()) for task, name in columns)]
         for method, n in methods_of(rows).items()
     ]
     return markdown_table(["method", "parameters", *heads], lines)
@@ -141,12 +152,13 @@ def means(rows: list[Row]) -> list[Row]:
 def plot_accuracy(rows: list[Row], path: Path, caption: str) -> None:
     """Plot accuracy against trainable parameters (the paper's figure 5); dotted lines are the base.
 
-    Only the tasks in `PANELS` are plotted; without any of them, no file is written.
+    Only the tasks in `PANELS` are plotted; without any of them, no file is written, and an old one is deleted.
     """
     by_cell = {(line["task"], line["measure"], line["method"]): line for line in means(rows)}
     panels = {title: [line for line in lines if line[0] in tasks_of(rows)] for title, lines in PANELS.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
+        path.unlink(missing_ok=True)
         return
     figure, markers = make_figure(5 * len(panels), 5), {}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):

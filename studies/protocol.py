@@ -57,7 +57,7 @@ RL: dict[str, Any] = {
     "warmup_epochs": 0.0,
     "drift_prompts": 0,
 }
-# settings of a method's script besides its size, which is in `scripts.count_parameters.Variant.settings`
+# settings of a method besides its size, which is in `scripts.count_parameters.Variant.settings`
 METHODS: dict[str, dict[str, Any]] = {
     "aligner": {"adapter_start_layer": 2, "method": "aligner", "method_config": None},
     "adapter": {"adapter_start_layer": 2},

@@ -52,16 +52,17 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.checkpoint import base_fingerprint, load_model, versions
+from lit_llama.checkpoint import base_fingerprint, load_model
 from lit_llama.run.report import write_above_bar
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from microworld.world import STEPS_REQUEST
 from scripts.count_parameters import ADAPTER_V2, VARIANTS, Variant
+from studies.paper_report import BASE, Row
 from studies.paper_tasks import Part
 from studies.protocol import dpo_settings, rl_settings, sft_settings
-from studies.reasoning_report import BASE, Row, plot, report
+from studies.reasoning_report import plot, report
 from studies.reasoning_tasks import (
     EVAL_INTERVAL,
     EVAL_ROWS,
@@ -74,7 +75,19 @@ from studies.reasoning_tasks import (
     prepare,
     samples_of_base,
 )
-from studies.trials import Cell, Plan, Record, Trial, choose, command_of, run_cells, stored_result, with_quick
+from studies.trials import (
+    Cell,
+    Plan,
+    Record,
+    Trial,
+    choose,
+    command_of,
+    origin_of,
+    result_row,
+    run_cells,
+    stored_result,
+    with_quick,
+)
 
 METHODS: dict[str, Variant] = {
     **{name: variant for name, variant in VARIANTS.items() if name != "prompt_tuning"},
@@ -163,27 +176,13 @@ def answers_until(record: Record, reached: float, per_step: int) -> int | None:
 def as_row(settings: Settings, record: Record, sampled: dict[tuple[str, str], tuple[int, int]]) -> Row:
     """Return a trial as a line of results.csv."""
     trial, summary = record["trial"], record.get("summary", {})
-    task, objective, method, _ = trial["name"].split("-", 3)
-    until = sampled[task, objective][1]
+    task, objective, _ = trial["name"].split("-", 2)
+    of_base = until = sampled[task, objective][1]
     if objective == "rl" and summary:
         per_step = trial["settings"]["batch_size"] * trial["settings"]["group_size"]
         until = answers_until(record, settings.reached, per_step)
-    return {
-        "task": task,
-        "objective": objective,
-        "method": method,
-        "part": trial["scoring"]["part"],
-        "learning_rate": trial["settings"]["learning_rate"],
-        "seed": trial["settings"]["seed"],
-        "parameters": summary.get("trainable_parameters"),
-        "steps": summary.get("steps"),
-        "answers_sampled": summary.get("answers_sampled", sampled[task, objective][1]),
-        "answers_until": until,
-        "val_loss": summary.get("last_val_loss"),
-        "seconds": record.get("seconds"),
-        "error": record.get("error", ""),
-        **record.get("scores", {}),
-    }
+    columns = {"answers_sampled": summary.get("answers_sampled", of_base), "answers_until": until}
+    return result_row(record, ("task", "objective", "method"), columns)
 
 
 def run_study(settings: Settings, cells: list[tuple[str, str, str]]) -> Cell:
@@ -263,16 +262,11 @@ def with_all(settings: Settings) -> Settings:
     return replace(settings, **{name: getattr(settings, name) or known for name, known in COMPARED.items()})
 
 
-def origin(settings: Settings, rows: list[Row]) -> str:
+def origin(settings: Settings, records: list[Record]) -> str:
     """Return command, duration, seeds and versions in one line."""
     defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
     command = command_of("studies/reasoning.py", with_all(settings), defaults)
-    trials = [row for row in rows if row["method"] != BASE]
-    minutes = sum(row["seconds"] or 0 for row in trials) / 60
-    return (
-        f"{command}: {len(trials)} training runs, {minutes:.0f} minutes of one thread in all, seeds "
-        f"{', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
-    )
+    return origin_of(command, settings.seeds, records)
 
 
 def main(settings: Settings) -> None:
@@ -295,7 +289,7 @@ def main(settings: Settings) -> None:
              for method in settings.methods if (task, objective) in counts.keys() - empty.keys()]  # fmt: skip
     swept, final = run_study(settings, cells)
     rows = base + [as_row(settings, record, counts) for record in swept + final]
-    labels, caption = {name: variant.label for name, variant in METHODS.items()}, origin(settings, rows)
+    labels, caption = {name: variant.label for name, variant in METHODS.items()}, origin(settings, swept + final)
     text = report(rows, empty, labels, settings=settings, origin=caption)
     write_text(folder / "table.md", text)
     write_text(folder / "results.csv", csv_text(rows))

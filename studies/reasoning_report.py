@@ -3,17 +3,15 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.tables import markdown_table
+from studies.paper_report import BASE, Row, percent, seeds_note
 from studies.reasoning_tasks import EVAL_INTERVAL, EVAL_ROWS, LEAST_ROWS, OBJECTIVES, TASKS
 from studies.trials import interval
 
-Row = dict[str, Any]  # a line of results.csv
-BASE = "the base alone"
 ASKED = 'the base, asked to "Think step by step."'
 COLUMNS = {
     "right": "right",
@@ -31,21 +29,10 @@ def reported(rows: list[Row], **values: Any) -> list[Row]:
     return [row for row in finished if all(row[name] == value for name, value in values.items())]
 
 
-def percent(values: Iterable[float | None]) -> str:
-    """Return the mean and half of the 95% interval in percent; a dash if there are no values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean, half = interval(known)
-    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
-
-
-def count(values: list[int | None], seeds: int) -> str:
+def count(values: list[int | None]) -> str:
     """Return the median of the seeds, and how many seeds have a value if not all have one."""
     known = [value for value in values if value is not None]
-    if not known:
-        return "never"
-    return f"{statistics.median(known):,.0f}" + ("" if len(known) == seeds else f" ({len(known)} of {seeds} seeds)")
+    return f"{statistics.median(known):,.0f}{seeds_note(known, values)}" if known else "never"
 
 
 def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
@@ -86,7 +73,7 @@ def task_table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
         minutes = statistics.median(row["seconds"] for row in trials) / 60
         lines.append(
             [OBJECTIVES[objective][0], labels[method], f"{trials[0]['parameters']:,}", *shares,
-             count([row["answers_until"] for row in trials], len(trials)), f"{minutes:.1f}", rate_of(rows, trials[0])]
+             count([row["answers_until"] for row in trials]), f"{minutes:.1f}", rate_of(rows, trials[0])]
         )  # fmt: skip
     heads = ["objective", "method", "parameters", *COLUMNS.values(), "answers sampled", "minutes", "learning rate"]
     return markdown_table(heads, lines)
@@ -139,11 +126,13 @@ def report(
     )
     parts.append(
         f"""Percent of greedy answers to {settings.questions} questions of each kind, or to all where there are fewer
-(new facts): mean ± half of the 95% interval (Student's t) over the seeds, which also draw the questions. Answers
-sampled: for RL until {settings.reached:.0%} of {EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL}
-steps (two-hop questions about validation people; new facts in the wordings of the table), for DPO and best of n in
-total. Minutes: of one thread, training and scoring, median; RL includes sampling and these checks, DPO and best of n
-exclude the sampling of their answers, which all trials share. {chosen}"""
+(new facts): mean ± half of the 95% interval (Student's t) over the seeds, which also draw the questions. The
+columns "right, if" are shares of the answers step by step and of the direct answers; their means are over the seeds
+that gave such answers, each with the same weight. Answers sampled: for RL until {settings.reached:.0%} of {EVAL_ROWS}
+greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people; new facts in
+the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring, median; RL
+includes sampling and these checks, DPO and best of n exclude the sampling of their answers, which all trials share.
+{chosen}"""
     )
     failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "
               f"{row['seed']}: {row['error']}" for row in rows if row["error"]]  # fmt: skip
@@ -151,9 +140,13 @@ exclude the sampling of their answers, which all trials share. {chosen}"""
 
 
 def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> None:
-    """Plot accuracy by objective and method as bars, with a line at the share of answers step by step."""
+    """Plot accuracy by objective and method as bars, with a line at the share of answers step by step.
+
+    If nothing was trained, no file is written, and an old one is deleted.
+    """
     tasks = [task for task in TASKS if cells_of(rows, task)]
     if not tasks:
+        path.unlink(missing_ok=True)
         return
     figure = make_figure(6.5 * len(tasks) + 1.5, 4.5)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]

@@ -48,7 +48,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from lit_llama.checkpoint import base_fingerprint, load_model, versions
+from lit_llama.checkpoint import base_fingerprint, load_model
 from lit_llama.run.report import write_above_bar
 from lit_llama.storage.files import claim, write_text
 from lit_llama.tables import csv_text
@@ -58,7 +58,19 @@ from scripts.count_parameters import VARIANTS
 from studies.paper_report import BASE, Row, means, plot_accuracy, plot_curves, report
 from studies.paper_tasks import TASKS, Part, measure, prepare
 from studies.protocol import DPO, dpo_settings, sft_settings
-from studies.trials import Cell, Plan, Record, Trial, choose, command_of, run_cells, stored_result, with_quick
+from studies.trials import (
+    Cell,
+    Plan,
+    Record,
+    Trial,
+    choose,
+    command_of,
+    origin_of,
+    result_row,
+    run_cells,
+    stored_result,
+    with_quick,
+)
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
@@ -102,25 +114,6 @@ def score_base(settings: Settings) -> list[Row]:
     return rows
 
 
-def as_row(record: Record) -> Row:
-    """Return a trial as a line of results.csv."""
-    trial, summary = record["trial"], record.get("summary", {})
-    task, method, _ = trial["name"].split("-", 2)
-    return {
-        "task": task,
-        "method": method,
-        "part": trial["scoring"]["part"],
-        "learning_rate": trial["settings"]["learning_rate"],
-        "seed": trial["settings"]["seed"],
-        "parameters": summary.get("trainable_parameters"),
-        "steps": summary.get("steps"),
-        "val_loss": summary.get("last_val_loss"),
-        "seconds": record.get("seconds"),
-        "error": record.get("error", ""),
-        **record.get("scores", {}),
-    }
-
-
 def run_study(settings: Settings) -> Cell:
     """Return the trials that choose learning rates, and those of the table: one for each seed at the chosen rate."""
     plans = [cell_plan(settings, task, method) for method in settings.methods for task in settings.tasks]
@@ -146,16 +139,11 @@ def with_all(settings: Settings) -> Settings:
     return replace(settings, methods=settings.methods or tuple(VARIANTS), tasks=settings.tasks or tuple(TASKS))
 
 
-def origin(settings: Settings, rows: list[Row]) -> str:
+def origin(settings: Settings, records: list[Record]) -> str:
     """Return command, duration, seeds and versions in one line."""
     defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
     command = command_of("studies/reproduce_paper.py", with_all(settings), defaults)
-    trials = [row for row in rows if row["method"] != BASE]
-    minutes = sum(row["seconds"] or 0 for row in trials) / settings.jobs / 60
-    return (
-        f"{command}: {len(trials)} training runs, {minutes:.0f} minutes of {settings.jobs} processes of one thread "
-        f"each, seeds {', '.join(map(str, settings.seeds))}, torch {versions()['torch']}"
-    )
+    return origin_of(command, settings.seeds, records)
 
 
 def main(settings: Settings) -> None:
@@ -173,8 +161,8 @@ def main(settings: Settings) -> None:
             prepare(Tokenizer(settings.checkpoint_dir), settings.out_dir / "data", task, part)
     base = score_base(settings)
     swept, final = run_study(settings)
-    rows = base + [as_row(record) for record in swept + final]
-    caption = origin(settings, rows)
+    rows = base + [result_row(record, ("task", "method")) for record in swept + final]
+    caption = origin(settings, swept + final)
     text = report(rows, questions=settings.questions, sweep_seed=settings.sweep_seed, origin=caption)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", csv_text(means(rows)))

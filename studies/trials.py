@@ -48,6 +48,8 @@ from studies.protocol import METHODS
 
 Record = dict[str, Any]  # result of a trial, see `run_trial`
 UNRECORDED = {"out_dir", "report_dir", "jobs"}  # settings of a study that do not affect its results
+# settings of DPO and RL that earlier records do not state, with the values that they had
+UNRECORDED_VALUES = {"lora_alpha": 16, "lora_dropout": 0.05}
 SCRIPTS = {"dpo": "alignerDPO", "rl": "alignerRL"}  # objectives with one script for all methods
 
 
@@ -90,7 +92,12 @@ def prepare_run(trial: Trial, out_dir: Path) -> tuple[Callable[[Any], None], Any
     """
     method, size = trial.variant.method, trial.variant.settings
     script = importlib.import_module(f"finetune.{SCRIPTS.get(trial.objective, method)}")
-    of_method = {**METHODS[method], **size} if trial.objective == "sft" else {"method": method, "method_config": size}
+    if trial.objective == "sft":
+        of_method = {**METHODS[method], **size}
+    else:  # what is no setting of these scripts is passed in `method_config`
+        names = {f.name for f in fields(script.Settings)}
+        config = {name: value for name, value in METHODS[method].items() if name not in names}
+        of_method = {"method": method, "method_config": {**config, **size}}
     settings = {"out_dir": out_dir, **of_method, **trial.settings}
     if missing := sorted({f.name for f in fields(script.Settings)} - settings.keys() - set(script.Settings.may_change)):
         raise TypeError(f"The trial {trial.name} does not state {', '.join(missing)}.")
@@ -109,6 +116,9 @@ def identity(trial: Trial, settings: Any) -> dict[str, Any]:
     stated = {k: v for k, v in asdict(settings).items() if k not in settings.may_change}
     if trial.objective == "sft":  # the method is recorded separately
         stated = {k: v for k, v in stated.items() if k not in ("method", "method_config")}
+    else:
+        config = stated["method_config"].items()
+        stated["method_config"] = {k: v for k, v in config if (k, v) not in UNRECORDED_VALUES.items()}
     parts = {
         "method": trial.variant.method,
         "objective": trial.objective,
@@ -125,8 +135,8 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
 
     Returns:
         trial: as given; identity; summary: of the training run; curve: [step, validation loss] pairs; scores: the
-        result of `score`; seconds: of training and scoring; versions. For a failed trial only trial and error; its
-        record is not written to disk.
+        result of `score`; seconds: of training and scoring; versions. For a failed trial only trial, error and
+        versions; its record is not written to disk.
 
     Raises:
         UserError: The folder has files of these names that this function did not write.
@@ -158,7 +168,7 @@ def run_trial(trial: Trial, out_dir: Path, score: Score | None = None) -> Record
     except Exception as error:
         with log_path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        return {"trial": trial.as_json(), "error": f"{type(error).__name__}: {error}"}
+        return {"trial": trial.as_json(), "error": f"{type(error).__name__}: {error}", "versions": versions()}
 
 
 def stored_record(trial: Trial, out_dir: Path) -> Record | None:
@@ -386,6 +396,42 @@ def command_of(script: str, settings: Any, defaults: Any) -> str:
             values = value if isinstance(value, tuple) else [str(value).lower() if isinstance(value, bool) else value]
             words += [f"--{name}", *map(str, values)]
     return shlex.join(words)
+
+
+def origin_of(command: str, seeds: Sequence[int], records: list[Record]) -> str:
+    """Return how a study's trials were made, in one line: command, duration, seeds, and the version of each trial.
+
+    A resumed study may have trials of several versions of PyTorch.
+    """
+    minutes = sum(record.get("seconds", 0) for record in records) / 60
+    used = sorted({record["versions"]["torch"] for record in records})
+    return (
+        f"{command}: {len(records)} training runs, {minutes:.0f} minutes of one thread in all, seeds "
+        f"{', '.join(map(str, seeds))}, torch {' and '.join(used)}"
+    )
+
+
+def result_row(record: Record, names: Sequence[str], columns: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a trial as a line of a study's results.csv.
+
+    Args:
+        names: The columns of the parts of the trial's name, such as ("task", "method") for "facts-lora-...".
+        columns: Further columns.
+    """
+    trial, summary = record["trial"], record.get("summary", {})
+    return {
+        **dict(zip(names, trial["name"].split("-"), strict=False)),
+        "part": trial["scoring"]["part"],
+        "learning_rate": trial["settings"]["learning_rate"],
+        "seed": trial["settings"]["seed"],
+        "parameters": summary.get("trainable_parameters"),
+        "steps": summary.get("steps"),
+        **(columns or {}),
+        "val_loss": summary.get("last_val_loss"),
+        "seconds": record.get("seconds"),
+        "error": record.get("error", ""),
+        **record.get("scores", {}),
+    }
 
 
 def with_quick(settings: S, quick: dict[str, Any], words: Sequence[str] = ()) -> S:

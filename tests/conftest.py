@@ -28,6 +28,7 @@ from hypothesis import settings
 from preloaded import Preloaded
 
 from lit_llama.checkpoint import TOKENIZER_NAME, save_base
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prepare import prepare_preferences, prepare_sft
 from lit_llama.tokenizer import Tokenizer
@@ -282,6 +283,9 @@ def left_to_defaults(monkeypatch) -> Callable[..., set[str]]:
     def left(trial: Trial, folder: Path) -> set[str]:
         settings = prepare_run(trial, folder)[1]
         defaults = {name for name, value in asdict(settings).items() if value == "edited by a user"}
-        return defaults - set(settings.may_change)
+        of_method = {f.name for f in fields(METHODS[trial.variant.method].config_class)}
+        of_method -= {f.name for f in fields(LLaMAConfig)}
+        unstated = of_method - asdict(settings).keys() - (getattr(settings, "method_config", None) or {}).keys()
+        return (defaults | unstated) - set(settings.may_change)
 
     return left

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stored_results import read_results
+from stored_results import read_results, records_of, replay
 
 import studies.reasoning as study
 import studies.reasoning_report as reporting
@@ -75,7 +75,7 @@ ROWS = [
     row("rl", "aligner1", 0, 0.9, "valid"),
     row("rl", "aligner1", 0, 0.1, "valid", learning_rate=0.2),
     row("rl", "aligner1", 1, 1.0),
-    row("rl", "aligner1", 2, 0.9),
+    row("rl", "aligner1", 2, 0.9, right_aloud=0.8),
     row("rl", "aligner1", 3, 0.0, error="UserError: disk"),
 ]
 
@@ -85,8 +85,8 @@ def test_tables_of_hand_made_results(tmp_path):
     table = reporting.task_table(ROWS, "two_hop", {"aligner1": "Aligner, N = 1"})
     assert table.splitlines()[2:] == [
         "| the base alone |  | 0 | 0.0 | 50.0 | – | 0.0 | 100.0 | 100.0 | – | – | – |",
-        "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 | 50.0 ± 0.0 | – | 95.0 ± 63.5 | 100.0 ± 0.0 | 100.0 ± 0.0 | "
-        "640 (1 of 2 seeds) | 1.0 | 0.1* |",
+        "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 | 50.0 ± 0.0 | 80.0 (1 of 2 seeds) | 95.0 ± 63.5 | 100.0 ± 0.0 | "
+        "100.0 ± 0.0 | 640 (1 of 2 seeds) | 1.0 | 0.1* |",
     ]
     rows = [*ROWS, row("direct", "lora", 1, 0.2, parameters=49_152)]
     labels = {"aligner1": "Aligner, N = 1", "lora": "LoRA, r = 8", "bitfit": "BitFit"}
@@ -104,6 +104,8 @@ def test_tables_of_hand_made_results(tmp_path):
     assert "Failed: two_hop, rl, aligner1, 0.1, seed 3: UserError: disk" in text
     reporting.plot(ROWS, {"aligner1": "Aligner, N = 1"}, tmp_path / "reasoning.png", "caption")
     assert (tmp_path / "reasoning.png").stat().st_size > 10_000
+    reporting.plot(ROWS[:1], {"aligner1": "Aligner, N = 1"}, tmp_path / "reasoning.png", "caption")
+    assert not (tmp_path / "reasoning.png").exists()
 
 
 def test_answers_sampled_until_the_accuracy_is_reached():
@@ -188,12 +190,12 @@ def test_the_sweep_continues_if_other_seeds_prefer_an_outermost_rate(monkeypatch
 # == the stored results ==
 
 
-def test_the_stored_tables_match_the_stored_results(monkeypatch):
+def test_the_stored_tables_match_the_stored_results():
     rows, settings = read_results(STORED / "results.csv"), study.with_all(study.Settings())
-    monkeypatch.setattr(study, "versions", lambda: {"torch": "2.13.0+cpu"})
     labels = {name: variant.label for name, variant in study.METHODS.items()}
     sampled = {("facts", "dpo"): 960, ("facts", "best_of_n"): 960}
-    text = reporting.report(rows, sampled, labels, settings=settings, origin=study.origin(settings, rows))
+    origin = study.origin(settings, records_of(rows))
+    text = reporting.report(rows, sampled, labels, settings=settings, origin=origin)
     assert text == (STORED / "table.md").read_text(encoding="utf-8")
     page = (STORED.parent / "reasoning.md").read_text(encoding="utf-8")
     for task in settings.tasks:
@@ -205,29 +207,16 @@ def test_the_stored_tables_match_the_stored_results(monkeypatch):
 
 def test_the_stored_trials_are_those_that_the_current_study_would_run(tmp_path):
     """The sweep of each cell is repeated with the stored scores: it tries the same rates and chooses the same one."""
-    settings, stored, replayed = study.Settings(out_dir=tmp_path), defaultdict(dict), 0
+    settings, stored, replayed = study.Settings(out_dir=tmp_path), defaultdict(list), 0
     for row in read_results(STORED / "results.csv"):
         if row["method"] != reporting.BASE:
-            cell = row["task"], row["objective"], row["method"]
-            stored[cell][row["part"], row["learning_rate"], row["seed"]] = row
+            stored[row["task"], row["objective"], row["method"]].append(row)
     for cell, rows in stored.items():
         for part in study.PARTS:
             folder = study.data_dir(settings, *cell[:2], part)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "meta.json").write_text('{"counts": {"train": 480}}')
-        plan, records, tried = study.cell_plan(settings, cell), None, set()
-        try:
-            while True:
-                trials = plan.send(records)
-                keys = [(t.scoring["part"], t.settings["learning_rate"], t.settings["seed"]) for t in trials]
-                records = [
-                    {"trial": trial.as_json(), "summary": {"last_val_loss": row["val_loss"]}, "scores": row}
-                    for trial, row in zip(trials, map(rows.__getitem__, keys), strict=True)
-                ]
-                tried.update(keys)
-        except StopIteration:
-            assert tried == rows.keys(), cell
-        replayed += len(tried)
+        replayed += replay(study.cell_plan(settings, cell), rows)
     assert len(stored) == 7 * (5 + 2) and replayed >= 49 * (4 + 4 + 3)
 
 
