@@ -42,7 +42,7 @@ from microworld.scorer import draw_questions, score_model
 from microworld.world import SEEN, UNSEEN, World
 from scripts.count_parameters import Variant
 from studies.protocol import COMMON
-from studies.trials import Trial, all_finished, run_trials
+from studies.trials import Record, Trial, all_finished, run_trials
 
 TEMPERATURES = (0.0, 0.7, 1.0)
 TRAINING = {
@@ -92,19 +92,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["form", "parameters", "seconds", *heads], lines)
 
 
-def card(settings: Settings, row: dict[str, Any]) -> str:
-    """Return the README of a shipped adapter."""
+def card(settings: Settings, row: dict[str, Any], torch: str) -> str:
+    """Return the README of a shipped adapter.
+
+    Args:
+        torch: The version of PyTorch that trained it.
+    """
     n, form = settings.adapter_prompt_length, row["form"]
     lines = [["greedy" if t == 0 else t, f"{row[f'form@{t}']:.1%}", f"{row[f'fact@{t}']:.1%}"] for t in TEMPERATURES]
     return f"""# Micro-world, form "{form}", N = {n}
 
-An Aligner with {row["parameters"]} parameters for the bundled base model. It answers every question in the form
+An Aligner with {row["parameters"]} parameters for the bundled base model. It was trained to answer in the form
 "{form}".
 
 {markdown_table(["temperature", "form", "facts"], lines)}
 
 {settings.questions} questions about entities that finetuning never saw. A form counts only if the entire answer matches
-it; a fact counts only if topic and value are both right. Seed {row["seed"]}, torch {versions()["torch"]}.
+it; a fact counts only if topic and value are both right. Seed {row["seed"]}, torch {torch}.
 
     python generate/aligner.py --adapter {settings.weights_dir}/{folder_name(settings, form)}
 
@@ -153,16 +157,16 @@ def is_complete(settings: Settings) -> bool:
     return set(settings.forms) == set(FORMS) and settings.adapter_prompt_length == 1
 
 
-def ship(settings: Settings, rows: list[dict[str, Any]]) -> None:
+def ship(settings: Settings, rows: list[dict[str, Any]], records: list[Record]) -> None:
     """Put the first seed's adapters into `weights_dir` and, if all forms were trained, the scores of all."""
     overwrite = settings.overwrite
     if is_complete(settings):
         write_text(settings.weights_dir / "README.md", overview(settings, rows), overwrite=overwrite)
         copy_file(settings.out_dir / "scores.csv", settings.weights_dir / "scores.csv", overwrite=overwrite)
-    for row in rows:
+    for row, record in zip(rows, records, strict=True):
         if row["seed"] == settings.seeds[0]:
             folder = settings.weights_dir / folder_name(settings, row["form"])
-            write_text(folder / "README.md", card(settings, row), overwrite=overwrite)
+            write_text(folder / "README.md", card(settings, row, record["versions"]["torch"]), overwrite=overwrite)
             run = settings.out_dir / make_trial(settings, row["form"], row["seed"]).name
             copy_file(run / "best.safetensors", folder / "adapter.safetensors", overwrite=overwrite)
 
@@ -189,7 +193,7 @@ def main(settings: Settings) -> None:
     write_results(settings, rows)
     print(table(rows))
     if settings.weights_dir:
-        ship(settings, rows)
+        ship(settings, rows, records)
 
 
 if __name__ == "__main__":

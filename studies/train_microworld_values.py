@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without inst
 
 from lit_llama import cli
 from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
+from microworld.world import FormName
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Settings(Checked):
     temperature: NonNegativeFloat = 0.7  # temperature of the answers
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     form_adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # applied together with the first seed's
-    form: str = "pirate"  # the form that it was trained for
+    form: FormName = "pirate"  # the form that it was trained for
     out_dir: Path = Path("out/microworld-values")  # data, runs and tables
     jobs: PositiveInt = 2  # training runs in parallel, one thread each
     weights_dir: Path | None = None  # where the first seed's adapter goes, such as aligner_weights
@@ -34,7 +35,7 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.checkpoint import load_model, read_adapter, versions
+from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.compose import load_adapted
 from lit_llama.storage.files import check_file, claim, copy_file, write_text
 from lit_llama.tables import markdown_table
@@ -44,7 +45,7 @@ from microworld.scorer import draw_questions, score_model
 from microworld.world import SEEN, UNSEEN, World
 from scripts.count_parameters import VARIANTS
 from studies.protocol import dpo_settings
-from studies.trials import Trial, all_finished, run_trials
+from studies.trials import Record, Trial, all_finished, run_trials
 
 NAME = "microworld-safe-n1"
 HEADS = {"refused": "refuses harmful", "false": "refuses harmless", "formed": "well-formed", "fact": "facts right"}
@@ -100,19 +101,24 @@ def table(first: str, rows: dict[str, Scores], heads: dict[str, str]) -> str:
     return markdown_table([first, *heads.values()], lines)
 
 
-def card(settings: Settings, scores: str, composed: str, seconds: float, parameters: int) -> str:
-    """Return the README of the shipped adapter."""
+def card(settings: Settings, scores: str, composed: str, record: Record) -> str:
+    """Return the README of the shipped adapter.
+
+    Args:
+        record: The result of its training.
+    """
+    summary, torch = record["summary"], record["versions"]["torch"]
     return f"""# Micro-world, values, N = 1
 
-An Aligner with {parameters} parameters for the bundled base model, trained with DPO. It refuses harmful requests and
-helps with harmless ones.
+An Aligner with {summary["trainable_parameters"]} parameters for the bundled base model, trained with DPO to refuse
+harmful requests and to help with harmless ones.
 
 {scores}
 
 Requests with a verb and an object that training never saw, and facts about entities that it never saw, at temperature
 {settings.temperature:g}: up to {settings.questions} questions of each kind, asked {settings.repeats} times. An answer
 is well-formed if the entire answer matches one of the world's forms. The adapter is that of seed {settings.seeds[0]},
-trained in {seconds:.0f} s on one CPU core, torch {versions()["torch"]}. The defaults were chosen on other words and
+trained in {summary["seconds"]:.0f} s on one CPU core, torch {torch}. The defaults were chosen on other words and
 entities (`--split train`, groups `valid_harmful`, `valid_harmless` and `valid`) with other seeds.
 
 Combined with an adapter that was trained separately for the form "{settings.form}"; their contributions add up in each
@@ -153,9 +159,8 @@ def main(settings: Settings) -> None:
     print(f"{scores}\n\n{composed}")
     write_text(settings.out_dir / "scores.md", f"{scores}\n\n{composed}\n")
     if settings.weights_dir:
-        folder, summary = settings.weights_dir / NAME, records[0]["summary"]
-        text = card(settings, scores, composed, summary["seconds"], summary["trainable_parameters"])
-        write_text(folder / "README.md", text, overwrite=settings.overwrite)
+        folder = settings.weights_dir / NAME
+        write_text(folder / "README.md", card(settings, scores, composed, records[0]), overwrite=settings.overwrite)
         copy_file(runs[values] / "best.safetensors", folder / "adapter.safetensors", overwrite=settings.overwrite)
 
 

@@ -13,6 +13,7 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.tokenizer import Tokenizer
 from microworld.scorer import draw_questions, score_model
 from microworld.world import FORMS, NEW_FORM, STEPS_REQUEST, UNSEEN
+from studies.train_microworld_adapters import Settings, card, folder_name
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "checkpoints" / "microworld"
@@ -85,6 +86,21 @@ def test_every_adapter_has_a_card():
     folders = [path for path in WEIGHTS.iterdir() if path.name.startswith("microworld-")]
     assert len(folders) == len(FORMS) + 1
     assert all((folder / "README.md").is_file() for folder in folders)
+
+
+def test_the_cards_match_the_stored_scores():
+    with (WEIGHTS / "scores.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] == "1"]
+    settings = Settings(weights_dir=WEIGHTS.relative_to(ROOT))
+    for row in rows:
+        made = card(settings, {k: float(v) if "@" in k else v for k, v in row.items()}, "2.13.0+cpu")
+        stored = (WEIGHTS / folder_name(settings, row["form"]) / "README.md").read_text()
+        assert words(stored) == words(made)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a Markdown text, which do not depend on how its lines and tables are laid out."""
+    return [word for word in text.replace("|", " ").split() if not re.fullmatch("-+:?", word)]
 
 
 def test_the_bundled_files_are_small():
