@@ -8,11 +8,12 @@ From Python, with this folder on sys.path, `harness.HarnessModel(harness.load(se
 """
 
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Settings(ModelSettings):
     include_path: Path | None = None  # folder of task files (default: the tasks that come with lm_eval)
     limit: PositiveInt | None = None  # only this many questions of each task
     num_fewshot: NonNegativeInt | None = None  # worked examples before each question (default: the task's)
+    confirm_run_unsafe_code: bool = False  # allow tasks, such as humaneval, that run the code that the model writes
 
     # == Batches ==
     batch_tokens: PositiveInt = 16384  # scored texts: tokens of one forward pass, padding included
@@ -67,6 +69,7 @@ try:
 except ModuleNotFoundError:
     lm_eval, TemplateLM = None, object
 
+ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # environment variable without which the metric `code_eval` runs no code
 CHUNK = 2048  # predicted tokens whose logits are in memory at a time
 
 
@@ -80,16 +83,26 @@ class HarnessModel(TemplateLM):
     `truncated` counts them. With a prompt style other than plain, `apply_chat_template` renders the tasks in it.
 
     Args:
-        evaluated: the model.
+        evaluated: the model, or a function that loads it when it is first needed: after the tasks.
         batch_tokens: tokens of one forward pass, padding included.
         batch_size: texts generated at a time.
     """
 
-    def __init__(self, evaluated: EvaluatedModel, *, batch_tokens: int = 16384, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        evaluated: EvaluatedModel | Callable[[], EvaluatedModel],
+        *,
+        batch_tokens: int = 16384,
+        batch_size: int = 32,
+    ) -> None:
         super().__init__()
-        self.evaluated, self.batch_tokens, self.batch_size = evaluated, batch_tokens, batch_size
+        self._given, self.batch_tokens, self.batch_size = evaluated, batch_tokens, batch_size
         self.truncated = 0
         self.generated: list[dict[str, Any]] = []  # tokens, ended and seconds of each answer
+
+    @cached_property
+    def evaluated(self) -> EvaluatedModel:
+        return self._given if isinstance(self._given, EvaluatedModel) else self._given()
 
     @property
     def eot_token_id(self) -> int:
@@ -294,22 +307,36 @@ def open_tasks(settings: Settings) -> "TaskManager":
         if name not in manager.all_tasks:
             place = settings.include_path or "lm_eval"
             raise UserError(f"There is no task {name!r} in {place}{did_you_mean(name, manager.all_tasks)}")
-    manager.load = partial(load_tasks, manager.load)
+    manager.load = partial(load_tasks, settings, manager.load)
     return manager
 
 
-def load_tasks(load: Callable[[list[str]], dict[str, Any]], names: list[str]) -> dict[str, Any]:
+def load_tasks(settings: Settings, load: Callable[[list[str]], dict[str, Any]], names: list[str]) -> dict[str, Any]:
     """Return what `TaskManager.load` returns; it downloads the tasks' data.
 
     Raises:
-        UserError: a task cannot be loaded.
+        UserError: a task cannot be loaded, needs other input than text, or runs code without permission.
     """
+    unsafe = "{} runs the code that the model writes; to allow this, pass --confirm_run_unsafe_code true."
+    if settings.confirm_run_unsafe_code:
+        os.environ[ALLOW_CODE] = "1"
     try:
-        return load(names)
+        loaded = load(names)
     except Exception as error:  # of the hub, of `datasets` or of a task's code
+        if ALLOW_CODE in str(error):
+            raise UserError(unsafe.format(f"A task of {', '.join(names)}")) from None
         raise UserError(
             f"Cannot load {', '.join(names)} ({first_line(error)}); check the network and the task files."
         ) from None
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not settings.confirm_run_unsafe_code:
+            raise UserError(unsafe.format(f"The task {name}"))
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"The task {name} asks about images or sound; the model reads only text.")
+    without = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
+    if settings.num_fewshot and without:
+        log(f"note: --num_fewshot is ignored for {', '.join(without)}, defined to have no worked examples.")
+    return loaded
 
 
 def make_records(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -338,8 +365,11 @@ def show(summary: dict[str, Any]) -> str:
                 continue
             error = scores.get(f"{metric}_stderr,{filter}")
             error = f"{error:.4f}" if isinstance(error, float) else "-"
-            rows.append([task, metric, filter, summary["n"].get(task, "-"), f"{value:.4f}", error])
-    table = markdown_table(["task", "metric", "filter", "questions", "value", "standard error"], rows)
+            about = [summary[name].get(task) for name in ("n", "num_fewshot", "task_versions")]
+            about = ["-" if known is None else known for known in about]
+            rows.append([task, metric, filter, *about, f"{value:.4f}", error])
+    heads = ["task", "metric", "filter", "questions", "examples", "task version", "value", "standard error"]
+    table = markdown_table(heads, rows)
     notes = f"{summary['truncated']} requests were longer than the model's context and were truncated at the beginning"
     if "ended_share" in summary:
         notes += f". {summary['ended_share']:.1%} of the answers ended by themselves, after "
@@ -359,19 +389,22 @@ def main(settings: Settings) -> dict[str, Any]:
         settings.output_dir, {"benchmark": "lm_eval", "lm_eval": lm_eval.__version__, **made_by}, settings.overwrite
     )
     manager = open_tasks(settings)
-    model = HarnessModel(load(settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
+    model = HarnessModel(partial(load, settings), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
     output = lm_eval.simple_evaluate(
         model,
         tasks=list(settings.tasks),
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
         task_manager=manager,
-        apply_chat_template=model.evaluated.style.name != "plain",
+        apply_chat_template=settings.prompt_style != "plain",
+        confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
     )
     results.replace(make_records(output["samples"]))  # all questions were evaluated, also in a repeated run
     summary = {
         "tasks": output["results"],
         "n": {task: counts["effective"] for task, counts in output["n-samples"].items()},
+        "num_fewshot": output["n-shot"],
+        "task_versions": output["versions"],
         "truncated": model.truncated,
         **(answer_statistics(model.generated) if model.generated else {}),
     }

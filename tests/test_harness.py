@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,7 @@ def test_mmlu_results_equal_those_of_evaluate_mmlu(shared, tmp_path, monkeypatch
     write_task(
         tmp_path, "mmlu_two", rows,
         output_type="multiple_choice", doc_to_choice=list("ABCD"), doc_to_target="gold", metric_list=[metric],
+        metadata={"version": 2.0},
     )  # fmt: skip
     n_rows = []
     span_logps = harness.span_logps
@@ -77,9 +79,10 @@ def test_mmlu_results_equal_those_of_evaluate_mmlu(shared, tmp_path, monkeypatch
         assert logps == pytest.approx(list(a["logps"].values()), abs=1e-4)
         assert (a["predicted"] == a["gold"]) == (b["acc"] == 1)
     report = json.loads((tmp_path / "out-mmlu_two/summary.json").read_text())
+    assert report["num_fewshot"] == {"mmlu_two": 0} and report["task_versions"] == {"mmlu_two": 2.0}
     assert report["tasks"]["mmlu_two"]["acc,none"] == pytest.approx(summary["accuracy"])
     assert report["n"] == {"mmlu_two": len(ours)} and report["truncated"] == 0
-    assert f"| mmlu_two | acc | none | {len(ours)} |" in (tmp_path / "out-mmlu_two/summary.md").read_text()
+    assert f"| mmlu_two | acc | none | {len(ours)} | 0 | 2.0 |" in (tmp_path / "out-mmlu_two/summary.md").read_text()
 
 
 @needs_lm_eval
@@ -182,17 +185,29 @@ def test_invalid_input_gives_a_one_line_error(flags, sentence, run_script, tmp_p
     assert code == 1 and f"error: {sentence}" in err and "Traceback" not in err
 
 
-class TaskManager:
-    """An index with one task, whose data cannot be loaded."""
+class Task:
+    """A task of lm_eval, with attributes such as UNSAFE_CODE."""
 
-    def __init__(self, **_: object) -> None:
-        self.all_tasks = ["toy"]
+    def __init__(self, num_fewshot: int = 0, **attributes: bool) -> None:
+        self.num_fewshot = num_fewshot
+        self.__dict__.update(attributes)
 
-    def load(self, names: list[str]) -> None:
-        raise ConnectionError("Couldn't reach 'me/toy' on the Hub.\nMore text.")
+    def get_config(self, name: str) -> int:
+        return getattr(self, name)
 
 
-def replace_harness(monkeypatch, simple_evaluate: Callable) -> None:
+def replace_harness(monkeypatch, simple_evaluate: Callable, loaded: Task | Exception | None = None) -> None:
+    """Replace the harness by one with a single task, and the error when its data is loaded."""
+
+    class TaskManager:
+        def __init__(self, **_: object) -> None:
+            self.all_tasks = ["toy"]
+
+        def load(self, names: list[str]) -> dict:
+            if isinstance(loaded, Exception):
+                raise loaded
+            return {"tasks": {"toy": loaded}}
+
     monkeypatch.setattr(harness, "lm_eval", SimpleNamespace(__version__="0", simple_evaluate=simple_evaluate))
     monkeypatch.setattr(harness, "TaskManager", TaskManager, raising=False)
 
@@ -209,6 +224,8 @@ def test_a_repeated_evaluation_replaces_the_records(base_dir, tmp_path, monkeypa
             "samples": {"toy": [row]},
             "results": {"toy": {"acc,none": acc}},
             "n-samples": {"toy": {"effective": 1}},
+            "n-shot": {"toy": 3},
+            "versions": {"toy": 1.0},
         }
 
     replace_harness(monkeypatch, simple_evaluate)
@@ -224,17 +241,56 @@ def test_a_repeated_evaluation_replaces_the_records(base_dir, tmp_path, monkeypa
     assert (tmp_path / "answers.jsonl").read_text() == mine
 
 
-def test_a_task_whose_data_cannot_be_loaded_gives_a_one_line_error(base_dir, tmp_path, monkeypatch):
-    def simple_evaluate(model, *, tasks, task_manager, **_):
-        task_manager.load(tasks)
+def load_tasks(model, *, tasks, task_manager, **_) -> None:
+    """The beginning of `simple_evaluate`."""
+    task_manager.load(tasks)
 
-    replace_harness(monkeypatch, simple_evaluate)
+
+UNSAFE = "runs the code that the model writes; to allow this, pass --confirm_run_unsafe_code true."
+
+
+@pytest.mark.parametrize(
+    ("loaded", "sentence"),
+    [
+        (
+            ConnectionError("Couldn't reach 'me/toy' on the Hub.\nMore text."),
+            "Cannot load toy (Couldn't reach 'me/toy' on the Hub); check the network and the task files.",
+        ),
+        (ValueError('*****\nSet os.environ["HF_ALLOW_CODE_EVAL"] = "1".'), f"A task of toy {UNSAFE}"),
+        (Task(UNSAFE_CODE=True), f"The task toy {UNSAFE}"),
+        (Task(MULTIMODAL=True), "The task toy asks about images or sound; the model reads only text."),
+    ],
+)
+def test_a_task_that_cannot_be_run_gives_a_one_line_error(loaded, sentence, base_dir, tmp_path, monkeypatch):
+    replace_harness(monkeypatch, load_tasks, loaded)
+    monkeypatch.setattr(harness, "load", lambda settings: pytest.fail("the model was loaded first"))
     settings = harness.Settings(checkpoint_dir=base_dir, tasks=("toy",), output_dir=tmp_path)
     with pytest.raises(UserError) as error:
         harness.main(settings)
-    assert str(error.value) == (
-        "Cannot load toy (Couldn't reach 'me/toy' on the Hub); check the network and the task files."
-    )
+    assert str(error.value) == sentence
+
+
+def test_generated_code_runs_only_with_permission(base_dir, tmp_path, monkeypatch):
+    def simple_evaluate(model, *, confirm_run_unsafe_code, **given):
+        load_tasks(model, **given)
+        raise StopIteration(confirm_run_unsafe_code, os.environ.get(harness.ALLOW_CODE))
+
+    replace_harness(monkeypatch, simple_evaluate, Task(UNSAFE_CODE=True))
+    monkeypatch.setenv(harness.ALLOW_CODE, "0")
+    settings = harness.Settings(checkpoint_dir=base_dir, tasks=("toy",), output_dir=tmp_path)
+    with pytest.raises(UserError, match="runs the code"):
+        harness.main(settings)
+    with pytest.raises(StopIteration) as stop:
+        harness.main(replace(settings, confirm_run_unsafe_code=True))
+    assert stop.value.args == (True, "1")
+
+
+def test_a_task_without_worked_examples_ignores_their_number(capsys):
+    tasks = {"tasks": {"none": Task(0), "some": Task(4)}}
+    assert harness.load_tasks(harness.Settings(num_fewshot=5), lambda names: tasks, ["all"]) is tasks
+    assert capsys.readouterr().err == ("note: --num_fewshot is ignored for none, defined to have no worked examples.\n")
+    harness.load_tasks(harness.Settings(), lambda names: tasks, ["all"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")
