@@ -142,6 +142,12 @@ class Run:
             ready, _ = take_turns(loads, 0, self.notes)
             for name in contestants.keys() - ready.keys():
                 contestants.pop(name).close()
+            if packed := [name for name, loaded in ready.items() if loaded.get("packed")]:
+                plain = [name for name, loaded in ready.items() if loaded.get("packed") is False]
+                self.notes.append(
+                    f"Packed weights (lit_llama/onednn.py): {', '.join(packed)}; not packed: "
+                    f"{', '.join(plain) or 'none'}. Each process measures which is faster."
+                )
             yield contestants
         finally:
             for contestant in contestants.values():

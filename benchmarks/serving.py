@@ -89,12 +89,14 @@ class Server:
         environment = {**os.environ, "ALIGNER_API_KEY": KEY}
         environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        line = "it wrote nothing"
         for line in self.process.stderr:
             if "serving at" in line:
                 self.url = line.split()[-1]
                 Thread(target=lambda: sys.stderr.writelines(self.process.stderr), daemon=True).start()
                 return self
-        raise UserError("The server did not start; run generate/serve.py to see why.")
+        self.process.wait()
+        raise UserError(f"The server did not start: {line.strip().removeprefix('error: ')}")
 
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
@@ -382,6 +384,8 @@ async def settle(server: Server) -> tuple[float, int]:
 
 
 def main(settings: Settings) -> None:
+    if sys.platform != "linux":
+        raise UserError("This benchmark needs Linux: it reads the server's processor time and memory from /proc.")
     if find_spec("httpx") is None:
         raise UserError("This benchmark needs httpx: pip install -r requirements-dev.txt.")
     if settings.threads:

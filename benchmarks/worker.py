@@ -24,7 +24,7 @@ from lit_llama.dpo import dpo_loss, sum_logps_by_row
 from lit_llama.generation import Sampling, decode, generate
 from lit_llama.logps import find_labels
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.onednn import pack_
+from lit_llama.onednn import PackedLinear, pack_
 from lit_llama.packing import pack_answers
 
 Batch = dict[str, torch.Tensor]
@@ -155,6 +155,11 @@ class Ours(Worker):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         disable_cudnn_attention()
+
+    def load(self) -> dict[str, Any]:
+        """Return whether weights are packed as well: a model that generates measures whether this is faster."""
+        loaded = super().load()
+        return {**loaded, "packed": any(isinstance(module, PackedLinear) for module in self.model.modules())}
 
     def load_model(self) -> None:
         n, options = self.settings["n"], {"device": self.device, "dtype": self.dtype}

@@ -4,6 +4,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import torch
 
 import benchmarks.generation as generation
 import benchmarks.loading as loading
+import benchmarks.serving as serving
 import benchmarks.training as training
 import benchmarks.waiting as waiting
 from benchmarks import harness, material, measure
 from benchmarks.worker import Ours
+from lit_llama import onednn
 from lit_llama.epochs import plan_epoch
 from lit_llama.model import LLaMAConfig, llama_configs
+from lit_llama.onednn import PackedLinear
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError
 
@@ -210,6 +214,19 @@ def test_a_machine_that_emulates_bf16_does_not_train_a_bf16_base(toy):
         assert (training.BF16 in training.our_contestants(settings, torch.float32, rates)) == expected
 
 
+@pytest.mark.skipif(not onednn.can_pack(torch.ones(2, 2)), reason="this PyTorch has no oneDNN")
+def test_a_report_states_which_contestants_have_packed_weights(toy, monkeypatch):
+    monkeypatch.setattr(onednn, "MIN_WEIGHTS", 1)
+    measured = [False, True, False]  # whether packing is faster, in turn
+    monkeypatch.setattr(onednn, "gains_from_packing", lambda weights: measured.pop(0))
+    run, names = harness.start_run(generation.Settings(**toy)), ("bare", "one", "two")
+    with run.contestants({name: {"n": n, "generates": True} for n, name in enumerate(names)}, {}) as contestants:
+        packed = [name for name, c in contestants.items() if isinstance(c.worker.model.lm_head, PackedLinear)]
+    plain = [name for name in names if name not in packed]
+    assert len(packed) == 1 and len(run.notes) == 1
+    assert f": {packed[0]}; not packed: " in run.notes[0] and all(name in run.notes[0] for name in plain)
+
+
 def trainable(contestant: InProcess) -> list[torch.nn.Parameter]:
     return [p for p in contestant.worker.model.parameters() if p.requires_grad]
 
@@ -295,6 +312,17 @@ def test_the_environment_for_how_threads_wait_is_set_and_restored(monkeypatch):
     with waiting.environment({"GOMP_SPINCOUNT": "9"}):
         assert "OMP_WAIT_POLICY" not in os.environ and os.environ["GOMP_SPINCOUNT"] == "9"
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_a_server_that_does_not_start_gives_its_reason(tmp_path):
+    with pytest.raises(UserError, match=r"^The server did not start: There is no .*nowhere"):
+        serving.Server(tmp_path / "nowhere", serving.Settings(accelerator="cpu", precision="32")).__enter__()
+
+
+def test_the_server_is_measured_only_on_linux(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UserError, match="This benchmark needs Linux: it reads"):
+        serving.main(serving.Settings())
 
 
 def test_busy_programs_end():
