@@ -18,6 +18,7 @@ from evaluate.common import (
     identify,
     load,
     pick_style,
+    versions_of,
 )
 from evaluate.settings import CompareSettings
 from lit_llama.generation import Sampling
@@ -55,6 +56,7 @@ class Answers:
         answer_ids: id of a question -> the answer's own id, in FastChat's files.
         statistics: of answers generated here: share that ended by themselves, mean tokens, tokens per second.
         made_by: what made them, as JSON.
+        versions: the versions that made them, several if they were made in several runs.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Answers:
     answer_ids: dict[int | str, str] = field(default_factory=dict)
     statistics: dict[str, float] | None = None
     made_by: dict[str, Any] = field(default_factory=dict)
+    versions: list[dict[str, str]] = field(default_factory=list)
 
 
 def fetch(url: str, path: Path) -> Path:
@@ -141,7 +144,7 @@ def generate_answers(settings: CompareSettings, items: list[Item], results: Resu
                          batch_size=settings.batch_size, desc=f"Answering with {name}")  # fmt: skip
     records = [results.by_id[question.id] for question in questions]
     texts = {record["id"]: record["answer"] for record in records}
-    return Answers(name, texts, {}, answer_statistics(records), results.made_by)
+    return Answers(name, texts, {}, answer_statistics(records), results.made_by, versions_of(records))
 
 
 def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
@@ -152,7 +155,8 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     """
     known, by_text = {item.id: item for item in items}, {item.text: item.id for item in items}
     answers, made_by = Answers(Path(path).stem, {}, made_by={"file": str(path)}), {}
-    for number, row in enumerate(read_rows(path), 1):
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
         with naming(path):
             id, text = answer_of_row(row, number, by_text)
         if id not in known:
@@ -167,6 +171,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         name = str(row.get("model_id") or made_by.get("adapter") or made_by.get("base") or answers.name)
         answers.name = check_text(name, f"{path}: the name of the model in row {number}")
         answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
+    answers.versions = versions_of(rows)
     missing = [item.id for item in asked if item.id not in answers.texts]
     if missing and answers.texts and made_by and len(missing) <= count_skipped(path):
         # `answered_by_both` leaves them out
@@ -254,6 +259,7 @@ def describe(answers: Answers, asked: list[Item]) -> dict[str, Any]:
         "mean_characters": float(np.mean([len(text) for text in texts])),
         "statistics": answers.statistics,
         "made_by": answers.made_by,
+        "versions": answers.versions,
     }
 
 

@@ -59,14 +59,12 @@ def read_labelled(path: Path) -> list[Labelled]:
     answers, as PKU-SafeRLHF has them (`response_0`, `is_response_0_safe`, ...), count as two.
 
     Raises:
-        UserError: a row lacks one of the three or has a label in another format, or one class is missing.
+        UserError: a row lacks one of the three, or has a label in another format.
     """
     labelled = []
     for number, row in enumerate(read_table(path), 1):
         with naming(path):
             labelled += labelled_of_row(row, number)
-    if len({item.harmful for item in labelled}) < 2:
-        raise UserError(f"{path} does not contain both harmful and safe answers, which calibration needs.")
     return labelled
 
 

@@ -11,11 +11,13 @@ A stopped evaluation continues where it stopped when it is started again with th
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -295,13 +297,26 @@ class Results:
         self.by_id = {record["id"]: record for record in self.file.records}
 
     def finish(self, summary: dict[str, Any], table: str) -> dict[str, Any]:
-        """Print the table, write `summary.json` and `summary.md`, and return the content of the first."""
+        """Print the table, write `summary.json` and `summary.md`, and return the content of the first.
+
+        Its `versions` are those that made the records: several, if the evaluation was resumed after an update.
+        """
         print(table, end="")
-        summary = {**summary, "made_by": self.made_by}
+        summary = {**summary, "versions": versions_of(self.by_id.values()), "made_by": self.made_by}
         write_text(self.output_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         write_text(self.output_dir / TABLE, table.rstrip() + "\n")
         log(f"wrote {self.output_dir}")
         return summary
+
+
+def versions_of(records: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the distinct versions that made records, in their order; records of other programs are ignored."""
+    made = [record["made_by"] for record in records if isinstance(record.get("made_by"), dict)]
+    distinct: list[dict[str, str]] = []
+    for used in (made_by["versions"] for made_by in made if "versions" in made_by):
+        if used not in distinct:
+            distinct.append(used)
+    return distinct
 
 
 @dataclass(frozen=True)
@@ -427,10 +442,22 @@ def answer_statistics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def wilson_interval(outcomes: Sequence[bool], *, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of the share of outcomes that are true, also if all or none are."""
+    n, share = len(outcomes), sum(outcomes) / len(outcomes)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
 def bootstrap_interval(
     values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of `values`, resampled with replacement.
+
+    For a share, use `wilson_interval`: if all values are equal, this interval has no width.
 
     Only how often each distinct value is drawn matters, so the counts are drawn from a multinomial distribution.
     """

@@ -46,13 +46,13 @@ from evaluate.common import (
     Results,
     answer_questions,
     answer_statistics,
-    bootstrap_interval,
     drop_long,
     few_shot,
     identify,
     load,
     markdown_table,
     pick_style,
+    wilson_interval,
 )
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
@@ -264,7 +264,7 @@ def summarize(records: list[dict[str, Any]], skipped: int) -> dict[str, Any]:
         "n": len(records),
         "skipped": skipped,
         "accuracy": sum(correct) / len(correct),
-        "interval": bootstrap_interval(correct),
+        "interval": wilson_interval(correct),
         "extracted_share": sum(r["extracted"] is not None for r in records) / len(records),
         **answer_statistics(records),
     }

@@ -56,13 +56,13 @@ from evaluate.common import (
     Results,
     answer_questions,
     answer_statistics,
-    bootstrap_interval,
     drop_long,
     few_shot,
     identify,
     load,
     markdown_table,
     pick_style,
+    wilson_interval,
 )
 from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
 from evaluate.mmlu_data import CATEGORIES, Item, pick_subjects, read_items
@@ -192,7 +192,7 @@ def summarize(records: list[dict[str, Any]], questions: list[Question], scoring:
             "n": len(correct),
             "skipped": sum(asked[subject] for subject in members) - len(correct),
             "accuracy": sum(correct) / len(correct) if correct else None,
-            "interval": bootstrap_interval(correct) if correct else None,
+            "interval": wilson_interval(correct) if correct else None,
         }
 
     predicted = Counter(r["predicted"] for r in records)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_llama.settings import (
     Checked,
@@ -35,7 +35,7 @@ class ModelSettings(Checked):
 class JudgeSettings(Checked):
     # == Judge ==
     judge_url: str | None = None  # OpenAI-compatible endpoint, like https://api.openai.com/v1 (default: only the cache)
-    judge_model: str | None = None  # the model's name at the endpoint (default: the only one in the cache)
+    judge_model: str | None = None  # the model's name; required with --judge_url (default: the only one in the cache)
     judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
     judge_workers: PositiveInt = 4  # requests in flight at a time
     judge_timeout: PositiveFloat = 120.0  # seconds to wait for a reply
@@ -47,7 +47,8 @@ class JudgeSettings(Checked):
 
 @dataclass
 class CompareSettings(ModelSettings, JudgeSettings):
-    replace_model = ("answer_file",)  # settings that are used instead of the model of `adapter`
+    # a setting -> those that it replaces, which have no effect beside it
+    replaces: ClassVar[dict[str, tuple[str, ...]]] = {"answer_file": ("adapter", "strength")}
 
     # == Compared answers ==
     answer_file: Path | None = None  # use these answers instead of the model's: FastChat's format or answers.jsonl
@@ -60,9 +61,9 @@ class CompareSettings(ModelSettings, JudgeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.replace_model:
-            for ignored in ("adapter", "strength"):
-                if getattr(self, name) and getattr(self, ignored) != getattr(CompareSettings, ignored):
+        for name, replaced in self.replaces.items():
+            for ignored in replaced:
+                if getattr(self, name) and getattr(self, ignored) != getattr(type(self), ignored):
                     raise UserError(
-                        f"--{name} and --{ignored} cannot be combined: --{name} replaces the answers of --adapter."
+                        f"--{name} and --{ignored} cannot be combined: --{ignored} has no effect with --{name}."
                     )

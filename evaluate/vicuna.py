@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -21,7 +21,10 @@ from lit_llama.settings import PositiveInt
 
 @dataclass
 class Settings(CompareSettings):
-    replace_model = (*CompareSettings.replace_model, "review_file")
+    replaces: ClassVar = {
+        **CompareSettings.replaces,
+        "review_file": ("adapter", "strength", "judge_url", "judge_cache", "reference_file", "judging"),
+    }
 
     # == Benchmark ==
     data_file: Path | None = None  # the questions, in FastChat's format (default: downloaded into --data_dir)

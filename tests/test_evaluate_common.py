@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluate import common
-from evaluate.common import JsonLines, Question, Results, answer_questions, bootstrap_interval
+from evaluate.common import JsonLines, Question, Results, answer_questions, bootstrap_interval, wilson_interval
 from evaluate.settings import ModelSettings
 from lit_llama.checkpoint import load_model, save_adapter, save_base
 from lit_llama.generation import Sampling
@@ -108,6 +108,16 @@ def test_results_of_other_settings_are_replaced_only_with_overwrite(evaluated, t
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_summary_states_all_versions_of_a_resumed_evaluation(tmp_path):
+    made = [{"torch": version, "python": "3.12"} for version in ("2.12.1", "2.13.0", "2.13.0")]
+    for id, versions in enumerate(made):
+        results = Results(tmp_path, {"versions": versions})
+        results.add({"id": id, "prompt": "the cat"})
+        summary = results.finish({}, "")
+        del results
+    assert summary["versions"] == made[:2] == json.loads((tmp_path / common.SUMMARY).read_text())["versions"]
+
+
 def test_a_merged_model_is_another_base(base_dir, tmp_path):
     """It may differ from its base only in the biases of its output projections."""
     base = load_model(base_dir)
@@ -189,6 +199,13 @@ def test_the_interval_is_the_bootstrap_of_the_mean():
     means = [rng.choice(values, size=80).mean() for _ in range(20_000)]
     assert bootstrap_interval(values) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
     assert bootstrap_interval([1, 1, 1]) == (1, 1)
+
+
+def test_wilson_intervals():
+    """The first three are examples in Newcombe 1998 (Statistics in Medicine 17), table I, method 3."""
+    for right, n, interval in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611)),
+                               (0, 200, (0, 0.0188)), (20, 20, (0.8389, 1))):  # fmt: skip
+        assert wilson_interval([True] * right + [False] * (n - right)) == pytest.approx(interval, abs=5e-5)
 
 
 def test_a_strength_needs_an_adapter(base_dir):

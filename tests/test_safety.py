@@ -31,6 +31,7 @@ DECLINES, HELPS = "I'm sorry, but I can't help with that.", "Sure! First you tak
         ("Harmful request: yes\nResponse refusal: yes\nHarmful response: no", False),
         ("<think>unsafe?</think>safe", False),
         ("Unsafe, or not?\n</think>\n\nsafe", False),
+        ("unsafe\nS1, despite a </think> tag; safe in parts", True),
         ("safely", None),
         ("It depends.", None),
         ("", None),
@@ -144,12 +145,15 @@ def files(tmp_path) -> dict[str, Path]:
 
 
 def settings_for(files, tmp_path, url, **changes) -> Settings:
+    compared = {
+        "data_file": files["questions"],
+        "answer_file": files["declines"],
+        "against": str(files["helps"]),
+        "harmless_file": files["harmless"],
+    }
     return Settings(
         **{
-            "data_file": files["questions"],
-            "answer_file": files["declines"],
-            "against": str(files["helps"]),
-            "harmless_file": files["harmless"],
+            **({} if "calibrate" in changes else compared),
             "judge_url": url,
             "judge_model": "toy",
             "output_dir": tmp_path / "out",
@@ -236,6 +240,13 @@ def test_calibration_of_a_judge(files, tmp_path, capsys, monkeypatch, kind):
         assert result["AUC"] == 1 and len(server.requests) == 10
 
 
+def test_calibration_with_a_limit_uses_answers_of_the_entire_file(files, tmp_path):
+    rows = sorted(files["labelled"].read_text().splitlines(), key=lambda row: json.loads(row)["label"])
+    files["labelled"].write_text("\n".join(rows))
+    summary = main(settings_for(files, tmp_path, None, judge="keywords", calibrate=files["labelled"], limit=4))
+    assert (summary["n"], summary["harmful"], summary["accuracy"]) == (4, 2, 1)
+
+
 def test_real_questions(shared):
     folder = shared / "data/benchmarks/safety"
     for name, n, categories in (("safe_rlhf_problem", 83, 8), ("BeaverTails-Evaluation", 700, 14)):
@@ -263,16 +274,16 @@ def test_harmless_requests(files):
         ({"labelled": '{"question": "q", "answer": "a", "label": 1}', "calibrate": True}, "both harmful and safe"),
         ({"labelled": "[1, 2]", "calibrate": True}, "Row 1 is not an object"),
         ({"calibrate": True, "judge": "guard"}, "--judge guard needs --judge_url"),
-        (
-            {"calibrate": True, "adapter": Path("a"), "answer_file": None},
-            "--calibrate and --adapter cannot be combined",
-        ),
+        ({"calibrate": True, "adapter": Path("a")}, "--calibrate and --adapter cannot be combined"),
+        ({"calibrate": True, "answer_file": Path("a")}, "--calibrate and --answer_file cannot be combined"),
+        ({"calibrate": True, "against": "a"}, "--calibrate and --against cannot be combined"),
+        ({"calibrate": True, "limit": 1}, "both harmful and safe answers, which calibration needs, among the 1 of"),
     ],
 )
 def test_user_errors_are_one_line(files, tmp_path, change, words):
     for name in set(files) & set(change):
         files[name].write_text(change[name] + "\n")
-    changes = {k: v for k, v in change.items() if k in ("limit", "judge", "adapter", "answer_file")}
+    changes = {k: v for k, v in change.items() if k in ("limit", "judge", "adapter", "answer_file", "against")}
     if "calibrate" in change:
         changes = {"judge": "keywords", **changes, "calibrate": files["labelled"]}
     with pytest.raises(UserError) as error:

@@ -76,6 +76,10 @@ def test_parsed_scores_match_published_reviews(shared, name):
         ("<think>\n3 4\n</think>\n\n6 7\nBecause", (6, 7)),
         ("3 4\n</think>\n\n6 7\nBecause", (6, 7)),  # the template of a thinking model opens the thought
         ("Scores: 3 4\n</think>\n\n<think>8 9", None),
+        ("8 3\nAssistant 2 ends with a stray </think> tag and has no <think>.", (8, 3)),
+        ("**8 3**\nThe stray </think> tag deserves a score of 2.", (8, 3)),
+        ("<think>\n1 1\n</think>\n8 3\nAnswer 2 has a </think> tag.", (8, 3)),
+        ("Answer 2 has a </think> tag, 1 1.</think>\n\n8 3", (8, 3)),
         (
             "My evaluation of both is as follows:\n\nAssistant 1: 8/10\nAssistant 2: 9/10\n\nStrengths:",
             (8, 9),
@@ -116,6 +120,7 @@ def test_parse_scores(text, scores):
      ("1: Accuracy is right.\n2: Detail is enough.\n\nScore: 8", 8),
      ("1. **Correctness**: right.\n2. **Detail**: enough.\n\n**Score**: 8", 8),
      ("**1.** Right.\n**2.** Enough.\nI give it a grade of 8.", 8),
+     ("9\nIt has a stray </think> tag. I give a score of 2 for style.", 9), ("9\n</think>\n\n2\nBad.", 2),
      ("Fine.\nGrade: 8\n- 3 errors", 8), ("It is fine. Grade: 8\n\nA grade of 10 would need more.", 8)],
 )  # fmt: skip
 def test_parse_score(text, score):
@@ -419,7 +424,9 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
     "change, words",
     [
         ({"answer_file": None, "against": "base"}, "compares the base model with itself"),
-        ({"adapter": Path("a")}, "--answer_file and --adapter cannot be combined: --answer_file replaces"),
+        ({"adapter": Path("a")}, "--answer_file and --adapter cannot be combined: --adapter has no effect with"),
+        ({"review_file": Path("a"), "judge_url": "http://a"}, "--review_file and --judge_url cannot be combined"),
+        ({"review_file": Path("a"), "judging": "pair"}, "--review_file and --judging cannot be combined"),
         ({"strength": 0.5}, "--answer_file and --strength cannot be combined"),
         ({"answer_file": None, "adapter": Path("a"), "review_file": Path("r")}, "--review_file and --adapter cannot"),
         ({"answer_file": None, "strength": 0.5, "review_file": Path("r")}, "--review_file and --strength cannot"),
