@@ -211,7 +211,8 @@ def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Rec
 
     While the best rate is the lowest or the highest, one beyond it is tried, at most `extra_rates` in all. One seed can
     be lucky, so the two best rates are tried with the other seeds as well, and the better mean decides; if that rate is
-    now the lowest or the highest, one beyond it is tried with all seeds. A single rate is returned without a trial.
+    now the lowest or the highest, one beyond it is tried with all seeds. If all rates score the same, the one with the
+    lowest validation loss is returned without further trials. A single rate is returned without a trial.
     """
     rates, seeds = sorted(settings.learning_rates), settings.sweep_seeds
     if len(rates) == 1:
@@ -232,6 +233,8 @@ def sweep(settings: Settings, cell: tuple[str, str, str]) -> Plan[tuple[list[Rec
         if all("error" in record for record in tried):
             return tried, None
         rate = choose(tried, rank)["trial"]["settings"]["learning_rate"]
+        if all("error" not in record and rank(record) == rank(tried[0]) for record in tried):
+            return tried, rate
         further = beyond(rate)
         rates = sorted(rates + further)
     if not seeds[1:]:

@@ -173,6 +173,13 @@ def test_the_two_best_rates_are_tried_with_more_seeds(monkeypatch):
     assert sweep(monkeypatch, lambda rate, seed: None, learning_rates=rates) == ([(rate, 0) for rate in rates], None)
 
 
+def test_the_sweep_ends_if_all_rates_score_the_same(monkeypatch):
+    first = [(rate, 0) for rate in study.Settings().learning_rates]
+    assert sweep(monkeypatch, lambda rate, seed: 0.5) == (first, 0.008)
+    pairs, _ = sweep(monkeypatch, lambda rate, seed: None if rate == 0.512 else 0.5)
+    assert pairs[:4] == first and len(pairs) > 4  # a rate that fails makes a difference
+
+
 def test_the_sweep_continues_if_other_seeds_prefer_an_outermost_rate(monkeypatch):
     def right(rate, seed):  # the first seed prefers 0.2, the others the highest
         return -abs(rate - 0.2) if seed == 0 else min(rate, 0.9)
