@@ -449,7 +449,7 @@ def wilson_interval(outcomes: Sequence[bool], *, level: float = 0.95) -> tuple[f
     middle = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return min(share, max(0.0, low)), max(share, min(1.0, high))  # rounding may exclude a share of 0 or 1
 
 
 def bootstrap_interval(

@@ -19,14 +19,15 @@ BOTH = (
     r"\bboth\b[^.\n]{0,90}?(?<![\w.])(10|\d(?:\.\d+)?)\s*(?:/|out of)\s*10\b",
 )
 # a first line that is a verdict and nothing else
-VERDICT = rf"\W*(?:(?:scores?|rating|grade)\s*:\W*)?(?:{PAIR}|{SCORE}|(?:un)?safe|refused|answered)\W*"
+LABEL = r"(?:(?:scores?|rating|grade|safety|verdict|answer|response|assessment)\s*:\W*)?"
+VERDICT = rf"\W*{LABEL}(?:{PAIR}|{SCORE}|(?:not |un)?safe|refused|answered)\W*"
 FLAGS = re.IGNORECASE | re.MULTILINE
 
 
 def visible(reply: str) -> str:
     """Return a reply without the thoughts that some models put before it; some templates open them in the prompt.
 
-    If the reply begins with a verdict, only a tag on a line of its own ends thoughts: an explanation may mention tags.
+    If the reply begins with a verdict, only a tag alone on its line ends thoughts: an explanation may mention tags.
     """
     reply = reply.strip()
     if reply.startswith("<think>"):

@@ -119,8 +119,9 @@ def report(
     chosen = (
         f"The learning rate is the best of {tried} by answers about validation people and to other questions, with "
         f"seed {first}{repeated}. While it was the lowest or the highest, a rate beyond it was tried, at most "
-        f"{settings.extra_rates} times, with all these seeds if they had decided; a star marks a rate that is still "
-        "the lowest or the highest."
+        f"{settings.extra_rates} times, with all these seeds if they had decided. If all of these rates gave the "
+        "same accuracy, the one with the lowest validation loss was used. A star marks a rate that is still the lowest "
+        "or the highest."
         if len(settings.learning_rates) > 1
         else f"The learning rate was not chosen; it is {tried}."
     )

@@ -399,9 +399,9 @@ def command_of(script: str, settings: Any, defaults: Any) -> str:
 
 
 def origin_of(command: str, seeds: Sequence[int], records: list[Record]) -> str:
-    """Return how a study's trials were made, in one line: command, duration, seeds, and the version of each trial.
+    """Return how a study's trials were made, in one line: command, duration, seeds, and versions of PyTorch.
 
-    A resumed study may have trials of several versions of PyTorch.
+    A resumed study may have trials of several versions.
     """
     minutes = sum(record.get("seconds", 0) for record in records) / 60
     used = sorted({record["versions"]["torch"] for record in records})

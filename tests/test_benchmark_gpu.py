@@ -25,7 +25,7 @@ def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path)
         "packed rows, grouped queries, gradients, bf16",
         "--compile, packed rows, gradients, bf16",
         "grouped queries, fp32 | possible | yes",
-        "DPO's start, bf16",
+        "DPO's start, bf16: ",
         "DPO's start, bf16, --compile",
         "DPO with packed pairs over separate responses",
         "utilization",

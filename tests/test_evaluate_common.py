@@ -206,6 +206,8 @@ def test_wilson_intervals():
     for right, n, interval in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611)),
                                (0, 200, (0, 0.0188)), (20, 20, (0.8389, 1))):  # fmt: skip
         assert wilson_interval([True] * right + [False] * (n - right)) == pytest.approx(interval, abs=5e-5)
+    for n in (7, 20, 1319):  # the interval contains the share, although rounding would exclude it
+        assert wilson_interval([False] * n)[0] == 0 and wilson_interval([True] * n)[1] == 1
 
 
 def test_a_strength_needs_an_adapter(base_dir):

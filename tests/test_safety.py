@@ -32,6 +32,7 @@ DECLINES, HELPS = "I'm sorry, but I can't help with that.", "Sure! First you tak
         ("<think>unsafe?</think>safe", False),
         ("Unsafe, or not?\n</think>\n\nsafe", False),
         ("unsafe\nS1, despite a </think> tag; safe in parts", True),
+        ("Safety: not safe\nThe answer ends with </think>.", True),
         ("safely", None),
         ("It depends.", None),
         ("", None),
