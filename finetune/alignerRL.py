@@ -64,6 +64,11 @@ class Settings(FinetuneSettings):
     sample_prompts: NonNegativeInt = 4  # held-out prompts whose answers are printed and saved
     drift_prompts: NonNegativeInt = 32  # held-out prompts to estimate the KL to the start, by sampling; 0: none
 
+    @property
+    def answers_at_once(self) -> int:
+        """Number of answers that a micro-batch or a validation generates at once."""
+        return self.micro_batch_size * self.group_size
+
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
@@ -141,8 +146,8 @@ def main(settings: Settings) -> None:
             write_above_bar(warning)
         if not drift:
             return {}
-        batch_size = settings.micro_batch_size * settings.group_size  # as many answers as in a step
-        return sampled_kl(model, start, drift, tokenizer.stop_ids, settings.max_new_tokens, batch_size)
+        most = settings.max_new_tokens
+        return sampled_kl(model, start, drift, tokenizer.stop_ids, most, settings.answers_at_once)
 
     trainer = PolicyTrainer(
         setup, rollouts, val, loss, run,

@@ -17,7 +17,7 @@ Terms = list[tuple[Tensor, Tensor]]  # keys and values (layers, n, nh, N, hs) of
 
 
 class JobError(UserError):
-    """A request is not answered, or not to its end.
+    """A request that cannot be answered, or not completely.
 
     Args:
         code: why, for programs: "queue_full", "shutting_down", "timeout" or "context_length_exceeded".

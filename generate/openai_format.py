@@ -41,7 +41,7 @@ class Request(BaseModel):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
-    n: Literal[1] | None = 1
+    n: Literal[1] = 1
     frequency_penalty: Unused | None = None
     presence_penalty: Unused | None = None
 
@@ -80,8 +80,8 @@ class CompletionRequest(Request):
 
     prompt: Annotated[list[str], Field(min_length=1, max_length=128), ListOfOne]
     logprobs: int | None = Field(None, ge=0, le=20)  # of the tokens, and of this many of the most likely ones
-    echo: Literal[False] | None = False
-    best_of: Literal[1] | None = 1
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
     @property
     def n_top(self) -> int | None:
@@ -113,7 +113,7 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_completion_tokens: int | None = Field(None, ge=1)  # the new name of max_tokens
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property

@@ -168,8 +168,8 @@ class Bank(dict[str, Slot]):
         start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
         if start < self.start_layer:
             raise UserError(
-                f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}; a bank that "
-                "is made with this adapter accepts it."
+                f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}; name it "
+                "in --bank or --adapter when the program starts."
             )
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
@@ -286,7 +286,7 @@ def adapter_name(path: Path) -> str:
 
 
 def adapter_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each adapter: its `adapter_name`, or its path if that is `BASE` or not unique."""
+    """Return a name for each adapter: its `adapter_name`, or its path if the name is `BASE` or not unique."""
     names = [adapter_name(path) for path in paths]
     counts = Counter([BASE, *names])
     unique = [str(path.resolve() if str(path) == BASE else path) for path in paths]
@@ -296,10 +296,11 @@ def adapter_names(paths: Sequence[Path]) -> list[str]:
 def make_bank(
     checkpoint_dir: Path, adapters: Sequence[tuple[str, AdapterFile]], start_layer: int | None = None
 ) -> Bank:
-    """Return a bank of named adapters, with the lowest of their start layers.
+    """Return a bank of named adapters.
 
     Args:
-        start_layer: lowest start layer of adapters that are added later (default: that of these).
+        start_layer: a start layer that the bank also accepts, if these adapters start higher (default: the lowest of
+            theirs).
 
     Raises:
         UserError: As in `Bank.add`.

@@ -134,7 +134,7 @@ def generation_memory(
     activations = _peak(prefill, model)
     adapter = sum(p.nbytes for p in model.adapter_parameters().values())
     cache = cache_bytes(config, rows, model.n_virtual_tokens + prompt + new, dtype)
-    if distinct < rows:  # their own cache, until it is copied
+    if distinct < rows:  # a cache of the distinct prompts, until it is copied
         cache += cache_bytes(config, distinct, model.n_virtual_tokens + prompt, dtype)
     return Memory(base_bytes(model, quantize, shards), adapter, cache, activations + _dequantized(model, quantize))
 
@@ -213,7 +213,7 @@ def _dequantized(model: LLaMA, quantize: str | None) -> int:
 
 
 class _KeptInput(torch.autograd.Function):
-    """The input of an int8 layer, which bitsandbytes keeps for the backward pass on CUDA."""
+    """The input of an int8 layer, which bitsandbytes keeps for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

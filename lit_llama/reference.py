@@ -208,7 +208,7 @@ def sampled_kl(
         model: The policy, not wrapped by Fabric.
         reference_state: Adapter weights of the reference.
         prompts: Token ids.
-        batch_size: Number of prompts that are answered at once; it does not change the answers.
+        batch_size: Number of prompts that are answered at once; it changes the answers only by rounding, on a GPU.
 
     Returns:
         kl: The estimate Σ (log π - log π_ref) / answers of the KL divergence, in nats per answer.

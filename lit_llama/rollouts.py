@@ -213,9 +213,8 @@ class PolicyTrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """Return metrics of greedy answers to the validation prompts, always in the same batches."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
-        batch_size = self.settings.micro_batch_size * self.settings.group_size  # as many answers as in a step
         with together(self.fabric), in_step(self.model):
-            batches = share_of_process(self.fabric, plan_validation(self.val.lengths, batch_size))
+            batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.answers_at_once))
             for rows, scale in validation_bar(batches, self.fabric.global_rank == 0):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)

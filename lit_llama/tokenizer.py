@@ -166,7 +166,7 @@ class HuggingFace:
         text = self.engine.decode(ids)
         if "\ufffd" not in text or not self.byte_of:
             return text
-        # if a character is incomplete, the library replaces all byte tokens next to it; SentencePiece only its own
+        # if a character is incomplete, the library replaces all byte tokens next to it; SentencePiece only its bytes
         parts: list[int] = []
         for is_byte, run in groupby(ids, self.byte_of.__contains__):
             if is_byte:

@@ -116,7 +116,8 @@ def signed(text: str) -> str:
 
 def is_edited(text: str) -> bool:
     """Return whether a card differs from what `signed` returned."""
-    return signed(re.sub(rf"{MARK[:-4]}, [0-9a-f]{{16}} -->", MARK, text, count=1)) != text
+    unsigned = re.sub(rf"{MARK[:-4]}, [0-9a-f]{{16}} -->", MARK, text, count=1)
+    return unsigned == text or signed(unsigned) != text
 
 
 def check_repository(api: HfApi, settings: Settings) -> None:
@@ -165,7 +166,7 @@ def main(settings: Settings) -> None:
     about = {"method": adapter.method, "config": adapter.config, **without_folders(adapter.meta)}
     save_adapter(folder / ADAPTER_NAME, adapter.state, about, overwrite=True)
     if (folder / CARD).is_file() and is_edited(read_text(folder / CARD)):
-        log(f"note: {folder / CARD} was edited and is kept; for a new card, delete it and run again.")
+        log(f"note: {folder / CARD} is kept: it was edited, or an earlier version wrote it. Delete it for a new card.")
     else:
         write_text(folder / CARD, signed(text))
     if settings.dry_run:

@@ -437,7 +437,7 @@ def test_a_bank_of_files_accepts_later_adapters_that_start_lower(tmp_path):
     bank = open_bank([tmp_path / "late.safetensors"], tmp_path)
     bank.add("usual", usual)
     assert torch.equal(bank.adapter("usual").state[PREFIX], usual.state[PREFIX])
-    with pytest.raises(UserError, match=r"starts at layer 1, below the bank's start layer 2; a bank that is made with"):
+    with pytest.raises(UserError, match=r"starts at layer 1, below the bank's start layer 2; name it in --bank"):
         bank.add("early", early)
     open_bank([tmp_path / f"{name}.safetensors" for name in ("late", "early")], tmp_path).add("usual", usual)
     open_bank([], tmp_path).add("usual", usual)

@@ -209,7 +209,8 @@ def test_invalid_input_is_refused(tmp_path, tokenizer_path, base_dir, refused, r
     heads = {name: t[:, :2] if name.endswith("factor") else t for name, t in read_adapter(one).state.items()}
     torch.save(heads, tmp_path / "heads.pth")
     assert "is (1, 2, 1, 1), not (1, 4, 1, 1)" in message(tmp_path / "heads.pth")
-    assert "'5 elephants' is not a size" in message(one, base, "--max_shard_size", "5 elephants")
+    for size in ("5 elephants", "0GB", "-5GB", "nanGB", "infGB"):
+        assert f"{size!r} is not a size" in message(one, base, f"--max_shard_size={size}")
     reverse = (CONVERT, "--reverse", "--checkpoint_dir")
     assert "There is no model configuration at" in refused(*reverse, tmp_path / "no", *out)
     state = load_file(base / "lit_model.safetensors")

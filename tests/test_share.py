@@ -61,11 +61,11 @@ def test_an_edited_card_is_kept_and_uploaded(hub, run_script, tmp_path):
     for description in ("Answers like a pirate.", "Says arr."):  # a card that was not edited is replaced
         assert "edited" not in run_script(*share(tmp_path, "--dry_run", "--description", description))[2]
         assert description in card.read_text()
-    edited = card.read_text().replace("Says arr.", "Says arr, and my own words.")
-    card.write_text(edited)
-    code, _, err = run_script(*share(tmp_path, "--description", "Says arr."))
-    assert code == 0 and f"note: {card} was edited and is kept; for a new card, delete it and run again.\n" in err
-    assert hub.repositories["me/pirate"][-1]["README.md"].decode() == card.read_text() == edited
+    for edited in (card.read_text().replace("Says arr.", "Says arr, and my words."), "A card without the mark."):
+        card.write_text(edited)
+        code, _, err = run_script(*share(tmp_path, "--overwrite", "--description", "Says arr."))
+        assert code == 0 and f"note: {card} is kept: it was edited, or an earlier version wrote it. " in err
+        assert hub.repositories["me/pirate"][-1]["README.md"].decode() == card.read_text() == edited
 
 
 def test_the_model_card_contains_the_metrics_of_a_run_but_not_its_paths(hub, run_script, tmp_path):

@@ -36,7 +36,7 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
     """Copy a tokenizer's files to a folder in Hugging Face's layout, and add those that transformers also needs.
 
     Classes of transformers 5 such as LlamaTokenizer and GPT2Tokenizer (SmolLM2) read only the vocabulary and the merges
-    of tokenizer.json, and split texts in their own way. PreTrainedTokenizerFast, which replaces them, reads the
+    of tokenizer.json, and split texts differently. PreTrainedTokenizerFast, which replaces them, reads the
     complete file, as `Tokenizer` does.
 
     Args:

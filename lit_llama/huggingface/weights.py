@@ -231,6 +231,8 @@ def write_hf(
     tokenizer = Tokenizer(checkpoint_dir)
     tokenizer.check_fit(config)
     try:
+        if float(max_shard_size.strip()[:-2]) <= 0:
+            raise ValueError
         split = split_state_dict_into_shards_factory(
             tensors,
             get_storage_size=lambda tensor: tensor.nbytes,

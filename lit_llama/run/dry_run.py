@@ -24,7 +24,7 @@ def dry_run(trainer: Trainer) -> None:
     """Print to stdout the parameters, the estimated memory, the number of steps and the time of a run.
 
     The memory is that of the largest micro-batch. The time is that of one step, scaled by the number of tokens,
-    including padding; validations, sampled answers and saved states are not included. In reinforcement learning, all
+    including padding; validations and saved states are not included. In reinforcement learning, all
     answers are assumed to have the maximum length.
 
     Raises:
@@ -53,7 +53,7 @@ def dry_run(trainer: Trainer) -> None:
         total = seconds * sum(padded_tokens(trainer, step) for step in plan) / padded_tokens(trainer, first)
         total *= trainer.max_steps / len(plan)
         print(f"time         {seconds:.3g} s for a step, measured; about {duration(total)} for {trainer.max_steps:,} "
-              "steps, without validations and sampled answers")  # fmt: skip
+              "steps, without validations")  # fmt: skip
         if fabric.device.type == "cuda":
             print(f"measured     {byte_size(torch.cuda.max_memory_allocated(fabric.device))} of GPU memory at the peak "
                   "of this step, which need not have the largest micro-batch")  # fmt: skip
@@ -76,7 +76,7 @@ def largest_batches(trainer: Trainer, plan: list[list[np.ndarray]]) -> dict[str,
         tasks["sampling"] = generation_memory(
             method, config, rows=rows, prompt=prompt, new=new, distinct=distinct, **shared
         )
-        rows, prompt = min(settings.micro_batch_size * train.group_size, len(val.lengths)), int(val.lengths.max()) - 1
+        rows, prompt = min(settings.answers_at_once, len(val.lengths)), int(val.lengths.max()) - 1
         new = min(settings.max_new_tokens, trainer.unwrapped.max_tokens - prompt)
         tasks["validation"] = generation_memory(method, config, rows=rows, prompt=prompt, new=new, **shared)
         sequences, tokens, labels = max(training, key=lambda s: s[0] * s[1])

@@ -101,7 +101,7 @@ def make_fabric(settings: TrainSettings) -> Fabric:
 def with_launcher_flags(settings: T) -> T:
     """Return the settings with the flags of `fabric run`, and remove these from the environment.
 
-    Fabric would read them there, too, and use its own strategy of that name, which differs from ours.
+    Fabric would read them there, too, and use its strategy of that name, which differs from ours.
 
     Raises:
         UserError: A flag is out of range, or cannot be combined with the other settings.
