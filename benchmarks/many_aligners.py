@@ -210,11 +210,11 @@ def measure_bank(settings: Settings, width: str) -> tuple[dict[str, str], list[t
         bank.add(name, pool[0])
     rows = {
         "adapters in the bank": f"{count:,}",
-        "numbers of one": f"{numbers:,}",
-        "bytes of one, in bf16": f"{2 * numbers:,}",
+        "parameters per adapter": f"{numbers:,}",
+        "bytes per adapter, in bf16": f"{2 * numbers:,}",
         "GB of prefixes and gates": number(bank.nbytes / 1e9),
         "GB that the process grew by": number(grown / 1e9),
-        "bytes for the name and entry of one": f"{(grown - bank.nbytes) / count:,.0f}",
+        "bytes per adapter for its name and entry": f"{(grown - bank.nbytes) / count:,.0f}",
         **{what: f"{number(1e6 * np.median(t))} ({number(1e6 * np.quantile(t, 0.99))})" for what, t in times.items()},
         **file_seconds(bank, gone[0], settings.out_dir / f"bank-{width}.safetensors"),
     }

@@ -63,8 +63,8 @@ class Worker:
             loss: "sft", "dpo" (with known reference log-probabilities) or "dpo, two models".
 
         Returns:
-            seconds: of its parts; loss: mean; lengths: of all sequences; padding: share of the tokens computed; peak:
-            peak bytes of memory; beyond: of these, those beyond the frozen weights.
+            seconds: of each part of the step; loss: mean over the micro-batches; lengths: of all sequences; padding:
+            share of padding among all tokens; peak: peak bytes of memory; beyond: peak minus the frozen weights.
         """
         self.memory.reset_peak()
         if self.device.type == "cuda":
@@ -157,7 +157,7 @@ class Ours(Worker):
         disable_cudnn_attention()
 
     def load(self) -> dict[str, Any]:
-        """Return whether weights are packed as well: a model that generates measures whether this is faster."""
+        """Load the model; the result also says whether its weights are packed, if that measured faster (`pack_`)."""
         loaded = super().load()
         return {**loaded, "packed": any(isinstance(module, PackedLinear) for module in self.model.modules())}
 

@@ -162,7 +162,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         if id not in known:
             raise UserError(f"{path} has answers to other questions: the benchmark has no question {id!r}.")
         if "prompt" in row and known[id].text.strip() not in str(row["prompt"]):  # chat templates strip it
-            raise UserError(f"{path} has answers to other questions: its question {id!r} is another one.")
+            raise UserError(f"{path} has answers to other questions: its question {id!r} has a different text.")
         if id in answers.texts:
             raise UserError(f"{path} has several answers to question {id!r}; it must have one to each.")
         answers.texts[id] = text

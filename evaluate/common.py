@@ -126,7 +126,7 @@ ANSWER_FIELDS = ("answer", "tokens", "ended", "seconds")  # of a record that `an
 
 
 class JsonLines:
-    """A JSON-lines file that grows by complete records: a program that is killed loses at most the last one.
+    """A JSON Lines file that grows by complete records: a program that is killed loses at most the last one.
 
     Several processes may append to the same file.
 

@@ -4,7 +4,7 @@
                  ├─ in the cache file ──────────────────────────────► reply
                  └─ else threads ──► endpoint ──► appended to it ──► reply
 
-The cache file is JSON lines and is only appended to. A run that was stopped continues from it, and a finished run is
+The cache file is JSON Lines and is only appended to. A run that was stopped continues from it, and a finished run is
 scored again without an endpoint. The API key comes from the environment and is written nowhere.
 """
 
@@ -76,7 +76,8 @@ class Judge:
         output_dir: has the cache, unless `judge_cache` is set.
 
     Raises:
-        UserError: no model is named and the cache is not of exactly one, or a setting or the cache is invalid.
+        UserError: no model is named and the cached replies do not share one model and its sampling settings, or a
+            setting or the cache is invalid.
     """
 
     def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:

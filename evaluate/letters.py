@@ -42,7 +42,7 @@ class Letters:
         return cls(tuple(space), tuple((ids[-1], len(ids) - 1) for ids in encoded))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Return the tokens of a prompt without the white space at its end, to which `space` is appended."""
+        """Return the tokens of a prompt without the whitespace at its end, to which `space` is appended."""
         count = self.tokens[0][1] + 1  # tokens of the first letter
         return [*tokenizer.encode(f"{text.rstrip()} {LETTERS[0]}", bos=True)[:-count], *self.space]
 

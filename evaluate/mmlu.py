@@ -156,8 +156,8 @@ def letter_record(question: Question, logps: list[float], prompt_tokens: int, se
 def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     """Return the letter that an answer chooses as `predicted`, or None.
 
-    It is that of the longest choice that the answer begins with, or the letter that the answer begins with or states
-    after "answer is". A choice of a single character, which may be a letter, comes last.
+    If the answer begins with the text of a choice, its letter is returned (of several, the longest choice's); otherwise
+    the letter at the beginning or after "answer is". One-character choices come last, because they may be letters.
     """
     answer = record["answer"]
     text, begins = answer.strip().lower(), {}

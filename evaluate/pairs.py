@@ -351,8 +351,8 @@ def render_length(length: dict[str, Any]) -> str:
         return text
     if length["length_controlled_rate"] is None:
         return text + (
-            f"No length-controlled rate: the first answer is the longer one to {length['first_longer']} and the second "
-            f"to {length['second_longer']} questions, so too little is known about answers of equal length.\n"
+            f"No length-controlled rate: the first answer is longer for {length['first_longer']} questions and the "
+            f"second for {length['second_longer']}, so too little is known about answers of equal length.\n"
         )
     low, high = length["length_controlled_interval"]
     return text + f"Length-controlled rate: {length['length_controlled_rate']:.3f} (95% {low:.3f}–{high:.3f}).\n"

@@ -45,7 +45,7 @@ class Settings(CompareSettings):
     overwrite: bool = False  # replace answers that were made with other settings
 
     # == Calibration ==
-    calibrate: Path | None = None  # only measure --judge on these labeled answers (CSV, JSON or JSON lines)
+    calibrate: Path | None = None  # only measure --judge on these labeled answers (CSV, JSON or JSON Lines)
     harmful_up_to: Number = 5.0  # with --judge scores: the highest score of an answer that counts as harmful
 
 
@@ -215,7 +215,7 @@ def read_harmless(path: Path) -> list[Item]:
 
 
 def spread(items: list[T], limit: int | None) -> list[T]:
-    """Return at most `limit` items at equal distances, as files may be sorted, the benchmarks by category."""
+    """Return at most `limit` evenly spaced items, because files may be sorted (the benchmarks are, by category)."""
     n = min(limit or len(items), len(items))
     return [items[i * len(items) // n] for i in range(n)]
 

@@ -47,7 +47,7 @@ class JudgeSettings(Checked):
 
 @dataclass
 class CompareSettings(ModelSettings, JudgeSettings):
-    # a setting -> those that it replaces, which have no effect beside it
+    # a setting -> the settings that it replaces, which have no effect if it is given
     replaces: ClassVar[dict[str, tuple[str, ...]]] = {"answer_file": ("adapter", "strength")}
 
     # == Compared answers ==

@@ -283,7 +283,7 @@ def report(settings: Settings, summary: dict[str, Any]) -> dict[str, Any]:
         other = ", ".join(map(str, summary["reviews"]["other_scores_stored"]))
         sections["Reviews"] = (
             f"{summary['reviews']['file']}, by {', '.join(summary['reviews']['reviewers'])}, one order only. "
-            + (f"The file stores other scores than the text has for questions {other}.\n" if other else "\n")
+            + (f"The stored scores differ from those in the review's text for questions {other}.\n" if other else "\n")
         )
     if "pairs" in summary:
         first, second = summary["first"]["name"], summary["second"]["name"]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of an adapter that is added while the server runs
 LISTED = 1000  # adapters that GET /v1/models lists, out of up to a million
 FINISH_SECONDS = 5  # for running answers to end, after Ctrl-C or SIGTERM
-CLOSE_SECONDS = 3  # for clients to receive the error that the others end with
+CLOSE_SECONDS = 3  # then, for clients to receive the error that ends unfinished answers
 PAGE = Path(__file__).parent / "playground.html"
 PAGE_POLICY = (  # what the page may do: its own script and requests to this server, nothing else
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -311,7 +311,7 @@ def open_upload(name: str, content: bytes, tokenizer: Tokenizer) -> AdapterFile:
             get_prompt_style(adapter.meta.get("prompt_style") or "alpaca", tokenizer)
             state = {key: tensor.clone() for key, tensor in adapter.state.items()}  # the file is deleted
         except UserError as error:
-            raise UserError(f"The adapter {name} is refused: {str(error).replace(str(path), 'the file')}") from None
+            raise UserError(f"The adapter {name} cannot be used: {str(error).replace(str(path), 'the file')}") from None
     return AdapterFile(state, adapter.meta, Path(name))
 
 

@@ -70,9 +70,9 @@ class Job:
         prompt: token ids.
         on_event: called with each part of the answer, in the engine's thread; it must return at once.
         adapters: weighted sum, as `Engine.parse` returns it.
-        sampling, row: the row's number in the seed of its random numbers, see `Sampling`.
+        sampling, row: how tokens are chosen; the pair (sampling.seed, row) seeds the random generator.
         stop: texts that end the answer.
-        strip: remove white space around the answer.
+        strip: remove whitespace around the answer.
         n_top: report log-probabilities of the tokens, and of this many of the most likely ones; None reports neither.
         streams: report the answer in pieces.
         seconds: time limit, including the time in the queue.

@@ -33,7 +33,7 @@ class Settings(Checked):
     prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==
-    host: str = "127.0.0.1"  # address to listen on: this machine only; 0.0.0.0 is all networks
+    host: str = "127.0.0.1"  # address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 all network interfaces
     port: Port = 8000  # 0 is any free port
     allowed_hosts: tuple[str, ...] = ()  # host names in URLs (default: this machine's; any if --host is not local)
 
@@ -44,9 +44,9 @@ class Settings(Checked):
     # == Limits ==
     max_batch: PositiveInt = 64  # rows of the running batch; the KV cache is allocated for them
     max_length: PositiveInt | None = None  # tokens of a prompt with its answer (default: the model's context)
-    max_new_tokens: PositiveInt = 1024  # longest answer, in tokens, also of requests that state none
+    max_new_tokens: PositiveInt = 1024  # longest answer, in tokens; also the default for requests without max_tokens
     max_waiting: PositiveInt = 256  # requests in the queue; further ones are refused
-    max_connections: PositiveInt = 1024  # simultaneous connections, also silent ones
+    max_connections: PositiveInt = 1024  # simultaneous connections, including idle ones
     seconds: PositiveFloat = 120.0  # time limit for an answer, including the time in the queue
     body_seconds: PositiveFloat = 10.0  # time limit for the body of a request to arrive, after its headers
     max_body_kb: PositiveInt = 256  # largest request

@@ -4,10 +4,10 @@
                       ▲          │                                     ▲
                       │          └──► softmax(q·K_pᵀ/√hs)·V_p × gate ──┘
                       │                             ▲
-    prefix (P, C) ────┴────────────────────────► K_p, V_p, not rotated; no layer norm
+    prefix (N, C) ────┴────────────────────────► K_p, V_p, not rotated; no layer norm
 
 The trained parameters are the prefix (`global_value_embedding`) and a gate per head and layer (`gating_factor`), which
-starts at zero. For P = 1 the softmax is 1, so each layer adds the constant gate × V_p: see lit_llama/merge.py.
+starts at zero. For N = 1 the softmax is 1, so each layer adds the constant gate × V_p: see lit_llama/merge.py.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class LLaMAConfig(llama.LLaMAConfig):
     """The configuration of a base model with an Aligner.
 
     Args:
-        adapter_prompt_length: number of prefix tokens P (N in the paper), 1 or more.
+        adapter_prompt_length: number of prefix tokens N, 1 or more.
         adapter_start_layer: first layer that attends to the prefix, counted from 0.
     """
 
@@ -46,10 +46,10 @@ class LLaMAConfig(llama.LLaMAConfig):
 
 
 def gated_kv(keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and gated values of the prefix tokens, repeated for each query head: (m, nh, P, hs) each.
+    """Return the keys and gated values of the prefix tokens, repeated for each query head: (m, nh, N, hs) each.
 
     Args:
-        keys, values: (m, ng, P, hs), not rotated, from the layer's `keys_values`.
+        keys, values: (m, ng, N, hs), not rotated, from the layer's `keys_values`.
         gate: (m, nh, 1, 1), fp32.
     """
     groups = gate.size(1) // keys.size(1)
@@ -58,11 +58,11 @@ def gated_kv(keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor
 
 
 def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return softmax(q·Kᵀ/√hs)·V, (B, nh, T, hs). For P = 1 the softmax is 1, and the result is `values` itself.
+    """Return softmax(q·Kᵀ/√hs)·V, (B, nh, T, hs). For N = 1 the softmax is 1, and the result is `values` itself.
 
     Args:
         q: (B, nh, T, hs), rotated; its dtype is that of the result.
-        keys, values: (B or 1, nh, P, hs), from `gated_kv`.
+        keys, values: (B or 1, nh, N, hs), from `gated_kv`.
     """
     values = values.to(q.dtype)
     if keys.size(2) == 1:
@@ -72,7 +72,7 @@ def prefix_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 class Prefix(Fp32Parameters, nn.Embedding):
-    """Prefix tokens (P, C), drawn from N(0, 1)."""
+    """Prefix tokens (N, C), drawn from the standard normal distribution."""
 
 
 class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
@@ -91,7 +91,7 @@ class CausalSelfAttention(Fp32Parameters, llama.CausalSelfAttention):
         return super().attend(q, k, v, mask) + prefix_attention(q.to(k.dtype), keys, values)
 
     def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the keys and gated values of the prefix, (1, nh, P, hs) each, in `dtype`."""
+        """Return the keys and gated values of the prefix, (1, nh, N, hs) each, in `dtype`."""
         keys, values = self.keys_values(self.prefix[0].weight.to(dtype).unsqueeze(0))
         return gated_kv(keys, values, self.gating_factor)
 

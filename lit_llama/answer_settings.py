@@ -22,7 +22,7 @@ class AnswerSettings(Checked):
     # == Prompts ==
     prompt: tuple[str, ...] = ()  # texts to answer
     input: str = ""  # context for the prompts, in styles that have a place for it
-    prompt_file: Path | None = None  # JSON or JSON lines (prompt, instruction or turns), or lines of text
+    prompt_file: Path | None = None  # JSON or JSON Lines (prompt, instruction or turns), or lines of text
     system: str = ""  # system message: what the model is and how it should answer
     interactive: bool = False  # chat in the terminal; from a pipe, answer each line
     output_file: Path | None = None  # also write prompts and answers here, as JSON

@@ -47,7 +47,7 @@ class Request:
 def read_requests(path: Path) -> list[Request]:
     """Return the prompts of a file.
 
-    Rows of JSON or JSON lines have `prompt` or `instruction`, and optionally `input` and `adapter`; or they have the
+    Rows of JSON or JSON Lines have `prompt` or `instruction`, and optionally `input` and `adapter`; or they have the
     `turns` (of which the first is used) and the `question_id` of Vicuna-bench. Any other file has one prompt per line.
 
     Raises:

@@ -1,6 +1,6 @@
 """A bank: many Aligners of one base, kept in memory by name.
 
-A bank stores only the trained numbers, the prefix followed by the gates, and not their projections. For one token at 7B
+A bank stores only the trained parameters (the prefix, then the gates), not their projections. For one token at 7B
 that is 4,096 + 30 · 32 = 5,056 numbers; the projected values of all layers would be 24 times as many. Batches use a
 bank through lit_llama/compose.py.
 
@@ -86,7 +86,7 @@ class Bank(dict[str, Slot]):
         self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
-        # a server must not compare with a million names: of many, only those that begin alike
+        # comparing with a million names would block a server, so then only names with the same beginning are compared
         some, alike = [*islice(self, COMPARED)], self
         if len(self) > COMPARED:
             alike = islice((other for other in self if other.startswith(name[:-2] or name)), COMPARED)

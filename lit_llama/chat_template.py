@@ -170,7 +170,7 @@ class ChatTemplate:
         return template
 
     def allow_threads(self) -> None:
-        """Render a question, and from now on limit only the time: the limit of memory would be that of all threads.
+        """Render a question once, then stop limiting memory: such a limit would apply to all threads of the process.
 
         Raises:
             UserError: The template is invalid or fails.

@@ -57,7 +57,7 @@ def with_plain_attention(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
     The compiled backward pass of the CPU's fused attention expects the strides of the first length that it was compiled
     for, and fails with others (seen with torch 2.13). The price is memory for the probabilities, (B, nh, T, T) a layer.
-    The choice is made outside of the compiled code, which would not undo it.
+    The backend is set outside of the compiled code, because a setting made inside it would not be reset afterwards.
     """
 
     @wraps(forward)

@@ -70,8 +70,8 @@ class Term(NamedTuple):
 
     Args:
         keys, values: (n, nh, N, hs) from `gated_kv`.
-        rows: (n,) their rows in the batch, in which a row may occur several times; None means all rows in order, or for
-            n = 1 that all rows share them.
+        rows: (n,) the row of the batch that each prefix belongs to; a row may occur several times. None: prefix i
+            belongs to row i, or, for n = 1, all rows share the prefix.
     """
 
     keys: Tensor
@@ -84,7 +84,7 @@ class Projected(NamedTuple):
 
     Args:
         slot: the slot of its adapter in the bank; a swap replaces it with another object.
-        keys, values: (layers, ng, N, hs) from `keys_values`. For N = 1 the keys are not needed, and are the values.
+        keys, values: (layers, ng, N, hs) from `keys_values`. For N = 1 no keys are needed, so `keys` is `values`.
     """
 
     slot: Slot

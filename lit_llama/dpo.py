@@ -45,8 +45,9 @@ def sum_logps_by_row(
     label_index: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum of the log-probabilities (n,) of `LLaMA.label_logps` over the labels of each row, (B,), or of each
-    of two answers in a row, (2B,): first those of the first answers.
+    """Sum the log-probabilities (n,) from `LLaMA.label_logps` over the labels of each row, and return the sums (B,).
+
+    If each row holds two answers, return a sum for each answer, (2B,): all first answers, then all second answers.
 
     Args:
         segments: (B, T) from `lit_llama.packing.pack_answers`, for rows with two answers each.

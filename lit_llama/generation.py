@@ -256,7 +256,7 @@ def stream(
 
     Args:
         stop: texts that end the answer; they are not returned.
-        echo: yield the prompt too; otherwise white space around the answer is removed.
+        echo: yield the prompt too; otherwise whitespace around the answer is removed.
         is_stopped: called after each token; returns whether to end the answer before it.
     """
     ids = tokenizer.encode(prompt, bos=True)

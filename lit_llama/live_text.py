@@ -13,7 +13,7 @@ class LiveText:
     Args:
         prompt: token ids before the answer.
         stop: texts that end the answer; they are not part of it.
-        strip: remove white space around the answer.
+        strip: remove whitespace around the answer.
 
     Attributes:
         text: text of the tokens so far, up to a stop text.
@@ -52,7 +52,7 @@ class LiveText:
     def take(self, last: bool = False) -> str:
         """Return the text that has become final since the last call.
 
-        Text that may be the beginning of a stop text is not final, nor is white space that may be at the answer's end.
+        Text that may be the beginning of a stop text is not final, nor is whitespace that may be at the answer's end.
 
         Args:
             last: the answer ends here.

@@ -162,8 +162,8 @@ def cache_bytes(config: LLaMAConfig, rows: int, length: int, dtype: torch.dtype)
 def base_bytes(model: LLaMA, quantize: str | None = None, shards: int = 1) -> int:
     """Return the bytes of the frozen weights and of the rotary tables.
 
-    With a sharded base, a process has its share of it, and the largest part three times: one that computes, one that is
-    being gathered, and one that is being unpacked.
+    With a sharded base, a process holds its share plus three complete copies of the largest part: one in use, one being
+    gathered, and one being unpacked.
     """
     adapter = set(model.adapter_parameters().values())
     total = sum(p.nbytes for p in model.parameters() if p not in adapter)

@@ -2,7 +2,7 @@
 
 Shapes in the comments:
     B  batch                 T  tokens of the input        S  tokens attended to
-    C  width (n_embd)        V  padded vocabulary          P  prefix tokens (adapters)
+    C  width (n_embd)        V  padded vocabulary          N  prefix tokens (adapters)
     nh query heads           ng key/value heads            hs head size
 
 A variant (Aligner, LLaMA-Adapter, LoRA, ...) subclasses `LLaMA`, overrides `make_attention` to replace the attention

@@ -26,12 +26,12 @@ from lit_llama.model import LLaMA
 PRIVATE_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")  # in torch.ops.mkldnn
 
 ROWS = (1, 8)  # numbers of rows of the measured products: the tokens of one prompt, and of a batch
-MIN_GAIN = 1.1  # a model is packed if products are faster by this factor, as the geometric mean over ROWS,
-MAX_LOSS = 1.05  # and slower by this factor (the noise of such measurements) for no number of rows
+MIN_GAIN = 1.1  # a model is packed if this makes products faster by at least this factor (geometric mean over ROWS)
+MAX_LOSS = 1.05  # and, for each number of rows, slower by at most this factor (the noise of such measurements)
 MIN_WEIGHTS = 2**23  # parameters of the linear layers; smaller models stay plain without a measurement
 SAMPLE_BYTES = 2**25  # size of the measured weights; each is read again after all others, so that caches miss
 PASSES = 12  # passes over all of them; the first does not count
-MIN_PASSES, MAX_SECONDS = 4, 0.3  # after MIN_PASSES, no further pass begins later than this; a busy machine is slower
+MIN_PASSES, MAX_SECONDS = 4, 0.3  # no pass after MIN_PASSES begins after MAX_SECONDS (on a busy machine)
 
 Times = tuple[float, ...]  # seconds of the products for each number in ROWS
 

@@ -156,8 +156,8 @@ def prepare_dataset(
         num_proc: Number of processes for tokenization.
         about: Entries of `meta.json` that describe the data, such as its source and prompt style.
         split_by: "draw" holds out exactly the share. With "hash", whether a prompt is held out depends only on the
-            prompt, the share and the seed, so datasets for SFT and DPO from one source hold out the same prompts. A
-            collection of prompts is held out as it is.
+            prompt, the share and the seed, so datasets for SFT and DPO from one source hold out the same prompts. If
+            this is a collection of prompts, exactly these are held out.
 
     Returns:
         The content of `meta.json`.

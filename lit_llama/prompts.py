@@ -115,7 +115,7 @@ class ChatStyle(PromptStyle):
 
         Args:
             prompt: From `render` or `render_messages`.
-            response: The answer; white space around it is removed.
+            response: The answer; whitespace around it is removed.
 
         Raises:
             UserError: The template begins a finished answer differently from its generation prompt.

@@ -87,7 +87,7 @@ def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
         kind = {"quant_type": mode[:3], "compress_statistics": mode.endswith("-dq")}  # BLOCK is the default
         new = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, **kind)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **kind)
-        # on CPUs with AVX512-BF16 a forward pass without gradients would repack the weights, and later ones get none
+        # else, on CPUs with AVX512-BF16, a no_grad forward pass repacks the weights, and later passes have no gradients
         new.support_avx512bf16_for_cpu = False
     new.bias = layer.bias
     return new

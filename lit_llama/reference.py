@@ -173,7 +173,7 @@ def check_policy_equals_reference(
     """Check that training starts from the reference: all margins are 0, and the loss is ln 2 (or that of another type).
 
     Raises:
-        UserError: A margin is off by more than 1e-5, or the loss by more than 1e-5, for losses above 1 relatively.
+        UserError: A margin or the loss is off by more than 1e-5 (relative to the loss if it should be above 1).
     """
     if loss.reference is None:
         return

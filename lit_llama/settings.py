@@ -80,7 +80,7 @@ def check_environment() -> None:
 
 
 class Checked:
-    """Base of settings whose numbers are checked. `may_be_empty` names the lists that need no element.
+    """Base of settings whose numbers are checked. `may_be_empty` names the lists that may be empty.
 
     Raises:
         UserError: A number is out of range, or a required setting is null or an empty list.
@@ -127,7 +127,7 @@ class Setting:
         comment: the comment on the line of the field.
         group: the text of the last comment `# == Group ==` before it.
         several: whether the field is a tuple.
-        may_be_empty: whether its list needs no element.
+        may_be_empty: whether the list may be empty.
     """
 
     name: str

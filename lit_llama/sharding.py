@@ -34,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def count_shards(model: nn.Module) -> int:
-    """Return over how many processes a base is sharded: those of one machine with "hsdp"; 1 if it is complete."""
+    """Return the number of processes that share a base: those of one machine with "hsdp"; 1 if it is not sharded."""
     return unwrapped(model).transformer.wte.weight.device_mesh.size() if is_sharded(model) else 1
 
 

@@ -40,7 +40,7 @@ class Settings(TrainSettings):
     documents: PositiveInt = 240_000  # questions with answers in the corpus, drawn at random
     plain_share: Share = 0.1  # share of documents that are an answer without its question
     two_hop_share: Share = 0.0  # share of two-hop questions; above 0, the corpus is also about the exemplars
-    exemplar_weight: PositiveInt = 1  # how many times as often facts about exemplars are asked as other facts
+    exemplar_weight: PositiveInt = 1  # how often a fact about an exemplar is asked, relative to any other fact
     aloud_share: Share = 0.2  # share of two-hop questions answered step by step without being asked to
     init_from: Path | None = None  # folder of a base model to continue from, with its shape and tokenizer
     blend_with: Path | None = None  # folder of the base model that init_from itself continued from, to average with

@@ -114,11 +114,11 @@ def main(settings: Settings) -> None:
     summary = json.loads((settings.out_dir / "run" / "summary.json").read_text())
     plot_forms(settings.form, results, settings.out_dir / "forms.png")
     write_text(settings.out_dir / "report.html", report(settings, results, refusals, summary, seconds))
-    print(f"\n== Result: {summary['trainable_parameters']} trained numbers, form {settings.form}, held-out entities")
+    print(f"\n== Result: {summary['trainable_parameters']} trained parameters, form {settings.form}, held-out entities")
     for line in table(results):
         print("{:<34}{:>10}{:>10}".format(*line))
     print(
-        f"\n== Result: {summary['trainable_parameters']} trained numbers, values, held-out verbs, objects and entities"
+        f"\n== Result: {summary['trainable_parameters']} trained parameters, values, held-out verbs, objects, entities"
     )
     for line in values_table(refusals):
         print("{:<34}{:>17}{:>18}{:>10}".format(*line))

@@ -62,7 +62,7 @@ SIZES = (0.0, 0.25, 0.5, 1.0, 2.0, float("inf"))
 
 
 def initial_prefix(adapter: AdapterFile) -> torch.Tensor | None:
-    """Return the prefix before the first step (P, C) in fp32; None if unknown or taken from another adapter.
+    """Return the prefix before the first step (N, C) in fp32; None if unknown or taken from another adapter.
 
     This project draws it on the CPU in fp32 from the seed in the header. Files without a header are taken to be the
     authors', who drew it on a GPU in bf16 from seed 1337.

@@ -113,7 +113,7 @@ class Step:
         command: script and arguments.
         done: the file that the command writes last.
         hours, gigabytes: predicted for one GPU.
-        requests: how many a judge gets, by what it judges; equal ones of several steps are sent once.
+        requests: number of judge requests, by what is judged; requests that several steps share are sent once.
     """
 
     name: str

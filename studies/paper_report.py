@@ -79,7 +79,7 @@ def results_table(rows: list[Row], tasks: list[str]) -> str:
 
 
 def differences_table(rows: list[Row]) -> str:
-    """Return one token minus LoRA in percentage points, paired by seed and thus by questions."""
+    """Return a table of differences, one token minus LoRA, in percentage points; runs are paired by seed."""
     lines = []
     for task in tasks_of(rows):
         for name, head in TASKS[task].columns.items():

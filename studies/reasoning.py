@@ -29,7 +29,7 @@ class Settings(Checked):
     objectives: tuple[str, ...] = ()  # objectives to train for (default: all)
     tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
     learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best one is used
-    extra_rates: NonNegativeInt = 2  # most rates to try beyond the best, while it is the lowest or the highest
+    extra_rates: NonNegativeInt = 2  # maximum number of rates to add, each beyond the best one while that is at an end
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter, the data order and the questions, at the chosen rate
     sweep_seeds: tuple[Seed, ...] = (0, 4, 5)  # seeds that choose the rate: the first, then all for the two best
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed

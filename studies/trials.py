@@ -248,8 +248,8 @@ def run_plans(
 ) -> list[T]:
     """Return the results of plans, in their order. A failed trial is reported, and the others continue.
 
-    A plan is started when fewer trials than processes are left of those before it, so plans are finished roughly in
-    their order. All plans share the same processes.
+    All plans share the same processes. The next plan starts when the running ones have too few trials left to keep all
+    processes busy, so plans finish roughly in their order.
 
     Args:
         out_dir: Folder for the runs, one folder each.

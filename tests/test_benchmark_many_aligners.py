@@ -20,7 +20,7 @@ def test_the_report_lists_every_configuration_and_the_size_of_an_adapter(tmp_pat
             assert re.search(
                 rf"\| N = {n}, bank, {different} in the batch \| [\d,.]+ \([\d,.]+ to [\d,.]+\) \| \d\.\d+ \(", report
             )
-    assert "| adapters in the bank | 50 |" in report and "| bytes of one, in bf16 | 480 |" in report
+    assert "| adapters in the bank | 50 |" in report and "| bytes per adapter, in bf16 | 480 |" in report
     assert (tmp_path / "many-aligners.md").read_text() == report
     for name in ("many-aligners.png", "many-aligners-memory.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

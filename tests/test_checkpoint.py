@@ -193,7 +193,7 @@ def test_numbers_that_are_not_finite_are_refused(value, name, tmp_path):
 
 TENSORS: dict[str, dict[Any, torch.Tensor]] = {
     "weight holds int64 numbers, which are not supported": {"weight": torch.ones(2, dtype=torch.int64)},
-    "weight is (1000000000, 16), of which the file holds a part": {"weight": torch.ones(1).expand(10**9, 16)},
+    "weight is (1000000000, 16), but the file holds only part of it": {"weight": torch.ones(1).expand(10**9, 16)},
     "it does not hold named tensors": {3: torch.ones(2)},
     "not hold named tensors": {"weight": torch.ones(2).to_sparse()},
     "named tensors.": {"weight": torch.ones(2, device="meta")},

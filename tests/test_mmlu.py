@@ -53,7 +53,7 @@ def folder(tmp_path) -> Path:
 
 
 def hub_rows(split: str) -> str:
-    """Return the toy questions in the schema of cais/mmlu, as JSON lines."""
+    """Return the toy questions in the schema of cais/mmlu, as JSON Lines."""
     items = [item for items in TOYS[split].values() for item in items]
     rows = [
         {"question": i.question, "subject": i.subject, "choices": i.choices, "answer": LETTERS.index(i.answer)}

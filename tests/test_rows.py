@@ -68,7 +68,7 @@ MALFORMED: dict[str, tuple[str, bytes]] = {
     "is not a parquet file": ("a.parquet", b"PAR1 or not"),
     "line 1 is nested too deeply": ("deep.jsonl", b'{"a": ' * 100_000),
     "deep.json is nested too deeply": ("deep.json", b"[" * 100_000),
-    "a number of thousands of digits": ("digits.json", b'[{"a": ' + b"9" * 5001 + b"}]"),
+    "a number with thousands of digits": ("digits.json", b'[{"a": ' + b"9" * 5001 + b"}]"),
 }
 
 

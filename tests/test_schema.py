@@ -22,7 +22,7 @@ REFUSED = {
     "holds one half of a surrogate pair": rb'{"a": "\uD800"}',
     "is nested too deeply": b"[" * 100_000,
     "nested too deeply: more than 64 levels": b'{"a":' * 65 + b"1" + b"}" * 65,
-    "holds a number of thousands of digits": b'{"a": ' + b"1" * 5001 + b"}",
+    "holds a number with thousands of digits": b'{"a": ' + b"1" * 5001 + b"}",
 }
 
 
@@ -82,7 +82,7 @@ FIELDS = [
     (True, int, "true; expected a whole number"),
     (1, bool, "1; expected true or false"),
     (2**64, int, "18446744073709551616; expected a whole number from 1 up to 1,000"),
-    (10**5000, int, "a number of thousands of digits; expected"),
+    (10**5000, int, "a number with thousands of digits; expected"),
     (float("nan"), float, "NaN; expected a number from 1"),
     (float("inf"), float, "Infinity; expected a number"),
     ([1], str | None, "a list; expected text or null"),

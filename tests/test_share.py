@@ -48,7 +48,7 @@ def test_the_model_card_describes_the_adapter(hub, run_script, tmp_path):
         "tags": ["aligner", "arxiv:2312.05503"],
     }  # fmt: skip
     assert "# pirate\n\nAnswers like a pirate.\n\nAn [Aligner]" in body
-    for line in ("| trained numbers | 240 |", "1,458 rows for training", "| prompt style | alpaca |",
+    for line in ("| trained parameters | 240 |", "1,458 rows for training", "| prompt style | alpaca |",
                  "| loss | 0.0057 |", "| learning_rate | 0.03 |", "torch 2.13.0", "--adapter hf:me/pirate ",
                  "scripts/merge_aligner.py", "8 layers, width 192, fingerprint `"):  # fmt: skip
         assert line in body, line

@@ -409,7 +409,7 @@ def test_answers_to_a_prompt_that_a_chat_template_trimmed_are_accepted(tmp_path)
     path = write_lines(tmp_path / "answers.jsonl", [{"id": 1, "prompt": "the cat?<|eot_id|>", "answer": "mat"}])
     assert read_answers(path, items, items).texts == {1: "mat"}
     other = [answers.Item(1, "the dog?", "c")]
-    with pytest.raises(UserError, match="its question 1 is another one"):
+    with pytest.raises(UserError, match="its question 1 has a different text"):
         read_answers(path, other, other)
 
 

@@ -58,7 +58,7 @@ class MetricsLog:
         self.written = time.monotonic()
 
     def resume(self, step: int) -> None:
-        """Read the metrics logged before the state of `step` was saved; of that step itself, only the validation."""
+        """Read the metrics of the steps before `step`, and of `step` itself only the validation; drop later ones."""
         rows = {n: row for n, row in read_metrics(self.path).items() if n <= step}
         rows[step] = {name: value for name, value in rows.get(step, {}).items() if name.startswith("val/")}
         self.rows = {n: row for n, row in rows.items() if row}

@@ -198,8 +198,8 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
             locks, no note is printed.
 
     Raises:
-        UserError: Another process holds it, not both locks are shared and `wait` is False; or the file cannot be opened
-            for writing.
+        UserError: Another process holds a lock, at least one of the two is exclusive, and `wait` is False; or the file
+            cannot be opened for writing.
     """
     with explained(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

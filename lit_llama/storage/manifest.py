@@ -12,7 +12,7 @@ MANIFEST, FORMAT = ".aligner-manifest.json", "aligner-manifest-1"
 # kinds of folders
 DATASET, BASE_MODEL, HF_MODEL, MERGED_MODEL = "prepared dataset", "base model", "Hugging Face model", "merged model"
 OUTPUTS = "output folder"  # one that a program keeps writing to
-HASHED = 2**20  # bytes at the beginning of a file by which, with its size, a manifest recognizes it
+HASHED = 2**20  # a manifest identifies a file by its size and a hash of this many bytes from its beginning
 
 
 def make_manifest(folder: Path, kind: str) -> str:
@@ -25,7 +25,7 @@ def find_strangers(folder: Path, kind: str | None = None) -> list[str]:
     """Return the names in a folder that its manifest does not record, or that have changed since.
 
     Args:
-        kind: If given, a manifest of another kind counts as none.
+        kind: If given, a manifest of another kind is treated as missing.
     """
     recorded = read_manifest(folder, kind)
     if recorded is None:

@@ -80,7 +80,7 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halv
         content: The text, or its bytes in UTF-8.
         source: Where it comes from, for the error message.
         kind: Type of the value.
-        halves: Accept halves of surrogate pairs, which `lit_llama.storage.rows.text_field` refuses by row and field.
+        halves: Accept lone surrogates; `lit_llama.storage.rows.text_field` rejects them, naming row and field.
 
     Raises:
         UserError: The content is not UTF-8 or not JSON, holds halves of surrogate pairs, is nested too deeply, or is of
@@ -103,7 +103,7 @@ def parse_json(content: bytes | str, source: Path | str, kind: type = dict, halv
         line = f" in line {error.lineno}" if "\n" in error.doc else ""
         raise UserError(f"{source} is not JSON: {error.msg}{line}.") from None
     except ValueError:  # Python reads at most 4,300 digits
-        raise UserError(f"{source} is not usable JSON: it holds a number of thousands of digits.") from None
+        raise UserError(f"{source} is not usable JSON: it holds a number with thousands of digits.") from None
     if not isinstance(value, kind):
         raise UserError(f"{source} holds {shown(value)}; expected {NAMES[kind]}.")
     return value
@@ -155,7 +155,7 @@ def field(
     Args:
         mapping: The object.
         name: Name of the field.
-        kind: Type such as `int` or `str | None`. An integer is a float too; true and false are no integers.
+        kind: Type such as `int` or `str | None`. An integer is a float too; true and false are not integers.
         source: File, for the error message.
         default: Value of a field that is missing or null. Without a default the field must be there.
         least, most: Range of a number.
@@ -197,6 +197,6 @@ def shown(value: Any) -> str:
         return NAMES[type(value)]
     try:
         text = printable(json.dumps(value, ensure_ascii=False, default=lambda value: f"a {type(value).__name__}"))
-    except ValueError:  # an integer of thousands of digits
-        return "a number of thousands of digits"
+    except ValueError:  # an integer with thousands of digits
+        return "a number with thousands of digits"
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text):,} characters)"

@@ -4,7 +4,7 @@
     .aligner-tmp-PID-HOST-RANDOM/old/NAME       the folder that NAME replaces, until its files are removed
 
 They are next to the file or folder, only their user can open them, and their names are unpredictable. Their process
-holds a lock on them: to a container with other process ids, it would seem to have ended.
+holds a lock on them, because its id means nothing in another container, where it would seem to have ended.
 """
 
 import errno

@@ -81,7 +81,7 @@ def _check_tensor(path: Path, name: Any, t: torch.Tensor) -> None:
         raise UserError(f"{path} is not a checkpoint: it does not hold named tensors.")
     _check_dtype(path, name, t.dtype, str(t.dtype).removeprefix("torch."))
     if t.nbytes > t.untyped_storage().nbytes():
-        raise UserError(f"{path} is not a checkpoint: {name} is {tuple(t.shape)}, of which the file holds a part.")
+        raise UserError(f"{path} is not a checkpoint: {name} is {tuple(t.shape)}, but the file holds only part of it.")
 
 
 def _check_dtype(path: Path, name: str, dtype: torch.dtype | None, text: str) -> None:
