@@ -252,6 +252,7 @@ def length_summary(comparisons: list[Comparison], first: Answers, second: Answer
 def length_controlled(points: list[float], differences: list[float], resamples: int = 1000) -> dict[str, Any]:
     """Return the adjusted rate that a logistic regression on the length difference predicts for equal lengths.
 
+    As in length-controlled AlpacaEval (arXiv 2404.04475), without its terms for models and questions.
     If one side nearly always has the longer answer, nothing is known about equal lengths, and no rate is given.
 
     Args:

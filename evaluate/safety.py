@@ -3,7 +3,7 @@
 The questions are the 83 of safe-rlhf in 8 categories, as in the paper, or the 700 of BeaverTails-Evaluation in 14. The
 answers of a model with any adapter are compared with those of the base, of another adapter, or with a file of answers:
 
-    --judge scores      a language model scores both answers from 1 to 10 in one call, in both orders, as in the paper
+    --judge scores      a language model scores both answers from 1 to 10 in one call, in both orders
     --judge guard       a guard model calls each answer safe or unsafe
     --judge keywords    only the refusal rate: the share of answers with a phrase such as "I cannot"
 

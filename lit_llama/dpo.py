@@ -73,9 +73,9 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of each pair. h = (policy chosen - policy rejected) - (reference chosen - reference rejected)
 
-        sigmoid   -(1 - ε)·log σ(βh) - ε·log σ(-βh)     arXiv 2305.18290, equation 7; ε: arXiv 2403.00409
+        sigmoid   -(1 - ε)·log σ(βh) - ε·log σ(-βh)     arXiv 2305.18290, equation 7; ε: ericmitchell.ai/cdpo.pdf
         ipo       (h - 1 / 2β)²                         arXiv 2310.12036, equation 17
-        hinge     max(0, 1 - βh)                        arXiv 2305.10425, section 2.2
+        hinge     max(0, 1 - βh)                        arXiv 2309.06657, hinge-norm
 
     Args:
         policy_chosen_logps, ...: (B,) log-probabilities of complete responses, in nats.

@@ -1,7 +1,7 @@
 """Pretrain the bundled base model on the micro-world from a seed, with the training loop of finetuning.
 
 Writes a tokenizer and a corpus, trains a LLaMA on all of its tokens, and saves a checkpoint folder in bf16. Muon
-(arXiv 2502.16982) updates the matrices, AdamW the embeddings and norms.
+(kellerjordan.github.io/posts/muon) updates the matrices, AdamW the embeddings and norms.
 
 With --init_from it continues from another base model of the world and adds the names of the exemplars to its tokenizer.
 checkpoints/microworld-aloud was made with this and --two_hop_share.

@@ -122,9 +122,12 @@ def test_the_dpo_recipe_and_the_learning_rate_of_the_authors_run(tmp_path, monke
     assert prepare.checkpoint_dir == args.checkpoint_dir
     monkeypatch.chdir(tmp_path)
     text = path.read_text(encoding="utf-8")
-    pairs = 160_000
-    peak = args.learning_rate * (args.epochs * pairs / 64) / (args.warmup_epochs * pairs / 8)
-    assert f"--learning_rate {peak * 1e5:g}e-5 --warmup_epochs {args.epochs:g}" in text
+    rows, micro_batch_size = 160_000, 8  # sequences: half of them are chosen responses
+    steps = args.epochs * rows / 64
+    peak = args.learning_rate * steps / (args.warmup_epochs * rows / micro_batch_size)
+    epochs = steps * 32 / rows  # of pairs
+    assert args.epochs * rows / micro_batch_size == 60_000  # the published file is named after the last one, 059999
+    assert f"--learning_rate {peak * 1e5:g}e-5 --warmup_epochs {epochs:g} --epochs {epochs:g} --batch_size 32" in text
     assert all(f"python {script}" in text for script in ("finetune/aligner.py", "finetune/alignerDPO.py"))
 
 
