@@ -3,7 +3,9 @@
 import importlib
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses inherit this, and what follows
+os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DISABLE_MPS"] = "", "1"  # run on the CPU, also where there is a GPU
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where the servers of the tests listen
 
 import random
 import runpy

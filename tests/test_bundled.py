@@ -91,6 +91,7 @@ def test_every_adapter_has_a_card():
 def test_the_cards_match_the_stored_scores():
     with (WEIGHTS / "scores.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "1"]
+    assert {row["form"] for row in rows} == set(FORMS)
     settings = Settings(weights_dir=WEIGHTS.relative_to(ROOT))
     for row in rows:
         made = card(settings, {k: float(v) if "@" in k else v for k, v in row.items()}, "2.13.0+cpu")

@@ -368,7 +368,7 @@ if sys.platform == "linux":  # where memory can be limited
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "MOST_SECONDS", 2.0)
+    monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.3 if HOSTILE[source] in ("it runs too long", "") else 10.0)
     template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
     with pytest.raises(UserError) as error:
         template.render(TURNS)

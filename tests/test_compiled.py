@@ -19,7 +19,7 @@ from lit_llama.utils import UserError
 METHODS = [
     kind for kind in MODELS if "bank" not in kind and (kind.endswith("3") or kind.startswith(("base", "aligner")))
 ]
-TRAINED = ["aligner, N = 1", "aligner, N = 3", "lora, N = 3"]
+TRAINED = ["aligner, N = 1", "lora, N = 3"]
 CPU = torch.device("cpu")
 
 

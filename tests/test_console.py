@@ -164,6 +164,7 @@ sys.exit(call({words}))
     words = [sys.executable, "-c", program]
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
     while not (tmp_path / "ready").exists():
+        assert process.poll() is None
         time.sleep(0.02)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does

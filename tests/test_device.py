@@ -29,6 +29,7 @@ def test_attention_does_not_use_cudnn():
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_an_accelerator_is_the_default_device(kind, monkeypatch):
+    monkeypatch.delenv("DISABLE_MPS", raising=False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     assert {pick_device(name, "32")[0] for name in ("auto", "gpu", kind)} == {torch.device(kind, 0)}
     assert pick_device("cpu", "32")[0] == torch.device("cpu")

@@ -86,7 +86,7 @@ def two_processes(python: str, script: str | Path, *flags: object) -> subprocess
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("strategy", "share"), [("ddp", 1), ("fsdp", 1 / 2), ("hsdp", 1 / 2)])
+@pytest.mark.parametrize(("strategy", "share"), [("ddp", 1), ("fsdp", 1 / 2)])
 def test_the_memory_is_that_of_each_process(strategy, share, deep_dir, data_dir, tmp_path, python):
     paths = ("--checkpoint_dir", deep_dir, "--data_dir", data_dir, "--out_dir", tmp_path / "out")
     done = two_processes(python, "finetune/aligner.py", *paths, *TRAIN, "--strategy", strategy)

@@ -208,7 +208,7 @@ def test_micro_batches_of_one_row_do_not_change_the_number_of_steps(flags, tmp_p
 
 
 def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path):
-    long = dict(max_steps=400, epochs=100, eval_interval=50, save_interval=7, learning_rate=0.01)
+    long = dict(max_steps=160, epochs=100, eval_interval=40, save_interval=7, learning_rate=0.01)
     train(flags(tmp_path / "whole", **long))
 
     killed = tmp_path / "killed"
@@ -220,18 +220,18 @@ def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path):
     state = killed / "state.pt"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if state.is_file() and (killed / "last.safetensors").is_file() and saved_step(state) >= 50:
+        if state.is_file() and (killed / "last.safetensors").is_file() and saved_step(state) >= 20:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.01)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
     assert not (killed / "summary.json").exists()
-    assert 50 <= saved_step(state) < 400
+    assert 20 <= saved_step(state) < 160
 
     # leftovers of a kill after the logs but before the state were written, and of one in the middle of a write
     with (killed / "samples.jsonl").open("a") as file:
-        file.write('{"step": 399, "prompt": "from a lost future"}\n{"step": 39')
+        file.write('{"step": 159, "prompt": "from a lost future"}\n{"step": 15')
     leftover = killed / f"{TEMPORARY}999999999-{platform.node()}-{'0' * 16}/new/state.pt"
     leftover.parent.mkdir(parents=True)
     leftover.parents[1].chmod(0o700)
@@ -245,9 +245,9 @@ def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path):
         assert all(torch.equal(a.state[key], b.state[key]) for key in a.state)
         assert a.meta["training"]["step"] == b.meta["training"]["step"]
     records = [json.loads(line) for line in (killed / "samples.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(0, 401, 50))
-    assert tensorboard_steps(killed, "train/loss") == list(range(400))
-    assert tensorboard_steps(killed, "val/loss") == list(range(0, 401, 50))
+    assert [record["step"] for record in records] == list(range(0, 161, 40))
+    assert tensorboard_steps(killed, "train/loss") == list(range(160))
+    assert tensorboard_steps(killed, "val/loss") == list(range(0, 161, 40))
 
 
 def saved_step(state: Path) -> int:
@@ -271,9 +271,8 @@ def tensorboard_steps(out_dir: Path, tag: str) -> list[int]:
 def test_ctrl_c_says_how_to_go_on_and_the_command_does(flags, tmp_path, capsys, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     out_dir = tmp_path / "my run"
-    monkeypatch.setattr(
-        sys, "argv", ["finetune/aligner.py", *flags(out_dir, max_steps=300, epochs=100, max_new_tokens=1)]
-    )
+    long = dict(max_steps=300, epochs=100, eval_interval=100, sample_prompts=0)
+    monkeypatch.setattr(sys, "argv", ["finetune/aligner.py", *flags(out_dir, **long)])
 
     def interrupt() -> None:
         while not (out_dir / "last.safetensors").exists():
@@ -571,7 +570,7 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
 
 
 def run_on_two_machines(
-    python: str, port: int, arguments: list[str], of_second: list[str] | None = None
+    python: str, port: int, arguments: list[str], of_second: list[str] | None = None, strategy: str = "fsdp"
 ) -> tuple[int, str, str]:
     """Start the script as on two machines, as in howto/large_models.md, and return exit code, stdout and stderr of one.
 
@@ -579,14 +578,18 @@ def run_on_two_machines(
         python: The interpreter.
         port: The port on which the first machine listens.
         of_second: The arguments on the second machine (default: the same).
+        strategy: The strategy; `fabric run` does not know "hsdp", so the script gets it.
     """
     fabric_run = [python, "-m", "lightning.fabric.cli", "--num-nodes=2", "--main-address=127.0.0.1"]
-    fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu", "--strategy=fsdp"]
+    fabric_run += [f"--main-port={port}", "--devices=1", "--accelerator=cpu"]
+    flag = [f"--strategy={strategy}"]
+    for_fabric, for_script = ([], flag) if strategy == "hsdp" else (flag, [])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     machines = []
     for node, given in enumerate((arguments, of_second or arguments)):
         given = [argument for argument in given if argument != "--accelerator=cpu"]
-        command = [*fabric_run, f"--node-rank={node}", ROOT / "finetune/aligner.py", *given]
+        command = [*fabric_run, *for_fabric, f"--node-rank={node}", "--", ROOT / "finetune/aligner.py", *for_script]
+        command += given
         machines.append(subprocess.Popen(command, **pipes))
     first, second = machines
     out, err = first.communicate(timeout=300)
@@ -596,7 +599,7 @@ def run_on_two_machines(
 
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
-    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("fabric run", "hsdp"), ("machines", "fsdp")],
+    [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("machines", "fsdp"), ("machines", "hsdp")],
 )
 def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, python, free_port, launcher, strategy):
     # the sixth step has one row and the validation one batch, so the second process has nothing to do in them
@@ -607,7 +610,7 @@ def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, python, free
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
     if launcher == "machines":
-        code, out, err = run_on_two_machines(python, free_port, arguments)
+        code, out, err = run_on_two_machines(python, free_port, arguments, strategy=strategy)
     else:
         run = [python, script_path, "--devices=2", f"--strategy={strategy}"]
         if launcher == "fabric run":

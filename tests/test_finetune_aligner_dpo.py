@@ -2,7 +2,9 @@ import json
 import math
 import shutil
 import subprocess
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -41,17 +43,16 @@ SHORT = dict(max_steps=7, epochs=20, batch_size=8, micro_batch_size=4, learning_
 METRICS = {"loss", "reward_accuracy", "chosen_reward", "rejected_reward", "margin", "chosen_logp", "rejected_logp"}
 
 
+def make_flags(out_dir: Path, **changes) -> list[str]:
+    values = {"out_dir": out_dir, **SHORT, **changes}
+    return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
+
+
 @pytest.fixture
 def settings(base_dir, preference_dir, tmp_path):
     """Return a function that makes the flags of a short run on a copy of the data, so that its cache is not shared."""
-    data_dir = tmp_path / "data/pairs"
-    shutil.copytree(preference_dir, data_dir)
-
-    def make(out_dir: Path, **changes) -> list[str]:
-        values = {"checkpoint_dir": base_dir, "data_dir": data_dir, "out_dir": out_dir, **SHORT, **changes}
-        return [f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
-
-    return make
+    data_dir = shutil.copytree(preference_dir, tmp_path / "data/pairs")
+    return partial(make_flags, checkpoint_dir=base_dir, data_dir=data_dir)
 
 
 def train(flags: list[str]) -> None:
@@ -82,9 +83,11 @@ def trained_adapter(base_dir, tmp_path_factory) -> Path:
 # == start of training ==
 
 
-@pytest.mark.parametrize("per_row", [1, 2])
-@pytest.mark.parametrize("precompute", [True, False])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("precision", "precompute", "per_row"),  # every pair of two values occurs
+    [("32-true", True, 2), ("32-true", False, 1), ("bf16-true", True, 1), ("bf16-true", False, 2),
+     ("bf16-mixed", True, 2), ("bf16-mixed", False, 1)],
+)  # fmt: skip
 def test_training_starts_at_ln_2_with_margins_of_0(
     settings, trained_adapter, tmp_path, monkeypatch, precision, precompute, per_row
 ):
@@ -279,10 +282,14 @@ def test_responses_that_share_a_row_give_the_same_metrics(settings, trained_adap
         assert after[step] == pytest.approx(before[step], rel=1e-3, abs=1e-3), step
 
 
-@pytest.fixture
-def finished(settings, tmp_path, capsys) -> tuple[Path, str]:
-    train(settings(tmp_path / "run", sft_weight=0.5))
-    return tmp_path / "run", capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(base_dir, preference_dir, tmp_path_factory) -> tuple[Path, str]:
+    """Return the folder of a finished run and its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    data_dir = shutil.copytree(preference_dir, folder / "data/pairs")
+    with redirect_stdout(StringIO()) as out:
+        train(make_flags(folder / "run", checkpoint_dir=base_dir, data_dir=data_dir, sft_weight=0.5))
+    return folder / "run", out.getvalue()
 
 
 def test_every_metric_is_logged_and_plotted(finished):

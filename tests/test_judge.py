@@ -142,7 +142,7 @@ def test_transient_faults_lose_no_replies(tmp_path, capfd, name):
 
 def test_a_slow_reply_is_requested_again(tmp_path):
     with serving(lambda body, number: Fault(hang=30) if number == 1 else echo(body, number)) as server:
-        opened = open_judge(server, tmp_path, judge_timeout=0.5, judge_workers=1)
+        opened = open_judge(server, tmp_path, judge_timeout=3.0, judge_workers=1)
         assert replies(opened.ask(requests(3))) == expected(3)
         assert len(server.requests) == 4
 

@@ -204,6 +204,7 @@ WAITS = {
     "reference.py: sampled_kl": "a metric of a validation",
     "rollouts.py: Answerer.answers": "rewards are computed by the caller's program from texts",
     "rollouts.py: Answerer.rewards": "the same",
+    "sharding.py: in_step.anyone_runs": "whether another process still makes a forward pass, without gradients",
     # in generation
     "generation.py: read": "tokens become text; one step behind on a GPU",
     "generation.py: finished_copy": "the same",
@@ -223,7 +224,7 @@ WAITS = {
 }
 FILES = {line.partition(":")[0] for line in WAITS} | {
     "aligner.py", "adapter.py", "adapter_v2.py", "bitfit.py", "compiled.py", "kv_cache.py", "lora.py", "merge.py",
-    "prompt_tuning.py", "rl.py", "rope.py", "sampling.py",
+    "prompt_tuning.py", "rl.py", "rope.py", "sampling.py", "train.py",
 }  # fmt: skip
 
 

@@ -151,6 +151,7 @@ def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_
     assert "me/model has no branch, tag or commit 'v9'" in read("hf:me/model@v9")
     assert "does not name an adapter on the hub; write it like hf:owner/name@revision" in read("hf:model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 23 s
     assert "me/model is not in the cache, and http://127.0.0.1:9 cannot be reached" in read("hf:me/model")
 
 

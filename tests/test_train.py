@@ -470,8 +470,8 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
             time.sleep(0.11)  # a bar is drawn ten times a second at most
             progress.advance([{"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0}])
             assert list(validation_bar([1, 2], True)) == [1, 2]  # too short for a bar
-            for _ in validation_bar([1, 2], True):
-                time.sleep(2.1)
+            for seconds in validation_bar([2.1, 0.11], True):
+                time.sleep(seconds)
             write_above_bar("step 3: something")
         output = b""
         while select.select([master], [], [], 1.0)[0]:  # a terminal delivers its output in pieces
