@@ -527,8 +527,10 @@ def test_init_adapter_continues_training_with_the_settings_of_the_file(runs, tmp
     assert after == pytest.approx(before, abs=1e-6)
 
 
-@pytest.mark.parametrize("precompute", [True, False])
-@each_method
+@pytest.mark.parametrize(
+    ("method", "precompute"),
+    [*((method, True) for method in BASELINES), ("lora", False), ("prompt_tuning", False)],
+)
 def test_dpo_trains_every_method(method, precompute, runs, tmp_path, base_dir, preference_dir, run_script):
     """Before the first step, the DPO loss is ln 2 and the KL divergence 0, although LoRA trains with dropout."""
     config = {"lora_r": 4, "lora_dropout": 0.5} if method == "lora" else {}

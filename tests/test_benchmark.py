@@ -68,13 +68,29 @@ def test_the_description_of_the_processor(text, expected, tmp_path):
     assert torch.backends.cpu.get_cpu_capability() in harness.describe_cpu(tmp_path / "missing")
 
 
-def test_a_report_states_the_machine_and_its_rates(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "copy_bandwidth", lambda device, clock: 33.6e9)
-    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype, clock: {4: 195e9, 2: 429e9}[dtype.itemsize])
+def test_a_report_states_the_machine_and_its_rates(tmp_path, fixed_rates):
     text = harness.write_report(tmp_path / "out/report.md", "Title", ["A part."], measure.CPU)
     rates = "a large matrix product does 195 GFLOP/s in fp32, 429 in bf16 (2.2 ×)"
     assert f"- in this run: a copy reads and writes 33.6 GB/s; {rates}\n" in text
     assert f"- machine: {harness.describe_cpu()}, " in text and "# Title" in text
+
+
+def test_the_rates_of_the_machine_are_those_of_the_fastest_run(monkeypatch):
+    seconds: list[float] = []
+
+    def timed(work, device, clock):
+        assert (device, clock) == (measure.CPU, "wall")
+        work()
+        return seconds.pop(0)
+
+    monkeypatch.setattr(measure, "timed", timed)
+    copy_bandwidth, matmul_rate = measure.copy_bandwidth.__wrapped__, measure.matmul_rate.__wrapped__  # not cached
+    seconds[:] = [0.5, 0.25, *[0.5] * 5]
+    assert copy_bandwidth(measure.CPU, "wall") == 2 * 2**28 / 0.25 and not seconds
+    seconds[:] = [1.0, 0.5, 1.0, 1.0, 2.0]
+    assert matmul_rate(measure.CPU, torch.float32, "wall") == 2 * 1536**3 / 0.5 and seconds == [2.0]  # 3 s are over
+    seconds[:] = [0.5, 0.5, 0.25, 0.5, 0.5, 0.125]
+    assert matmul_rate(measure.CPU, torch.float32, "wall") == 2 * 1536**3 / 0.25 and seconds == [0.125]
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 8])
@@ -185,7 +201,7 @@ class InProcess:
 
 
 @pytest.fixture
-def toy(monkeypatch, tmp_path):
+def toy(monkeypatch, tmp_path, fixed_rates):
     """Return settings for measuring only our models, on a tiny model, with all contestants in this process."""
     monkeypatch.setitem(llama_configs, "toy", dict(
         block_size=64, vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48,
@@ -194,9 +210,7 @@ def toy(monkeypatch, tmp_path):
     return dict(size="toy", rounds=2, peers=False, threads=1, accelerator="cpu", precision="32", out_dir=tmp_path)
 
 
-def test_a_report_on_training(toy, monkeypatch, capsys):
-    rates = {torch.float32: 1e11, torch.bfloat16: 2e11}
-    monkeypatch.setattr(training, "matmul_rate", lambda device, dtype, clock: rates[dtype])
+def test_a_report_on_training(toy, capsys):
     training.main(training.Settings(**toy, micro_batch_size=4, growth=False))
     report = capsys.readouterr().out
     assert report.strip() == (toy["out_dir"] / "training-toy-fp32.md").read_text(encoding="utf-8").strip()

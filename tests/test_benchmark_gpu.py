@@ -12,7 +12,7 @@ SMALL = ("--accelerator", "cpu", "--size", "microworld", "--rounds", "1", "--row
          "--prompt_length", "8", "--new_tokens", "4", "--batch_sizes", "1", "2")  # fmt: skip
 
 
-def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path):
+def test_checks_and_measurements_are_written_to_one_report(run_script, tmp_path, fixed_rates):
     parts = ("logits", "compiled", "flash", "packed", "dpo", "processes", "train", "decode")
     code, out, err = run_script("benchmarks/gpu.py", *SMALL, "--out_dir", tmp_path, "--parts", *parts)
     assert code == 0, err
@@ -49,7 +49,7 @@ def test_the_traceback_of_an_unexpected_error_goes_to_stderr(monkeypatch, capsys
     assert "Traceback (most recent call last)" in captured.err and captured.out == ""
 
 
-def test_a_failed_check_is_named_and_the_others_run(run_script, tmp_path, monkeypatch):
+def test_a_failed_check_is_named_and_the_others_run(run_script, tmp_path, monkeypatch, fixed_rates):
     def fail(device, out_dir):
         yield "first", "≤ 1", "0"
         yield gpu_checks.within("second", 2.0, 1.0)

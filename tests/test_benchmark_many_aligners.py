@@ -11,7 +11,7 @@ def tiny(tmp_path, **changes):
     return script.Settings(sizes=["microworld"], widths=["microworld"], out_dir=tmp_path, **{**defaults, **changes})
 
 
-def test_the_report_lists_every_configuration_and_the_size_of_an_adapter(tmp_path, capsys):
+def test_the_report_lists_every_configuration_and_the_size_of_an_adapter(tmp_path, capsys, fixed_rates):
     script.main(tiny(tmp_path))
     report = capsys.readouterr().out
     for n in (1, 10):

@@ -211,9 +211,9 @@ with exit_on_user_error():
 """
 
 
-def test_a_process_reports_that_another_one_ended(free_port):
+def test_a_process_reports_that_another_one_ended(free_port, python):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", DISTRIBUTED, str(free_port)]
+    command = [python, "-c", DISTRIBUTED, str(free_port)]
     first, second = (subprocess.Popen([*command, rank], env=environment, stderr=subprocess.PIPE) for rank in "01")
     _, stderr = first.communicate(timeout=100)
     second.communicate(timeout=100)

@@ -513,8 +513,8 @@ def test_sigterm_ends_a_pool_with_an_idle_worker(tmp_path, tokenizer_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_prepare(tmp_path: Path, tokenizer_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/prepare_alpaca.py"), "--checkpoint_dir", str(tokenizer_path.parent)]
+def run_prepare(python: str, tmp_path: Path, tokenizer_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [python, str(ROOT / "scripts/prepare_alpaca.py"), "--checkpoint_dir", str(tokenizer_path.parent)]
     command += ["--output_dir", "data/out", "--num_proc", "1", *arguments]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
@@ -538,9 +538,9 @@ def expected_alpaca(tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
     return sorted(rows)
 
 
-def test_prepare_alpaca_from_a_file(tmp_path, tokenizer, tokenizer_path):
+def test_prepare_alpaca_from_a_file(tmp_path, tokenizer, tokenizer_path, python):
     (tmp_path / "rows.json").write_text(json.dumps(ALPACA))
-    result = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.json")
+    result = run_prepare(python, tmp_path, tokenizer_path, "--data_file", "rows.json")
     assert (result.returncode, result.stdout) == (0, "data/out\n"), result.stderr
     assert "4 rows. Dropped: 1 with an empty text, 0 with too long a prompt." in result.stderr
     assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
@@ -554,21 +554,22 @@ def test_prepare_alpaca_from_a_repository(tmp_path, tokenizer, tokenizer_path):
     folder.mkdir(parents=True)
     rows = [{**row, "input": row["input"] or "", "text": "rendered"} for row in ALPACA]
     pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
-    result = run_prepare(tmp_path, tokenizer_path, "--repo_id", "./alpaca")
+    # datasets reads HF_HOME when it is imported
+    result = run_prepare(sys.executable, tmp_path, tokenizer_path, "--repo_id", "./alpaca")
     assert (result.returncode, result.stdout) == (0, "data/out\n"), result.stderr
     assert all_rows(tmp_path / "data/out") == expected_alpaca(tokenizer)
 
 
-def test_prepare_alpaca_names_the_bad_row(tmp_path, tokenizer_path):
+def test_prepare_alpaca_names_the_bad_row(tmp_path, tokenizer_path, python):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*ALPACA, {"instruction": "x", "response": "y"}])))
-    result = run_prepare(tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
+    result = run_prepare(python, tmp_path, tokenizer_path, "--data_file", "rows.jsonl")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: rows.jsonl: Row 5 has no field 'output'; it has 'instruction', 'response'.\n"
     assert not (tmp_path / "data").exists()
 
 
-def test_prepare_alpaca_without_a_network(tmp_path, tokenizer_path):
-    result = run_prepare(tmp_path, tokenizer_path)
+def test_prepare_alpaca_without_a_network(tmp_path, tokenizer_path, python):
+    result = run_prepare(python, tmp_path, tokenizer_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert "error: Cannot download tatsu-lab/alpaca" in result.stderr and "--data_file" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "data").exists()

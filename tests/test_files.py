@@ -449,8 +449,8 @@ print("left:", *left)
 """
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path):
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
+def test_a_full_disk_leaves_nothing_behind(tmp_path, tokenizer_path, python):
+    command = [python, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

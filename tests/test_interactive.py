@@ -8,7 +8,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,12 +38,12 @@ CAPITAL, BARN = "What is the capital of Pilmaria?", "How do I repair the old bar
 class Terminal:
     """A script in a pseudo-terminal, with its output in `text`; if `answers` is given, its stdout goes to that file."""
 
-    def __init__(self, script: str, *arguments: object, answers: Path | None = None) -> None:
+    def __init__(self, python: str, script: str, *arguments: object, answers: Path | None = None) -> None:
         self.terminal, end = pty.openpty()
         self.answers = answers
         self.text, self.place = "", 0
         environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "LINES": "50"}
-        command = [sys.executable, script, "--interactive", "--accelerator", "cpu", *map(str, arguments)]
+        command = [python, script, "--interactive", "--accelerator", "cpu", *map(str, arguments)]
         out = end if answers is None else answers.open("w")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=end, stdout=out, stderr=end, start_new_session=True,
@@ -101,11 +100,11 @@ class Terminal:
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, python):
     opened: list[Terminal] = []
 
     def run(*arguments: object, script: str = "generate/aligner.py") -> Terminal:
-        opened.append(Terminal(script, *arguments, answers=tmp_path / "answers.txt"))
+        opened.append(Terminal(python, script, *arguments, answers=tmp_path / "answers.txt"))
         return opened[-1]
 
     yield run
@@ -209,8 +208,8 @@ def test_ctrl_c_stops_an_answer_of_white_space(endless_model, capsys):
     assert out == "\n" and ", stopped)" in err and next(tokens) == 6
 
 
-def test_answers_and_messages_can_share_a_terminal():
-    chat = Terminal("generate/aligner.py")
+def test_answers_and_messages_can_share_a_terminal(python):
+    chat = Terminal(python, "generate/aligner.py")
     try:
         chat.wait_for("Answering with microworld-pirate-n1")
         chat.send(CAPITAL, "\r")

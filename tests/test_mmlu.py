@@ -287,7 +287,7 @@ def test_an_adapter_at_strength_zero_is_the_base(folder, tmp_path):
     assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
 
 
-def test_the_benchmark_measures_scoring_and_a_plain_forward_pass(folder, run_script):
+def test_the_benchmark_measures_scoring_and_a_plain_forward_pass(folder, run_script, fixed_rates):
     arguments = ["--data_file", folder, "--rounds", 1, "--clock", "cpu", "--accelerator", "cpu"]
     code, out, err = run_script("benchmarks/mmlu.py", *arguments)
     assert code == 0, err

@@ -1,16 +1,15 @@
 """The Vicuna benchmark: score parsing, replayed reviews, and complete runs with a local judge server."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import toys
 from judge_server import Fault, serving
+from preloaded import KILL
 
 from evaluate import answers, judge, vicuna
 from evaluate.answers import fetch, read_answers
@@ -259,7 +258,7 @@ def test_a_complete_run(toy, tmp_path, capsys):
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
 
 
-def test_a_killed_run_resumes_and_gives_the_same_report(toy, tmp_path):
+def test_a_killed_run_resumes_and_gives_the_same_report(toy, tmp_path, python):
     """After a SIGKILL, the second run requests only the missing judgments."""
     with serving(prefer_good) as server:
         main(toy_settings(toy, tmp_path / "once", server.url))
@@ -272,12 +271,12 @@ def test_a_killed_run_resumes_and_gives_the_same_report(toy, tmp_path):
             f"output_dir=Path({str(tmp_path / 'killed')!r})))"
         )
         root = Path(__file__).parents[1]
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([python, "-c", script], cwd=root, stderr=subprocess.DEVNULL)
         cache, deadline = tmp_path / "killed/judgements.jsonl", time.monotonic() + 120
         while time.monotonic() < deadline and not (cache.exists() and len(cache.read_bytes().splitlines()) >= 9):
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.send_signal(KILL)
+        assert process.wait() == -signal.SIGKILL
     n_done = len(read_lines(cache))
     assert 9 <= n_done < 40
     with serving(prefer_good) as server:
