@@ -1,6 +1,7 @@
 """Scripts delete or replace only files that they wrote: foreign files in, around and behind every output.
 
     python tests/campaign/deletion.py --cases 200
+    python tests/campaign/deletion.py --cases 100 --only killed
 
 Each case draws a script that writes and a situation: foreign files in the output folder before or after the run, links
 planted in it or in its place, an output that is an input, or a kill at a random change. After each run, files that the
@@ -301,20 +302,23 @@ def killed(box: Sandbox) -> None:
     if not replacing:
         shutil.rmtree(box.out) if box.out.is_dir() else box.out.unlink()  # the first run only counted the changes
     shutil.rmtree(box.out.parent / CACHE, ignore_errors=True)
-    box.run(flags=flags, watch=box.folder, kill_at=min(kill_at, len(calls)), after=after)
+    ended = box.run(flags=flags, watch=box.folder, kill_at=kill_at, after=after)
+    assert ended.killed, f"ended before its kill at change {kill_at} of {len(calls)}: {ended.describe()}"
     box.succeeds()
     # the cache is cleaned up by the next write to it, and there may be none
     leftovers = [name for name in snapshot(box.folder) if is_temporary(name) and CACHE not in Path(name).parts]
     assert not leftovers, f"{leftovers[0]} was left after a kill at {calls[kill_at - 1]}"
 
 
-SITUATIONS: tuple[Callable[[Sandbox], None], ...] = (
-    fresh, strangers_before, strangers_after, link_in_place, planted_temporaries, overlap, no_place, long_name, killed,
-)  # fmt: skip
+SITUATIONS: dict[str, Callable[[Sandbox], None]] = {
+    situation.__name__: situation
+    for situation in (fresh, strangers_before, strangers_after, link_in_place, planted_temporaries, overlap, no_place,
+                      long_name, killed)
+}  # fmt: skip
 
 
-def check(harness: Harness, rng: random.Random, folder: Path) -> str:
-    situation = rng.choice(SITUATIONS)
+def check(harness: Harness, rng: random.Random, folder: Path, only: list[str] | None = None) -> str:
+    situation = SITUATIONS[rng.choice(only or list(SITUATIONS))]
     box = Sandbox(harness, rng, folder)
     try:
         situation(box)
@@ -324,4 +328,4 @@ def check(harness: Harness, rng: random.Random, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_campaign(check, __doc__)
+    run_campaign(check, __doc__, kinds=tuple(SITUATIONS))

@@ -63,10 +63,11 @@ class Faults:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[path_index])
             if fatal and self.how == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **kwargs)
-            if fatal and self.how == "after":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*args, **kwargs)
+            finally:  # also if the call fails, as mkdir does for an existing folder
+                if fatal and self.how == "after":
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
 

@@ -87,12 +87,15 @@ class Ended:
 class Harness:
     """Runs scripts, and has a folder for inputs that several runs share.
 
+    If the variable CAMPAIGN_FOLDER names a folder, it is used and kept, so that campaigns share their inputs as well.
+
     Args:
         modules: Further modules to import once for all runs.
     """
 
     def __init__(self, modules: tuple[str, ...] = ()) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+        self.kept = "CAMPAIGN_FOLDER" in os.environ
+        self.folder = Path(os.environ["CAMPAIGN_FOLDER"] if self.kept else tempfile.mkdtemp(prefix="campaign-"))
         self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         shared = os.environ.get("PRELOADED_PYTHON") if not modules else None  # of the test that started the campaign
         self.server = None if shared else Preloaded(MODULES + modules)
@@ -104,7 +107,8 @@ class Harness:
     def __exit__(self, *exception: Any) -> None:
         if self.server:
             self.server.close()
-        shutil.rmtree(self.folder)
+        if not self.kept:
+            shutil.rmtree(self.folder)
 
     def run(
         self,
@@ -296,21 +300,24 @@ def run_campaign(
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case; case i has seed + i")
     if kinds:
         parser.add_argument("--only", choices=kinds, nargs="+", help="only cases of these kinds")
+        parser.add_argument("--each", action="store_true", help="instead of --cases: one case of each kind")
     args = parser.parse_args()
-    extra = (args.only,) if kinds else ()
+    cases: list[tuple] = [(args.only,) if kinds else ()] * args.cases
+    if kinds and args.each:
+        cases = [([kind],) for kind in args.only or kinds]
     failed, began = 0, time.perf_counter()
     with Harness(modules) as harness:
-        for seed in range(args.seed, args.seed + args.cases):
-            folder = Path(tempfile.mkdtemp(prefix="campaign-case-"))
+        for i, extra in enumerate(cases):
+            seed, folder = args.seed + i, Path(tempfile.mkdtemp(prefix="campaign-case-"))
             try:
                 if problem := check(harness, random.Random(seed), folder, *extra):
                     failed += 1
-                    print(f"seed {seed}: {problem}\n", flush=True)
-                if (seed - args.seed + 1) % 100 == 0:
-                    print(f"{seed - args.seed + 1} cases, {failed} failed", file=sys.stderr, flush=True)
+                    print(f"seed {seed}{f', --only {extra[0]}' if any(extra) else ''}: {problem}\n", flush=True)
+                if (i + 1) % 100 == 0:
+                    print(f"{i + 1} cases, {failed} failed", file=sys.stderr, flush=True)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    print(f"{args.cases} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
+    print(f"{len(cases)} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
     sys.exit(failed > 0)
 
 

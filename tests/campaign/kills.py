@@ -72,15 +72,17 @@ def check_random(harness: Harness, rng: random.Random, folder: Path) -> str:
     """Kill a run one to three times, each at a random time or at a random change, and recover it."""
     runs, start = Runs(harness, rng.choice(list(KINDS))), rng.choice(STARTS)
     prepare(runs, start, folder)
-    flags = flags_of(start)
+    flags, killed = flags_of(start), []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:
-            runs.run(folder, *flags, kill_after=rng.uniform(0.2, 2.5))
+            ended = runs.run(folder, *flags, kill_after=rng.uniform(0.2, 2.5))
         else:
-            runs.run(folder, *flags, watch=folder, kill_at=rng.randint(1, 150), after=rng.random() < 0.5)
+            ended = runs.run(folder, *flags, watch=folder, kill_at=rng.randint(1, 150), after=rng.random() < 0.5)
+        killed.append(ended.killed)
         if start != "overwrite":
             flags = ("--resume",)
-    return f"{runs.kind} {start} {recover(runs, start, folder, rng)}"
+    late = "" if any(killed) else " (ended before its kill)"
+    return f"{runs.kind} {start} {recover(runs, start, folder, rng)}{late}"
 
 
 def record_points(harness: Harness, folder: Path) -> list[tuple[str, str, Path]]:

@@ -6,6 +6,7 @@ Each case is a valid command line, run by another user after one permission was 
 does not matter, else with 1 and one error line, and must change only files that it wrote.
 """
 
+import atexit
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ NOBODY = 65534
 if os.geteuid() == 0:
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="campaign-home-")
     os.chmod(os.environ["HF_HOME"], 0o777)
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"])
 
 from deletion import CACHE
 from flags import LINES, SFT, make_inputs
