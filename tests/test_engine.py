@@ -93,6 +93,15 @@ def expected(engine: Engine, client: Client) -> str:
     return cut_at_stop(decode(ids), job.stop)[0].strip()
 
 
+def test_a_prompt_has_at_most_max_length_tokens_with_its_answer(model, tokenizer):
+    engine = Engine(model, tokenizer, max_batch=4, max_length=20)
+    with pytest.raises(JobError, match=r"The prompt has 20 tokens; with its answer it may have 20\."):
+        engine.submit([Client(engine, [5] * 20, "a", Sampling(30)).job])
+    client = Client(engine, [5] * 15, "a", Sampling(30))
+    run(engine, [client])
+    assert (client.last.finish, engine.counts["new_tokens"]) == ("length", 5)
+
+
 def test_prompts_that_join_together_fit_into_the_limit_with_their_padding(engine):
     engine.prefill_tokens = 40
     clients = [Client(engine, [5] * n, "a", Sampling(30)) for n in (20, 20, 2, 2)]

@@ -1,6 +1,7 @@
 """Rules for writing, replacing and deleting files: links, foreign files, permissions, kills and full disks."""
 
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -157,6 +158,19 @@ def test_unwritable_paths_give_a_one_line_error(tmp_path):
     assert snapshot(tmp_path).keys() == {"file", "y" * 250}
     with pytest.raises(UserError, match=r"Cannot write .*Not a directory"):
         locked(tmp_path / "file/lock").__enter__()
+
+
+def test_a_lock_on_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for wait in (False, True):
+        with locked(tmp_path / "lock", wait=wait):
+            (tmp_path / f"{wait}").touch()
+    assert snapshot(tmp_path).keys() == {"lock", "False", "True"}
+    note = f"note: {tmp_path / 'lock'} cannot be locked on its file system: start no second process with this folder.\n"
+    assert capsys.readouterr().err == note
 
 
 def test_a_file_in_a_write_protected_folder_is_refused_before_the_work(error_for_another_user):

@@ -286,6 +286,14 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert adapter.meta["reward"] == "length" and sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
 
 
+def test_a_falling_score_causes_a_warning(settings, tmp_path, monkeypatch, capsys):
+    received = []  # the number of rows at each validation
+    monkeypatch.setattr(script, "falling_score", lambda rows: received.append(len(rows)) or f"warning: {len(rows)}")
+    train(settings(tmp_path / "run", max_steps=3, sample_prompts=0, drift_prompts=0))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert received == [1, 3, 4] and warnings == ["warning: 1", "warning: 3", "warning: 4"]
+
+
 def test_validation_is_greedy_and_covers_the_entire_split(finished, base_dir, prompt_dir, tokenizer):
     out_dir, _ = finished
     model, val = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), PromptData(prompt_dir, "test")

@@ -37,7 +37,8 @@ BASE = ROOT / "checkpoints" / "microworld"
 
 @pytest.fixture(scope="module")
 def server(python):
-    running = Server(python, "--max_body_kb", "8", "--max_adapters", "6", "--max_waiting", "4", "--body_seconds", "1.5")
+    limits = ("--max_body_kb", "8", "--max_adapter_mb", "1", "--max_adapters", "6", "--max_waiting", "4")
+    running = Server(python, *limits, "--body_seconds", "1.5")
     yield running
     running.http.close()
     running.admin.close()
@@ -289,6 +290,8 @@ def test_invalid_uploads_are_refused(server, tmp_path):
     assert "refused" in upload((tmp_path / "a.pth").read_bytes())
     upload(b"")
     upload(b"\xff" * 100)
+    upload(bytes(2**20))
+    assert "more than 1048576 bytes" in upload(bytes(2**20 + 1), status=413)
     upload((PIRATE / "adapter.safetensors").read_bytes()[:500])
     good = read_adapter(PIRATE)
     hostile = [
@@ -353,7 +356,8 @@ def test_an_answer_that_takes_too_long_is_an_error_and_not_requested_again(start
     assert server.stop() in (0, 130)
 
 
-def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error(start_server):
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, (0, 130)), (signal.SIGTERM, (0, 143))])
+def test_answers_that_are_unfinished_some_seconds_after_a_signal_end_with_an_error(number, codes, start_server):
     server, replies = start_server("--max_batch", "1"), []
     request = {"model": "base", "prompt": ["a"] * 100, "temperature": 9.0, "max_tokens": 250}
     with server.client.completions.create(**request, stream=True) as stream:
@@ -361,12 +365,12 @@ def test_answers_that_are_unfinished_some_seconds_after_ctrl_c_end_with_an_error
         ask = threading.Thread(target=lambda: replies.append(server.http.post("/v1/completions", json=request)))
         ask.start()
         server.wait_for("requests_total", 200)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(number)
         with pytest.raises(openai.APIError, match=r"The server is shutting down\."):
             list(stream)
     ask.join()
     assert replies[0].status_code == 503 and replies[0].json()["error"]["code"] == "shutting_down"
-    assert server.process.wait(60) in (0, 130)
+    assert server.process.wait(60) in codes
     assert not any("Traceback" in line for line in server.log), "".join(server.log)
 
 

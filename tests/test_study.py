@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preloaded import KILL
 from stored_results import read_results, records_of, replay
 from test_recipes import ROOT, parse
 
@@ -383,6 +385,29 @@ def test_ctrl_c_ends_an_idle_worker_without_a_traceback(capfd):
         os.kill(worker.pid, signal.SIGINT)
         worker.join()
     assert (worker.exitcode, capfd.readouterr().err) == (130, "")
+
+
+ORPHAN = """
+import multiprocessing, time
+from studies.trials import start_worker
+
+def work():
+    start_worker()
+    print("started", flush=True)
+    time.sleep(300)
+
+process = multiprocessing.get_context("fork").Process(target=work)
+process.start()
+process.join()
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(python):
+    parent = subprocess.Popen([python, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"started\n"
+    parent.send_signal(KILL)
+    assert parent.communicate(timeout=60)[0] == b""  # the worker has closed its standard output
+    assert parent.returncode == -signal.SIGKILL
 
 
 class Processes:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = {"deletion": ("--each",), "streams": ("--cases", "8"), "fuzz": ("--cases", "20"), "pickles": ("--each",),
-         # a run of each of `kills.STARTS` is killed at a change of its folder
-         "kills": ("--cases", "4", "--seed", "330"),
-         "disk": ("--cases", "2"), "flags": ("--cases", "6"),
-         "permissions": ("--cases", "4", "--seed", "42")}  # fmt: skip
+FLAGS = {
+    "deletion": ("--each",),
+    "streams": ("--cases", "8"),
+    "fuzz": ("--cases", "20"),
+    "pickles": ("--each",),
+    "kills": ("--cases", "4", "--seed", "330"),  # a run of each of `kills.STARTS` is killed at a change of its folder
+    "disk": ("--cases", "2"),
+    "flags": ("--cases", "6"),
+    "permissions": ("--cases", "4", "--seed", "42"),  # a case of each kind
+}
 INPUTS = {"fuzz": "files", "pickles": "files", "kills": "runs", "disk": "runs"}  # campaigns with the same inputs
 
 
