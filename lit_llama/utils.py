@@ -1,4 +1,4 @@
-"""Errors for users, messages, and checks of text from untrusted sources."""
+"""Errors for users, messages, checks of text from untrusted sources, and the limit of open files."""
 
 import re
 import resource

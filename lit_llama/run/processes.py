@@ -164,9 +164,8 @@ def _watch_parent(parent: int, advice: str) -> None:
 def _give_up(children: list[Any], advice: str) -> None:
     time.sleep(3)  # a process that ends by itself reports a more precise error
     if completing.locked():
-        with completing:
-            pass
-        time.sleep(3)
+        with completing:  # after the block has ended; an error after it is printed within seconds
+            time.sleep(3)
     for child in children:
         child.kill()
     log(f"error: Another process of this run ended, and the run cannot go on{advice}.")
