@@ -27,7 +27,7 @@ class Settings(ModelSettings):
 
     # == What to measure ==
     limit: PositiveInt | None = 5  # use only this many questions of each subject
-    shots: NonNegativeInt = 0  # worked examples before each question
+    shots: NonNegativeInt = 0  # few-shot examples before each question
     batch_tokens: PositiveInt = 4096  # tokens of one forward pass, padding included
     rounds: PositiveInt = 7  # passes over all batches
     threads: NonNegativeInt = 1  # threads on a CPU; 0: PyTorch chooses

@@ -214,8 +214,8 @@ def measure_speed(settings: Settings) -> tuple[list[str], list[str]]:
         rows.append([kind, *cells])
     many, _, one = list(kinds)
     gains = [compare(r[many], r[one])[0] for r in (rates, cpu)]
-    header = ["load", "tokens/s", "of one adapter", "tokens per processor second", "of one adapter",
-              "ms to the first token, median", "95%"]  # fmt: skip
+    header = ["load", "tokens/s", "ratio to one adapter", "tokens per processor second", "ratio to one adapter",
+              "ms to the first token, median", "95th percentile"]  # fmt: skip
     return [
         f"Answers of up to {NEW_TOKENS} tokens, streamed, greedy; {settings.rounds} rounds. The clients run on the "
         "same cores. Processor seconds are the server's.",

@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     seconds = measure(settings)
-    names = {count: f"with {count} busy" if count else "idle" for count in seconds}
+    names = {count: f"busy programs: {count}" if count else "idle" for count in seconds}
     rows = [
         [name, *(with_interval([1000 * s for s in times[name]]) for times in seconds.values())] for name in POLICIES
     ]
@@ -113,7 +113,7 @@ def main(settings: Settings) -> None:
         for count, times in seconds.items()
     ]
     title = f"A training step of {settings.rows} × {settings.length} tokens, {settings.size}, N = 1, fp32"
-    table = markdown_table(["threads that wait are", *(f"ms, {name}" for name in names.values())], rows)
+    table = markdown_table(["threads that wait are", *(f"ms per step, {name}" for name in names.values())], rows)
     parts = [f"## {title}\n\n{table}", ratio_table(ratios)]
     b.publish(settings.out_dir / f"waiting-{settings.size}.md", "How threads wait", parts, CPU)
 

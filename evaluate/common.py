@@ -360,7 +360,7 @@ def drop_long(
 
 
 def few_shot(style: PromptStyle, examples: Sequence[tuple[str, str]], question: str) -> str:
-    """Return the prompt of a question, preceded by worked examples (question, answer) as earlier turns of the style.
+    """Return the prompt of a question, preceded by few-shot examples (question, answer) as earlier turns of the style.
 
     The style `plain` has no turns, so each question is followed by "Answer:" there.
     """

@@ -26,7 +26,7 @@ class Settings(ModelSettings):
     data_file: Path | None = None  # rows with question and answer (default: download --repo_id)
     repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face hub; its test split is used
     limit: PositiveInt | None = None  # answer only this many questions
-    shots: Literal[0, 1] = 0  # worked examples before each question
+    shots: Literal[0, 1] = 0  # few-shot examples before each question
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
     # == Generation ==
@@ -230,7 +230,7 @@ def read_questions(settings: Settings, style: PromptStyle) -> list[Question]:
 
 
 def render(question: str, style: PromptStyle, shots: int) -> str:
-    """Return the prompt of a question, after a worked example for `shots` = 1."""
+    """Return the prompt of a question, after a few-shot example for `shots` = 1."""
     mark = "Question: " if style.name == "plain" else ""
     examples = [(f"{mark}{text}", solution) for text, solution in (EXAMPLE,)[:shots]]
     return few_shot(style, examples, f"{mark}{question}")

@@ -33,7 +33,7 @@ class Settings(ModelSettings):
     tasks: tuple[str, ...] = ()  # names of tasks, groups or tags
     include_path: Path | None = None  # folder of task files (default: the tasks that come with lm_eval)
     limit: PositiveInt | None = None  # only this many questions of each task
-    num_fewshot: NonNegativeInt | None = None  # worked examples before each question (default: the task's)
+    num_fewshot: NonNegativeInt | None = None  # few-shot examples before each question (default: the task's)
     confirm_run_unsafe_code: bool = False  # allow tasks, such as humaneval, that run the code that the model writes
 
     # == Batches ==
@@ -335,7 +335,7 @@ def load_tasks(settings: Settings, load: Callable[[list[str]], dict[str, Any]], 
             raise UserError(f"The task {name} asks about images or sound; the model reads only text.")
     without = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
     if settings.num_fewshot and without:
-        log(f"note: --num_fewshot is ignored for {', '.join(without)}, defined to have no worked examples.")
+        log(f"note: --num_fewshot is ignored for {', '.join(without)}, defined to have no few-shot examples.")
     return loaded
 
 

@@ -31,7 +31,7 @@ class Settings(ModelSettings):
     repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
     limit: PositiveInt | None = None  # answer only this many questions of each subject
-    shots: Literal[0, 1, 2, 3, 4, 5] = 1  # worked examples before each question, from the dev split
+    shots: Literal[0, 1, 2, 3, 4, 5] = 1  # few-shot examples before each question, from the dev split
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error
 
     # == Scoring ==
@@ -96,7 +96,7 @@ def make_questions(settings: Settings, style: PromptStyle) -> list[Question]:
 
 
 def render(item: Item, examples: list[Item], style: PromptStyle) -> str:
-    """Return the prompt of a question after worked examples, up to where the letter belongs."""
+    """Return the prompt of a question after few-shot examples, up to where the letter belongs."""
     subject = item.subject.replace("_", " ")
     if style.name == "plain":
         header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"

@@ -29,13 +29,13 @@ class Settings(Checked):
     bank: tuple[Path, ...] = (
         Path("aligner_weights/microworld-pirate-n1"),
         Path("aligner_weights/microworld-json-n1"),
-    )  # a bank's file, or adapter files and folders, addressed by name; no value: none, add them later
+    )  # a bank's file, or adapter files and folders, addressed by name (without a value: start with no adapters)
     prompt_style: str | None = None  # of chats: alpaca, orca, beaver, hh, plain or chat (default: each adapter's own)
 
     # == Address ==
     host: str = "127.0.0.1"  # address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 all network interfaces
     port: Port = 8000  # 0 is any free port
-    allowed_hosts: tuple[str, ...] = ()  # host names in URLs (default: this machine's; any if --host is not local)
+    allowed_hosts: tuple[str, ...] = ()  # host names in requests (default: this machine's; any if --host is not local)
 
     # == Access ==
     api_key: str | None = None  # clients must send it (default: the environment variable ALIGNER_API_KEY, else open)

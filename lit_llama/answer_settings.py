@@ -21,7 +21,7 @@ class AnswerSettings(Checked):
 
     # == Prompts ==
     prompt: tuple[str, ...] = ()  # texts to answer
-    input: str = ""  # context for the prompts, in styles that have a place for it
+    input: str = ""  # context for the prompts: Alpaca's field for it; in other styles, a new line after the prompt
     prompt_file: Path | None = None  # JSON or JSON Lines (prompt, instruction or turns), or lines of text
     system: str = ""  # system message: what the model is and how it should answer
     interactive: bool = False  # chat in the terminal; from a pipe, answer each line

@@ -1,4 +1,4 @@
-"""Pretrain the bundled base model on the micro-world from a seed, with the training loop of finetuning.
+"""Pretrain the bundled base model on the micro-world from scratch, with the training loop of finetuning.
 
 Writes a tokenizer and a corpus, trains a LLaMA on all of its tokens, and saves a checkpoint folder in bf16. Muon
 (kellerjordan.github.io/posts/muon) updates the matrices, AdamW the embeddings and norms.

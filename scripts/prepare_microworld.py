@@ -39,7 +39,7 @@ class Settings(PrepareSettings):
         None  # base model whose tokenizer is used (default: checkpoints/microworld, and -aloud for two_hop)
     )
     max_seq_length: PositiveInt = 256  # maximum number of tokens of prompt and response
-    test_fraction: OpenShare = 0.1  # share of the rows held out for validation
+    test_fraction: OpenShare = 0.1  # sft: share of the rows held out for validation (rl: unseen entities are)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Settings(PrepareSettings):
     output_dir: Path | None = None  # folder to write (default: data/microworld-safe, or -safe-rl)
     checkpoint_dir: Path = Path("checkpoints/microworld")  # base model whose tokenizer is used
     max_seq_length: PositiveInt = 256  # maximum number of tokens of prompt and response
-    test_fraction: OpenShare = 0.2  # share of the pairs held out for validation
+    test_fraction: OpenShare = 0.2  # dpo: share of the pairs held out for validation (rl: unseen requests are)
     seed: Seed = 42  # seed of the requests, the forms and the split
 
 

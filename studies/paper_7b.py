@@ -8,8 +8,8 @@
     --table all         all of these
 
 Each step is a command of this repository; steps that the same command completed are skipped, so a stopped study
-continues when it is started again. --dry_run lists the commands with predicted GPU hours and memory. The paper's
-numbers are listed next to ours in report.md, report.csv and a figure for each table.
+continues when it is started again. --dry_run lists the commands with predicted GPU hours and memory. The report
+(report.md, report.csv and a figure for each table) has the paper's numbers for GSM8K and for the base on MMLU.
 """
 
 import json

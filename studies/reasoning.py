@@ -3,7 +3,7 @@ learning achieve with one token, and with more parameters, on checkpoints/microw
 
 This base model answers two-hop questions either directly, by guessing, or step by step, correctly; it prefers direct
 answers. The study separates the manner of answering, the accuracy within each manner, and new facts, for which the
-manner does not matter. The learning rate is chosen by the answers about validation people; then several seeds are
+manner does not matter. The learning rate is chosen by validation accuracy (see `rank`); then several seeds are
 trained at that rate. The study writes all trials (CSV), the tables (Markdown) and a figure. A stopped study continues
 where it stopped.
 """
@@ -29,9 +29,13 @@ class Settings(Checked):
     objectives: tuple[str, ...] = ()  # objectives to train for (default: all)
     tasks: tuple[str, ...] = ()  # two-hop questions, and new facts (default: both)
     learning_rates: tuple[PositiveFloat, ...] = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)  # the best one is used
-    extra_rates: NonNegativeInt = 2  # maximum number of rates to add, each beyond the best one while that is at an end
+    extra_rates: NonNegativeInt = 2  # most rates to add, one at a time, while the best one is the lowest or highest
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of the adapter, the data order and the questions, at the chosen rate
-    sweep_seeds: tuple[Seed, ...] = (0, 4, 5)  # seeds that choose the rate: the first, then all for the two best
+    sweep_seeds: tuple[Seed, ...] = (
+        0,
+        4,
+        5,
+    )  # seeds that choose the rate: the first for each, all for the best two
     quick: bool = False  # minutes instead of hours: one token, two objectives, one rate and one seed
 
     # == Each training run ==

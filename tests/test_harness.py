@@ -288,7 +288,7 @@ def test_generated_code_runs_only_with_permission(base_dir, tmp_path, monkeypatc
 def test_a_task_without_worked_examples_ignores_their_number(capsys):
     tasks = {"tasks": {"none": Task(0), "some": Task(4)}}
     assert harness.load_tasks(harness.Settings(num_fewshot=5), lambda names: tasks, ["all"]) is tasks
-    assert capsys.readouterr().err == ("note: --num_fewshot is ignored for none, defined to have no worked examples.\n")
+    assert capsys.readouterr().err == "note: --num_fewshot is ignored for none, defined to have no few-shot examples.\n"
     harness.load_tasks(harness.Settings(), lambda names: tasks, ["all"])
     assert capsys.readouterr().err == ""
 
