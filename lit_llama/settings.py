@@ -13,6 +13,7 @@ import io
 import math
 import os
 import tokenize
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -159,6 +160,16 @@ def from_parsed(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(from_parsed, value))
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return settings as words of a command line, such as `--seeds 1 2`, without those that are None."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            several = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in several)]
+    return words
 
 
 def metavar(type_: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.settings import Checked, PositiveInt, Seed
+from lit_llama.settings import Checked, PositiveInt, Seed, as_flags
 from microworld.world import FormName
 
 
@@ -52,15 +52,10 @@ def step(title: str, script: str, **flags: object) -> None:
     Raises:
         UserError: The script failed and has printed the reason.
     """
-    arguments = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
+    arguments = as_flags(flags)
     print(f"\n== {title}\n$ python {script} {' '.join(arguments)}", flush=True)
     if call([sys.executable, str(ROOT / script), *arguments]):
         raise UserError(f"The demo stopped at: {title}.")
-
-
-def _words(value: object) -> list[str]:
-    words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-    return [] if value is True else words  # a flag without a value is true
 
 
 def score(settings: Settings, title: str, name: str, **flags: object) -> None:

@@ -17,13 +17,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
-from lit_llama.settings import Checked, PositiveFloat, PositiveInt
+from lit_llama.settings import Checked, PositiveFloat, PositiveInt, as_flags
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Study:
             flags = {**flags, "revision": "v0"}
         flags = {"checkpoint_dir": s.checkpoint_dir, "output_dir": output, "data_file": file, **flags,
                  "max_seq_length": s.max_seq_length}  # fmt: skip
-        return Step(f"prepare {dataset}", command(f"scripts/{script}.py", flags), output / "meta.json")
+        return Step(f"prepare {dataset}", [f"scripts/{script}.py", *as_flags(flags)], output / "meta.json")
 
     def train(self, method: str, dataset: str) -> list[Step]:
         """Return the steps that lead to an adapter: the data, for DPO the SFT before it, and the training."""
@@ -213,8 +214,8 @@ class Study:
         in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * length  # at most: pairs may share rows
         activations = 17 * self.config.n_embd * self.config.n_layer * in_batch  # numbers that the backward pass reads
         gigabytes = 2 * (self.parameters + activations) / 1e9
-        step = Step(f"train {method} on {dataset}", command(f"finetune/{script}.py", flags), out_dir / "summary.json",
-                    hours, gigabytes)  # fmt: skip
+        step = Step(f"train {method} on {dataset}", [f"finetune/{script}.py", *as_flags(flags)],
+                    out_dir / "summary.json", hours, gigabytes)  # fmt: skip
         return [*before, self.prepare(dataset), step]
 
     def evaluate(
@@ -229,12 +230,12 @@ class Study:
         flags = {"checkpoint_dir": s.checkpoint_dir, "output_dir": output, **flags,
                  "accelerator": s.accelerator, "limit": s.limit, **(judge or {})}  # fmt: skip
         gigabytes = 2 * self.parameters / 1e9 + 10
-        return Step(f"{benchmark} of {name}", command(f"evaluate/{benchmark}.py", flags), output / "summary.json",
+        return Step(f"{benchmark} of {name}", [f"evaluate/{benchmark}.py", *as_flags(flags)], output / "summary.json",
                     hours, gigabytes)  # fmt: skip
 
-    def decoding_hours(self, questions: int, tokens: int, batch_size: int = 16) -> float:
-        """Predict the time to decode, limited by reading the weights once per token of a batch."""
-        return 2 * self.parameters * questions * tokens / batch_size / (self.settings.gpu_bandwidth * 1e9) / 3600
+    def decoding_hours(self, questions: int, batch_size: int = 16) -> float:
+        """Predict the time of answers of 512 tokens, limited by reading the weights once per token of a batch."""
+        return 2 * self.parameters * questions * 512 / batch_size / (self.settings.gpu_bandwidth * 1e9) / 3600
 
     # == folders ==
 
@@ -246,15 +247,6 @@ class Study:
 
     def results(self, benchmark: str, method: str) -> Path:
         return self.settings.out_dir / "results" / f"{benchmark}-{method}"
-
-
-def command(script: str, flags: dict[str, Any]) -> list[str]:
-    """Return script and flags as words; settings that are None are omitted."""
-    words = [script]
-    for name, value in flags.items():
-        if value is not None:
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words
 
 
 # == tables ==
@@ -270,7 +262,7 @@ def gsm8k_table(study: Study) -> tuple[list[Step], list[Cell]]:
     flags = {"data_file": study.settings.gsm8k_file, "max_new_tokens": study.settings.max_new_tokens}
     paper = {"aligner1": 0.053, "aligner10": 0.103, "aligner100": 0.163, "aligner300": 0.262, "adapter": 0.252,
              "lora": 0.355}  # fmt: skip
-    return accuracies(study, "gsm8k", "metamath", flags, study.decoding_hours(1_319, 512, batch_size=32), paper)
+    return accuracies(study, "gsm8k", "metamath", flags, study.decoding_hours(1_319, batch_size=32), paper)
 
 
 def accuracies(
@@ -305,7 +297,7 @@ def judged(benchmark: str, dataset: str, questions: int, file: str, read: dict[s
                     "max_new_tokens": s.max_new_tokens,
                     "skip_long": True,
                 }
-                hours = study.decoding_hours(2 * questions, 512)
+                hours = study.decoding_hours(2 * questions)
                 judge = {"judge_url": s.judge_url, "judge_model": s.judge_model,
                          "judge_cache": s.out_dir / JUDGEMENTS if s.judge_url else None}  # fmt: skip
                 n = min(questions, s.limit or questions)
@@ -329,16 +321,13 @@ def read_accuracy(summary: dict[str, Any]) -> Number:
     return Number(summary["accuracy"], summary["interval"], summary["n"])
 
 
-def read_pairs(summary: dict[str, Any]) -> Number:
-    """Return the adjusted rate, (wins + ties / 2) / n."""
-    part = summary.get("pairs", {}).get("all", {})
-    return Number(part.get("adjusted_rate"), part.get("interval"), part.get("n"))
+def read_judged(kind: str, name: str, summary: dict[str, Any]) -> Number:
+    part = summary.get(kind, {}).get("all", {})
+    return Number(part.get(name), part.get("interval"), part.get("n"))
 
 
-def read_grades(summary: dict[str, Any]) -> Number:
-    """Return the mean difference of the grades, from 1 to 10."""
-    part = summary.get("single", {}).get("all", {})
-    return Number(part.get("difference"), part.get("interval"), part.get("n"))
+read_pairs = partial(read_judged, "pairs", "adjusted_rate")  # (wins + ties / 2) / n
+read_grades = partial(read_judged, "single", "difference")  # of the mean grades, from 1 to 10
 
 
 FEW_METHODS = ("aligner1", "aligner10", "adapter", "lora")
