@@ -12,7 +12,7 @@ import functools
 import json
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
@@ -60,7 +60,7 @@ from lit_llama.checkpoint import base_fingerprint, load_model
 from lit_llama.run.report import write_above_bar
 from lit_llama.tables import csv_text
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError, log
+from lit_llama.utils import log
 from microworld.world import STEPS_REQUEST
 from scripts.count_parameters import ADAPTER_V2, VARIANTS, Variant
 from studies.paper_report import BASE, Row
@@ -72,7 +72,6 @@ from studies.reasoning_tasks import (
     EVAL_ROWS,
     LEAST_ROWS,
     OBJECTIVES,
-    SCRIPTS,
     TASKS,
     data_name,
     measure,
@@ -85,12 +84,11 @@ from studies.trials import (
     Record,
     Trial,
     choose,
-    command_of,
+    complete,
     origin_of,
     result_row,
     run_cells,
     stored_result,
-    with_quick,
 )
 
 METHODS: dict[str, Variant] = {
@@ -112,7 +110,7 @@ def make_trial(settings: Settings, task: str, objective: str, method: str, rate:
     rows = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["counts"]["train"]
     common = {"data_dir": folder, "checkpoint_dir": settings.checkpoint_dir, "learning_rate": rate, "seed": seed,
               "save_interval": 10**6, "eval_rows": EVAL_ROWS}  # fmt: skip
-    kind = SCRIPTS[objective]
+    _, kind = OBJECTIVES[objective]
     if kind == "rl":
         interval = EVAL_INTERVAL if part == "reported" else settings.rl_steps  # choosing the rate needs no curve
         stated = rl_settings(rows, settings.rl_steps, reward="microworld_two_hop", eval_interval=interval, **common)
@@ -264,29 +262,13 @@ def rank(record: Record) -> float:
     return record["scores"]["right"] + record["scores"]["other_facts"] / 2
 
 
-def with_all(settings: Settings) -> Settings:
-    """Return the settings with all methods, objectives and tasks where they name none."""
-    return replace(settings, **{name: getattr(settings, name) or known for name, known in COMPARED.items()})
-
-
 def origin(settings: Settings, records: list[Record]) -> str:
     """Return command, duration, seeds and versions in one line."""
-    defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
-    command = command_of("studies/reasoning.py", with_all(settings), defaults)
-    return origin_of(command, settings.seeds, records)
+    return origin_of("studies/reasoning.py", settings, COMPARED, QUICK, records)
 
 
 def main(settings: Settings) -> None:
-    if settings.quick:
-        settings = with_quick(settings, QUICK, sys.argv)
-    settings = with_all(settings)
-    for name, known in COMPARED.items():
-        given = getattr(settings, name)
-        if not set(given) <= set(known):
-            raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
-        settings = replace(settings, **{name: tuple(dict.fromkeys(given))})
-    for name in ("learning_rates", "seeds", "sweep_seeds"):
-        settings = replace(settings, **{name: tuple(dict.fromkeys(getattr(settings, name)))})
+    settings = complete(settings, COMPARED, QUICK, sys.argv)
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "results.csv", "reasoning.png"))
     counts = prepare_all(settings)

@@ -21,15 +21,14 @@ from studies.paper_tasks import SPLITS, Part
 from studies.trials import stored_result
 
 TASKS = {"two_hop": "two-hop questions about unseen people", "facts": "new facts, asked in another wording"}
-# objective -> (label, what the training signal contains)
+# objective -> (label, `objective` of the trials)
 OBJECTIVES = {
-    "direct": ("SFT, direct answers", "the answer"),
-    "aloud": ("SFT, step by step", "the manner and the answer"),
-    "dpo": ("DPO, right over wrong", "the reward, for samples of the base"),
-    "best_of_n": ("best of n, then SFT", "the reward, for samples of the base"),
-    "rl": ("RL", "the reward"),
+    "direct": ("SFT, direct answers", "sft"),
+    "aloud": ("SFT, step by step", "sft"),
+    "dpo": ("DPO, right over wrong", "dpo"),
+    "best_of_n": ("best of n, then SFT", "sft"),
+    "rl": ("RL", "rl"),
 }
-SCRIPTS = {"direct": "sft", "aloud": "sft", "best_of_n": "sft", "dpo": "dpo", "rl": "rl"}
 EVAL_ROWS, EVAL_INTERVAL = 40, 5  # validation questions of RL's curve, and steps between its points
 LEAST_ROWS = 16  # an objective with fewer training rows is not trained
 

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,16 +64,16 @@ from studies.trials import (
     Record,
     Trial,
     choose,
-    command_of,
+    complete,
     origin_of,
     result_row,
     run_cells,
     stored_result,
-    with_quick,
 )
 
 QUICK = {"methods": ("aligner1", "lora"), "tasks": ("pirate", "facts"), "learning_rates": (8e-3, 3.2e-2),
          "seeds": (1, 2)}  # fmt: skip
+COMPARED = {"methods": tuple(VARIANTS), "tasks": tuple(TASKS)}
 
 
 def scoring_of(settings: Settings, task: str, part: Part, seed: int) -> dict[str, Any]:
@@ -134,26 +134,13 @@ def cell_plan(settings: Settings, task: str, method: str) -> Plan[Cell]:
     return swept, (yield [make_trial(settings, task, method, rate, seed, "reported") for seed in seeds])
 
 
-def with_all(settings: Settings) -> Settings:
-    """Return the settings with all methods and all tasks where they name none."""
-    return replace(settings, methods=settings.methods or tuple(VARIANTS), tasks=settings.tasks or tuple(TASKS))
-
-
 def origin(settings: Settings, records: list[Record]) -> str:
     """Return command, duration, seeds and versions in one line."""
-    defaults = with_all(with_quick(Settings(), QUICK) if settings.quick else Settings())
-    command = command_of("studies/reproduce_paper.py", with_all(settings), defaults)
-    return origin_of(command, settings.seeds, records)
+    return origin_of("studies/reproduce_paper.py", settings, COMPARED, QUICK, records)
 
 
 def main(settings: Settings) -> None:
-    if settings.quick:
-        settings = with_quick(settings, QUICK, sys.argv)
-    settings = with_all(settings)
-    for name, known in (("methods", VARIANTS), ("tasks", TASKS)):
-        given = getattr(settings, name)
-        if not set(given) <= set(known):
-            raise UserError(f"{name} is {' '.join(given)}; it can be some of {', '.join(known)}.")
+    settings = complete(settings, COMPARED, QUICK, sys.argv)
     folder = settings.report_dir or settings.out_dir
     claim(folder, ("table.md", "table.csv", "results.csv", "accuracy.png", "curves.png"))
     for task in settings.tasks:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, versions
 from lit_llama.console import end_on_interrupt
 from lit_llama.run.report import read_metrics
+from lit_llama.settings import as_flags
 from lit_llama.storage.files import claim, write_text
 from lit_llama.storage.schema import read_json
 from lit_llama.tokenizer import Tokenizer
@@ -382,32 +383,26 @@ def at_edge(chosen: Record, records: Iterable[Record]) -> bool:
     return chosen["trial"]["settings"]["learning_rate"] in (min(rates), max(rates))
 
 
-def command_of(script: str, settings: Any, defaults: Any) -> str:
-    """Return the command of a study with the flags that affect its results, without those that have default values.
+def origin_of(
+    script: str, settings: Any, known: dict[str, Sequence[str]], quick: dict[str, Any], records: list[Record]
+) -> str:
+    """Return how a study's trials were made, in one line: command, duration, seeds, and versions of PyTorch.
+
+    The command has the flags that affect the results, without those that have default values. A resumed study may have
+    trials of several versions.
 
     Args:
         script: Path of the script.
-        settings: Its settings, a dataclass.
-        defaults: The settings without flags.
+        settings: Its settings, as `complete` returns them with `known` and `quick`.
     """
-    words = ["python", script]
-    for name, value in asdict(settings).items():
-        if name not in UNRECORDED and value != getattr(defaults, name):
-            values = value if isinstance(value, tuple) else [str(value).lower() if isinstance(value, bool) else value]
-            words += [f"--{name}", *map(str, values)]
-    return shlex.join(words)
-
-
-def origin_of(command: str, seeds: Sequence[int], records: list[Record]) -> str:
-    """Return how a study's trials were made, in one line: command, duration, seeds, and versions of PyTorch.
-
-    A resumed study may have trials of several versions.
-    """
+    defaults = replace(complete(type(settings)(quick=settings.quick), known, quick), quick=False)
+    flags = {n: v for n, v in asdict(settings).items() if n not in UNRECORDED and v != getattr(defaults, n)}
+    command = shlex.join(["python", script, *as_flags(flags)])
     minutes = sum(record.get("seconds", 0) for record in records) / 60
     used = sorted({record["versions"]["torch"] for record in records})
     return (
         f"{command}: {len(records)} training runs, {minutes:.0f} minutes of one thread in all, seeds "
-        f"{', '.join(map(str, seeds))}, torch {' and '.join(used)}"
+        f"{', '.join(map(str, settings.seeds))}, torch {' and '.join(used)}"
     )
 
 
@@ -434,15 +429,27 @@ def result_row(record: Record, names: Sequence[str], columns: dict[str, Any] | N
     }
 
 
-def with_quick(settings: S, quick: dict[str, Any], words: Sequence[str] = ()) -> S:
-    """Return the settings with the values of --quick for those that no flag sets and that have their default values.
+def complete(settings: S, known: dict[str, Sequence[str]], quick: dict[str, Any], words: Sequence[str] = ()) -> S:
+    """Return the settings of a study with the values of --quick, all names for an empty list, and no value twice.
 
     Args:
+        known: The names that each list of names may contain.
+        quick: The values of --quick for settings that no flag sets and that have their default values.
         words: The words of the command line, whose flags keep their values.
+
+    Raises:
+        UserError: A name is unknown.
     """
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    given |= {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}
-    return replace(settings, **{name: value for name, value in quick.items() if name not in given})
+    if settings.quick:
+        given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+        given |= {name for name, value in asdict(settings).items() if value != getattr(type(settings), name)}
+        settings = replace(settings, **{name: value for name, value in quick.items() if name not in given})
+    lists = {name: tuple(dict.fromkeys(v)) for name, v in asdict(settings).items() if isinstance(v, tuple)}
+    for name, names in known.items():
+        lists[name] = lists[name] or tuple(names)
+        if not set(lists[name]) <= set(names):
+            raise UserError(f"{name} is {' '.join(lists[name])}; it can be some of {', '.join(names)}.")
+    return replace(settings, **lists)
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:

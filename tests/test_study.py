@@ -35,7 +35,7 @@ from microworld.world import FORMS, UNSEEN, World
 from scripts.count_parameters import VARIANTS
 from studies import train_microworld_adapters, train_microworld_values
 from studies.protocol import dpo_settings, sft_settings
-from studies.trials import Trial, at_edge, choose, identity, interval, prepare_run, run_trial, run_trials, with_quick
+from studies.trials import Trial, at_edge, choose, complete, identity, interval, prepare_run, run_trial, run_trials
 
 STORED = Path(__file__).parents[1] / "howto" / "study"
 
@@ -308,7 +308,7 @@ def test_the_recorded_command_repeats_the_study():
     settings = study.Settings(
         checkpoint_dir=Path("my bases/Llama-2-7B"), methods=("lora",), quick=True, out_dir=Path("x"), jobs=4
     )
-    quick = with_quick(settings, study.QUICK)
+    quick = complete(settings, study.COMPARED, study.QUICK)
     assert (quick.methods, quick.tasks, quick.seeds) == (("lora",), study.QUICK["tasks"], study.QUICK["seeds"])
     command = study.origin(quick, []).partition(": ")[0]
     assert command == (
@@ -322,12 +322,21 @@ def test_the_recorded_command_repeats_the_study():
 @pytest.mark.parametrize("script", [study, studies.reasoning])
 def test_a_flag_with_its_default_value_overrides_quick(monkeypatch, script):
     received = []
-    monkeypatch.setattr(script, "with_all", lambda settings: received.append(settings) or settings)
-    monkeypatch.setattr(script, "claim", lambda *_: sys.exit())
+    monkeypatch.setattr(script, "complete", lambda *args: received.append(complete(*args)) or sys.exit())
     monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "--seeds", "1", "2", "3"])
     with pytest.raises(SystemExit):
         script.main(parse(ROOT / f"studies/{Path(script.__file__).name}", sys.argv[1:]))
     assert received[0].seeds == (1, 2, 3) and received[0].learning_rates == script.QUICK["learning_rates"]
+
+
+@pytest.mark.parametrize("script", [study, studies.reasoning])
+def test_repeated_values_are_dropped_and_unknown_names_are_refused(script):
+    settings = script.Settings(methods=("lora", "aligner1", "lora"), seeds=(2, 1, 2))
+    settings = complete(settings, script.COMPARED, script.QUICK)
+    assert (settings.methods, settings.seeds) == (("lora", "aligner1"), (2, 1))
+    assert settings.tasks == script.COMPARED["tasks"] and settings.learning_rates == script.Settings.learning_rates
+    with pytest.raises(UserError, match="tasks is facts sums; it can be some of "):
+        complete(replace(settings, tasks=("facts", "sums")), script.COMPARED, script.QUICK)
 
 
 def stored_results() -> list[dict]:
@@ -338,8 +347,8 @@ def stored_results() -> list[dict]:
 
 
 def test_the_stored_tables_match_the_stored_results():
-    rows = stored_results()
-    text = paper.report(rows, questions=200, sweep_seed=0, origin=study.origin(study.Settings(), records_of(rows)))
+    rows, settings = stored_results(), complete(study.Settings(), study.COMPARED, study.QUICK)
+    text = paper.report(rows, questions=200, sweep_seed=0, origin=study.origin(settings, records_of(rows)))
     assert text == (STORED / "table.md").read_text(encoding="utf-8")
     assert csv_text(paper.means(rows)) == (STORED / "table.csv").read_text(encoding="utf-8")
     page = (STORED.parent / "study.md").read_text(encoding="utf-8")
