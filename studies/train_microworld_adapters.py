@@ -3,7 +3,6 @@
 Writes a table (CSV and Markdown). With --weights_dir it also writes the first seed's adapters, each with a card.
 """
 
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from lit_llama.checkpoint import load_model, read_adapter, versions
+from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.storage.files import check_file, claim, copy_file, write_text
 from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
@@ -146,12 +145,6 @@ def folder_name(settings: Settings, form: str) -> str:
     return f"microworld-{form}-n{settings.adapter_prompt_length}"
 
 
-def write_results(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    write_text(settings.out_dir / "scores.csv", csv_text(rows))
-    write_text(settings.out_dir / "scores.md", table(rows) + "\n")
-    write_text(settings.out_dir / "environment.json", json.dumps(versions(), indent=2) + "\n")
-
-
 def is_complete(settings: Settings) -> bool:
     """Return whether the adapters are those of the folder's overview: one token for each form."""
     return set(settings.forms) == set(FORMS) and settings.adapter_prompt_length == 1
@@ -172,7 +165,7 @@ def ship(settings: Settings, rows: list[dict[str, Any]], records: list[Record]) 
 
 
 def main(settings: Settings) -> None:
-    claim(settings.out_dir, ("scores.csv", "scores.md", "environment.json"))
+    claim(settings.out_dir, ("scores.csv", "scores.md"))
     if settings.weights_dir:
         folders = [settings.weights_dir / folder_name(settings, form) for form in settings.forms]
         shipped = [settings.weights_dir / name for name in ("README.md", "scores.csv") if is_complete(settings)]
@@ -190,7 +183,8 @@ def main(settings: Settings) -> None:
          "seconds": record["summary"]["seconds"], **record["scores"]}
         for (form, seed), record in zip(cells, records, strict=True)
     ]  # fmt: skip
-    write_results(settings, rows)
+    write_text(settings.out_dir / "scores.csv", csv_text(rows))
+    write_text(settings.out_dir / "scores.md", table(rows) + "\n")
     print(table(rows))
     if settings.weights_dir:
         ship(settings, rows, records)
