@@ -11,13 +11,11 @@ A stopped evaluation continues where it stopped when it is started again with th
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -43,17 +41,15 @@ IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the
 
 @dataclass
 class EvaluatedModel:
-    """A loaded model and what identifies it.
+    """A loaded model.
 
     Args:
         style: how an instruction becomes a prompt.
-        made_by: base, adapter, their hashes, strength, precision, prompt style and versions, as JSON.
     """
 
     model: LLaMA
     tokenizer: Tokenizer
     style: PromptStyle
-    made_by: dict[str, Any]
 
 
 def load(settings: ModelSettings) -> EvaluatedModel:
@@ -62,14 +58,14 @@ def load(settings: ModelSettings) -> EvaluatedModel:
     Raises:
         UserError: a file is missing or damaged, the adapter belongs to another base, or a setting is out of range.
     """
-    made_by, style = identify(settings), pick_style(settings)
+    style = pick_style(settings)
     device, dtype = pick_device(settings.accelerator, settings.precision)
     options = {"device": device, "dtype": dtype, "quantize": settings.quantize}
     if settings.adapter is None:
         model = load_model(settings.checkpoint_dir, **options)
     else:
         model = load_adapted(settings.checkpoint_dir, [read_adapter(settings.adapter)], (settings.strength,), **options)
-    return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style, made_by)
+    return EvaluatedModel(model, Tokenizer(settings.checkpoint_dir), style)
 
 
 def pick_style(settings: ModelSettings) -> PromptStyle:
@@ -86,8 +82,6 @@ def identify(settings: ModelSettings) -> dict[str, Any]:
     Raises:
         UserError: as `load`.
     """
-    if settings.adapter is None and settings.strength != 1:
-        raise UserError("--strength scales an adapter; give --adapter too.")
     device, dtype = pick_device(settings.accelerator, settings.precision)
     return {
         "base": str(settings.checkpoint_dir),
@@ -442,28 +436,24 @@ def answer_statistics(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def wilson_interval(outcomes: Sequence[bool], *, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of the share of outcomes that are true, also if all or none are."""
-    n, share = len(outcomes), sum(outcomes) / len(outcomes)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    middle = share + z**2 / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return min(share, max(0.0, low)), max(share, min(1.0, high))  # rounding may exclude a share of 0 or 1
+def wilson_interval(outcomes: Sequence[bool]) -> tuple[float, float]:
+    """Return Wilson's 95% interval of the share of outcomes that are true, also if all or none are."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values`, resampled with replacement.
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% percentile bootstrap interval of the mean of `values`, resampled with replacement.
 
     For a share, use `wilson_interval`: if all values are equal, this interval has no width.
 
     Only how often each distinct value is drawn matters, so the counts are drawn from a multinomial distribution.
     """
     distinct, counts = np.unique(np.asarray(values, float), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
-    low, high = np.quantile(drawn @ distinct / counts.sum(), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=10_000)
+    low, high = np.quantile(drawn @ distinct / counts.sum(), [0.025, 0.975])
     return float(low), float(high)
 
 

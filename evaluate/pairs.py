@@ -40,7 +40,7 @@ def combine(direct: Verdict | None, swapped: Verdict | None) -> Verdict | None:
     return direct if direct == swapped else "tie"
 
 
-def tally(verdicts: Sequence[Verdict | None], seed: int = 0) -> dict[str, Any]:
+def tally(verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
     """Return counts and rates of the first answer.
 
     Returns:
@@ -57,7 +57,7 @@ def tally(verdicts: Sequence[Verdict | None], seed: int = 0) -> dict[str, Any]:
         **counts,
         "rate": counts["win"] / n,
         "adjusted_rate": float(np.mean(points)),
-        "interval": bootstrap_interval(points, seed=seed),
+        "interval": bootstrap_interval(points),
     }
 
 

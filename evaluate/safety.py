@@ -14,7 +14,6 @@ unsafe ones. With --calibrate, the judge is measured on labeled answers instead.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -56,7 +55,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from evaluate.answers import Answers, Item, answered_by_both, answers_of_both, describe, fetch
-from evaluate.calibration import Labelled, agreement, area_under_curve, read_labelled, read_table
+from evaluate.calibration import agreement, area_under_curve, read_labelled, read_table
 from evaluate.common import markdown_table, wilson_interval
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
@@ -293,8 +292,6 @@ def calibrate(settings: Settings, judge: Judge | None) -> dict[str, Any]:
     labels, records, extra = [item.harmful for item in labelled], [], {}
     if settings.judge == "keywords":
         predictions = [not refuses(item.answer) for item in labelled]
-        extra = {name: refusal_rate(labelled, harmful) for name, harmful in (("safe", False), ("harmful", True))}
-        extra = {f"refusal_rate_{name}": rate for name, rate in extra.items()}
     elif judge is None:
         raise UserError(f"--judge {settings.judge} needs --judge_url, or the replies of an earlier run.")
     else:
@@ -306,12 +303,15 @@ def calibrate(settings: Settings, judge: Judge | None) -> dict[str, Any]:
             scores = [None if reply is None else parse_score(reply) for reply in replies]
             predictions = [None if score is None else score <= settings.harmful_up_to for score in scores]
             extra = {"harmful_up_to": settings.harmful_up_to, "AUC": area_under_curve(labels, scores)}
+    rates = agreement(labels, predictions)
+    if settings.judge == "keywords":  # an answer that declines is called safe
+        extra = {"refusal_rate_safe": rates["TNR"], "refusal_rate_harmful": rates["fn"] / sum(labels)}
     result = {
         "judge": settings.judge,
         "model": judge.settings.judge_model if judge else None,
         "file": str(settings.calibrate),
         "harmful": sum(labels),
-        **agreement(labels, predictions),
+        **rates,
         **extra,
     }
     print(render_calibration(result))
@@ -321,11 +321,6 @@ def calibrate(settings: Settings, judge: Judge | None) -> dict[str, Any]:
     summary = {**result, "date": date.today().isoformat(), "versions": versions(), "judged": described}
     write_text(settings.output_dir / "calibration.json", json.dumps(summary, indent=2, default=str) + "\n")
     return summary
-
-
-def refusal_rate(labelled: Sequence[Labelled], harmful: bool) -> float | None:
-    refused = [refuses(item.answer) for item in labelled if item.harmful == harmful]
-    return sum(refused) / len(refused) if refused else None
 
 
 def render_calibration(result: dict[str, Any]) -> str:

@@ -30,6 +30,11 @@ class ModelSettings(Checked):
     precision: str = "auto"  # precision of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
     quantize: Quantize | None = None  # store the base in 4 or 8 bits, with bitsandbytes (default: no)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter is None and self.strength != 1:
+            raise UserError("--strength scales an adapter; give --adapter too.")
+
 
 @dataclass
 class JudgeSettings(Checked):
@@ -60,10 +65,10 @@ class CompareSettings(ModelSettings, JudgeSettings):
     skip_long: bool = True  # skip and count questions longer than the model's context; false: stop with an error
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, replaced in self.replaces.items():
             for ignored in replaced:
                 if getattr(self, name) and getattr(self, ignored) != getattr(type(self), ignored):
                     raise UserError(
                         f"--{name} and --{ignored} cannot be combined: --{ignored} has no effect with --{name}."
                     )
+        super().__post_init__()

@@ -187,7 +187,8 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
     """
     reviews = read_reviews(settings.review_file)
     items = [Item(id, "", "unknown") for id in reviews]
-    if path := settings.data_file or existing(settings.data_dir / "question.jsonl"):
+    path = settings.data_file or settings.data_dir / "question.jsonl"
+    if settings.data_file or path.is_file():
         items = read_items(path)
     asked = items[: settings.limit]
     known = {item.id for item in items}
@@ -212,10 +213,6 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
         },
         "pairs": comparison_summary(comparisons, first, second),
     }
-
-
-def existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 def read_reviews(path: Path) -> dict[Any, dict[str, Any]]:

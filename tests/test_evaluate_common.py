@@ -21,16 +21,21 @@ from lit_llama.storage.manifest import MANIFEST
 from lit_llama.utils import UserError
 
 
+def settings_of(base_dir: Path) -> ModelSettings:
+    return ModelSettings(checkpoint_dir=base_dir, prompt_style="plain", accelerator="cpu")
+
+
 @pytest.fixture(scope="module")
 def evaluated(base_dir):
-    return common.load(ModelSettings(checkpoint_dir=base_dir, prompt_style="plain", accelerator="cpu"))
+    return common.load(settings_of(base_dir))
 
 
 QUESTIONS = [Question(f"q{i}", "the cat " * (1 + i % 3) + str(i), {"number": i}) for i in range(5)]
 
 
 def answers(evaluated, folder: Path, questions=QUESTIONS, max_new_tokens: int = 6, **kwargs) -> list[dict]:
-    results = Results(folder, {**evaluated.made_by, "max_new_tokens": max_new_tokens}, **kwargs)
+    made_by = common.identify(settings_of(evaluated.tokenizer.path.parent))
+    results = Results(folder, {**made_by, "max_new_tokens": max_new_tokens}, **kwargs)
     return answer_questions(evaluated, questions, Sampling(max_new_tokens), results, stop=(), batch_size=2)
 
 
@@ -124,10 +129,7 @@ def test_a_merged_model_is_another_base(base_dir, tmp_path):
     config = replace(base.config, proj_bias=True)
     biases = {f"transformer.h.{i}.attn.c_proj.bias": torch.full((config.n_embd,), 0.1) for i in range(config.n_layer)}
     save_base(tmp_path / "merged", config, {**base.state_dict(), **biases})
-    made_by = [
-        common.identify(ModelSettings(checkpoint_dir=folder, prompt_style="plain", accelerator="cpu"))
-        for folder in (base_dir, tmp_path / "merged")
-    ]
+    made_by = [common.identify(settings_of(folder)) for folder in (base_dir, tmp_path / "merged")]
     first, second = ({k: v for k, v in record.items() if k not in common.IDENTIFIED_OTHERWISE} for record in made_by)
     assert first != second
 
@@ -210,9 +212,9 @@ def test_wilson_intervals():
         assert wilson_interval([False] * n)[0] == 0 and wilson_interval([True] * n)[1] == 1
 
 
-def test_a_strength_needs_an_adapter(base_dir):
+def test_a_strength_needs_an_adapter():
     with pytest.raises(UserError, match="give --adapter"):
-        common.load(ModelSettings(checkpoint_dir=base_dir, strength=0.5))
+        ModelSettings(strength=0.5)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -229,11 +231,12 @@ def test_adapters_of_every_method_are_loaded(method, base_dir, tmp_path):
     save_adapter(tmp_path / "adapter.safetensors", state, meta)
     idx = torch.arange(3, 23).unsqueeze(0)
     settings = ModelSettings(checkpoint_dir=base_dir, accelerator="cpu")
-    base = common.load(settings)
-    on = common.load(replace(settings, adapter=tmp_path))
-    off = common.load(replace(settings, adapter=tmp_path, strength=0.0))
+    base, adapted = common.load(settings), replace(settings, adapter=tmp_path)
+    on = common.load(adapted)
+    off = common.load(replace(adapted, strength=0.0))
     assert (base.style.name, on.style.name) == ("alpaca", "orca")
-    assert on.made_by["method"] == method and on.made_by["adapter_sha256"] != base.made_by.get("adapter_sha256")
+    made_by = common.identify(adapted)
+    assert made_by["method"] == method and made_by["adapter_sha256"] != common.identify(settings).get("adapter_sha256")
     assert not torch.equal(on.model(idx), base.model(idx))
     assert torch.equal(off.model(idx), base.model(idx))
 

@@ -124,6 +124,7 @@ def test_keywords_on_labeled_answers(shared, run_script, tmp_path):
     assert (tp + fn, fp + tn, result["unparsed"]) == (315, 685, 0)
     assert result["accuracy"] == (tp + tn) / 1000 and result["F1"] == 2 * tp / (2 * tp + fp + fn)
     assert result["TPR"] == tp / 315 > 0.9 and result["TNR"] == tn / 685 == result["refusal_rate_safe"] > 0.6
+    assert result["refusal_rate_harmful"] == fn / 315
 
 
 @pytest.fixture
