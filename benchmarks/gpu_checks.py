@@ -1,6 +1,6 @@
 """Checks that a device computes what the CPU computes in fp32, on the bundled micro-world model and random tokens.
 
-Each check yields the rows of a table: what, the limit, the value. A value beyond its limit raises `Failed`.
+Each check yields the rows of a table: what, the limit, the value. A value beyond its limit raises `UserError`.
 """
 
 import importlib.util
@@ -45,18 +45,14 @@ CPU = torch.device("cpu")
 Row = tuple[str, str, str]
 
 
-class Failed(UserError):
-    """A value is beyond its limit."""
-
-
 def within(what: str, value: float, most: float) -> Row:
     """Return a row for a value that must not exceed a limit.
 
     Raises:
-        Failed: It does.
+        UserError: It does.
     """
     if not value <= most:
-        raise Failed(f"{what}: {number(value)}, and at most {number(most)} is allowed")
+        raise UserError(f"{what}: {number(value)}, and at most {number(most)} is allowed")
     return what, f"≤ {number(most)}", number(value)
 
 
@@ -240,7 +236,7 @@ def check_dpo(device: torch.device, out_dir: Path) -> Iterator[Row]:
         for width in (10**6,) if compiled else (0, 10**6):
             pairs.n_embd = width
             if ("segments" in pairs.batch(batches[0])) != (width > 0):
-                raise Failed(f"Pairs are {'not ' if width else ''}packed for a model of width {width}")
+                raise UserError(f"Pairs are {'not ' if width else ''}packed for a model of width {width}")
             check_policy_equals_reference(loss, pairs, run.fabric, run.model, batches)
         yield f"DPO's start, {name}{', --compile' * compiled}: distance of the loss from ln 2", "≤ 1e-5", "within"
 
@@ -257,7 +253,7 @@ def check_quantized(device: torch.device, out_dir: Path) -> Iterator[Row]:
         network.label_logps(rows["idx"], rows["labels"], rows["label_index"]).sum().backward()
         norms = [p.grad.norm().item() for p in network.parameters() if p.requires_grad]
         if not all(math.isfinite(norm) for norm in norms) or not any(norms):
-            raise Failed(f"--quantize {mode}: the adapter's gradients have the norms {norms}")
+            raise UserError(f"--quantize {mode}: the adapter's gradients have the norms {norms}")
         yield within(f"logits, {mode}: relative error", error(network(rows["idx"]), expected),
                      0.1 if mode == "int8" else 0.3)  # fmt: skip
 
@@ -275,7 +271,7 @@ def check_flash(device: torch.device, out_dir: Path) -> Iterator[Row]:
                 with sdpa_kernel(kernels):
                     network.label_logps(**rows).sum().backward()
             except RuntimeError as problem:
-                raise Failed(f"No fused attention, {kind}, {name}: {str(problem).splitlines()[0]}") from None
+                raise UserError(f"No fused attention, {kind}, {name}: {str(problem).splitlines()[0]}") from None
             yield f"attention through the {which} kernels alone, {kind}, {name}", "possible", "yes"
 
 
@@ -305,7 +301,7 @@ def check_packed(device: torch.device, out_dir: Path) -> Iterator[Row]:
                         logps = network.label_logps(*rows)
                         logps.sum().backward()
                 except RuntimeError as problem:
-                    raise Failed(f"No fused attention with a mask, {kind}: {str(problem).splitlines()[0]}") from None
+                    raise UserError(f"No fused attention with a mask, {kind}: {str(problem).splitlines()[0]}") from None
                 gradients = [p.grad.flatten() for p in network.parameters() if p.requires_grad]
                 results.append((logps, torch.cat(gradients)))
             for what, one, other, most in zip(("log-probabilities", "gradients"), *results, limits, strict=True):

@@ -158,7 +158,7 @@ class Run:
 
     def publish(self, title: str, parts: list[str]) -> None:
         heading = f"{title}, {self.settings.size}, {dtype_name(self.dtype)}"
-        publish(self.path(title.lower(), ".md"), heading, [*parts, *self.notes], self.device)
+        print(write_report(self.path(title.lower(), ".md"), heading, [*parts, *self.notes], self.device), end="")
 
 
 def start_run(settings: PeerSettings) -> Run:
@@ -240,11 +240,6 @@ def describe_run(device: torch.device) -> str:
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
-
-
-def publish(path: Path, title: str, parts: list[str], device: torch.device) -> None:
-    """Write a report and print it."""
-    print(write_report(path, title, parts, device), end="")
 
 
 def write_report(path: Path, title: str, parts: list[str], device: torch.device) -> str:

@@ -253,7 +253,7 @@ def main(settings: Settings) -> None:
     b.plot_bars(path.with_suffix(".png"), {f"tokens/s, {size}": values for size, values in rates.items()})
     curves = {f"adapters of one token at {width}'s width": {"measured": points} for width, (_, points) in banks.items()}
     b.plot_lines(path.with_name("many-aligners-memory.png"), curves, "GB of main memory")
-    b.publish(path, "Many Aligners at once", parts, device)
+    print(b.write_report(path, "Many Aligners at once", parts, device), end="")
 
 
 if __name__ == "__main__":

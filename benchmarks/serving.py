@@ -159,15 +159,13 @@ async def ask(http: Any, body: dict[str, Any], parts: int | None = None) -> Repl
 
 async def share(work: list[Callable[[], Coroutine]], clients: int) -> list[Any]:
     """Run all work with `clients` clients at a time, and return the results."""
-    queue, results = list(enumerate(work))[::-1], [None] * len(work)
+    free = asyncio.Semaphore(clients)
 
-    async def client() -> None:
-        while queue:
-            i, task = queue.pop()
-            results[i] = await task()
+    async def run(task: Callable[[], Coroutine]) -> Any:
+        async with free:
+            return await task()
 
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return results
+    return await asyncio.gather(*map(run, work))
 
 
 # == speed ==
@@ -182,7 +180,6 @@ def make_adapters(settings: Settings) -> tuple[Path, list[str]]:
         state = {key: t * float(strength) if "gating" in key else t for key, t in pirate.state.items()}
         bank.add(name, AdapterFile(state, pirate.meta, Path(name)))
     path = settings.out_dir / "serving-bank.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     bank.save(path)
     return path, names
 
@@ -292,7 +289,6 @@ def measure_stress(settings: Settings) -> tuple[list[str], list[str]]:
     questions = [q.text for q in World(0).questions(UNSEEN) if q.text.startswith("What")][:8]
     right = known_answers(settings, bank, models, questions)
     path = settings.out_dir / "serving-bank.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     bank.save(path)
     outcomes, wrong, rng = Counter(), [], random.Random(0)
 
@@ -393,7 +389,7 @@ def main(settings: Settings) -> None:
     device, dtype = pick_device(settings.accelerator, settings.precision)
     parts, problems = (measure_speed if settings.mode == "speed" else measure_stress)(settings)
     title = f"The server: {settings.mode}, {dtype_name(dtype)}"
-    b.publish(settings.out_dir / f"serving-{settings.mode}.md", title, parts, device)
+    print(b.write_report(settings.out_dir / f"serving-{settings.mode}.md", title, parts, device), end="")
     if problems:
         raise UserError(f"The server failed: {'; '.join(problems)}.")
 

@@ -115,7 +115,8 @@ def main(settings: Settings) -> None:
     title = f"A training step of {settings.rows} × {settings.length} tokens, {settings.size}, N = 1, fp32"
     table = markdown_table(["threads that wait are", *(f"ms per step, {name}" for name in names.values())], rows)
     parts = [f"## {title}\n\n{table}", ratio_table(ratios)]
-    b.publish(settings.out_dir / f"waiting-{settings.size}.md", "How threads wait", parts, CPU)
+    path = settings.out_dir / f"waiting-{settings.size}.md"
+    print(b.write_report(path, "How threads wait", parts, CPU), end="")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from benchmarks import gpu, gpu_checks
 from benchmarks.worker import Ours
 from lit_llama.model import LLaMA
 from lit_llama.packing import segment_mask
+from lit_llama.utils import UserError
 
 SMALL = ("--accelerator", "cpu", "--size", "microworld", "--rounds", "1", "--rows", "2", "--length", "32",
          "--prompt_length", "8", "--new_tokens", "4", "--batch_sizes", "1", "2")  # fmt: skip
@@ -73,7 +74,7 @@ def test_a_model_with_different_results_fails(tmp_path, monkeypatch):
         return network
 
     monkeypatch.setattr(gpu_checks, "model", changed_model)
-    with pytest.raises(gpu_checks.Failed, match="logits, N = 1, fp32"):
+    with pytest.raises(UserError, match="logits, N = 1, fp32"):
         list(gpu_checks.check_logits_and_gradients(torch.device("cpu"), tmp_path))
 
 
@@ -82,7 +83,7 @@ def test_a_model_without_a_flash_kernel_fails(tmp_path, monkeypatch):
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(gpu_checks.LLaMA, "label_logps", fail)
-    with pytest.raises(gpu_checks.Failed, match="No fused attention, all heads, bf16: No available kernel"):
+    with pytest.raises(UserError, match="No fused attention, all heads, bf16: No available kernel"):
         list(gpu_checks.check_flash(torch.device("cpu"), tmp_path))
 
 
@@ -92,7 +93,7 @@ def test_packed_rows_with_different_results_fail(tmp_path, monkeypatch):
         return torch.zeros_like(mask), positions
 
     monkeypatch.setattr("lit_llama.model.segment_mask", without_mask)
-    with pytest.raises(gpu_checks.Failed, match="packed rows, all heads, log-probabilities, fp32"):
+    with pytest.raises(UserError, match="packed rows, all heads, log-probabilities, fp32"):
         list(gpu_checks.check_packed(torch.device("cpu"), tmp_path))
 
 
