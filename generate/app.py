@@ -152,7 +152,8 @@ class Server:
                 tokens = event.tokens if body.n_top is not None else None
                 choices[index] = format.choice(index, event.text, tokens, event.finish)
             ordered = [choices[i] for i in range(len(jobs))]
-            return JSONResponse({**openai.head(format, body.model, False), "choices": ordered, "usage": used(jobs)})
+            head = openai.head(format, body.model, False)
+            return JSONResponse({**head, "choices": ordered, "usage": openai.usage(jobs)})
 
         answer, gone = asyncio.ensure_future(gather()), asyncio.ensure_future(disconnected(request))
         try:
@@ -178,7 +179,7 @@ class Server:
             if event.finish:
                 yield sse({**head, "choices": [format.part(index, "", None, event.finish, index in new)]})
         if body.wants_usage:
-            yield sse({**head, "choices": [], "usage": used(jobs)})
+            yield sse({**head, "choices": [], "usage": openai.usage(jobs)})
         yield "data: [DONE]\n\n"
 
     def parse(self, model: str) -> Sum:
@@ -340,10 +341,6 @@ async def disconnected(request: Request) -> None:
 
 def sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def used(jobs: list[Job]) -> dict[str, int]:
-    return openai.usage(sum(len(job.prompt) for job in jobs), sum(job.n_new for job in jobs))
 
 
 def metrics_text(engine: Engine) -> str:

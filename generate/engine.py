@@ -39,9 +39,11 @@ class Engine:
         max_batch: rows of the batch, for which the KV cache is allocated.
         max_waiting: requests that may wait.
         max_length: tokens of a prompt with its answer (default: the model's context).
-        prefill_tokens: prompts of up to this many tokens in total, with their padding, join in one step, between two
-            tokens of running ones. A longer prompt joins alone.
     """
+
+    # prompts of up to this many tokens in total, with their padding, join in one step, between two tokens of running
+    # ones; a longer prompt joins alone
+    prefill_tokens = 2048
 
     def __init__(
         self,
@@ -51,12 +53,9 @@ class Engine:
         max_batch: int = 64,
         max_waiting: int = 256,
         max_length: int | None = None,
-        prefill_tokens: int = 2048,
     ) -> None:
-        if min(max_batch, max_waiting, prefill_tokens) < 1:
-            raise UserError("The numbers of rows, of waiting requests and of tokens in a prefill must be 1 or more.")
         self.model, self.tokenizer, self.bank = model.eval(), tokenizer, model.bank
-        self.max_batch, self.max_waiting, self.prefill_tokens = max_batch, max_waiting, prefill_tokens
+        self.max_batch, self.max_waiting = max_batch, max_waiting
         self.max_length = min(max_length or model.max_tokens, model.max_tokens)
         weight = model.transformer.wte.weight
         self.device = weight.device

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from generate.jobs import Token
+from generate.jobs import Job, Token
 from lit_llama.generation import Sampling
 from lit_llama.prompts import PromptStyle
 from lit_llama.utils import check_text
@@ -212,7 +212,8 @@ def head(format: Format, model: str, is_part: bool) -> dict[str, Any]:
     return {"id": f"{format.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(n_prompt: int, n_new: int) -> dict[str, int]:
+def usage(jobs: Sequence[Job]) -> dict[str, int]:
+    n_prompt, n_new = sum(len(job.prompt) for job in jobs), sum(job.n_new for job in jobs)
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 
