@@ -13,14 +13,13 @@ import time
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
-from contextlib import ExitStack
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from generate.jobs import Event, Job, JobError, Row
-from lit_llama.compose import LLaMA, Sum, Term, parse_sum
+from lit_llama.compose import LLaMA, Sum, Term, as_sum, parse_sum
 from lit_llama.generation import Sampling, decode_one_token, prefill, sample
 from lit_llama.kv_cache import KVCache, cache_dtype
 from lit_llama.tokenizer import Tokenizer
@@ -237,12 +236,13 @@ class Engine:
         """
         jobs, n_before = [], len(self.rows)
         try:
-            with ExitStack() as stack:
-                with self.changed:
-                    jobs = self._next_jobs()
-                    if not jobs:
-                        return False
-                    stack.enter_context(self.model.using([job.adapters for job in jobs]))
+            with self.changed:
+                jobs = self._next_jobs()
+                if not jobs:
+                    return False
+                sums = [as_sum(job.adapters) for job in jobs]
+                gathered = self.bank.gather([name for terms in sums for name, _ in terms])
+            with self.model.using(sums, gathered):  # projects the prefixes, without the lock
                 self._prefill(jobs)
         except Exception:  # for example, a GPU without memory for these prompts
             del self.rows[n_before:]
@@ -289,6 +289,8 @@ class Engine:
 
     def _set_terms(self) -> None:
         """Set the model's terms to those of all rows, concatenated by prefix length."""
+        for block in self.model.transformer.h:
+            block.attn.terms = ()  # free the former terms before the new ones are allocated
         members: defaultdict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
         for i, row in enumerate(self.rows):
             for keys, values in row.terms:

@@ -50,6 +50,15 @@ class Slot(NamedTuple):
     style: str | None  # None only in `Bank.free`
 
 
+class Gathered(NamedTuple):
+    """Copies of adapters of one prefix length N, which later changes to their bank do not affect."""
+
+    names: list[str]
+    slots: list[Slot]
+    prefixes: Tensor  # (n, N, C) fp32
+    gates: Tensor  # (n, layers, nh) fp32
+
+
 class Bank(dict[str, Slot]):
     """A dictionary of the Aligners of one base, of any prefix lengths; change it with `add`, `swap` and `remove`.
 
@@ -124,7 +133,7 @@ class Bank(dict[str, Slot]):
 
     def adapter(self, name: str) -> AdapterFile:
         """Return an adapter as `read_adapter` does, with gates from the bank's `start_layer` up."""
-        ((_, (prefix,), (gates,)),) = self.gather([name])
+        ((_, _, (prefix,), (gates,)),) = self.gather([name])
         state = {"global_value_embedding.weight": prefix}
         for layer, layer_gates in enumerate(gates, self.start_layer):
             state[f"transformer.h.{layer}.attn.gating_factor"] = layer_gates.view(1, -1, 1, 1)
@@ -142,20 +151,17 @@ class Bank(dict[str, Slot]):
         if not slot.block[slot.row].isfinite().all():
             raise UserError(f"The adapter {name!r} of the bank holds numbers that are not finite (NaN or infinity).")
 
-    def gather(self, names: Sequence[str]) -> list[tuple[list[int], Tensor, Tensor]]:
-        """Return prefixes and gates in fp32, grouped by prefix length N in ascending order.
-
-        Returns:
-            For each length, the indices of its adapters in `names`, prefixes (n, N, C) and gates (n, layers, nh).
-        """
-        slots, members = [self[name] for name in names], defaultdict(list)
-        for i, slot in enumerate(slots):
-            members[slot.block.size(1)].append(i)
+    def gather(self, names: Sequence[str]) -> list[Gathered]:
+        """Return copies of the adapters of these names, each once, by prefix length N in ascending order."""
+        members: defaultdict[int, list[str]] = defaultdict(list)
+        for name in dict.fromkeys(names):
+            members[self[name].block.size(1)].append(name)
         gathered, (C, nh) = [], (self.config.n_embd, self.config.n_head)
-        for width, indices in sorted(members.items()):
-            packed = torch.stack([slots[i].block[slots[i].row] for i in indices]).float()
+        for width, alike in sorted(members.items()):
+            slots = [self[name] for name in alike]
+            packed = torch.stack([slot.block[slot.row] for slot in slots]).float()
             prefixes, gates = packed.split([width - self.n_gates, self.n_gates], dim=1)
-            gathered.append((indices, prefixes.unflatten(1, (-1, C)), gates.unflatten(1, (-1, nh))))
+            gathered.append(Gathered(alike, slots, prefixes.unflatten(1, (-1, C)), gates.unflatten(1, (-1, nh))))
         return gathered
 
     def _pack(self, adapter: AdapterFile) -> Tensor:

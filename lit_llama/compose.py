@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lit_llama.model as llama
 from lit_llama.aligner import gated_kv, prefix_attention
-from lit_llama.bank import BASE, Bank, Slot, make_bank
+from lit_llama.bank import BASE, Bank, Gathered, Slot, make_bank
 from lit_llama.checkpoint import AdapterFile, check_base, load_model
 from lit_llama.merge import merge_aligners_
 from lit_llama.modules import swapped_parameters
@@ -30,8 +30,7 @@ from lit_llama.utils import UserError
 
 SCALED = re.compile(r"(.*):(-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]-?\d{1,2})?)")  # a name and its strength
 MAX_TERMS = 16  # of a sum that a text describes; each takes memory in every layer of a row
-# of the projected prefixes that a model keeps; a prefix of 10 tokens takes 4.9 MB at 7B in bf16
-PROJECTED_BYTES = 2**28
+PROJECTED_BYTES = 2**28  # of the projected prefixes that a model keeps; one of 10 tokens takes 4.9 MB at 7B in bf16
 Sum = tuple[tuple[str, float], ...]  # names in a bank, and their strengths
 Row = Sum | str | None  # a name stands for ((name, 1.0),), None for ()
 
@@ -153,22 +152,26 @@ class LLaMA(llama.LLaMA):
     def make_attention(config: llama.LLaMAConfig, layer: int) -> CausalSelfAttention:
         return CausalSelfAttention(config)
 
-    def use(self, rows: Sequence[Row]) -> None:
+    def use(self, rows: Sequence[Row], gathered: Sequence[Gathered] | None = None) -> None:
         """Assign a weighted sum to each row of the following batches; a single one is for batches of any size.
 
         This is for inference: no gradients reach the adapters. Later changes to the bank have no effect on these rows.
+
+        Args:
+            gathered: the adapters of the rows, from `Bank.gather`; if None, no thread may change the bank meanwhile.
 
         Raises:
             UserError: A name is not in the bank; the rows are then unchanged.
         """
         sums = [as_sum(row) for row in rows]
-        self._assign(sums, self._terms(sums if len(set(sums)) > 1 else sums[:1]))
+        gathered = self.bank.gather([name for terms in sums for name, _ in terms]) if gathered is None else gathered
+        self._assign(sums, self._terms(sums if len(set(sums)) > 1 else sums[:1], gathered))
 
     @contextmanager
-    def using(self, rows: Sequence[Row]) -> Iterator[None]:
+    def using(self, rows: Sequence[Row], gathered: Sequence[Gathered] | None = None) -> Iterator[None]:
         """Call `use` temporarily."""
         with self._restored():
-            self.use(rows)
+            self.use(rows, gathered)
             yield
 
     @contextmanager
@@ -212,14 +215,13 @@ class LLaMA(llama.LLaMA):
             block.attn.terms = layer_terms
 
     @torch.no_grad()
-    def _terms(self, sums: Sequence[Sum]) -> list[list[Term]]:
-        """Return each layer's terms for a batch with these sums."""
+    def _terms(self, sums: Sequence[Sum], gathered: Sequence[Gathered]) -> list[list[Term]]:
+        """Return each layer's terms for a batch with these sums of adapters."""
         device = self.transformer.wte.weight.device
-        names = list(dict.fromkeys(name for terms in sums for name, _ in terms))
         layers: list[list[Term]] = [[] for _ in self.transformer.h]
-        for indices, prefixes, gates in self.bank.gather(names):
-            place = {names[i]: n for n, i in enumerate(indices)}
-            keys, values = self._project(list(place), prefixes)
+        for names, slots, prefixes, gates in gathered:
+            place = {name: n for n, name in enumerate(names)}
+            keys, values = self._project(names, slots, prefixes)
             used = [(place[name], strength, row) for row, terms in enumerate(sums) for name, strength in terms
                     if name in place]  # fmt: skip
             in_order = [row for _, _, row in used] == list(range(len(sums)))
@@ -235,9 +237,8 @@ class LLaMA(llama.LLaMA):
                     added.append(Term(k, v, rows))
         return layers
 
-    def _project(self, names: list[str], prefixes: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, names: list[str], slots: list[Slot], prefixes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of m prefixes (m, N, C) in each layer, (layers, m, ng, N, hs) both."""
-        slots = [self.bank[name] for name in names]
         batch = {name: self.projected.use(name, slot) for name, slot in zip(names, slots, strict=True)}
         new = [i for i, name in enumerate(names) if batch[name] is None]
         if new:
@@ -283,7 +284,7 @@ def load_with_bank(
             "Several Aligners or a bank need the complete base; with --devices, use --adapter with a single one."
         )
     terms = as_sum(row)
-    merge = merge and all(prefixes.size(1) == 1 for _, prefixes, _ in bank.gather([name for name, _ in terms]))
+    merge = merge and all(group.prefixes.size(1) == 1 for group in bank.gather([name for name, _ in terms]))
     model = load_model(checkpoint_dir, method=None if merge else LLaMA, **options)
     if model.config != bank.config:
         raise UserError(f"The bank is for a base of another shape than {checkpoint_dir}.")

@@ -12,9 +12,10 @@ from generate.engine import Engine
 from generate.jobs import Event, Job, JobError
 from lit_llama.bank import make_bank
 from lit_llama.checkpoint import AdapterFile, save_base
-from lit_llama.compose import load_with_bank
+from lit_llama.compose import LastUsed, load_with_bank
 from lit_llama.generation import Sampling, cut_at_stop, generate
 from lit_llama.live_text import LiveText, stop_test
+from lit_llama.memory import _AliveBytes
 from lit_llama.utils import UserError
 
 ROWS = ["base", "a", "b", "c", "a:0.5+b", "c+b:-1.5", "a+base", "b:2", "c:0"]
@@ -154,6 +155,52 @@ def test_requests_join_at_the_next_token_and_leave_when_done(engine):
     assert [row.job for row in engine.rows] == [first.job, third.job] and third.ended.is_set()
     run(engine, [])
     assert engine.rows == [] and first.ended.is_set()
+
+
+def test_the_bank_may_change_while_prefixes_are_projected(engine, monkeypatch):
+    prompt, sampling, attn = list(range(40, 60)), Sampling(20), engine.model.transformer.h[-1].attn
+    clients = [Client(engine, prompt, name, sampling) for name in ("a", "b", "a+c:0.5")]
+    before = [expected(engine, client) for client in clients]
+    engine.model.projected = LastUsed()
+    project = attn.keys_values
+
+    def change() -> None:
+        with engine.changed:
+            engine.bank.swap("a", adapter(1, 1, seed=9))
+            engine.bank.remove("b")
+            engine.bank.add("d", adapter(3, 2, seed=8))  # takes the place of b
+
+    def change_and_project(x):
+        if "b" in engine.bank:
+            thread = threading.Thread(target=change, daemon=True)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+        return project(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attn, "keys_values", change_and_project)
+        run(engine, clients)
+    assert [client.text for client in clients] == before and list(engine.bank) == ["a", "c", "d"]
+    later = [Client(engine, prompt, name, sampling) for name in ("a", "d")]
+    run(engine, later)
+    engine.model.use([None])
+    assert [client.text for client in later] == [expected(engine, client) for client in later] != before[:2]
+
+
+def test_when_a_row_leaves_the_former_batch_of_prefixes_is_freed_first(engine):
+    for i in range(3):
+        engine.bank.add(f"long {i}", adapter(400, 1, seed=i))
+    clients = [Client(engine, [5, 6, 7], f"long {i}", Sampling(9)) for i in range(3)]
+    with _AliveBytes(engine.model) as counter:
+        engine.submit([client.job for client in clients])
+        engine.step()
+        ((keys, values),) = engine.rows[2].terms
+        clients[0].job.cancelled = True
+        before = counter.peak = counter.alive
+        engine.step()
+    assert len(engine.rows) == 2
+    assert counter.peak - before < (keys.nbytes + values.nbytes) / 2
 
 
 def test_running_requests_keep_their_adapter_and_later_ones_get_the_new_one(engine):
