@@ -227,8 +227,9 @@ class Server:
         adapter = await asyncio.to_thread(open_upload, name, await request.body(), self.engine.tokenizer)
         bank = self.engine.bank
         with self.engine.changed:
-            if len(bank) >= self.settings.max_adapters and name not in bank:
-                raise Refusal(409, f"There are {self.settings.max_adapters} adapters; remove one first.")
+            limit = self.settings.max_adapters
+            if len(bank) >= limit and name not in bank:
+                raise Refusal(409, f"The bank has {len(bank)} adapters, and --max_adapters is {limit}; remove some.")
             if name in bank and not replace:
                 raise Refusal(409, f"There is an adapter {name!r}; replace it with replace=true.")
             (bank.swap if name in bank else bank.add)(name, adapter)

@@ -36,7 +36,7 @@ from lit_llama.utils import UserError
 from lit_llama.variant import check_shapes, without_aliases
 
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
-COMPARED = 1000  # names that are compared with an unknown one
+COMPARED = 1000  # an unknown name is compared with this many, the first ones
 META_KEY = "lit_llama_bank"  # header entry of a bank's file
 START_LAYER = 2  # lowest start layer of a bank, unless its first adapters start lower; the default of training
 BASE = "base"  # the reserved name of the base model without an adapter
@@ -95,11 +95,8 @@ class Bank(dict[str, Slot]):
         self.free: defaultdict[int, list[Slot]] = defaultdict(list)
 
     def __missing__(self, name: str) -> Slot:
-        # comparing with a million names would block a server, so then only names with the same beginning are compared
-        some, alike = [*islice(self, COMPARED)], self
-        if len(self) > COMPARED:
-            alike = islice((other for other in self if other.startswith(name[:-2] or name)), COMPARED)
-        near = get_close_matches(name, alike, 3)
+        some = [*islice(self, COMPARED)]  # comparing with a million names would block a server
+        near = get_close_matches(name, some, 3)
         hint = f"; {'similar' if near else 'some'} names are {', '.join(map(repr, near or some[:3]))}" if some else ""
         raise UserError(f"There is no adapter named {name!r} among the {len(self)} of the bank{hint}.")
 
@@ -113,7 +110,7 @@ class Bank(dict[str, Slot]):
 
         Raises:
             UserError: The name is taken, or the adapter is not an Aligner, belongs to another base, or starts below
-                `start_layer`.
+                `start_layer` or above the last layer.
         """
         if name in self or name in ("", BASE):
             raise UserError(f"The name {name!r} is taken; choose another one, or swap the adapter.")
@@ -177,6 +174,8 @@ class Bank(dict[str, Slot]):
                 f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}; name it "
                 "in --bank or --adapter when the program starts."
             )
+        if start >= config.n_layer:
+            raise UserError(f"{adapter.path} starts at layer {start}; the base's last layer is {config.n_layer - 1}.")
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
             shapes[f"transformer.h.{layer}.attn.gating_factor"] = (1, config.n_head, 1, 1)

@@ -384,6 +384,24 @@ def test_unknown_names_are_refused_with_similar_ones(folders):
             call("jso", make_adapters("mha")["a"])
 
 
+def test_an_unknown_name_is_compared_with_only_some_names_of_a_large_bank(monkeypatch):
+    class Counted(Bank):
+        def __iter__(self):
+            for name in super().__iter__():
+                seen.append(name)
+                yield name
+
+    monkeypatch.setattr("lit_llama.bank.COMPARED", 20)
+    bank, seen = Counted(base().config, start_layer=1), []
+    for i in range(50):
+        bank.add(f"user-{i}", make_adapter(1, 1, 0))
+    for name, hint in (("user", "similar names are 'user-"), ("xyz", "some names are 'user-0', 'user-1', 'user-2'")):
+        seen.clear()
+        with pytest.raises(UserError, match=f"among the 50 of the bank; {hint}"):
+            bank.check(name)
+        assert len(seen) <= 20
+
+
 def test_taken_and_reserved_names_are_refused(folders):
     bank = make_bank(folders["mha"], {"pirate": make_adapters("mha")["a"]})
     for name in ("pirate", "base", ""):
@@ -409,6 +427,9 @@ def test_incompatible_adapters_are_refused_and_change_nothing(folders):
             {}, {"method": "lora", "config": {}}, good.path
         ),
         "starts at layer 0, below the bank's start layer 1": make_adapter(1, 0, 1),
+        "starts at layer 3; the base's last layer is 2": AdapterFile(
+            {PREFIX: good.state[PREFIX]}, {**good.meta, "config": {**good.config, "adapter_start_layer": 3}}, good.path
+        ),
         r"does not fit the bank's base: transformer\.h\.2\.attn\.gating_factor is missing": AdapterFile(
             short, good.meta, good.path
         ),

@@ -33,6 +33,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, allow_open_files
 
 BASE = ROOT / "checkpoints" / "microworld"
+PREFIX = "global_value_embedding.weight"
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +305,8 @@ def test_invalid_uploads_are_refused(server, tmp_path):
         [],
     ]
     path = tmp_path / "adapter.safetensors"
+    save_adapter(path, {PREFIX: good.state[PREFIX]}, {**good.meta, "config": {**good.config, "adapter_start_layer": 8}})
+    assert "starts at layer 8; the base's last layer is 7" in upload(path.read_bytes())
     for meta in hostile:
         save_adapter(path, good.state, meta, overwrite=True)
         upload(path.read_bytes())
@@ -314,7 +317,8 @@ def test_invalid_uploads_are_refused(server, tmp_path):
         upload(content, name)
     for i in range(4):
         assert server.admin.post(f"/adapters?name=more-{i}", content=content).status_code == 201
-    assert "6 adapters" in upload(content, "one-too-many", 409)
+    full = "The bank has 6 adapters, and --max_adapters is 6; remove some."
+    assert upload(content, "one-too-many", 409) == full
     for i in range(4):
         assert server.admin.delete(f"/adapters/more-{i}").status_code == 200
     assert server.metric("adapters") == 2
