@@ -342,7 +342,7 @@ class Engine:
         job.on_event(event)
 
 
-def logged_error() -> RuntimeError:
+def logged_error() -> JobError:
     """Log the exception that is being handled, and return the error that clients receive."""
     log(traceback.format_exc())
-    return RuntimeError("The server failed to compute the answer; its log says why.")
+    return JobError("server_error", "The server failed to compute the answer; its log says why.")

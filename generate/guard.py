@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from generate.serve import Settings
 
 PUBLIC = ("/", "/health")  # paths that need no key: they reveal nothing about the adapters
-STATUS = {"context_length_exceeded": 400, "queue_full": 429, "shutting_down": 503, "timeout": 504}  # of a `JobError`
+STATUS = {  # of a `JobError`
+    "context_length_exceeded": 400, "queue_full": 429, "server_error": 500, "shutting_down": 503, "timeout": 504
+}  # fmt: skip
 ENOUGH = 8  # a body is read up to this multiple of the limit
 
 

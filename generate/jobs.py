@@ -20,7 +20,7 @@ class JobError(UserError):
     """A request that cannot be answered, or not completely.
 
     Args:
-        code: why, for programs: "queue_full", "shutting_down", "timeout" or "context_length_exceeded".
+        code: why, for programs: "queue_full", "shutting_down", "timeout", "context_length_exceeded" or "server_error".
     """
 
     def __init__(self, code: str, message: str) -> None:

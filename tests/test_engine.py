@@ -297,7 +297,7 @@ def test_the_engine_thread_survives_an_error_and_stops(engine, monkeypatch, caps
         patch.setattr(engine, "_set_terms", lambda: 1 / 0)
         broken = Client(engine, [5, 6], "a", Sampling(50))
         engine.submit([broken.job])
-        assert broken.ended.wait(60) and "log" in str(broken.last.error)
+        assert broken.ended.wait(60) and "log" in str(broken.last.error) and broken.last.error.code == "server_error"
         assert "ZeroDivisionError" in capsys.readouterr().err
     after = Client(engine, [5, 6], "a", Sampling(5))
     engine.submit([after.job])

@@ -77,6 +77,17 @@ def test_conversations_are_rendered_by_the_template(served):
         assert reply.choices[0].message.content == expected
 
 
+def test_a_request_that_fails_to_join_gets_status_500_and_one_traceback(served, monkeypatch, capfd):
+    client = served[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_prefill", lambda *args: 1 / 0)
+        with pytest.raises(openai.InternalServerError) as error:  # the test client raises what the server would log
+            client.chat.completions.create(model="base", messages=[message("user", "Hello")])
+    assert error.value.status_code == 500 and error.value.code == "server_error"
+    assert "its log says why" in error.value.body["message"]
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
 def test_a_chat_is_not_answered_by_an_adapter_of_another_style(served, monkeypatch):
     client, submit, engines = served[0], Engine.submit, []
 
