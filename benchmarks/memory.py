@@ -18,10 +18,11 @@ from unittest.mock import patch
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     cases: tuple[str, ...] = ()  # measure only cases whose label contains one of these (default: all)
 
 

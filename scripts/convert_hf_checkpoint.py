@@ -12,10 +12,11 @@ from typing import Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/hf/Llama-2-7B")  # folder to read, in Hugging Face's layout
     output_dir: Path | None = None  # folder to write (default: checkpoints/NAME of the input; reversed, out/hf/NAME)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     repo_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # OWNER/NAME of the model
     revision: str = "main"  # branch, tag or commit
     output_dir: Path | None = None  # folder to write (default: checkpoints/hf/NAME)

@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     output_dir: Path = Path("aligner_weights/published")  # folder to write, with the authors' subfolders
     overwrite: bool = False  # replace existing files of the same names whose content differs
     source: str = "https://raw.githubusercontent.com/mytemporalaccount/Aligner/HEAD/aligner_weights"  # sha256-checked

@@ -15,10 +15,11 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
     plot: Path | None = None  # also plot the gates by layer to this file (.png, .svg or .pdf)
     to_safetensors: Path | None = None  # also write the only adapter to this file, in fp32 and this project's format

@@ -16,10 +16,11 @@ from typing import Literal
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
     adapter: Path = Path("aligner_weights/microworld-pirate-n1")  # an Aligner of one prefix token, a LoRA or a BitFit
     output_dir: Path | None = None  # the folder to write (default: out/merged/NAME of the adapter)

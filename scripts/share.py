@@ -15,10 +15,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
 from lit_llama import cli
+from lit_llama.settings import Checked
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a run's folder for its best adapter
     repo_id: str = "OWNER/NAME"  # repository to write; created if it does not exist
     base_model: str | None = None  # the base's name on the hub, such as meta-llama/Llama-2-7b-hf, for the card
@@ -124,12 +125,16 @@ def check_repository(api: HfApi, settings: Settings) -> None:
     """Check that a repository is new, or has an adapter that may be replaced.
 
     Raises:
-        UserError: It contains something else, or an adapter and `overwrite` is not set.
+        UserError: It contains something else, or an adapter and `overwrite` is not set, or it is public and `private`
+            is set.
     """
     try:
-        names = {file.rfilename for file in api.model_info(settings.repo_id).siblings}
+        info = api.model_info(settings.repo_id)
     except errors.RepositoryNotFoundError:
         return
+    if settings.private and not info.private:
+        raise UserError(f"{settings.repo_id} is public; make it private on the hub, or leave out --private.")
+    names = {file.rfilename for file in info.siblings}
     if ADAPTER_NAME in names and not settings.overwrite:
         raise UserError(f"{settings.repo_id} already has an adapter; replace it with --overwrite.")
     if ADAPTER_NAME not in names and names - {".gitattributes"}:

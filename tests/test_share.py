@@ -108,9 +108,13 @@ def test_overwrite_replaces_an_adapter_but_never_a_model(hub, run_script, refuse
     assert "me/pirate contains something other than an adapter" in refused(*share(tmp_path))
     hub.repositories["me/pirate"] = [{"README.md": b"card", "adapter.safetensors": b"old"}]
     assert "already has an adapter; replace it with --overwrite" in refused(*share(tmp_path))
-    assert run_script(*share(tmp_path, "--overwrite", "--private"))[0] == 0
+    public = "me/pirate is public; make it private on the hub, or leave out --private."
+    assert refused(*share(tmp_path, "--overwrite", "--private")) == public
+    assert len(hub.repositories["me/pirate"]) == 1
+    assert run_script(*share(tmp_path, "--overwrite"))[0] == 0
     assert hub.repositories["me/pirate"][-1]["adapter.safetensors"] != b"old"
     assert run_script(*share(tmp_path, "--private"), "--repo_id", "me/other")[0] == 0 and hub.private == {"me/other"}
+    assert run_script(*share(tmp_path, "--overwrite", "--private"), "--repo_id", "me/other")[0] == 0
 
 
 def test_an_interrupted_upload_is_explained(hub, refused, tmp_path, monkeypatch):
