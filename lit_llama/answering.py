@@ -55,8 +55,9 @@ def read_requests(path: Path) -> list[Request]:
     """
     path = Path(path)
     if path.suffix.lower() in (".json", ".jsonl", ".gz", ".parquet"):
+        rows = read_rows(path)
         with naming(path):
-            requests = [_request_of(row, number) for number, row in enumerate(read_rows(path), 1)]
+            requests = [_request_of(row, number) for number, row in enumerate(rows, 1)]
     else:
         lines = read_text(path).split("\n")  # not splitlines, which also splits at U+2028
         requests = [Request(line.strip()) for line in lines if line.strip()]

@@ -34,7 +34,8 @@ class LiveText:
         """Add a token and return the text that it adds, which is empty while a character is incomplete."""
         self.window.append(token)
         now = self.tokenizer.decode(self.window)
-        if now.endswith("\ufffd"):  # a part of a character
+        # after a window without text, SentencePiece would drop the space of the next word
+        if now == self.before or now.endswith("\ufffd"):  # no text, or a part of a character
             return ""
         return self._append(now)
 

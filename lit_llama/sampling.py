@@ -55,7 +55,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, generators: list[torch.Gene
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        excluded = ordered.cumsum(-1) - ordered >= sampling.top_p  # more likely tokens already reach top_p
+        top_p = max(sampling.top_p, torch.finfo(probs.dtype).tiny)  # a lower one can be 0 in fp32, and exclude all
+        excluded = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already reach top_p
         probs = probs.masked_fill(torch.zeros_like(excluded).scatter(1, order, excluded), 0)
     # argmax(p / Exp(1)) is a sample from p that uses only the row's own random numbers
     noise = torch.stack([torch.empty_like(probs[0]).exponential_(generator=g) for g in generators])

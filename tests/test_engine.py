@@ -342,7 +342,8 @@ def test_live_text_is_the_decoded_text(tokenizer, seed):
     prompt = [tokenizer.bos_id, *tokenizer.encode("what did the cat")]
     words = [tokenizer.encode(word) for word in (" é", " the cat", "日本", " 🙂", "\n", "  a")]
     for _ in range(50):
-        ids = [i for _ in range(rng.randint(0, 8)) for i in rng.choice([*words, [rng.randrange(3, 300)]])]
+        # also tokens without text: those for the beginning and the end, and one beyond the vocabulary
+        ids = [i for _ in range(rng.randint(0, 8)) for i in rng.choice([*words, [rng.randrange(301)], [1], [2]])]
         text, pieces = LiveText(tokenizer, prompt), []
         for token in ids:
             text.push(token)

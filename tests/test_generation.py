@@ -243,6 +243,7 @@ def sample_frequencies(sampling: Sampling, draws: int = 20_000) -> list[float]:
         (dict(temperature=1.0, top_k=3), [15 / 95, 50 / 95, 0, 30 / 95]),
         (dict(temperature=1.0, top_k=9), [0.15, 0.5, 0.05, 0.3]),
         (dict(temperature=1.0, top_p=0.3), [0, 1, 0, 0]),
+        (dict(temperature=1.0, top_p=1e-300), [0, 1, 0, 0]),  # 0 in fp32
         (dict(temperature=1.0, top_p=0.6), [0, 5 / 8, 0, 3 / 8]),
         (dict(temperature=1.0, top_p=0.9), [15 / 95, 50 / 95, 0, 30 / 95]),
         # top_p applies after top_k, to 5/8 and 3/8

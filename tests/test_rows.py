@@ -134,6 +134,13 @@ def test_ids_that_cannot_be_written_are_refused(tmp_path, question_id, reason):
         read_requests(tmp_path / "a.jsonl")
 
 
+def test_the_path_of_a_prompt_file_is_named_once(tmp_path):
+    path = tmp_path / "absent.json"
+    with pytest.raises(UserError) as error:
+        read_requests(path)
+    assert str(error.value).startswith(f"There is no data file at {path}")
+
+
 def test_prompt_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
     for name, reason in (("bytes.txt", "cannot be read as text"), ("absent.txt", "There is no file"), ("", "a folder")):
