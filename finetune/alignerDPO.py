@@ -74,7 +74,7 @@ if __name__ == "__main__":
 
 import torch
 
-from lit_llama.data import PreferenceData
+from lit_llama.data import PreferenceData, check_rows
 from lit_llama.dpo import DPOLoss, Reference
 from lit_llama.epochs import plan_fixed_epoch, plan_validation
 from lit_llama.model import LLaMA
@@ -173,6 +173,8 @@ def main(settings: Settings) -> None:
     is_base = settings.init_adapter is None and not model.n_virtual_tokens
     meta = {**setup.adapter_meta, "reference": "none" if is_base else adapter_sha256(start)}
     setup = replace(setup, adapter_meta={**meta, "data": {**meta["data"], "sha256": train.sha256}})
+    check_rows(train, "training", model.max_tokens)  # before the reference is computed
+    check_rows(val, "validation", model.max_tokens)
     train_loss, val_loss = make_losses(settings, setup, train, val, start)
 
     prompts = [prompt for prompt, _ in val.prompts(settings.drift_prompts)]

@@ -69,7 +69,6 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     loss_type: LossType = "sigmoid",
-    reference_free: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss of each pair. h = (policy chosen - policy rejected) - (reference chosen - reference rejected)
 
@@ -81,7 +80,6 @@ def dpo_loss(
         policy_chosen_logps, ...: (B,) log-probabilities of complete responses, in nats.
         beta: β, above 0; a larger value keeps the policy closer to the reference.
         label_smoothing: ε, the assumed share of pairs with swapped labels, from 0 to below 0.5.
-        reference_free: Replace the log-probabilities of the reference with 0.
 
     Returns:
         losses, chosen rewards, rejected rewards: (B,) each; a reward is β·(policy - reference), without gradient.
@@ -95,8 +93,6 @@ def dpo_loss(
         )
     if label_smoothing and loss_type != "sigmoid":
         raise UserError(f"label_smoothing is {label_smoothing}; only the sigmoid loss supports it, not {loss_type!r}.")
-    if reference_free:
-        reference_chosen_logps = reference_rejected_logps = torch.zeros_like(policy_chosen_logps)
     # subtracting the reference first makes h exactly 0 where policy and reference are equal
     chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
     h = chosen - rejected

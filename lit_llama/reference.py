@@ -26,6 +26,11 @@ from lit_llama.storage.cache import cache_folder, cache_path, fill_once, hash_fi
 from lit_llama.storage.tensor_files import read_state
 from lit_llama.utils import UserError, log
 
+NOT_FINITE = (
+    "are not finite (NaN or infinity): check the base, the initial adapter and the data; with --quantize int8, use a "
+    "4-bit mode such as nf4."
+)
+
 
 def stored_reference(logps: torch.Tensor) -> Reference:
     """Return the reference whose log-probabilities were computed before training.
@@ -146,6 +151,9 @@ def cached_reference(
     """Return the result of `compute_reference`.
 
     It is cached next to the dataset folder, in a folder named after the hash of `key`, if that can be written.
+
+    Raises:
+        UserError: A log-probability is not finite; nothing is cached.
     """
     text = json.dumps(key, sort_keys=True)
     folder = cache_path(data_dir) / f"reference-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
@@ -156,6 +164,8 @@ def cached_reference(
     if logps is not None and logps.shape == (len(data), 2):
         return logps
     logps = compute_reference(data, fabric, model, batches, name)
+    if not logps.isfinite().all():
+        raise UserError(f"Log-probabilities of the reference ({name} rows) {NOT_FINITE}")
     if fabric.global_rank == 0:
         try:
             cache_folder(data_dir)
@@ -173,7 +183,8 @@ def check_policy_equals_reference(
     """Check that training starts from the reference: all margins are 0, and the loss is ln 2 (or that of another type).
 
     Raises:
-        UserError: A margin or the loss is off by more than 1e-5 (relative to the loss if it should be above 1).
+        UserError: A margin or the loss is off by more than 1e-5 (relative to the loss if it should be above 1), or a
+            log-probability is not finite.
     """
     if loss.reference is None:
         return
@@ -181,6 +192,8 @@ def check_policy_equals_reference(
         batch = fabric.to_device(data.batch(rows))
         with fabric.no_backward_sync(model), eval_mode(model):  # with gradients, as in training
             policy, reference = (logps.detach() for logps in loss.logps(model, batch))
+        if not (policy + reference).isfinite().all():
+            raise UserError(f"Before the first step, log-probabilities of the policy or the reference {NOT_FINITE}")
         chosen, rejected = (policy - reference).chunk(2)
         margin = loss.beta * (chosen - rejected).abs().max().item()
         value = dpo_loss(*policy.chunk(2), *reference.chunk(2), **loss.settings)[0].mean().item()

@@ -3,6 +3,7 @@ import math
 import shutil
 import subprocess
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -122,6 +123,38 @@ def test_the_settings_of_the_loss_are_used(settings, tmp_path, changes, loss_of)
     margins, losses = (column(tmp_path / "run", f"train/{name}") for name in ("margin", "loss"))
     assert margins[0] == 0 and abs(margins[2]) > 0.01
     assert losses == pytest.approx({step: loss_of(margin) for step, margin in margins.items()}, abs=1e-5)
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_pairs_longer_than_the_context_are_refused_before_the_reference_is_computed(
+    settings, base_dir, tmp_path, precompute
+):
+    shutil.copytree(base_dir, tmp_path / "base")
+    config = replace(LLaMAConfig.from_json(base_dir / CONFIG_NAME), block_size=40)
+    save_base(tmp_path / "base", config, read_state(base_dir / WEIGHT_NAMES[0]))
+    flags = settings(tmp_path / "run", checkpoint_dir=tmp_path / "base", precompute_reference=precompute)
+    with pytest.raises(UserError, match=r"^A training row has \d+ tokens and the model's context is 40; prepare"):
+        train(flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precompute", "sentence"), [
+    (True, "Log-probabilities of the reference (training rows)"),
+    (False, "Before the first step, log-probabilities of the policy or the reference"),
+])  # fmt: skip
+def test_a_reference_that_is_not_finite_is_refused_and_not_cached(
+    settings, refusal, base_dir, tmp_path, precompute, sentence
+):
+    shutil.copytree(base_dir, tmp_path / "base")
+    state = {name: t.clone() for name, t in read_state(base_dir / WEIGHT_NAMES[0]).items()}
+    state["transformer.ln_f.scale"][0] = torch.inf
+    save_base(tmp_path / "base", LLaMAConfig.from_json(base_dir / CONFIG_NAME), state)
+    flags = settings(tmp_path / "run", checkpoint_dir=tmp_path / "base", precompute_reference=precompute)
+    assert refusal(train, flags) == (
+        f"{sentence} are not finite (NaN or infinity): check the base, the initial adapter and the data; with "
+        "--quantize int8, use a 4-bit mode such as nf4."
+    )
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob("data/.aligner-cache/reference-*"))
 
 
 def test_a_reference_that_differs_from_the_initial_policy_is_refused(settings, tmp_path, monkeypatch):
