@@ -147,7 +147,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
     hook = model.transformer.wte.register_forward_pre_hook(announce, prepend=True)  # before its rows are gathered
     try:
         yield
-    except UserError as error:  # between two passes
+    except (UserError, OSError) as error:  # between two passes
         problem = error
     finally:
         hook.remove()

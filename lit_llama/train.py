@@ -129,10 +129,8 @@ class Trainer:
                             self.evaluate()
                         is_last = self.is_over
                         self.seconds = time.perf_counter() - started
-                        if saves or is_last or self.stopping:
+                        if saves or is_last or self.stopping or (evaluates and run.stops_alone):
                             self.save_state()
-                        if self.stopping and not is_last:
-                            run.leave(128 + signal.SIGTERM)
                         if is_last:
                             break  # `look_ahead` may have planned another step
             summary = self.summary()
@@ -164,8 +162,9 @@ class Trainer:
         share = share_of_process(fabric, micro_batches)
         for i, (rows, scale) in enumerate(share):
             number = fabric.global_rank + i * fabric.world_size  # index of the micro-batch in the step
-            # for methods with dropout: a micro-batch has the same seed in whichever process it runs
-            torch.manual_seed((settings.seed * 1_000_003 + self.step + (number << 53)) % 2**64)
+            # for methods with dropout: a micro-batch has the same seed in whichever process it runs. A CPU uses only
+            # the low 32 bits, in which multiples of this prime are far apart.
+            torch.manual_seed((settings.seed * 1_000_003 + self.step + number * 2_654_435_761) % 2**64)
             batch = self.batches[rows]
             with fabric.no_backward_sync(self.model, enabled=i + 1 < len(share)):
                 losses = self.loss(self.model, batch)
@@ -201,13 +200,8 @@ class Trainer:
 
     def set_learning_rate(self) -> float:
         """Set the learning rate of the current step in all optimizers and return it."""
-        lr = lr_at(
-            self.step,
-            peak=self.settings.learning_rate,
-            warmup_steps=self.warmup_steps,
-            max_steps=self.max_steps,
-            schedule=self.settings.lr_schedule,
-        )
+        lr = lr_at(self.step, peak=self.settings.learning_rate, warmup_steps=self.warmup_steps,
+                   max_steps=self.max_steps, schedule=self.settings.lr_schedule)  # fmt: skip
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -248,7 +242,7 @@ class Trainer:
             write_above_bar("\n".join([line, *map(summarize, records)]))
 
     def save_state(self) -> None:
-        """Save everything needed to resume the run; called between two steps."""
+        """Save everything needed to resume the run, and end it if it received SIGTERM; called between two steps."""
         with self.run.together():
             self.run.save_state({
                 "step": self.step,
@@ -259,6 +253,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "tokens": self.tokens,
             })  # fmt: skip
+        if (self.stopping or self.run.stops_alone) and not self.is_over:
+            self.run.leave(128 + signal.SIGTERM)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any] | None) -> None:
@@ -294,7 +290,10 @@ class Trainer:
 
     def diverged(self, problem: str, step: int) -> UserError:
         """Return the error for a loss or gradient that is not finite in or after a step."""
-        if step == 0:
-            return UserError(f"{problem}: nothing is trained yet, so check the base, the initial adapter and the data.")
-        best = self.run.path / "best.safetensors"
-        return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")
+        if step > 0:
+            best = self.run.path / "best.safetensors"
+            return UserError(f"{problem}: lower --learning_rate and start again with --overwrite, or keep {best}.")
+        advice = "check the base, the initial adapter and the data"
+        if any(optimizer.state for optimizer in self.optimizers):  # on a GPU, or with several updates in a step
+            return UserError(f"{problem}: lower --learning_rate, or {advice}.")
+        return UserError(f"{problem}: nothing is trained yet, so {advice}.")

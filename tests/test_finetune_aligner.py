@@ -444,6 +444,31 @@ def test_sigterm_saves_after_the_step_and_tells_how_to_continue(
     assert_same_losses(tmp_path, finished)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(Trainer, "validate", 0), (Trainer, "validate", 5), (RunFolder, "save_state", 0), (RunFolder, "save_state", 4)],
+)
+def test_sigterm_during_a_validation_or_a_save_takes_no_further_step(
+    finished, flags, tmp_path, capfd, monkeypatch, owner, name, step
+):
+    original, train_step, steps = getattr(owner, name), Trainer.train_step, []
+
+    def terminated(self, *args):
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self, rows: steps.append(self.step) or train_step(self, rows))
+        patch.setattr(owner, name, terminated)
+        with pytest.raises(SystemExit) as exit_info:
+            train(flags(tmp_path))
+    assert exit_info.value.code == 143 and len(steps) == saved_step(tmp_path / "state.pt") == step
+    assert f"Interrupted. To continue from step {step}: python" in capfd.readouterr().err
+    train(flags(tmp_path, resume=True))
+    assert_same_losses(tmp_path, finished)
+
+
 TERMINATED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -509,6 +534,12 @@ def test_a_run_that_a_study_starts_is_continued_by_its_training_script(flags, tm
     assert (config, resume) == (str(tmp_path / "run" / "config.yaml"), "--resume")
 
 
+def test_a_run_on_several_machines_is_continued_by_its_own_commands(flags, tmp_path):
+    """Only the first machine has config.yaml."""
+    run = RunFolder(cli.parse(script.Settings, flags(tmp_path / "run", num_nodes=2)))
+    assert run.resume_command() == "run the same commands again with --resume"
+
+
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -564,6 +595,17 @@ def test_a_new_run_starts_from_an_earlier_adapter(flags, finished, tmp_path):
     train(flags(tmp_path, init_adapter=finished / "last.safetensors", adapter_start_layer=2))
     assert losses(tmp_path)["val/loss"][0] == pytest.approx(losses(finished)["val/loss"][14], abs=1e-6)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["adapter_start_layer"] == 1  # the adapter's value
+
+
+@pytest.mark.parametrize("name", ["", "last.safetensors", "link.safetensors"])
+@pytest.mark.parametrize("changes", [{"overwrite": True}, {"resume": True}, {"dry_run": True}], ids=str)
+def test_an_initial_adapter_in_the_folder_of_the_run_is_refused(finished, flags, refusal, tmp_path, name, changes):
+    (tmp_path / "link.safetensors").symlink_to(finished / "best.safetensors")
+    source, before = (tmp_path if "link" in name else finished) / name, snapshot(finished)
+    assert refusal(train, flags(finished, init_adapter=source, **changes)).endswith(
+        ".safetensors is in --out_dir, where this run writes its own adapters; choose another --out_dir."
+    )
+    assert snapshot(finished) == before
 
 
 # == several processes ==

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -395,6 +396,15 @@ def test_the_reward_rises(settings, tmp_path):
                    reward_options='{"words": 6}', learning_rate=0.5, group_size=8, seed=2))  # fmt: skip
     rewards = [row["train/reward"] for row in read_metrics(tmp_path / "run/metrics.csv").values() if "lr" in row]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05, rewards
+
+
+def test_a_later_update_of_the_first_step_that_is_not_finite_names_both_causes(settings, refusal, tmp_path):
+    flags = settings(tmp_path / "run", updates_per_batch=2, learning_rate=3e37, grad_clip=0)
+    sentence = refusal(train, flags)
+    assert re.match(
+        r"The \S+ is nan in step 0, rows [\d, ]+, at lr 3\.0e\+37: lower --learning_rate, or check", sentence
+    )
+    assert sentence.endswith(" or check the base, the initial adapter and the data.")
 
 
 def test_each_step_is_read_on_a_gpu_too(settings, tmp_path, monkeypatch):

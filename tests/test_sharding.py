@@ -36,8 +36,9 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.console import exit_on_user_error
 from lit_llama.generation import Sampling, generate
 from lit_llama.model import LLaMA
-from lit_llama.run.processes import base_mesh, launch_sharded
+from lit_llama.run.processes import base_mesh, launch_sharded, together
 from lit_llama.sharding import average_gradients, in_step, is_sharded, only_assists
+from lit_llama.storage.files import explained
 from lit_llama.utils import UserError
 from lit_llama.variant import mark_only_adapter_as_trainable
 
@@ -181,13 +182,15 @@ def test_the_peak_memory_of_each_process_is_half_the_base_and_a_few_layers(tmp_p
 
 
 FAILURE = """
-import os, signal
+import errno, os, signal
 model = load_model(folder, mesh=mesh)
 with exit_on_user_error():
     case = (folder / "case").read_text()
-    with in_step(model):
+    with together(fabric), explained(folder, OSError), in_step(model):
         if case == "sentence" and rank == 0:
             raise UserError("The disk is full.")
+        if case == "full disk" and rank == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
         if case == "killed" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         generate(model, toys.prompts(5), Sampling(20))
@@ -201,11 +204,15 @@ def plain_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_an_error_in_one_process_lets_the_other_finish(plain_folder, python):
-    (plain_folder / "case").write_text("sentence")
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("sentence", "error: The disk is full."), ("full disk", "error: There is no room left to write {}: free")],
+)
+def test_an_error_in_one_process_lets_the_other_finish(plain_folder, python, case, message):
+    (plain_folder / "case").write_text(case)
     _, done = run(python, plain_folder, FAILURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: The disk is full."
+    assert done.stderr.splitlines()[-1].startswith(message.format(plain_folder))
     assert "not reached" not in done.stdout
 
 

@@ -371,6 +371,17 @@ def test_several_processes_read_each_step_to_agree_on_the_last(device, processes
     assert steps_between_reads(fabric, 10) == steps
 
 
+def test_each_micro_batch_has_its_own_random_numbers(base_dir, data_dir, tmp_path):
+    """On a CPU, PyTorch's generator ignores the high 32 bits of a seed."""
+    trainer, drawn, loss = trainer_for(base_dir, data_dir, tmp_path, seed=3), [], SFTLoss()
+    trainer.loss = lambda model, batch: drawn.append(torch.rand(4)) or loss(model, batch)
+    for trainer.step in (5, 6):
+        trainer.train_step(np.split(np.arange(8), 4))
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == 8
+    torch.manual_seed(3 * 1_000_003 + 5)  # the results of studies depend on the first one
+    assert torch.equal(drawn[0], torch.rand(4))
+
+
 def test_a_nonfinite_loss_reports_step_and_rows_and_changes_no_parameters(base_dir, data_dir, tmp_path):
     trainer = trainer_for(base_dir, data_dir, tmp_path)
     trainer.step = 7

@@ -284,6 +284,8 @@ class RunFolder:
         raise SystemExit(code) from None
 
     def resume_command(self) -> str:
+        if self.settings.num_nodes > 1:  # only the first machine has config.yaml
+            return "run the same commands again with --resume"
         script = os.path.relpath(inspect.getfile(type(self.settings)))  # sys.argv[0] may be that of a study
         return shlex.join(["python", script, "--config", str(self.path / "config.yaml"), "--resume"])
 

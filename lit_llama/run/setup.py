@@ -200,7 +200,7 @@ def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
     """Return the adapter that training starts from, None for a fresh one.
 
     Raises:
-        UserError: The file is missing, or its method is not that of the settings.
+        UserError: The file is missing or in the folder of the run, or its method is not that of the settings.
     """
     if settings.init_adapter is None:
         return None
@@ -209,6 +209,10 @@ def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
         raise UserError(
             f"{adapter.path} was trained with the method {adapter.method!r} and cannot initialize one of the method "
             f"{settings.method!r}."
+        )
+    if adapter.path.resolve().parent == settings.out_dir.resolve():
+        raise UserError(
+            f"{adapter.path} is in --out_dir, where this run writes its own adapters; choose another --out_dir."
         )
     return adapter
 
