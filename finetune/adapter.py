@@ -25,7 +25,7 @@ class Settings(SFTSettings):
     adapter_prompt_length: PositiveInt = 10  # number of prefix tokens of each layer
     adapter_start_layer: NonNegativeInt = 2  # first layer with a prefix, counted from 0
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
 
 

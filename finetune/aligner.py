@@ -26,9 +26,9 @@ class SFTSettings(FinetuneSettings):
     init_adapter: Path | None = None  # start from this adapter, with its configuration
     out_dir: Path = Path("out/aligner/microworld-pirate")  # folder for all files of the run
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     epochs: PositiveFloat = 4.0  # passes over the data, not necessarily a whole number
-    batch_size: PositiveInt = 32  # rows per step, over all devices
+    batch_size: PositiveInt = 32  # rows per optimizer step, over all devices
     micro_batch_size: PositiveInt = 32  # rows per forward pass on one device; divides batch_size
     learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
     warmup_epochs: NonNegativeFloat = 0.4  # length of the linear warmup

@@ -43,9 +43,9 @@ class Settings(FinetuneSettings):
     sft_weight: NonNegativeFloat = 3.0  # weight of the chosen response's mean negative log-likelihood; 0: plain DPO
     precompute_reference: bool = True  # compute it once and cache it; false: one more forward pass in every step
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     epochs: PositiveFloat = 4.5  # passes over the pairs, not necessarily a whole number
-    batch_size: PositiveInt = 16  # pairs per step, over all devices
+    batch_size: PositiveInt = 16  # pairs per optimizer step, over all devices
     micro_batch_size: PositiveInt = 16  # pairs per forward pass on one device; divides batch_size
     learning_rate: PositiveFloat = 3e-2  # peak learning rate of AdamW
     warmup_epochs: NonNegativeFloat = 0.5  # length of the linear warmup

@@ -43,13 +43,13 @@ class Settings(FinetuneSettings):
     # == Policy gradient ==
     group_size: Annotated[int, Range(least=2)] = 8  # answers sampled per prompt, G, at temperature 1
     max_new_tokens: PositiveInt = 60  # longest answer, in tokens
-    updates_per_batch: PositiveInt = 1  # optimizer steps on the answers of a step
+    updates_per_batch: PositiveInt = 1  # optimizer steps on the answers that each step samples
     clip: OpenShare = 0.2  # ε: a larger relative change of a token's probability is not rewarded
     kl_weight: NonNegativeFloat = 0.0  # β: a larger value keeps the policy closer to its start; 0 saves a forward pass
     divide_by_std: bool = True  # divide advantages by the standard deviation of the group (false: Dr. GRPO)
     length_term: LengthTerm = "answer"  # divide by the tokens of an answer, or by max_new_tokens (Dr. GRPO)
 
-    # == Optimization (a step samples once, and is an optimizer step for each of updates_per_batch) ==
+    # == Optimization ==
     epochs: PositiveFloat = 2.0  # passes over the prompts, not necessarily a whole number
     batch_size: PositiveInt = 16  # prompts per step, over all devices
     micro_batch_size: PositiveInt = 16  # prompts per sampling and forward pass on one device; divides batch_size

@@ -20,7 +20,7 @@ class Settings(SFTSettings):
     # == What to train on ==
     out_dir: Path = Path("out/bitfit/microworld-pirate")  # folder for all files of the run
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     learning_rate: float = 1e-1  # peak learning rate of AdamW
 
 

@@ -27,7 +27,7 @@ class Settings(SFTSettings):
     lora_alpha: PositiveInt = 16  # α: an update is multiplied by α / r
     lora_dropout: Annotated[float, Range(least=0, below=1)] = 0.05  # dropout probability of the inputs of an update
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     learning_rate: PositiveFloat = 3e-3  # peak learning rate of AdamW
 
 

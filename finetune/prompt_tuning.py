@@ -24,7 +24,7 @@ class Settings(SFTSettings):
     # == Prompt tuning ==
     prompt_length: PositiveInt = 10  # number of learned vectors, each in the place of a token
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     learning_rate: PositiveFloat = 1e-1  # peak learning rate of AdamW
 
 

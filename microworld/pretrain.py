@@ -53,9 +53,9 @@ class Settings(TrainSettings):
     vocab_size: PositiveInt = 2048  # pieces of the tokenizer
     block_size: PositiveInt = 256  # longest sequence, in tokens
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     epochs: PositiveFloat = 1.0  # passes over the corpus
-    batch_size: PositiveInt = 96  # documents per step, over all devices
+    batch_size: PositiveInt = 96  # documents per optimizer step, over all devices
     micro_batch_size: PositiveInt = 96  # documents per forward pass on one device
     learning_rate: PositiveFloat = 0.02  # peak learning rate of Muon
     adamw_scale: PositiveFloat = 0.15  # learning rate of AdamW as a share of Muon's

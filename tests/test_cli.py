@@ -353,6 +353,8 @@ def test_every_setting_of_every_script_is_explained(path):
     settings = describe(module.Settings)
     assert settings
     assert len({s.name for s in settings}) == len(settings)
+    groups = {s.group for s in settings}
+    assert len({group.partition(" (")[0] for group in groups}) == len(groups)  # none occurs with two explanations
     numbers = {s.name for s in settings if {int, float} & {s.type, *get_args(s.type)}}
     assert numbers == ranges(module.Settings).keys()  # every number has a range
     assert issubclass(module.Settings, Checked)  # which checks the ranges, and that nothing required is null

@@ -181,6 +181,16 @@ def test_training_on_a_quantized_base(mode, precision, wide_dir, data_dir, tmp_p
 
 
 @needs_bitsandbytes
+def test_a_dry_run_counts_the_parameters_of_a_quantized_base(wide_dir, data_dir, tmp_path, run_script):
+    """A 4-bit layer stores two weights in a byte."""
+    flags = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": data_dir, "out_dir": tmp_path / "run", "quantize": "nf4"}
+    code, out, err = run_script("finetune/aligner.py", *(f"--{k}={v}" for k, v in flags.items()), "--dry_run")
+    assert code == 0, err
+    count = sum(p.numel() for p in load_model(wide_dir).parameters())
+    assert f"parameters   {count:,} frozen in float32, layers in nf4, {64 + 2 * 4} trained (aligner)\n" in out
+
+
+@needs_bitsandbytes
 def test_dpo_on_a_quantized_base(wide_dir, preference_dir, tmp_path):
     settings = {**SHORT, "checkpoint_dir": wide_dir, "data_dir": preference_dir, "out_dir": tmp_path / "run"}
     finetune.alignerDPO.main(finetune.alignerDPO.Settings(**settings, quantize="nf4", drift_prompts=2))

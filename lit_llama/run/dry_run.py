@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-from lit_llama.memory import Memory, byte_size, generation_memory, memory_table, training_memory
+from lit_llama.memory import Memory, byte_size, count_parameters, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
 from lit_llama.packing import answers_per_row, packed_length
 from lit_llama.rollouts import Rollouts
@@ -31,8 +31,7 @@ def dry_run(trainer: Trainer) -> None:
         UserError: The step does not fit into the memory of the GPU, or its loss is not finite.
     """
     settings, fabric, lengths = trainer.settings, trainer.fabric, trainer.train.lengths
-    model = trainer.unwrapped
-    n_base, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad == x) for x in (False, True))
+    n_base, n_trained = count_parameters(METHODS[settings.method], trainer.unwrapped.config)
     plan = trainer.plan(lengths, settings.batch_size, settings.micro_batch_size, settings.seed, 0)
     is_first = fabric.global_rank == 0
     if is_first:

@@ -32,9 +32,9 @@ class TrainSettings(Checked):
     # == What to train on ==
     out_dir: Path  # folder for all files of the run
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     epochs: PositiveFloat  # passes over the data, not necessarily a whole number
-    batch_size: PositiveInt  # rows per step, over all devices
+    batch_size: PositiveInt  # rows per optimizer step, over all devices
     micro_batch_size: PositiveInt  # rows per forward pass on one device; divides batch_size
     learning_rate: PositiveFloat  # peak learning rate
     warmup_epochs: NonNegativeFloat  # length of the linear warmup
@@ -86,7 +86,7 @@ class FinetuneSettings(TrainSettings):
     data_dir: Path  # dataset folder written by a scripts/prepare_*.py
     init_adapter: Path | None = None  # start from this adapter; its configuration overrides the settings
 
-    # == Optimization (a step is always an optimizer step) ==
+    # == Optimization ==
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, more time
 
     # == Reporting ==
