@@ -4,16 +4,19 @@
         subprocess.run([server.python, "finetune/aligner.py", "--help"])  # or server.python -c CODE, or -m MODULE
 
 Importing PyTorch and Lightning takes up to ten seconds. A server imports them once, and each process is a fork of it.
-`python` is a small program that hands its arguments, environment, folder and standard streams to the server, forwards
-signals to the fork, and exits as the fork does. Lightning starts further processes of a run with it as well.
+`python` is a small program that hands its arguments, environment, folder and open files to the server, forwards
+signals to the fork, and exits as the fork does. Lightning starts further processes of a run with it as well, and so does
+multiprocessing within `worker_processes(python)`.
 
 It does not suit tests of imports, of closed standard streams, or of what a process does when its parent is killed: the
 parent of each fork is the server. All forks have the same hash seed, so the order of sets of strings is the same.
 """
 
+import fcntl
 import gc
 import importlib
 import json
+import multiprocessing.spawn
 import os
 import runpy
 import select
@@ -23,6 +26,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +54,16 @@ def forward(number, frame):
         pass  # it has ended
 signals = {{signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, {KILL:d}}}
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a fork to forward them to
+files = [0, 1, 2]
+for number in range(3, 64):  # inherited from multiprocessing
+    try:
+        files += [number] * (os.fstat(number) is not None)
+    except OSError:
+        pass
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(ADDRESS)
-    request = json.dumps({{"args": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
-    socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    request = json.dumps({{"args": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}).encode()
+    socket.send_fds(server, [len(request).to_bytes(8, "big")], files)
     server.sendall(request)
     replies = server.makefile()
     pid = int(replies.readline())
@@ -99,6 +110,15 @@ class Preloaded:
         shutil.rmtree(self.folder)
 
 
+@contextmanager
+def worker_processes(python: str) -> Iterator[None]:
+    """Start the processes of multiprocessing that are spawned with `Preloaded.python`."""
+    former = multiprocessing.spawn.get_executable()
+    multiprocessing.spawn.set_executable(python)
+    yield
+    multiprocessing.spawn.set_executable(former)
+
+
 # == in the server ==
 
 
@@ -129,7 +149,7 @@ def serve(address: str, modules: list[str]) -> None:
         if listener not in ready:
             continue
         client = listener.accept()[0]
-        size, streams, *_ = socket.recv_fds(client, 8, 3)
+        size, streams, *_ = socket.recv_fds(client, 8, 64)
         with client.makefile("rb") as file:
             request = file.read(int.from_bytes(size, "big"))
         is_complete = len(size) == 8 and len(request) == int.from_bytes(size, "big")
@@ -160,7 +180,10 @@ def answer(client: socket.socket, number: int) -> None:
 def run(request: dict[str, Any], streams: list[int]) -> None:
     """Run a program as `__main__`, as if a new interpreter had started with these arguments and streams."""
     os.setsid()
-    for number, stream in enumerate(streams):
+    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, 1000) for stream in streams]  # out of the way of the numbers they get
+    for stream in streams:
+        os.close(stream)
+    for stream, number in zip(moved, request["files"], strict=True):
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
@@ -170,9 +193,9 @@ def run(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.executable, *args = request["args"]
-    if args[0] == "-u":  # from torchrun
-        sys.stdout.reconfigure(write_through=True)
-        del args[0]
+    while args[0] in ("-u", "-B"):  # from torchrun and multiprocessing
+        if args.pop(0) == "-u":
+            sys.stdout.reconfigure(write_through=True)
     sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if args[0] == "-c":
         sys.argv = ["-c", *args[2:]]

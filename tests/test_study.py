@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from preloaded import KILL
+from preloaded import KILL, worker_processes
 from stored_results import read_results, records_of, replay
 from test_recipes import ROOT, parse
 
@@ -373,6 +373,14 @@ def test_the_stored_trials_are_those_that_the_current_study_would_run(tmp_path):
 # == end to end ==
 
 
+@pytest.fixture
+def fast_workers(python):
+    """Workers do not import PyTorch and Lightning again."""
+    with worker_processes(python):
+        yield
+
+
+@pytest.mark.usefixtures("fast_workers")
 def test_workers_return_records_in_order_and_match_a_single_process(base_dir, data_dir, tmp_path, monkeypatch):
     trials = [toy_trial(base_dir, data_dir, method) for method in ("aligner1", "bitfit")]
     serial = run_trials(trials, tmp_path / "here", count_bytes, jobs=1)
@@ -388,9 +396,11 @@ def test_workers_return_records_in_order_and_match_a_single_process(base_dir, da
         run_trials(trials, tmp_path / "there", count_bytes, jobs=2)
 
 
+@pytest.mark.usefixtures("fast_workers")
 def test_ctrl_c_ends_an_idle_worker_without_a_traceback(capfd):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), studies.trials.start_worker) as pool:
-        worker = pool._processes[pool.submit(os.getpid).result()]
+        pool.submit(os.getpid).result()
+        (worker,) = pool._processes.values()
         os.kill(worker.pid, signal.SIGINT)
         worker.join()
     assert (worker.exitcode, capfd.readouterr().err) == (130, "")
@@ -485,6 +495,7 @@ def wait_for_minutes(trial, out_dir, score):
     time.sleep(300)
 
 
+@pytest.mark.usefixtures("fast_workers")
 def test_sigterm_does_not_wait_for_the_running_trials(monkeypatch, tmp_path):
     def terminated(futures, return_when):
         while len(list(tmp_path.iterdir())) < 2:
