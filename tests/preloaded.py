@@ -5,8 +5,8 @@
 
 Importing PyTorch and Lightning takes up to ten seconds. A server imports them once, and each process is a fork of it.
 `python` is a small program that hands its arguments, environment, folder and open files to the server, forwards
-signals to the fork, and exits as the fork does. Lightning starts further processes of a run with it as well, and so does
-multiprocessing within `worker_processes(python)`.
+signals to the fork, and exits as the fork does. Lightning starts further processes of a run with it as well, and
+multiprocessing does so within `worker_processes(python)`.
 
 It does not suit tests of imports, of closed standard streams, or of what a process does when its parent is killed: the
 parent of each fork is the server. All forks have the same hash seed, so the order of sets of strings is the same.

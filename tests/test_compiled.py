@@ -128,10 +128,9 @@ def test_training_gives_the_same_gradients(kind, backend):
             loss = -network.label_logps(idx, idx).mean()
             loss.backward()
             losses.append(loss.detach())
-            if backend == "inductor" and length != 12:  # compiling takes seconds
-                continue
-            with torch.no_grad():  # validation
-                losses.append(-network.label_logps(idx, idx).mean())
+            if length == 12:  # compiling takes seconds
+                with torch.no_grad():  # validation
+                    losses.append(-network.label_logps(idx, idx).mean())
         for groups in ([([1, 2, 3], [[4, 5], [6]])], [([7], [[8, 9, 10]]), ([1, 2], [[3], [4], [5, 6]])]):  # RL
             rows = pack_answers(groups)
             loss = -network.label_logps(rows["idx"], rows["labels"], None, rows["segments"]).mean()

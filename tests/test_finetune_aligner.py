@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_from_disk
+from preloaded import KILL
 from safetensors.torch import load
 
 import finetune.aligner as script
@@ -207,13 +208,13 @@ def test_micro_batches_of_one_row_do_not_change_the_number_of_steps(flags, tmp_p
 # == resuming ==
 
 
-def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path):
+def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path, python):
     long = dict(max_steps=160, epochs=100, eval_interval=40, save_interval=7, learning_rate=0.01)
     train(flags(tmp_path / "whole", **long))
 
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune/aligner.py"), *flags(killed, **long)],
+        [python, str(ROOT / "finetune/aligner.py"), *flags(killed, **long)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -221,7 +222,7 @@ def test_a_killed_run_resumes_with_the_same_losses(flags, tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if state.is_file() and (killed / "last.safetensors").is_file() and saved_step(state) >= 20:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(KILL)
             break
         time.sleep(0.01)
     _, errors = process.communicate()
