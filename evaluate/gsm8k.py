@@ -156,6 +156,13 @@ def is_number(text: str) -> bool:
 
 
 def balanced(text: str) -> str:
+def states_one_number(text: str) -> bool:
+    """Return whether a text is only a number, perhaps with "x =", a currency, a percent sign or the words of a unit."""
+    text = re.sub(r"^[^\W\d_]\s*=\s*", "", plain_text(text).strip())
+    number = NUMBER.match(text)
+    return number is not None and re.fullmatch(r"\s*\\?%?(?:\s+[^\W\d_]{2,})*\s*\.?", text[number.end() :]) is not None
+
+
     """Return the text before the brace that closes one opened earlier."""
     depth = 1
     for i, character in enumerate(text):

@@ -71,10 +71,13 @@ def read_prompts(rows: Iterable[Any], style: PromptStyle) -> tuple[list[tuple[st
 
 
 def states_number(solution: str, reward: Callable[..., list[float]]) -> bool:
-    """Return whether the answer that a solution states earns the reward; a word or a root does not."""
-    stated = re.split(r"####|The answer is:?", solution)[-1]
+    """Return whether the answer that a solution states is a number, and earns the reward.
+
+    Words, roots and expressions such as "2x" are not. A solution may also end without stating its answer.
+    """
+    *solving, stated = re.split(r"####|The answer is:?", solution)
     try:
-        return reward([""], [stated], [{"response": solution}]) == [1.0]
+        return reward([""], [stated], [{"response": solution}], only_number=bool(solving)) == [1.0]
     except UserError:  # the solution has no number
         return False
 

@@ -123,6 +123,30 @@ def test_the_final_number_is_extracted(text, number):
 
 decimals = st.decimals(-(10**9), 10**9, places=3)
 integers = st.integers(0, 10**12)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "18", " -3.5.", "1,200", r"1,\!200", "$18", r"-\$18.50", "€ 5", "50%", r"50\%", "18 dollars",
+        "5 miles per hour.", r"18\text{ cm}", "x = 75", "y=-2", r"\frac{3}{4}", r"-\frac12", r"5\frac{1}{2}", "5 1/2",
+        "2/3", r"2 \times 10^3",
+    ],
+)  # fmt: skip
+def test_a_number_with_its_unit_is_only_a_number(text):
+    assert gsm8k.states_one_number(text) and extract_answer(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "none", "x+3", "x + 3", "2x", "5-x", r"\frac{x}{2}", r"\frac{1}{x}", r"\frac{\pi}{2}", r"(-\infty, 3)",
+        r"x \le 3", "10!", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "3 + 4i", "3, 4", "(3, 4)", "3 and 4", r"5\sqrt{2}",
+        r"3\pi", "2^{10}", r"90^\circ", "52_8", "6:30", "y = 2x", "5 = x", "xy = 3", r"0.\overline{3}",
+    ],
+)  # fmt: skip
+def test_an_expression_is_not_only_a_number(text):
+    assert not gsm8k.states_one_number(text)
+
+
 wrappers = st.sampled_from(
     ["The answer is: {}", "The answer is {}.", "#### {}", "A: {}", "Answer: {}", "\\boxed{{{}}}", "So she has {}",
      "#### {}\nThe answer is: {}", "The answer is: ${}$", "the answer is **{}**", "A: {}."]

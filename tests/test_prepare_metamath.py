@@ -6,10 +6,21 @@ from pathlib import Path
 import pytest
 
 from lit_llama.data import SFT_FORMAT, PromptData, SFTData, read_meta
-from lit_llama.rewards import Reward
+from lit_llama.rewards import Reward, load_function
 from lit_llama.tokenizer import Tokenizer
+from scripts.prepare_metamath import states_number
 
 SCRIPT = "scripts/prepare_metamath.py"
+
+
+@pytest.mark.parametrize("stated", ["x+3", "2x", "5-x", r"\frac{x}{2}", r"(-\infty, 3)", r"x \le 3", "10!"])
+def test_an_answer_that_is_an_expression_has_no_number(stated):
+    reward = load_function("gsm8k")
+    assert not states_number(f"It is 3.\nThe answer is: {stated}", reward)
+    assert not states_number(f"It is 3.\n#### {stated}", reward)
+    assert states_number("It is $x=3$.\nThe answer is: x = 3", reward) and states_number(
+        "It is 2x, so 3 apples", reward
+    )
 
 
 @pytest.fixture
