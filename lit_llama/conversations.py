@@ -54,7 +54,7 @@ def read_conversation(row: Any, number: int) -> tuple[list[Message], list[Any] |
 
 
 def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
-    """Return the descriptions of tools in a row: a list, or a list as JSON.
+    """Return the descriptions of tools in a row: a list, see `without_null`, or a list as JSON.
 
     Raises:
         UserError: They are neither, are nested too deeply, or hold text that cannot be encoded.
@@ -62,14 +62,23 @@ def read_tools(row: dict[str, Any], number: int) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools or "null", f"Row {number}: 'tools'", object, halves=True)
+    else:
+        tools = without_null(tools)
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"Row {number}: 'tools' is not a list of tools.")
     check_text(json.dumps(tools, ensure_ascii=False, default=str), f"Row {number}: 'tools'")
     return tools or None
 
 
+def without_null(value: Any) -> Any:
+    """Return plain data without the null entries of objects: Arrow gives all objects of a column the same fields."""
+    if isinstance(value, dict):
+        return {name: without_null(item) for name, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
+
+
 def read_messages(value: Any, label: str) -> list[Message]:
-    """Return messages with the fields `role`, `content` (text) and those in `KEPT`.
+    """Return messages with the fields `role`, `content` (text) and those in `KEPT`, see `without_null`.
 
     White space around answers is removed, as templates and generation do too. System messages without text are omitted.
 
@@ -100,7 +109,7 @@ def _read_message(entry: Any, label: str) -> Message:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{label} has parts that are not text; only text can be used.")
         content = "".join(texts)
-    kept = {name: entry[name] for name in KEPT if entry.get(name)}
+    kept = without_null({name: entry[name] for name in KEPT if entry.get(name)})
     if content is None and ("tool_calls" in kept or ROLES[role] == "system"):
         content = ""
     if not isinstance(content, str):

@@ -146,7 +146,7 @@ def prepare_dataset(
         prepare_sample: Function of a row and its number, counted from 1, that returns its texts, the prompt first.
             Rows with an empty text are dropped.
         encode: Function of a row's texts that returns its columns, `dropped` (a reason from `drops`, or "") and `cut`
-            (the number of truncated responses).
+            (the number of truncated responses; of a conversation, 1 if it is shortened).
         key: Everything that `encode` depends on besides the texts and the tokenizer; it identifies cached results.
         settings: Further entries of `meta.json`, including `format` and `max_seq_length`.
         output_dir: Folder to write.
@@ -197,8 +197,9 @@ def prepare_dataset(
     if "chat_template_sha256" in about:
         meta["chat_tokens_sha256"] = chat_tokens
     write_dataset(output_dir, splits, meta)
+    cut = "conversations shortened" if settings.get("multi_turn") else "responses truncated"
     log(
-        f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} responses truncated to "
+        f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} {cut} to "
         f"{max_seq_length} tokens. {counts['train']} rows for training, {counts['test']} for validation."
     )
     return meta

@@ -5,12 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from chat_models import write_model
 
 from lit_llama.checkpoint import read_adapter, save_adapter, save_base
+from lit_llama.conversations import read_conversation
 from lit_llama.data import PreferenceData, SFTData, check_tokenizer, hash_chat_tokens, read_meta
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
@@ -187,13 +189,29 @@ def test_truncated_conversations_end_after_an_answer(prepare, models):
         (both - 1, ("The cat sat.<|im_end|>",)),
         (first, ("The cat sat.<|im_end|>",)),
     ):
-        folder, _ = prepare(rows, models["chatml"], "--max_seq_length", limit)
+        folder, err = prepare(rows, models["chatml"], "--max_seq_length", limit)
         assert expected in label_texts(folder, tokenizer)
+        n_cut = read_meta(folder, SFTData.format)["counts"]["cut"]
+        assert f". {n_cut} conversations shortened to {limit} tokens." in err and (n_cut > 0) == (limit < both)
     folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 3)
     cut = next(runs for runs in label_texts(folder, tokenizer) if runs[0].startswith("T"))
     assert cut[0].endswith("<|im_end|>") and len(cut) == 1 and cut[0] != "The cat sat.<|im_end|>"
     folder, err = prepare(rows, models["chatml"], "--max_seq_length", prompt + 1)
     assert "1 with too long a prompt" in err
+
+
+def test_fields_of_other_rows_are_not_part_of_tools_and_calls():
+    """Arrow gives all tools the same fields; those that a tool does not have are null."""
+    rows = []
+    for name, parameters in (("weather", {"unit": {"type": "string"}}), ("add", {"a": {"type": "number"}})):
+        call = {"type": "function", "function": {"name": name, "arguments": dict.fromkeys(parameters, "x")}}
+        messages = [{"role": "user", "content": "the rat"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": parameters}}}
+        rows.append({"messages": messages, "tools": [tool]})
+    for given, row in zip(rows, datasets.Dataset.from_list(rows), strict=True):
+        assert read_conversation(row, 1) == (given["messages"], given["tools"])
+    text = '[{"name": "add", "default": null}]'
+    assert read_conversation({**SINGLE, "tools": text}, 1)[1] == json.loads(text)
 
 
 MESSAGES_READ = [
@@ -494,7 +512,7 @@ def test_the_example_and_the_python_code_of_the_page_run(models, run_script, tmp
     code, _, err = run_script("scripts/prepare_chat.py", "--data_file", ROOT / "howto/examples/conversations.jsonl",
                               "--checkpoint_dir", models["chatml"], "--output_dir", tmp_path / "data/my_chats",
                               "--num_proc", 1)  # fmt: skip
-    assert code == 0 and "6 rows. Dropped: 0 with an empty text, 0 with too long a prompt. 0 responses" in err, err
+    assert code == 0 and "6 rows. Dropped: 0 with an empty text, 0 with too long a prompt. 0 conversations" in err, err
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     exec(compile(block, "chat.md", "exec"), {})
