@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
     model, tokenizer = evaluated.model, evaluated.tokenizer
     device = model.transformer.wte.weight.device
     check_clock(settings.clock, device)
-    letters = Letters.of(tokenizer)
+    letters = Letters.of(tokenizer, response=evaluated.style.name != "plain")
     prompts = {q.id: letters.prompt(tokenizer, q.prompt) for q in mmlu.make_questions(settings, evaluated.style)}
     lengths = {id: len(ids) for id, ids in prompts.items() if len(ids) <= model.max_tokens}
     batches = [[prompts[id] for id in batch] for batch in length_batches(lengths, settings.batch_tokens)]

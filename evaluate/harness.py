@@ -124,18 +124,44 @@ class HarnessModel(TemplateLM):
         return self.evaluated.tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation in the prompt style. A system message becomes part of the first instruction."""
-        if add_generation_prompt:
-            return self.evaluated.style.render_messages(chat_history)
-        *turns, opening = chat_history  # the last answer is to be continued
-        prompt = self.evaluated.style.render_messages(turns).rstrip(" ")  # some styles end with a space
-        return f"{prompt} {opening['content']}"
+        """Render a conversation in the prompt style. A system message becomes part of the first instruction.
+
+        Tasks such as wikitext and blimp ask nothing; their context stays empty, as without a style.
+        """
+        turns, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        if not turns[-1]["content"].strip():
+            return begun
+        prompt = self.evaluated.style.render_messages(turns)
+        return prompt if add_generation_prompt else f"{prompt.rstrip(' ')} {begun}"  # some styles end with a space
+
+    def _split(self, context: str) -> tuple[str, str]:
+        """Return a context's prompt in the style, and the answer that it begins; training encodes them separately.
+
+        The prompt is empty if the context is not rendered in the style.
+        """
+        ending = self.evaluated.style.template.partition("{instruction}")[2]
+        prompt, found, answer = context.rpartition(ending) if ending else ("", "", context)
+        return prompt + found, answer.lstrip(" ") if found else answer
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both. An answer to an instruction begins with a space, which the harness omits."""
-        if self.evaluated.style.name != "plain" and not context[-1:].isspace() and not continuation[:1].isspace():
+        """Return the tokens of both. An answer to an instruction is encoded as a response in training."""
+        prompt, begun = self._split(context)
+        if not prompt:
+            return super()._encode_pair(context, continuation)
+        if not begun:
+            continuation = continuation.lstrip(" ")
+        elif not begun[-1].isspace() and not continuation[:1].isspace():
             continuation = f" {continuation}"
-        return super()._encode_pair(context, continuation)
+        n_begun = len(self.tok_encode(begun.rstrip(), add_special_tokens=False))
+        answer = self.tok_encode(begun + continuation, add_special_tokens=False)
+        return [*self.tok_encode(prompt), *answer[:n_begun]], answer[n_begun:]
+
+    def _encode_context(self, context: str) -> list[int]:
+        """Return the tokens of a context to continue; an answer that it begins is encoded as a response in training."""
+        prompt, begun = self._split(context)
+        if not prompt:
+            return self.tok_encode(context) or [self.prefix_token_id]
+        return [*self.tok_encode(prompt), *self.tok_encode(begun, add_special_tokens=False)]
 
     def _loglikelihood_tokens(
         self,
@@ -221,7 +247,7 @@ class HarnessModel(TemplateLM):
         sampling, stop = read_options(options)
         stop += self.evaluated.style.stop
         longest = limit - min(sampling.max_new_tokens, limit // 2)
-        encoded = {i: self.tok_encode(text) or [self.prefix_token_id] for i, text in contexts.items()}
+        encoded = {i: self._encode_context(text) for i, text in contexts.items()}
         self.truncated += sum(len(ids) > longest for ids in encoded.values())
         encoded = {i: ids[-longest:] for i, ids in encoded.items()}
         for answers in answer_batches(self.evaluated, encoded, sampling, stop, self.batch_size):

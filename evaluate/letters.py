@@ -13,25 +13,27 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Letters:
-    """How a tokenizer encodes " A", " B", " C" and " D" after a prompt.
+    """How a tokenizer encodes the letters after a prompt: as " A", " B", ... in one text with it, or as responses.
 
     Args:
-        space: tokens to append to the prompt: those before the letter, if the tokenizer splits off the space.
+        response: the letters are encoded separately from the prompt, as responses in training.
+        space: tokens to append to the prompt: those before a letter, if the tokenizer splits off the space.
         tokens: for each letter, its token and how many of `space` precede it. "▁B" may be one token while "▁", "A"
             are two.
     """
 
+    response: bool
     space: tuple[int, ...]
     tokens: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Letters":
+    def of(cls, tokenizer: Tokenizer, response: bool = False) -> "Letters":
         """Encode the letters.
 
         Raises:
             UserError: the letters cannot be compared in one forward pass.
         """
-        encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
+        encoded = [tokenizer.encode(letter if response else f"Answer: {letter}") for letter in LETTERS]
         shared = next((i for i, ids in enumerate(zip(*encoded, strict=False)) if len(set(ids)) > 1), None)
         if shared is None:
             raise UserError(f"{tokenizer.path} gives the letters A to D the same tokens; use --scoring generate.")
@@ -39,12 +41,19 @@ class Letters:
         space = max((ids[:-1] for ids in encoded), key=len)
         if any(ids[:-1] != space[: len(ids) - 1] for ids in encoded):
             raise UserError(f"{tokenizer.path} splits the letters A to D unevenly; use --scoring generate.")
-        return cls(tuple(space), tuple((ids[-1], len(ids) - 1) for ids in encoded))
+        return cls(response, tuple(space), tuple((ids[-1], len(ids) - 1) for ids in encoded))
 
     def prompt(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Return the tokens of a prompt without the whitespace at its end, to which `space` is appended."""
+        """Return the tokens of a prompt, to which `space` is appended.
+
+        Unless the letters are responses, the prompt loses the whitespace at its end.
+        """
         count = self.tokens[0][1] + 1  # tokens of the first letter
-        return [*tokenizer.encode(f"{text.rstrip()} {LETTERS[0]}", bos=True)[:-count], *self.space]
+        if self.response:
+            ids = [*tokenizer.encode(text, bos=True), *tokenizer.encode(LETTERS[0])]
+        else:
+            ids = tokenizer.encode(f"{text.rstrip()} {LETTERS[0]}", bos=True)
+        return [*ids[:-count], *self.space]
 
 
 def length_batches(lengths: dict[str, int], batch_tokens: int) -> list[list[str]]:

@@ -244,7 +244,8 @@ def main(settings: Settings) -> dict[str, Any]:
         made_by["max_new_tokens"] = settings.max_new_tokens
     results = Results(settings.output_dir, made_by, settings.overwrite)
     evaluated = load(settings)
-    letters = Letters.of(evaluated.tokenizer) if settings.scoring == "letters" else None
+    is_response = style.name != "plain"
+    letters = Letters.of(evaluated.tokenizer, response=is_response) if settings.scoring == "letters" else None
     prompts = {q.id: letters.prompt(evaluated.tokenizer, q.prompt) for q in questions} if letters else {}
     lengths = [len(prompts[q.id]) for q in questions] if letters else None
     fitting = drop_long(evaluated, questions, lengths, skip=settings.skip_long)

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_models import write_model
 
 from evaluate import gsm8k, harness, mmlu
 from evaluate.common import load
 from evaluate.harness import HarnessModel, read_options, shared_rows
 from evaluate.settings import ModelSettings
 from lit_llama.model import LLaMA
+from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
@@ -164,8 +166,49 @@ def test_tasks_are_rendered_in_a_prompt_style():
     assert style_model.apply_chat_template(history) == expected
     history.append({"role": "assistant", "content": "It"})
     assert style_model.apply_chat_template(history, add_generation_prompt=False) == f"{expected}It"
-    pairs = [("Assistant:", "It"), ("Assistant:", " It"), ("Assistant: ", "It")]
-    assert len({tuple(map(tuple, style_model._encode_pair(*pair))) for pair in pairs}) == 1
+
+
+@pytest.mark.parametrize("style", ["alpaca", "orca", "beaver", "hh"])
+@pytest.mark.parametrize("kind", ["microworld", "bytes"])
+def test_answers_in_a_prompt_style_have_the_tokens_of_training(kind, style, tmp_path):
+    tokenizer = Tokenizer(MICROWORLD if kind == "microworld" else write_model(tmp_path, "chatml"))
+    style = get_prompt_style(style)
+    model = HarnessModel(lambda: SimpleNamespace(tokenizer=tokenizer, style=style))
+    history = [{"role": "user", "content": "Which letter?"}]
+    prompt = model.apply_chat_template(history)
+
+    def trained(response: str) -> list[int]:
+        return tokenizer.encode_response(prompt, response)[:-1]  # without EOS
+
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    for continuation in ("The cat", " The cat"):
+        assert model._encode_pair(prompt, continuation) == (prompt_ids, trained("The cat"))
+    assert model._encode_context(prompt) == prompt_ids
+    history.append({"role": "assistant", "content": "The letter is"})
+    context = model.apply_chat_template(history, add_generation_prompt=False)
+    for continuation in ("A", " A"):
+        begun, rest = model._encode_pair(context, continuation)
+        assert begun + rest == prompt_ids + trained("The letter is A")
+        assert begun == model._encode_context(context) == prompt_ids + trained("The letter is")
+
+
+def test_the_context_of_a_task_without_a_question_is_empty():
+    model = HarnessModel(lambda: SimpleNamespace(style=get_prompt_style("alpaca")))
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": ""}]
+    assert model.apply_chat_template(asked) == ""
+    asked.append({"role": "assistant", "content": "It"})
+    assert model.apply_chat_template(asked, add_generation_prompt=False) == "It"
+
+
+@needs_lm_eval
+def test_texts_of_tasks_without_a_question_are_scored_in_every_prompt_style(tmp_path):
+    metric = {"metric": "byte_perplexity"}
+    write_task(
+        tmp_path, "texts", [{"text": "The cat sat."}, {"text": "The dog ate."}],
+        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}", metric_list=[metric],
+    )  # fmt: skip
+    scored = [run(tmp_path, "texts", prompt_style=style, overwrite=True) for style in ("plain", "alpaca")]
+    assert [r["resps"] for r in scored[0]] == [r["resps"] for r in scored[1]]
 
 
 @needs_lm_eval

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from chat_models import write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,8 @@ from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
 from evaluate.mmlu import Settings, read_letter
 from evaluate.mmlu_data import CATEGORIES, CATEGORY, Item, read_items
 from evaluate.settings import ModelSettings
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import load_model, save_base
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import get_prompt_style
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
@@ -119,8 +121,8 @@ def test_prompts():
     prompt = mmlu.render(item, [], get_prompt_style("orca"))
     assert prompt.endswith("[|AI Assistant|] ")  # as in training; generated answers follow the space
     tokenizer = Tokenizer(MICROWORLD)
-    letters = Letters.of(tokenizer)
-    assert letters.prompt(tokenizer, prompt) == letters.prompt(tokenizer, prompt.rstrip())
+    letters = Letters.of(tokenizer, response=True)
+    assert letters.prompt(tokenizer, prompt) == tokenizer.encode(prompt, bos=True)
 
 
 def test_letters_without_tokens_of_their_own_are_refused():
@@ -132,12 +134,15 @@ def test_letters_without_tokens_of_their_own_are_refused():
         Letters.of(Merging(MICROWORLD))
 
 
-def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:
+def naive_logps(network, tokenizer: Tokenizer, prompt: str, response: bool) -> list[float]:
     """Return the log-probability of each letter's tokens, with one unpadded forward pass per letter."""
     start = tokenizer.encode(prompt, bos=True)
     logps = []
     for letter in LETTERS:
-        ids = tokenizer.encode(f"{prompt} {letter}", bos=True)
+        if response:
+            ids = start + tokenizer.encode_response(prompt, letter)[:-1]  # without EOS
+        else:
+            ids = tokenizer.encode(f"{prompt} {letter}", bos=True)
         assert ids[: len(start)] == start
         with torch.no_grad():
             table = network(torch.tensor([ids]))[0, :, : network.config.vocab_size].log_softmax(-1)
@@ -145,21 +150,32 @@ def naive_logps(network, tokenizer: Tokenizer, prompt: str) -> list[float]:
     return logps
 
 
-@pytest.mark.parametrize("name", ["microworld", "stories260K"])
-def test_log_probabilities_equal_those_of_one_letter_at_a_time(name, request, tmp_path, run_script):
+@pytest.mark.parametrize(
+    "name, style",
+    [("microworld", "plain"), ("stories260K", "plain"), ("microworld", "orca"), ("stories260K", "alpaca"),
+     ("bytes", "alpaca")],
+)  # fmt: skip
+def test_log_probabilities_equal_those_of_one_letter_at_a_time(name, style, request, tmp_path, run_script):
     """The bundled tokenizer has the piece "▁A"; stories260K has "▁B", but "A", "C" and "D" only without the space."""
     checkpoint_dir = MICROWORLD
     if name == "stories260K":
         hf_dir = request.getfixturevalue("shared") / "models/stories260K-hf"
         checkpoint_dir = tmp_path / "lit"
         run_script("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", hf_dir, "--output_dir", checkpoint_dir)
+    if name == "bytes":  # "A" and " A" have different tokens
+        checkpoint_dir = write_model(tmp_path, "chatml")
+        tokenizer = Tokenizer(checkpoint_dir)
+        config = LLaMAConfig(block_size=1024, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=16,
+                             intermediate_size=24)  # fmt: skip
+        save_base(checkpoint_dir, config, LLaMA(config).state_dict())
     network, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
-    letters = Letters.of(tokenizer)
+    response = style != "plain"
+    letters = Letters.of(tokenizer, response)
     assert len(letters.space) == (name == "stories260K")
-    prompts = [mmlu.render(item, [], get_prompt_style("plain")) for item in toy_items("anatomy", "test", 3)]
-    prompts.append("Which letter?\nAnswer:")
+    prompts = [mmlu.render(item, [], get_prompt_style(style)) for item in toy_items("anatomy", "test", 3)]
+    prompts.append(get_prompt_style(style).render("Which letter?\nAnswer:"))
     actual = letter_logps(network, [letters.prompt(tokenizer, prompt) for prompt in prompts], letters)
-    expected = torch.tensor([naive_logps(network, tokenizer, prompt) for prompt in prompts])
+    expected = torch.tensor([naive_logps(network, tokenizer, prompt, response) for prompt in prompts])
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
