@@ -157,7 +157,8 @@ def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     """Return the letter that an answer chooses as `predicted`, or None.
 
     If the answer begins with the text of a choice, its letter is returned (of several, the longest choice's); otherwise
-    the letter at the beginning or after "answer is". One-character choices come last, because they may be letters.
+    the letter at the beginning, after "answer is" or "correct option is", or after "option" at the beginning. It may be
+    in LaTeX's box. One-character choices come last, because they may be letters.
     """
     answer = record["answer"]
     text, begins = answer.strip().lower(), {}
@@ -170,7 +171,9 @@ def read_letter(record: dict[str, Any]) -> dict[str, Any]:
         return {"predicted": chosen}
     # before other words, A is the article
     letter = r"(A(?!\s+(?!(?:is|because|since|as)\b)[a-z])|[B-D])(?![\w'’])"
-    match = re.match(rf"\W*{letter}", answer) or re.search(rf"\b[Aa]nswer\s*(?:is|:)\W*{letter}", answer)
+    marked = rf"\W*(?:(?:(?i:option|choice)|\\(?:boxed|text|textbf|mathrm|mathbf))\b\W*)*{letter}"
+    stated = r"\b(?i:(?:answer|(?:correct|right|best)\s+(?:option|choice))\s*(?:is|:))"
+    match = re.match(rf"\W*{letter}", answer) or re.search(stated + marked, answer) or re.match(marked, answer)
     return {"predicted": match[1] if match else chosen}
 
 
