@@ -14,7 +14,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from lit_llama.device import pick_device
 from lit_llama.generation import Sampling, cut_at_stop, generate, remaining_context
 from lit_llama.live_text import stop_test
 from lit_llama.model import LLaMA
-from lit_llama.prompts import PromptStyle, get_prompt_style
+from lit_llama.prompts import ChatStyle, PromptStyle, get_prompt_style
 from lit_llama.storage.files import LOCK, check_claim, claim, explained, locked, write_text
 from lit_llama.storage.schema import check, parse_json, read_bytes, read_json
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 ANSWERS, SUMMARY, TABLE = "answers.jsonl", "summary.json", "summary.md"
+REPORT = (SUMMARY, TABLE, "figure.png")  # of a comparison of two sides
+TEMPLATE_DATE = "template_date"  # in `made_by`: the day at which `stop_clock` stopped the clock
 IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the parts of a resumed evaluation
 
 
@@ -74,6 +77,32 @@ def pick_style(settings: ModelSettings) -> PromptStyle:
         name = read_adapter(settings.adapter).meta.get("prompt_style") or "alpaca"
         return get_prompt_style(name, settings.checkpoint_dir)
     return get_prompt_style(settings.prompt_style or "alpaca", settings.checkpoint_dir)
+
+
+def stop_clock(style: PromptStyle, *folders: Path, stated: str | None = None) -> tuple[PromptStyle, dict[str, str]]:
+    """Stop the clock of a chat template that reads it, so that an evaluation renders the same prompts on another day.
+
+    Args:
+        folders: folders of earlier answers; the first date that one of these states is used, else today's.
+        stated: a date that takes precedence.
+
+    Returns:
+        The style, and the date as an entry of `made_by`, which is empty if the template reads no clock.
+
+    Raises:
+        UserError: the answers in a folder are damaged, or the date is invalid.
+    """
+    if not isinstance(style, ChatStyle) or "strftime_now" not in style.chat.source:
+        return style, {}
+    first = [record for folder in folders for record in JsonLines(folder / ANSWERS).records[:1]]
+    dates = [stated, *(record.get("made_by", {}).get(TEMPLATE_DATE) for record in first), date.today().isoformat()]
+    day = next(filter(None, dates))
+    try:
+        return replace(style, chat=style.chat.at(date.fromisoformat(day))), {TEMPLATE_DATE: day}
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{day!r}, the {TEMPLATE_DATE} of earlier answers, is not a date; move these answers away and run again."
+        ) from None
 
 
 def identify(settings: ModelSettings) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from evaluate.common import (
     load,
     markdown_table,
     pick_style,
+    stop_clock,
     wilson_interval,
 )
 from lit_llama.generation import Sampling
@@ -155,7 +156,6 @@ def is_number(text: str) -> bool:
     return len(NUMBER.findall(text)) == 1 and not re.search(r"\d[^\W\d]", text)
 
 
-def balanced(text: str) -> str:
 def states_one_number(text: str) -> bool:
     """Return whether a text is only a number, perhaps with "x =", a currency, a percent sign or the words of a unit."""
     text = re.sub(r"^[^\W\d_]\s*=\s*", "", plain_text(text).strip())
@@ -163,6 +163,7 @@ def states_one_number(text: str) -> bool:
     return number is not None and re.fullmatch(r"\s*\\?%?(?:\s+[^\W\d_]{2,})*\s*\.?", text[number.end() :]) is not None
 
 
+def balanced(text: str) -> str:
     """Return the text before the brace that closes one opened earlier."""
     depth = 1
     for i, character in enumerate(text):
@@ -251,9 +252,9 @@ def score(record: dict[str, Any]) -> dict[str, Any]:
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    style = pick_style(settings)
+    style, dated = stop_clock(pick_style(settings), settings.output_dir)
     questions = read_questions(settings, style)
-    made_by = {**identify(settings), "shots": settings.shots, "max_new_tokens": settings.max_new_tokens}
+    made_by = {**identify(settings), **dated, "shots": settings.shots, "max_new_tokens": settings.max_new_tokens}
     results = Results(settings.output_dir, {"benchmark": "gsm8k", **made_by}, settings.overwrite)
     evaluated = load(settings)
     fitting = drop_long(evaluated, questions, skip=settings.skip_long)

@@ -62,6 +62,7 @@ from evaluate.common import (
     load,
     markdown_table,
     pick_style,
+    stop_clock,
     wilson_interval,
 )
 from evaluate.letters import LETTERS, Letters, length_batches, letter_logps
@@ -238,11 +239,11 @@ def show(summary: dict[str, Any], shots: int) -> str:
 
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate one model and return the content of summary.json."""
-    style = pick_style(settings)
+    style, dated = stop_clock(pick_style(settings), settings.output_dir)
     if settings.scoring == "letters" and isinstance(style, ChatStyle):
         raise UserError("After a chat template, a letter does not continue the prompt; use --scoring generate.")
     questions = make_questions(settings, style)
-    made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings)}
+    made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings), **dated}
     if settings.scoring == "generate":
         made_by["max_new_tokens"] = settings.max_new_tokens
     results = Results(settings.output_dir, made_by, settings.overwrite)

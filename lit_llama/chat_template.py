@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,11 @@ class ChatTemplate:
         template = ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
         template.limits_memory = self.limits_memory
         return template
+
+    def at(self, day: date) -> "ChatTemplate":
+        """Return the template with the clock that it reads, `strftime_now`, stopped at the beginning of a day."""
+        variables = {**self.variables, "strftime_now": day.strftime}
+        return ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
 
     def allow_threads(self) -> None:
         """Render a question once, then stop limiting memory: such a limit would apply to all threads of the process.

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from evaluate import common
+from lit_llama import sandbox
 from lit_llama.checkpoint import TOKENIZER_NAME
 from lit_llama.huggingface.tokenizer_files import as_tokenizer_json
 
@@ -190,6 +194,26 @@ def write_model(folder: Path, kind: str, tokenizer_path: Path | None = None, **a
     config |= {"chat_template": TEMPLATES[name], **about}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_dated(base_dir: Path, folder: Path) -> Path:
+    """Copy a base model and give it a chat template that begins with the date."""
+    shutil.copytree(base_dir, folder)
+    template = '{{ strftime_now("%d %b %Y") }}: {% for message in messages %}{{ message.content }}{% endfor %}'
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def set_today(monkeypatch: Any, day: date) -> None:
+    """Set the date of templates and of evaluations."""
+
+    class Today(date):
+        @classmethod
+        def today(cls) -> date:
+            return day
+
+    monkeypatch.setattr(common, "date", Today)
+    monkeypatch.setattr(sandbox, "datetime", SimpleNamespace(now=lambda: datetime(day.year, day.month, day.day)))
 
 
 def normalizer_of(path: Path) -> normalizers.Normalizer:

@@ -1,10 +1,12 @@
 """GSM8K: extraction of the final number of a solution, and the evaluation from rows to summary."""
 
 import json
+from datetime import date
 from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+from chat_models import set_today, write_dated
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,8 +123,6 @@ def test_the_final_number_is_extracted(text, number):
     assert extract_answer(text) == number
 
 
-decimals = st.decimals(-(10**9), 10**9, places=3)
-integers = st.integers(0, 10**12)
 @pytest.mark.parametrize(
     "text",
     [
@@ -147,6 +147,8 @@ def test_an_expression_is_not_only_a_number(text):
     assert not gsm8k.states_one_number(text)
 
 
+decimals = st.decimals(-(10**9), 10**9, places=3)
+integers = st.integers(0, 10**12)
 wrappers = st.sampled_from(
     ["The answer is: {}", "The answer is {}.", "#### {}", "A: {}", "Answer: {}", "\\boxed{{{}}}", "So she has {}",
      "#### {}\nThe answer is: {}", "The answer is: ${}$", "the answer is **{}**", "A: {}."]
@@ -223,6 +225,25 @@ def test_the_summary_is_consistent_with_the_answers(base_dir, rows, tmp_path, ca
         assert gsm8k.score({**record, "answer": f"So {record['gold']}.00"})["correct"]
         assert not gsm8k.score({**record, "answer": "So 3."})["correct"]
     assert "| 0-shot | 5 |" in capsys.readouterr().out
+
+
+def test_an_evaluation_continued_on_another_day_has_the_same_prompts(base_dir, rows, tmp_path, monkeypatch):
+    options = {"prompt_style": "chat", "base_dir": write_dated(base_dir, tmp_path / "dated"), "rows": rows}
+    path = tmp_path / "out/answers.jsonl"
+    set_today(monkeypatch, date(2026, 1, 31))
+    gsm8k.main(settings(**options, tmp_path=tmp_path, limit=2))
+    before = path.read_text()
+    set_today(monkeypatch, date(2026, 2, 1))
+    summary = gsm8k.main(settings(**options, tmp_path=tmp_path))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert path.read_text().startswith(before) and len(records) == 5
+    assert all(r["prompt"].startswith("31 Jan 2026: What is") for r in records)
+    assert summary["made_by"]["template_date"] == "2026-01-31"
+    other = gsm8k.main(settings(**options, tmp_path=tmp_path / "other", limit=1))
+    assert other["made_by"]["template_date"] == "2026-02-01"
+    path.write_text(before.replace("2026-01-31", "yesterday"))
+    with pytest.raises(UserError, match="'yesterday', the template_date of earlier answers, is not a date; move these"):
+        gsm8k.main(settings(**options, tmp_path=tmp_path))
 
 
 def test_the_summary_counts_right_answers_and_answers_with_a_number():
