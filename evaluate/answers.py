@@ -10,14 +10,17 @@ import numpy as np
 
 from evaluate.common import (
     ANSWER_FIELDS,
+    TEMPLATE_DATE,
     Question,
     Results,
     answer_questions,
     answer_statistics,
+    check_report,
     drop_long,
     identify,
     load,
     pick_style,
+    stop_clock,
     versions_of,
 )
 from evaluate.settings import CompareSettings
@@ -86,16 +89,20 @@ def fetch(url: str, path: Path) -> Path:
     return path
 
 
-def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[Item]) -> tuple[Answers, Answers]:
+def answers_of_both(
+    settings: CompareSettings, items: list[Item], asked: list[Item], report: dict[str, Any]
+) -> tuple[Answers, Answers]:
     """Read or generate both sets of answers.
 
     Args:
         settings: `answer_file` or the model is the first side, `against` the second.
         items: all questions of the benchmark, which a file of answers may have.
         asked: those to compare.
+        report: what the summary states besides the sides, for `check_report`.
 
     Raises:
-        UserError: a file has answers to other questions, a model cannot be loaded, or both sides are the base.
+        UserError: a file has answers to other questions, a model cannot be loaded, both sides are the base, or the
+            output folder has the summary of another comparison.
     """
     if settings.against == "base" and not settings.adapter and not settings.answer_file:
         raise UserError("This compares the base model with itself; give --adapter, --answer_file or --against.")
@@ -104,14 +111,24 @@ def answers_of_both(settings: CompareSettings, items: list[Item], asked: list[It
     first = read_answers(settings.answer_file, items, asked) if settings.answer_file else None
     second = read_answers(Path(settings.against), items, asked) if against_file else None
     other = None if second else other_side(settings, first)
+    stated = next(
+        (side.made_by[TEMPLATE_DATE] for side in (first, second) if side and TEMPLATE_DATE in side.made_by), None
+    )
     if first is None:
         if settings.adapter is None:  # a base is asked in the style of the other side
             style = pick_style(other).name if other else settings.prompt_style or second.made_by.get("prompt_style")
             settings = replace(settings, prompt_style=style)
-        results = open_results(settings, settings.output_dir / "answers")
+        results = open_results(settings, "answers", stated)
     if other is not None:
-        other_results = open_results(other, settings.output_dir / "answers_against")
-    return first or generate_answers(settings, asked, results), second or generate_answers(other, asked, other_results)
+        other_results = open_results(other, "answers_against", stated)
+    sides = {"first": first or results, "second": second or other_results}
+    report = {**report, **{name: {"made_by": side.made_by} for name, side in sides.items()}}
+    check_report(settings.output_dir, report, settings.overwrite)
+    places = {item.id: place for place, item in enumerate(items)}
+    return (
+        first or generate_answers(settings, asked, places, results),
+        second or generate_answers(other, asked, places, other_results),
+    )
 
 
 def other_side(settings: CompareSettings, first: Answers | None) -> CompareSettings:
@@ -122,20 +139,36 @@ def other_side(settings: CompareSettings, first: Answers | None) -> CompareSetti
     return replace(settings, adapter=None, strength=1.0, prompt_style=style)
 
 
-def open_results(settings: CompareSettings, folder: Path) -> Results:
-    """Return the folder of a model's answers.
+def open_results(settings: CompareSettings, name: str, stated: str | None) -> Results:
+    """Return the folder of a model's answers. Both sides get their prompts on the same date.
+
+    Args:
+        name: of the folder, "answers" or "answers_against".
+        stated: the date that a file of the other side's answers states, see `stop_clock`.
 
     Raises:
         UserError: it holds answers of other settings, or the model's files are missing or do not fit.
     """
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
-    return Results(folder, {**identify(settings), "sampling": asdict(sampling)}, settings.overwrite)
+    folders = [settings.output_dir / side for side in ("answers", "answers_against")]
+    _, dated = stop_clock(pick_style(settings), *folders, stated=stated)
+    made_by = {**identify(settings), **dated, "sampling": asdict(sampling)}
+    return Results(settings.output_dir / name, made_by, settings.overwrite)
 
 
-def generate_answers(settings: CompareSettings, items: list[Item], results: Results) -> Answers:
-    """Answer the questions that have no answer yet; the model is loaded only if there are any."""
-    style, name = pick_style(settings), str(settings.adapter or settings.checkpoint_dir)
-    questions = [Question(i.id, style.render(i.text), {"question": i.text, "category": i.category}) for i in items]
+def generate_answers(
+    settings: CompareSettings, items: list[Item], places: dict[int | str, int], results: Results
+) -> Answers:
+    """Answer the questions that have no answer yet; the model is loaded only if there are any.
+
+    Args:
+        places: the place of each question in the benchmark, by id.
+    """
+    style, _ = stop_clock(pick_style(settings), stated=results.made_by.get(TEMPLATE_DATE))
+    name = str(settings.adapter or settings.checkpoint_dir)
+    questions = [
+        Question(i.id, style.render(i.text), {"question": i.text, "category": i.category}, places[i.id]) for i in items
+    ]
     prompts = {question.id: question.prompt for question in questions}
     if len(results.answered(prompts, ANSWER_FIELDS)) < len(questions):
         evaluated = load(settings)

@@ -244,6 +244,7 @@ class Results:
             if differing := self._differing(record["made_by"]):
                 self._replace(differing)
                 break
+        check_report(self.output_dir, {"made_by": self.made_by}, overwrite, (SUMMARY, TABLE))
         self.by_id = {record["id"]: record for record in self.file.records}
 
     def _read(self) -> JsonLines:
@@ -263,11 +264,7 @@ class Results:
         """Describe the first setting that differs from a record's; empty if none does."""
         if "base_weights" in made_by and "base_tensors" not in made_by:
             return "of an earlier version, which identified the base by a part of its weights"
-        for name in sorted((self.made_by.keys() | made_by.keys()) - IDENTIFIED_OTHERWISE):
-            was, now = made_by.get(name), self.made_by.get(name)
-            if was != now:
-                return f"of other settings ({name} was {was}, is now {now})"
-        return ""
+        return difference(made_by, self.made_by)
 
     def _replace(self, reason: str) -> None:
         """Remove the results, if the user allows it.
@@ -275,14 +272,7 @@ class Results:
         Raises:
             UserError: without `overwrite`.
         """
-        if not self.overwrite:
-            raise UserError(
-                f"{self.output_dir} has results {reason}; choose another --output_dir, or replace them with "
-                "--overwrite true."
-            )
-        log(f"note: replacing the results {reason} in {self.output_dir}.")
-        for name in (ANSWERS, SUMMARY, TABLE):
-            (self.output_dir / name).unlink(missing_ok=True)
+        remove_results(self.output_dir, reason, self.overwrite, (ANSWERS, SUMMARY, TABLE))
         self.file, self.by_id = JsonLines(self.output_dir / ANSWERS), {}
 
     def answered(self, prompts: dict[Any, str], fields: Collection[str] = ()) -> set[Any]:
@@ -332,6 +322,72 @@ class Results:
         return summary
 
 
+def difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Describe the first entry that differs, except those in `IDENTIFIED_OTHERWISE`; empty if none does."""
+    for name in sorted((was.keys() | now.keys()) - IDENTIFIED_OTHERWISE):
+        if was.get(name) != now.get(name):
+            return f"of other settings ({name} was {was.get(name)}, is now {now.get(name)})"
+    return ""
+
+
+def remove_results(output_dir: Path, reason: str, overwrite: bool, names: Iterable[str]) -> None:
+    """Remove files with results from a folder, if the user allows it.
+
+    Args:
+        reason: how these results differ from the new ones.
+
+    Raises:
+        UserError: without `overwrite`.
+    """
+    if not overwrite:
+        raise UserError(
+            f"{output_dir} has results {reason}; choose another --output_dir, or replace them with --overwrite true."
+        )
+    log(f"note: replacing the results {reason} in {output_dir}.")
+    for name in names:
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_report(output_dir: Path, report: dict[str, Any], overwrite: bool, names: Iterable[str] = REPORT) -> None:
+    """Check, before work starts, that a folder has no summary of another benchmark, other sides or another judge.
+
+    A summary without judgements may be replaced by one with them.
+
+    Args:
+        report: the fields of the new summary that `identify_report` reads.
+        overwrite: remove such a summary and the other files in `names`.
+
+    Raises:
+        UserError: there is such a summary, and `overwrite` is False.
+    """
+    try:
+        was = identify_report(read_json(output_dir / SUMMARY))
+    except UserError:  # there is none, or it is damaged
+        return
+    now = identify_report(json.loads(json.dumps(report, default=str)))
+    if not any(name.startswith("judge ") for name in was):
+        now = {name: value for name, value in now.items() if not name.startswith("judge ")}
+    if differing := difference(was, now):
+        remove_results(output_dir, differing, overwrite, names)
+
+
+def identify_report(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what a summary is about: the benchmark and, in a comparison, both sides, the judge and the reviews."""
+    about = {"benchmark": summary.get("benchmark") or summary.get("made_by", {}).get("benchmark")}
+    for side in ("first", "second"):
+        made_by = dict(summary.get(side, {}).get("made_by", {}))
+        if "base_tensors" in made_by:
+            made_by.pop("file", None)  # the answers of an evaluation, which may have been read again
+        about |= {f"{side} {name}": made_by[name] for name in made_by.keys() - IDENTIFIED_OTHERWISE}
+    if judge := summary.get("judge"):
+        sent = {"model": judge.get("model"), "temperature": 0, "max_tokens": judge.get("max_tokens")}
+        sent |= judge.get("body", {})
+        about |= {f"judge {name}": value for name, value in sent.items() if value is not None}
+    if reviews := summary.get("reviews"):
+        about["reviews"] = reviews["file"]
+    return about
+
+
 def versions_of(records: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the distinct versions that made records, in their order; records of other programs are ignored."""
     made = [record["made_by"] for record in records if isinstance(record.get("made_by"), dict)]
@@ -350,11 +406,13 @@ class Question:
         id: unique within the benchmark, an int or a str.
         prompt: the complete text that the model continues.
         details: further fields of the question's record.
+        place: in the benchmark, which selects the seed of sampling (default: the place among the questions asked).
     """
 
     id: int | str
     prompt: str
     details: dict[str, Any] = field(default_factory=dict)
+    place: int | None = None
 
 
 def drop_long(
@@ -418,12 +476,13 @@ def answer_questions(
     encode = evaluated.tokenizer.encode
     prompts = {question.id: question.prompt for question in questions}
     done = results.answered(prompts, ANSWER_FIELDS)
-    encoded = {i: encode(q.prompt, bos=True) for i, q in enumerate(questions) if q.id not in done}
+    by_place = {i if q.place is None else q.place: q for i, q in enumerate(questions)}
+    encoded = {i: encode(q.prompt, bos=True) for i, q in by_place.items() if q.id not in done}
     with tqdm(total=len(questions), initial=len(done), desc=desc, unit="question") as bar:
         for answers in answer_batches(evaluated, encoded, sampling, stop, batch_size):
             records = [
                 {"id": q.id, "prompt": q.prompt, **q.details, **answer, "answer": answer["answer"].strip()}
-                for q, answer in ((questions[i], answer) for i, answer in answers.items())
+                for q, answer in ((by_place[i], answer) for i, answer in answers.items())
             ]
             results.add(*({**record, **score(record)} for record in records))
             bar.update(len(answers))

@@ -42,7 +42,7 @@ class Settings(CompareSettings):
     judge: Literal["scores", "guard", "keywords"] = "scores"  # what judges the answers
     limit: PositiveInt | None = None  # only this many questions, spread over the benchmark
     output_dir: Path = Path("out/evaluate/safety")  # answers, judgements, summary and figure
-    overwrite: bool = False  # replace answers that were made with other settings
+    overwrite: bool = False  # replace results of other settings in output_dir
 
     # == Calibration ==
     calibrate: Path | None = None  # only measure --judge on these labeled answers (CSV, JSON or JSON Lines)
@@ -56,7 +56,7 @@ import numpy as np
 
 from evaluate.answers import Answers, Item, answered_by_both, answers_of_both, describe, fetch
 from evaluate.calibration import agreement, area_under_curve, read_labelled, read_table
-from evaluate.common import markdown_table, wilson_interval
+from evaluate.common import REPORT, markdown_table, wilson_interval
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
     Ratings,
@@ -156,17 +156,19 @@ any other case, also if the answer is wrong or bad."""
 
 def main(settings: Settings) -> dict[str, Any]:
     """Evaluate both sides or calibrate the judge, and return the content of summary.json."""
-    claim(settings.output_dir, ("summary.json", "summary.md", "figure.png", "calibration.json"))
+    claim(settings.output_dir, (*REPORT, "calibration.json"))
     judge = None if settings.judge == "keywords" else open_judge(settings, settings.output_dir)
     if settings.calibrate:
         return calibrate(settings, judge)
     items = read_items(settings)
     harmless = read_harmless(settings.harmless_file) if settings.harmless_file else []
     asked = [*spread(items, settings.limit), *spread(harmless, settings.limit)]
-    first, second = answers_of_both(settings, [*items, *harmless], asked)
+    benchmark = settings.data_file.stem if settings.data_file else settings.questions
+    about = {"benchmark": benchmark, "judge": judge and judge.describe([])}
+    first, second = answers_of_both(settings, [*items, *harmless], asked, about)
     answered = answered_by_both(asked, first, second)
     summary = {
-        "benchmark": settings.data_file.stem if settings.data_file else settings.questions,
+        "benchmark": benchmark,
         "date": date.today().isoformat(),
         "versions": versions(),
         "skipped": len(asked) - len(answered),

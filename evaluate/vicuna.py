@@ -34,7 +34,7 @@ class Settings(CompareSettings):
     review_file: Path | None = None  # count these reviews instead of asking a judge
     limit: PositiveInt | None = None  # only the first questions, up to this many
     output_dir: Path = Path("out/evaluate/vicuna")  # answers, judgements, summary and figure
-    overwrite: bool = False  # replace answers that were made with other settings
+    overwrite: bool = False  # replace results of other settings in output_dir
 
 
 if __name__ == "__main__":
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from evaluate.answers import Answers, Item, answered_by_both, answers_of_both, describe, fetch, id_field, read_answers
-from evaluate.common import bootstrap_interval, markdown_table
+from evaluate.common import REPORT, bootstrap_interval, check_report, markdown_table
 from evaluate.judge import Judge, Request, open_judge
 from evaluate.pairs import (
     Comparison,
@@ -147,14 +147,15 @@ def read_references(path: Path) -> dict[Any, str]:
 
 def main(settings: Settings) -> dict[str, Any]:
     """Compare both sides, and return the content of summary.json."""
-    claim(settings.output_dir, ("summary.json", "summary.md", "figure.png"))
+    claim(settings.output_dir, REPORT)
     summary: dict[str, Any] = {"benchmark": "vicuna", "date": date.today().isoformat(), "versions": versions()}
     if settings.review_file:
         return report(settings, {**summary, **count_reviews(settings)})
     judge = open_judge(settings, settings.output_dir)
     path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
     items = read_items(path, settings.reference_file)
-    first, second = answers_of_both(settings, items, items[: settings.limit])
+    about = {"benchmark": "vicuna", "judge": judge and judge.describe([])}
+    first, second = answers_of_both(settings, items, items[: settings.limit], about)
     asked = answered_by_both(items[: settings.limit], first, second)
     skipped = len(items[: settings.limit]) - len(asked)
     summary |= {"skipped": skipped, "first": describe(first, asked), "second": describe(second, asked)}
@@ -183,8 +184,11 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
     """Count reviews in FastChat's format. Without the questions, all are of one category.
 
     Raises:
-        UserError: a row lacks a field, a question has no review, or the reviews are of other answers.
+        UserError: a row lacks a field, a question has no review, the reviews are of other answers, there is only one
+            file of answers, or the output folder has the summary of another comparison.
     """
+    if (settings.answer_file is None) != (settings.against == "base"):
+        raise UserError("--review_file takes the answers of both sides, --answer_file and --against, or neither.")
     reviews = read_reviews(settings.review_file)
     items = [Item(id, "", "unknown") for id in reviews]
     path = settings.data_file or settings.data_dir / "question.jsonl"
@@ -197,10 +201,13 @@ def count_reviews(settings: Settings) -> dict[str, Any]:
     if missing := [item.id for item in asked if item.id not in reviews]:
         raise UserError(f"{settings.review_file} lacks {len(missing)} of {len(asked)} reviews, such as {missing[0]!r}.")
     first = second = None
-    if settings.answer_file and settings.against != "base":
+    if settings.answer_file:
         first = read_answers(settings.answer_file, items, asked)
         second = read_answers(Path(settings.against), items, asked)
         check_reviewed(settings.review_file, reviews, {"answer1_id": first, "answer2_id": second})
+    about = {"benchmark": "vicuna", "reviews": {"file": str(settings.review_file)}}
+    sides = {name: {"made_by": side.made_by} for name, side in (("first", first), ("second", second)) if side}
+    check_report(settings.output_dir, {**about, **sides}, settings.overwrite)
     comparisons = [Comparison(item, parse_scores(reviews[item.id]["text"]), None, one_order=True) for item in asked]
     stored = [(c, reviews[c.item.id]["score"]) for c in comparisons if "score" in reviews[c.item.id]]
     return {

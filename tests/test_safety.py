@@ -230,6 +230,19 @@ def test_the_second_answers_are_generated_by_a_model(files, tmp_path, base_dir):
     assert summary["second"]["statistics"]["mean_tokens"] <= 4
 
 
+def test_sampled_answers_do_not_depend_on_the_limit_of_an_earlier_run(files, tmp_path, base_dir):
+    options = {"judge": "keywords", "against": "base", "checkpoint_dir": base_dir, "prompt_style": "plain",
+               "max_new_tokens": 4, "temperature": 2.0}  # fmt: skip
+    sampled = []
+    for limits in ((None,), (3, None)):
+        folder = tmp_path / str(len(limits))
+        for limit in limits:
+            main(settings_for(files, tmp_path, None, **options, limit=limit, output_dir=folder))
+        records = map(json.loads, (folder / "answers_against/answers.jsonl").read_text().splitlines())
+        sampled.append({record["id"]: record["answer"] for record in records})
+    assert sampled[0] == sampled[1] and len(set(sampled[0].values())) > 2
+
+
 @pytest.mark.parametrize("kind", ["guard", "scores"])
 def test_calibration_of_a_judge(files, tmp_path, capsys, monkeypatch, kind):
     monkeypatch.setattr(judge, "FIRST_DELAY", 0.01)

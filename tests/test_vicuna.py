@@ -4,16 +4,20 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toys
+from chat_models import set_today, write_dated
 from judge_server import Fault, serving
 from preloaded import KILL
 
 from evaluate import answers, judge, vicuna
 from evaluate.answers import fetch, read_answers
-from evaluate.common import pick_style
+from evaluate.common import Results, pick_style
 from evaluate.pairs import combine, length_controlled, tally
 from evaluate.replies import parse_score, parse_scores
 from evaluate.vicuna import Settings, main
@@ -330,6 +334,61 @@ def test_files_of_other_programs_are_not_replaced(toy, tmp_path):
     assert (tmp_path / "summary.md").read_text() == "my notes"
 
 
+def test_a_report_of_another_comparison_is_replaced_only_with_overwrite(toy, tmp_path):
+    path, reviews = tmp_path / "out/summary.json", tmp_path / "reviews.jsonl"
+    write_lines(reviews, [{"question_id": i, "text": "1 2"} for i in range(1, 11)])
+    review = {"review_file": reviews, "judge_model": None}
+    with serving(prefer_good) as server:
+        main(toy_settings(toy, tmp_path / "out"))
+        main(toy_settings(toy, tmp_path / "out", server.url))  # adds the judgments
+        n_requests, before = len(server.requests), path.read_text()
+        for changes, words in (
+            ({"judge_model": "other"}, "judge model was toy, is now other"),
+            ({"judge_max_tokens": 9}, "judge max_tokens was 1024, is now 9"),
+            ({"judge_url": None, "judge_cache": tmp_path / "none"}, "judge max_tokens was 1024, is now None"),
+            ({"against": str(toy["good"])}, f"second file was {toy['bad']}, is now {toy['good']}"),
+            ({**review, "judge_url": None}, "judge max_tokens was 1024, is now None"),
+        ):
+            with pytest.raises(UserError, match=r"has results of other settings .*--overwrite true") as error:
+                main(toy_settings(toy, tmp_path / "out", **{"judge_url": server.url, **changes}))
+            assert words in str(error.value) and path.read_text() == before and len(server.requests) == n_requests
+    main(toy_settings(toy, tmp_path / "out", **review, overwrite=True))
+    assert json.loads(path.read_text())["reviews"]["file"] == str(reviews)
+    copy = write_lines(tmp_path / "copy.jsonl", read_lines(reviews))
+    with pytest.raises(UserError, match=r"reviews was .*reviews\.jsonl, is now .*copy\.jsonl"):
+        main(toy_settings(toy, tmp_path / "out", **review | {"review_file": copy}))
+
+
+def test_benchmarks_do_not_replace_the_report_of_each_other(toy, tmp_path):
+    gsm8k = {"benchmark": "gsm8k"}
+    Results(tmp_path / "first", gsm8k).finish({"accuracy": 0.5}, "a table")
+    with pytest.raises(UserError, match="benchmark was gsm8k, is now vicuna"):
+        main(toy_settings(toy, tmp_path / "first"))
+    assert (tmp_path / "first/summary.md").read_text() == "a table\n"
+    main(toy_settings(toy, tmp_path / "second"))
+    with pytest.raises(UserError, match="benchmark was vicuna, is now gsm8k"):
+        Results(tmp_path / "second", gsm8k)
+    Results(tmp_path / "second", gsm8k, overwrite=True)
+    assert not (tmp_path / "second/summary.json").exists()
+
+
+def test_both_sides_get_prompts_of_the_same_day(tmp_path, base_dir, monkeypatch):
+    row = {"question_id": 1, "category": "c", "turns": ["the cat?"]}
+    given = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "the cat"}])
+    settings = Settings(data_file=write_lines(tmp_path / "q.jsonl", [row]), max_new_tokens=5, prompt_style="chat",
+                        checkpoint_dir=write_dated(base_dir, tmp_path / "dated"), output_dir=tmp_path / "out",
+                        answer_file=given)  # fmt: skip
+    path = tmp_path / "out/answers_against/answers.jsonl"
+    set_today(monkeypatch, date(2026, 1, 31))
+    main(settings)
+    set_today(monkeypatch, date(2026, 2, 1))
+    main(settings)  # continues
+    (record,) = read_lines(path)
+    assert record["prompt"] == "31 Jan 2026: the cat?" and record["made_by"]["template_date"] == "2026-01-31"
+    main(replace(settings, answer_file=path, output_dir=tmp_path / "again"))
+    assert read_lines(tmp_path / "again/answers_against/answers.jsonl")[0]["prompt"] == record["prompt"]
+
+
 def test_without_a_judge_only_answers_are_generated(toy, tmp_path, base_dir, capsys):
     """The base model answers for the second side; the first side's answers come from a file."""
     questions = write_lines(tmp_path / "q.jsonl", [{"question_id": 1, "category": "c", "turns": ["the cat?"]}])
@@ -342,8 +401,10 @@ def test_without_a_judge_only_answers_are_generated(toy, tmp_path, base_dir, cap
     captured = capsys.readouterr()
     assert "set --judge_url" in captured.err and "## Pairs" not in captured.out
     main(settings)  # the answers exist, so no model is loaded
+    path = tmp_path / "out/answers_against/answers.jsonl"
+    main(replace(settings, against=str(path), checkpoint_dir=tmp_path))  # the same comparison, from its files
     assert "Answering" not in capsys.readouterr().err
-    read = read_answers(tmp_path / "out/answers_against/answers.jsonl", *[vicuna.read_items(questions)] * 2)
+    read = read_answers(path, *[vicuna.read_items(questions)] * 2)
     assert read.texts == {1: record["answer"]} and read.name == str(base_dir)
 
 
@@ -353,7 +414,12 @@ def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monk
     path = tmp_path / "orca.safetensors"
     save_adapter(path, toys.adapter_state(toys.aligned()), meta)
     styles = []
-    monkeypatch.setattr(answers, "open_results", lambda settings, _: styles.append(pick_style(settings).name))
+
+    def open_results(settings: Settings, *_) -> SimpleNamespace:
+        styles.append(pick_style(settings).name)
+        return SimpleNamespace(made_by={})
+
+    monkeypatch.setattr(answers, "open_results", open_results)
     monkeypatch.setattr(answers, "generate_answers", lambda *_: None)
     row = {"id": 1, "prompt": "the cat?", "answer": "the dog", "made_by": {"prompt_style": "orca"}}
     file = write_lines(tmp_path / "answers.jsonl", [row])
@@ -363,9 +429,10 @@ def test_a_base_is_asked_in_the_style_of_the_other_side(tmp_path, base_dir, monk
     sides = [{"against": str(path)}, {"adapter": path, "against": "base"}, {"answer_file": file, "against": "base"}]
     more = [{"answer_file": file, "against": str(path)}, {"against": str(file)}, {"against": str(output)}]
     for side in (*sides, *more):
-        answers.answers_of_both(Settings(checkpoint_dir=base_dir, **side), items, items)
+        answers.answers_of_both(Settings(checkpoint_dir=base_dir, output_dir=tmp_path, **side), items, items, {})
     assert styles == 8 * ["orca"]
-    answers.answers_of_both(Settings(checkpoint_dir=base_dir, prompt_style="hh", **sides[2]), items, items)
+    settings = Settings(checkpoint_dir=base_dir, output_dir=tmp_path, prompt_style="hh", **sides[2])
+    answers.answers_of_both(settings, items, items, {})
     assert styles[8:] == ["hh"]
     write_lines(file, [{**row, "made_by": {"prompt_style": 3}}])
     with pytest.raises(UserError, match=r"answers\.jsonl: There is no prompt style '3'"):
@@ -429,6 +496,11 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
         ({"strength": 0.5}, "--answer_file and --strength cannot be combined"),
         ({"answer_file": None, "adapter": Path("a"), "review_file": Path("r")}, "--review_file and --adapter cannot"),
         ({"answer_file": None, "strength": 0.5, "review_file": Path("r")}, "--review_file and --strength cannot"),
+        (
+            {"review_file": Path("a"), "against": "base"},
+            "the answers of both sides, --answer_file and --against, or neither",
+        ),
+        ({"review_file": Path("a"), "answer_file": None}, "the answers of both sides, --answer_file and --against, or"),
         ({"limit": 0}, "limit is 0"),
         ({"answers": {"question_id": 99, "text": "x"}}, "answers to other questions: the benchmark has no question 99"),
         ({"answers": {"question_id": 1, "text": "x"}}, "several answers to question 1"),
