@@ -38,6 +38,7 @@ from lit_llama.utils import UserError, log
 
 ANSWERS, SUMMARY, TABLE = "answers.jsonl", "summary.json", "summary.md"
 REPORT = (SUMMARY, TABLE, "figure.png")  # of a comparison of two sides
+JUDGED = ("pairs", "single", "unsafe")  # entries of a summary with the results of a judge
 TEMPLATE_DATE = "template_date"  # in `made_by`: the day at which `stop_clock` stopped the clock
 IDENTIFIED_OTHERWISE = {"versions", "base", "adapter"}  # may differ between the parts of a resumed evaluation
 
@@ -365,9 +366,11 @@ def check_report(output_dir: Path, report: dict[str, Any], overwrite: bool, name
     except UserError:  # there is none, or it is damaged
         return
     now = identify_report(json.loads(json.dumps(report, default=str)))
-    if not any(name.startswith("judge ") for name in was):
+    if "judge model" not in was:
         now = {name: value for name, value in now.items() if not name.startswith("judge ")}
-    if differing := difference(was, now):
+    if "judge model" in was and "judge model" not in now:
+        remove_results(output_dir, f"of the judge {was['judge model']}, and this run has no judge", overwrite, names)
+    elif differing := difference(was, now):
         remove_results(output_dir, differing, overwrite, names)
 
 
@@ -381,7 +384,7 @@ def identify_report(summary: dict[str, Any]) -> dict[str, Any]:
         about |= {f"{side} {name}": made_by[name] for name in made_by.keys() - IDENTIFIED_OTHERWISE}
     if judge := summary.get("judge"):
         sent = {"model": judge.get("model"), "temperature": 0, "max_tokens": judge.get("max_tokens")}
-        sent |= judge.get("body", {})
+        sent |= {**judge.get("body", {}), "results": [name for name in JUDGED if name in summary]}
         about |= {f"judge {name}": value for name, value in sent.items() if value is not None}
     if reviews := summary.get("reviews"):
         about["reviews"] = reviews["file"]

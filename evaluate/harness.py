@@ -127,9 +127,17 @@ class HarnessModel(TemplateLM):
         """Render a conversation in the prompt style. A system message becomes part of the first instruction.
 
         Tasks such as wikitext and blimp ask nothing; their context stays empty, as without a style.
+
+        Raises:
+            UserError: A task without questions has few-shot examples.
         """
         turns, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         if not turns[-1]["content"].strip():
+            if any(turn["role"] == "assistant" for turn in turns):
+                raise UserError(
+                    "A task has few-shot examples but no questions, so they cannot be turns of a prompt style; use "
+                    "--prompt_style plain or --num_fewshot 0."
+                )
             return begun
         prompt = self.evaluated.style.render_messages(turns)
         return prompt if add_generation_prompt else f"{prompt.rstrip(' ')} {begun}"  # some styles end with a space
@@ -140,8 +148,8 @@ class HarnessModel(TemplateLM):
         The prompt is empty if the context is not rendered in the style.
         """
         ending = self.evaluated.style.template.partition("{instruction}")[2]
-        prompt, found, answer = context.rpartition(ending) if ending else ("", "", context)
-        return prompt + found, answer.lstrip(" ") if found else answer
+        prompt, mark, answer = context.rpartition(ending) if ending else ("", "", context)
+        return prompt + mark, answer.lstrip(" ") if mark else answer
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of both. An answer to an instruction is encoded as a response in training."""

@@ -244,11 +244,13 @@ def main(settings: Settings) -> dict[str, Any]:
         raise UserError("After a chat template, a letter does not continue the prompt; use --scoring generate.")
     questions = make_questions(settings, style)
     made_by = {"benchmark": "mmlu", "scoring": settings.scoring, "shots": settings.shots, **identify(settings), **dated}
+    is_response = style.name != "plain"
     if settings.scoring == "generate":
         made_by["max_new_tokens"] = settings.max_new_tokens
+    elif is_response:
+        made_by["letters"] = "responses"  # earlier versions scored them as continuations of the prompt
     results = Results(settings.output_dir, made_by, settings.overwrite)
     evaluated = load(settings)
-    is_response = style.name != "plain"
     letters = Letters.of(evaluated.tokenizer, response=is_response) if settings.scoring == "letters" else None
     prompts = {q.id: letters.prompt(evaluated.tokenizer, q.prompt) for q in questions} if letters else {}
     lengths = [len(prompts[q.id]) for q in questions] if letters else None

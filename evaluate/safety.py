@@ -165,6 +165,7 @@ def main(settings: Settings) -> dict[str, Any]:
     asked = [*spread(items, settings.limit), *spread(harmless, settings.limit)]
     benchmark = settings.data_file.stem if settings.data_file else settings.questions
     about = {"benchmark": benchmark, "judge": judge and judge.describe([])}
+    about["unsafe" if settings.judge == "guard" else "pairs"] = None  # what the judge decides
     first, second = answers_of_both(settings, [*items, *harmless], asked, about)
     answered = answered_by_both(asked, first, second)
     summary = {

@@ -154,7 +154,8 @@ def main(settings: Settings) -> dict[str, Any]:
     judge = open_judge(settings, settings.output_dir)
     path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
     items = read_items(path, settings.reference_file)
-    about = {"benchmark": "vicuna", "judge": judge and judge.describe([])}
+    results = {"both": ("pairs", "single"), "pair": ("pairs",), "single": ("single",)}[settings.judging]
+    about = {"benchmark": "vicuna", "judge": judge and judge.describe([]), **dict.fromkeys(results)}
     first, second = answers_of_both(settings, items, items[: settings.limit], about)
     asked = answered_by_both(items[: settings.limit], first, second)
     skipped = len(items[: settings.limit]) - len(asked)

@@ -161,7 +161,7 @@ def cached_reference(
     if fabric.global_rank == 0 and is_intact(folder):
         logps = read_state(folder / "logps.safetensors").get("logps")
     logps = fabric.broadcast(logps)
-    if logps is not None and logps.shape == (len(data), 2):
+    if logps is not None and logps.shape == (len(data), 2) and logps.isfinite().all():
         return logps
     logps = compute_reference(data, fabric, model, batches, name)
     if not logps.isfinite().all():

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -129,6 +130,15 @@ class Step:
         then = completed.get(self.name, [])
         same, further = then[: len(self.command)] == self.command, then[len(self.command) :]
         return self.done.is_file() and same and (not further or further[0].startswith("--judge_"))
+
+    def remove_judged(self, completed: dict[str, list[str]]) -> None:
+        """Remove the summary of the same command with another judge, whose replies are cached."""
+        then, now = (
+            [*takewhile(lambda word: not word.startswith("--judge_"), words)]
+            for words in (completed.get(self.name, []), self.command)
+        )
+        if then == now:
+            self.done.unlink(missing_ok=True)
 
     def made(self, words: list[str]) -> bool:
         """Return whether a command uses the folder that this step writes."""
@@ -390,6 +400,7 @@ def main(settings: Settings) -> None:
         if step.complete(completed):
             log(f"[{number}/{len(steps)}] {step.name}: complete")
             continue
+        step.remove_judged(completed)
         run_step(step, number, len(steps))
         # whatever used the earlier result is not complete any more
         completed = {name: words for name, words in completed.items() if not step.made(words)}

@@ -180,7 +180,8 @@ def answer(client: socket.socket, number: int) -> None:
 def run(request: dict[str, Any], streams: list[int]) -> None:
     """Run a program as `__main__`, as if a new interpreter had started with these arguments and streams."""
     os.setsid()
-    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, 1000) for stream in streams]  # out of the way of the numbers they get
+    highest = max(request["files"])
+    moved = [fcntl.fcntl(stream, fcntl.F_DUPFD, highest + 1) for stream in streams]
     for stream in streams:
         os.close(stream)
     for stream, number in zip(moved, request["files"], strict=True):

@@ -604,7 +604,7 @@ def test_an_initial_adapter_in_the_folder_of_the_run_is_refused(finished, flags,
     (tmp_path / "link.safetensors").symlink_to(finished / "best.safetensors")
     source, before = (tmp_path if "link" in name else finished) / name, snapshot(finished)
     assert refusal(train, flags(finished, init_adapter=source, **changes)).endswith(
-        ".safetensors is in --out_dir, where this run writes its own adapters; choose another --out_dir."
+        ".safetensors is in --out_dir, where this run would replace it; choose another --out_dir."
     )
     assert snapshot(finished) == before
 

@@ -198,6 +198,9 @@ def test_the_context_of_a_task_without_a_question_is_empty():
     assert model.apply_chat_template(asked) == ""
     asked.append({"role": "assistant", "content": "It"})
     assert model.apply_chat_template(asked, add_generation_prompt=False) == "It"
+    asked.append({"role": "user", "content": ""})  # after a few-shot example
+    with pytest.raises(UserError, match="A task has few-shot examples but no questions"):
+        model.apply_chat_template(asked)
 
 
 @needs_lm_eval

@@ -127,7 +127,12 @@ def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
     alone.done.write_text("{}")
     assert alone.complete({alone.name: alone.command}) and not judged.complete({alone.name: alone.command})
     assert alone.complete({judged.name: judged.command}) and judged.complete({judged.name: judged.command})
-    assert not judged.complete({judged.name: step(judge_url="http://127.0.0.1:1/v1", judge_model="other").command})
+    other = {judged.name: step(judge_url="http://127.0.0.1:1/v1", judge_model="other").command}
+    assert not judged.complete(other)
+    judged.remove_judged({judged.name: [*alone.command[:-1], "x"]})
+    assert alone.done.exists()
+    judged.remove_judged(other)
+    assert not alone.done.exists()
     assert not alone.complete({})
     assert study.read_pairs({"benchmark": "vicuna"}) == (None, None, None)
 

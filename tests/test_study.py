@@ -288,7 +288,8 @@ def test_the_report_states_how_it_was_made_and_lists_failures(tmp_path):
         {"seconds": 150.0, "versions": {"torch": "2.12.1"}},  # of the run that this one resumed
         {"error": "UserError: disk", "versions": {"torch": "2.13.0"}},
     ]
-    origin = study.origin(study.Settings(seeds=(1, 2), steps=7, jobs=8), records)
+    settings = complete(study.Settings(seeds=(1, 2), steps=7, jobs=8), study.COMPARED, study.QUICK)
+    origin = study.origin(settings, records)
     text = paper.report(ROWS, questions=200, sweep_seed=0, origin=origin)
     assert (
         "python studies/reproduce_paper.py --seeds 1 2 --steps 7: 3 training runs, 4 minutes of one thread in all, "

@@ -345,11 +345,12 @@ def test_a_report_of_another_comparison_is_replaced_only_with_overwrite(toy, tmp
         for changes, words in (
             ({"judge_model": "other"}, "judge model was toy, is now other"),
             ({"judge_max_tokens": 9}, "judge max_tokens was 1024, is now 9"),
-            ({"judge_url": None, "judge_cache": tmp_path / "none"}, "judge max_tokens was 1024, is now None"),
+            ({"judging": "pair"}, "judge results was ['pairs', 'single'], is now ['pairs']"),
+            ({"judge_url": None, "judge_cache": tmp_path / "none"}, "judge toy, and this run has no judge"),
             ({"against": str(toy["good"])}, f"second file was {toy['bad']}, is now {toy['good']}"),
-            ({**review, "judge_url": None}, "judge max_tokens was 1024, is now None"),
+            ({**review, "judge_url": None}, "judge toy, and this run has no judge"),
         ):
-            with pytest.raises(UserError, match=r"has results of other settings .*--overwrite true") as error:
+            with pytest.raises(UserError, match=r"has results of .*--overwrite true") as error:
                 main(toy_settings(toy, tmp_path / "out", **{"judge_url": server.url, **changes}))
             assert words in str(error.value) and path.read_text() == before and len(server.requests) == n_requests
     main(toy_settings(toy, tmp_path / "out", **review, overwrite=True))

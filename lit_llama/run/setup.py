@@ -15,6 +15,7 @@ from lit_llama.device import computes_bf16, disable_cudnn_attention
 from lit_llama.logps import LabelLogps
 from lit_llama.methods import method_config
 from lit_llama.model import LLaMA
+from lit_llama.run.folder import FILES
 from lit_llama.run.processes import base_mesh, fabric_strategy, launch, watch_processes
 from lit_llama.run.train_settings import SHARDED, FinetuneSettings, Precision, TrainSettings
 from lit_llama.storage.schema import field
@@ -200,7 +201,7 @@ def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
     """Return the adapter that training starts from, None for a fresh one.
 
     Raises:
-        UserError: The file is missing or in the folder of the run, or its method is not that of the settings.
+        UserError: The file is missing or one that the run replaces, or its method is not that of the settings.
     """
     if settings.init_adapter is None:
         return None
@@ -210,10 +211,8 @@ def initial_adapter(settings: FinetuneSettings) -> AdapterFile | None:
             f"{adapter.path} was trained with the method {adapter.method!r} and cannot initialize one of the method "
             f"{settings.method!r}."
         )
-    if adapter.path.resolve().parent == settings.out_dir.resolve():
-        raise UserError(
-            f"{adapter.path} is in --out_dir, where this run writes its own adapters; choose another --out_dir."
-        )
+    if adapter.path.resolve() in (settings.out_dir.resolve() / name for name in FILES):
+        raise UserError(f"{adapter.path} is in --out_dir, where this run would replace it; choose another --out_dir.")
     return adapter
 
 
