@@ -22,6 +22,10 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
+# here, because an older Python cannot evaluate the annotations below
+if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
+    sys.exit(f"error: Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+
 ROOT = Path(__file__).parent.parent.resolve()
 ENV = ROOT / ".venv"
 PYTHON = ENV / "bin/python"
@@ -157,8 +161,6 @@ def main() -> None:
 
 
 def run() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036  (this script is what an older Python would run)
-        stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
     if os.name == "nt":
         stop("Windows is not supported; use the Windows Subsystem for Linux (WSL).")
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
@@ -166,6 +168,9 @@ def run() -> None:
         sys.exit(0 if len(sys.argv) > 1 else 2)
     cpu = sys.argv[1] == "--cpu"
     what, *arguments = sys.argv[1 + cpu :] or ["demo"]
+    if what in ("demo", "test") and "--cpu" in arguments:  # neither has such a flag
+        arguments.remove("--cpu")
+        cpu = True
     requirements = ["requirements.txt"] + ["requirements-dev.txt"] * (what == "test")
     if what == "demo":
         command = ["scripts/demo.py", *arguments]

@@ -1,9 +1,11 @@
 """The aligner command and the overview of scripts: they list what exists and start fast."""
 
+import ast
 import errno
 import fcntl
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -174,6 +176,37 @@ def test_run_py_reports_failures_in_one_line(monkeypatch, capsys, error, code, s
     with pytest.raises(SystemExit) as stopped:
         script.main()
     assert (stopped.value.code, capsys.readouterr().err) == (code, sentence)
+
+
+def test_run_py_stops_an_older_python_before_it_evaluates_annotations(monkeypatch):
+    """Python 3.8 cannot evaluate `list[str]`."""
+    path = ROOT / "scripts/run.py"
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 7))
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    monkeypatch.setattr(sys, "version", "3.8.18 (default)")
+    with pytest.raises(SystemExit, match=re.escape("error: Python 3.10 or newer is needed; this is 3.8.18.")):
+        runpy.run_path(str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "cpu", "passed"),
+    [
+        (["--cpu", "demo"], True, ["scripts/demo.py"]),
+        (["demo", "--steps", "9", "--cpu"], True, ["scripts/demo.py", "--steps", "9"]),
+        (["demo"], False, ["scripts/demo.py"]),
+        (["generate/aligner.py", "--prompt", "--cpu"], False, ["generate/aligner.py", "--prompt", "--cpu"]),
+    ],
+)
+def test_run_py_takes_cpu_before_and_after_demo_or_test(monkeypatch, words, cpu, passed):
+    from scripts import run as script
+
+    received = []
+    monkeypatch.setattr(script, "install", lambda requirements, cpu: received.append(cpu))
+    monkeypatch.setattr(script.os, "chdir", lambda path: None)
+    monkeypatch.setattr(script.os, "execv", lambda program, command: received.append(command[1:]))
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    script.main()
+    assert received == [cpu, passed]
 
 
 def test_run_py_suggests_a_similar_script():
