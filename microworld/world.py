@@ -413,13 +413,12 @@ class World:
 
     def score(self, question: Question, text: str) -> Score:
         """Return the score of an answer; all of the text must fit a form, or two statements in the same form."""
-        parsed = parse(text)
-        if parsed is None:
-            statements = parse_steps(text)
-            if statements is None:
-                return Score(None, False, False)
+        if statements := parse_steps(text):  # first, since `parse` reads two telegrams as one with a long value
             stated = tuple((s.topic, s.value) for s in statements)
             return Score(statements[0].form, stated == question.steps, False, aloud=True)
+        parsed = parse(text)
+        if parsed is None:
+            return Score(None, False, False)
         stated = (parsed.topic, parsed.value)
         return Score(parsed.form, stated == (question.topic, question.answer), stated == question.refusal)
 

@@ -210,11 +210,12 @@ def test_scores_of_direct_and_step_by_step_answers(world):
 
 def test_steps_are_parsed_in_every_form(world):
     for question in world.two_hop()[::7]:
-        for form in FORMS.values():
+        for form in ALL_FORMS.values():
             text = question.render_steps(form)
             first, last = parse_steps(text)
             assert [(s.topic, s.value) for s in (first, last)] == list(question.steps)
-            assert parse(text) is None and world.score(question, text) == Score(form.name, True, False, aloud=True)
+            assert world.score(question, text) == Score(form.name, True, False, aloud=True)
+            assert form is NEW_FORM or parse(text) is None  # no text in a known form has two readings
 
 
 def test_a_step_by_step_answer_to_a_single_fact_is_wrong(world):
