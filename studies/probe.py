@@ -77,7 +77,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Share:
-    """A share and its 95% interval; the interval is nan if LoRA's gain may be zero."""
+    """A share and its 95% interval; the interval is nan if `recovered` gives none."""
 
     value: float
     low: float
@@ -94,18 +94,21 @@ class Share:
 
 
 def recovered(
-    base: np.ndarray, other: np.ndarray, lora: np.ndarray, tokens: np.ndarray, *, resamples: int, seed: int = 0
-) -> Share:
+    base: np.ndarray, other: np.ndarray, lora: np.ndarray, tokens: np.ndarray, *, resamples: int, seed: int = 0,
+    planned: int = 1,
+) -> Share:  # fmt: skip
     """Return the share of LoRA's gain over the base that another method has, per token of the held-out rows.
 
     The interval is a bootstrap: rows are drawn with replacement, the same for all methods, and the mean over the
     training runs of a method is shifted by its standard error times a draw from Student's t with S - 1 degrees of
-    freedom. With one run each it covers only the rows.
+    freedom. With one run each it covers only the rows. There is no interval if LoRA's gain may be zero, or if one of
+    several planned runs is left, whose standard error is unknown.
 
     Args:
         base: Loss of each row without an adapter (n,), summed over its tokens (nats, or wrong tokens).
         other, lora: The same with each of S trained adapters (S, n).
         tokens: Number of label tokens of each row (n,).
+        planned: Number of runs of each method, including those that failed.
     """
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), size=resamples)  # (R, n)
@@ -119,7 +122,7 @@ def recovered(
         gains.append(gain)
     full = (base - lora).sum(1).mean()
     value = (base - other).sum(1).mean() / full if full else math.nan
-    if (gains[1] <= 0).mean() > 0.025:
+    if (gains[1] <= 0).mean() > 0.025 or min(len(other), len(lora)) == 1 < planned:
         return Share(float(value), math.nan, math.nan)
     low, high = np.quantile(gains[0] / gains[1], [0.025, 0.975])
     return Share(float(value), float(low), float(high))
@@ -200,39 +203,43 @@ def probe(settings: Settings, folder: Path, cells: dict[str, tuple[Record, Cell]
 
     Returns:
         For each of `MEASURES` its mean per token (method, and "base" -> number) and shares (method -> `Share`); rates;
-        edges: methods whose rate is the lowest or highest tried; rows; seconds.
+        edges: methods whose rate is the lowest or highest tried; seeds: the number of training runs that each mean is
+        over; failed: the other ones, and those that failed in the choice of the rate; rows; seconds.
     """
     data = SFTData(folder, "test", Tokenizer(settings.checkpoint_dir), settings.rows)
     base, results = row_scores(load_model(settings.checkpoint_dir), data), {}
     tokens = data.weights
     for measure in MEASURES:
-        scores = {method: scores_of(trained, measure) for method, (_, (_, trained)) in cells.items()}  # (S, n) each
+        scores = {method: np.array([record["scores"][measure] for record in finished(trained)])  # (S, n)
+                  for method, (_, (_, trained)) in cells.items()}  # fmt: skip
         all_scores = {"base": base[measure][None], **scores}
         results[measure] = {
             "mean": {method: float(rows.sum(1).mean() / tokens.sum()) for method, rows in all_scores.items()},
-            "shares": {m: recovered(base[measure], rows, scores["lora"], tokens, resamples=settings.resamples)
-                       for m, rows in scores.items() if m != "lora"},
+            "shares": {m: recovered(base[measure], rows, scores["lora"], tokens, resamples=settings.resamples,
+                                    planned=len(settings.seeds)) for m, rows in scores.items() if m != "lora"},
         }  # fmt: skip
     records = [record for _, cell in cells.values() for runs in cell for record in runs]
     return {
         **results,
         "rates": {method: best["trial"]["settings"]["learning_rate"] for method, (best, _) in cells.items()},
         "edges": [method for method, (best, (swept, _)) in cells.items() if at_edge(best, swept)],
+        "seeds": {method: len(finished(trained)) for method, (_, (_, trained)) in cells.items()},
+        "failed": [f"{record['trial']['name']}: {record['error']}" for record in records if "error" in record],
         "rows": len(data),
         "seconds": round(sum(record.get("seconds", 0) for record in records)),
     }
 
 
-def scores_of(records: list[Record], name: str) -> np.ndarray:
-    """Return the held-out scores (S, n) of the training runs that did not fail.
+def finished(records: list[Record]) -> list[Record]:
+    """Return the training runs that did not fail.
 
     Raises:
         UserError: All failed.
     """
-    done = [record["scores"][name] for record in records if "error" not in record]
+    done = [record for record in records if "error" not in record]
     if not done:
         raise UserError(f"All training runs of {records[0]['trial']['name']} failed: {records[0]['error']}")
-    return np.array(done)
+    return done
 
 
 # == reports ==
@@ -252,6 +259,7 @@ def report(results: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> 
         parts.append(f"{title}\n\n{markdown_table(heads, lines)}")
     if any(result["edges"] for result in results.values()):
         parts.append("`*`: its learning rate is the lowest or the highest that was tried; a better one may lie beyond.")
+    parts += [f"Failed: {failure}" for result in results.values() for failure in result["failed"]]
     return "\n\n".join(parts)
 
 

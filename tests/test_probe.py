@@ -10,7 +10,7 @@ import torch
 from lit_llama.checkpoint import load_model
 from lit_llama.data import SFTData
 from scripts.count_parameters import Variant
-from studies.probe import Share, plot, recovered, report, row_scores, split_training_rows
+from studies.probe import Settings, Share, plot, probe, recovered, report, row_scores, split_training_rows
 
 SCRIPT = "studies/probe.py"
 VARIANTS = {
@@ -38,6 +38,16 @@ def test_there_is_no_interval_if_lora_may_gain_nothing():
     assert share.value == pytest.approx(1.5 / 0.5) and math.isnan(share.low) and math.isnan(share.high)
     assert str(share) == "300% (no interval)"
     assert str(recovered(base, base[None] - 0.5, base[None], tokens, resamples=50)) == "LoRA gains nothing"
+
+
+def test_there_is_no_interval_if_one_of_several_runs_is_left():
+    base, tokens = np.array([4.0, 2.0, 3.0]), np.ones(3)
+    several, one = base - np.array([[0.5], [0.55], [0.6]]), base[None] - 1
+    for other, lora in ((several, one), (one, several), (one, one)):
+        assert not math.isnan(recovered(base, other, lora, tokens, resamples=500).low)
+        share = recovered(base, other, lora, tokens, resamples=500, planned=3)
+        assert share.value > 0 and math.isnan(share.low) and math.isnan(share.high)
+    assert not math.isnan(recovered(base, several, several * 0.9, tokens, resamples=500, planned=3).low)
 
 
 def test_more_rows_and_closer_runs_narrow_the_interval():
@@ -117,7 +127,7 @@ def test_table_and_figure(tmp_path):
         mean = {"base": 2.0, "aligner1": 0.5, "many": 0.25, "lora": 0.125}
         shares = {"aligner1": Share(one, one - 0.1, one + 0.1), "many": Share(-0.001, math.nan, math.nan)}
         measure = {"mean": mean, "shares": shares}
-        return {"loss": measure, "wrong": measure, "edges": edges, "rows": 9}
+        return {"loss": measure, "wrong": measure, "edges": edges, "failed": [], "rows": 9}
 
     results = {"facts": result(0.1, []), "form": result(0.9, ["lora"])}
     lines = report(results, VARIANTS).splitlines()
@@ -130,6 +140,31 @@ def test_table_and_figure(tmp_path):
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_failed_runs_are_listed_and_counted(base_dir, data_dir):
+    settings = Settings(checkpoint_dir=base_dir, data_dir=(data_dir,), resamples=50)
+    base = row_scores(load_model(base_dir), SFTData(data_dir, "test"))
+
+    def record(method: str, seed: int, gain: float | None) -> dict:
+        trial = {"name": f"animals-{method}-lr0.1-seed{seed}", "settings": {"learning_rate": 0.1}}
+        if gain is None:
+            return {"trial": trial, "error": "UserError: NaN"}
+        return {"trial": trial, "scores": {name: (scores - gain).tolist() for name, scores in base.items()}}
+
+    gains = {"aligner1": (0.4, 0.5, 0.6), "many": (0.7, None, None), "lora": (1.0, None, 1.1)}
+    cells = {}
+    for method, by_seed in gains.items():
+        trained = [record(method, seed, gain) for seed, gain in enumerate(by_seed, 1)]
+        cells[method] = trained[0], ([record(method, 0, 0.1)], trained)
+    result = probe(settings, data_dir, cells)
+    assert result["seeds"] == {"aligner1": 3, "many": 1, "lora": 2}
+    names = ("many-lr0.1-seed2", "many-lr0.1-seed3", "lora-lr0.1-seed2")
+    assert result["failed"] == [f"animals-{name}: UserError: NaN" for name in names]
+    shares = result["loss"]["shares"]
+    assert math.isnan(shares["many"].low) and not math.isnan(shares["aligner1"].low)
+    text = report({"animals": result}, VARIANTS)
+    assert text.endswith("\n\n".join(f"Failed: {failure}" for failure in result["failed"]))
+
+
 def test_a_complete_probe(run_script, tmp_path, base_dir, data_dir):
     flags = ["--data_dir", data_dir, "--checkpoint_dir", base_dir, "--out_dir", tmp_path, "--jobs", 1, "--many", 5,
              "--steps", 3, "--learning_rates", 1e-6, 3e-2, "--seeds", 1, 2, "--resamples", 50]  # fmt: skip
@@ -139,6 +174,7 @@ def test_a_complete_probe(run_script, tmp_path, base_dir, data_dir):
     results = json.loads((tmp_path / "probe.json").read_text())["results"]["animals"]
     records = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/record.json")}
     assert len(records) == 3 * (2 + 2)
+    assert results["seeds"] == {"aligner1": 2, "many": 2, "lora": 2} and results["failed"] == []
     test = SFTData(data_dir, "test")
     tokens, base = test.weights.sum(), row_scores(load_model(base_dir), test)
     for measure in ("loss", "wrong"):
