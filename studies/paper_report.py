@@ -35,11 +35,10 @@ def tasks_of(rows: list[Row]) -> list[str]:
     return [task for task in TASKS if any(row["task"] == task for row in rows)]
 
 
-def values_of(rows: list[Row], task: str, method: str, name: str) -> dict[int, float]:
-    """Return {seed: share} of a measure, from the reported trials that did not fail."""
-    key = (task, method, "reported", "")
-    trials = [row for row in rows if (row["task"], row["method"], row["part"], row["error"]) == key]
-    return {row["seed"]: row[name] for row in trials}
+def values_of(rows: list[Row], task: str, method: str, name: str) -> dict[int, float | None]:
+    """Return {seed: share} of a measure, from the reported trials; None for a trial that failed."""
+    trials = [row for row in rows if (row["task"], row["method"], row["part"]) == (task, method, "reported")]
+    return {row["seed"]: None if row["error"] else row[name] for row in trials}
 
 
 def label(method: str) -> str:
@@ -84,7 +83,8 @@ def differences_table(rows: list[Row]) -> str:
     for task in tasks_of(rows):
         for name, head in TASKS[task].columns.items():
             one, lora = (values_of(rows, task, method, name) for method in ("aligner1", "lora"))
-            points = percent([one[seed] - lora[seed] for seed in one if seed in lora], "+")
+            pairs = [(one[seed], lora[seed]) for seed in one if seed in lora]
+            points = percent((None if None in pair else pair[0] - pair[1] for pair in pairs), "+")
             lines.append([f"{TASKS[task].title}: {head}", points])
     return markdown_table(["one token minus LoRA", "points"], lines)
 
@@ -139,7 +139,7 @@ def means(rows: list[Row]) -> list[Row]:
     for method, parameters in methods_of(rows).items():
         for task in tasks_of(rows):
             for name in TASKS[task].columns:
-                if values := [*values_of(rows, task, method, name).values()]:
+                if values := [v for v in values_of(rows, task, method, name).values() if v is not None]:
                     mean, half = interval(values)
                     lines.append({"method": method, "parameters": parameters, "task": task, "measure": name,
                                   "mean": mean, "half": half, "seeds": len(values)})  # fmt: skip

@@ -24,9 +24,19 @@ COLUMNS = {
 
 
 def reported(rows: list[Row], **values: Any) -> list[Row]:
-    """Return the trials of the table that did not fail and have these values."""
-    finished = [row for row in rows if row["part"] == "reported" and not row["error"]]
-    return [row for row in finished if all(row[name] == value for name, value in values.items())]
+    """Return the trials of the table that have these values, also those that failed."""
+    trials = [row for row in rows if row["part"] == "reported"]
+    return [row for row in trials if all(row[name] == value for name, value in values.items())]
+
+
+def finished(trials: list[Row]) -> list[Row]:
+    """Return the trials that did not fail."""
+    return [row for row in trials if not row["error"]]
+
+
+def values_of(trials: list[Row], name: str) -> list[Any]:
+    """Return a measure of each trial; None for a trial that failed."""
+    return [None if row["error"] else row[name] for row in trials]
 
 
 def count(values: list[int | None]) -> str:
@@ -37,7 +47,8 @@ def count(values: list[int | None]) -> str:
 
 def cells_of(rows: list[Row], task: str) -> list[tuple[str, str]]:
     """Return the (objective, method) pairs that were trained, in the order of `OBJECTIVES`."""
-    cells = {(row["objective"], row["method"]): None for row in reported(rows, task=task) if row["method"] != BASE}
+    trials = [row for row in finished(reported(rows, task=task)) if row["method"] != BASE]
+    cells = {(row["objective"], row["method"]): None for row in trials}
     return sorted(cells, key=lambda cell: [*OBJECTIVES].index(cell[0]))
 
 
@@ -54,8 +65,8 @@ def overview(rows: list[Row], task: str, labels: dict[str, str], column: str) ->
     lines = []
     for method in methods:
         by_objective = [reported(rows, task=task, objective=objective, method=method) for objective in objectives]
-        parameters = next(row["parameters"] for trials in by_objective for row in trials)
-        values = [percent(row[column] for row in trials) for trials in by_objective]
+        parameters = next(row["parameters"] for trials in by_objective for row in finished(trials))
+        values = [percent(values_of(trials, column)) for trials in by_objective]
         lines.append([labels[method], f"{parameters:,}", *values])
     return markdown_table(["method", "parameters", *(OBJECTIVES[objective][0] for objective in objectives)], lines)
 
@@ -65,15 +76,16 @@ def task_table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
     lines = []
     for objective in ("", "asked"):
         if trials := reported(rows, task=task, method=BASE, objective=objective):
-            shares = [percent(row[name] for row in trials) for name in COLUMNS]
+            shares = [percent(values_of(trials, name)) for name in COLUMNS]
             lines.append([BASE if not objective else ASKED, "", "0", *shares, "–", "–", "–"])
     for objective, method in cells_of(rows, task):
         trials = reported(rows, task=task, objective=objective, method=method)
-        shares = [percent(row[name] for row in trials) for name in COLUMNS]
-        minutes = statistics.median(row["seconds"] for row in trials) / 60
+        done = finished(trials)
+        shares = [percent(values_of(trials, name)) for name in COLUMNS]
+        minutes = statistics.median(row["seconds"] for row in done) / 60
         lines.append(
-            [OBJECTIVES[objective][0], labels[method], f"{trials[0]['parameters']:,}", *shares,
-             count([row["answers_until"] for row in trials]), f"{minutes:.1f}", rate_of(rows, trials[0])]
+            [OBJECTIVES[objective][0], labels[method], f"{done[0]['parameters']:,}", *shares,
+             count(values_of(trials, "answers_until")), f"{minutes:.1f}", rate_of(rows, done[0])]
         )  # fmt: skip
     heads = ["objective", "method", "parameters", *COLUMNS.values(), "answers sampled", "minutes", "learning rate"]
     return markdown_table(heads, lines)
@@ -103,7 +115,7 @@ def report(
         if any(row["task"] == task for row in rows):
             columns = ("right", "other_facts") if cells_of(rows, task) else ()
             for column in columns:
-                base = percent(row[column] for row in reported(rows, task=task, method=BASE, objective=""))
+                base = percent(values_of(reported(rows, task=task, method=BASE, objective=""), column))
                 parts += [f"**{title[0].upper()}{title[1:]}: {COLUMNS[column]}** (the base alone: {base})",
                           overview(rows, task, labels, column)]  # fmt: skip
             parts += [f"All measures of {title}:", task_table(rows, task, labels)]
@@ -131,8 +143,9 @@ def report(
 columns "right, if" are shares of the answers step by step and of the direct answers; their means are over the seeds
 that gave such answers, each with the same weight. Answers sampled: for RL until {settings.reached:.0%} of {EVAL_ROWS}
 greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people; new facts in
-the wordings of the table), for DPO and best of n in total. Minutes: of one thread, training and scoring, median; RL
-includes sampling and these checks, DPO and best of n exclude the sampling of their answers, which all trials share.
+the wordings of the table), the median of the seeds that got there; for DPO and best of n in total. Minutes: of one
+thread, training and scoring, median; RL includes sampling and these checks, DPO and best of n exclude the sampling of
+their answers, which all trials share.
 {chosen}"""
     )
     failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "
@@ -157,7 +170,7 @@ def plot(rows: list[Row], labels: dict[str, str], path: Path, caption: str) -> N
         width = 0.8 / len(methods)
         for j, method in enumerate(methods):
             for i, objective in enumerate(objectives):
-                trials = reported(rows, task=task, objective=objective, method=method)
+                trials = finished(reported(rows, task=task, objective=objective, method=method))
                 if not trials:
                     continue
                 x = i + (j - (len(methods) - 1) / 2) * width

@@ -76,7 +76,7 @@ ROWS = [
     row("rl", "aligner1", 0, 0.1, "valid", learning_rate=0.2),
     row("rl", "aligner1", 1, 1.0),
     row("rl", "aligner1", 2, 0.9, right_aloud=0.8),
-    row("rl", "aligner1", 3, 0.0, error="UserError: disk"),
+    row("rl", "aligner1", 3, 0.0, error="UserError: disk", parameters=None, seconds=None),
 ]
 
 
@@ -85,15 +85,16 @@ def test_tables_of_hand_made_results(tmp_path):
     table = reporting.task_table(ROWS, "two_hop", {"aligner1": "Aligner, N = 1"})
     assert table.splitlines()[2:] == [
         "| the base alone |  | 0 | 0.0 | 50.0 | – | 0.0 | 100.0 | 100.0 | – | – | – |",
-        "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 | 50.0 ± 0.0 | 80.0 (1 of 2 seeds) | 95.0 ± 63.5 | 100.0 ± 0.0 | "
-        "100.0 ± 0.0 | 640 (1 of 2 seeds) | 1.0 | 0.1* |",
+        "| RL | Aligner, N = 1 | 240 | 95.0 ± 63.5 (2 of 3 seeds) | 50.0 ± 0.0 (2 of 3 seeds) | 80.0 (1 of 3 seeds) | "
+        "95.0 ± 63.5 (2 of 3 seeds) | 100.0 ± 0.0 (2 of 3 seeds) | 100.0 ± 0.0 (2 of 3 seeds) | "
+        "640 (1 of 3 seeds) | 1.0 | 0.1* |",
     ]
     rows = [*ROWS, row("direct", "lora", 1, 0.2, parameters=49_152)]
     labels = {"aligner1": "Aligner, N = 1", "lora": "LoRA, r = 8", "bitfit": "BitFit"}
     assert reporting.overview(rows, "two_hop", labels, "right").splitlines() == [
         "| method | parameters | SFT, direct answers | RL |",
         "| --- | ---: | ---: | ---: |",
-        "| Aligner, N = 1 | 240 | – | 95.0 ± 63.5 |",
+        "| Aligner, N = 1 | 240 | – | 95.0 ± 63.5 (2 of 3 seeds) |",
         "| LoRA, r = 8 | 49,152 | 20.0 | – |",
     ]
     text = reporting.report(ROWS, {("two_hop", "dpo"): 3072}, {"aligner1": "Aligner, N = 1"},

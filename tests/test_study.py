@@ -210,6 +210,8 @@ def test_questions_about_trained_facts_use_a_held_out_wording():
         assert {(q.topic, q.answer) for q in held_out} <= {(q.topic, q.answer) for q in train}
     facts, groups = tasks.questions_of("facts", "reported")
     assert (len(facts), len(groups["fact"])) == (120, 60)
+    known = {value for entity in World().entities for value in entity.facts.values()}
+    assert sum(q.answer not in known for q in groups["fact"]) == 24  # names that the base cannot spell
     assert not {q.topic for q in facts} & {q.topic for q in tasks.questions_of("facts", "valid")[0]}
     assert all(q.split == UNSEEN for q in tasks.questions_of("two_hop", "reported")[1]["unseen"])
 
@@ -276,9 +278,12 @@ def test_tables_of_handwritten_results():
         "| --- | ---: | ---: | ---: |\n"
         "| the base alone | 0 | 12.5 ± 0.0 | 50.0 ± 0.0 |\n"
         "| LoRA, r = 8 | 49,152 | 95.0 ± 63.5 | 50.0 ± 0.0 |\n"
-        "| Aligner, N = 1 | 240 | 90.0 ± 0.0 | 50.0 ± 0.0 |"
+        "| Aligner, N = 1 | 240 | 90.0 ± 0.0 (2 of 3 seeds) | 50.0 ± 0.0 (2 of 3 seeds) |"
     )
     assert "| a form the base knows: form | -5.0 ± 63.5 |" in paper.differences_table(ROWS)
+    third = [*ROWS, row("lora", 3, 1.0, rate=0.2)]
+    assert "| a form the base knows: form | -5.0 ± 63.5 (2 of 3 seeds) |" in paper.differences_table(third)
+    assert [line["seeds"] for line in paper.means(ROWS) if line["measure"] == "form"] == [2, 2, 2]
     assert paper.rates_table(ROWS).splitlines()[2:] == ["| LoRA, r = 8 | 0.2 |", "| Aligner, N = 1 | 0.1* |"]
 
 
