@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).parent.parent.resolve()))  # run without installing
 
@@ -52,6 +52,9 @@ from lit_llama.tables import csv_text, markdown_table
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 from scripts.inspect_aligner import PREFIX, agreement, gates, open_adapter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AUTHORS_SEED = 1337
 AUTHORS_THREADS = 84 * 1536  # threads that their GPU, an RTX A6000, runs at once
@@ -183,12 +186,21 @@ def lens(model: aligner.LLaMA, shift: torch.Tensor, top: int, vocab_size: int) -
 # == tables and figures ==
 
 
-def label(adapter: AdapterFile) -> str:
-    """Return the name of the file, or of its folder if all files of that kind have the same name."""
-    path = adapter.path.resolve()
-    if path.stem in ("adapter", "best", "last"):
-        return path.parent.name
-    return re.split("-lr|-epoch", path.stem)[0]  # the authors put their settings into the name
+def labels_of(adapters: list[AdapterFile]) -> list[str]:
+    """Return the name of each file, or of its folder if all files of that kind have the same name.
+
+    Equal names are preceded by the name of the folder that contains them, and by a number if these are equal, too.
+    """
+    folders, labels = [], []
+    for path in (adapter.path.resolve() for adapter in adapters):
+        in_run = path.stem in ("adapter", "best", "last")
+        # the authors put their settings into the name
+        labels.append(path.parent.name if in_run else re.split("-lr|-epoch", path.stem)[0])
+        folders.append(path.parents[in_run].name)
+    for prefixes in ([f"{folder}/" for folder in folders], [f"{i}: " for i in range(1, len(labels) + 1)]):
+        count = Counter(name.lower() for name in labels)
+        labels = [prefix * (count[name.lower()] > 1) + name for prefix, name in zip(prefixes, labels, strict=True)]
+    return labels
 
 
 def compare(name: str, a: torch.Tensor, b: torch.Tensor, near: float) -> list[str]:
@@ -233,6 +245,13 @@ def prefix_tables(
     return parts
 
 
+def add_legend(figure: "Figure", labels: list[str]) -> None:
+    """Add a legend below the panels, in as many columns as fit, at most four."""
+    characters = 17 * figure.get_figwidth()  # that fit into a line of this size
+    ncols = max(1, min(4, int(characters / (max(map(len, labels)) + 10))))
+    figure.legend(loc="outside lower center", ncols=ncols, fontsize=7)
+
+
 def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> None:
     """Plot the standard deviation and the mean of each layer's gates."""
     figure = make_figure(11, 4.6)
@@ -244,7 +263,7 @@ def plot_gates(labels: list[str], adapters: list[AdapterFile], path: Path) -> No
     for axes, what in zip(panels, ("standard deviation over heads", "mean over heads"), strict=True):
         axes.set(xlabel="layer", title=f"gates: {what}")
         axes.axhline(0, color="0.3", linewidth=0.6)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    add_legend(figure, labels)
     save_figure(figure, path)
     log(f"wrote {path}")
 
@@ -265,6 +284,7 @@ def plot_prefixes(
     distinct = [len({tuple(token.tolist()) for _, tokens in groups for token in tokens}) for _, groups in panels]
     panels = [panel for panel, count in zip(panels, distinct, strict=True) if count >= 4]
     if not panels:
+        path.unlink(missing_ok=True)
         log("No prefixes.png: t-SNE needs four different tokens of one width.")
         return
     figure, grid = make_panels(len(panels), 5.5, 5)
@@ -276,7 +296,7 @@ def plot_prefixes(
         axes.set(title=f"t-SNE: {title}", xticks=[], yticks=[])
     for name, color in colors.items():
         axes.scatter([], [], color=color, label=plain_label(name))
-    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    add_legend(figure, labels)
     save_figure(figure, path)
     log(f"wrote {path}")
 
@@ -341,9 +361,7 @@ def main(settings: Settings) -> None:
         raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
     adapters = [open_adapter(path) for path in settings.files]
     claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
-    labels = [label(adapter) for adapter in adapters]
-    count = Counter(name.lower() for name in labels)
-    labels = [f"{i}: {name}" if count[name.lower()] > 1 else name for i, name in enumerate(labels, 1)]
+    labels = labels_of(adapters)
     prefixes = [adapter.state[PREFIX].float() for adapter in adapters]
     starts = [initial_prefix(adapter) for adapter in adapters]
     parts, effects = prefix_tables(labels, prefixes, starts, settings.within), {}

@@ -17,6 +17,7 @@ from studies.analysis import (
     cuda_normal,
     equal_by_size,
     initial_prefix,
+    labels_of,
     layer_effects,
     lens,
     philox,
@@ -114,6 +115,13 @@ def test_values_equal_in_two_tasks_are_those_that_training_did_not_change(shared
 
 
 # == tables ==
+
+
+def test_adapters_of_the_same_name_are_told_apart_by_their_folders():
+    paths = ["Alpaca/one-lr0.009bs64.pth", "MetaMath/One-epoch-3.pth", "MetaMath/two.pth", "a/run/last.safetensors",
+             "b/run/best.safetensors", "b/run/last.safetensors"]  # fmt: skip
+    labels = labels_of([AdapterFile({}, {}, Path(path)) for path in paths])
+    assert labels == ["Alpaca/one", "MetaMath/One", "two", "a/run", "5: b/run", "6: b/run"]
 
 
 def test_equality_by_size():
@@ -249,8 +257,8 @@ def test_report_without_a_base_model(two, run_script, tmp_path):
     assert {row["effect"] for row in rows} == {""}
     for name in ("gates", "prefixes"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "t-SNE needs four different tokens" in run_script(SCRIPT, two[1], "--out_dir", tmp_path / "one")[2]
-    assert not (tmp_path / "one/prefixes.png").exists()
+    assert "t-SNE needs four different tokens" in run_script(SCRIPT, two[1], "--out_dir", tmp_path / "out")[2]
+    assert not (tmp_path / "out/prefixes.png").exists()  # it would be of other adapters than the new gates.png
 
 
 def test_dollar_signs_in_names_are_drawn(two, run_script, tmp_path):
