@@ -48,7 +48,7 @@ TASKS = {
         {"refused": "refuses harmful", "false": "refuses harmless", "helped": "helps with harmless"},
         temperature=0.7,
     ),
-    # the base cannot spell names it has never seen, so the value counts by itself
+    # the base cannot spell names it has never seen, so the value counts by itself; 24 of the 60 are new names too
     "facts": Task("new facts", "sentence", {"value": "values", "fact": "names too"}),
     "two_hop": Task("reasoning (two hops)", "sentence", {"trained": "trained people", "unseen": "unseen people"}),
 }
