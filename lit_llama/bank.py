@@ -33,7 +33,7 @@ from lit_llama.storage.files import atomic_write
 from lit_llama.storage.schema import field
 from lit_llama.storage.tensor_files import read_header
 from lit_llama.utils import UserError
-from lit_llama.variant import check_shapes, without_aliases
+from lit_llama.variant import check_shapes
 
 BLOCK_BYTES = 2**26  # a bank grows by allocating blocks of this size, so that growing copies nothing
 COMPARED = 1000  # an unknown name is compared with this many, the first ones
@@ -168,7 +168,7 @@ class Bank(dict[str, Slot]):
             raise UserError(f"{adapter.path} was made by the method {adapter.method!r}; a bank holds Aligners.")
         if self.base is not None:
             check_base(adapter, self.checkpoint_dir or Path("the bank"), config, self.base)
-        start, state = adapter.config["adapter_start_layer"], without_aliases(adapter.state)
+        start = adapter.config["adapter_start_layer"]
         if start < self.start_layer:
             raise UserError(
                 f"{adapter.path} starts at layer {start}, below the bank's start layer {self.start_layer}; name it "
@@ -179,9 +179,9 @@ class Bank(dict[str, Slot]):
         shapes = {"global_value_embedding.weight": (adapter.config["adapter_prompt_length"], config.n_embd)}
         for layer in range(start, config.n_layer):
             shapes[f"transformer.h.{layer}.attn.gating_factor"] = (1, config.n_head, 1, 1)
-        check_shapes(state, shapes, f"{adapter.path} does not fit the bank's base")
+        check_shapes(adapter.state, shapes, f"{adapter.path} does not fit the bank's base")
         zero_gates = torch.zeros((start - self.start_layer) * config.n_head)
-        prefix, *gates = (state[name].detach().flatten().float().cpu() for name in shapes)
+        prefix, *gates = (adapter.state[name].detach().flatten().float().cpu() for name in shapes)
         return torch.cat([prefix, zero_gates, *gates])
 
     def _store(self, name: str, packed: Tensor, style: str | None) -> None:

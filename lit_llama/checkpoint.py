@@ -31,6 +31,7 @@ from lit_llama.storage.files import atomic_write, write_text
 from lit_llama.storage.schema import field
 from lit_llama.storage.tensor_files import LazyTensor, open_rows, read_header, read_state, write_tensors
 from lit_llama.utils import UserError
+from lit_llama.variant import without_aliases
 
 TOKENIZER_NAME = "tokenizer.model"
 WEIGHT_NAMES = ("lit_model.safetensors", "lit_model.pth", "lit-llama.pth")
@@ -201,10 +202,10 @@ def read_adapter(path: Path) -> AdapterFile:
         if not files:
             raise UserError(f"There is no adapter in the folder {path}.")
         path = files[0]
-    adapter = AdapterFile(read_state(path), path=path)
-    if path.suffix.lower() == ".safetensors":
-        adapter.meta = read_header(path, META_KEY) or {}
+    adapter = AdapterFile(read_state(path), read_header(path, META_KEY) or {}, path)
     _check_adapter(adapter)
+    if adapter.method == "aligner":
+        adapter.state = without_aliases(adapter.state)
     return adapter
 
 
@@ -329,8 +330,7 @@ def check_base(
             f"The adapter {adapter.path} is {prefix.size(-1)} wide and the base model in {checkpoint_dir} is "
             f"{config.n_embd}: it was trained on a different model."
         )
-    trained_on = adapter.meta.get("base")
-    if trained_on is None:
+    if (trained_on := adapter.meta.get("base")) is None:
         return
     base = base_fingerprint(checkpoint_dir) if base is None else base
     differing = [k for k, v in trained_on["config"].items() if base["config"].get(k) != v]

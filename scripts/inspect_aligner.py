@@ -37,7 +37,6 @@ from lit_llama.prompts import check_style_name
 from lit_llama.run.report import make_figure, plain_label, save_figure
 from lit_llama.storage.files import check_file
 from lit_llama.utils import UserError, log
-from lit_llama.variant import without_aliases
 
 PREFIX = "global_value_embedding.weight"
 LAYER = re.compile(r"transformer\.h\.(\d{1,4})\.(?:attn\.)?(.+)")
@@ -51,7 +50,6 @@ def open_adapter(path: Path) -> AdapterFile:
         UserError: The file is not an Aligner.
     """
     adapter = read_adapter(path)
-    adapter.state = without_aliases(adapter.state)
     if PREFIX not in adapter.state or adapter.state[PREFIX].dim() != 2 or not gates(adapter):
         raise UserError(f"{adapter.path} has no prefix with gates; its method is {adapter.method}.")
     if len({len(gate) for gate in gates(adapter).values()}) > 1:

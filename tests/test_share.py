@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_llama.bank import open_bank
@@ -80,6 +81,22 @@ def test_the_model_card_contains_the_metrics_of_a_run_but_not_its_paths(hub, run
     text = (tmp_path / "share/README.md").read_text()
     assert "| reward accuracy | 0.7500 |" in text and "| loss | 0.5000 |" in text and "- tatsu-lab/alpaca" in text
     assert "secret" not in text and "secret" not in str(read_adapter(tmp_path / "share/adapter.safetensors").meta)
+
+
+def test_a_file_of_the_authors_can_be_shared(hub, run_script, tmp_path):
+    """It has no header, and repeats the prefix in each layer."""
+    state = read_adapter(PIRATE).state
+    prefix = state["global_value_embedding.weight"]
+    aliases = {name.replace("gating_factor", "adapter_wte.weight"): prefix for name in state if "gating" in name}
+    torch.save({**state, **aliases}, tmp_path / "published.pth")
+    code, _, err = run_script(*share(tmp_path, "--dry_run"), "--adapter", tmp_path / "published.pth")
+    assert code == 0, err
+    text, shared = (tmp_path / "share/README.md").read_text(), read_adapter(tmp_path / "share/adapter.safetensors")
+    assert "| trained parameters | 240 |" in text and "fingerprint" not in text
+    assert shared.state.keys() == state.keys() and shared.config == {
+        "adapter_prompt_length": 1,
+        "adapter_start_layer": 2,
+    }
 
 
 @pytest.mark.parametrize("data", [{}, {"repo_id": "me/data\nlicense: mit"}])
