@@ -53,7 +53,10 @@ CASES: dict[str, dict[str, Any]] = {
         architectures=["SmolLM3ForCausalLM"], model_type="smollm3", no_rope_layers=[0, 1], tie_word_embeddings=False
     ),
     "smollm3, by interval": dict(model_type="smollm3", architectures=None, num_hidden_layers=4, no_rope_layers=None),
-    "default rope": dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
+    "default rope": dict(rope_parameters={"rope_type": "default", "rope_theta": 700.0}, partial_rotary_factor=None),
+    "rope_scaling over rope_parameters": dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0}, rope_scaling={"type": "linear", "factor": 3.0}
+    ),
 }
 
 
@@ -99,7 +102,8 @@ def hf_logits(t: dict[str, torch.Tensor], c: dict[str, Any], idx: torch.Tensor) 
     hs = c.get("head_dim") or c["hidden_size"] // nh
     T = idx.size(1)
     theta = 2e6 if c["model_type"] == "smollm3" else 10000.0  # the default if the config has none
-    rope = {"rope_theta": c.get("rope_theta", theta), **c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
+    parameters, scaling = c.get("rope_parameters", {}), c.get("rope_scaling")
+    rope = {"rope_theta": parameters.get("rope_theta", c.get("rope_theta", theta)), **(scaling or parameters)}
     frequencies = []
     for i in range(hs // 2):
         frequency = rope["rope_theta"] ** (-2 * i / hs)
@@ -336,6 +340,13 @@ def test_without_a_number_of_key_value_heads_there_are_as_many_as_heads(name):
             convert_config(hf)
 
 
+def test_a_longer_context_than_is_allowed_is_limited(capsys):
+    assert convert_config({**TINY, "max_position_embeddings": 2**22}).block_size == 2**20
+    assert capsys.readouterr().err == (
+        "note: the context is limited to 1,048,576 tokens; config.json has max_position_embeddings 4,194,304\n"
+    )
+
+
 @pytest.mark.parametrize("sentence", BAD_CONFIGS)
 def test_configurations_that_cannot_be_converted(sentence):
     with pytest.raises(UserError, match=r"^[A-Zc].*[.]$") as error:
@@ -360,8 +371,8 @@ def truncate_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def replace_shard_with_lfs_pointer(folder: Path) -> None:
-    (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+def write_lfs_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
 
 
 def empty_index(folder: Path) -> None:
@@ -389,11 +400,12 @@ BAD_FOLDERS = {
     "config.json holds a list; expected an object": replace_config_with_list,
     "needs its tokenizer.model or tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
     "is not a SentencePiece model": lambda folder: (folder / "tokenizer.model").write_bytes(b"text"),
+    "tokenizer.model is a Git LFS pointer, so fetch": lambda folder: write_lfs_pointer(folder / "tokenizer.model"),
     "has 65 tokens and the model 60": lambda folder: (folder / "tokenizer.model").write_bytes(small_tokenizer(65)),
     "has no weights": lambda folder: (folder / "model.safetensors.index.json").unlink(),
     "names model-00002-of-00002.safetensors, which is not in the folder": remove_shard,
     "model-00002-of-00002.safetensors is not a checkpoint: it is damaged or cut short": truncate_shard,
-    "it is a Git LFS pointer": replace_shard_with_lfs_pointer,
+    "it is a Git LFS pointer": lambda folder: write_lfs_pointer(folder / "model-00001-of-00002.safetensors"),
     "has no weight_map": empty_index,
 }
 

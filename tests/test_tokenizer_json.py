@@ -152,10 +152,13 @@ def test_missing_and_damaged_files(llama3, tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json is not JSON"):
         Tokenizer(tmp_path)
-    for content in ("", "{}", '{"version": "1.0"}', "version https://git-lfs"):
+    for content in ("", "{}", '{"version": "1.0"}', "not JSON"):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="is not a tokenizer of Hugging Face"):
             Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=r"tokenizer\.json is a Git LFS pointer, so fetch .* with `git lfs pull`"):
+        Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's file is not a SentencePiece model
     with pytest.raises(UserError, match=r"is not a SentencePiece model\. A checkpoint's tokenizer\.json is read"):
         Tokenizer(tmp_path)

@@ -9,7 +9,7 @@ from lit_llama.huggingface.tokenizer_files import token_ids
 from lit_llama.model import LLaMAConfig
 from lit_llama.storage.schema import REQUIRED, field, shown
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import UserError
+from lit_llama.utils import UserError, log
 
 SOURCE = "config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
@@ -60,6 +60,9 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
     block_size = size("max_position_embeddings")
     if kind == "mistral" or (kind != "llama" and flag("use_sliding_window")):
         block_size = min(block_size, size("sliding_window", block_size))
+    if block_size > (most := MOST["block_size"]):
+        log(f"note: the context is limited to {most:,} tokens; {SOURCE} has max_position_embeddings {block_size:,}")
+        block_size = most
     biased = kind in BIASED and flag("attention_bias")
     return LLaMAConfig(
         block_size=block_size,
@@ -111,15 +114,20 @@ def convert_nope_layers(hf: dict[str, Any]) -> list[int]:
 def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Return the base and scaling of the rotary embedding.
 
-    config.json has them in `rope_theta` and `rope_scaling`, or, since transformers 5, both in `rope_parameters`.
+    config.json has them in `rope_theta` and `rope_scaling`, or, since transformers 5, both in `rope_parameters`. A
+    scaling in `rope_scaling` takes precedence, as in transformers.
 
     Raises:
         UserError: The scaling is not supported, or a number is missing or out of range.
     """
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **field(hf, "rope_scaling", dict, SOURCE, {})}
-    rope.update(field(hf, "rope_parameters", dict, SOURCE, {}))
+    parameters = field(hf, "rope_parameters", dict, SOURCE, {})
+    rope = {
+        "rope_theta": parameters.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        "partial_rotary_factor": hf.get("partial_rotary_factor"),
+        **(field(hf, "rope_scaling", dict, SOURCE, {}) or parameters),
+    }
     kind = field(rope, "rope_type", str, SOURCE, None) or field(rope, "type", str, SOURCE, None) or "default"
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    if field(rope, "partial_rotary_factor", float, SOURCE, 1.0) != 1.0:
         raise UserError("Only a part of each head is rotated (partial_rotary_factor), which is not supported.")
     if kind not in ROPE_NUMBERS:
         raise UserError(f"Rope scaling {kind!r} is not supported, only {', '.join(map(repr, ROPE_NUMBERS))}.")

@@ -21,6 +21,7 @@ from lit_llama.utils import UserError, printable
 
 LARGEST = 2**26  # bytes of a JSON file; the largest known, indexes of weights and vocabularies, have some megabytes
 DEEPEST = 64  # levels of lists and objects
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that `git clone` did not fetch from Git LFS
 REQUIRED: Any = object()  # default of a field that must be there
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list",
          dict: "an object", type(None): "null"}  # fmt: skip
@@ -57,11 +58,14 @@ def read_bytes(path: Path, limit: int = LARGEST, what: str = "file") -> bytes:
     """Return the content of a file.
 
     Raises:
-        UserError: As `check_readable`, or the file is larger than `limit` bytes.
+        UserError: As `check_readable`, or the file is larger than `limit` bytes or a Git LFS pointer.
     """
     if (size := check_readable(path, what)) > limit:
         raise UserError(f"{path} has {size:,} bytes; expected a file of at most {limit:,}.")
-    return Path(path).read_bytes()
+    content = Path(path).read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, so fetch the file itself with `git lfs pull`.")
+    return content
 
 
 def read_json(path: Path, kind: type = dict, what: str = "file") -> Any:

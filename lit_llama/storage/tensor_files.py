@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lit_llama.storage.schema import check_readable, parse_json, unreadable
+from lit_llama.storage.schema import LFS_POINTER, check_readable, parse_json, unreadable
 from lit_llama.utils import UserError, allow_open_files
 
 # dtypes of unquantized weights, by their names in safetensors headers
@@ -228,7 +228,7 @@ def _diagnose(path: Path, error: Exception) -> str:
         head = file.read(40)
     if not head:
         return "it is empty"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_POINTER):
         return "it is a Git LFS pointer, so fetch the file itself with `git lfs pull`"
     text = head.decode("utf-8", "ignore")
     if all(c.isprintable() or c.isspace() for c in text) and len(text.encode()) > len(head) - 4:
