@@ -28,12 +28,15 @@ class Settings(Checked):
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
 
-from huggingface_hub import HfApi, errors, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
+from lit_llama.huggingface.config import convert_config
 from lit_llama.huggingface.hub import endpoint, explain
 from lit_llama.huggingface.tokenizer_files import TOKENIZER_FILES
 from lit_llama.huggingface.weights import WEIGHTS
+from lit_llama.storage.schema import read_json
 from lit_llama.storage.tensor_files import check_free
+from lit_llama.tokenizer import NAMES
 from lit_llama.utils import UserError, log
 
 SHARDS = {"safetensors": "model-*-of-*.safetensors", "bin": "pytorch_model-*-of-*.bin"}
@@ -43,7 +46,7 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
     """Return the files of a repository that a conversion reads.
 
     Raises:
-        UserError: There are no weights or no configuration.
+        UserError: There are no weights, no configuration or no tokenizer.
     """
     names = [name for name in names if "/" not in name]  # the shard pattern would match paths too
     chosen = [name for name in ("config.json", *TOKENIZER_FILES) if name in names]
@@ -52,6 +55,8 @@ def wanted(names: list[str], repo_id: str) -> list[str]:
             break
     if not weights or "config.json" not in names:
         raise UserError(f"{repo_id} has no model to convert: it needs config.json and one of {', '.join(WEIGHTS)}.")
+    if not set(NAMES) & set(names):
+        raise UserError(f"{repo_id} has no tokenizer that can be converted: it needs {' or '.join(NAMES)}.")
     return chosen + weights
 
 
@@ -91,10 +96,12 @@ def check_strangers(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def download(repo_id: str, revision: str, folder: Path) -> None:
-    """Download the files of a model to a folder, after checking that they can be written."""
+    """Download the files of a model to a folder, after checking that they can be converted and written."""
     info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = wanted(list(sizes), repo_id)
+    config = hf_hub_download(repo_id, "config.json", revision=info.sha, endpoint=endpoint())  # to the cache
+    convert_config(read_json(Path(config)))
     check_strangers(folder, {name: sizes[name] for name in names})
     check_free(folder, sum(sizes[name] for name in names if not (folder / name).is_file()))
     log(f"{len(names)} files, {sum(sizes[name] for name in names) / 1e9:.2f} GB, to {folder}")

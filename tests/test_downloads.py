@@ -1,18 +1,30 @@
 """Downloads from a local server that imitates the Hugging Face Hub, and of published weights from local files."""
 
 import errno
+import json
 import os
 import time
+
+import pytest
 
 from lit_llama.huggingface.hub import explain
 from scripts.download import wanted
 
 FETCH, DOWNLOAD = "scripts/fetch_published_weights.py", "scripts/download.py"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 60, "hidden_size": 24, "intermediate_size": 36,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+MODEL = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "tokenizer.model": b"tokens",
+    "model.safetensors": b"theirs",
+}
 
 
 def test_only_files_that_the_conversion_needs_are_downloaded(hub, run_script, tmp_path):
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
-    files = {name: f"content of {name}".encode() for name in names}
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
+    files = {name: f"content of {name}".encode() for name in names} | {"config.json": MODEL["config.json"]}
     others = ("README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx")
     hub.repositories["me/model"] = [files | dict.fromkeys(others, b"")]
     out = tmp_path / "out"
@@ -25,7 +37,7 @@ def test_only_files_that_the_conversion_needs_are_downloaded(hub, run_script, tm
 
 
 def test_a_downloaded_file_that_the_user_changed_is_not_replaced(hub, run_script, refused, tmp_path):
-    hub.repositories["me/model"] = [dict.fromkeys(("config.json", "model.safetensors"), b"theirs")]
+    hub.repositories["me/model"] = [MODEL]
     flags = ("--repo_id", "me/model", "--output_dir", tmp_path / "out")
     assert run_script(DOWNLOAD, *flags)[0] == 0
     path, record = tmp_path / "out/config.json", tmp_path / "out/.cache/huggingface/download/config.json.metadata"
@@ -38,9 +50,9 @@ def test_a_downloaded_file_that_the_user_changed_is_not_replaced(hub, run_script
 
 
 def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_path):
-    hub.repositories["me/model"] = [dict.fromkeys(("config.json", "model.safetensors"), b"theirs")]
+    hub.repositories["me/model"] = [MODEL]
     (tmp_path / "out").mkdir()
-    path = tmp_path / "out/config.json"
+    path = tmp_path / "out/model.safetensors"
     for content, sentence in (
         ("my own", "; choose another --output_dir."),
         ("the", ", or only in part (3 of 6 bytes); if a download was interrupted, delete this file and run again, "),
@@ -48,12 +60,29 @@ def test_files_that_were_not_downloaded_are_not_overwritten(hub, refused, tmp_pa
         path.write_text(content)
         error = refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
         assert error.startswith(f"{path} exists and was not downloaded here{sentence}") and path.read_text() == content
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "sentence, changes",
+    [
+        ('The architecture is "GemmaForCausalLM"; only', {"architectures": ["GemmaForCausalLM"]}),
+        ("The weights are quantized; convert the unquantized checkpoint", {"quantization_config": {"bits": 4}}),
+        ("me/model has no tokenizer that can be converted: it needs tokenizer.model or tokenizer.json", None),
+    ],
+)
+def test_models_that_cannot_be_converted_are_not_downloaded(sentence, changes, hub, refused, tmp_path):
+    files = {**MODEL, "config.json": json.dumps({**CONFIG, **(changes or {})}).encode()}
+    if changes is None:
+        del files["tokenizer.model"]
+    hub.repositories["me/model"] = [files]
+    assert sentence in refused(DOWNLOAD, "--repo_id", "me/model", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and "model.safetensors" not in " ".join(hub.asked)
 
 
 def test_names_with_slashes_are_skipped():
-    names = ["config.json", "model-1-of-1.safetensors", "model-/../../x-of-y.safetensors"]
-    assert wanted(names, "x") == ["config.json", "model-1-of-1.safetensors"]
+    names = ["config.json", "tokenizer.json", "model-1-of-1.safetensors", "model-/../../x-of-y.safetensors"]
+    assert wanted(names, "x") == names[:3]
 
 
 def test_weights_are_downloaded_in_one_format_only():
@@ -64,7 +93,8 @@ def test_weights_are_downloaded_in_one_format_only():
         "config.json", "tokenizer.model", index, *shards,
     ]  # fmt: skip
     bins = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
-    assert wanted(["config.json", *bins], "x") == ["config.json", *reversed(bins)]
+    names = ["config.json", "tokenizer.json", *bins]
+    assert wanted(names, "x") == [*names[:2], *reversed(bins)]
 
 
 def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
