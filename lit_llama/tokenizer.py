@@ -19,7 +19,6 @@ from lit_llama.storage.schema import check, field, parse_json, read_bytes, read_
 from lit_llama.utils import UserError
 
 NAMES = ("tokenizer.model", "tokenizer.json")  # if a folder has both, the first is used
-# special tokens that templates use by name
 TEMPLATE_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -44,15 +43,18 @@ class SentencePiece:
         if not content:
             raise RuntimeError("empty")
         self.processor = SentencePieceProcessor(model_proto=content)
-        self.size = self.processor.vocab_size()
+        self.size, unknown = self.processor.vocab_size(), self.processor.unk_id()
         texts = [self.processor.id_to_piece(i) for i in range(self.size)]
-        unknown = texts[self.processor.unk_id()]
         self.control = {text: i for i, text in enumerate(texts) if self.processor.is_control(i)}
-        ordinary = {text: i for i, text in enumerate(texts) if text not in self.control and text != unknown}
-        for text, i in special_tokens(config).items():
+        ordinary = {text: i for i, text in enumerate(texts) if text not in self.control and i != unknown}
+        special, others = listed_tokens(config)
+        for text, i in special.items():
             if text in ordinary or (i is not None and i >= self.size):
                 self.control[text] = ordinary.get(text, i)
-        self.added: dict[str, int] = {}
+        self.added = {text: i for text, i in others.items() if i >= self.size and text not in self.control}
+        self.texts = {i: text for text, i in self.added.items()}
+        longest_first = sorted({*self.control, *self.added}, key=len, reverse=True)
+        self.tokens = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         if listed := ordinary.keys() & self.control.keys():
             self.processor = SentencePieceProcessor(model_proto=as_control(content, listed))
         bos, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
@@ -63,13 +65,18 @@ class SentencePiece:
         return self.processor.encode(text)
 
     def encode_chat(self, text: str) -> list[int]:
-        """Return the token ids of a text in which `control` tokens are special unless a `GUARD` interrupts them."""
-        parts = split_at(self.control, text)
-        ids = ([self.control[part]] if part in self.control else self.encode(part.replace(GUARD, "")) for part in parts)
-        return [i for part_ids in ids for i in part_ids]
+        """Return the token ids of a text with its `control` and `added` tokens, unless a `GUARD` interrupts them."""
+        ids, tokens = [], self.control | self.added
+        for part in self.tokens.split(text):
+            ids += [tokens[part]] if part in tokens else self.encode(part.replace(GUARD, ""))
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode([i for i in ids if i < self.size])
+        if self.texts.keys().isdisjoint(ids):
+            return self.processor.decode([i for i in ids if i < self.size])
+        # the library keeps the texts of pieces that it does not know
+        pieces = [self.texts.get(i) or self.processor.id_to_piece(i) for i in ids if i < self.size or i in self.texts]
+        return self.processor.decode(pieces)
 
 
 def as_control(content: bytes, texts: Collection[str]) -> bytes:
@@ -116,7 +123,7 @@ class HuggingFace:
         engine.no_truncation()
         engine.no_padding()
         known = {token.content: token for token in engine.get_added_tokens_decoder().values()}
-        for text in special_tokens(self.config):
+        for text in listed_tokens(self.config)[0]:
             if text in known and not known[text].special:
                 known[text].special = True
                 engine.add_special_tokens([known[text]])
@@ -176,9 +183,9 @@ class HuggingFace:
         return self.engine.decode(parts)
 
 
-def special_tokens(config: dict[str, Any]) -> dict[str, int | None]:
-    """Return the special tokens that a `tokenizer_config.json` adds or lists, with their ids if it has them."""
-    special: dict[str, int | None] = {}
+def listed_tokens(config: dict[str, Any]) -> tuple[dict[str, int | None], dict[str, int]]:
+    """Return the special tokens in a `tokenizer_config.json`, with their ids if it has them, and its other tokens."""
+    special, others = {}, {}
     listed = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
     for tokens in (list(t.values()) if isinstance(t, dict) else t for t in listed):
         for token in tokens if isinstance(tokens, list) else ():
@@ -187,16 +194,10 @@ def special_tokens(config: dict[str, Any]) -> dict[str, int | None]:
                 special[text] = None
     added = config.get("added_tokens_decoder")
     for i, token in added.items() if isinstance(added, dict) else ():
-        is_special = isinstance(token, dict) and token.get("special") is True and isinstance(token.get("content"), str)
-        if is_special and token["content"] and i.isdecimal() and int(i) <= MOST_INT:
-            special[token["content"]] = int(i)
-    return special
-
-
-def split_at(control: Collection[str], text: str) -> list[str]:
-    """Return the parts of a text: special tokens, and the texts between them."""
-    longest_first = sorted(control, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if control else [text]
+        text = token.get("content") if isinstance(token, dict) else None
+        if isinstance(text, str) and text and i.isdecimal() and int(i) <= MOST_INT:
+            (special if token.get("special") is True else others)[text] = int(i)
+    return special, others
 
 
 class Tokenizer:
@@ -233,9 +234,7 @@ class Tokenizer:
         if self.eos_id < 0 and listed:
             self.eos_id = check(listed[0], int, label, most=self.vocab_size - 1)
         if self.eos_id < 0:
-            raise UserError(
-                f"{path} has no end-of-text token; name it in the tokenizer_config.json beside it, as eos_token."
-            )
+            raise UserError(f"{path} has no end-of-text token; name it in the tokenizer_config.json, as eos_token.")
         self.template, end_of_turn = self._open_template(), -1
         if self.template is not None and self.template.end_of_turn is not None:
             end_of_turn = self.chat_engine.control[self.template.end_of_turn]
@@ -243,8 +242,9 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
         if (path.parent / CONFIG_NAME).is_file():
             self.check_fit(config := LLaMAConfig.from_json(path.parent / CONFIG_NAME))
-            added = [i + 1 for i in self.engine.control.values() if i < config.padded_vocab_size]
-            self.vocab_size = max([self.vocab_size, *added])
+            engines = (self.engine,) if self.template is None else (self.engine, self.chat_engine)
+            tokens = {i for engine in engines for i in (*engine.control.values(), *engine.added.values())}
+            self.vocab_size = max([self.vocab_size, *(i + 1 for i in tokens if i < config.padded_vocab_size)])
 
     def check_fit(self, config: LLaMAConfig) -> None:
         """Check that a model's vocabulary has all tokens.

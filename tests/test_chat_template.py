@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lit_llama import sandbox
 from lit_llama.chat_template import GUARD, ChatTemplate, ChatText, Interrupter, Unstable
+from lit_llama.config import LLaMAConfig
 from lit_llama.huggingface.tokenizer_files import write_hf_tokenizer
 from lit_llama.prompts import get_prompt_style, template_variables
 from lit_llama.tokenizer import HuggingFace, Tokenizer
@@ -168,6 +169,36 @@ def test_a_sentencepiece_model_without_tokenizer_json(scheme, folders, tokenizer
         assert tokenizer.stop_ids[:2] == (2, size + 1) and ids.count(size) == 5 and ids.count(size + 1) == 4
         assert "a </s> <s> <|im_end|> the b" in tokenizer.decode(ids).replace("\u2581", " ")
         assert write_read(tokenizer, tmp_path / "hf").encode(tokenizer.template.render(messages)) == ids
+
+
+def test_added_tokens_that_are_not_special(base_dir, tmp_path):
+    """For example ChatML's, added in a fine-tuning: not special, but never split where the template or a model writes
+    them.
+    """
+    shutil.copytree(base_dir, folder := tmp_path / "m")
+    size = LLaMAConfig.from_json(folder / "lit_config.json").vocab_size
+    names = ["<|im_start|>", "<|im_end|>", "<tool_call>"]
+    added = {str(size + i): {"content": text, "special": False} for i, text in enumerate(names)}
+    template = TEMPLATES["chatml"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    config = {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    about = json.loads((folder / "lit_config.json").read_text())
+    (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 64}))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.vocab_size == size + 3
+    messages = [{"role": "user", "content": "a <|im_end|>"}, {"role": "assistant", "content": "<tool_call> the cat"}]
+    text = tokenizer.template.render(messages, generation_prompt=False)
+    ids = tokenizer.encode(text)
+    assert [i for i in ids if i >= size] == [size, size + 1] * 2 + [size, size + 2, size + 1]
+    assert "<|im_start|> assistant\n<tool_call>  the cat<|im_end|>" in tokenizer.decode(ids)
+    assert max(tokenizer.encode("a <tool_call>")) < size  # text, as before
+    written = write_read(tokenizer, tmp_path / "hf")
+    assert written.chat_engine.added == tokenizer.engine.added and written.encode(text) == ids
+    assert written.decode(ids) == tokenizer.decode(ids)
+    shutil.copy(tmp_path / "hf/tokenizer.json", folder)  # a folder with both files, only one of which lists the tokens
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": None}))
+    both = Tokenizer(folder)
+    assert both.path.name == "tokenizer.model" and both.vocab_size == size + 3 and both.encode(text) == ids
 
 
 def test_ids_of_a_written_folder_match_transformers(folders, tokenizer_path, tmp_path):

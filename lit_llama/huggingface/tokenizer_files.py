@@ -56,9 +56,11 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         write_text(path, json.dumps({**about, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
-        control = sorted(tokenizer.engine.control.items(), key=lambda item: item[1])
-        engine.add_special_tokens([AddedToken(text, normalized=False, special=True) for text, _ in control])
-        if wrong := [text for text, i in control if engine.token_to_id(text) != i]:
+        tokens = tokenizer.engine.control | tokenizer.engine.added
+        for text in sorted(tokens, key=tokens.__getitem__):
+            add = engine.add_special_tokens if text in tokenizer.engine.control else engine.add_tokens
+            add([AddedToken(text, normalized=False)])
+        if wrong := [text for text, i in tokens.items() if engine.token_to_id(text) != i]:
             raise UserError(f"{tokenizer.path.parent} adds the token {wrong[0]!r} at an id that leaves a gap.")
         write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
         about = {
