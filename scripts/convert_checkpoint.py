@@ -22,7 +22,7 @@ class Settings(Checked):
     tokenizer_dir: Path | None = None  # folder with tokenizer.model or tokenizer.json (default: checkpoint_dir)
     output_dir: Path | None = None  # folder to write (default: checkpoints/NAME of checkpoint_dir)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the written weights; auto keeps it
-    block_size: PositiveInt = 4096  # longest sequence: 2048 for LLaMA 1, 4096 for 2, 8192 for 3, 131072 from 3.1 on
+    block_size: PositiveInt | None = None  # longest sequence (default: 131072 from Llama 3.1 on, 8192 for 3, else 4096)
     rope_factor: PositiveFloat | None = None  # of Llama 3.1's RoPE scaling (default: 32 with tied embeddings, else 8)
 
 
@@ -44,6 +44,7 @@ from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError, log
 
 SOURCE = "params.json"
+LLAMA3_ROPE_BASE = 500000  # of Llama 3, whose context is longer than that of Llama 2
 MODULES = {"transformer.wte": ["tok_embeddings"], "transformer.ln_f": ["norm"], "lm_head": ["output"]}
 LAYER_MODULES = {
     "rms_1": ["attention_norm"],
@@ -119,7 +120,7 @@ def concatenate(parts: list[LazyTensor], dim: int) -> torch.Tensor:
 
 
 def convert_params(
-    params: dict[str, Any], tensors: dict[str, LazyTensor], block_size: int, rope_factor: float | None
+    params: dict[str, Any], tensors: dict[str, LazyTensor], block_size: int | None, rope_factor: float | None
 ) -> LLaMAConfig:
     """Convert the content of a params.json. Sizes that it does not state are taken from the tensors.
 
@@ -134,11 +135,14 @@ def convert_params(
             "The weights do not fit params.json: tok_embeddings or feed_forward.w1 is missing or no matrix."
         )
     tied = head is None or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
-    scaling = None
-    if field(params, "use_scaled_rope", bool, SOURCE, False):
+    rope_base = float(field(params, "rope_theta", float, SOURCE, 10000.0, least=1, most=MOST_FLOAT))
+    is_scaled, scaling = field(params, "use_scaled_rope", bool, SOURCE, False), None
+    if is_scaled:
         factor = rope_factor or field(params, "rope_scaling_factor", float, SOURCE, 32.0 if tied else 8.0)
         log(f"rope scaling of Llama 3.1 with factor {factor:g}")
         scaling = {**LLAMA3_SCALING, "factor": float(factor)}
+    if block_size is None:
+        block_size = 131072 if is_scaled else 8192 if rope_base == LLAMA3_ROPE_BASE else 4096
     return LLaMAConfig(
         block_size=block_size,
         vocab_size=embedding.shape[0],
@@ -149,7 +153,7 @@ def convert_params(
         n_kv_head=field(params, "n_kv_heads", int, SOURCE, None, least=1, most=MOST_INT),
         intermediate_size=gate.shape[0],
         norm_eps=field(params, "norm_eps", float, SOURCE, 1e-5, least=0, most=1),
-        rope_base=float(field(params, "rope_theta", float, SOURCE, 10000.0, least=1, most=MOST_FLOAT)),
+        rope_base=rope_base,
         rope_scaling=scaling,
         tie_embeddings=tied,
     )
@@ -172,6 +176,8 @@ def main(settings: Settings) -> None:
     with atomic_folder(settings.output_dir, BASE_MODEL) as folder:
         write_base(folder, config, state)
         copy_tokenizer(tokenizer_dir, folder)
+    if settings.block_size is None:
+        log(f"longest sequence: {config.block_size:,} tokens; change it with --block_size (2048 for LLaMA 1)")
     log(f"{sum(torch.Size(t.shape).numel() for t in state.values()):,} parameters, {len(state)} tensors")
     print(settings.output_dir)
 

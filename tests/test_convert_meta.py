@@ -145,6 +145,17 @@ def test_dtype_and_a_tokenizer_from_another_folder(tmp_path, tokenizer_path, run
     assert (tmp_path / "out/tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
+@pytest.mark.parametrize("case, length", [("LLaMA 1", 4096), ("Llama 3", 8192), ("Llama 3.1", 131072)])
+def test_the_default_of_the_longest_sequence_follows_from_the_positions(
+    case, length, tmp_path, tokenizer_path, run_script
+):
+    params = {**PARAMS, **CASES[case]}
+    source = write_checkpoint(tmp_path / "meta", tokenizer_path, params, random_tensors(params), by_vocabulary=True)
+    code, _, err = run_script(SCRIPT, "--checkpoint_dir", source, "--output_dir", tmp_path / "out")
+    assert code == 0 and f"longest sequence: {length:,} tokens;" in err
+    assert json.loads((tmp_path / "out/lit_config.json").read_text())["block_size"] == length
+
+
 def test_by_default_the_output_has_the_name_of_the_input(tmp_path, tokenizer_path, run_script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "tiny", tokenizer_path, PARAMS, random_tensors(PARAMS), 1)
