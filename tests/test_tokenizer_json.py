@@ -106,12 +106,21 @@ def test_the_config_controls_whether_texts_begin_with_bos(add, smollm2, tmp_path
     assert (Tokenizer(folder).encode("a", bos=True)[0] == engine.token_to_id("<|endoftext|>")) == add
 
 
+@pytest.mark.parametrize("add_bos", [None, True, False])
 @pytest.mark.parametrize("style", ["llama3", "smollm2"])
-def test_ids_match_those_of_transformers(style, request, tmp_path):
+def test_ids_match_those_of_transformers(style, add_bos, request, tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours = Tokenizer(request.getfixturevalue(style))
-    write_hf_tokenizer(tmp_path, ours, block_size=64)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    source = shutil.copytree(request.getfixturevalue(style), tmp_path / "source")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": add_bos}))
+    ours, written = Tokenizer(source), tmp_path / "written"
+    written.mkdir()
+    write_hf_tokenizer(written, ours, block_size=64)
+    assert Tokenizer(written).bos_id == ours.bos_id and (add_bos is None or add_bos == (ours.bos_id >= 0))
+    assert ((written / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()) == (
+        add_bos in (None, style == "llama3")
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(written)
     assert theirs.eos_token_id == ours.eos_id
     for text in TEXTS:
         assert ours.encode(text, bos=True) == theirs(text)["input_ids"], text

@@ -37,7 +37,8 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
 
     Classes of transformers 5 such as LlamaTokenizer and GPT2Tokenizer (SmolLM2) read only the vocabulary and the merges
     of tokenizer.json, and split texts differently. PreTrainedTokenizerFast, which replaces them, reads the
-    complete file, as `Tokenizer` does.
+    complete file, as `Tokenizer` does. Its post-processor is rewritten if texts would begin otherwise than with
+    `Tokenizer`: transformers 5 ignores `add_bos_token` if there is a tokenizer.json.
 
     Args:
         folder: Folder to write to.
@@ -54,6 +55,11 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         path = folder / "tokenizer_config.json"
         about = read_json(path) if path.is_file() else {}
         write_text(path, json.dumps({**about, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+        bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
+        if tokenizer.chat_engine.engine.encode("").ids != bos:
+            engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            engine.post_processor = post_processor(engine.id_to_token(bos[0]) if bos else None, tokenizer.bos_id)
+            write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
         tokens = tokenizer.engine.control | tokenizer.engine.added
@@ -110,10 +116,17 @@ def as_tokenizer_json(path: Path, add_bos: bool = True) -> tokenizers.Tokenizer 
     engine.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in added])
     bos = trained.bos_piece
     if add_bos and trained.bos_id >= 0:
-        engine.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
-        )
+        engine.post_processor = post_processor(bos, vocab[bos])
     return engine
+
+
+def post_processor(bos: str | None, bos_id: int) -> processors.TemplateProcessing:
+    """Return a post-processor that begins texts with BOS, or with nothing if `bos` is None."""
+    if bos is None:
+        return processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+    )
 
 
 def _merges(spec: ModelProto) -> list[tuple[str, str]]:
