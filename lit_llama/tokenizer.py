@@ -235,15 +235,15 @@ class Tokenizer:
             self.eos_id = check(listed[0], int, label, most=self.vocab_size - 1)
         if self.eos_id < 0:
             raise UserError(f"{path} has no end-of-text token; name it in the tokenizer_config.json, as eos_token.")
-        self.template, end_of_turn = self._open_template(), -1
-        if self.template is not None and self.template.end_of_turn is not None:
-            end_of_turn = self.chat_engine.control[self.template.end_of_turn]
+        self.template = self._open_template()
+        chat = self.engine if self.template is None else self.chat_engine
+        end_of_turn = chat.control.get(self.template and self.template.end_of_turn, -1)
         stop = (self.eos_id, *listed, end_of_turn, *self.engine.stop_ids)
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
         if (path.parent / CONFIG_NAME).is_file():
             self.check_fit(config := LLaMAConfig.from_json(path.parent / CONFIG_NAME))
-            engines = (self.engine,) if self.template is None else (self.engine, self.chat_engine)
-            tokens = {i for engine in engines for i in (*engine.control.values(), *engine.added.values())}
+            chat.added = {text: i for text, i in chat.added.items() if i < config.padded_vocab_size}  # others stay text
+            tokens = {i for e in (self.engine, chat) for i in (*e.control.values(), *e.added.values())}
             self.vocab_size = max([self.vocab_size, *(i + 1 for i in tokens if i < config.padded_vocab_size)])
 
     def check_fit(self, config: LLaMAConfig) -> None:

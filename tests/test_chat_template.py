@@ -192,6 +192,11 @@ def test_added_tokens_that_are_not_special(base_dir, tmp_path):
     assert [i for i in ids if i >= size] == [size, size + 1] * 2 + [size, size + 2, size + 1]
     assert "<|im_start|> assistant\n<tool_call>  the cat<|im_end|>" in tokenizer.decode(ids)
     assert max(tokenizer.encode("a <tool_call>")) < size  # text, as before
+    (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 2}))
+    smaller = Tokenizer(folder)  # for a model that lacks the last token
+    assert smaller.vocab_size == size + 2 and size + 2 not in smaller.encode(text)
+    assert "<tool_call>  the cat<|im_end|>" in smaller.decode(smaller.encode(text))
+    (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 64}))
     written = write_read(tokenizer, tmp_path / "hf")
     assert written.chat_engine.added == tokenizer.engine.added and written.encode(text) == ids
     assert written.decode(ids) == tokenizer.decode(ids)
