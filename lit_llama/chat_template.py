@@ -241,13 +241,13 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The special token that ends an answer, None if the template writes none there or fails."""
+        """The token that ends an answer, None if the template writes none there or fails."""
         try:
             text = self._run([PING, {"role": "assistant", "content": "Pong"}], False)
         except UserError:
             return None
         after = text.rpartition("Pong")[2].lstrip()
-        return next((token for token in self.control if after.startswith(token)), None)
+        return next((token for token in (*self.control, *self.added) if after.startswith(token)), None)
 
     def answer_spans(
         self, messages: Sequence[Message], *, only_last: bool = False, tools: list[Any] | None = None

@@ -51,15 +51,18 @@ class SentencePiece:
         for text, i in special.items():
             if text in ordinary or (i is not None and i >= self.size):
                 self.control[text] = ordinary.get(text, i)
-        self.added = {text: i for text, i in others.items() if i >= self.size and text not in self.control}
+        self.added = {t: i for t, i in others.items() if i >= self.size and t not in self.control and t not in ordinary}
         self.texts = {i: text for text, i in self.added.items()}
-        longest_first = sorted({*self.control, *self.added}, key=len, reverse=True)
-        self.tokens = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         if listed := ordinary.keys() & self.control.keys():
             self.processor = SentencePieceProcessor(model_proto=as_control(content, listed))
         bos, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         self.bos_id = -1 if config.get("add_bos_token") is False else bos
         self.stop_ids = (self.eos_id, bos)
+
+    @cached_property
+    def tokens(self) -> re.Pattern:
+        longest_first = sorted({*self.control, *self.added}, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -138,7 +141,6 @@ class HuggingFace:
         if GUARD not in text:
             return encoding.ids
         tokens, ids, end = {*self.control.values(), *self.added.values()}, [], 0
-        # the text between two such tokens is encoded again, as text
         for i, (start, next_end) in zip(encoding.ids, encoding.offsets, strict=True):
             if i in tokens:
                 ids += [*self._between(text[end:start], first=not ids), i]
@@ -237,7 +239,7 @@ class Tokenizer:
             raise UserError(f"{path} has no end-of-text token; name it in the tokenizer_config.json, as eos_token.")
         self.template = self._open_template()
         chat = self.engine if self.template is None else self.chat_engine
-        end_of_turn = chat.control.get(self.template and self.template.end_of_turn, -1)
+        end_of_turn = (chat.control | chat.added).get(self.template and self.template.end_of_turn, -1)
         stop = (self.eos_id, *listed, end_of_turn, *self.engine.stop_ids)
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
         if (path.parent / CONFIG_NAME).is_file():
@@ -272,8 +274,7 @@ class Tokenizer:
         return self._open(read_bytes(path), path)
 
     def _open_template(self) -> ChatTemplate | None:
-        template = read_chat_template(self.path.parent)
-        if template is None:
+        if (template := read_chat_template(self.path.parent)) is None:
             return None
         names = {**self._read_beside("special_tokens_map.json"), **self._read_beside("tokenizer_config.json")}
         names = {n: t.get("content") if isinstance(t, dict) else t for n, t in names.items() if n in TEMPLATE_NAMES}
@@ -300,8 +301,7 @@ class Tokenizer:
 
     def _read_beside(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file of the checkpoint, empty if there is none."""
-        path = self.path.parent / name
-        return read_json(path) if path.exists() else {}
+        return read_json(path) if (path := self.path.parent / name).exists() else {}
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the token ids of a text.

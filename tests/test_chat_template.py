@@ -185,7 +185,7 @@ def test_added_tokens_that_are_not_special(base_dir, tmp_path):
     about = json.loads((folder / "lit_config.json").read_text())
     (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 64}))
     tokenizer = Tokenizer(folder)
-    assert tokenizer.vocab_size == size + 3
+    assert tokenizer.vocab_size == size + 3 and size + 1 in tokenizer.stop_ids
     messages = [{"role": "user", "content": "a <|im_end|>"}, {"role": "assistant", "content": "<tool_call> the cat"}]
     text = tokenizer.template.render(messages, generation_prompt=False)
     ids = tokenizer.encode(text)
@@ -195,7 +195,9 @@ def test_added_tokens_that_are_not_special(base_dir, tmp_path):
     (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 2}))
     smaller = Tokenizer(folder)  # for a model that lacks the last token
     assert smaller.vocab_size == size + 2 and size + 2 not in smaller.encode(text)
-    assert "<tool_call>  the cat<|im_end|>" in smaller.decode(smaller.encode(text))
+    assert "<tool_call> the cat<|im_end|>" in smaller.decode(smaller.encode(text))
+    words = "a <tool_call> the cat"
+    assert smaller.engine.encode_chat(words) == smaller.engine.encode(words)
     (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 64}))
     written = write_read(tokenizer, tmp_path / "hf")
     assert written.chat_engine.added == tokenizer.engine.added and written.encode(text) == ids

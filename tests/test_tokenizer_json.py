@@ -130,6 +130,19 @@ def test_ids_match_those_of_transformers(style, add_bos, request, tmp_path):
         assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def test_a_post_processor_that_only_appends_eos_is_kept(smollm2, tmp_path):
+    source = shutil.copytree(smollm2, tmp_path / "source")
+    engine = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    end = "<|im_end|>"
+    engine.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, engine.token_to_id(end))]
+    )
+    engine.save(str(source / "tokenizer.json"))
+    (tmp_path / "written").mkdir()
+    write_hf_tokenizer(tmp_path / "written", Tokenizer(source), block_size=64)
+    assert (tmp_path / "written/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize("style", ["llama3", "smollm2"])
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("<|>")), max_size=12))
 def test_special_tokens_in_a_text_are_plain_text(style, request, text):

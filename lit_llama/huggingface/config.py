@@ -58,11 +58,11 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
 
     rope_base, rope_scaling = convert_rope(hf)
     block_size = size("max_position_embeddings")
-    if kind == "mistral" or (kind != "llama" and flag("use_sliding_window")):
-        block_size = min(block_size, size("sliding_window", block_size))
     if block_size > (most := MOST["block_size"]):
         log(f"note: the context is limited to {most:,} tokens; {SOURCE} has max_position_embeddings {block_size:,}")
         block_size = most
+    if kind == "mistral" or (kind != "llama" and flag("use_sliding_window")):
+        block_size = min(block_size, size("sliding_window", block_size))
     biased = kind in BIASED and flag("attention_bias")
     return LLaMAConfig(
         block_size=block_size,
@@ -115,7 +115,7 @@ def convert_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Return the base and scaling of the rotary embedding.
 
     config.json has them in `rope_theta` and `rope_scaling`, or, since transformers 5, both in `rope_parameters`. A
-    scaling in `rope_scaling` takes precedence, as in transformers.
+    scaling in `rope_scaling` takes precedence, as in transformers; the base is that of `rope_parameters`.
 
     Raises:
         UserError: The scaling is not supported, or a number is missing or out of range.

@@ -55,10 +55,11 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         path = folder / "tokenizer_config.json"
         about = read_json(path) if path.is_file() else {}
         write_text(path, json.dumps({**about, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-        bos = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-        if tokenizer.chat_engine.engine.encode("").ids != bos:
+        has_bos, chat = tokenizer.bos_id >= 0, tokenizer.chat_engine
+        if has_bos != (chat.engine.encode("").ids[:1] == [chat.stop_ids[-1]]):
             engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            engine.post_processor = post_processor(engine.id_to_token(bos[0]) if bos else None, tokenizer.bos_id)
+            bos = engine.id_to_token(tokenizer.bos_id) if has_bos else None
+            engine.post_processor = post_processor(bos, tokenizer.bos_id)
             write_text(folder / "tokenizer.json", engine.to_str(pretty=False))
         return
     if engine := as_tokenizer_json(tokenizer.path, tokenizer.bos_id >= 0):
