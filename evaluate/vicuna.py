@@ -68,6 +68,7 @@ from lit_llama.storage.schema import check
 from lit_llama.utils import UserError, check_text
 
 QUESTIONS = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/vicuna_bench/question.jsonl"
+RESULTS = {"both": ("pairs", "single"), "pair": ("pairs",), "single": ("single",)}  # by `judging`, in the summary
 
 PAIR_PROMPT = """\
 Below are a question and two answers to it, by two different assistants. Compare how good the answers are.
@@ -154,8 +155,7 @@ def main(settings: Settings) -> dict[str, Any]:
     judge = open_judge(settings, settings.output_dir)
     path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
     items = read_items(path, settings.reference_file)
-    results = {"both": ("pairs", "single"), "pair": ("pairs",), "single": ("single",)}[settings.judging]
-    about = {"benchmark": "vicuna", "judge": judge and judge.describe([]), **dict.fromkeys(results)}
+    about = {"benchmark": "vicuna", "judge": judge and judge.describe([]), **dict.fromkeys(RESULTS[settings.judging])}
     first, second = answers_of_both(settings, items, items[: settings.limit], about)
     asked = answered_by_both(items[: settings.limit], first, second)
     skipped = len(items[: settings.limit]) - len(asked)
@@ -168,11 +168,11 @@ def main(settings: Settings) -> dict[str, Any]:
 def judge_all(judge: Judge, judging: str, asked: list[Item], first: Answers, second: Answers) -> dict[str, Any]:
     """Compare the pairs and grade each answer alone, or one of the two; return what the summary states about it."""
     summary, records = {}, []
-    if judging in ("both", "pair"):
+    if "pairs" in RESULTS[judging]:
         comparisons, pair_records = judge_pairs(judge, PAIR_PROMPT, asked, first, second)
         records += pair_records
         summary["pairs"] = comparison_summary(comparisons, first, second)
-    if judging in ("both", "single"):
+    if "single" in RESULTS[judging]:
         grades, single_records = judge_each(judge, asked, first, second, single_request, parse_score)
         records += single_records
         summary["single"] = rating_summary(grades, mean_grades, ("grade", "grade_against"))

@@ -213,6 +213,7 @@ def head(format: Format, model: str, is_part: bool) -> dict[str, Any]:
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, int]:
+    """Return how many tokens the prompts and answers of a request have, as the API reports them."""
     n_prompt, n_new = sum(len(job.prompt) for job in jobs), sum(job.n_new for job in jobs)
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 

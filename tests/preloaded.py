@@ -54,12 +54,12 @@ def forward(number, frame):
         pass  # it has ended
 signals = {{signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT, {KILL:d}}}
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a fork to forward them to
-files = [0, 1, 2]
-for number in range(3, 64):  # inherited from multiprocessing
+def is_open(number):
     try:
-        files += [number] * (os.fstat(number) is not None)
+        return bool(os.fstat(number))
     except OSError:
-        pass
+        return False
+files = [0, 1, 2, *filter(is_open, range(3, 64))]  # the last ones are inherited from multiprocessing
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(ADDRESS)
     request = json.dumps({{"args": sys.argv, "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}).encode()
