@@ -54,7 +54,7 @@ class Settings(FinetuneSettings):
     eval_interval: PositiveInt = 32  # steps between validations
     save_interval: PositiveInt = 64  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # validation prompts to answer at each validation
-    drift_prompts: NonNegativeInt = 32  # validation prompts to estimate the KL to the reference, by sampling; 0: none
+    drift_prompts: NonNegativeInt = 32  # prompts to sample answers to, for KL and degenerate answers
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +90,7 @@ from lit_llama.reference import (
 )
 from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import plot_metrics, print_summary, write_above_bar
+from lit_llama.run.report import LOSS_FIGURE, print_summary, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config, with_launcher_flags
 from lit_llama.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def warn_if_degenerate(share: float, share_before: float | None) -> None:
 
 def main(settings: Settings) -> None:
     settings = with_initial_config(with_launcher_flags(settings))
-    run = RunFolder(settings)
+    run = RunFolder(settings, {**LOSS_FIGURE, "metrics.png": PANELS})
     tokenizer = Tokenizer(settings.checkpoint_dir)
     train = PreferenceData(settings.data_dir, "train", tokenizer)
     val = PreferenceData(settings.data_dir, "test", tokenizer, settings.eval_rows)
@@ -195,7 +195,6 @@ def main(settings: Settings) -> None:
         return dry_run(trainer)
     summary = trainer.fit()
     if run.is_first:
-        plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS, run.title())
         print(compare_samples(settings.out_dir / "samples.jsonl"), end="")
         print_summary(summary, settings)
 

@@ -62,7 +62,7 @@ class Settings(FinetuneSettings):
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
     save_interval: PositiveInt = 20  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # held-out prompts whose answers are printed and saved
-    drift_prompts: NonNegativeInt = 32  # held-out prompts to estimate the KL to the start, by sampling; 0: none
+    drift_prompts: NonNegativeInt = 32  # prompts to sample answers to, for KL and degenerate answers
 
     @property
     def answers_at_once(self) -> int:
@@ -81,7 +81,7 @@ from lit_llama.rl import PolicyLoss
 from lit_llama.rollouts import Answerer, PolicyTrainer, Rollouts, falling_score
 from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import duration, early_end, generate_command, plot_metrics, write_above_bar
+from lit_llama.run.report import duration, early_end, generate_command, note_untrained, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import set_up_finetuning, with_initial_config, with_launcher_flags
 from lit_llama.tokenizer import Tokenizer
@@ -104,23 +104,27 @@ PANELS = {
 
 def print_summary(summary: dict[str, Any], settings: Settings) -> None:
     """Print the result of a run to stdout, and the command that generates with it."""
-    before, after = (summary[f"accuracy_{when}"] for when in ("before", "after"))
+    before, best, after = (summary[f"accuracy_{when}"] for when in ("before", "at_best", "after"))
     took = f"{duration(summary['seconds'])}{early_end(summary, settings)}"
-    shares = "not logged" if before is None else f"{before:.1%} before, {after:.1%} at the end"
+    shares = "not logged"
+    if None not in (before, best):
+        shares = f"{before:.1%} before, {best:.1%} at best (step {summary['best_step']}), {after:.1%} at the end"
     print(
         f"\ntrained      {summary['trainable_parameters']:,} parameters, {summary['steps']} steps and "
         f"{summary['answers_sampled']:,} sampled answers in {took}\n"
-        f"accuracy     {shares}, of greedy answers to held-out prompts (score: {settings.score or settings.reward})\n"
+        f"accuracy     {shares};\n"
+        f"             of greedy answers to held-out prompts (score: {settings.score or settings.reward})\n"
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, metrics.png, metrics.csv, samples.jsonl\n"
         f"generate     {generate_command(settings)}"
     )
+    note_untrained(summary)
 
 
 def main(settings: Settings) -> None:
     settings = with_initial_config(with_launcher_flags(settings))
     reward = Reward(settings.reward, settings.reward_options)
     score = Reward(settings.score) if settings.score else reward
-    run = RunFolder(settings)
+    run = RunFolder(settings, {"metrics.png": PANELS})
     tokenizer = Tokenizer(settings.checkpoint_dir)
     train = PromptData(settings.data_dir, "train", tokenizer)
     val = PromptData(settings.data_dir, "test", tokenizer, settings.eval_rows)
@@ -160,7 +164,6 @@ def main(settings: Settings) -> None:
         return dry_run(trainer)
     summary = trainer.fit()
     if run.is_first:
-        plot_metrics(settings.out_dir / "metrics.csv", settings.out_dir / "metrics.png", PANELS, run.title())
         print(compare_samples(settings.out_dir / "samples.jsonl"), end="")
         print_summary(summary, settings)
 

@@ -20,7 +20,7 @@ STD_EPSILON = 1e-4  # added to the standard deviation, so that rounding errors i
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """Return the advantage of each answer over its group: A_i = (r_i - mean(r)) / std(r).
+    """Return the advantage of each answer over its group: A_i = (r_i - mean(r)) / (std(r) + 1e-4).
 
     If all rewards of a group are equal, its advantages are 0.
 

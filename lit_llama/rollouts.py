@@ -151,10 +151,6 @@ class Rollouts:
             "tokens": torch.tensor(float(self.group_size * (self.lengths[rows] - 1).sum() + lengths.sum())),
         }
 
-    def shape(self, indices: np.ndarray) -> tuple[int, int]:
-        """Return the number of prompts and of tokens in the longest one, plus 1; the answers are not known yet."""
-        return self.answerer.data.shape(indices)
-
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         """Return the sampled answers to a micro-batch of prompts.
 
@@ -241,6 +237,7 @@ class PolicyTrainer(Trainer):
             summary |= {
                 "accuracy_before": accuracies[0],
                 "accuracy_after": accuracies[-1],
+                "accuracy_at_best": dict(rows).get(summary["best_step"], {}).get("val/accuracy"),
                 "answers_sampled": prompts * self.train.group_size,
             }
         return summary

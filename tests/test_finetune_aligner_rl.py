@@ -281,8 +281,11 @@ def test_every_metric_is_logged_and_plotted(finished):
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["accuracy_before"] == rows[0]["val/accuracy"]
     assert summary["accuracy_after"] == rows[5]["val/accuracy"]
+    assert summary["accuracy_at_best"] == rows[summary["best_step"]]["val/accuracy"]
+    assert not (out_dir / "loss.png").exists()
     assert summary["answers_sampled"] == (20 + 2 * 8) * 3
     assert "before: " in out and f"{36 * 3} sampled answers" in out and "accuracy     " in out
+    assert f"{summary['accuracy_at_best']:.1%} at best (step {summary['best_step']})" in out
     adapter = read_adapter(out_dir)
     assert adapter.meta["reward"] == "length" and sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
 

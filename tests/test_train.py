@@ -27,7 +27,15 @@ from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
 from lit_llama.run.processes import full_gpu_explained
-from lit_llama.run.report import MetricsLog, Progress, plot_losses, read_metrics, validation_bar, write_above_bar
+from lit_llama.run.report import (
+    MetricsLog,
+    Progress,
+    note_untrained,
+    plot_metrics,
+    read_metrics,
+    validation_bar,
+    write_above_bar,
+)
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric, with_launcher_flags
 from lit_llama.run.steps import Batches, steps_between_reads
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
@@ -455,8 +463,14 @@ def test_metrics_are_saved_automatically_after_an_interval(tmp_path):
 def test_a_figure_shows_the_name_of_a_folder_as_it_is(tmp_path):
     """Between two dollars, matplotlib expects a formula."""
     write_text(tmp_path / "metrics.csv", "step,train/loss\n0,2.0\n1,1.0\n")
-    plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png", "out/$USER_$DATE")
+    plot_metrics(tmp_path / "metrics.csv", tmp_path / "loss.png", {"loss": ["loss"]}, "out/$USER_$DATE")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("best_step", "steps", "noted"), [(0, 5, True), (5, 5, False), (0, 0, False)])
+def test_a_run_that_improved_nothing_is_noted(best_step, steps, noted, capsys):
+    note_untrained({"best_step": best_step, "steps": steps})
+    assert ("best.safetensors is the initial adapter" in capsys.readouterr().err) == noted
 
 
 def test_resuming_metrics_drops_rows_after_the_saved_state(tmp_path):

@@ -7,11 +7,11 @@
     best.safetensors     the adapter with the lowest validation loss
     last.safetensors     the adapter of the last saved state
     state.pt             everything that --resume needs
-    loss.png, summary.json        written after the last step
+    loss.png, metrics.png, summary.json    written after the last step; SFT has no metrics.png, RL no loss.png
 
 state.pt is authoritative: logs are written before it, and --resume truncates them after its step and rewrites the
 adapter files from it. So whenever a run is killed, it continues from its last saved state, or starts again if there is
-none. Only the first process of a run writes files; in the other processes, the methods that write do nothing.
+none. Only the first process of a run writes files.
 """
 
 import gc
@@ -37,7 +37,7 @@ from lit_llama.checkpoint import is_ours, save_adapter, versions
 from lit_llama.console import ends_at_once
 from lit_llama.run.loggers import EventFile, WandbRun, check_logger
 from lit_llama.run.processes import completing, full_gpu_explained, together
-from lit_llama.run.report import MetricsLog, plot_losses
+from lit_llama.run.report import LOSS_FIGURE, MetricsLog, plot_metrics
 from lit_llama.run.samples import read_samples
 from lit_llama.run.saved_state import agrees, as_json, best_of, damaged, read_saved_state
 from lit_llama.run.train_settings import TrainSettings
@@ -57,14 +57,15 @@ class RunFolder:
 
     Args:
         settings: All settings of the script.
+        figures: Maps the name of each figure to its panels, see `plot_metrics`.
 
     Raises:
         UserError: The folder contains a run that is neither resumed nor overwritten, or that cannot be resumed, or the
             folder cannot be written to.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
-        self.settings, self.path = settings, settings.out_dir
+    def __init__(self, settings: TrainSettings, figures: dict[str, dict[str, list[str]]] = LOSS_FIGURE) -> None:
+        self.settings, self.path, self.figures = settings, settings.out_dir, figures
         self.state_path = self.path / "state.pt"
         self.stopping = False  # whether to stop after the current step
         if settings.dry_run:
@@ -226,11 +227,9 @@ class RunFolder:
 
     def title(self) -> str:
         """Return a title for plots, such as "alpaca-7b-n1: aligner on Llama-2-7B, data alpaca"."""
-        folders = {
-            "on": getattr(self.settings, "checkpoint_dir", None),
-            "data": getattr(self.settings, "data_dir", None),
-        }
-        where = ", ".join(f"{word} {path.resolve().name}" for word, path in folders.items() if path)
+        paths = {"on": "checkpoint_dir", "data": "data_dir"}
+        folders = {word: getattr(self.settings, name, None) for word, name in paths.items()}
+        where = ", ".join(f"{word} {folder.resolve().name}" for word, folder in folders.items() if folder)
         return f"{self.path.resolve().name}: {self.adapter_meta['method']} {where}".strip()
 
     def json_settings(self) -> dict[str, Any]:
@@ -337,7 +336,8 @@ class RunFolder:
         """Write the files that describe a completed run."""
         if self.is_first:
             with explained(self.path, OSError):
-                plot_losses(self.path / "metrics.csv", self.path / "loss.png", self.title())
+                for name, panels in self.figures.items():
+                    plot_metrics(self.path / "metrics.csv", self.path / name, panels, self.title())
                 write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     # == errors ==

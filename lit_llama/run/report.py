@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOSS_FIGURE = {"loss.png": {"loss": ["loss"]}}
+
 
 class MetricsLog:
     """metrics.csv: one row per step, with unrounded numbers.
@@ -203,11 +205,14 @@ def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
         f"in {settings.out_dir}{os.sep}: best.safetensors, last.safetensors, loss.png, metrics.csv, samples.jsonl\n"
         f"generate     {generate_command(settings)}"
     )
+    note_untrained(summary)
 
 
-def plot_losses(metrics: Path, image: Path, title: str) -> None:
-    """Plot the training and the validation loss over steps, from a metrics.csv."""
-    plot_metrics(metrics, image, {"loss": ["loss"]}, title)
+def note_untrained(summary: dict[str, Any]) -> None:
+    """Print a note if best.safetensors, which generation loads, is the adapter before training."""
+    if summary["best_step"] == 0 < summary["steps"]:
+        log("note: no validation was better than before training, so best.safetensors is the initial adapter; lower "
+            "--learning_rate, or generate with last.safetensors.")  # fmt: skip
 
 
 def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title: str) -> None:

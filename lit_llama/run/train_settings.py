@@ -43,7 +43,7 @@ class TrainSettings(Checked):
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warmup; cosine decays to 0
     weight_decay: NonNegativeFloat = 0.02  # weight decay of AdamW; gates and biases have none
     grad_clip: NonNegativeFloat = 1.0  # maximum norm of the gradient; 0 disables clipping
-    seed: Seed = 1337  # seed of the initial weights, the order of the data and the samples
+    seed: Seed = 1337  # seed of the initial weights, the order of the data, dropout and RL's sampled answers
 
     # == Reporting ==
     log_interval: PositiveInt = 10  # steps between reads of the metrics on a single GPU; elsewhere, and in RL, always 1
@@ -92,7 +92,7 @@ class FinetuneSettings(TrainSettings):
     # == Reporting ==
     eval_rows: PositiveInt = 512  # validate on at most this many rows, always the same
     sample_prompts: NonNegativeInt = 2  # validation prompts to answer at each validation
-    max_new_tokens: PositiveInt = 60  # maximum length of these answers
+    max_new_tokens: PositiveInt = 60  # maximum length of an answer to a validation prompt
     dry_run: bool = False  # estimate memory and time from the data and one measured step, and write nothing
 
     # == Devices ==
