@@ -22,7 +22,7 @@ class Settings(ModelSettings):
 
     # == Questions ==
     data_file: Path | None = None  # mmlu.zip, a folder, a CSV file or rows (default: download --repo_id)
-    repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
+    repo_id: str = "cais/mmlu"  # dataset on the Hugging Face Hub; its dev and test splits are used
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
 
     # == What to measure ==

@@ -24,7 +24,7 @@ from lit_llama.settings import PositiveInt
 class Settings(ModelSettings):
     # == Questions ==
     data_file: Path | None = None  # rows with question and answer (default: download --repo_id)
-    repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face hub; its test split is used
+    repo_id: str = "openai/gsm8k"  # dataset on the Hugging Face Hub; its test split is used
     limit: PositiveInt | None = None  # answer only this many questions
     shots: Literal[0, 1] = 0  # few-shot examples before each question
     skip_long: bool = True  # skip and count prompts longer than the model's context; false: stop with an error

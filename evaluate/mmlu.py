@@ -28,7 +28,7 @@ class Settings(ModelSettings):
 
     # == Questions ==
     data_file: Path | None = None  # mmlu.zip, a folder, a CSV file or rows (default: download --repo_id)
-    repo_id: str = "cais/mmlu"  # dataset on the Hugging Face hub; its dev and test splits are used
+    repo_id: str = "cais/mmlu"  # dataset on the Hugging Face Hub; its dev and test splits are used
     subjects: tuple[str, ...] = ()  # names such as anatomy (default: all 57)
     limit: PositiveInt | None = None  # answer only this many questions of each subject
     shots: Literal[0, 1, 2, 3, 4, 5] = 1  # few-shot examples before each question, from the dev split

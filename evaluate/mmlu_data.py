@@ -1,4 +1,4 @@
-"""The questions of MMLU: subjects and categories, and reading them from files, rows or the hub."""
+"""The questions of MMLU: subjects and categories, and reading them from files, rows or the Hub."""
 
 import csv
 import difflib
@@ -141,7 +141,7 @@ def from_csv(text: str, name: str) -> Iterator[Item]:
 
 
 def from_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Item]:
-    """Yield the questions of rows in the hub's schema.
+    """Yield the questions of rows in the Hub's schema.
 
     Raises:
         UserError: a row lacks a field, or a field has the wrong type (with its number).

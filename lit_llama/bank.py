@@ -284,7 +284,7 @@ def open_bank(paths: Sequence[Path], checkpoint_dir: Path) -> Bank:
 
 
 def adapter_name(path: Path) -> str:
-    """Return the name that an adapter gets in a bank: that of its folder, its file, or its repository on the hub."""
+    """Return the name that an adapter gets in a bank: that of its folder, its file, or its repository on the Hub."""
     if is_on_hub(path):
         return repository(path)[0].partition("/")[2]
     return path.resolve().name if path.is_dir() else path.stem

@@ -188,7 +188,7 @@ def read_adapter(path: Path) -> AdapterFile:
     """Return the adapter in a file of this project (`.safetensors`) or of the paper's authors (`.pth`).
 
     Args:
-        path: The file, a run folder (for its best adapter), or `hf:owner/name` for a repository on the hub.
+        path: The file, a run folder (for its best adapter), or `hf:owner/name` for a repository on the Hub.
 
     Raises:
         UserError: The file is missing, or is not an adapter.

@@ -48,7 +48,7 @@ class PrepareSettings(Checked):
 
 @dataclass
 class RowSettings(PrepareSettings):
-    """Settings of the prepare scripts that read rows from a file or from a dataset on the Hugging Face hub.
+    """Settings of the prepare scripts that read rows from a file or from a dataset on the Hugging Face Hub.
 
     Raises:
         UserError: As `Checked`, or a setting of the dataset is combined with `data_file`.
@@ -56,7 +56,7 @@ class RowSettings(PrepareSettings):
 
     # == What to read ==
     data_file: Path | None = None  # rows to prepare: JSON list, JSON Lines (also .gz) or Parquet (default: download)
-    repo_id: str = "OWNER/NAME"  # dataset on the Hugging Face hub
+    repo_id: str = "OWNER/NAME"  # dataset on the Hugging Face Hub
     config_name: str | None = None  # configuration of the dataset, if it has several
     split: str | None = None  # split of the dataset (default: train)
     revision: str | None = None  # version of the dataset: a branch, tag or commit

@@ -65,7 +65,7 @@ def check_strangers(folder: Path, sizes: dict[str, int]) -> None:
 
     Args:
         folder: The folder to download to.
-        sizes: Sizes of the files on the hub, in bytes, by name.
+        sizes: Sizes of the files on the Hub, in bytes, by name.
 
     Raises:
         UserError: A file exists that was not downloaded, or only in part, or that was changed since.

@@ -1,6 +1,6 @@
 """Describe an adapter file and its gates by layer; for several files, also their differences.
 
-Reads this project's .safetensors, the folder of a run, and the authors' .pth files. A gate is one number per layer and
+Reads this project's .safetensors, run folders, and the authors' .pth files. A gate is one number per layer and
 head that multiplies the attention to the prefix: a layer with gates near zero does not use the Aligner. For adapters of
 other methods, the root mean square of each layer's tensors is shown.
 """
@@ -20,7 +20,7 @@ from lit_llama.settings import Checked
 
 @dataclass
 class Settings(Checked):
-    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth or run folders
     plot: Path | None = None  # also plot the gates by layer to this file (.png, .svg or .pdf)
     to_safetensors: Path | None = None  # also write the only adapter to this file, in fp32 and this project's format
     overwrite: bool = False  # replace the files that plot and to_safetensors name, if they exist

@@ -20,7 +20,7 @@ from lit_llama.prepare_settings import RowSettings
 @dataclass
 class Settings(RowSettings):
     # == What to read ==
-    repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face hub
+    repo_id: str = "tatsu-lab/alpaca"  # dataset on the Hugging Face Hub
 
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write prompts with responses, or prompts for reinforcement learning

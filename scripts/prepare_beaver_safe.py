@@ -34,7 +34,7 @@ Prefer = Literal["safer", "better"]
 class Settings(RowSettings):
     # == What to read ==
     data_format: Literal["pku", "preference", "hh"] = "pku"  # row format, see above
-    repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face hub
+    repo_id: str = "PKU-Alignment/PKU-SafeRLHF"  # dataset on the Hugging Face Hub
     keep: Keep | None = None  # pku: keep rows with a safe response, with exactly one, or all (default: any_safe)
     prefer: Prefer | None = None  # pku: the label that decides which response is chosen (default: safer)
 

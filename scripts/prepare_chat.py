@@ -25,7 +25,7 @@ from lit_llama.prepare_settings import RowSettings
 @dataclass
 class Settings(RowSettings):
     # == What to read ==
-    repo_id: str = "HuggingFaceH4/no_robots"  # dataset on the Hugging Face hub
+    repo_id: str = "HuggingFaceH4/no_robots"  # dataset on the Hugging Face Hub
 
     # == What to write ==
     output_dir: Path = Path("data/chat")  # folder to write

@@ -24,7 +24,7 @@ from lit_llama.prepare_settings import RowSettings
 @dataclass
 class Settings(RowSettings):
     # == What to read ==
-    repo_id: str = "meta-math/MetaMathQA"  # dataset on the Hugging Face hub
+    repo_id: str = "meta-math/MetaMathQA"  # dataset on the Hugging Face Hub
 
     # == What to write ==
     stage: Literal["sft", "rl"] = "sft"  # write problems with solutions, or prompts for reinforcement learning

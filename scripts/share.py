@@ -1,4 +1,4 @@
-"""Publish an adapter on the Hugging Face hub, with a model card: its method, base, data, metrics and versions.
+"""Publish an adapter on the Hugging Face Hub, with a model card: its method, base, data, metrics and versions.
 
     python scripts/share.py --adapter out/aligner/alpaca-7b-n1 --repo_id me/alpaca-7b-n1 --license llama2
 
@@ -20,9 +20,9 @@ from lit_llama.settings import Checked
 
 @dataclass
 class Settings(Checked):
-    adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a run's folder for its best adapter
+    adapter: Path = Path("out/aligner/microworld-pirate")  # adapter file, or a run folder for its best adapter
     repo_id: str = "OWNER/NAME"  # repository to write; created if it does not exist
-    base_model: str | None = None  # the base's name on the hub, such as meta-llama/Llama-2-7b-hf, for the card
+    base_model: str | None = None  # the base's name on the Hub, such as meta-llama/Llama-2-7b-hf, for the card
     description: str | None = None  # what the adapter does, for the card
     license: str | None = None  # for the card, such as apache-2.0
     private: bool = False  # create a private repository
@@ -133,7 +133,7 @@ def check_repository(api: HfApi, settings: Settings) -> None:
     except errors.RepositoryNotFoundError:
         return
     if settings.private and not info.private:
-        raise UserError(f"{settings.repo_id} is public; make it private on the hub, or leave out --private.")
+        raise UserError(f"{settings.repo_id} is public; make it private on the Hub, or leave out --private.")
     names = {file.rfilename for file in info.siblings}
     if ADAPTER_NAME in names and not settings.overwrite:
         raise UserError(f"{settings.repo_id} already has an adapter; replace it with --overwrite.")
@@ -143,9 +143,9 @@ def check_repository(api: HfApi, settings: Settings) -> None:
 
 @contextmanager
 def hub(settings: Settings) -> Iterator[HfApi]:
-    """Yield a client of the hub, and turn its errors into a `UserError`."""
+    """Yield a client of the Hub, and turn its errors into a `UserError`."""
     if get_token() is None:
-        raise UserError("There is no token for the hub; log in with `hf auth login`, or set HF_TOKEN.")
+        raise UserError("There is no token for the Hub; log in with `hf auth login`, or set HF_TOKEN.")
     try:
         yield HfApi(endpoint=endpoint())
     except (OSError, RuntimeError, errors.HTTPError, errors.HFValidationError) as error:
@@ -154,7 +154,7 @@ def hub(settings: Settings) -> Iterator[HfApi]:
         if not str(error).startswith("Invalid metadata"):
             raise
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"The hub refuses the model card ({reason}); change --license or --base_model.") from None
+        raise UserError(f"The Hub refuses the model card ({reason}); change --license or --base_model.") from None
 
 
 def main(settings: Settings) -> None:

@@ -36,7 +36,7 @@ class Settings(Checked):
     methods: tuple[str, ...] = ()  # rows of the tables, such as aligner1 and lora (default: all of each table)
     dry_run: bool = False  # list the commands with predicted GPU hours and memory, and run nothing
 
-    # == Data (default: downloaded from the Hugging Face hub) ==
+    # == Data (default: downloaded from the Hugging Face Hub) ==
     alpaca_file: Path | None = None  # finetuning rows in Alpaca's format
     metamath_file: Path | None = None  # finetuning rows with query and response
     beaver_file: Path | None = None  # preference rows of PKU-SafeRLHF

@@ -125,7 +125,7 @@ def test_overwrite_replaces_an_adapter_but_never_a_model(hub, run_script, refuse
     assert "me/pirate contains something other than an adapter" in refused(*share(tmp_path))
     hub.repositories["me/pirate"] = [{"README.md": b"card", "adapter.safetensors": b"old"}]
     assert "already has an adapter; replace it with --overwrite" in refused(*share(tmp_path))
-    public = "me/pirate is public; make it private on the hub, or leave out --private."
+    public = "me/pirate is public; make it private on the Hub, or leave out --private."
     assert refused(*share(tmp_path, "--overwrite", "--private")) == public
     assert len(hub.repositories["me/pirate"]) == 1
     assert run_script(*share(tmp_path, "--overwrite"))[0] == 0
@@ -157,7 +157,7 @@ def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     assert 'must be one of ["mit"]); change --license' in refused(*share(tmp_path), "--license", "Llama 2")
     monkeypatch.delenv("HF_TOKEN")
-    assert "There is no token for the hub" in refused(*share(tmp_path))
+    assert "There is no token for the Hub" in refused(*share(tmp_path))
 
     def read(name: str) -> str:
         with pytest.raises(UserError) as error:
@@ -170,7 +170,7 @@ def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_
     assert "There is no model me/secret that you may see" in read("hf:me/secret")
     assert "me/model has no adapter.safetensors" in read("hf:me/model")
     assert "me/model has no branch, tag or commit 'v9'" in read("hf:me/model@v9")
-    assert "does not name an adapter on the hub; write it like hf:owner/name@revision" in read("hf:model")
+    assert "does not name an adapter on the Hub; write it like hf:owner/name@revision" in read("hf:model")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 23 s
     assert "me/model is not in the cache, and http://127.0.0.1:9 cannot be reached" in read("hf:me/model")

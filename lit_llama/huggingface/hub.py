@@ -1,4 +1,4 @@
-"""The Hugging Face hub: adapters named `hf:owner/name`, and error messages."""
+"""The Hugging Face Hub: adapters named `hf:owner/name`, and error messages."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ ADAPTER_NAME = "adapter.safetensors"  # the only file that is read: no pickle, a
 
 
 def is_on_hub(path: Path | str) -> bool:
-    """Return whether a path names a repository on the hub, such as `hf:owner/name`."""
+    """Return whether a path names a repository on the Hub, such as `hf:owner/name`."""
     return str(path).startswith(PREFIX)
 
 
@@ -25,12 +25,12 @@ def repository(path: Path | str) -> tuple[str, str]:
     """
     match = re.fullmatch(rf"{PREFIX}([\w.-]+/[\w.-]+?)(?:@([^@\s]+))?", str(path))
     if match is None:
-        raise UserError(f"{str(path)!r} does not name an adapter on the hub; write it like hf:owner/name@revision.")
+        raise UserError(f"{str(path)!r} does not name an adapter on the Hub; write it like hf:owner/name@revision.")
     return match[1], match[2] or "main"
 
 
 def download_adapter(path: Path | str) -> Path:
-    """Return the file of an adapter on the hub, in the cache of huggingface_hub.
+    """Return the file of an adapter on the Hub, in the cache of huggingface_hub.
 
     Args:
         path: `hf:owner/name` or `hf:owner/name@revision`, a branch, tag or commit.
@@ -48,7 +48,7 @@ def download_adapter(path: Path | str) -> Path:
 
 
 def endpoint() -> str:
-    """Return the address of the hub, which HF_ENDPOINT overrides."""
+    """Return the address of the Hub, which HF_ENDPOINT overrides."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
@@ -59,7 +59,7 @@ def explain(error: Exception, repo_id: str, revision: str, *, writes: bool = Fal
     page, log_in = f"{endpoint()}/{repo_id}", "log in with `hf auth login`, or set HF_TOKEN"
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = " ".join((getattr(error, "server_message", None) or "").split()).rstrip(".")
-    hub_says = f" (the hub says: {message})" if message else ""
+    hub_says = f" (the Hub says: {message})" if message else ""
     if isinstance(error, errors.GatedRepoError):
         return UserError(f"{repo_id} is behind a license: accept it at {page}, then {log_in} and run again{hub_says}.")
     if isinstance(error, errors.RevisionNotFoundError):

@@ -33,7 +33,7 @@ PRECISION_ALIASES = {"32": "32-true", "bf16": "bf16-mixed"}  # of Fabric
 
 # what an adapter records about its dataset
 DATA = {"source": str, "counts": dict, "max_seq_length": int}
-DOWNLOAD = {"repo_id": str, "config_name": str, "split": str, "revision": str}  # only of a dataset on the hub
+DOWNLOAD = {"repo_id": str, "config_name": str, "split": str, "revision": str}  # only of a dataset on the Hub
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Read rows of text from files and from the Hugging Face hub."""
+"""Read rows of text from files and from the Hugging Face Hub."""
 
 import gzip
 import zlib
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
 def download_rows(
     repo_id: str, split: str = "train", revision: str | None = None, config_name: str | None = None
 ) -> Iterable[dict[str, Any]]:
-    """Return the rows of a dataset on the Hugging Face hub; `datasets` caches the download.
+    """Return the rows of a dataset on the Hugging Face Hub; `datasets` caches the download.
 
     Args:
         repo_id: The dataset, or a local folder in the layout of one.
@@ -92,13 +92,13 @@ def download_rows(
 def origin(data_file: Path | None, repo_id: str, **chosen: str) -> dict[str, str]:
     """Return the entries of `meta.json` that say where rows come from.
 
-    They are `source`, and for rows of a dataset on the hub also `repo_id` and what was chosen of `config_name`, `split`
+    They are `source`, and for rows of a dataset on the Hub also `repo_id` and what was chosen of `config_name`, `split`
     and `revision`.
     """
     if data_file is not None:
         return {"source": str(data_file)}
     source = ", ".join([repo_id, *(f"{name.removesuffix('_name')} {value}" for name, value in chosen.items())])
-    is_local = Path(repo_id).exists()  # a folder, which `datasets` reads like a dataset on the hub
+    is_local = Path(repo_id).exists()  # a folder, which `datasets` reads like a dataset on the Hub
     return {"source": source, **({} if is_local else {"repo_id": repo_id, **chosen})}
 
 
