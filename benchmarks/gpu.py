@@ -62,7 +62,7 @@ from lit_llama.device import pick_device
 from lit_llama.tables import markdown_table
 from lit_llama.utils import UserError, first_line, log
 
-Rows = Iterator[list[str]]  # what, target, measured, verdict
+Rows = Iterator[list[str]]  # what, target, measured, compared with 1
 
 
 def make_worker(settings: Settings, device: torch.device, dtype: torch.dtype, *, generates: bool) -> Ours:
@@ -192,7 +192,7 @@ def main(settings: Settings) -> None:
         rows, succeeded = run_part(part, settings, device, dtype)
         failed += [] if succeeded else [part]
         title = f"## {part}, {time.perf_counter() - began:.0f} s"
-        tables += [title, markdown_table(["what", "target", "measured", "verdict"], rows)]
+        tables += [title, markdown_table(["what", "target", "measured", "compared with 1"], rows)]
         text = b.write_report(path, f"{device.type}, {settings.size}, {dtype_name(dtype)}", tables, device)
         log("\n".join(f"{row[0]}: {row[2]}" for row in rows))
     print(text, end="")

@@ -153,7 +153,9 @@ def speed_table(settings: Settings, rates: Rates) -> str:
     for name, values in rates.items():
         other = next((without_bank(n) for n in settings.lengths if name.startswith(f"N = {n},")), "base")
         rows.append([name, with_interval(values), *(["1", ""] if name == other else compare(values, rates[other]))])
-    return markdown_table(["rows of the batch", "tokens/s", "ratio to the same batch without a bank", "verdict"], rows)
+    return markdown_table(
+        ["rows of the batch", "tokens/s", "ratio to the same batch without a bank", "compared with 1"], rows
+    )
 
 
 # == banks ==

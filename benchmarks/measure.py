@@ -125,4 +125,4 @@ def compare(values: list[float], others: list[float], digits: int = 3) -> list[s
 
 
 def ratio_table(rows: list[list[str]]) -> str:
-    return "## Ratios\n\n" + markdown_table(["what", "target", "measured (interval)", "verdict"], rows)
+    return "## Ratios\n\n" + markdown_table(["what", "target", "measured (interval)", "compared with 1"], rows)

@@ -158,8 +158,9 @@ def main(settings: Settings) -> None:
         cells = [f"{size / 1e6:,.0f}" for size in sizes]
         rows.append([case.label, *cells, f"{estimate.total / exact - 1:+.1%}", f"{default / 1e6:,.0f}"])
     heads = ["case", "weights", "activations, cache", "estimate", "measured", "difference", "with glibc's default"]
-    print(f"MB. Unless it says otherwise, a training step of 4 × 256 tokens in fp32 on 49M parameters; torch "
-          f"{torch.__version__}, {torch.get_num_threads()} thread(s).\n")  # fmt: skip
+    threads = torch.get_num_threads()
+    print(f"Sizes in MB. Unless its name says otherwise, a case is a training step of 4 × 256 tokens in fp32 on 49M "
+          f"parameters; torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}.\n")  # fmt: skip
     print(markdown_table(heads, rows))
 
 

@@ -102,7 +102,7 @@ def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     seconds = measure(settings)
-    names = {count: f"busy programs: {count}" if count else "idle" for count in seconds}
+    names = {n: f"with {n} busy program{'s' * (n > 1)}" if n else "idle" for n in seconds}
     rows = [
         [name, *(with_interval([1000 * s for s in times[name]]) for times in seconds.values())] for name in POLICIES
     ]

@@ -1,6 +1,6 @@
 """Estimate the memory of SFT, DPO and generation from a model's configuration; no weights are needed.
 
-The model is a known size, the hub's name of one of these, or a folder with a lit_config.json or a config.json. With
+The model is a known size, the Hub's name of one of these, or a folder with a lit_config.json or a config.json. With
 --table, print the table of howto/models.md: all known sizes. The finetuning scripts compute the same for their data
 with --dry_run.
 """
@@ -19,7 +19,7 @@ from lit_llama.settings import Checked, NonNegativeInt, PositiveInt, PositiveSha
 @dataclass
 class Settings(Checked):
     # == Model ==
-    model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or the hub's name of one, as in --table
+    model: str = "Llama-2-7B"  # a size of lit_llama/config.py, or the Hub's name of one, as in --table
     checkpoint_dir: Path | None = None  # instead: a folder with lit_config.json or config.json, or the file itself
     precision: Literal["bf16", "bf16-true", "fp32", "32", "32-true"] = "bf16"  # precision of the frozen weights
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits
@@ -31,7 +31,7 @@ class Settings(Checked):
     adapter_start_layer: NonNegativeInt = 2  # first layer that attends to them, counted from 0
 
     # == Training ==
-    micro_batch_size: PositiveInt = 4  # sequences of a micro-batch for SFT, and pairs for DPO
+    micro_batch_size: PositiveInt = 4  # sequences per micro-batch in SFT, pairs in DPO
     tokens: PositiveInt = 512  # tokens of the longest prompt with a response
     response_share: PositiveShare = 0.5  # share of the tokens that belong to responses
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass
@@ -79,7 +79,7 @@ OWNERS = {"Llama-3": "meta-llama", "SmolLM": "HuggingFaceTB", "Qwen": "Qwen", "M
 
 
 def hub_name(size: str) -> str | None:
-    """Return the name of a size's base model on the hub, or None if it is not there."""
+    """Return the name of a size's base model on the Hub, or None if it is not there."""
     owner = next((owner for start, owner in OWNERS.items() if size.startswith(start)), None)
     return HUB.get(size) or (f"{owner}/{size}" if owner else None)
 
@@ -161,10 +161,11 @@ def describe(settings: Settings) -> str:
     layers = f" with layers in {settings.quantize}" if settings.quantize else ""
     recomputed = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     return (
-        f"A base in {settings.precision}{layers}. SFT: micro-batches of {settings.micro_batch_size} × "
-        f"{settings.tokens:,} tokens, {settings.response_share:.0%} of them predicted{recomputed}; DPO: as many pairs, "
-        f"whose responses share a row where training packs them; generation: {settings.batch_size} × "
-        f"({settings.prompt_tokens:,} + {settings.new_tokens:,}) tokens."
+        f"Peak memory with a base in {settings.precision}{layers}. SFT: a micro-batch of {settings.micro_batch_size} × "
+        f"{settings.tokens:,} tokens, {settings.response_share:.0%} of them labels{recomputed}. DPO: a micro-batch of "
+        f"{settings.micro_batch_size} pairs of this length, whose responses share a row where training packs them. "
+        f"Generation: a batch of {settings.batch_size}, with prompts of {settings.prompt_tokens:,} tokens and answers "
+        f"of {settings.new_tokens:,} tokens."
     )
 
 

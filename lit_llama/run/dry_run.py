@@ -1,4 +1,4 @@
-"""A dry run of finetuning, which writes nothing: estimate memory and time from the data and one measured step."""
+"""A dry run of finetuning, which writes nothing: estimate memory and time from the data and measured steps."""
 
 import math
 import time
@@ -35,11 +35,12 @@ def dry_run(trainer: Trainer) -> None:
     plan = trainer.plan(lengths, settings.batch_size, settings.micro_batch_size, settings.seed, 0)
     is_first = fabric.global_rank == 0
     if is_first:
+        processes = f"{fabric.world_size} process{'es' * (fabric.world_size > 1)}"
         quantized = f", layers in {settings.quantize}" if settings.quantize else ""
         print(f"parameters   {n_base:,} frozen in {str(base_dtype(fabric)).removeprefix('torch.')}{quantized}, "
               f"{n_trained:,} trained ({settings.method})\n"
               f"data         {len(lengths):,} rows, up to {lengths.max():,} tokens\n"
-              f"steps        {trainer.max_steps:,} of {settings.batch_size} rows on {fabric.world_size} process(es), "
+              f"steps        {trainer.max_steps:,} of {settings.batch_size} rows on {processes}, "
               f"{trainer.steps_per_epoch:,} an epoch\n\n"
               f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
         log("measuring a step")
