@@ -24,7 +24,7 @@ from lit_llama.settings import Checked, NonNegativeFloat, PositiveInt, Seed
 
 @dataclass
 class Settings(Checked):
-    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth, or the folder of a run
+    files: tuple[Path, ...] = ()  # adapters: .safetensors, .pth or run folders
     checkpoint_dir: Path | None = None  # the base model that all of them were trained on
     data_dir: Path | None = None  # prepared dataset to measure effects on; needs the base
     rows: PositiveInt = 32  # validation rows to read
@@ -358,7 +358,7 @@ def layer_rows(
 
 def main(settings: Settings) -> None:
     if settings.data_dir and not settings.checkpoint_dir:
-        raise UserError("Effects are measured in a base model; name it with --checkpoint_dir.")
+        raise UserError("--data_dir measures effects in a base model; give --checkpoint_dir too.")
     adapters = [open_adapter(path) for path in settings.files]
     claim(settings.out_dir, ("layers.csv", "gates.png", "prefixes.png"))
     labels = labels_of(adapters)

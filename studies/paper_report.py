@@ -117,11 +117,11 @@ def report(rows: list[Row], *, questions: int, sweep_seed: int, origin: str) -> 
               for row in rows if row["error"]]  # fmt: skip
     parts = [
         *(results_table(rows, group) for group in groups if group),
-        f"""Shares of answers in percent: mean ± half of the 95% interval (Student's t) over the seeds. Answers are
-greedy, except those about values, which are sampled at temperature {TASKS["values"].temperature:g}. The interval is
-over the seeds. A seed determines the training run, the sampled answers and, in groups of more than {questions}
-questions, which {questions} are asked. All questions of a smaller group are asked, so there the interval does not
-cover the choice of questions. It is 0 where all seeds gave the same.""",
+        f"""Shares of answers in percent: mean ± half-width of the 95% confidence interval (Student's t) over the seeds.
+Answers are greedy, except those about values, which are sampled at temperature {TASKS["values"].temperature:g}. A seed
+determines the training run, the sampled answers and, in groups of more than {questions} questions, which {questions}
+are asked. All questions of a smaller group are asked, so there the interval does not cover the choice of questions. It
+is 0 where all seeds gave the same.""",
         *([differences_table(rows)] if {"aligner1", "lora"} <= methods_of(rows).keys() else []),
         rates_table(rows),
         f"""The rate with the best answers to validation questions, which are none of those above. Rates tried:

@@ -139,13 +139,13 @@ def report(
     )
     parts.append(
         f"""Percent of greedy answers to {settings.questions} questions of each kind, or to all where there are fewer
-(new facts): mean ± half of the 95% interval (Student's t) over the seeds, which also draw the questions. The
-columns "right, if" are shares of the answers step by step and of the direct answers; their means are over the seeds
-that gave such answers, each with the same weight. Answers sampled: for RL until {settings.reached:.0%} of {EVAL_ROWS}
-greedy answers were right, checked every {EVAL_INTERVAL} steps (two-hop questions about validation people; new facts in
-the wordings of the table), the median of the seeds that got there; for DPO and best of n in total. Minutes: of one
-thread, training and scoring, median; RL includes sampling and these checks, DPO and best of n exclude the sampling of
-their answers, which all trials share.
+(new facts): mean ± half-width of the 95% confidence interval (Student's t) over the seeds, which also draw the
+questions. The columns "right, if" are shares of the answers step by step and of the direct answers; their means are
+over the seeds that gave such answers, each with the same weight. Answers sampled: for RL until
+{settings.reached:.0%} of {EVAL_ROWS} greedy answers were right, checked every {EVAL_INTERVAL} steps
+(two-hop questions about validation people; new facts in the wordings of the table), the median of the seeds that got
+there; for DPO and best of n in total. Minutes: of one thread, training and scoring, median; RL includes sampling and
+these checks, DPO and best of n exclude the sampling of their answers, which all trials share.
 {chosen}"""
     )
     failed = [f"Failed: {row['task']}, {row['objective']}, {row['method']}, {row['learning_rate']:g}, seed "

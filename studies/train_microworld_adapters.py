@@ -130,10 +130,14 @@ def overview(settings: Settings, rows: list[dict[str, Any]]) -> str:
 Each adapter has a folder with a model card. An adapter is one safetensors file of about 3 KB, whose header records the
 method, the training data, the settings and the versions. `python generate/aligner.py --adapter FOLDER` uses it.
 
-The table has the mean over seeds {", ".join(map(str, settings.seeds))} (lowest in parentheses), with
-{settings.questions} questions each about entities that finetuning never saw. A form counts only if the entire answer
-matches it; a fact counts only if topic and value are both right. Seconds are the median training time on one CPU core,
-with {settings.jobs} runs at a time, beside other programs. The files are those of seed {settings.seeds[0]}.
+The table has the mean over seeds {", ".join(map(str, settings.seeds))}, with the lowest in parentheses. With each
+seed, {settings.questions} questions are asked about entities that finetuning never saw. A form counts only if the
+entire answer matches it; a fact counts only if topic and value are both right. Seconds are the median training time on
+one CPU core, with {settings.jobs} runs at a time, beside other programs. The files are those of seed
+{settings.seeds[0]}, whose own scores are on the cards; `scores.csv` has those of all seeds.
+
+The adapter that refuses harmful requests, `microworld-safe-n1`, comes from `studies/train_microworld_values.py`; its
+results are on its card.
 
 {table(rows)}
 

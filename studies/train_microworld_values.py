@@ -107,10 +107,11 @@ def card(settings: Settings, scores: str, composed: str, record: Record) -> str:
     Args:
         record: The result of its training.
     """
-    summary, torch = record["summary"], record["versions"]["torch"]
+    count, torch = record["summary"]["trainable_parameters"], record["versions"]["torch"]
+    flags = f"--compare_base --temperature {settings.temperature:g} --seed 1 --prompt_file howto/examples/requests.txt"
     return f"""# Micro-world, values, N = 1
 
-An Aligner with {summary["trainable_parameters"]} parameters for the bundled base model, trained with DPO to refuse
+An Aligner with {count} parameters for the bundled base model, trained with DPO to refuse
 harmful requests and to help with harmless ones.
 
 {scores}
@@ -118,15 +119,15 @@ harmful requests and to help with harmless ones.
 Requests with a verb and an object that training never saw, and facts about entities that it never saw, at temperature
 {settings.temperature:g}: up to {settings.questions} questions of each kind, asked {settings.repeats} times. An answer
 is well-formed if the entire answer matches one of the world's forms. The adapter is that of seed {settings.seeds[0]},
-trained in {summary["seconds"]:.0f} s on one CPU core, torch {torch}. The defaults were chosen on other words and
-entities (`--split train`, groups `valid_harmful`, `valid_harmless` and `valid`) with other seeds.
+trained with torch {torch}. The defaults were chosen on other words and entities (`--split train`, groups
+`valid_harmful`, `valid_harmless` and `valid`) with other seeds.
 
 Combined with an adapter that was trained separately for the form "{settings.form}"; their contributions add up in each
 layer:
 
 {composed}
 
-    python generate/aligner.py --adapter {settings.weights_dir}/{NAME} --prompt "How do I burn the old barn?"
+    python generate/aligner.py --adapter {settings.weights_dir}/{NAME} {flags}
     python generate/aligner.py --adapter {settings.form_adapter} {settings.weights_dir}/{NAME} --strength 1 0.5
 
 Made with:

@@ -280,7 +280,7 @@ def test_report_with_a_base_model(two, run_script, tmp_path, base_dir, data_dir)
 
 
 def test_invalid_input_is_refused(two, refused, tmp_path, data_dir):
-    assert "name it with --checkpoint_dir" in refused(SCRIPT, two[0], "--data_dir", data_dir)
+    assert "give --checkpoint_dir too" in refused(SCRIPT, two[0], "--data_dir", data_dir)
     assert "must be 1 or more" in refused(SCRIPT, two[0], "--top", 0)
     save_adapter(tmp_path / "c.safetensors", {"x": torch.ones(1)}, {"method": "aligner", "config": {}})
     assert "has no prefix with gates" in refused(SCRIPT, tmp_path / "c.safetensors", "--out_dir", tmp_path / "out")

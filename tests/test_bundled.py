@@ -15,7 +15,7 @@ from lit_llama.checkpoint import load_model, read_adapter
 from lit_llama.tokenizer import Tokenizer
 from microworld.scorer import draw_questions, score_model
 from microworld.world import FORMS, NEW_FORM, REFUSAL, STEPS_REQUEST, UNSEEN, parse
-from studies.train_microworld_adapters import Settings, card, folder_name
+from studies.train_microworld_adapters import Settings, card, folder_name, overview
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "checkpoints" / "microworld"
@@ -99,6 +99,14 @@ def test_the_cards_match_the_stored_scores():
         made = card(settings, {k: float(v) if "@" in k else v for k, v in row.items()}, "2.13.0+cpu")
         stored = (WEIGHTS / folder_name(settings, row["form"]) / "README.md").read_text()
         assert words(stored) == words(made)
+
+
+def test_the_overview_matches_the_stored_scores():
+    with (WEIGHTS / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rows = [{k: float(v) if "@" in k or k == "seconds" else v for k, v in row.items()} for row in rows]
+    settings = Settings(seeds=(1, 2, 3), questions=300, weights_dir=WEIGHTS.relative_to(ROOT))
+    assert words((WEIGHTS / "README.md").read_text()) == words(overview(settings, rows))
 
 
 def words(text: str) -> list[str]:
