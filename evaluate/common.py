@@ -342,7 +342,7 @@ def remove_results(output_dir: Path, reason: str, overwrite: bool, names: Iterab
     """
     if not overwrite:
         raise UserError(
-            f"{output_dir} has results {reason}; choose another --output_dir, or replace them with --overwrite true."
+            f"{output_dir} has results {reason}; choose another --output_dir, or replace them with --overwrite."
         )
     log(f"note: replacing the results {reason} in {output_dir}.")
     for name in names:

@@ -213,7 +213,10 @@ class HarnessModel(TemplateLM):
         """
         limit = self.evaluated.model.max_tokens
         if len(continuation) > limit:
-            raise UserError(f"A continuation has {len(continuation)} tokens and the model's context {limit}.")
+            raise UserError(
+                f"An answer of a task has {len(continuation)} tokens, but the model's context has {limit}; leave out "
+                "the task, or use a model with a longer context."
+            )
         context = context or [self.prefix_token_id]
         tokens = (context + continuation)[: len(context) + max(len(continuation) - 1, 0)]
         self.truncated += len(tokens) > limit
@@ -356,7 +359,7 @@ def load_tasks(settings: Settings, load: Callable[[list[str]], dict[str, Any]], 
         os.environ[ALLOW_CODE] = "1"
     try:
         loaded = load(names)
-    except Exception as error:  # of the hub, of `datasets` or of a task's code
+    except Exception as error:  # of the Hub, of `datasets` or of a task's code
         if ALLOW_CODE in str(error):
             raise UserError(unsafe.format(f"A task of {', '.join(names)}")) from None
         raise UserError(

@@ -21,13 +21,13 @@ from lit_llama.utils import UserError
 class ModelSettings(Checked):
     # == Model ==
     checkpoint_dir: Path = Path("checkpoints/microworld")  # the base model's folder
-    adapter: Path | None = None  # adapter file or training run's folder, of any method (default: the base model alone)
+    adapter: Path | None = None  # adapter file or run folder, of any method (default: the base model alone)
     strength: Number = 1.0  # scale of the adapter: 0 is the base model exactly, 1 the adapter as trained
     prompt_style: str | None = None  # alpaca, orca, beaver, hh, plain, chat (default: the adapter's; alpaca for a base)
 
     # == Device ==
     accelerator: str = "auto"  # auto, cpu, cuda or mps
-    precision: str = "auto"  # precision of the base: 32, bf16 or 16; auto is bf16 on GPUs that have it, else 32
+    precision: str = "auto"  # of the base: 32-true, bf16-true, 16-true; auto: bf16-true on GPUs with bf16, else 32-true
     quantize: Quantize | None = None  # store the base in 4 or 8 bits, with bitsandbytes (default: no)
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class CompareSettings(ModelSettings, JudgeSettings):
 
     # == Compared answers ==
     answer_file: Path | None = None  # use these answers instead of the model's: FastChat's format or answers.jsonl
-    against: str = "base"  # compare with: base, an adapter (a file or a run's folder), or a file of answers
+    against: str = "base"  # compare with: base, an adapter (a file or a run folder), or a file of answers
     max_new_tokens: PositiveInt = 1024  # longest answer, in tokens
     temperature: NonNegativeFloat = 0.0  # 0 is greedy
     seed: Seed = 1234  # seed of sampling

@@ -2,8 +2,8 @@
 
 A step samples a group of answers to each of several prompts, and raises the probability of answers that scored above
 the rest of their group (GRPO, lit_llama/rl.py). Without arguments a bundled micro-world model learns to answer two-hop
-questions, which it can do only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit the values
-below, pass flags of the same name, or give a YAML file with --config.
+questions, which it answers reliably only step by step; first run python scripts/prepare_microworld.py --stage rl. Edit
+the values below, pass flags of the same name, or give a YAML file with --config.
 """
 
 import os
@@ -38,7 +38,7 @@ class Settings(FinetuneSettings):
     # == Reward ==
     reward: str = "microworld_two_hop"  # a name in lit_llama/rewards.py, or your own module:function
     reward_options: dict[str, Any] | None = None  # keyword arguments of the reward function, such as {"words": 10}
-    score: str | None = None  # reward that is 1 for right answers to held-out prompts (default: that of --reward)
+    score: str | None = None  # scores greedy answers to held-out prompts, 1 if correct (default: the --reward function)
 
     # == Policy gradient ==
     group_size: Annotated[int, Range(least=2)] = 8  # answers sampled per prompt, G, at temperature 1

@@ -55,7 +55,7 @@ class Settings(Checked):
 
     # == Device ==
     accelerator: str = "auto"  # auto, cpu, cuda or mps
-    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
+    precision: str = "auto"  # of the base: 32-true, bf16-true, 16-true; auto: bf16-true on GPUs with bf16, else 32-true
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
 
 

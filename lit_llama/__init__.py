@@ -1,4 +1,4 @@
-"""A small LLaMA, its Aligner variant, and everything needed to train them and generate with them."""
+"""LLaMA, Aligner and other adapter methods, with what is needed to train them and generate with them."""
 
 from importlib import import_module
 from typing import Any

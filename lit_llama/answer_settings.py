@@ -39,9 +39,9 @@ class AnswerSettings(Checked):
     # == Device ==
     accelerator: str = "auto"  # auto, cpu, cuda or mps
     devices: PositiveInt = 1  # number of devices; with more than one, the base is sharded over them
-    precision: str = "auto"  # of the base: 32, bf16 or 16; auto is bf16 on GPUs with bf16 arithmetic, else 32
+    precision: str = "auto"  # of the base: 32-true, bf16-true, 16-true; auto: bf16-true on GPUs with bf16, else 32-true
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
-    compile: bool = False  # compile the layers with torch.compile, for many answers; on a GPU with CUDA graphs
+    compile: bool = False  # compile the layers, which pays off for many answers; on a GPU, use CUDA graphs too
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -174,7 +174,8 @@ class Session:
                 log(f"error: {error}")
             print(flush=True)
         if failed:
-            raise UserError(f"{failed} line(s) of the input could not be answered; the messages above say why.")
+            lines = f"{failed} line{'s' * (failed > 1)}"
+            raise UserError(f"{lines} of the input could not be answered; the messages above say why.")
 
 
 def is_terminal() -> bool:

@@ -106,9 +106,9 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
             "base model's --checkpoint_dir."
         )
     if then != now:
-        before, after = (f"token {i['bos_id']} at the beginning and {i['eos_id']} at the end" for i in (then, now))
+        before, after = (f"BOS {i['bos_id']} and EOS {i['eos_id']}" for i in (then, now))
         raise UserError(
-            f"{data_dir} was prepared with {before} of texts (-1: none), and {tokenizer.path.parent} now has {after}; "
+            f"{data_dir} was prepared with {before}, but {tokenizer.path.parent} now has {after} (-1 means none); "
             "prepare it again."
         )
     template, tokens = meta.get("chat_template_sha256"), meta.get("chat_tokens_sha256")

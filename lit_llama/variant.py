@@ -36,7 +36,7 @@ class Variant(nn.Module):
             UserError: The variant does not support this strength.
         """
         if strength != 1:
-            raise UserError("This method has no `scaled_parameter`, so its adapters can only be used as trained.")
+            raise UserError("Adapters of this method cannot be scaled; use strength 1.")
         return value
 
     @staticmethod

@@ -94,7 +94,7 @@ def teach_values(settings: Settings) -> Scores:
     score(settings, "Values: the base refuses half of what is harmful", "values-base", **options)
     step("Prepare: pairs of a better and a worse answer", "scripts/prepare_microworld_safe.py", **base,
          output_dir=pairs)  # fmt: skip
-    step("DPO: the same base, one more token", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=run,
+    step("DPO: a separate adapter on the same base", "finetune/alignerDPO.py", **base, data_dir=pairs, out_dir=run,
          adapter_prompt_length=settings.adapter_prompt_length, seed=settings.seed, overwrite=True)  # fmt: skip
     score(settings, "Requests with verbs and objects that training never saw", "values-after", **options, adapter=run)
     return {name: read_scores(settings, f"values-{name}") for name in ("base", "after")}

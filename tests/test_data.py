@@ -256,7 +256,7 @@ def test_cached_tokens_are_not_reused_with_another_eos(tmp_path):
         assert {ids[-1] for ids, _ in all_rows(tmp_path / "out")} == {tokenizer.eos_id}
     SFTData(tmp_path / "out", "train", tokenizer)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<a>"}))
-    message = "with token -1 at the beginning and 3 at the end of texts .* now has token -1 at the beginning and 2 at"
+    message = r"with BOS -1 and EOS 3, but .* now has BOS -1 and EOS 2 \(-1 means none\)"
     with pytest.raises(UserError, match=message):
         SFTData(tmp_path / "out", "train", Tokenizer(tmp_path))
     meta = json.loads((tmp_path / "out/meta.json").read_text())

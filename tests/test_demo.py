@@ -144,7 +144,7 @@ def test_the_study_of_the_forms_ships_the_adapters_of_its_first_seed(tmp_path, m
     assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 3
     # an overview of one form would replace that of all
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["microworld-json-n1"]
-    with pytest.raises(UserError, match=r"README\.md exists; replace it with --overwrite true"):
+    with pytest.raises(UserError, match=r"README\.md exists; replace it with --overwrite, or"):
         study.main(settings)
 
 

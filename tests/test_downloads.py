@@ -110,9 +110,9 @@ def test_download_errors_name_the_cause(hub, refused, tmp_path, monkeypatch):
         return refused(DOWNLOAD, "--repo_id", repo, *out, *more)
 
     assert "/me/locked, then log in with `hf auth login`, or set HF_TOKEN" in sentence("me/locked")
-    assert sentence("me/locked").endswith("(the hub says: Enable gated repositories).")
+    assert sentence("me/locked").endswith("(the Hub says: Enable gated repositories).")
     assert "no permission to read me/forbidden; create one that has at" in sentence("me/forbidden")
-    assert sentence("me/forbidden").endswith("(the hub says: Your token is for another organization).")
+    assert sentence("me/forbidden").endswith("(the Hub says: Your token is for another organization).")
     assert "There is no model me/nothing that you may see" in sentence("me/nothing")
     assert "me/down cannot be reached at http://127.0.0.1" in sentence("me/down")
     assert "not the name of a model" in sentence("a/b/c")
@@ -156,7 +156,7 @@ def test_published_weights_are_fetched_and_verified(shared, run_script, refused,
     assert all((tmp_path / "out" / path).read_bytes() == (source / path).read_bytes() for path in fetched)
 
     (tmp_path / "out" / min(fetched)).write_bytes(b"spoilt")
-    assert "exists; replace it with --overwrite true" in refused(FETCH, *flags)
+    assert "exists; replace it with --overwrite, or" in refused(FETCH, *flags)
     assert "1 fetched, 8 existed" in run_script(FETCH, *flags, "--overwrite", "true")[2]
     assert (tmp_path / "out" / min(fetched)).read_bytes() == (source / min(fetched)).read_bytes()
 

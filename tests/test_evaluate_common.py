@@ -102,7 +102,7 @@ def test_a_stopped_run_continues_and_gives_the_same_answers(evaluated, tmp_path)
 def test_results_of_other_settings_are_replaced_only_with_overwrite(evaluated, tmp_path):
     answers(evaluated, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"max_new_tokens was 6, is now 5.*--overwrite true"):
+    with pytest.raises(UserError, match=r"max_new_tokens was 6, is now 5.*--overwrite\."):
         answers(evaluated, tmp_path, max_new_tokens=5)
     other = [Question("q0", "the dog")]
     with pytest.raises(UserError, match="question q0 has another prompt"):

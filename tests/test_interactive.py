@@ -429,4 +429,4 @@ def test_piped_lines_are_answered_one_by_one(python):
 def test_a_line_that_cannot_be_answered_is_reported_at_the_end(run_script):
     code, out, err = run_script("generate/aligner.py", "--interactive", "--accelerator", "cpu", stdin="\udcff\n")
     assert (code, out.strip()) == (1, "")
-    assert err.splitlines()[-1] == "error: 1 line(s) of the input could not be answered; the messages above say why."
+    assert err.splitlines()[-1] == "error: 1 line of the input could not be answered; the messages above say why."

@@ -26,7 +26,7 @@ def test_a_named_file_is_replaced_only_with_overwrite(run_script, refused, tmp_p
     path = tmp_path / {"--plot": "a.png", "--to_safetensors": "a.safetensors"}.get(flag, "a.json")
     path.write_bytes(b"years of work")
     message = refused(script, *SCRIPTS[call], flag, path)
-    assert message == f"{path} exists; replace it with --overwrite true, or name another file."
+    assert message == f"{path} exists; replace it with --overwrite, or name another file."
     assert path.read_bytes() == b"years of work" and len(list(tmp_path.iterdir())) == 1
     code, _, err = run_script(script, *SCRIPTS[call], flag, path, "--overwrite")
     assert code == 0, err

@@ -105,5 +105,5 @@ def test_a_variant_without_scaled_parameter_cannot_be_mistaken_for_the_base():
     network = initialized_model(ShiftedLLaMA)
     with scaled_adapter(network, 1.0):
         assert torch.equal(network.shifted.shift, torch.ones(network.config.n_embd))
-    with pytest.raises(UserError, match="so its adapters can only be used as trained"):
+    with pytest.raises(UserError, match="cannot be scaled; use strength 1"):
         scaled_adapter(network, 0.0)

@@ -350,7 +350,7 @@ def test_a_report_of_another_comparison_is_replaced_only_with_overwrite(toy, tmp
             ({"against": str(toy["good"])}, f"second file was {toy['bad']}, is now {toy['good']}"),
             ({**review, "judge_url": None}, "judge toy, and this run has no judge"),
         ):
-            with pytest.raises(UserError, match=r"has results of .*--overwrite true") as error:
+            with pytest.raises(UserError, match=r"has results of .*--overwrite\.") as error:
                 main(toy_settings(toy, tmp_path / "out", **{"judge_url": server.url, **changes}))
             assert words in str(error.value) and path.read_text() == before and len(server.requests) == n_requests
     main(toy_settings(toy, tmp_path / "out", **review, overwrite=True))

@@ -1,7 +1,7 @@
 """Steps whose metrics stay on the device until they are read, and batches that are built ahead of time.
 
-This way a GPU waits for the program only once per `log_interval` steps, and never for a batch. With several devices it
-waits in every step: only then do all processes know whether to stop.
+The program synchronizes with a GPU only once per `log_interval` steps, and a GPU never waits for a batch. With several
+devices they synchronize in every step: only then do all processes know whether to stop.
 """
 
 import math

@@ -46,7 +46,7 @@ class TrainSettings(Checked):
     seed: Seed = 1337  # seed of the initial weights, the order of the data, dropout and RL's sampled answers
 
     # == Reporting ==
-    log_interval: PositiveInt = 10  # steps between reads of the metrics on a single GPU; elsewhere, and in RL, always 1
+    log_interval: PositiveInt = 10  # steps between reads of the metrics on a single GPU; 1 elsewhere and in RL
     eval_interval: PositiveInt  # steps between validations
     save_interval: PositiveInt  # steps between saved states, from which --resume continues
     logger: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: also log to Weights & Biases
@@ -93,7 +93,7 @@ class FinetuneSettings(TrainSettings):
     eval_rows: PositiveInt = 512  # validate on at most this many rows, always the same
     sample_prompts: NonNegativeInt = 2  # validation prompts to answer at each validation
     max_new_tokens: PositiveInt = 60  # maximum length of an answer to a validation prompt
-    dry_run: bool = False  # estimate memory and time from the data and one measured step, and write nothing
+    dry_run: bool = False  # estimate memory and time from the data and one or two measured steps, and write nothing
 
     # == Devices ==
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits, with bitsandbytes

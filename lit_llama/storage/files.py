@@ -46,7 +46,7 @@ def check_file(path: Path, *inputs: Path | None, overwrite: bool = False) -> Non
             if path.is_symlink() or not path.is_file():
                 problem = "is not a regular file; name another one"
             elif not overwrite:
-                problem = "exists; replace it with --overwrite true, or name another file"
+                problem = "exists; replace it with --overwrite, or name another file"
             elif not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK | os.X_OK):
                 problem = "or its folder is write-protected; name another file"
             check_separate(path, *inputs)
