@@ -72,9 +72,10 @@ EXAMPLE = (
 
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])-\s?)?(?:(?<!\d)(?P<whole>\d{{1,9}})\s+)?(?P<above>\d{{1,30}})/(?P<below>\d{{1,30}})(?![\d/])"
-    rf"|(?P<minus>(?<![\w)])-\s?)?(?P<decimal>{DIGITS})(?P<exponent>[eE][+-]?\d{{1,2}}(?!\w))?"
+    rf"(?P<sign>(?<![\w)])-)?(?:(?<!\d)(?P<whole>\d{{1,9}})\s+)?(?P<above>\d{{1,30}})/(?P<below>\d{{1,30}})(?![\d/])"
+    rf"|(?P<minus>(?<![\w)])-)?(?P<decimal>{DIGITS})(?P<exponent>[eE][+-]?\d{{1,2}}(?!\w))?"
 )
+UNIT_EXPONENT = re.compile(r"(?<=[^\W\d_])\^(?:\d+|\{\d+\})")  # "cm^2"
 OPERATION = re.compile(r"\d\s*(?:[-+*/x×÷]|\\(?:times|cdot|div)\b)\s*\d")
 EXACT = Context(prec=200, traps=[Inexact])  # more digits than a fraction that NUMBER matches can have
 MARKER = re.compile(
@@ -103,16 +104,18 @@ def extract_answer(text: str) -> str | None:
         number = NUMBER.search(stated)
         if number:
             return normalized(stated, number)
+    text = UNIT_EXPONENT.sub("", text)
     numbers = [] if annotated else list(NUMBER.finditer(text))
     return normalized(text, numbers[-1]) if numbers else None
 
 
 def plain_text(text: str) -> str:
-    """Remove annotations, currency and bold face, and rewrite LaTeX's fractions, spaces and powers of ten."""
+    """Remove annotations, currency, degrees and bold face; rewrite LaTeX's fractions, spaces and powers of ten."""
     text = re.sub(r"<<[^<>]*(?:>>|$)", "", text)
     text = text.replace("−", "-").replace("**", "").replace("`", "")
     text = re.sub(r"\{,\}|\\[,!]", "", text)
     text = re.sub(r"\\?[$€£¥₹]", "", text)
+    text = re.sub(r"°|\^\s*(?:\\circ|\{\s*\\circ\s*\})", " ", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"(?<=\d)\s*\\[dt]?frac\s*(?=[\d{])", r" \\frac", text)
     operand = r"(?:\{\s*(-?)\s*(\d+)\s*\}|(\d))"

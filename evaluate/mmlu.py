@@ -170,8 +170,8 @@ def read_letter(record: dict[str, Any]) -> dict[str, Any]:
     chosen = same[0] if len(same) == 1 else None
     if chosen and max(begins) > 1:
         return {"predicted": chosen}
-    # before other words, A is the article
-    letter = r"(A(?!\s+(?!(?:is|because|since|as)\b)[a-z])|[B-D])(?![\w'’])"
+    # before other words of its line, A is the article
+    letter = r"(A(?![^\S\n]+(?!(?:is|because|since|as)\b)[a-z])|[B-D])(?![\w'’])"
     marked = rf"\W*(?:(?:(?i:option|choice)|\\(?:boxed|text|textbf|mathrm|mathbf))\b\W*)*{letter}"
     stated = r"\b(?i:(?:answer|(?:correct|right|best)\s+(?:option|choice))\s*(?:is|:))"
     match = re.match(rf"\W*{letter}", answer) or re.search(stated + marked, answer) or re.match(marked, answer)

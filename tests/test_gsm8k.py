@@ -97,7 +97,21 @@ def test_metamath_answers(shared):
         ("So she makes $18.", "18"),
         ("So it is 20% of £3.20.", "3.2"),
         ("It falls to −7 degrees.", "-7"),
+        # a dash that is no sign
+        ("Total:\n- 18", "18"),
+        ("Answer:\n- 18", "18"),
+        ("Total cost - $18", "18"),
+        ("20 - 2", "2"),
         ("10-5", "5"),
+        # degrees and squares of units
+        (r"The answer is: 84^\circ", "84"),
+        (r"The angle is $-84^{\circ}$.", "-84"),
+        (r"\boxed{84^{\circ}}", "84"),
+        (r"\boxed{84^\circ\text{F}}", "84"),
+        ("It is 84°F.", "84"),
+        ("So the area is 18 cm^2.", "18"),
+        (r"So the volume is $18\text{ m}^{3}$.", "18"),
+        ("So it is 2^{10}", None),
         # the words of an answer marker in the middle of a solution
         ("A: She sells 9 eggs for $2 each, so she makes 18", "18"),
         ("Answer: 16 - 3 - 4 = 9 eggs. They sell for 9 * 2 = $18.", "18"),
@@ -128,7 +142,7 @@ def test_the_final_number_is_extracted(text, number):
     [
         "18", " -3.5.", "1,200", r"1,\!200", "$18", r"-\$18.50", "€ 5", "50%", r"50\%", "18 dollars",
         "5 miles per hour.", r"18\text{ cm}", "x = 75", "y=-2", r"\frac{3}{4}", r"-\frac12", r"5\frac{1}{2}", "5 1/2",
-        "2/3", r"2 \times 10^3",
+        "2/3", r"2 \times 10^3", r"90^\circ", r"90^{\circ}", "90°", r"45^\circ.",
     ],
 )  # fmt: skip
 def test_a_number_with_its_unit_is_only_a_number(text):
@@ -140,7 +154,7 @@ def test_a_number_with_its_unit_is_only_a_number(text):
     [
         "", "none", "x+3", "x + 3", "2x", "5-x", r"\frac{x}{2}", r"\frac{1}{x}", r"\frac{\pi}{2}", r"(-\infty, 3)",
         r"x \le 3", "10!", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "3 + 4i", "3, 4", "(3, 4)", "3 and 4", r"5\sqrt{2}",
-        r"3\pi", "2^{10}", r"90^\circ", "52_8", "6:30", "y = 2x", "5 = x", "xy = 3", r"0.\overline{3}",
+        r"3\pi", "2^{10}", r"\sin 90^\circ", "52_8", "6:30", "y = 2x", "5 = x", "xy = 3", r"0.\overline{3}",
     ],
 )  # fmt: skip
 def test_an_expression_is_not_only_a_number(text):

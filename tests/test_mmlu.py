@@ -225,6 +225,9 @@ def test_batches_contain_every_question_once_and_fit_the_token_limit(lengths, ba
         ("One option is B, but the answer is C.", "C"),
         ("The options are B and C", None),
         ("The adoption of B cells", None),
+        ("A\nphotosynthesis", "A"),
+        ("B\nrespiration", "B"),
+        ("Answer: A\nexplanation: it is red", "A"),
     ],
 )
 def test_reading_the_letter_from_an_answer(answer, letter):
