@@ -31,6 +31,8 @@ from lit_llama.storage.rows import naming, read_rows, text_field
 from lit_llama.storage.schema import check, read_json
 from lit_llama.utils import UserError, check_text, log
 
+HARMLESS = "harmless"  # the category of the requests in --harmless_file
+
 
 @dataclass(frozen=True)
 class Item:
@@ -183,13 +185,19 @@ def generate_answers(
 def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
     """Read a file of answers: FastChat's (`question_id`, and `text` or `choices`), or an evaluation's `answers.jsonl`.
 
+    Answers to harmless requests are left out if the benchmark has none.
+
     Raises:
         UserError: a row lacks a field, or the answers are to other questions.
     """
     known, by_text = {item.id: item for item in items}, {item.text: item.id for item in items}
     answers, made_by = Answers(Path(path).stem, {}, made_by={"file": str(path)}), {}
-    rows = read_rows(path)
+    rows, n_harmless = read_rows(path), 0
+    has_harmless = any(item.category == HARMLESS for item in items)
     for number, row in enumerate(rows, 1):
+        if not has_harmless and isinstance(row, dict) and row.get("category") == HARMLESS:
+            n_harmless += 1
+            continue
         with naming(path):
             id, text = answer_of_row(row, number, by_text)
         if id not in known:
@@ -205,6 +213,8 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.name = check_text(name, f"{path}: the name of the model in row {number}")
         answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
     answers.versions = versions_of(rows)
+    if n_harmless:
+        log(f"note: without --harmless_file, {n_harmless} answers to harmless requests in {path} are left out.")
     missing = [item.id for item in asked if item.id not in answers.texts]
     if missing and answers.texts and made_by and len(missing) <= count_skipped(path):
         # `answered_by_both` leaves them out
@@ -252,9 +262,12 @@ def answer_of_row(row: Any, number: int, by_text: dict[str, int | str]) -> tuple
     id = id_field(row, number, "id" if is_ours else "question_id")
     if "choices" in row:
         try:
-            row = {**row, "text": row["choices"][0]["turns"][0]}
+            turns = row["choices"][0]["turns"]
+            row = {**row, "text": turns[0]}
         except (LookupError, TypeError):
             raise UserError(f"Row {number}: 'choices' has no answer.") from None
+        if len(turns) > 1:
+            raise UserError(f"Row {number}: 'choices' has answers of {len(turns)} turns; the questions have one turn.")
     name = next((name for name in ("text", "answer", "response") if name in row), "text")
     return id, text_field(row, number, name)
 

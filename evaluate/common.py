@@ -384,6 +384,7 @@ def identify_report(summary: dict[str, Any]) -> dict[str, Any]:
         about |= {f"{side} {name}": made_by[name] for name in made_by.keys() - IDENTIFIED_OTHERWISE}
     if judge := summary.get("judge"):
         sent = {"model": judge.get("model"), "temperature": 0, "max_tokens": judge.get("max_tokens")}
+        sent["reference_file"] = judge.get("reference_file")
         sent |= {**judge.get("body", {}), "results": [name for name in JUDGED if name in summary]}
         about |= {f"judge {name}": value for name, value in sent.items() if value is not None}
     if reviews := summary.get("reviews"):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.resolve()))  # before this f
 
 from lit_llama import cli
 from lit_llama.settings import Checked, NonNegativeFloat, Number, PositiveInt, Seed
+from lit_llama.utils import UserError, log
 from microworld.world import FormName, GroupName
 
 
@@ -32,6 +33,11 @@ class Settings(Checked):
     output_file: Path | None = None  # write the scores and all answers here, as JSON
     overwrite: bool = False  # replace output_file if it exists
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.adapter and set(self.strength) != {1}:
+            raise UserError("--strength scales an adapter; give --adapter too.")
+
 
 if __name__ == "__main__":
     settings = cli.parse(Settings)  # --help does not wait for PyTorch
@@ -41,7 +47,6 @@ from lit_llama.compose import load_adapted
 from lit_llama.storage.files import check_file, write_text
 from lit_llama.storage.schema import field
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.utils import log
 from microworld.scorer import draw_questions, question_groups, score_model
 from microworld.world import ALL_FORMS, World
 

@@ -401,6 +401,9 @@ def render_judge(judge: dict[str, Any]) -> str:
         f"{judge['replies']} replies from {judge['first_reply']} to {judge['last_reply']}, {judge['cut_replies']} of "
         f"them cut at the limit; {len(failed)} requests without a reply{f' ({failed[0]})' if failed else ''}.\n"
     )
+    if "reference_file" in judge:
+        n = judge["questions_with_reference"]
+        text += f"The judge saw the reference answers in {judge['reference_file']}, for {n} of the questions.\n"
     for name, prompt in judge["prompts"].items():
         text += f"\nPrompt ({name}):\n\n```text\n{prompt}\n```\n"
     return text

@@ -116,7 +116,7 @@ def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
     """Read questions in FastChat's format: `question_id`, `category`, and `turns` or `text`.
 
     Raises:
-        UserError: a row lacks one of these, or an id is used twice.
+        UserError: a row lacks one of these or has several turns, an id is used twice, or no reference is to a question.
     """
     references = read_references(reference_file) if reference_file else {}
     items: dict[Any, Item] = {}
@@ -127,11 +127,18 @@ def read_items(path: Path, reference_file: Path | None = None) -> list[Item]:
             text = text_field(row, number, "text")
             category = text_field(row, number, "category")
             id = id_field(row, number)
+            if isinstance(turns, list) and len(turns) > 1:
+                raise UserError(f"Row {number}: question {id!r} has {len(turns)} turns; only one can be asked.")
         if id in items:
             raise UserError(f"{path}, row {number}: question {id!r} appears twice.")
         items[id] = Item(id, text, category, references.get(id, ""))
     if not items:
         raise UserError(f"{path} has no questions.")
+    if reference_file and not items.keys() & references.keys():
+        raise UserError(
+            f"{reference_file} has no reference answer to a question in {path}; both must have the same question_id, "
+            f"such as {next(iter(items))!r}."
+        )
     return list(items.values())
 
 
@@ -155,13 +162,18 @@ def main(settings: Settings) -> dict[str, Any]:
     judge = open_judge(settings, settings.output_dir)
     path = settings.data_file or fetch(QUESTIONS, settings.data_dir / "question.jsonl")
     items = read_items(path, settings.reference_file)
-    about = {"benchmark": "vicuna", "judge": judge and judge.describe([]), **dict.fromkeys(RESULTS[settings.judging])}
+    references = {"reference_file": str(settings.reference_file)} if settings.reference_file else {}
+    about = {"benchmark": "vicuna", "judge": judge and {**judge.describe([]), **references}}
+    about |= dict.fromkeys(RESULTS[settings.judging])
     first, second = answers_of_both(settings, items, items[: settings.limit], about)
     asked = answered_by_both(items[: settings.limit], first, second)
     skipped = len(items[: settings.limit]) - len(asked)
     summary |= {"skipped": skipped, "first": describe(first, asked), "second": describe(second, asked)}
     if judge:
         summary |= judge_all(judge, settings.judging, asked, first, second)
+        if references:
+            n_references = sum(item.reference != "" for item in asked)
+            summary["judge"] |= {**references, "questions_with_reference": n_references}
     return report(settings, summary)
 
 

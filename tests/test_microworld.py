@@ -275,8 +275,9 @@ def test_the_corpus_of_the_first_base_is_unchanged(world):
 @pytest.mark.parametrize(("flags", "sentence"), [
     (("--batch_size", -1), "batch_size is -1; it must be 1 or more."),
     (("--questions", 0), "questions is 0; it must be 1 or more."),
+    (("--strength", 0.5), "--strength scales an adapter; give --adapter too."),
 ])  # fmt: skip
-def test_counts_out_of_range_are_refused(refused, flags, sentence):
+def test_invalid_settings_are_refused(refused, flags, sentence):
     assert refused("evaluate/microworld.py", *flags) == sentence
 
 

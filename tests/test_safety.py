@@ -262,6 +262,39 @@ def test_calibration_with_a_limit_uses_answers_of_the_entire_file(files, tmp_pat
     assert (summary["n"], summary["harmful"], summary["accuracy"]) == (4, 2, 1)
 
 
+def test_a_calibration_of_other_settings_is_replaced_only_with_overwrite(files, tmp_path):
+    path, copy = tmp_path / "out/calibration.json", tmp_path / "copy.jsonl"
+    copy.write_text(files["labelled"].read_text())
+    calibrate = {"calibrate": files["labelled"]}
+    with serving(judge_by_phrase) as server:
+        for _ in range(2):
+            main(settings_for(files, tmp_path, server.url, **calibrate))
+        n_requests, before = len(server.requests), path.read_text()
+        for changes, words in (
+            ({"judge": "keywords"}, "judge was scores, is now keywords"),
+            ({"judge_model": "other"}, "model was toy, is now other"),
+            ({"calibrate": copy}, f"file was {files['labelled']}, is now {copy}"),
+            ({"harmful_up_to": 3.0}, "harmful_up_to was 5.0, is now 3.0"),
+        ):
+            with pytest.raises(UserError, match=r"has results of other settings .*--overwrite true") as error:
+                main(settings_for(files, tmp_path, server.url, **{**calibrate, **changes}))
+            assert words in str(error.value) and path.read_text() == before and len(server.requests) == n_requests
+    main(settings_for(files, tmp_path, None, judge="keywords", **calibrate, overwrite=True))
+    assert json.loads(path.read_text())["judge"] == "keywords"
+
+
+def test_answers_to_harmless_requests_are_left_out_without_these(files, tmp_path, capsys):
+    for name in ("declines", "helps"):
+        rows = [json.loads(line) for line in files[name].read_text().splitlines()]
+        of_evaluation = [{**row, "category": "harmless" if str(row["id"]).startswith("h") else "c"} for row in rows]
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in of_evaluation))
+    summary = main(settings_for(files, tmp_path, None, judge="keywords", harmless_file=None))
+    assert summary["refusals"]["all"]["n"] == 6 and "harmless_refusals" not in summary
+    assert "note: without --harmless_file, 2 answers to harmless requests in" in capsys.readouterr().err
+    summary = main(settings_for(files, tmp_path, None, judge="keywords"))
+    assert summary["harmless_refusals"]["all"]["n"] == 2
+
+
 def test_real_questions(shared):
     folder = shared / "data/benchmarks/safety"
     for name, n, categories in (("safe_rlhf_problem", 83, 8), ("BeaverTails-Evaluation", 700, 14)):

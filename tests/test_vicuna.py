@@ -360,6 +360,25 @@ def test_a_report_of_another_comparison_is_replaced_only_with_overwrite(toy, tmp
         main(toy_settings(toy, tmp_path / "out", **review | {"review_file": copy}))
 
 
+def test_the_judge_sees_reference_answers_and_the_report_says_so(toy, tmp_path, capsys):
+    rows = [{"question_id": i, "choices": [{"turns": [f"Reference {i}."]}]} for i in (2, 3, 99)]
+    references = {"reference_file": write_lines(tmp_path / "references.jsonl", rows)}
+    with serving(prefer_good) as server:
+        main(toy_settings(toy, tmp_path / "without", server.url))
+        assert not any("Reference" in body["messages"][0]["content"] for body in server.requests)
+        with pytest.raises(UserError, match=r"judge reference_file was None, is now .*references\.jsonl"):
+            main(toy_settings(toy, tmp_path / "without", server.url, **references))
+        server.requests.clear()
+        summary = main(toy_settings(toy, tmp_path / "with", server.url, **references))
+    assert sum("Reference" in body["messages"][0]["content"] for body in server.requests) == 2 * 4
+    assert summary["judge"]["reference_file"] == str(references["reference_file"])
+    assert summary["judge"]["questions_with_reference"] == 2
+    assert "references.jsonl, for 2 of the questions.\n" in capsys.readouterr().out
+    write_lines(references["reference_file"], [{**row, "question_id": str(row["question_id"])} for row in rows])
+    with pytest.raises(UserError, match=r"references\.jsonl has no reference answer to a question .*, such as 1\.$"):
+        main(toy_settings(toy, tmp_path / "with", **references))
+
+
 def test_benchmarks_do_not_replace_the_report_of_each_other(toy, tmp_path):
     gsm8k = {"benchmark": "gsm8k"}
     Results(tmp_path / "first", gsm8k).finish({"accuracy": 0.5}, "a table")
@@ -512,6 +531,14 @@ def test_an_invalid_second_side_is_refused_before_the_first_side_answers(toy, tm
             "'question_id' is a list; expected a whole number or text",
         ),
         ({"answers": {"question_id": 1, "choices": []}}, "'choices' has no answer"),
+        (
+            {"answers": {"question_id": 1, "choices": [{"turns": ["x", "y"]}]}},
+            "good.jsonl: Row 11: 'choices' has answers of 2 turns; the questions have one turn.",
+        ),
+        (
+            {"question": {"question_id": 11, "category": "c", "turns": ["x", "y"]}},
+            "questions.jsonl: Row 11: question 11 has 2 turns; only one can be asked.",
+        ),
         ({"answers": None}, "lacks answers to 1 of 10 questions, such as 10"),
         ({"question": {"question_id": 11, "turns": ["x"]}}, "Row 11 has no field 'category'"),
         ({"question": {"question_id": 1, "category": "c", "turns": ["x"]}}, "question 1 appears twice"),
