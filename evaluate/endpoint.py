@@ -51,11 +51,13 @@ class Endpoint:
         timeout: seconds to wait for a reply.
 
     Raises:
-        UserError: the URL is not an http(s) address, contains a password or a character to encode, or the key cannot
-            be sent.
+        UserError: the URL is not an http(s) address, contains a password or a character to encode, the key cannot be
+            sent, or `key_env` is not the name of a variable.
     """
 
     def __init__(self, url: str, key: str | None = None, key_env: str = "OPENAI_API_KEY", timeout: float = 120) -> None:
+        if not key_env.isidentifier():
+            raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
         try:
             parts = urlsplit(url.strip())
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -81,8 +81,6 @@ class Judge:
     """
 
     def __init__(self, settings: JudgeSettings, output_dir: Path) -> None:
-        if not settings.judge_key_env.isidentifier():
-            raise UserError("--judge_key_env is the name of an environment variable, not the key; set the key there.")
         self.file = JsonLines(settings.judge_cache or Path(output_dir) / JUDGEMENTS, first="key")
         # a single incomplete line is not known to be a judgement, and would be removed by the first reply
         is_cut = not self.file.records and self.file.path.exists() and self.file.path.stat().st_size > 0

@@ -10,6 +10,7 @@ The type of a number defines its range, which is checked when the settings are c
 
 import inspect
 import io
+import json
 import math
 import os
 import tokenize
@@ -167,9 +168,15 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in values.items():
         if value is not None:
-            several = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in several)]
+            words += [f"--{name}", *map(as_word, value if isinstance(value, list | tuple) else [value])]
     return words
+
+
+def as_word(value: Any) -> str:
+    """Return one value of a flag: true or false for a bool, JSON for a dict."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def metavar(type_: Any) -> str:

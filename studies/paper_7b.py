@@ -17,7 +17,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,6 +48,8 @@ class Settings(Checked):
     # == Judge (see evaluate/vicuna.py) ==
     judge_url: str | None = None  # OpenAI-compatible endpoint
     judge_model: str | None = None  # the model's name there
+    judge_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the API key; may be unset
+    judge_body: dict[str, Any] = field(default_factory=dict)  # more fields of a request, as JSON; null removes one
 
     # == A smaller study ==
     limit: PositiveInt | None = None  # evaluate only this many questions (MMLU: of each subject)
@@ -69,6 +71,8 @@ import torch
 
 from evaluate.endpoint import Endpoint
 from lit_llama.console import call
+from lit_llama.memory import count_parameters, training_memory
+from lit_llama.methods import METHODS as NETWORKS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.report import make_figure, save_figure
 from lit_llama.storage.files import claim, write_text
@@ -86,8 +90,9 @@ METHODS: dict[str, Variant] = {
     **{name: VARIANTS[name] for name in ("aligner1", "aligner10", "aligner100")},
     "aligner300": ALIGNER300,
     "adapter": Variant("LLaMA-Adapter", "adapter", {"adapter_prompt_length": 10}),
-    "lora": Variant("LoRA, r = 8", "lora", {"lora_r": 8, "learning_rate": 3e-4}),
+    "lora": VARIANTS["lora"],
 }
+LORA_LEARNING_RATE = 3e-4  # in SFT
 BASE = "base"
 JUDGEMENTS = "judgements.jsonl"  # of all comparisons, so that an answer in several of them is graded once
 
@@ -114,7 +119,8 @@ class Step:
         name: shown in the log and the plan.
         command: script and arguments.
         done: the file that the command writes last.
-        hours, gigabytes: predicted for one GPU.
+        hours: predicted for one GPU.
+        gigabytes: returns the predicted memory of the GPU; this may take seconds.
         requests: number of judge requests, by what is judged; requests that several steps share are sent once.
     """
 
@@ -122,7 +128,7 @@ class Step:
     command: list[str]
     done: Path
     hours: float = 0.0
-    gigabytes: float = 0.0
+    gigabytes: Callable[[], float] = lambda: 0.0
     requests: dict[str, int] = field(default_factory=dict)
 
     def complete(self, completed: dict[str, list[str]]) -> bool:
@@ -181,10 +187,7 @@ class Study:
     def __init__(self, settings: Settings, methods: tuple[str, ...]) -> None:
         self.settings = settings
         self.methods = tuple(name for name in methods if not settings.methods or name in settings.methods)
-        path = settings.checkpoint_dir / "lit_config.json"
-        self.config = LLaMAConfig.from_json(path) if path.is_file() else LLaMAConfig.from_name("Llama-2-7B")
-        with torch.device("meta"):
-            self.parameters = sum(p.numel() for p in LLaMA(self.config).parameters())
+        self.parameters, _ = count_parameters(LLaMA, base_config(settings.checkpoint_dir))
 
     # == steps ==
 
@@ -209,21 +212,23 @@ class Study:
         before, flags = [], {**TRAINING[dataset], **METHODS[method].settings}
         if script == "lora":
             del flags["adapter_start_layer"]
-        pairs = dataset == "beaver_dpo"
-        if pairs:
+            flags["learning_rate"] = LORA_LEARNING_RATE
+        is_dpo = dataset == "beaver_dpo"
+        if is_dpo:
             before = self.train(method, "beaver")
             init_adapter = self.run(method, "beaver") / "best.safetensors"
             script, flags = "alignerDPO", {**TRAINING[dataset], "method": script, "init_adapter": init_adapter}
         flags |= {"checkpoint_dir": s.checkpoint_dir, "data_dir": self.data(dataset), "out_dir": out_dir,
                   "accelerator": s.accelerator, "max_steps": s.max_steps, "resume": True}  # fmt: skip
         steps = ROWS[dataset] * TRAINING[dataset]["epochs"] / 64
-        tokens = min(steps, s.max_steps or steps) * 64 * TOKENS[dataset]
-        # with frozen weights, 2 operations per weight and token forward and 2 for the gradient of the activations
-        hours = 4 * self.parameters * tokens / (s.gpu_tflops * 1e12) / 3600
+        # per weight: with frozen weights, 2 for a token forward and 2 for the gradient of its activations
+        operations = 4 * min(steps, s.max_steps or steps) * 64 * TOKENS[dataset]
+        if is_dpo:
+            operations += 2 * ROWS[dataset] * TOKENS[dataset]  # the reference of all pairs
+        hours = operations * self.parameters / (s.gpu_tflops * 1e12) / 3600
         length = s.max_seq_length or (1024 if dataset.startswith("beaver") else 512)  # as prepared
-        in_batch = TRAINING[dataset]["micro_batch_size"] * (1 + pairs) * length  # at most: pairs may share rows
-        activations = 17 * self.config.n_embd * self.config.n_layer * in_batch  # numbers that the backward pass reads
-        gigabytes = 2 * (self.parameters + activations) / 1e9
+        sequences = TRAINING[dataset]["micro_batch_size"] * (1 + is_dpo)  # at most: pairs may share rows
+        gigabytes = partial(training_gigabytes, s.checkpoint_dir, method, sequences, length)
         step = Step(f"train {method} on {dataset}", [f"finetune/{script}.py", *as_flags(flags)],
                     out_dir / "summary.json", hours, gigabytes)  # fmt: skip
         return [*before, self.prepare(dataset), step]
@@ -239,9 +244,8 @@ class Study:
         s, output = self.settings, self.results(benchmark, name)
         flags = {"checkpoint_dir": s.checkpoint_dir, "output_dir": output, **flags,
                  "accelerator": s.accelerator, "limit": s.limit, **(judge or {})}  # fmt: skip
-        gigabytes = 2 * self.parameters / 1e9 + 10
         return Step(f"{benchmark} of {name}", [f"evaluate/{benchmark}.py", *as_flags(flags)], output / "summary.json",
-                    hours, gigabytes)  # fmt: skip
+                    hours, lambda: 2 * self.parameters / 1e9 + 10)  # fmt: skip
 
     def decoding_hours(self, questions: int, batch_size: int = 16) -> float:
         """Predict the time of answers of 512 tokens, limited by reading the weights once per token of a batch."""
@@ -257,6 +261,23 @@ class Study:
 
     def results(self, benchmark: str, method: str) -> Path:
         return self.settings.out_dir / "results" / f"{benchmark}-{method}"
+
+
+def base_config(checkpoint_dir: Path) -> LLaMAConfig:
+    """Return the configuration of the base model; that of Llama 2 7B if there is none."""
+    path = checkpoint_dir / "lit_config.json"
+    return LLaMAConfig.from_json(path) if path.is_file() else LLaMAConfig.from_name("Llama-2-7B")
+
+
+@cache
+def training_gigabytes(checkpoint_dir: Path, method: str, sequences: int, tokens: int) -> float:
+    """Estimate the memory of a step with this micro-batch in bf16, half of whose tokens are predicted."""
+    config, network = base_config(checkpoint_dir), NETWORKS[METHODS[method].method]
+    tokens = min(tokens, config.block_size)
+    config = network.config_class(**{**vars(config), **METHODS[method].settings})
+    memory = training_memory(network, config, sequences=sequences, tokens=tokens, labels=sequences * tokens // 2,
+                             dtype=torch.bfloat16, gradient_checkpointing=SFT["gradient_checkpointing"])  # fmt: skip
+    return memory.total / 1e9
 
 
 # == tables ==
@@ -308,8 +329,10 @@ def judged(benchmark: str, dataset: str, questions: int, file: str, read: dict[s
                     "skip_long": True,
                 }
                 hours = study.decoding_hours(2 * questions)
-                judge = {"judge_url": s.judge_url, "judge_model": s.judge_model,
-                         "judge_cache": s.out_dir / JUDGEMENTS if s.judge_url else None}  # fmt: skip
+                judge = {"judge_url": s.judge_url, "judge_model": s.judge_model}
+                if s.judge_url:
+                    judge |= {"judge_cache": s.out_dir / JUDGEMENTS, "judge_body": s.judge_body or None,
+                              "judge_key_env": s.judge_key_env}  # fmt: skip
                 n = min(questions, s.limit or questions)
                 requests = {f"{benchmark}: {method} against {other}": 2 * n}  # in both orders
                 if benchmark == "vicuna":
@@ -340,6 +363,11 @@ read_pairs = partial(read_judged, "pairs", "adjusted_rate")  # (wins + ties / 2)
 read_grades = partial(read_judged, "single", "difference")  # of the mean grades, from 1 to 10
 
 
+VICUNA_NOTE = (
+    "The settings of the paper's answers and of its judge are not known. By default, the first author's script samples "
+    "at temperature 0.7 and stops after 100 tokens, while answers here are greedy, with up to 1,024 tokens. Here the "
+    "judge states its scores before it explains them (howto/evaluate.md)."
+)
 FEW_METHODS = ("aligner1", "aligner10", "adapter", "lora")
 TABLES: dict[TableName, Table] = {
     "2": Table(
@@ -347,13 +375,13 @@ TABLES: dict[TableName, Table] = {
         FEW_METHODS,
         ("The paper's adjusted rates follow from (wins + ties / 2) / 80 but for one cell: 28 wins, 26 ties and 26 "
          "losses are 0.5125, not 0.528.", "With 80 questions the 95% interval of a rate is 0.08 to 0.095 wide on each "
-         "side. Only one of the paper's cells differs from 0.5 by more."),
+         "side. Only one of the paper's cells differs from 0.5 by more.", VICUNA_NOTE),
         judged("vicuna", "alpaca", 80, "vicuna_file", {"adjusted rate": read_pairs}),
     ),
     "3": Table(
         "Table 3: Vicuna benchmark, answers graded one by one",
         FEW_METHODS,
-        (),
+        (VICUNA_NOTE,),
         judged("vicuna", "alpaca", 80, "vicuna_file", {"difference of the mean grades": read_grades}),
     ),
     "fig3": Table(
@@ -425,7 +453,7 @@ def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell
             f"{', '.join(TABLES[empty[0]].methods)}."
         )
     if settings.judge_url:
-        Endpoint(settings.judge_url)
+        Endpoint(settings.judge_url, key_env=settings.judge_key_env)
         if settings.judge_model is None and not settings.dry_run:
             raise UserError("--judge_url needs the name of a model there; give --judge_model too.")
     if not settings.dry_run and not (settings.checkpoint_dir / "lit_config.json").is_file():
@@ -438,7 +466,7 @@ def check(settings: Settings, plans: dict[TableName, tuple[list[Step], list[Cell
 def show_plan(steps: list[Step], completed: dict[str, list[str]]) -> None:
     """Print every command with predicted hours and memory, and whether it is complete."""
     for step in steps:
-        predicted = f"  # predicted: {step.hours:.2f} GPU hours, {step.gigabytes:.0f} GB" if step.hours else ""
+        predicted = f"  # predicted: {step.hours:.2f} GPU hours, {step.gigabytes():.0f} GB" if step.hours else ""
         print(shlex.join(["python", *step.command]) + predicted + "  # complete" * step.complete(completed))
     ahead = [step for step in steps if not step.complete(completed)]
     hours = sum(step.hours for step in ahead)
@@ -482,8 +510,11 @@ def report(settings: Settings, tables: dict[TableName, list[Cell]]) -> None:
             lines.append({"table": name, "row": cell.row, "number": cell.column, "here": number.value, "low": low,
                           "high": high, "questions": number.n, "paper": cell.paper})  # fmt: skip
         parts.append(render(TABLES[name], rows))
+        figure = settings.out_dir / f"{name}.png"
         if any(number.value is not None for _, number in rows):
-            plot(TABLES[name], rows, settings.out_dir / f"{name}.png")
+            plot(TABLES[name], rows, figure)
+        else:
+            figure.unlink(missing_ok=True)  # of earlier results
     names = ("limit", "max_steps", "max_seq_length", "max_new_tokens")
     smaller = ", ".join(f"{name} {getattr(settings, name)}" for name in names if getattr(settings, name) is not None)
     caveat = f"\n**A smaller study than the paper's** ({smaller}).\n" if smaller else ""

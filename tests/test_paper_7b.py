@@ -90,12 +90,16 @@ def test_a_failing_step_is_named_and_ends_the_study(run_script, files, tmp_path)
 def test_a_dry_run_lists_commands_that_the_scripts_accept(run_script):
     from test_recipes import ROOT, parse
 
-    code, out, err = run_script("studies/paper_7b.py", "--dry_run", "--judge_url", "http://127.0.0.1:1/v1")
+    body = {"max_tokens": None, "max_completion_tokens": 8192}
+    judge = ("--judge_url", "http://127.0.0.1:1/v1", "--judge_body", json.dumps(body), "--judge_key_env", "MY_KEY")
+    code, out, err = run_script("studies/paper_7b.py", "--dry_run", "--checkpoint_dir", BASE, *judge)
     assert code == 0
     commands = [shlex.split(line, comments=True)[1:] for line in out.splitlines()]
     assert len(commands) == len({tuple(words) for words in commands}) > 30
     for script, *words in commands:
-        assert parse(ROOT / script, words)
+        parsed = parse(ROOT / script, words)
+        if "--judge_url" in words:
+            assert (parsed.judge_body, parsed.judge_key_env) == (body, "MY_KEY")
     # 6 comparisons in both orders, 4 of 80 and 2 of 83 questions, and the grades of 4 methods' answers to the 80
     assert "GPU hours predicted" in err and "gets 1,292 requests" in err
     assert out.count(f"--judge_cache {Path('out/paper_7b/judgements.jsonl')}") == 6
@@ -109,11 +113,28 @@ def test_the_parameter_count_is_exact():
 def test_memory_is_predicted_for_the_default_length_of_the_rows(dataset):
     def gigabytes(max_seq_length: int | None = None) -> float:
         settings = study.Settings(checkpoint_dir=Path("/nowhere"), max_seq_length=max_seq_length)
-        return study.Study(settings, ("lora",)).train("lora", dataset)[-1].gigabytes
+        return study.Study(settings, ("lora",)).train("lora", dataset)[-1].gigabytes()
 
     script = study.Study(study.Settings(), ()).prepare(dataset).command[0]
     default = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Settings.max_seq_length
     assert gigabytes() == gigabytes(default) != gigabytes(2 * default)
+
+
+def test_predictions_are_those_of_the_pages():
+    planned = study.Study(study.Settings(checkpoint_dir=Path("/nowhere")), ())
+    sft, dpo = (planned.train("aligner1", dataset)[-1] for dataset in ("alpaca", "beaver_dpo"))
+    assert f"{sft.gigabytes():.1f}" == "29.1" and f"{dpo.gigabytes():.1f}" == "44.7"
+    # 3 epochs forward and backward, and the reference once forward
+    assert dpo.hours == pytest.approx((3 * 4 + 2) * 6_738_415_616 * 160_000 * 300 / 350e12 / 3600)
+
+
+def test_a_figure_of_earlier_results_is_deleted_if_nothing_is_judged(tmp_path):
+    results = {"pairs": {"all": {"adjusted_rate": 0.5, "interval": [0.4, 0.6], "n": 80}}}
+    cell = study.Cell("Aligner, N = 1 against LoRA", "adjusted rate", tmp_path / "summary.json", study.read_pairs)
+    for summary in (results, {}):
+        cell.summary.write_text(json.dumps(summary))
+        study.report(study.Settings(out_dir=tmp_path), {"2": [cell]})
+        assert (tmp_path / "2.png").exists() == bool(summary)
 
 
 def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
@@ -145,6 +166,10 @@ def test_results_without_a_judge_are_incomplete_if_one_is_needed(tmp_path):
         (("--table", "2", "--methods", "aligner300"), "--table 2 compares Aligners with other methods; "),
         (("--judge_url", "localhost:8000"), "--judge_url is not an address such as "),
         (("--judge_url", "http://127.0.0.1:1/v1"), "--judge_url needs the name of a model there; give --judge_model"),
+        (
+            ("--judge_url", "http://127.0.0.1:1/v1", "--judge_model", "m", "--judge_key_env", "sk-1"),
+            "--judge_key_env is the name of an environment variable, not the key; set the key there.",
+        ),
         (("--checkpoint_dir", "/nowhere"), "There is no base model at /nowhere; convert one with "),
     ],
 )
