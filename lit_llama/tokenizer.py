@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -82,7 +81,7 @@ class SentencePiece:
         return self.processor.decode(pieces)
 
 
-def as_control(content: bytes, texts: Collection[str]) -> bytes:
+def as_control(content: bytes, texts: set[str]) -> bytes:
     """Return a `tokenizer.model` in which some pieces are control tokens, into which no text is encoded."""
     model = ModelProto.FromString(content)
     for piece in model.pieces:
@@ -118,7 +117,7 @@ class HuggingFace:
         self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)} if has_bytes else {}
 
     def __reduce__(self) -> tuple[Any, ...]:  # the engine's pickle loses `encode_special_tokens`
-        return HuggingFace, (self.content, self.config)
+        return HuggingFace, (self.content, self.config), {"size": self.size, "added": self.added}
 
     def _open(self, content: bytes, specials_as_text: bool) -> tokenizers.Tokenizer:
         engine = tokenizers.Tokenizer.from_buffer(content)
@@ -138,7 +137,7 @@ class HuggingFace:
     def encode_chat(self, text: str) -> list[int]:
         """Return the token ids of a text in which `control` tokens are special unless a `GUARD` interrupts them."""
         encoding = self._with_specials.encode(text, add_special_tokens=False)
-        if GUARD not in text:
+        if GUARD not in text and max(encoding.ids, default=-1) < self.size:
             return encoding.ids
         tokens, ids, end = {*self.control.values(), *self.added.values()}, [], 0
         for i, (start, next_end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -244,7 +243,8 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys(i for i in stop if i >= 0))
         if (path.parent / CONFIG_NAME).is_file():
             self.check_fit(config := LLaMAConfig.from_json(path.parent / CONFIG_NAME))
-            chat.added = {text: i for text, i in chat.added.items() if i < config.padded_vocab_size}  # others stay text
+            chat.size = min(chat.size, config.padded_vocab_size)  # added tokens beyond it stay text
+            chat.added = {text: i for text, i in chat.added.items() if i < config.padded_vocab_size}
             tokens = {i for e in (self.engine, chat) for i in (*e.control.values(), *e.added.values())}
             self.vocab_size = max([self.vocab_size, *(i + 1 for i in tokens if i < config.padded_vocab_size)])
 

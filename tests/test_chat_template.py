@@ -206,6 +206,9 @@ def test_added_tokens_that_are_not_special(base_dir, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": None}))
     both = Tokenizer(folder)
     assert both.path.name == "tokenizer.model" and both.vocab_size == size + 3 and both.encode(text) == ids
+    (folder / "lit_config.json").write_text(json.dumps({**about, "padded_vocab_size": size + 2}))
+    both = pickle.loads(pickle.dumps(Tokenizer(folder)))
+    assert both.encode(text) == smaller.encode(text) and both.encode(ChatText(words)) == smaller.encode(words)
 
 
 def test_ids_of_a_written_folder_match_transformers(folders, tokenizer_path, tmp_path):
