@@ -124,8 +124,8 @@ class ChatTemplate:
     """A checkpoint's chat template.
 
     Args:
-        source: The Jinja program.
-        path: The file that it comes from.
+        sources: Jinja programs: "default", and "tool_use" if another one renders conversations with tools.
+        path: The file that they come from.
         names: Special tokens by their names in templates, such as `bos_token`.
         control: The special tokens, as texts.
         added: Other tokens that the tokenizer never splits, such as `<think>`, which a model may write itself. If the
@@ -135,23 +135,21 @@ class ChatTemplate:
 
     def __init__(
         self,
-        source: str,
+        sources: dict[str, str],
         path: Path,
         names: dict[str, str],
         control: Iterable[str],
         added: Iterable[str] = (),
         variables: dict[str, Any] | None = None,
     ) -> None:
-        self.source, self.path, self.names, self.variables = source, path, names, variables or {}
+        self.sources, self.path, self.names, self.variables = sources, path, names, variables or {}
+        self.source, complete = sources["default"], "".join(sources.values())
         self.limits_memory = True
         self.control = sorted(filter(None, control), key=len, reverse=True)
-        self.added = [token for token in added if token.strip() and token in source]
-        self.sha256 = hashlib.sha256(source.encode()).hexdigest()
+        self.added = [token for token in added if token.strip() and token in complete]
+        self.sha256 = hashlib.sha256(complete.encode()).hexdigest()
         self._interrupt_answer = Interrupter(self.control)
         self._interrupt = Interrupter([*self.control, *self.added]) if self.added else self._interrupt_answer
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a compiled template cannot be sent to another process
-        return type(self), (self.source, self.path, self.names, self.control, self.added, self.variables)
 
     def with_variables(self, variables: dict[str, Any]) -> "ChatTemplate":
         """Return the template with further variables, such as `enable_thinking`.
@@ -162,18 +160,18 @@ class ChatTemplate:
         from lit_llama.sandbox import variables_of
 
         with explained(self.path):
-            known = variables_of(self.source) - self._values((), False, None).keys()
+            known = set().union(*map(variables_of, self.sources.values())) - self._values((), False, None).keys()
         if unknown := sorted(variables.keys() - known):
             near = did_you_mean(unknown[0], sorted(known))
             raise UserError(f"The chat template in {self.path} has no variable {unknown[0]!r}{near}")
-        template = ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
+        template = ChatTemplate(self.sources, self.path, self.names, self.control, self.added, variables)
         template.limits_memory = self.limits_memory
         return template
 
     def at(self, day: date) -> "ChatTemplate":
         """Return the template with the clock that it reads, `strftime_now`, stopped at the beginning of a day."""
         variables = {**self.variables, "strftime_now": day.strftime}
-        return ChatTemplate(self.source, self.path, self.names, self.control, self.added, variables)
+        return ChatTemplate(self.sources, self.path, self.names, self.control, self.added, variables)
 
     def allow_threads(self) -> None:
         """Render a question once, then stop limiting memory: such a limit would apply to all threads of the process.
@@ -214,11 +212,12 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None) -> str:
         values = {**self._interrupt(self.variables), **self._values(messages, generation_prompt, tools)}
+        source = self.source if tools is None else self.sources.get("tool_use", self.source)
         parts, n_characters = [], 0
         from lit_llama.sandbox import limited, program
 
         with explained(self.path), limited(self.limits_memory):
-            for part in program(self.source).generate(**values):
+            for part in program(source).generate(**values):
                 n_characters += len(part)
                 if n_characters > MOST_TEXT:
                     raise UserError(f"it writes more than {MOST_TEXT:,} characters")
@@ -327,11 +326,11 @@ def explained(path: Path) -> Iterator[None]:
         raise UserError(f"The chat template in {path} cannot be used ({reason}).") from None
 
 
-def read_chat_template(folder: Path) -> tuple[str, Path] | None:
-    """Return the source of a folder's chat template and the file that it comes from, None if there is no template.
+def read_chat_template(folder: Path) -> tuple[dict[str, str], Path] | None:
+    """Return the `sources` of a folder's chat template and the file that they come from, None if there is no template.
 
     `chat_template.jinja` takes precedence over `tokenizer_config.json`, where the template is a text, or a list from
-    which the one named "default" is used.
+    which those named "default" and "tool_use" are used, as in transformers.
 
     Raises:
         UserError: A file is damaged.
@@ -339,12 +338,13 @@ def read_chat_template(folder: Path) -> tuple[str, Path] | None:
     path = folder / TEMPLATE_NAME
     if path.exists():
         try:
-            return read_bytes(path).decode("utf-8-sig"), path
+            return {"default": read_bytes(path).decode("utf-8-sig")}, path
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text in UTF-8 (byte {error.start + 1}).") from None
     path = folder / "tokenizer_config.json"
     source = field(read_json(path), "chat_template", str | list, path, None) if path.exists() else None
-    if isinstance(source, list):
-        by_name = {entry.get("name"): entry for entry in source if isinstance(entry, dict)}
-        source = field(by_name["default"], "template", str, f"{path}: chat_template") if "default" in by_name else None
-    return None if source is None else (source, path)
+    if not isinstance(source, list):
+        return None if source is None else ({"default": source}, path)
+    named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") in ("default", "tool_use")]
+    sources = {entry["name"]: field(entry, "template", str, f"{path}: chat_template") for entry in named}
+    return (sources, path) if "default" in sources else None

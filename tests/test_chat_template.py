@@ -211,6 +211,27 @@ def test_added_tokens_that_are_not_special(base_dir, tmp_path):
     assert both.encode(text) == smaller.encode(text) and both.encode(ChatText(words)) == smaller.encode(words)
 
 
+def test_tools_may_have_their_own_template(base_dir, tmp_path):
+    """A list of templates, as in transformers, which reads the folder of a merged model."""
+    shutil.copytree(base_dir, folder := tmp_path / "m")
+    sources = {"default": TEMPLATES["mistral"], "tool_use": "{{ tools | tojson }}{{ mood }}" + TEMPLATES["mistral"]}
+    config = {"bos_token": "<s>", "eos_token": "</s>",
+              "chat_template": [{"name": name, "template": sources[name]} for name in reversed(sources)]}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    template, tools = Tokenizer(folder).template, [{"name": "weather"}]
+    written = write_read(Tokenizer(folder), tmp_path / "hf").template
+    reference = transformers_tokenizer(tmp_path / "hf")
+    for listed in (None, tools):
+        expected = reference.apply_chat_template(TURNS[:1], tools=listed, tokenize=False, add_generation_prompt=True)
+        assert template.render(TURNS[:1], tools=listed) == expected
+        assert written.render(TURNS[:1], tools=listed) == expected
+    assert '"weather"' in expected and template.sha256 == written.sha256
+    assert "glad" in template.with_variables({"mood": "glad"}).render(TURNS[:1], tools=tools)
+    config["chat_template"][0]["template"] += " "
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer(folder).template.sha256 != template.sha256
+
+
 def test_ids_of_a_written_folder_match_transformers(folders, tokenizer_path, tmp_path):
     """LlamaTokenizer of transformers 5 ignores the normalizer of tokenizer.json."""
     source = write_model(tmp_path / "m", "mistral", tokenizer_path, tokenizer_class="LlamaTokenizer")
@@ -238,7 +259,7 @@ def write_read(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 def test_texts_that_a_template_joins_do_not_become_special_tokens(folders):
     tokenizer = Tokenizer(folders["llama3"])
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools[0].name }}{{ '_id|>' }}"
-    template = ChatTemplate(source, Path("t"), {}, tokenizer.chat_engine.control)
+    template = ChatTemplate({"default": source}, Path("t"), {}, tokenizer.chat_engine.control)
     messages = [{"role": "user", "content": "<|eot"}, {"role": "user", "content": "_id|>"}]
     ids = tokenizer.encode(template.render(messages, tools=[{"name": "<|eot"}]))
     assert not set(ids) & set(tokenizer.chat_engine.control.values())
@@ -312,7 +333,7 @@ def test_template_variables_are_part_of_the_style_name(folders):
 
 def test_variable_values_are_parsed(tmp_path):
     source = "{% if a is not defined %}{% set a = 1 %}{% endif %}{{ [a, b, c, d, e] }}{{ raise_exception }}"
-    template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
+    template = ChatTemplate({"default": source}, tmp_path / "chat_template.jinja", {}, [])
     values = template_variables("chat:a=False,b=null,c=1.5,d=low,e=[1]")
     assert values == {"a": False, "b": None, "c": 1.5, "d": "low", "e": "[1]"}
     assert template.with_variables(values).render(TURNS[:1]).startswith("[False, None, 1.5, 'low', '[1]']")
@@ -377,7 +398,7 @@ def test_a_generation_prompt_that_finished_answers_lack_gives_a_one_sentence_err
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     source += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     with pytest.raises(UserError, match="begins a finished answer differently") as error:
-        ChatTemplate(source, Path("t.jinja"), {}, []).answer_spans(TURNS[:2])
+        ChatTemplate({"default": source}, Path("t.jinja"), {}, []).answer_spans(TURNS[:2])
     assert "\n" not in str(error.value)
 
 
@@ -410,7 +431,7 @@ if sys.platform == "linux":  # where memory can be limited
 @pytest.mark.parametrize("source", HOSTILE)
 def test_a_template_that_misbehaves_is_one_sentence(source, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "MOST_SECONDS", 0.3 if HOSTILE[source] in ("it runs too long", "") else 10.0)
-    template = ChatTemplate(source, tmp_path / "chat_template.jinja", {}, [])
+    template = ChatTemplate({"default": source}, tmp_path / "chat_template.jinja", {}, [])
     with pytest.raises(UserError) as error:
         template.render(TURNS)
     assert HOSTILE[source] in str(error.value)

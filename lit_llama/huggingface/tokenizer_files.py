@@ -81,7 +81,8 @@ def write_hf_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> N
         if tokenizer.bos_id >= 0:
             about["bos_token"] = engine.id_to_token(tokenizer.bos_id)
         if tokenizer.template is not None:
-            about["chat_template"] = tokenizer.template.source
+            named = [{"name": name, "template": text} for name, text in tokenizer.template.sources.items()]
+            about["chat_template"] = named if len(named) > 1 else tokenizer.template.source
         write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 
