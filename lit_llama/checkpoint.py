@@ -202,6 +202,8 @@ def read_adapter(path: Path) -> AdapterFile:
         if not files:
             raise UserError(f"There is no adapter in the folder {path}.")
         path = files[0]
+    if is_ours(path, "lit_llama_bank"):
+        raise UserError(f"{path} is a bank of adapters, not an adapter; give it alone, with --bank.")
     adapter = AdapterFile(read_state(path), read_header(path, META_KEY) or {}, path)
     _check_adapter(adapter)
     if adapter.method == "aligner":
@@ -305,8 +307,7 @@ def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtyp
     for name, p in model.named_parameters():
         if not p.is_meta and name not in later:
             p.data = p.data.to(device, dtype)
-    missing = [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]
-    if missing:
+    if missing := [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]:
         raise UserError(f"{path} contains no base model: {missing[0]} is missing.")
 
 
@@ -333,8 +334,7 @@ def check_base(
     if (trained_on := adapter.meta.get("base")) is None:
         return
     base = base_fingerprint(checkpoint_dir) if base is None else base
-    differing = [k for k, v in trained_on["config"].items() if base["config"].get(k) != v]
-    if differing:
+    if differing := [k for k, v in trained_on["config"].items() if base["config"].get(k) != v]:
         was, now = ({k: c["config"].get(k) for k in differing} for c in (trained_on, base))
         raise UserError(f"The adapter {adapter.path} was trained on a base with {was}; {checkpoint_dir} has {now}.")
     for name in ("weights", "tensors"):  # files of earlier versions have no `tensors`
