@@ -340,10 +340,17 @@ def test_without_a_number_of_key_value_heads_there_are_as_many_as_heads(name):
             convert_config(hf)
 
 
+def test_a_scaled_context_may_be_in_another_field():
+    """Vicuna v1.5 16k states the context before the scaling as max_position_embeddings."""
+    hf = {**TINY, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert convert_config({**hf, "max_sequence_length": 192}).block_size == 192
+    assert convert_config({**hf, "max_sequence_length": None}).block_size == 48
+
+
 def test_a_longer_context_than_is_allowed_is_limited(capsys):
     assert convert_config({**TINY, "max_position_embeddings": 2**22}).block_size == 2**20
     assert capsys.readouterr().err == (
-        "note: the context is limited to 1,048,576 tokens; config.json has max_position_embeddings 4,194,304\n"
+        "note: the context is limited to 1,048,576 tokens; config.json allows 4,194,304\n"
     )
 
 

@@ -37,7 +37,8 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
     architecture llama; all other fields may be missing and have the defaults of transformers. As in transformers, null
     as `num_key_value_heads` means as many as `num_attention_heads`.
 
-    A sliding window, such as Mistral's, becomes the limit of the context: within it, attention is the usual one.
+    The context is `max_position_embeddings`, or `max_sequence_length` if that is larger (Vicuna v1.5 16k, whose RoPE is
+    scaled). A sliding window, such as Mistral's, becomes its limit: within it, attention is the usual one.
 
     Raises:
         UserError: The architecture or a feature is not supported, or a field is missing, of the wrong type or out of
@@ -57,9 +58,9 @@ def convert_config(hf: dict[str, Any]) -> LLaMAConfig:
         return field(hf, name, bool, SOURCE, False)
 
     rope_base, rope_scaling = convert_rope(hf)
-    block_size = size("max_position_embeddings")
+    block_size = max(size("max_position_embeddings"), size("max_sequence_length", 1))
     if block_size > (most := MOST["block_size"]):
-        log(f"note: the context is limited to {most:,} tokens; {SOURCE} has max_position_embeddings {block_size:,}")
+        log(f"note: the context is limited to {most:,} tokens; {SOURCE} allows {block_size:,}")
         block_size = most
     if kind == "mistral" or (kind != "llama" and flag("use_sliding_window")):
         block_size = min(block_size, size("sliding_window", block_size))
