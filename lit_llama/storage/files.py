@@ -5,7 +5,8 @@
   file that a flag names is replaced only with --overwrite.
 - A folder is replaced only if the manifest written with it records everything in it as it is now. In a folder that a
   program keeps writing to, such as a run folder, it replaces and deletes only the names that it has claimed.
-- Nothing else is ever deleted. Leftovers of a killed process are rolled back by the next write into the same folder.
+- Nothing else is ever deleted. Leftovers of a killed process are rolled back by the next write into the same folder,
+  unless the file system cannot keep them private (FAT, CIFS).
 """
 
 import errno
