@@ -20,6 +20,7 @@ from lit_llama.chat_template import Message
 from lit_llama.checkpoint import read_adapter
 from lit_llama.compose import Sum, parse_sum
 from lit_llama.generation import check_prompts, remaining_context, stream
+from lit_llama.huggingface.hub import is_on_hub
 from lit_llama.model import LLaMA
 from lit_llama.prompts import PromptStyle, get_prompt_style
 from lit_llama.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ HELP = """\
 Enter sends a message, Alt+Enter begins a new line, the arrow keys move the cursor and recall earlier messages. Ctrl-C
 stops an answer, Ctrl-D ends the program.
 
-    /adapter NAME     answer with this adapter; for Aligners also a sum, such as a:0.5+b, or the path of a file
+    /adapter NAME     answer with this adapter; for Aligners also a sum, such as a:0.5+b, the path of a file, or
+                      hf:OWNER/NAME
     /adapter          list the adapters
     /strength NUMBER  set the strength of the adapters in use: 0 is the base model, 1 as trained
     /base             answer with the base model alone
@@ -130,7 +132,8 @@ class BankAdapters(Adapters):
 
     def use(self, text: str) -> None:
         name = text
-        if text != BASE and os.path.exists(text):
+        on_hub = is_on_hub(text) and text.count(":") == 1 and "+" not in text  # not a sum of such names
+        if text != BASE and (on_hub or os.path.exists(text)):
             path, file = Path(text), Path(text).resolve()
             if text not in self.bank:
                 name = adapter_name(path)

@@ -7,9 +7,12 @@ import pytest
 import torch
 import yaml
 
+from generate.interactive import BankAdapters
 from lit_llama.bank import open_bank
 from lit_llama.checkpoint import read_adapter, save_adapter
+from lit_llama.compose import load_with_bank
 from lit_llama.huggingface.hub import repository
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.utils import UserError
 
 SCRIPT, GENERATE = "scripts/share.py", "generate/aligner.py"
@@ -174,6 +177,27 @@ def test_upload_and_download_errors_are_explained(hub, refused, run_script, tmp_
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 23 s
     assert "me/model is not in the cache, and http://127.0.0.1:9 cannot be reached" in read("hf:me/model")
+
+
+def test_a_chat_answers_with_adapters_on_the_hub(hub):
+    folders = {"me": PIRATE, "you": Path("aligner_weights/microworld-json-n1")}
+    hub.repositories = {
+        f"{owner}/mine": [{"adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}]
+        for owner, folder in folders.items()
+    }
+    base = Path("checkpoints/microworld")
+    adapters = BankAdapters(load_with_bank(base, open_bank([], base)), Tokenizer(base), (), None)
+    for text, names in (
+        ("hf:me/mine", ["mine"]),
+        ("hf:you/mine", ["hf:you/mine"]),
+        ("hf:me/mine", ["mine"]),
+        ("hf:you/mine+mine", ["hf:you/mine", "mine"]),
+    ):
+        adapters.use(text)
+        assert [name for name, _ in adapters.terms] == names
+    assert adapters.names == ["mine", "hf:you/mine"]
+    with pytest.raises(UserError, match="hf:mine' does not name an adapter on the hub"):
+        adapters.use("hf:mine")
 
 
 def test_a_downloaded_adapter_needs_no_network(hub, run_script, tmp_path, monkeypatch):
