@@ -247,6 +247,11 @@ class Bank(dict[str, Slot]):
         except UserError as error:
             raise UserError(f"The bank {path} cannot be used: {error}") from None
         except Exception as error:  # each kind of damage raises its own type
+            if "unable to mmap" in str(error):
+                raise UserError(
+                    f"The bank {path} ({path.stat().st_size / 1e9:.0f} GB) cannot be mapped into memory: add memory or "
+                    "swap space."
+                ) from None
             raise UserError(f"The bank {path} is damaged ({type(error).__name__}: {error}).") from None
         return bank
 

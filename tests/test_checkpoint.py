@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_llama import aligner, model
+from lit_llama.bank import Bank
 from lit_llama.checkpoint import base_fingerprint, load_model, read_adapter, save_adapter, save_base
 from lit_llama.storage.tensor_files import MAPPED_BYTES, open_rows, open_tensors, read_state
 from lit_llama.utils import UserError
@@ -221,11 +222,12 @@ def memory() -> int:
     return 1024 * (int(kilobytes["MemTotal:"]) + int(kilobytes["SwapTotal:"]))
 
 
-def write_sparse_safetensors(path: Path, tensors: int, nbytes: int) -> None:
+def write_sparse_safetensors(path: Path, tensors: int, nbytes: int, **metadata: str) -> None:
     """Write a file whose tensors of zeros take no space on the disk."""
     entries = [{"dtype": "BF16", "shape": [nbytes // 2], "data_offsets": [i * nbytes, (i + 1) * nbytes]}
                for i in range(tensors)]  # fmt: skip
-    header = json.dumps({f"x{i}": entry for i, entry in enumerate(entries)}).encode()
+    header = {"__metadata__": metadata, **{f"x{i}": entry for i, entry in enumerate(entries)}}
+    header = json.dumps(header).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, path.stat().st_size + tensors * nbytes)
 
@@ -271,6 +273,12 @@ if OVERCOMMIT.is_file() and OVERCOMMIT.read_text().strip() == "0":  # Linux refu
         write_sparse_safetensors(tmp_path / "a.safetensors", 1, 3 * memory())
         with pytest.raises(UserError, match=r"a\.safetensors cannot be read \("):
             read_state(tmp_path / "a.safetensors")
+
+    def test_a_bank_larger_than_memory_is_refused(tmp_path):
+        about = {"config": SIZES, "start_layer": 1, "base": None, "lengths": [1]}
+        write_sparse_safetensors(tmp_path / "a.safetensors", 1, 3 * memory(), lit_llama_bank=json.dumps(about))
+        with pytest.raises(UserError, match=r"The bank .*a\.safetensors \(\d+ GB\) cannot be mapped into memory"):
+            Bank.load(tmp_path / "a.safetensors")
 
     def test_a_pickle_larger_than_memory_is_refused(tmp_path):
         torch.save({"x": torch.ones(2)}, tmp_path / "small.pth")
