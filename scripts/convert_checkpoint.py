@@ -132,7 +132,7 @@ def convert_params(
     )
     if embedding is None or gate is None or len(embedding.shape) != 2 or len(gate.shape) != 2:
         raise UserError(
-            "The weights do not fit params.json: tok_embeddings or feed_forward.w1 is missing or no matrix."
+            "The weights do not fit params.json: tok_embeddings or feed_forward.w1 is missing or is not a matrix."
         )
     tied = head is None or (head.shape == embedding.shape and torch.equal(head.read(), embedding.read()))
     rope_base = float(field(params, "rope_theta", float, SOURCE, 10000.0, least=1, most=MOST_FLOAT))

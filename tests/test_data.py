@@ -363,7 +363,7 @@ def test_arrow_files_are_checked_before_they_are_used(tmp_path, tokenizer):
         "has changed since it was written": lambda: path.write_bytes((tmp_path / "out/test" / path.name).read_bytes()),
         "input_ids does not hold whole numbers": lambda: write_arrow(path, input_ids=["a"], prompt_length=[1]),
         "input_ids holds -5": lambda: write_arrow(path, input_ids=[[1, -5]], prompt_length=[1]),
-        "holds token 70000, and there are": lambda: write_arrow(path, input_ids=[[1, 70000]], prompt_length=[1]),
+        "holds the token id 70000; the tokenizer": lambda: write_arrow(path, input_ids=[[1, 70000]], prompt_length=[1]),
         'prompt_length" does not exist': lambda: write_arrow(path, input_ids=[[1, 5]]),
         "is a folder, not a file": lambda: (path.unlink(), path.mkdir()),
     }

@@ -36,7 +36,7 @@ def load_split(data_dir: Path, split: str, columns: Sequence[str], vocab_size: i
         for file in read_json(folder / "state.json")["_data_files"]:
             path = folder / plain_name(file["filename"], folder / "state.json")
             if (largest := check_arrow(path, columns)) >= vocab_size:
-                raise UserError(f"{path} holds token {largest}, and there are {vocab_size}")
+                raise UserError(f"{path} holds the token id {largest}; the tokenizer has only {vocab_size} tokens")
         if changed := [name for name in changed_names(data_dir, DATASET) if name.startswith(f"{split}/")]:
             raise UserError(f"{data_dir / changed[0]} has changed since it was written")
         return load_from_disk(str(folder))
