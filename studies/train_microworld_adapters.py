@@ -134,7 +134,7 @@ The table has the mean over seeds {", ".join(map(str, settings.seeds))}, with th
 seed, {settings.questions} questions are asked about entities that finetuning never saw. A form counts only if the
 entire answer matches it; a fact counts only if topic and value are both right. Seconds are the median training time on
 one CPU core, with {settings.jobs} runs at a time, beside other programs. The files are those of seed
-{settings.seeds[0]}, whose own scores are on the cards; `scores.csv` has those of all seeds.
+{settings.seeds[0]}, whose scores are on the cards; `scores.csv` has those of all seeds.
 
 The adapter that refuses harmful requests, `microworld-safe-n1`, comes from `studies/train_microworld_values.py`; its
 results are on its card.
