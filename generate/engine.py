@@ -135,6 +135,10 @@ class Engine:
                 return self._fail_all(JobError("shutting_down", "The server is shutting down."))
             try:
                 self.step()
+            except torch.AcceleratorError:  # such as an illegal access: all later calls to the GPU would fail
+                with self.changed:
+                    self.stopping = True  # `/health` reports it
+                return self._fail_all(logged_error())
             except Exception:  # a bug, or a GPU out of memory: other requests may still succeed
                 self._fail_all(logged_error())
 
@@ -244,9 +248,11 @@ class Engine:
                 gathered = self.bank.gather([name for terms in sums for name, _ in terms])
             with self.model.using(sums, gathered):  # projects the prefixes, without the lock
                 self._prefill(jobs)
-        except Exception:  # for example, a GPU without memory for these prompts
+        except Exception as error:  # for example, a GPU without memory for these prompts
             del self.rows[n_before:]
             self._fail(jobs, logged_error())
+            if isinstance(error, torch.AcceleratorError):
+                raise
             return False
         for job in jobs:
             self.counts["prompt_tokens"] += len(job.prompt)

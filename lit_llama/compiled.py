@@ -44,6 +44,8 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    # DDP would split layers with prefixes of more than 1 MB, to overlap communication that they do not have
+    torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         if purpose == "training" and model.transformer.wte.weight.device.type == "cpu":
             block.forward = with_plain_attention(torch.compile(block.forward, fullgraph=True, backend=backend))

@@ -213,11 +213,14 @@ def _dequantized(model: LLaMA, quantize: str | None) -> int:
 
 
 class _KeptInput(torch.autograd.Function):
-    """The input of an int8 layer, which bitsandbytes keeps for the backward pass."""
+    """The input of an int8 layer, which bitsandbytes keeps for the backward pass.
+
+    It is an attribute there, so gradient checkpointing does not free it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.x = x
         return x.view_as(x)
 
     @staticmethod

@@ -5,7 +5,8 @@ run, and adapters stay fp32. Gradients pass through the quantized weights to the
 arXiv 2208.07339 for int8).
 
 On CUDA, bitsandbytes converts the inputs and outputs of int8 layers to fp16, so values above 65,504 overflow; the
-backward pass is in the precision of the run.
+backward pass is in the precision of the run. On a CPU, the weights are dequantized instead, as bitsandbytes does in
+training.
 
 Fabric's plugin, `BitsandbytesPrecision`, wraps the same layers. It is not used, because it quantizes only on CUDA, it
 runs the complete model in fp16 with int8, which needs loss scaling in training, and generation does not run under
@@ -83,6 +84,8 @@ def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
         # input columns with a value above 6 are multiplied without quantization (arXiv 2208.07339, section 3.2)
         new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0)
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        # else, on a CPU, the inputs are quantized in evaluation but not in training, and a DPO reference would differ
+        new.train = lambda mode=True: new
     else:
         kind = {"quant_type": mode[:3], "compress_statistics": mode.endswith("-dq")}  # BLOCK is the default
         new = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, **kind)

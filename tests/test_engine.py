@@ -287,6 +287,22 @@ def test_a_request_that_cannot_be_answered_is_refused_at_once(engine):
     assert longest.job.n_new <= 1
 
 
+@pytest.mark.parametrize("where", ["_set_terms", "_prefill"])
+def test_the_engine_stops_if_the_gpu_has_failed(engine, monkeypatch, where, capsys):
+    def fail(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, where, fail)
+    engine.start()
+    client = Client(engine, [5, 6], "a", Sampling(50))
+    engine.submit([client.job])
+    assert client.ended.wait(60) and client.last.error.code == "server_error"
+    engine.thread.join(60)
+    assert not engine.is_alive and "illegal memory access" in capsys.readouterr().err
+    with pytest.raises(JobError, match="shutting down"):
+        engine.submit([client.job])
+
+
 def test_the_engine_thread_survives_an_error_and_stops(engine, monkeypatch, capsys):
     engine.start()
     clients = requests(engine, 7)

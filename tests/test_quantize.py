@@ -120,10 +120,10 @@ def test_a_quantized_base_computes_like_the_base_with_rounded_weights(mode, dtyp
         assert torch.equal(quantized.get_parameter(name), rounded.get_parameter(name))
 
     idx = toys.token_ids(2, 9)
-    # int8 also quantizes the layers' inputs
-    tolerance = {"rtol": 0, "atol": 0.1 if mode == "int8" or dtype == torch.bfloat16 else 1e-4}
+    tolerance = {"rtol": 0, "atol": 0.1 if dtype == torch.bfloat16 else 1e-4}
     with torch.no_grad():  # like a validation, which must not change what a training step computes
         torch.testing.assert_close(quantized(idx), rounded(idx), **tolerance)
+        assert torch.equal(quantized.eval()(idx), quantized.train()(idx))  # the DPO reference, and the policy
     for network in (quantized, rounded):
         (-network.label_logps(idx, idx).mean()).backward()
     for name, p in quantized.named_parameters():
@@ -152,8 +152,7 @@ def test_several_adapters_and_lora_on_a_quantized_base(mode, wide_dir):
     composed = load_adapted(wide_dir, [adapter(), adapter(1)], [1.0], quantize=mode)
     answers = generate(composed, toys.prompts(3, 7), Sampling(5), set())
     alone = [generate(composed, [prompt], Sampling(5), set())[0] for prompt in toys.prompts(3, 7)]
-    # int8 chooses the columns that stay unquantized by all rows of a batch, so its answers may differ
-    assert answers == alone if mode == "nf4" else [len(answer) for answer in answers] == [5, 5]
+    assert answers == alone
 
     network = load_model(wide_dir, method="lora", quantize=mode)
     assert type(network.transformer.h[0].attn.c_attn) is lora.LoRALinear
