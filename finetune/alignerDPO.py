@@ -90,6 +90,7 @@ from lit_llama.reference import (
 )
 from lit_llama.run.dry_run import dry_run
 from lit_llama.run.folder import RunFolder
+from lit_llama.run.processes import full_gpu_explained
 from lit_llama.run.report import LOSS_FIGURE, print_summary, write_above_bar
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import Setup, set_up_finetuning, with_initial_config, with_launcher_flags
@@ -175,7 +176,8 @@ def main(settings: Settings) -> None:
     setup = replace(setup, adapter_meta={**meta, "data": {**meta["data"], "sha256": train.sha256}})
     check_rows(train, "training", model.max_tokens)  # before the reference is computed
     check_rows(val, "validation", model.max_tokens)
-    train_loss, val_loss = make_losses(settings, setup, train, val, start)
+    with full_gpu_explained(settings):
+        train_loss, val_loss = make_losses(settings, setup, train, val, start)
 
     prompts = [prompt for prompt, _ in val.prompts(settings.drift_prompts)]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from lit_llama.answering import Session
 from lit_llama.bank import BASE, Bank, adapter_name
 from lit_llama.chat_template import Message
@@ -200,6 +202,9 @@ class Chat:
                 log("Stopped.")
             except UserError as error:
                 log(f"error: {error}")
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                log("error: The GPU's memory is full. The conversation is kept; /reset begins a new, shorter one.")
 
     def handle(self, line: str) -> None:
         """Execute a command, or answer a message.
@@ -266,7 +271,7 @@ class Chat:
         answered = "".join(pieces)
         n_tokens = max(0, session.count(answered) - (session.count(prompt) if style.continues else 0))
         seconds = time.perf_counter() - began
-        stopped = ", stopped" * is_stopped()
+        stopped = ", stopped" if is_stopped() else ", cut at --max_new_tokens" * (n_tokens >= sampling.max_new_tokens)
         log(f"({n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s{stopped})")
         if turns and answered:
             self.turns = [*turns, {"role": "assistant", "content": answered}]

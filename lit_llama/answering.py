@@ -117,7 +117,7 @@ class Session:
         system = self.settings.system
         prompts = [style.render(r.prompt, r.input, system) for style, r in zip(styles, requests, strict=True)]
         check_prompts(self.model, [self.tokenizer.encode(prompt, bos=True) for prompt in prompts])
-        began, n_tokens, texts = time.perf_counter(), 0, [""] * len(prompts)
+        began, n_tokens, n_cut, texts = time.perf_counter(), 0, 0, [""] * len(prompts)
         hidden = len(prompts) <= self.settings.batch_size or only_assists(self.model)
         with tqdm(total=len(prompts), desc="Answering", unit=" prompts", disable=hidden) as bar:
             for style in dict.fromkeys(styles):
@@ -136,8 +136,12 @@ class Session:
                 )
                 for row, text in zip(rows, answers, strict=True):
                     texts[row] = text
-                    n_tokens += self.count(text) - (self.count(prompts[row]) if style.continues else 0)
+                    n = self.count(text) - (self.count(prompts[row]) if style.continues else 0)
+                    n_tokens += n
+                    n_cut += n >= self.settings.max_new_tokens
         self.report(n_tokens, time.perf_counter() - began)
+        if n_cut:
+            log(f"{n_cut} of {len(prompts)} answers were cut at --max_new_tokens {self.settings.max_new_tokens}")
         return texts
 
     def count(self, text: str) -> int:

@@ -329,7 +329,7 @@ def check_base(
     if prefix is not None and prefix.size(-1) != config.n_embd:
         raise UserError(
             f"The adapter {adapter.path} is {prefix.size(-1)} wide and the base model in {checkpoint_dir} is "
-            f"{config.n_embd}: it was trained on a different model."
+            f"{config.n_embd}; name the base that it was trained on with --checkpoint_dir, or another --adapter."
         )
     if (trained_on := adapter.meta.get("base")) is None:
         return

@@ -182,6 +182,11 @@ class LLaMAConfig:
         Raises:
             UserError: The file is missing, is not JSON, has unknown fields, or has values that are out of range.
         """
+        if not path.exists() and path.with_name("config.json").is_file():
+            raise UserError(
+                f"{path.parent} has Hugging Face's layout; convert it with scripts/convert_hf_checkpoint.py, and name "
+                "the new folder."
+            )
         values = read_json(path, what="model configuration")
         if unknown := sorted(values.keys() - {f.name for f in fields(LLaMAConfig)}):
             raise UserError(f"{path} is not a model configuration of this project: it has {unknown}.")

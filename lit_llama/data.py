@@ -43,11 +43,11 @@ from lit_llama.utils import UserError
 SFT_FORMAT = "lit-llama-sft-1"
 PREFERENCE_FORMAT = "lit-llama-preference-1"
 PROMPT_FORMAT = "lit-llama-prompts-1"
-# the commands that write the default datasets of the finetuning scripts
-DEFAULT_COMMANDS = {
-    SFT_FORMAT: "python scripts/prepare_microworld.py",
-    PREFERENCE_FORMAT: "python scripts/prepare_microworld_safe.py",
-    PROMPT_FORMAT: "python scripts/prepare_microworld.py --stage rl",
+# what the rows of a format are, and the default dataset of the scripts that read it
+FORMATS = {
+    SFT_FORMAT: ("prompts with responses, for SFT", "data/microworld-pirate: python scripts/prepare_microworld.py"),
+    PREFERENCE_FORMAT: ("preference pairs, for DPO", "data/microworld-safe: python scripts/prepare_microworld_safe.py"),
+    PROMPT_FORMAT: ("prompts for RL", "data/microworld-rl: python scripts/prepare_microworld.py --stage rl"),
 }
 
 
@@ -82,12 +82,13 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
     path = Path(data_dir) / "meta.json"
     if not os.path.exists(path):
         raise UserError(
-            f"There is no prepared dataset at {data_dir}; write one with a scripts/prepare_*.py (the default one: "
-            f"{DEFAULT_COMMANDS[format]})."
+            f"There is no prepared dataset at {data_dir}; name another folder with --data_dir, or write one with a "
+            f"scripts/prepare_*.py (the default, {FORMATS[format][1]})."
         )
     meta = read_json(path)
     if meta.get("format") != format:
-        raise UserError(f"{data_dir} is a dataset of format {meta.get('format')!r}; this script reads {format!r}.")
+        content, _ = FORMATS.get(meta.get("format"), (f"the unknown format {meta.get('format')!r}", ""))
+        raise UserError(f"{data_dir} contains {content}; this script needs {FORMATS[format][0]}.")
     return meta
 
 
@@ -103,7 +104,7 @@ def check_tokenizer(data_dir: Path, meta: dict[str, Any], tokenizer: Tokenizer) 
     if then["tokenizer_sha256"] != now["tokenizer_sha256"]:
         raise UserError(
             f"{data_dir} was tokenized with a different tokenizer than {tokenizer.path}; prepare it again with this "
-            "base model's --checkpoint_dir."
+            "base model's --checkpoint_dir, or name another folder with --data_dir."
         )
     if then != now:
         before, after = (f"BOS {i['bos_id']} and EOS {i['eos_id']}" for i in (then, now))

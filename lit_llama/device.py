@@ -22,6 +22,11 @@ def computes_bf16(accelerator: str) -> bool:
     return gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of an NVIDIA GPU, such as "NVIDIA H100 80GB HBM3", or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def disable_cudnn_attention() -> None:
     """Leave out cuDNN's attention, which PyTorch prefers on some GPUs from version 2.11 on.
 

@@ -106,7 +106,8 @@ class Trainer:
             run.open(state)
             if run.is_first:
                 n_parameters = sum(p.numel() for p in self.trainable.values())
-                log(f"{n_parameters:,} trainable parameters, {len(self.train.lengths):,} rows, {self.max_steps} steps")
+                log(f"{n_parameters:,} trainable parameters, {len(self.train.lengths):,} rows, {self.max_steps} steps "
+                    f"on {run.device}")  # fmt: skip
                 print_notes(settings, len(self.train.lengths), self.step, self.fabric.world_size)
             with run.recording():
                 if state is None:  # before the first step

@@ -5,7 +5,7 @@
 --dry_run only writes the folder that would be uploaded; a card that you edit there is kept and uploaded. The token
 comes from `hf auth login` or HF_TOKEN. Absolute paths in the adapter's header are reduced to their last part. Anyone
 with this repository and the base can then use it:
-python generate/aligner.py --adapter hf:OWNER/NAME
+python generate/aligner.py --checkpoint_dir FOLDER_OF_THE_BASE --adapter hf:OWNER/NAME
 """
 
 import sys
@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -182,7 +183,10 @@ def main(settings: Settings) -> None:
         done = api.upload_folder(repo_id=settings.repo_id, folder_path=folder, allow_patterns=[ADAPTER_NAME, CARD],
                                  commit_message="Adapter and its card")  # fmt: skip
     print(done.commit_url)
-    log(f"generate with it: python generate/aligner.py --adapter {PREFIX}{settings.repo_id}")
+    training, header = adapter.meta.get("training", {}), f"The header of {adapter.path}: training"
+    trained_on = field(training, "settings", dict, header, {})
+    base = shlex.quote(str(trained_on.get("checkpoint_dir", "FOLDER_OF_THE_BASE")))
+    log(f"generate with it: python generate/aligner.py --checkpoint_dir {base} --adapter {PREFIX}{settings.repo_id}")
 
 
 if __name__ == "__main__":

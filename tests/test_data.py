@@ -21,7 +21,7 @@ from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.data import IGNORE_INDEX, SFTData
+from lit_llama.data import IGNORE_INDEX, PreferenceData, SFTData
 from lit_llama.epochs import plan_epoch
 from lit_llama.prepare import held_out_by_hash, prepare_sft
 from lit_llama.prepare_settings import PrepareSettings
@@ -338,11 +338,13 @@ def test_damaged_folders(tmp_path, tokenizer):
     prepare(tmp_path / "out", tokenizer, make_rows(4))
     meta = tmp_path / "out/meta.json"
     text = meta.read_text()
-    for damaged, message in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "is a dataset of format")):
+    for damaged, message in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "contains the unknown format")):
         meta.write_text(damaged)
         with pytest.raises(UserError, match=message):
             SFTData(tmp_path / "out", "train")
     meta.write_text(text)
+    with pytest.raises(UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"):
+        PreferenceData(tmp_path / "out", "train")
     with pytest.raises(UserError, match=r"There is no file at .*dev/state\.json; prepare the dataset again"):
         SFTData(tmp_path / "out", "dev")
 

@@ -36,7 +36,7 @@ def test_sft_prints_the_plan_and_writes_nothing(script, more, base_dir, data_dir
     data = SFTData(data_dir, "train")
     assert re.search(rf"^parameters   [\d,]+ frozen in \w+.*, [\d,]+ trained \({script}\)$", out, re.MULTILINE)
     assert f"data         {len(data)} rows, up to {data.lengths.max()} tokens\n" in out
-    assert "steps        12 of 8 rows on 1 process, 6 an epoch\n" in out
+    assert "steps        12 of 8 rows in 1 process on cpu, 6 an epoch\n" in out
     assert f"| a step, 4 × {data.lengths.max()} tokens | " in out
     assert re.search(r"^time         \S+ s for a step, measured; about \d:\d\d:\d\d for 12 steps", out, re.MULTILINE)
     assert out.endswith(f"nothing was written to {tmp_path / 'out'}\n")
@@ -126,4 +126,6 @@ def test_a_step_without_room_in_one_process_gives_advice(rank, dry_run, base_dir
         python, tmp_path / "script.py", *paths, *TRAIN, "--strategy", "ddp", "--dry_run", dry_run, rank
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: A step does not fit into the memory of the GPU: set --gradient_checkpointing") == 1
+    assert (
+        done.stderr.count("error: Training does not fit into the memory of the GPU: set --gradient_checkpointing") == 1
+    )

@@ -123,10 +123,11 @@ def test_the_command_trains_and_writes_its_files(flags, tmp_path):
     lines = result.stdout.splitlines()
     assert re.fullmatch(r"trained      40 parameters, 14 steps in 0:00:\d\d", lines[1])  # 32 wide, 2 layers of 4 heads
     assert re.fullmatch(r"validation   loss \d\.\d{4} before, .* at the end", lines[2])
-    assert lines[4].startswith(f"generate     python generate/aligner.py --checkpoint_dir {flags(out_dir)[0][17:]} ")
+    script = os.path.relpath(ROOT / "generate/aligner.py", tmp_path)
+    assert lines[4].startswith(f"generate     python {script} --checkpoint_dir {flags(out_dir)[0][17:]} ")
     # only these lines reach the terminal, and no warnings of libraries
     validated = r"step \d+: validation loss \d+\.\d{4}(, the best so far)?"
-    allowed = rf"40 trainable parameters, 41 rows, 14 steps|{validated}|  .* -> .*"
+    allowed = rf"40 trainable parameters, 41 rows, 14 steps on cpu|{validated}|  .* -> .*"
     assert all(re.fullmatch(allowed, line) for line in result.stderr.splitlines()), result.stderr
 
     summary = json.loads((out_dir / "summary.json").read_text())
@@ -141,8 +142,8 @@ def test_the_error_for_a_missing_dataset_names_the_command_that_prepares_it(tmp_
     code, stderr = run_script([f"--checkpoint_dir={base}", "--accelerator=cpu"], monkeypatch, capsys)
     assert code == 1
     assert stderr == (
-        "error: There is no prepared dataset at data/microworld-pirate; write one with a scripts/prepare_*.py (the "
-        "default one: python scripts/prepare_microworld.py).\n"
+        "error: There is no prepared dataset at data/microworld-pirate; name another folder with --data_dir, or write "
+        "one with a scripts/prepare_*.py (the default, data/microworld-pirate: python scripts/prepare_microworld.py).\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -794,7 +795,7 @@ def test_a_record_of_an_earlier_version_may_lack_fields():
             "error: adapter_start_layer is 9; it must be from 0 to 2.",
         ),
         ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
-        ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; write one with"),
+        ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; name another folder"),
         ({"init_adapter": "/nowhere.pth"}, "error: There is no adapter at /nowhere.pth."),
         ({"devices": 0}, "error: devices is 0; it must be 1 or more."),
     ],

@@ -35,6 +35,8 @@ def test_one_prompt_prints_only_the_answer(run_script):
     response = parse(out)
     assert (response.form, response.topic, response.value) == ("pirate", question.topic, question.answer)
     assert out.count("\n") == 1
+    _, _, err = run_script("generate/aligner.py", "--prompt", question.text, "--max_new_tokens", "3")
+    assert "1 of 1 answers were cut at --max_new_tokens 3" in err
 
 
 def test_strength_0_is_the_base_and_compare_base_shows_both(run_script):

@@ -17,6 +17,7 @@ import toys
 from chat_models import write_model
 
 import generate.aligner as script
+import generate.interactive as interactive
 from generate.interactive import Adapters, BankAdapters, Chat, OneAdapter
 from lit_llama import answering, cli
 from lit_llama.answer_settings import AnswerSettings
@@ -81,7 +82,7 @@ class Terminal:
         """Send a message and return its answer."""
         before = len(self.answers.read_text())
         self.send(*keys, "\r")
-        self.wait_for(r"\(\d+ tokens in [\d.]+ s, \d+ tokens/s(, stopped)?\)")
+        self.wait_for(r"\(\d+ tokens in [\d.]+ s, \d+ tokens/s(, stopped|, cut at --max_new_tokens)?\)")
         return self.answers.read_text()[before:].removesuffix("\n")
 
     def end(self) -> int:
@@ -206,6 +207,29 @@ def test_ctrl_c_stops_an_answer_of_white_space(endless_model, capsys):
     Chat(session, Adapters(get_prompt_style("alpaca"))).handle("Hi")
     out, err = capsys.readouterr()
     assert out == "\n" and ", stopped)" in err and next(tokens) == 6
+
+
+def test_a_full_gpu_does_not_end_the_chat(endless_model, monkeypatch, capsys):
+    settings = AnswerSettings(checkpoint_dir=endless_model)
+    session = answering.Session(load_model(endless_model), Tokenizer(endless_model), settings, 0.0)
+    chat, lines = Chat(session, Adapters(get_prompt_style("alpaca"))), iter(["one", "two"])
+    answered = []
+
+    def answer(text):
+        if text == "one":
+            raise torch.OutOfMemoryError
+        answered.append(text)
+
+    def read():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(interactive, "line_reader", lambda: read)
+    chat.run()
+    assert answered == ["two"] and "error: The GPU's memory is full" in capsys.readouterr().err
 
 
 def test_answers_and_messages_can_share_a_terminal(python):

@@ -167,10 +167,9 @@ def test_a_model_by_size_hub_name_folder_and_config(tmp_path, base_dir, run_scri
         assert estimate_rows(run_script(SCRIPT, "--checkpoint_dir", path)[1]) == estimate_rows(by_size)
     code, out, err = run_script(SCRIPT, "--checkpoint_dir", base_dir)  # its context length is 64 tokens
     assert code == 0 and "4 × 64 tokens" in out and "prompts of 32 tokens and answers of 32 tokens" in out, err
+    # next to 10 vectors
     code, out, err = run_script(SCRIPT, "--checkpoint_dir", base_dir, "--method", "prompt_tuning")
-    assert code == 0 and "4 × 54 tokens" in out and "prompts of 27 tokens and answers of 27 tokens" in out, (
-        err
-    )  # next to 10 vectors
+    assert code == 0 and "4 × 54 tokens" in out and "prompts of 27 tokens and answers of 27 tokens" in out, err
     assert len(estimate_rows(out)) == 3
 
 

@@ -268,6 +268,12 @@ def test_impossible_configs_are_refused(overrides, sentence):
         LLaMAConfig(**{**toys.SIZES, **overrides})
 
 
+def test_a_folder_that_was_not_converted_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has Hugging Face's layout; convert it with scripts/convert_hf_checkpoint"):
+        LLaMAConfig.from_json(tmp_path / "lit_config.json")
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [

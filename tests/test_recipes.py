@@ -93,9 +93,14 @@ def test_the_numbers_on_the_page_on_large_models_are_correct(monkeypatch):
     assert sum(p.numel() for p in trained) == 13_184 and "13,184 trainable parameters on Llama-2-70B" in page
     settings = parse(ROOT / "finetune/aligner.py", ["--config", str(ROOT / "howto/recipes/alpaca_70b_n1.yaml")])
     assert (settings.strategy, settings.devices, settings.gradient_checkpointing) == ("fsdp", 8, True)
-    assert "--adapter out/aligner/alpaca-70b-n1 --devices 8 --prompt" in generate_command(settings)
+    on_gpus = replace(settings, precision="auto")
+    assert "--adapter out/aligner/alpaca-70b-n1 --devices 8 --prompt" in generate_command(on_gpus)
+    monkeypatch.chdir(ROOT / "howto")  # the recipe's bf16-true is not what "auto" chooses without a GPU
+    command = generate_command(replace(settings, strategy="auto", accelerator="cpu"))
+    assert command.startswith("python ../generate/aligner.py --checkpoint_dir")
+    assert " --accelerator cpu --precision bf16-true --prompt " in command
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert "--devices 4 --prompt" in generate_command(replace(settings, devices="auto"))
+    assert "--devices 4 --prompt" in generate_command(replace(on_gpus, devices="auto"))
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 3_696), (10, 31_344)])

@@ -196,7 +196,7 @@ def test_a_chat_answers_with_adapters_on_the_hub(hub):
         adapters.use(text)
         assert [name for name, _ in adapters.terms] == names
     assert adapters.names == ["mine", "hf:you/mine"]
-    with pytest.raises(UserError, match="hf:mine' does not name an adapter on the hub"):
+    with pytest.raises(UserError, match="hf:mine' does not name an adapter on the Hub"):
         adapters.use("hf:mine")
 
 

@@ -211,14 +211,25 @@ def test_the_default_precision_on_a_gpu_keeps_trained_weights_in_fp32(tmp_path, 
         (Settings, "lower --micro_batch_size"),
         (
             FrozenBase,
-            "set --gradient_checkpointing, which --resume accepts, lower --micro_batch_size, or set --quantize nf4",
+            "set --gradient_checkpointing, which --resume accepts, or lower --micro_batch_size, or set --quantize nf4",
         ),
+        (dict(strategy="fsdp"), "set --gradient_checkpointing, which --resume accepts, or lower --micro_batch_size"),
+        (dict(gradient_checkpointing=True, compile=True), "lower --micro_batch_size"),
+        (dict(gradient_checkpointing=True, quantize="int8", micro_batch_size=1),
+         "use more devices, shorter rows or a smaller base"),
     ],
-)
-def test_the_advice_for_a_full_gpu_names_flags_of_the_script(tmp_path, kind, advice):
-    settings = kind(out_dir=tmp_path)
-    with pytest.raises(UserError, match=f"memory of the GPU: {advice}\\.$"), full_gpu_explained(settings):
+)  # fmt: skip
+def test_the_advice_for_a_full_gpu_names_flags_that_the_script_has_and_that_are_not_set(tmp_path, kind, advice):
+    settings = FrozenBase(out_dir=tmp_path, **kind) if isinstance(kind, dict) else kind(out_dir=tmp_path)
+    with pytest.raises(UserError, match=f"^Training .* GPU: {advice}\\.$"), full_gpu_explained(settings):
         raise torch.OutOfMemoryError
+
+
+def test_a_base_that_does_not_fit_is_named(tmp_path):
+    advice = "shard it over several GPUs with --strategy fsdp and --devices, or set --quantize nf4"
+    with pytest.raises(UserError, match=f"^The base .* GPU: {advice}\\.$"):
+        with full_gpu_explained(FrozenBase(out_dir=tmp_path), "The base"):
+            raise torch.OutOfMemoryError
 
 
 def test_fabric_run_passes_its_flags_in_environment_variables(tmp_path, python):

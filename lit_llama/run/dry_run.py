@@ -6,6 +6,7 @@ import time
 import numpy as np
 import torch
 
+from lit_llama.device import device_name
 from lit_llama.memory import Memory, byte_size, count_parameters, generation_memory, memory_table, training_memory
 from lit_llama.methods import METHODS
 from lit_llama.packing import answers_per_row, packed_length
@@ -35,12 +36,12 @@ def dry_run(trainer: Trainer) -> None:
     plan = trainer.plan(lengths, settings.batch_size, settings.micro_batch_size, settings.seed, 0)
     is_first = fabric.global_rank == 0
     if is_first:
-        processes = f"{fabric.world_size} process{'es' * (fabric.world_size > 1)}"
+        processes = f"{fabric.world_size} process{'es' * (fabric.world_size > 1)} on {device_name(fabric.device)}"
         quantized = f", layers in {settings.quantize}" if settings.quantize else ""
         print(f"parameters   {n_base:,} frozen in {str(base_dtype(fabric)).removeprefix('torch.')}{quantized}, "
               f"{n_trained:,} trained ({settings.method})\n"
               f"data         {len(lengths):,} rows, up to {lengths.max():,} tokens\n"
-              f"steps        {trainer.max_steps:,} of {settings.batch_size} rows on {processes}, "
+              f"steps        {trainer.max_steps:,} of {settings.batch_size} rows in {processes}, "
               f"{trainer.steps_per_epoch:,} an epoch\n\n"
               f"memory of each process, estimated\n{memory_table(largest_batches(trainer, plan))}\n")  # fmt: skip
         log("measuring a step")

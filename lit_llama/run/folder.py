@@ -35,6 +35,7 @@ from lightning.fabric import Fabric
 
 from lit_llama.checkpoint import is_ours, save_adapter, versions
 from lit_llama.console import ends_at_once
+from lit_llama.device import device_name
 from lit_llama.run.loggers import EventFile, WandbRun, check_logger
 from lit_llama.run.processes import completing, full_gpu_explained, together
 from lit_llama.run.report import LOSS_FIGURE, MetricsLog, plot_metrics
@@ -120,6 +121,7 @@ class RunFolder:
         """
         self.fabric, self.is_first, self.adapter_meta = fabric, fabric.global_rank == 0, adapter_meta
         self.identity = {**adapter_meta, **rows, "precision": fabric.strategy.precision.precision}
+        self.device = device_name(fabric.device)
         with ExitStack() as stack:
             with self.together():
                 if self.is_first:
@@ -211,11 +213,10 @@ class RunFolder:
         """Write config.yaml and environment.json."""
         fabric = self.fabric
         write_text(self.path / "config.yaml", yaml.safe_dump(self.json_settings(), sort_keys=False))
-        device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type
         environment = {
             **versions(),
             "platform": platform.platform(),
-            "device": device,
+            "device": self.device,
             "processes": fabric.world_size,
             "threads": torch.get_num_threads(),
             "strategy": type(fabric.strategy).__name__,

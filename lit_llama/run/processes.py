@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -80,12 +80,29 @@ def together(fabric: Fabric) -> Iterator[None]:
         raise UserError(first)
 
 
+def memory_advice(settings: TrainSettings, what: str) -> str:
+    """Return what reduces the memory of a run on a GPU; see `full_gpu_explained`."""
+    advice, is_finetuning = [], isinstance(settings, FinetuneSettings)
+    is_sharded = settings.strategy in SHARDED
+    if what == "Training":
+        if is_finetuning and not settings.gradient_checkpointing:
+            advice.append("set --gradient_checkpointing, which --resume accepts")
+        if settings.micro_batch_size > 1:
+            advice.append("lower --micro_batch_size")
+    elif not is_sharded:
+        advice.append("shard it over several GPUs with --strategy fsdp and --devices")
+    if is_finetuning and not (settings.quantize or settings.compile or is_sharded):
+        advice.append("set --quantize nf4")
+    return ", or ".join(advice or ["use more devices, shorter rows or a smaller base"])
+
+
 @contextmanager
-def full_gpu_explained(settings: TrainSettings) -> Iterator[None]:
-    """Report a GPU without memory for a training step; the process in which it occurs prints the error.
+def full_gpu_explained(settings: TrainSettings, what: Literal["Training", "The base"] = "Training") -> Iterator[None]:
+    """Report a GPU without memory for a block; the process in which it occurs prints the error.
 
     Args:
-        settings: The settings of the run; the error names only flags that its script has.
+        settings: The settings of the run; the error names only flags of its script that are not set yet.
+        what: What does not fit.
 
     Raises:
         UserError: The memory of the GPU is full.
@@ -93,10 +110,7 @@ def full_gpu_explained(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        advice = "lower --micro_batch_size"
-        if isinstance(settings, FinetuneSettings):
-            advice = f"set --gradient_checkpointing, which --resume accepts, {advice}, or set --quantize nf4"
-        problem = f"A step does not fit into the memory of the GPU: {advice}."
+        problem = f"{what} does not fit into the memory of the GPU: {memory_advice(settings, what)}."
         if not is_first_process():  # it prints only its own errors
             log(f"error: {problem}")
         raise UserError(problem) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from lit_llama.device import computes_bf16
 from lit_llama.run.schedule import count_steps
 from lit_llama.run.train_settings import SHARDED, FinetuneSettings, TrainSettings
 from lit_llama.storage.files import atomic_write
@@ -181,8 +182,12 @@ def duration(seconds: float) -> str:
 
 def generate_command(settings: FinetuneSettings) -> str:
     """Return the command that answers a prompt with the adapter of a finetuning run."""
-    command = ["python", "generate/aligner.py", "--checkpoint_dir", str(settings.checkpoint_dir)]
-    command += ["--adapter", str(settings.out_dir), *(["--quantize", settings.quantize] if settings.quantize else [])]
+    script = os.path.relpath(Path(__file__).parents[2] / "generate/aligner.py")
+    command = ["python", script, "--checkpoint_dir", str(settings.checkpoint_dir), "--adapter", str(settings.out_dir)]
+    command += ["--quantize", settings.quantize] if settings.quantize else []
+    command += ["--accelerator", settings.accelerator] if settings.accelerator != "auto" else []
+    if settings.precision == "bf16-true" and not computes_bf16(settings.accelerator):
+        command += ["--precision", "bf16-true"]  # "auto" would be fp32, which needs twice the memory
     if settings.strategy in SHARDED:  # a base that needs several devices
         devices = settings.devices if isinstance(settings.devices, int) else max(1, torch.cuda.device_count())
         command += ["--devices", str(devices)]

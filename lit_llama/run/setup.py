@@ -16,7 +16,7 @@ from lit_llama.logps import LabelLogps
 from lit_llama.methods import method_config
 from lit_llama.model import LLaMA
 from lit_llama.run.folder import FILES
-from lit_llama.run.processes import base_mesh, fabric_strategy, launch, watch_processes
+from lit_llama.run.processes import base_mesh, fabric_strategy, full_gpu_explained, launch, watch_processes
 from lit_llama.run.train_settings import SHARDED, FinetuneSettings, Precision, TrainSettings
 from lit_llama.storage.schema import field
 from lit_llama.threads import note_if_busy
@@ -172,16 +172,17 @@ def set_up_finetuning(settings: FinetuneSettings, data_meta: dict[str, Any]) -> 
     if fabric.device.type == "cpu" and fabric.world_size == 1:  # processes of this run would count as other programs
         note_if_busy(torch.get_num_threads())
     fabric.seed_everything(settings.seed, verbose=False)
-    model = load_model(
-        settings.checkpoint_dir,
-        adapter,
-        method=settings.method,
-        method_config=config,
-        device=fabric.device,
-        dtype=base_dtype(fabric),
-        quantize=settings.quantize,
-        mesh=base_mesh(fabric, settings.strategy),
-    )
+    with full_gpu_explained(settings, "The base"):
+        model = load_model(
+            settings.checkpoint_dir,
+            adapter,
+            method=settings.method,
+            method_config=config,
+            device=fabric.device,
+            dtype=base_dtype(fabric),
+            quantize=settings.quantize,
+            mesh=base_mesh(fabric, settings.strategy),
+        )
     mark_only_adapter_as_trainable(model)
     model.gradient_checkpointing = settings.gradient_checkpointing
     if settings.compile:
