@@ -1,3 +1,1 @@
-"""Moved to studies/analysis.py."""
-
 raise SystemExit("error: evaluate/analysis.py is now studies/analysis.py.")

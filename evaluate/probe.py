@@ -1,3 +1,1 @@
-"""Moved to studies/probe.py."""
-
 raise SystemExit("error: evaluate/probe.py is now studies/probe.py.")

@@ -1,3 +1,1 @@
-"""Replaced by generate/aligner.py."""
-
 raise SystemExit("error: generate/bitfit.py is now generate/aligner.py, which answers for any method.")

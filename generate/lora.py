@@ -1,3 +1,1 @@
-"""Replaced by generate/aligner.py."""
-
 raise SystemExit("error: generate/lora.py is now generate/aligner.py, which answers for any method.")

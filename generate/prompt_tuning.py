@@ -1,3 +1,1 @@
-"""Replaced by generate/aligner.py."""
-
 raise SystemExit("error: generate/prompt_tuning.py is now generate/aligner.py, which answers for any method.")

@@ -1,3 +1,1 @@
-"""Moved to microworld/pretrain.py."""
-
 raise SystemExit("error: pretrain/train.py is now microworld/pretrain.py.")

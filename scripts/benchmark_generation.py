@@ -1,3 +1,1 @@
-"""Moved to benchmarks/generation.py."""
-
 raise SystemExit("error: scripts/benchmark_generation.py is now benchmarks/generation.py.")

@@ -1,3 +1,1 @@
-"""Moved to benchmarks/loading.py."""
-
 raise SystemExit("error: scripts/benchmark_loading.py is now benchmarks/loading.py.")

@@ -1,3 +1,1 @@
-"""Moved to benchmarks/many_aligners.py."""
-
 raise SystemExit("error: scripts/benchmark_many_aligners.py is now benchmarks/many_aligners.py.")

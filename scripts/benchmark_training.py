@@ -1,3 +1,1 @@
-"""Moved to benchmarks/training.py."""
-
 raise SystemExit("error: scripts/benchmark_training.py is now benchmarks/training.py.")

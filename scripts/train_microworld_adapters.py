@@ -1,3 +1,1 @@
-"""Moved to studies/train_microworld_adapters.py."""
-
 raise SystemExit("error: scripts/train_microworld_adapters.py is now studies/train_microworld_adapters.py.")

@@ -1,3 +1,1 @@
-"""Moved to studies/train_microworld_values.py."""
-
 raise SystemExit("error: scripts/train_microworld_values.py is now studies/train_microworld_values.py.")
