@@ -151,8 +151,10 @@ def test_gradients_are_the_same_after_a_no_grad_forward_and_after_generation(len
 def test_gradient_checkpointing_gives_the_same_gradients(length):
     network, idx = toys.aligned(length, n_kv_head=2), toys.token_ids(2, 9)
     expected = gradients(network, idx)
-    network.gradient_checkpointing = True
+    network.gradient_checkpointing, calls = True, []
+    network.transformer.h[-1].register_forward_pre_hook(lambda *args: calls.append(args))
     torch.testing.assert_close(gradients(network, idx), expected)
+    assert len(calls) == 2  # the backward pass computes the block again
 
 
 def test_a_bf16_base_gives_fp32_gradients_near_the_exact_ones():

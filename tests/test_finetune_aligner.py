@@ -20,6 +20,7 @@ from preloaded import KILL
 from safetensors.torch import load
 
 import finetune.aligner as script
+import lit_llama.model
 from lit_llama import cli
 from lit_llama.checkpoint import (
     CONFIG_NAME,
@@ -33,14 +34,14 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
-from lit_llama.model import LLaMAConfig
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.run.folder import RunFolder
 from lit_llama.run.report import read_metrics
 from lit_llama.run.saved_state import agrees
-from lit_llama.storage.files import LOCK, locked
+from lit_llama.storage.files import LOCK, claim, locked
 from lit_llama.storage.staging import TEMPORARY
 from lit_llama.storage.tensor_files import read_state
-from lit_llama.train import SFTLoss, Trainer
+from lit_llama.train import SFTLoss, Trainer, lr_at
 from lit_llama.utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,16 @@ def losses(out_dir: Path) -> dict[str, dict[int, float]]:
     }
 
 
+def learning_rates(out_dir: Path) -> list[float]:
+    return [row["lr"] for row in read_metrics(out_dir / "metrics.csv").values() if "lr" in row]
+
+
+def validation_loss(model: LLaMA, val: SFTData) -> float:
+    """Compute the validation loss of a model in one batch."""
+    with torch.no_grad():
+        return (SFTLoss()(LabelLogps(model), val.batch(range(len(val))))["loss"] / val.weights.sum()).item()
+
+
 def assert_same_losses(a: Path, b: Path, tolerance: float = 0.0) -> None:
     for name, expected in losses(b).items():
         actual = losses(a)[name]
@@ -153,6 +164,8 @@ def test_metrics_have_all_columns_and_every_step(finished):
     assert header == "step,grad_norm,lr,tokens_per_s,train/loss,val/loss"
     assert list(losses(finished)["train/loss"]) == list(range(14))
     assert list(losses(finished)["val/loss"]) == [0, 5, 10, 14]
+    expected = [lr_at(step, peak=0.05, warmup_steps=6, max_steps=14, schedule="cosine") for step in range(14)]
+    assert learning_rates(finished) == pytest.approx(expected)
 
 
 def test_samples_are_generated_before_during_and_after_training(finished):
@@ -183,10 +196,8 @@ def test_an_adapter_file_records_its_config_base_and_training(finished, base_dir
 
 def test_the_saved_adapter_reproduces_its_recorded_validation_loss(finished, base_dir, data_dir):
     adapter = read_adapter(finished / "last.safetensors")
-    model, val = load_model(base_dir, adapter), SFTData(data_dir, "test")
-    with torch.no_grad():
-        total = SFTLoss()(LabelLogps(model), val.batch(range(len(val))))["loss"] / val.weights.sum()
-    assert total.item() == pytest.approx(adapter.meta["training"]["val_loss"], abs=1e-6)
+    loss = validation_loss(load_model(base_dir, adapter), SFTData(data_dir, "test"))
+    assert loss == pytest.approx(adapter.meta["training"]["val_loss"], abs=1e-6)
 
 
 def test_the_saved_config_reproduces_the_run(finished, tmp_path):
@@ -196,9 +207,29 @@ def test_the_saved_config_reproduces_the_run(finished, tmp_path):
     assert_same_losses(tmp_path / "again", finished)
 
 
-def test_gradient_checkpointing_does_not_change_the_losses(flags, finished, tmp_path):
+def test_gradient_checkpointing_does_not_change_the_losses(flags, finished, tmp_path, monkeypatch):
+    checkpoint, calls = lit_llama.model.checkpoint, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr(lit_llama.model, "checkpoint", counted)
     train(flags(tmp_path, gradient_checkpointing=True))
+    assert len(calls) == 3 * (2 * 11 + 2 * 2)  # layers; micro-batches of two epochs and of two more steps
     assert_same_losses(tmp_path, finished)
+
+
+def test_the_seed_determines_the_first_prefix_and_the_order_of_the_rows(flags, tmp_path):
+    first_losses, prefixes = [], []
+    for seed in (1, 2):
+        out_dir = tmp_path / str(seed)
+        train(flags(out_dir, seed=seed, max_steps=1, sample_prompts=0))
+        first_losses.append(losses(out_dir)["train/loss"][0])  # the gates are 0, so it depends only on the rows
+        # for the same reason the prefix has no gradient yet: the step only decays it
+        prefixes.append(read_adapter(out_dir / "last.safetensors").state["global_value_embedding.weight"])
+    assert first_losses[0] != first_losses[1]
+    assert not torch.allclose(*prefixes)
 
 
 def test_micro_batches_of_one_row_do_not_change_the_number_of_steps(flags, tmp_path):
@@ -305,6 +336,7 @@ def test_early_stopping_ends_a_resumed_run_at_the_same_step(flags, tmp_path, cap
     *before, second_last, last = losses(complete)["val/loss"].values()
     assert summary["best_val_loss"] == min(before) <= min(second_last, last)
     assert summary["best_step"] == summary["steps"] - 4 and max(losses(complete)["train/loss"]) == summary["steps"] - 1
+    assert learning_rates(complete)[6:] == [20.0] * (summary["steps"] - 6) != []
 
     train_step = Trainer.train_step
 
@@ -320,6 +352,8 @@ def test_early_stopping_ends_a_resumed_run_at_the_same_step(flags, tmp_path, cap
         train(flags(killed, **early, resume=True))
         assert_same_losses(killed, complete)
         assert json.loads((killed / "summary.json").read_text())["steps"] == summary["steps"]
+        best, expected = (read_adapter(folder / "best.safetensors").state for folder in (killed, complete))
+        assert all(torch.equal(best[name], t) for name, t in expected.items())
 
 
 def test_resuming_a_finished_run_gives_the_same_results(finished, flags, tmp_path, capsys):
@@ -500,7 +534,7 @@ def test_sigterm_saves_although_the_reader_of_the_output_has_ended(flags, tmp_pa
     assert saved_step(tmp_path / "run/state.pt") == 6
 
 
-def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
+def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path, monkeypatch):
     """The lock is released when its process ends, even if it is killed."""
     shutil.copytree(finished, tmp_path / "run")
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
@@ -516,6 +550,27 @@ def test_a_folder_is_trained_in_by_one_process(finished, flags, tmp_path):
     holder.kill()
     holder.communicate()
     train(flags(tmp_path / "run", resume=True))
+
+    train_step, second = Trainer.train_step, cli.parse(script.Settings, flags(tmp_path / "run", overwrite=True))
+
+    def train_step_of_first(self, rows):
+        with pytest.raises(UserError, match="Another process is writing into"):
+            RunFolder(second)
+        return train_step(self, rows)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step_of_first)
+    train(flags(tmp_path / "run", overwrite=True, max_steps=1))
+
+
+def test_a_run_that_ends_just_before_another_takes_the_lock_is_kept(finished, flags, tmp_path, monkeypatch):
+    def claim_late(folder, names, **options):
+        claim(folder, names, **options)
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr("lit_llama.run.folder.claim", claim_late)
+    with pytest.raises(UserError, match="already contains a run: continue it with --resume"):
+        train(flags(tmp_path))
+    assert snapshot(tmp_path) == {tmp_path / p.relative_to(finished): data for p, data in snapshot(finished).items()}
 
 
 def test_processes_of_a_run_that_start_together_all_pass_the_first_check(finished, flags, tmp_path):
@@ -645,12 +700,16 @@ def run_on_two_machines(
     ("launcher", "strategy"),
     [("--devices", "ddp"), ("fabric run", "ddp"), ("--devices", "fsdp"), ("machines", "fsdp"), ("machines", "hsdp")],
 )
-def test_two_processes_give_the_same_losses_as_one(flags, tmp_path, python, free_port, launcher, strategy):
+def test_two_processes_give_the_same_losses_as_one(
+    flags, base_dir, data_dir, tmp_path, python, free_port, launcher, strategy
+):
     # the sixth step has one row and the validation one batch, so the second process has nothing to do in them
     changes = dict(max_steps=7, eval_rows=3, eval_interval=6)
     if (launcher, strategy) == ("--devices", "ddp"):
         python = sys.executable  # with another hash seed in each process
     train(flags(tmp_path / "one", **changes))
+    before = validation_loss(load_model(base_dir), SFTData(data_dir, "test", max_rows=3))
+    assert losses(tmp_path / "one")["val/loss"][0] == pytest.approx(before, abs=1e-6)
     arguments = flags(tmp_path / "two", **changes)
     script_path = str(ROOT / "finetune/aligner.py")
     if launcher == "machines":

@@ -320,7 +320,7 @@ def finished(base_dir, preference_dir, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
     data_dir = shutil.copytree(preference_dir, folder / "data/pairs")
     with redirect_stdout(StringIO()) as out:
-        train(make_flags(folder / "run", checkpoint_dir=base_dir, data_dir=data_dir, sft_weight=0.5))
+        train(make_flags(folder / "run", checkpoint_dir=base_dir, data_dir=data_dir, sft_weight=0.5, eval_rows=5))
     return folder / "run", out.getvalue()
 
 
@@ -339,11 +339,11 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert f"> {records[0]['prompt']}\nbefore: {records[0]['answer']}\nafter:  {records[-1]['answer']}\n" in output
 
 
-def test_validation_covers_the_entire_split(finished, base_dir, preference_dir):
+def test_validation_covers_the_pairs_of_eval_rows(finished, base_dir, preference_dir):
     """The last row of metrics equals a computation with two models, one pair at a time."""
     out_dir, _ = finished
     policy, base = load_model(base_dir, read_adapter(out_dir / "last.safetensors")), load_model(base_dir)
-    val = PreferenceData(preference_dir, "test")
+    val = PreferenceData(preference_dir, "test", max_rows=5)
     margins = []
     for i in range(len(val)):
         batch = val.batch(np.array([i]))

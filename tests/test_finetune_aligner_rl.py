@@ -311,13 +311,13 @@ def test_validation_is_greedy_and_covers_the_entire_split(finished, base_dir, pr
 
 
 def test_only_a_score_of_1_is_right(settings, tmp_path, monkeypatch):
-    """The numbers of the validation rows are 1, 4, 10, 15, 21 and 26."""
+    """The numbers of the first five validation rows are 1, 4, 10, 15 and 21."""
     monkeypatch.chdir(tmp_path)
     Path("row_scores.py").write_text("def reward(prompts, answers, rows):\n"
                                      "    return [min(row['number'] / 15, 1) for row in rows]\n")  # fmt: skip
-    train(settings(tmp_path / "run", max_steps=1, drift_prompts=0, score="row_scores:reward"))
+    train(settings(tmp_path / "run", max_steps=1, drift_prompts=0, score="row_scores:reward", eval_rows=5))
     row = read_metrics(tmp_path / "run/metrics.csv")[1]
-    assert row["val/accuracy"] == 0.5 and row["val/loss"] == pytest.approx((14 + 11 + 5) / 15 / 6)
+    assert row["val/accuracy"] == pytest.approx(0.4) and row["val/loss"] == pytest.approx((14 + 11 + 5) / 15 / 5)
 
 
 def test_a_dry_run_counts_rows_with_all_answers(settings, tmp_path, prompt_dir, tokenizer):
@@ -358,16 +358,19 @@ def trainer_of(flags: list[str], monkeypatch) -> PolicyTrainer:
     return trainers[0]
 
 
-@pytest.mark.parametrize(("length_term", "divide_by_std"), [("answer", "true"), ("constant", "false")])
-def test_the_settings_of_the_objective_are_used(settings, tmp_path, monkeypatch, length_term, divide_by_std):
-    flags = settings(tmp_path / "run", length_term=length_term, divide_by_std=divide_by_std)
-    trainer, rows = trainer_of(flags, monkeypatch), np.arange(8)
+@pytest.mark.parametrize(
+    ("length_term", "divide_by_std", "kl_weight"), [("answer", "true", 0), ("constant", "false", 0.1)]
+)
+def test_the_settings_of_the_objective_are_used(settings, tmp_path, monkeypatch, length_term, divide_by_std, kl_weight):
+    changes = dict(length_term=length_term, divide_by_std=divide_by_std, kl_weight=kl_weight)
+    trainer, rows = trainer_of(settings(tmp_path / "run", **changes), monkeypatch), np.arange(8)
     sums = trainer.train.sample(trainer.unwrapped, 0, rows)
-    batch = trainer.train.batch(rows)  # only the groups with a signal
+    batch = trainer.train.batch(rows)
     lengths = [len(answer) for group in answers_of(batch) for answer in group]
     first = np.cumsum([0, *lengths[:-1]])  # label of each answer
     deviations = batch["advantages"][first].view(-1, 3).std(1, correction=0)
-    assert 1 < len(deviations) == 8 - sums["no_signal"] and len(set(lengths)) > 1
+    assert 0 < sums["no_signal"] < 7 and len(set(lengths)) > 1
+    assert len(deviations) == (8 if kl_weight else 8 - sums["no_signal"])  # the KL term trains on all groups
     if length_term == "constant":  # Dr. GRPO
         assert batch["weights"].tolist() == pytest.approx([1 / (3 * 6)] * sum(lengths))
         assert deviations.sum().item() == pytest.approx(sums["reward_std"].item())
@@ -375,6 +378,21 @@ def test_the_settings_of_the_objective_are_used(settings, tmp_path, monkeypatch,
     else:
         assert batch["weights"].tolist() == pytest.approx([1 / (3 * n) for n in lengths for _ in range(n)])
         assert deviations.tolist() == pytest.approx([1] * len(deviations), abs=1e-3)
+
+
+def test_the_seed_determines_the_sampled_answers(settings, tmp_path, monkeypatch):
+    answers, rows = [], np.array([4, 2])
+    for seed in (1, 2):
+        trainer = trainer_of(settings(tmp_path / "run", seed=seed, kl_weight=0.1), monkeypatch)
+        trainer.train.sample(trainer.unwrapped, 0, rows)
+        answers.append(answers_of(trainer.train.batch(rows)))
+    assert answers[0] != answers[1]
+
+
+def test_answers_of_several_updates_are_counted_once(settings, tmp_path, monkeypatch):
+    trainer, rows = trainer_of(settings(tmp_path / "run", updates_per_batch=2), monkeypatch), np.array([4, 2])
+    step = trainer.train_step([rows])
+    assert trainer.tokens == step.tokens == trainer.train.tokens[rows].sum()
 
 
 def test_the_policies_that_the_loss_compares_with_have_no_dropout(settings, tmp_path, monkeypatch):

@@ -249,6 +249,7 @@ def sample_frequencies(sampling: Sampling, draws: int = 20_000) -> list[float]:
         # top_p applies after top_k, to 5/8 and 3/8
         (dict(temperature=1.0, top_k=2, top_p=0.6), [0, 1, 0, 0]),
         (dict(temperature=0.0), [0, 1, 0, 0]),
+        (dict(temperature=1e-40), [0, 1, 0, 0]),
         (dict(temperature=0.0, top_k=2, top_p=0.1), [0, 1, 0, 0]),
     ],
 )
