@@ -1,6 +1,7 @@
 """Code shared by the evaluations: results that survive a stopped run, answers, statistics."""
 
 import json
+import os
 import threading
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_records_are_not_written_through_a_link(tmp_path):
     with pytest.raises(UserError, match="Cannot write"):
         file.append({"id": 2})
     assert (tmp_path / "victim").read_text() == "[1]\n{}"
+
+
+def test_records_are_synced_to_the_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle)) or fsync(handle))
+    file = JsonLines(tmp_path / "answers.jsonl")
+    file.append({"id": 1})
+    about = file.path.stat()
+    assert [(s.st_ino, s.st_size) for s in synced] == [(about.st_ino, about.st_size)]
 
 
 def test_evaluations_that_share_a_file_keep_the_records_of_each_other(tmp_path):

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,30 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[tuple[str, int]]:
+    """Record the inodes of files and folders that are synced to the disk or renamed, in order."""
+    calls, fsync = [], os.fsync
+
+    def recorded_fsync(handle: int) -> None:
+        calls.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def recorded_move(move: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        return lambda source, target: calls.append(("rename", source.stat().st_ino)) or move(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_move(os.rename))
+    monkeypatch.setattr(os, "replace", recorded_move(os.replace))
+    return calls
+
+
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_afterwards(tmp_path, recorded):
+    write_text(tmp_path / "file.txt", "one")
+    file, folder = (path.stat().st_ino for path in (tmp_path / "file.txt", tmp_path))
+    assert recorded == [("sync", file), ("rename", file), ("sync", folder)]
 
 
 def test_a_failed_write_leaves_no_new_folders(tmp_path):
@@ -194,6 +219,18 @@ def test_a_folder_is_written_completely_or_not_at_all(tmp_path):
     assert {p.name for p in path.iterdir()} == {"c", MANIFEST}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert json.loads((path / MANIFEST).read_text())["files"].keys() == {"c"}
+
+
+def test_a_folder_is_synced_before_it_is_renamed_and_its_parent_afterwards(tmp_path, recorded):
+    path = tmp_path / "out"
+    fill(path, a="1")
+    old = path.stat().st_ino
+    recorded.clear()
+    fill(path, a="2", **{"sub/b": "3"})
+    new, content = path.stat().st_ino, {item.stat().st_ino for item in path.rglob("*")}
+    *synced, first, second, last = recorded
+    assert len(content) == 4 and sorted(synced) == sorted(("sync", inode) for inode in {new, *content})
+    assert [first, second, last] == [("rename", old), ("rename", new), ("sync", tmp_path.stat().st_ino)]
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):
