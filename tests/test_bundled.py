@@ -155,6 +155,17 @@ def test_the_readme_states_at_which_strength_answers_are_in_the_form(run_script,
     assert "the model answers none, none and all four that way." in text
 
 
+def test_the_readme_states_the_scores_of_the_page_on_reasoning():
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("howto/reasoning.md", "README.md"))
+    row = r"^\| (?:the base|seed \d) \| ([\d.]+)% \| [\d.]+% \| ([\d.]+)% \| [\d.]+% \|$"
+    (before, facts_before), *after = re.findall(row, page, re.MULTILINE)
+    assert len(after) == 3
+    lowest, lowest_of_facts = (min(map(float, shares)) for shares in zip(*after, strict=True))
+    text = " ".join(readme.split())
+    assert f"from {before}% to at least {lowest}% with each of three seeds" in text
+    assert f"{float(facts_before):.0f}% before, stays at {lowest_of_facts}% or more" in text
+
+
 def test_the_readme_states_the_lowest_measured_scores():
     with (WEIGHTS / "scores.csv").open() as file:
         scores = list(csv.DictReader(file))

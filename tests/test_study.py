@@ -359,6 +359,12 @@ def test_the_stored_tables_match_the_stored_results():
     assert csv_text(paper.means(rows)) == (STORED / "table.csv").read_text(encoding="utf-8")
     page = (STORED.parent / "study.md").read_text(encoding="utf-8")
     assert all(table in page for table in text.split("\n\n")[:2])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = {(line["task"], line["measure"], line["method"]): f"{100 * line['mean']:.1f} ± {100 * line['half']:.1f}"
+             for line in paper.means(rows)}  # fmt: skip
+    for row in (("pirate", "form"), ("values", "refused"), ("telegram", "form"), ("facts", "value"),
+                ("two_hop", "trained"), ("two_hop", "unseen")):  # fmt: skip
+        assert f"| {cells[(*row, 'aligner1')]} | {cells[(*row, 'lora')]} |" in readme, row
 
 
 def test_the_stored_trials_are_those_that_the_current_study_would_run(tmp_path):
