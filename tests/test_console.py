@@ -82,6 +82,7 @@ def test_a_closed_pipe_ends_the_program_quietly():
             process.stderr.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, as on macOS")
 def test_a_full_disk_is_an_error_for_stdout_but_not_for_stderr():
     with open("/dev/full", "w") as full:
         process = start(stdout=full, stderr=subprocess.PIPE)

@@ -118,7 +118,7 @@ def test_only_a_regular_file_is_replaced(tmp_path, kind):
     elif kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
-        path = Path("/dev/full")
+        path = Path("/dev/zero")
     else:
         path.symlink_to(victim if kind == "link to a file" else tmp_path / "nothing")
     before = snapshot(tmp_path) if kind != "fifo" else None

@@ -685,14 +685,19 @@ def run_on_two_machines(
     for_fabric, for_script = ([], flag) if strategy == "hsdp" else (flag, [])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     machines = []
-    for node, given in enumerate((arguments, of_second or arguments)):
-        given = [argument for argument in given if argument != "--accelerator=cpu"]
-        command = [*fabric_run, *for_fabric, f"--node-rank={node}", "--", ROOT / "finetune/aligner.py", *for_script]
-        command += given
-        machines.append(subprocess.Popen(command, **pipes))
-    first, second = machines
-    out, err = first.communicate(timeout=300)
-    assert (second.communicate(timeout=60)[0], second.returncode) == ("", first.returncode)
+    try:
+        for node, given in enumerate((arguments, of_second or arguments)):
+            given = [argument for argument in given if argument != "--accelerator=cpu"]
+            command = [*fabric_run, *for_fabric, f"--node-rank={node}", "--", ROOT / "finetune/aligner.py", *for_script]
+            command += given
+            machines.append(subprocess.Popen(command, **pipes))
+        first, second = machines
+        out, err = first.communicate(timeout=300)
+        assert (second.communicate(timeout=60)[0], second.returncode) == ("", first.returncode)
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
     return first.returncode, out, err
 
 

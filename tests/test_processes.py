@@ -69,7 +69,11 @@ def run(path: Path, python: str, *args: object) -> tuple[int, str, float]:
     (path / "script.py").write_text(SCRIPT)
     command = [python, path / "script.py", *map(str, args), path / "died"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output, _ = process.communicate(timeout=300)  # returns when both processes have closed the pipe
+    try:
+        output, _ = process.communicate(timeout=300)  # returns when both processes have closed the pipe
+    finally:
+        process.kill()
+        process.wait()
     died = float((path / "died").read_text()) if (path / "died").exists() else time.time()
     return process.returncode, output, time.time() - died
 
@@ -100,6 +104,7 @@ def test_an_error_under_slurm_is_printed_once(tmp_path, python, free_port):
     finally:
         for task in tasks:
             task.kill()
+            task.wait()
     assert ([task.returncode for task in tasks], errors) == ([1, 1], ["error: The disk is full.\n", ""])
 
 

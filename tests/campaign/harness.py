@@ -217,7 +217,7 @@ def execute(request: dict[str, Any]) -> None:
         Faults(request["watch"], request["kill_at"], how, folder / "calls").install()
     if request["file_limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
-    if request["memory"] is not None:
+    if request["memory"] is not None and sys.platform == "linux":  # macOS refuses such a limit
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
     if request["user"] is not None:
         os.setgroups([])
