@@ -489,7 +489,9 @@ def test_invalid_settings_are_refused_before_the_run_folder_is_created(settings,
 
 
 def test_sft_data_is_refused(settings, data_dir, tmp_path):
-    with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-preference-1'"):
+    with pytest.raises(
+        UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"
+    ):
         train(settings(tmp_path / "run", data_dir=data_dir))
 
 

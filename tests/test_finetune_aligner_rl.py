@@ -541,7 +541,7 @@ def test_invalid_settings_give_a_one_sentence_error(settings, refusal, tmp_path,
 
 
 def test_data_in_another_format_is_refused(settings, data_dir, tmp_path):
-    with pytest.raises(UserError, match="format 'lit-llama-sft-1'; this script reads 'lit-llama-prompts-1'"):
+    with pytest.raises(UserError, match="contains prompts with responses, for SFT; this script needs prompts for RL"):
         train(settings(tmp_path / "run", data_dir=data_dir))
 
 

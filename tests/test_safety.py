@@ -276,7 +276,7 @@ def test_a_calibration_of_other_settings_is_replaced_only_with_overwrite(files, 
             ({"calibrate": copy}, f"file was {files['labelled']}, is now {copy}"),
             ({"harmful_up_to": 3.0}, "harmful_up_to was 5.0, is now 3.0"),
         ):
-            with pytest.raises(UserError, match=r"has results of other settings .*--overwrite true") as error:
+            with pytest.raises(UserError, match=r"has results of other settings .*--overwrite\.$") as error:
                 main(settings_for(files, tmp_path, server.url, **{**calibrate, **changes}))
             assert words in str(error.value) and path.read_text() == before and len(server.requests) == n_requests
     main(settings_for(files, tmp_path, None, judge="keywords", **calibrate, overwrite=True))
