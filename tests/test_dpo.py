@@ -370,7 +370,5 @@ def test_too_few_pairs_and_other_formats_are_refused(tmp_path, tokenizer, data_d
     with pytest.raises(UserError, match=r"^0 of 2 rows can be used.* 2 with an empty text"):
         write_pairs(tmp_path / "out", tokenizer, [("a", " b", "")] * 2)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"
-    ):
+    with pytest.raises(UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"):
         PreferenceData(data_dir, "train")

@@ -489,9 +489,7 @@ def test_invalid_settings_are_refused_before_the_run_folder_is_created(settings,
 
 
 def test_sft_data_is_refused(settings, data_dir, tmp_path):
-    with pytest.raises(
-        UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"
-    ):
+    with pytest.raises(UserError, match="contains prompts with responses, for SFT; this script needs preference pairs"):
         train(settings(tmp_path / "run", data_dir=data_dir))
 
 
