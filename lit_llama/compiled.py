@@ -44,7 +44,7 @@ def compile_(model: Variant, purpose: Literal["training", "decoding"], backend: 
 
     # a few layer classes, each with and without gradients and with one shape or several; the default is 8
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    # DDP would split layers with prefixes of more than 1 MB, to overlap communication that they do not have
+    # by default, DDP splits a graph at each MiB of trained parameters, as in LoRA with a large rank
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         if purpose == "training" and model.transformer.wte.weight.device.type == "cpu":

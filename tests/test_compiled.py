@@ -4,16 +4,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 import toys
 from test_on_device import MODELS, sft_batch
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from lit_llama import lora
 from lit_llama.compiled import compile_, eager_unless
 from lit_llama.generation import Sampling, decode_one_token, generate, prefill
 from lit_llama.kv_cache import KVCache
+from lit_llama.logps import LabelLogps
 from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.packing import pack_answers
 from lit_llama.utils import UserError
+from lit_llama.variant import mark_only_adapter_as_trainable
 
 # with N = 1 an Aligner adds its values without attention
 METHODS = [
@@ -140,6 +145,24 @@ def test_training_gives_the_same_gradients(kind, backend):
         answers = generate(network, toys.prompts(4, 6), Sampling(4))
         results.append((losses, [p.grad for p in network.parameters() if p.requires_grad], answers))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_ddp_does_not_split_layers():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    network = lora.LLaMA(lora.LLaMAConfig(**toys.SIZES, lora_r=2**13))  # 1 MiB in lora_B alone
+    mark_only_adapter_as_trainable(network)
+    compile_(network, "training", backend)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(LabelLogps(network))(*[toys.token_ids(2, 9)] * 2).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 2  # the input of the first layer has no gradient
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
