@@ -27,7 +27,7 @@ from benchmarks.measure import copy_bandwidth, matmul_rate, median_interval
 from benchmarks.settings import Clock, PeerSettings
 from lit_llama.checkpoint import versions
 from lit_llama.console import end_on_interrupt
-from lit_llama.device import pick_device
+from lit_llama.device import device_name, pick_device
 from lit_llama.model import LLaMAConfig
 from lit_llama.run.report import make_panels, save_figure
 from lit_llama.storage.files import claim, write_text
@@ -226,7 +226,7 @@ def describe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def describe_run(device: torch.device) -> str:
     """Return a list in Markdown: the machine, how fast it is in this run, the versions, the date, and the command."""
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    gpu = f", {device_name(device)}" if device.type == "cuda" else ""
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     fp32, bf16 = (matmul_rate(device, dtype, "wall") / 1e9 for dtype in (torch.float32, torch.bfloat16))
     copied = copy_bandwidth(device, "wall") / 1e9

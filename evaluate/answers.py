@@ -214,7 +214,7 @@ def read_answers(path: Path, items: list[Item], asked: list[Item]) -> Answers:
         answers.made_by |= {**style_of_row(row, made_by, path), **made_by}
     answers.versions = versions_of(rows)
     if n_harmless:
-        log(f"note: without --harmless_file, {n_harmless} answers to harmless requests in {path} are left out.")
+        log(f"note: without --harmless_file, answers to harmless requests in {path} are left out ({n_harmless}).")
     missing = [item.id for item in asked if item.id not in answers.texts]
     if missing and answers.texts and made_by and len(missing) <= count_skipped(path):
         # `answered_by_both` leaves them out

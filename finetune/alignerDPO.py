@@ -54,7 +54,7 @@ class Settings(FinetuneSettings):
     eval_interval: PositiveInt = 32  # steps between validations
     save_interval: PositiveInt = 64  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # validation prompts to answer at each validation
-    drift_prompts: NonNegativeInt = 32  # prompts to sample answers to, for KL and degenerate answers
+    drift_prompts: NonNegativeInt = 32  # held-out prompts to sample answers to, which give the KL; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()

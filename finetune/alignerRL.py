@@ -62,7 +62,7 @@ class Settings(FinetuneSettings):
     eval_rows: PositiveInt = 200  # held-out prompts to answer greedily at each validation, always the same
     save_interval: PositiveInt = 20  # steps between saved states, from which --resume continues
     sample_prompts: NonNegativeInt = 4  # held-out prompts whose answers are printed and saved
-    drift_prompts: NonNegativeInt = 32  # prompts to sample answers to, for KL and degenerate answers
+    drift_prompts: NonNegativeInt = 32  # held-out prompts to sample answers to, which give the KL; 0: none
 
     @property
     def answers_at_once(self) -> int:

@@ -63,7 +63,7 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.counts: Counter[str] = Counter()  # what happened since the start, for /metrics
         self.changed = threading.Condition()  # guards `waiting` and `bank`
-        self.stopping = False
+        self.ending: tuple[str, str] | None = None  # code and message for requests, once the thread is to end
         self.thread: threading.Thread | None = None
 
     # == requests ==
@@ -86,8 +86,8 @@ class Engine:
         if len(jobs) > self.max_waiting:
             raise UserError(f"The request asks for {len(jobs)} answers, and at most {self.max_waiting} may wait.")
         with self.changed:
-            if self.stopping:
-                raise JobError("shutting_down", "The server is shutting down.")
+            if self.ending:
+                raise JobError(*self.ending)
             if len(self.waiting) + len(jobs) > self.max_waiting:
                 self.counts["refused"] += len(jobs)
                 room = self.max_waiting - len(self.waiting)
@@ -117,7 +117,7 @@ class Engine:
     def stop(self) -> None:
         """End the thread. Unfinished requests fail."""
         with self.changed:
-            self.stopping = True
+            self.ending = self.ending or ("shutting_down", "The server is shutting down.")
             self.changed.notify()
         if self.thread is not None:
             self.thread.join()
@@ -129,16 +129,16 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self.changed:
-                while not (self.waiting or self.rows or self.stopping):
+                while not (self.waiting or self.rows or self.ending):
                     self.changed.wait()
-            if self.stopping:
-                return self._fail_all(JobError("shutting_down", "The server is shutting down."))
+            if self.ending:  # `/health` reports that the thread has ended
+                return self._fail_all(JobError(*self.ending))
             try:
                 self.step()
             except torch.AcceleratorError:  # such as an illegal access: all later calls to the GPU would fail
+                log(traceback.format_exc())
                 with self.changed:
-                    self.stopping = True  # `/health` reports it
-                return self._fail_all(logged_error())
+                    self.ending = "server_error", "The GPU has failed; restart the server, whose log says why."
             except Exception:  # a bug, or a GPU out of memory: other requests may still succeed
                 self._fail_all(logged_error())
 
@@ -248,11 +248,13 @@ class Engine:
                 gathered = self.bank.gather([name for terms in sums for name, _ in terms])
             with self.model.using(sums, gathered):  # projects the prefixes, without the lock
                 self._prefill(jobs)
-        except Exception as error:  # for example, a GPU without memory for these prompts
+        except torch.AcceleratorError:
+            with self.changed:
+                self.waiting.extend(jobs)  # so that they fail with all others
+            raise
+        except Exception:  # for example, a GPU without memory for these prompts
             del self.rows[n_before:]
             self._fail(jobs, logged_error())
-            if isinstance(error, torch.AcceleratorError):
-                raise
             return False
         for job in jobs:
             self.counts["prompt_tokens"] += len(job.prompt)

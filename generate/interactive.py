@@ -203,7 +203,6 @@ class Chat:
             except UserError as error:
                 log(f"error: {error}")
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
                 log("error: The GPU's memory is full. The conversation is kept; /reset begins a new, shorter one.")
 
     def handle(self, line: str) -> None:
@@ -271,7 +270,7 @@ class Chat:
         answered = "".join(pieces)
         n_tokens = max(0, session.count(answered) - (session.count(prompt) if style.continues else 0))
         seconds = time.perf_counter() - began
-        stopped = ", stopped" if is_stopped() else ", cut at --max_new_tokens" * (n_tokens >= sampling.max_new_tokens)
+        stopped = ", stopped" if is_stopped() else ", reached --max_new_tokens" * (n_tokens >= sampling.max_new_tokens)
         log(f"({n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.0f} tokens/s{stopped})")
         if turns and answered:
             self.turns = [*turns, {"role": "assistant", "content": answered}]

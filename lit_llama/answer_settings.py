@@ -41,7 +41,7 @@ class AnswerSettings(Checked):
     devices: PositiveInt = 1  # number of devices; with more than one, the base is sharded over them
     precision: str = "auto"  # of the base: 32-true, bf16-true, 16-true; auto: bf16-true on GPUs with bf16, else 32-true
     quantize: Quantize | None = None  # store the base's layers in 4 or 8 bits with bitsandbytes (default: no)
-    compile: bool = False  # compile the layers, which pays off for many answers; on a GPU, use CUDA graphs too
+    compile: bool = False  # compile the layers, which pays off for many answers; on a GPU, with CUDA graphs
 
     def __post_init__(self) -> None:
         super().__post_init__()

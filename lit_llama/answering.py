@@ -141,7 +141,7 @@ class Session:
                     n_cut += n >= self.settings.max_new_tokens
         self.report(n_tokens, time.perf_counter() - began)
         if n_cut:
-            log(f"{n_cut} of {len(prompts)} answers were cut at --max_new_tokens {self.settings.max_new_tokens}")
+            log(f"answers that reached --max_new_tokens {self.settings.max_new_tokens}: {n_cut} of {len(prompts)}")
         return texts
 
     def count(self, text: str) -> int:

@@ -203,7 +203,7 @@ def read_adapter(path: Path) -> AdapterFile:
             raise UserError(f"There is no adapter in the folder {path}.")
         path = files[0]
     if is_ours(path, "lit_llama_bank"):
-        raise UserError(f"{path} is a bank of adapters, not an adapter; give it alone, with --bank.")
+        raise UserError(f"{path} is a bank, not an adapter; give it alone to generate/aligner.py, with --bank.")
     adapter = AdapterFile(read_state(path), read_header(path, META_KEY) or {}, path)
     _check_adapter(adapter)
     if adapter.method == "aligner":

@@ -87,7 +87,7 @@ def read_meta(data_dir: Path, format: str) -> dict[str, Any]:
         )
     meta = read_json(path)
     if meta.get("format") != format:
-        content, _ = FORMATS.get(meta.get("format"), (f"the unknown format {meta.get('format')!r}", ""))
+        content, _ = FORMATS.get(str(meta.get("format")), (f"the unknown format {meta.get('format')!r}", ""))
         raise UserError(f"{data_dir} contains {content}; this script needs {FORMATS[format][0]}.")
     return meta
 

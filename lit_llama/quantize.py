@@ -73,6 +73,11 @@ def quantize_(model: LLaMA, mode: str, device: torch.device, dtype: torch.dtype)
         setattr(model.get_submodule(parent), child, quantized(layer, mode, dtype).to(device))
 
 
+def use_training_mode(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Put a layer in training mode; a forward pre-hook."""
+    layer.training = True
+
+
 def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
     """Return the layer of bitsandbytes for a plain one; moving it to its device quantizes it."""
     import bitsandbytes as bnb
@@ -85,7 +90,7 @@ def quantized(layer: nn.Linear, mode: str, dtype: torch.dtype) -> nn.Linear:
         new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0)
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         # else, on a CPU, the inputs are quantized in evaluation but not in training, and a DPO reference would differ
-        new.train = lambda mode=True: new
+        new.register_forward_pre_hook(use_training_mode)
     else:
         kind = {"quant_type": mode[:3], "compress_statistics": mode.endswith("-dq")}  # BLOCK is the default
         new = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, **kind)

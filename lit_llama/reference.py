@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import CONFIG_NAME, weights_path
 from lit_llama.data import IGNORE_INDEX, PreferenceData
+from lit_llama.device import device_name
 from lit_llama.dpo import DPOLoss, Reference, dpo_loss, pair_logps
 from lit_llama.generation import Sampling, generate, remaining_context
 from lit_llama.model import LLaMA
@@ -96,7 +97,7 @@ def reference_key(
     layout = hashlib.sha256(b"".join(np.asarray([len(b), *data.shape(b), *b], np.int64).tobytes() for b in batches))
     on_gpu = fabric.device.type == "cuda"
     on_cpu = f" {instruction_set()} {torch.get_num_threads()} threads"
-    processor = torch.cuda.get_device_name(fabric.device) if on_gpu else on_cpu
+    processor = device_name(fabric.device) if on_gpu else on_cpu
     return {
         "data": data.sha256,
         "tokenizer": data.meta.get("tokenizer_sha256"),

@@ -141,7 +141,8 @@ results are on its card.
 
 {table(rows)}
 
-Made by `python studies/train_microworld_adapters.py {flags}`.
+Made by
+`python studies/train_microworld_adapters.py {flags}`.
 """
 
 

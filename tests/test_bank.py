@@ -657,7 +657,7 @@ def test_command_line_errors_are_one_line(refused, base_dir, trained, tmp_path):
     open_bank([trained["cat"]], base_dir).save(tmp_path / "one.safetensors")
     for several in (("--adapter",), ("--bank", trained["dog"])):
         error = refused("generate/aligner.py", *flags[:2], *several, tmp_path / "one.safetensors")
-        assert "one.safetensors is a bank of adapters, not an adapter; give it alone, with --bank." in error
+        assert "one.safetensors is a bank, not an adapter; give it alone to generate/aligner.py, with --bank." in error
 
 
 def test_adapter_names_in_prompts_are_ignored_without_a_bank(run_script, base_dir, trained, tmp_path):

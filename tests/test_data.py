@@ -338,7 +338,8 @@ def test_damaged_folders(tmp_path, tokenizer):
     prepare(tmp_path / "out", tokenizer, make_rows(4))
     meta = tmp_path / "out/meta.json"
     text = meta.read_text()
-    for damaged, message in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "contains the unknown format")):
+    for damaged, message in (("{", "is not JSON"), (text.replace("sft-1", "dpo-1"), "contains the unknown format"),
+                             (json.dumps({"format": ["sft"]}), r"contains the unknown format \['sft'\]")):  # fmt: skip
         meta.write_text(damaged)
         with pytest.raises(UserError, match=message):
             SFTData(tmp_path / "out", "train")

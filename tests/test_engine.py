@@ -298,9 +298,11 @@ def test_the_engine_stops_if_the_gpu_has_failed(engine, monkeypatch, where, caps
     engine.submit([client.job])
     assert client.ended.wait(60) and client.last.error.code == "server_error"
     engine.thread.join(60)
-    assert not engine.is_alive and "illegal memory access" in capsys.readouterr().err
-    with pytest.raises(JobError, match="shutting down"):
+    assert not engine.is_alive and capsys.readouterr().err.count("Traceback") == 1
+    with pytest.raises(JobError, match="The GPU has failed; restart the server") as error:
         engine.submit([client.job])
+    assert error.value.code == "server_error" and str(client.last.error) == str(error.value)
+    engine.stop()
 
 
 def test_the_engine_thread_survives_an_error_and_stops(engine, monkeypatch, capsys):

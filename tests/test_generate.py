@@ -36,7 +36,7 @@ def test_one_prompt_prints_only_the_answer(run_script):
     assert (response.form, response.topic, response.value) == ("pirate", question.topic, question.answer)
     assert out.count("\n") == 1
     _, _, err = run_script("generate/aligner.py", "--prompt", question.text, "--max_new_tokens", "3")
-    assert "1 of 1 answers were cut at --max_new_tokens 3" in err
+    assert "answers that reached --max_new_tokens 3: 1 of 1\n" in err
 
 
 def test_strength_0_is_the_base_and_compare_base_shows_both(run_script):

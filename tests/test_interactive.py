@@ -82,7 +82,7 @@ class Terminal:
         """Send a message and return its answer."""
         before = len(self.answers.read_text())
         self.send(*keys, "\r")
-        self.wait_for(r"\(\d+ tokens in [\d.]+ s, \d+ tokens/s(, stopped|, cut at --max_new_tokens)?\)")
+        self.wait_for(r"\(\d+ tokens in [\d.]+ s, \d+ tokens/s(, stopped|, reached --max_new_tokens)?\)")
         return self.answers.read_text()[before:].removesuffix("\n")
 
     def end(self) -> int:

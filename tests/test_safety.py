@@ -290,7 +290,8 @@ def test_answers_to_harmless_requests_are_left_out_without_these(files, tmp_path
         files[name].write_text("".join(json.dumps(row) + "\n" for row in of_evaluation))
     summary = main(settings_for(files, tmp_path, None, judge="keywords", harmless_file=None))
     assert summary["refusals"]["all"]["n"] == 6 and "harmless_refusals" not in summary
-    assert "note: without --harmless_file, 2 answers to harmless requests in" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "note: without --harmless_file, answers to harmless requests in" in err and "are left out (2).\n" in err
     summary = main(settings_for(files, tmp_path, None, judge="keywords"))
     assert summary["harmless_refusals"]["all"]["n"] == 2
 

@@ -362,9 +362,16 @@ def test_the_stored_tables_match_the_stored_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     cells = {(line["task"], line["measure"], line["method"]): f"{100 * line['mean']:.1f} ± {100 * line['half']:.1f}"
              for line in paper.means(rows)}  # fmt: skip
-    for row in (("pirate", "form"), ("values", "refused"), ("telegram", "form"), ("facts", "value"),
-                ("two_hop", "trained"), ("two_hop", "unseen")):  # fmt: skip
-        assert f"| {cells[(*row, 'aligner1')]} | {cells[(*row, 'lora')]} |" in readme, row
+    for label, *row in (
+        ("a form the base knows", "pirate", "form"),
+        ("safety (DPO): harmful requests refused", "values", "refused"),
+        ("a form the base has never seen", "telegram", "form"),
+        ("new facts, in a new wording: the value", "facts", "value"),
+        ("two-hop questions, people from training, in a new wording", "two_hop", "trained"),
+        ("two-hop questions, unseen people", "two_hop", "unseen"),
+    ):
+        columns = " | ".join(cells[(*row, method)] for method in (paper.BASE, "aligner1", "lora"))
+        assert f"| {label} | {columns} |" in readme
 
 
 def test_the_stored_trials_are_those_that_the_current_study_would_run(tmp_path):

@@ -225,10 +225,13 @@ def test_the_advice_for_a_full_gpu_names_flags_that_the_script_has_and_that_are_
         raise torch.OutOfMemoryError
 
 
-def test_a_base_that_does_not_fit_is_named(tmp_path):
-    advice = "shard it over several GPUs with --strategy fsdp and --devices, or set --quantize nf4"
+@pytest.mark.parametrize("changes", [{}, {"quantize": "nf4"}, {"compile": True}, {"strategy": "fsdp"}])
+def test_a_base_that_does_not_fit_is_named(tmp_path, changes):
+    advice = "use more devices or a smaller base"
+    if not changes:  # the others cannot be combined
+        advice = "shard it over several GPUs with --strategy fsdp and --devices, or set --quantize nf4"
     with pytest.raises(UserError, match=f"^The base .* GPU: {advice}\\.$"):
-        with full_gpu_explained(FrozenBase(out_dir=tmp_path), "The base"):
+        with full_gpu_explained(FrozenBase(out_dir=tmp_path, **changes), "The base"):
             raise torch.OutOfMemoryError
 
 

@@ -83,17 +83,18 @@ def together(fabric: Fabric) -> Iterator[None]:
 def memory_advice(settings: TrainSettings, what: str) -> str:
     """Return what reduces the memory of a run on a GPU; see `full_gpu_explained`."""
     advice, is_finetuning = [], isinstance(settings, FinetuneSettings)
-    is_sharded = settings.strategy in SHARDED
+    is_plain = is_finetuning and not (settings.strategy in SHARDED or settings.quantize or settings.compile)
     if what == "Training":
         if is_finetuning and not settings.gradient_checkpointing:
             advice.append("set --gradient_checkpointing, which --resume accepts")
         if settings.micro_batch_size > 1:
             advice.append("lower --micro_batch_size")
-    elif not is_sharded:
+    elif is_plain:
         advice.append("shard it over several GPUs with --strategy fsdp and --devices")
-    if is_finetuning and not (settings.quantize or settings.compile or is_sharded):
+    if is_plain:
         advice.append("set --quantize nf4")
-    return ", or ".join(advice or ["use more devices, shorter rows or a smaller base"])
+    smaller = "more devices, shorter rows or a smaller base" if what == "Training" else "more devices or a smaller base"
+    return ", or ".join(advice or [f"use {smaller}"])
 
 
 @contextmanager

@@ -216,8 +216,8 @@ def print_summary(summary: dict[str, Any], settings: FinetuneSettings) -> None:
 def note_untrained(summary: dict[str, Any]) -> None:
     """Print a note if best.safetensors, which generation loads, is the adapter before training."""
     if summary["best_step"] == 0 < summary["steps"]:
-        log("note: no validation was better than before training, so best.safetensors is the initial adapter; lower "
-            "--learning_rate, or generate with last.safetensors.")  # fmt: skip
+        log("note: no validation was better than before training, so best.safetensors is the initial adapter; try "
+            "another --learning_rate or more steps, or generate with last.safetensors.")  # fmt: skip
 
 
 def plot_metrics(metrics: Path, image: Path, panels: dict[str, list[str]], title: str) -> None:

@@ -1,8 +1,8 @@
 """Steps whose metrics stay on the device until they are read, and batches that are built ahead of time.
 
-The program synchronizes with a GPU only once per `log_interval` steps, and a GPU never waits for a batch. int8
-layers of bitsandbytes synchronize in every forward pass. Several devices do in every step: only then do all processes
-know whether to stop.
+The program synchronizes with a GPU only once per `log_interval` steps, and a GPU never waits for a batch. There
+are two exceptions: int8 layers of bitsandbytes synchronize in every forward pass, and several devices in every step, so
+that all processes know whether to stop.
 """
 
 import math
