@@ -9,18 +9,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
 from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from lit_llama.storage.schema import unreadable
 from lit_llama.utils import UserError, log, printable
 
 CLOSED_PIPE = 141  # the exit code that a shell reports for a program ended by SIGPIPE
 SECONDS_TO_END = 0.2  # time that a worker of `signals_to_first_process` has after SIGTERM
+
+T = TypeVar("T")
 
 _signals_to_first_process = threading.Event()
 
@@ -194,6 +196,14 @@ def end_on_interrupt() -> None:
 
     tqdm.set_lock(threading.RLock())  # its default is shared by processes, and Python reports that it is not released
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def passing_bar(items: Sequence[T], desc: str, unit: str) -> Iterable[T]:
+    """Return the items, on a terminal with a progress bar that appears after two seconds and disappears at the end."""
+    from tqdm import tqdm  # `--help` does not wait for it
+
+    hidden = not (is_first_process() and sys.stderr.isatty())
+    return tqdm(items, desc=desc, unit=unit, delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
 def last_words(text: str) -> None:

@@ -18,6 +18,7 @@ from typing import get_args
 import torch
 import torch.nn as nn
 
+from lit_llama.console import passing_bar
 from lit_llama.model import LLaMA
 from lit_llama.settings import Quantize
 from lit_llama.utils import UserError
@@ -68,7 +69,8 @@ def quantize_(model: LLaMA, mode: str, device: torch.device, dtype: torch.dtype)
         device: device of the quantized layers.
         dtype: dtype in which the layers compute, int8 on CUDA in part in fp16.
     """
-    for name, layer in projections(model).items():
+    layers = list(projections(model).items())
+    for name, layer in passing_bar(layers, "Quantizing the base", "layer"):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized(layer, mode, dtype).to(device))
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_llama.console import passing_bar
 from lit_llama.data import PromptData
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
@@ -25,7 +26,6 @@ from lit_llama.prompts import get_prompt_style
 from lit_llama.rewards import Reward
 from lit_llama.rl import answer_logps, answer_weights, group_advantages
 from lit_llama.run.processes import together
-from lit_llama.run.report import validation_bar
 from lit_llama.run.steps import Batches, Step, mean_over_processes, share_of_process
 from lit_llama.run.train_settings import LengthTerm
 from lit_llama.sharding import in_step
@@ -211,7 +211,7 @@ class PolicyTrainer(Trainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         with together(self.fabric), in_step(self.model):
             batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.answers_at_once))
-            for rows, scale in validation_bar(batches, self.fabric.global_rank == 0):
+            for rows, scale in passing_bar(batches, "Validation", "batch"):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)
                 if self.train.reward is not self.score:

@@ -222,6 +222,8 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir():
             path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[0])
+        elif path.suffix not in (".model", ".json") and not path.exists():
+            raise UserError(f"There is no checkpoint folder at {path}.")
         if not path.is_file():
             raise UserError(f"There is no tokenizer at {path}; a checkpoint folder needs its {' or '.join(NAMES)}.")
         content, self.path = read_bytes(path), path
@@ -254,11 +256,9 @@ class Tokenizer:
         Raises:
             UserError: It has fewer.
         """
-        if self.engine.size > config.padded_vocab_size:
-            raise UserError(
-                f"{self.path} has {self.engine.size:,} tokens and the model {config.padded_vocab_size:,}: they do not "
-                "belong together."
-            )
+        size, most = self.engine.size, config.padded_vocab_size
+        if size > most:
+            raise UserError(f"{self.path} has {size:,} tokens and the model {most:,}: they do not belong together.")
 
     @property
     def identity(self) -> dict[str, Any]:

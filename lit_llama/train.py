@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lit_llama.console import passing_bar
 from lit_llama.data import Data, check_rows, rows_sha256
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.model import LLaMA
 from lit_llama.modules import add_scaled, eval_mode
 from lit_llama.run.folder import RunFolder
-from lit_llama.run.report import Progress, print_notes, validation_bar, write_above_bar
+from lit_llama.run.report import Progress, print_notes, write_above_bar
 from lit_llama.run.samples import summarize
 from lit_llama.run.saved_state import best_of, check_saved_state
 from lit_llama.run.schedule import count_steps, lr_at, stops_early
@@ -107,7 +108,7 @@ class Trainer:
             if run.is_first:
                 n_parameters = sum(p.numel() for p in self.trainable.values())
                 log(f"{n_parameters:,} trainable parameters, {len(self.train.lengths):,} rows, {self.max_steps} steps "
-                    f"on {run.device}")  # fmt: skip
+                    f"on {run.device}, {run.identity['precision']}")  # fmt: skip
                 print_notes(settings, len(self.train.lengths), self.step, self.fabric.world_size)
             with run.recording():
                 if state is None:  # before the first step
@@ -159,8 +160,7 @@ class Trainer:
         total = sum(float(self.train.weights[rows].sum()) for rows in micro_batches)
 
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=fabric.device))
-        bad = []
-        share = share_of_process(fabric, micro_batches)
+        bad, share = [], share_of_process(fabric, micro_batches)
         for i, (rows, scale) in enumerate(share):
             number = fabric.global_rank + i * fabric.world_size  # index of the micro-batch in the step
             # for methods with dropout: a micro-batch has the same seed in whichever process it runs. A CPU uses only
@@ -214,7 +214,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.micro_batch_size))
         with eval_mode(self.model):
-            for rows, scale in validation_bar(batches, self.fabric.global_rank == 0):
+            for rows, scale in passing_bar(batches, "Validation", "batch"):
                 batch = self.fabric.to_device(self.val.batch(rows))
                 add_scaled(sums, self.val_loss(self.model, batch), scale)
         return mean_over_processes(self.fabric, sums, float(self.val.weights.sum()))

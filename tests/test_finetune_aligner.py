@@ -138,7 +138,7 @@ def test_the_command_trains_and_writes_its_files(flags, tmp_path):
     assert lines[4].startswith(f"generate     python {script} --checkpoint_dir {flags(out_dir)[0][17:]} ")
     # only these lines reach the terminal, and no warnings of libraries
     validated = r"step \d+: validation loss \d+\.\d{4}(, the best so far)?"
-    allowed = rf"40 trainable parameters, 41 rows, 14 steps on cpu|{validated}|  .* -> .*"
+    allowed = rf"40 trainable parameters, 41 rows, 14 steps on cpu, 32-true|{validated}|  .* -> .*"
     assert all(re.fullmatch(allowed, line) for line in result.stderr.splitlines()), result.stderr
 
     summary = json.loads((out_dir / "summary.json").read_text())
@@ -858,7 +858,7 @@ def test_a_record_of_an_earlier_version_may_lack_fields():
             {"adapter_start_layer": 9},
             "error: adapter_start_layer is 9; it must be from 0 to 2.",
         ),
-        ({"checkpoint_dir": "/nowhere"}, "error: There is no tokenizer at /nowhere; a checkpoint folder needs its"),
+        ({"checkpoint_dir": "/nowhere"}, "error: There is no checkpoint folder at /nowhere."),
         ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; name another folder"),
         ({"init_adapter": "/nowhere.pth"}, "error: There is no adapter at /nowhere.pth."),
         ({"devices": 0}, "error: devices is 0; it must be 1 or more."),

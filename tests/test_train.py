@@ -22,20 +22,13 @@ from torch.nn import functional as F
 
 from lit_llama import aligner, train
 from lit_llama.checkpoint import load_model
+from lit_llama.console import passing_bar
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
 from lit_llama.run.folder import NAMES, RunFolder
 from lit_llama.run.processes import full_gpu_explained
-from lit_llama.run.report import (
-    MetricsLog,
-    Progress,
-    note_untrained,
-    plot_metrics,
-    read_metrics,
-    validation_bar,
-    write_above_bar,
-)
+from lit_llama.run.report import MetricsLog, Progress, note_untrained, plot_metrics, read_metrics, write_above_bar
 from lit_llama.run.setup import FABRIC_RUN, FABRIC_RUN_FLAGS, Setup, adamw, make_fabric, with_launcher_flags
 from lit_llama.run.steps import Batches, steps_between_reads
 from lit_llama.run.train_settings import FinetuneSettings, TrainSettings
@@ -508,8 +501,8 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
         with Progress(2, 4, enabled=True) as progress:
             time.sleep(0.11)  # a bar is drawn ten times a second at most
             progress.advance([{"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0}])
-            assert list(validation_bar([1, 2], True)) == [1, 2]  # too short for a bar
-            for seconds in validation_bar([2.1, 0.11], True):
+            assert list(passing_bar([1, 2], "Validation", "batch")) == [1, 2]  # too short for a bar
+            for seconds in passing_bar([2.1, 0.11], "Validation", "batch"):
                 time.sleep(seconds)
             write_above_bar("step 3: something")
         output = b""

@@ -5,10 +5,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -23,8 +22,6 @@ from lit_llama.utils import UserError, log
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-T = TypeVar("T")
 
 LOSS_FIGURE = {"loss.png": {"loss": ["loss"]}}
 
@@ -157,16 +154,6 @@ def print_notes(settings: TrainSettings, n_rows: int, step: int, processes: int)
         divisor = next(size for size in range(most, 0, -1) if settings.batch_size % size == 0)
         log(f"note: a step has {per_step} micro-batches for {processes} processes; lower --micro_batch_size to "
             f"{divisor}.")  # fmt: skip
-
-
-def validation_bar(batches: list[T], enabled: bool) -> Iterable[T]:
-    """Return the batches, on a terminal with a progress bar that appears after two seconds and disappears at the end.
-
-    Args:
-        enabled: Whether this process shows anything.
-    """
-    hidden = not (enabled and sys.stderr.isatty())
-    return tqdm(batches, desc="Validation", unit="batch", delay=2, leave=False, dynamic_ncols=True, disable=hidden)
 
 
 def write_above_bar(text: str) -> None:
