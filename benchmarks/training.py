@@ -44,6 +44,7 @@ from lit_llama.tables import markdown_table
 
 BARE, N1, N10 = "bare base (limit)", "Aligner N = 1", "Aligner N = 10"
 BF16 = "Aligner N = 1, bf16 base"
+CHECKPOINTED = "Aligner N = 1, gradient checkpointing"
 SFT_PAIRS, DPO_PAIRS = "SFT on the pairs", "DPO, cached reference"
 PAIRS = {SFT_PAIRS: "sft", DPO_PAIRS: "dpo"}  # losses on pairs of responses
 PEERS = {
@@ -88,7 +89,7 @@ def our_contestants(settings: Settings, dtype: torch.dtype, peak: dict[torch.dty
     Args:
         peak: FLOPs per second of a large matrix product in each dtype.
     """
-    ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}}
+    ours = {BARE: {"n": 0}, N1: {"n": 1}, N10: {"n": 10}, CHECKPOINTED: {"n": 1, "checkpointing": True}}
     if dtype == torch.float32 and peak[torch.bfloat16] > peak[dtype] / 4:
         ours[BF16] = {"n": 1, "dtype": torch.bfloat16}
     return ours | ({name: {"n": 1} for name in PAIRS} if settings.dpo else {})
@@ -161,6 +162,9 @@ def ratios(run: b.Run, answers: b.Answers) -> list[list[str]]:
             leanest = min(peers, key=lambda name: answers[name][-1]["beyond"])
             ratio(f"tokens/s, N = 1 over {fastest.removesuffix(suffix)} {what}", "≥ 1.3", N1, fastest)
             memory(f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", N1, leanest, "beyond")
+            if CHECKPOINTED in rates and not suffix:
+                ratio(f"tokens/s, with gradient checkpointing over {fastest} without", "", CHECKPOINTED, fastest)
+                memory(f"memory beyond the weights, so over {leanest}", "≤ 0.5", CHECKPOINTED, leanest, "beyond")
     ratio("tokens/s, bf16 base over fp32 base", "≥ 1.8", BF16, N1)
     if run.settings.dpo:
         ratio("time, DPO over SFT", "≤ 1.05", SFT_PAIRS, DPO_PAIRS)

@@ -1,9 +1,10 @@
 """Estimate the memory of training and generation from shapes, without weights.
 
 The network runs on PyTorch's meta device, where tensors have shapes but no data, and the bytes of all live tensors are
-counted, so no formula is needed for what a method keeps for the backward pass. Kernel workspaces, fragmentation of the
-allocator and libraries (with CUDA, its context) are not counted. Training computes the logits of 512 tokens at once; on
-a GPU it computes more, which takes up to 1 / 64 of its memory and is not counted (`lit_llama.logps.chunk_size`).
+counted, so no formula is needed for what a method keeps for the backward pass. Attention and norms count as CUDA's
+fused kernels; on a CPU, norms keep their input in fp32. Kernel workspaces, fragmentation of the allocator and libraries
+(with CUDA, its context) are not counted. Training computes the logits of 512 tokens at once; on a GPU it computes more,
+which takes up to 1 / 64 of its memory and is not counted (`lit_llama.logps.chunk_size`).
 """
 
 import weakref
@@ -235,7 +236,7 @@ def _peak(work: Callable[[], None], model: LLaMA) -> int:
     """Return the peak number of live bytes during `work`, without the model."""
     counter = _AliveBytes(model)
     # a function mode would not reach the layers that the backward pass computes again
-    with patch.object(F, "scaled_dot_product_attention", _flash_attention), counter:
+    with patch.multiple(F, scaled_dot_product_attention=_flash_attention, rms_norm=_fused_norm), counter:
         work()
     return counter.peak
 
@@ -262,6 +263,25 @@ class _AliveBytes(TorchDispatchMode):
     def free(self, address: int, nbytes: int) -> None:
         self.known.discard(address)
         self.alive -= nbytes
+
+
+def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    """Stand in for `F.rms_norm`, which is fused on CUDA, but not on the meta device."""
+    return _FusedNorm.apply(x, weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The tensors of CUDA's kernel: the input, in its dtype, and a normalizer for each row are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:

@@ -198,8 +198,8 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split((self.config.n_head, self.config.n_kv_head), dim=1)
-        if kv is not None:
-            k, v = kv.update(k, v)
+        # autograd stores the values, and a view of them would keep the queries and keys before the rotation as well
+        k, v = (k, v.contiguous()) if kv is None else kv.update(k, v)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs), in the dtype of the cache
         return self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
 
@@ -288,7 +288,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv 1910.07467), computed in fp32 whatever the dtype of `x` and `scale`."""
+    """Root mean square normalization (arXiv 1910.07467), computed in fp32. On CUDA, autograd stores x in its dtype."""
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -296,4 +296,4 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)

@@ -214,7 +214,14 @@ def test_a_report_on_training(toy, capsys):
     training.main(training.Settings(**toy, micro_batch_size=4, growth=False))
     report = capsys.readouterr().out
     assert report.strip() == (toy["out_dir"] / "training-toy-fp32.md").read_text(encoding="utf-8").strip()
-    for name in (training.BARE, training.N1, training.N10, training.BF16, "DPO, cached reference"):
+    for name in (
+        training.BARE,
+        training.N1,
+        training.N10,
+        training.BF16,
+        training.CHECKPOINTED,
+        "DPO, cached reference",
+    ):
         assert f"| {name} | " in report
     for ratio in ("N = 1 over the bare base", "N = 10 over the bare base", "bf16 base over fp32", "DPO over SFT"):
         assert f"{ratio} | ≤ " in report or f"{ratio} base | ≥ " in report
