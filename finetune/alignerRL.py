@@ -85,6 +85,7 @@ from lit_llama.run.report import duration, early_end, generate_command, note_unt
 from lit_llama.run.samples import answer_samples, compare_samples
 from lit_llama.run.setup import set_up_finetuning, with_initial_config, with_launcher_flags
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.utils import log
 
 PANELS = {
     "reward": ["reward"],
@@ -166,6 +167,9 @@ def main(settings: Settings) -> None:
     if run.is_first:
         print(compare_samples(settings.out_dir / "samples.jsonl"), end="")
         print_summary(summary, settings)
+        if not settings.kl_weight and all(row.get("train/no_signal", 1) == 1 for row in run.metrics.rows.values()):
+            log("note: in each step, all answers to a prompt had the same reward, so nothing was learned; see "
+                "howto/finetune_rl.md.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -92,10 +92,11 @@ def main(settings: Settings) -> None:
     with in_step(session.model):
         if only_assists(session.model):
             return
-        columns = {"aligned": session.answers(plan.requests, plan.styles, plan.adapters)}
+        columns = {}
         if settings.compare_base:
             with scaled_adapter(session.model, 0.0):
-                columns = {"base": session.answers(plan.requests, plan.styles), **columns}
+                columns["base"] = session.answers(plan.requests, plan.styles)
+        columns["aligned"] = session.answers(plan.requests, plan.styles, plan.adapters)
     try:  # first, since showing them ends the program if standard output is closed
         save_answers(settings, plan.requests, columns, {"strength": settings.strength, **plan.made_by})
     finally:

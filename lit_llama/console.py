@@ -29,8 +29,9 @@ _signals_to_first_process = threading.Event()
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: a similar name, if there is one, and the punctuation."""
-    near = get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else "."
+    by_name = {other.lstrip("-"): other for other in known}
+    near = get_close_matches(name.lstrip("-"), by_name, 1)
+    return f"; did you mean {by_name[near[0]]}?" if near else "."
 
 
 class Output:

@@ -35,13 +35,9 @@ class LLaMA(Variant):
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                h=nn.ModuleList(Block(config, self.make_attention(config, i)) for i in range(config.n_layer)),
-                ln_f=RMSNorm(config.n_embd, config.norm_eps),
-            )
-        )
+        wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        blocks = nn.ModuleList(Block(config, self.make_attention(config, i)) for i in range(config.n_layer))
+        self.transformer = nn.ModuleDict(dict(wte=wte, h=blocks, ln_f=RMSNorm(config.n_embd, config.norm_eps)))
         head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.register_module("lm_head", head)
         self.rope = RoPE(config)
@@ -197,9 +193,12 @@ class CausalSelfAttention(nn.Module):
         qk, v = self.heads(x)
         if rope is not None:
             qk = rotate(qk, *rope)
+            # autograd keeps v, and as a view it would keep queries and keys before the rotation; norms keep them, too
+            if kv is None and not self.config.qk_norm:
+                v = v.contiguous()
         q, k = qk.split((self.config.n_head, self.config.n_kv_head), dim=1)
-        # autograd stores the values, and a view of them would keep the queries and keys before the rotation as well
-        k, v = (k, v.contiguous()) if kv is None else kv.update(k, v)
+        if kv is not None:
+            k, v = kv.update(k, v)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs), in the dtype of the cache
         return self.c_proj(y.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
 
@@ -296,4 +295,4 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        return F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, self.eps).to(x.dtype)

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
+from lit_llama.config import CONFIG_NAME, LLaMAConfig
 from lit_llama.console import signals_to_first_process
 from lit_llama.data import PREFERENCE_FORMAT, SFT_FORMAT, hash_chat_tokens
 from lit_llama.prompts import PromptStyle
@@ -202,6 +203,11 @@ def prepare_dataset(
         f"{counts['rows']} rows. Dropped: {_describe_drops(counts)}. {counts['cut']} {cut} to "
         f"{max_seq_length} tokens. {counts['train']} rows for training, {counts['test']} for validation."
     )
+    if counts["cut"] and (path := tokenizer.path.parent / CONFIG_NAME).is_file():
+        context = LLaMAConfig.from_json(path).block_size
+        if context < max_seq_length:
+            log(f"note: the context of {path.parent} is {context} tokens, and training refuses longer rows; set "
+                f"--max_seq_length {context}.")  # fmt: skip
     return meta
 
 

@@ -223,7 +223,7 @@ class Tokenizer:
         if path.is_dir():
             path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[0])
         elif path.suffix not in (".model", ".json") and not path.exists():
-            raise UserError(f"There is no checkpoint folder at {path}.")
+            raise UserError(f"There is no checkpoint folder at {path}; howto/weights.md explains how to get one.")
         if not path.is_file():
             raise UserError(f"There is no tokenizer at {path}; a checkpoint folder needs its {' or '.join(NAMES)}.")
         content, self.path = read_bytes(path), path

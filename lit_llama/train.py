@@ -79,9 +79,8 @@ class Trainer:
         self.train, self.val, self.loss, self.val_loss = train, val, loss, val_loss or loss
         self.run, self.settings, self.adapter_meta = run, run.settings, setup.adapter_meta
         self.val_metrics, self.sample_answers, self.plan = val_metrics, sample_answers, plan
-        self.unwrapped = setup.unwrapped
         self.log_interval = steps_between_reads(setup.fabric, self.settings.log_interval)
-        self.batches = Batches(train, setup.fabric)
+        self.unwrapped, self.batches = setup.unwrapped, Batches(train, setup.fabric)
         self.trainable = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.trainable.items() if p.dtype != torch.float32]
         assert not wrong, f"trainable parameters must be fp32: {wrong}"
@@ -225,8 +224,9 @@ class Trainer:
         self.run.log_metrics(self.step, {f"val/{name}": value for name, value in metrics.items()})
         if not math.isfinite(metrics["loss"]):
             raise self.diverged(f"The validation loss is {metrics['loss']} after {self.step} steps", self.step)
+        lowest = min((loss for _, loss in self.val_losses), default=math.inf)
         self.val_losses.append((self.step, metrics["loss"]))
-        is_best = best_of(self.val_losses)[0] == self.step
+        is_best = metrics["loss"] <= lowest
         if is_best:
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
         with self.run.together(), in_step(self.model):
@@ -238,7 +238,7 @@ class Trainer:
             self.run.log_metrics(self.step, {f"val/{name}": value for name, value in more.items()})
             records = self.sample_answers(self.unwrapped)
             self.run.add_samples(self.step, records)
-            note = ", the best so far" if is_best and self.step else ""
+            note = ", the best so far" if metrics["loss"] < lowest < math.inf else ""
             line = f"step {self.step}: validation loss {metrics['loss']:.4f}{note}"
             write_above_bar("\n".join([line, *map(summarize, records)]))
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import pytest
 
 from lit_llama import cli
+from lit_llama.console import did_you_mean
 from lit_llama.settings import (
     Checked,
     NonNegativeFloat,
@@ -372,3 +373,8 @@ def test_a_flag_of_several_values_may_be_repeated(settings_class):
 def test_a_value_may_begin_with_a_dash(settings_class):
     assert parse(settings_class, ["--names=-x", "--kind", "b"])["names"] == ("-x",)
     assert parse(settings_class, ["--names=--help"])["names"] == ("--help",)
+
+
+def test_the_dashes_of_flags_do_not_make_them_similar():
+    assert did_you_mean("--lr", ["--logger", "--learning_rate"]) == "."
+    assert did_you_mean("--loger", ["--logger", "--learning_rate"]) == "; did you mean --logger?"

@@ -113,6 +113,14 @@ def make_rows(count: int) -> list[dict[str, str]]:
     return [{"p": f"the cat {i}", "r": "sat " * (i % 7 + 1)} for i in range(count)]
 
 
+@pytest.mark.parametrize(("max_seq_length", "words", "noted"), [(80, 200, True), (64, 200, False), (80, 3, False)])
+def test_truncated_rows_beyond_the_context_are_noted(tmp_path, base_dir, capsys, max_seq_length, words, noted):
+    rows = [{"p": f"the cat {i}", "r": "sat " * words} for i in range(4)]
+    prepare(tmp_path / "out", Tokenizer(base_dir), rows, max_seq_length=max_seq_length)
+    note = f"note: the context of {base_dir} is 64 tokens, and training refuses longer rows; set --max_seq_length 64."
+    assert (note in capsys.readouterr().err) == noted
+
+
 def test_the_split_is_seeded_and_covers_every_row(tmp_path, tokenizer):
     splits = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -858,7 +858,7 @@ def test_a_record_of_an_earlier_version_may_lack_fields():
             {"adapter_start_layer": 9},
             "error: adapter_start_layer is 9; it must be from 0 to 2.",
         ),
-        ({"checkpoint_dir": "/nowhere"}, "error: There is no checkpoint folder at /nowhere."),
+        ({"checkpoint_dir": "/nowhere"}, "error: There is no checkpoint folder at /nowhere; howto/weights.md"),
         ({"data_dir": "/nowhere"}, "error: There is no prepared dataset at /nowhere; name another folder"),
         ({"init_adapter": "/nowhere.pth"}, "error: There is no adapter at /nowhere.pth."),
         ({"devices": 0}, "error: devices is 0; it must be 1 or more."),

@@ -290,6 +290,17 @@ def test_every_metric_is_logged_and_plotted(finished):
     assert adapter.meta["reward"] == "length" and sum(t.numel() for t in adapter.state.values()) == 32 + 2 * 4
 
 
+def test_rewards_without_signal_are_noted_and_equal_accuracy_is_not_better(settings, tmp_path, monkeypatch, capsys):
+    (tmp_path / "flat_reward.py").write_text("def flat(prompts, answers, rows):\n    return [0.0] * len(answers)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    flat = dict(reward="flat_reward:flat", reward_options="null", score="null", max_steps=2, drift_prompts=0)
+    for kl_weight in (0.0, 0.1):
+        train(settings(tmp_path / f"run-{kl_weight}", kl_weight=kl_weight, **flat))
+        err = capsys.readouterr().err
+        assert ("note: in each step, all answers to a prompt had the same reward" in err) == (kl_weight == 0)
+        assert "step 2: validation loss 1.0000\n" in err  # as before training, so not "the best so far"
+
+
 def test_a_falling_score_causes_a_warning(settings, tmp_path, monkeypatch, capsys):
     received = []  # the number of rows at each validation
     monkeypatch.setattr(script, "falling_score", lambda rows: received.append(len(rows)) or f"warning: {len(rows)}")

@@ -61,6 +61,16 @@ def test_activations_saved_for_the_backward_pass_are_counted(method):
     assert loss.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_six_vectors_of_the_width_and_two_of_the_mlp_for_each_token(dtype):
+    """Inputs of both norms and of SwiGLU, queries, keys, values, attention output, but not the output of c_attn."""
+    shape = dict(sequences=4, tokens=256, labels=40, dtype=dtype)
+    few, many = (training_memory(METHODS["aligner"], METHODS["aligner"].config_class(**{**SMALL, "n_layer": layers}),
+                                 **shape).activations for layers in (5, 10))  # fmt: skip
+    of_a_token = (6 * 256 + 2 * 768) * dtype.itemsize + 4 * (4 + 2)  # and the normalizers of four heads and two norms
+    assert many - few == pytest.approx(5 * 4 * 256 * of_a_token, rel=0.01)
+
+
 def test_larger_inputs_take_more_memory():
     plain = estimate_training()
     for more in (dict(sequences=4), dict(tokens=96), dict(length=100), dict(dtype=torch.float32, labels=80)):
