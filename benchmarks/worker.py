@@ -201,7 +201,8 @@ class Ours(Worker):
         return {}
 
     def _train(self, model: LLaMA) -> None:
-        self.model, model.gradient_checkpointing = model, self.settings.get("checkpointing", False)
+        self.model = model
+        model.gradient_checkpointing = self.settings.get("checkpointing", False)
         aligner.mark_only_adapter_as_trainable(model)
         for name, p in model.named_parameters():
             if name.endswith("gating_factor"):  # random gates, so that no shortcut for zero gates is measured

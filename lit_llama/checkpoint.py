@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from lit_llama.config import CONFIG_NAME, MOST
-from lit_llama.console import did_you_mean, passing_bar
+from lit_llama.console import did_you_mean, transient_bar
 from lit_llama.device import disable_cudnn_attention
 from lit_llama.huggingface.hub import download_adapter, is_on_hub
 from lit_llama.methods import METHODS
@@ -305,7 +305,7 @@ def _load_base(model: LLaMA, path: Path, device: torch.device, dtype: torch.dtyp
     """Replace the base's parameters on the meta device with those of a file; those in `later` stay memory-mapped."""
     model.load_state_dict(read_state(path), assign=True)  # checks the shapes before anything is allocated
     present = [p for name, p in model.named_parameters() if not p.is_meta and name not in later]
-    for p in passing_bar(present, "Loading the base", "tensor"):
+    for p in transient_bar(present, "Loading the base", "tensor"):
         p.data = p.data.to(device, dtype)
     if missing := [n for n, p in model.named_parameters() if p.is_meta and not model.is_adapter_parameter(n)]:
         raise UserError(f"{path} contains no base model: {missing[0]} is missing.")

@@ -199,7 +199,7 @@ def end_on_interrupt() -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
-def passing_bar(items: Sequence[T], desc: str, unit: str) -> Iterable[T]:
+def transient_bar(items: Sequence[T], desc: str, unit: str) -> Iterable[T]:
     """Return the items, on a terminal with a progress bar that appears after two seconds and disappears at the end."""
     from tqdm import tqdm  # `--help` does not wait for it
 

@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 import torch.nn as nn
 
-from lit_llama.console import passing_bar
+from lit_llama.console import transient_bar
 from lit_llama.model import LLaMA
 from lit_llama.settings import Quantize
 from lit_llama.utils import UserError
@@ -70,7 +70,7 @@ def quantize_(model: LLaMA, mode: str, device: torch.device, dtype: torch.dtype)
         dtype: dtype in which the layers compute, int8 on CUDA in part in fp16.
     """
     layers = list(projections(model).items())
-    for name, layer in passing_bar(layers, "Quantizing the base", "layer"):
+    for name, layer in transient_bar(layers, "Quantizing the base", "layer"):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized(layer, mode, dtype).to(device))
 

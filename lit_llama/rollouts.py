@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.console import passing_bar
+from lit_llama.console import transient_bar
 from lit_llama.data import PromptData
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.generation import Sampling, cut_at_stop, generate
@@ -211,7 +211,7 @@ class PolicyTrainer(Trainer):
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         with together(self.fabric), in_step(self.model):
             batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.answers_at_once))
-            for rows, scale in passing_bar(batches, "Validation", "batch"):
+            for rows, scale in transient_bar(batches, "Validation", "batch"):
                 answers = self.val_answerer.answers(self.unwrapped, rows)
                 scores = rewards = self.val_answerer.rewards(self.score, answers)
                 if self.train.reward is not self.score:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lit_llama.console import passing_bar
+from lit_llama.console import transient_bar
 from lit_llama.model import LLaMA
 from lit_llama.modules import unwrapped
 from lit_llama.utils import UserError
@@ -82,7 +82,7 @@ def shard_base_(model: LLaMA, mesh: DeviceMesh, device: torch.device, dtype: tor
         return_freed_memory()
     adapter = set(model.adapter_parameters().values())
     head = model.transformer.wte if model.lm_head is None else model.lm_head
-    for module in passing_bar(sharded_parts(model), "Loading the base", "layer"):
+    for module in transient_bar(sharded_parts(model), "Loading the base", "layer"):
         base = {name: p.data for name, p in module.named_parameters() if p not in adapter}
         for name, mapped in base.items():
             set_frozen(module, name, torch.empty_like(mapped, dtype=dtype, device="meta"))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lit_llama.console import passing_bar
+from lit_llama.console import transient_bar
 from lit_llama.data import Data, check_rows, rows_sha256
 from lit_llama.epochs import plan_epoch, plan_validation
 from lit_llama.model import LLaMA
@@ -213,7 +213,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.fabric.device))
         batches = share_of_process(self.fabric, plan_validation(self.val.lengths, self.settings.micro_batch_size))
         with eval_mode(self.model):
-            for rows, scale in passing_bar(batches, "Validation", "batch"):
+            for rows, scale in transient_bar(batches, "Validation", "batch"):
                 batch = self.fabric.to_device(self.val.batch(rows))
                 add_scaled(sums, self.val_loss(self.model, batch), scale)
         return mean_over_processes(self.fabric, sums, float(self.val.weights.sum()))

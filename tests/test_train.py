@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lit_llama import aligner, train
 from lit_llama.checkpoint import load_model
-from lit_llama.console import passing_bar
+from lit_llama.console import transient_bar
 from lit_llama.data import SFTData
 from lit_llama.logps import LabelLogps
 from lit_llama.run import setup
@@ -501,8 +501,8 @@ def test_a_terminal_shows_a_progress_bar(monkeypatch):
         with Progress(2, 4, enabled=True) as progress:
             time.sleep(0.11)  # a bar is drawn ten times a second at most
             progress.advance([{"train/loss": 0.5, "lr": 1e-2, "tokens_per_s": 1000.0}])
-            assert list(passing_bar([1, 2], "Validation", "batch")) == [1, 2]  # too short for a bar
-            for seconds in passing_bar([2.1, 0.11], "Validation", "batch"):
+            assert list(transient_bar([1, 2], "Validation", "batch")) == [1, 2]  # too short for a bar
+            for seconds in transient_bar([2.1, 0.11], "Validation", "batch"):
                 time.sleep(seconds)
             write_above_bar("step 3: something")
         output = b""
