@@ -164,8 +164,8 @@ def ratios(run: b.Run, answers: b.Answers) -> list[list[str]]:
             memory(f"memory beyond the weights, N = 1 over {leanest}", "≤ 0.5", N1, leanest, "beyond")
             if CHECKPOINTED in rates and not suffix:
                 ratio(f"tokens/s, with gradient checkpointing over {fastest} without", "", CHECKPOINTED, fastest)
-                what = f"memory, with gradient checkpointing over {leanest} without"
-                memory(what, "≤ 0.5", CHECKPOINTED, leanest, "beyond")
+                label = f"memory, with gradient checkpointing over {leanest} without"
+                memory(label, "≤ 0.5", CHECKPOINTED, leanest, "beyond")
     ratio("tokens/s, bf16 base over fp32 base", "≥ 1.8", BF16, N1)
     if run.settings.dpo:
         ratio("time, DPO over SFT", "≤ 1.05", SFT_PAIRS, DPO_PAIRS)
